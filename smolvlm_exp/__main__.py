@@ -1,0 +1,3 @@
+from smolvlm_exp.main import main
+
+main()

@@ -1,0 +1,165 @@
+"""The root schema, and the one strict reading of a composed configuration into plain dataclasses."""
+
+import difflib
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from smolvlm_exp.adapter import AdapterConfig
+from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.model import ModelConfig, Shape
+from smolvlm_exp.quant import QuantConfig
+from smolvlm_exp.schema import one_of
+from smolvlm_exp.tracking import TrackerConfig
+from smolvlm_exp.training.common import TrainerConfig
+
+PACKAGE = Path(__file__).parent
+CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir())
+
+
+@dataclass
+class TaskConfig:
+    name: str = one_of("train", "doctor")
+
+
+@dataclass
+class Config:
+    """A whole run. `data` and `trainer` are the chosen source's and trainer's own `Config`."""
+
+    task: TaskConfig
+    model: ModelConfig
+    quant: QuantConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    tracker: TrackerConfig
+    seed: int = 0
+    name: str | None = None
+    resume: str | None = None
+
+
+def schema(composed: DictConfig) -> DictConfig:
+    """The schema of a run, with the chosen source's and trainer's own `Config` in their places."""
+    root = OmegaConf.structured(Config)
+    for name, kind in typing.get_type_hints(Config).items():
+        if is_dataclass(kind):
+            root[name] = OmegaConf.structured(kind)
+    root.data = OmegaConf.structured(own_config(composed, "data", "source"))
+    root.trainer = OmegaConf.structured(own_config(composed, "trainer", "algorithm", "training"))
+    return root
+
+
+def own_config(composed: DictConfig, group: str, key: str, folder: str | None = None) -> type:
+    """The `Config` in the module that `group.key` names, as data.source=shapes names smolvlm_exp/data/shapes.py."""
+    folder = folder or group
+    known = sorted(p.stem for p in (PACKAGE / folder).glob("*.py") if "\nclass Config(" in p.read_text(encoding="utf-8"))
+    name = OmegaConf.select(composed, f"{group}.{key}")
+    if name not in known:
+        raise RequestError(f"{group}.{key}={name}: no such module. {suggestion(str(name), known)}")
+    return import_module(f"smolvlm_exp.{folder}.{name}").Config
+
+
+def parse(composed: DictConfig) -> Config:
+    """Read a composed configuration strictly.
+
+    Raises:
+        RequestError: an unknown key, a wrong type, a value outside a closed list or below a bound, a missing value.
+    """
+    from omegaconf import open_dict
+
+    composed = composed.copy()
+    with open_dict(composed):
+        composed.pop("hydra", None)
+    expected = schema(composed)
+    for key in unknown_keys(composed, expected):
+        raise RequestError(f"{key}: no such setting. {suggestion(key, list(key_paths(expected)))}")
+    try:
+        merged = OmegaConf.merge(expected, composed)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise RequestError(f"{missing[0]} has no value yet: give it one, as {missing[0]}=...")
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise RequestError(f"{error.full_key}: {(error.msg or str(error)).splitlines()[0]}.") from error
+    for key, setting, value in settings(config):
+        check_value(key, setting, value)
+    return config
+
+
+def unknown_keys(node: Any, expected: Any, path: str = "") -> Iterator[str]:
+    """Keys of `node` that the schema does not have. A plain dict in the schema (`extra`) takes any."""
+    if not isinstance(node, DictConfig) or not isinstance(expected, DictConfig) or node._is_none():
+        return
+    if not is_dataclass(OmegaConf.get_type(expected)):
+        return
+    for key in node:
+        where = f"{path}{key}"
+        if key not in expected:
+            yield where
+        elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            inner = expected._get_node(key)
+            yield from unknown_keys(node._get_node(key), inner if inner._content is not None else fill(inner), f"{where}.")
+
+
+def fill(node: Any) -> Any:
+    """The schema of an optional group that is null by default."""
+    kind = node._metadata.ref_type
+    return OmegaConf.structured(kind) if is_dataclass(kind) else node
+
+
+def key_paths(expected: DictConfig, path: str = "") -> Iterator[str]:
+    """Every setting's full name, as `adapter.r`."""
+    for key in expected:
+        node = expected._get_node(key)
+        node = fill(node) if isinstance(node, DictConfig) and node._is_none() else node
+        if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
+            yield from key_paths(node, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(full name, dataclass field, value) of every setting."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if is_dataclass(value):
+            yield from settings(value, f"{path}{setting.name}.")
+        else:
+            yield f"{path}{setting.name}", setting, value
+
+
+def check_value(key: str, setting: Any, value: Any) -> None:
+    """Hold a value against what its field says it takes (schema.py)."""
+    choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
+    if choices and value not in choices:
+        raise RequestError(f"{key}={value}: {suggestion(str(value), [str(choice) for choice in choices])}")
+    if low is not None and value is not None and value < low:
+        raise RequestError(f"{key}={value} is too small: {low} is the least.")
+    if floor is not None and value is not None and not value > floor:
+        raise RequestError(f"{key}={value}: it must be greater than {floor}.")
+
+
+def suggestion(wrong: str, known: list[str]) -> str:
+    """`Did you mean X?` where something is close (a whole name, or its last part), else the list where it is short."""
+    last = wrong.rsplit(".", 1)[-1]
+    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75) or [
+        tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
+    ]
+    guess = f"Did you mean {near[0]}? " if near else ""
+    return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")
+
+
+def shape_of(model: str) -> Shape:
+    """The dimensions in conf/model/<model>.yaml."""
+    loaded = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / "model" / f"{model}.yaml"))
+    shape = typing.cast(ModelConfig, OmegaConf.to_object(loaded)).shape
+    assert shape is not None
+    return shape

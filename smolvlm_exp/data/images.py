@@ -1,0 +1,183 @@
+"""Any picture a person may have -> the RGB picture the processor should see.
+
+Nothing here raises for a bad picture: one broken file among 80,000 must not stop a run, so what is wrong is returned in
+plain words and the caller decides (`data.on_bad_row`).
+"""
+
+import io
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+VERSION = 1  # raise when prepared pictures change: it is part of the key under which `datasets` keeps them
+
+MAX_PIXELS = 178_956_970  # Pillow's own limit; beyond it a small file can unpack to gigabytes
+
+# Pillow also opens EPS (runs Ghostscript), PDF-like and scientific containers: none of them is a photograph.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")
+
+FULL_SCALES = (1.0, 255.0, 65_535.0)  # white, in a picture whose pixels are floats or wide integers
+
+Entry = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}, as `datasets.Image(decode=False)` gives it
+
+
+class PictureError(ValueError):
+    """What is wrong with one picture, worded to follow "image 1 "."""
+
+
+def prepare_images(row: dict[str, Any], max_edge: int, version: int) -> dict[str, Any]:
+    """Prepare one row's pictures. Bytes that are fine already are kept as they are.
+
+    Args:
+        row: has `images`, a list of {"bytes", "path"} as `datasets.Image(decode=False)` gives them, and may have a
+            `problem` that its source found, which is kept.
+        max_edge: pixels of the long edge, at most.
+        version: `VERSION`; unused here, but `datasets` keys its cache by the arguments.
+
+    Returns:
+        `images` (PNG bytes where a change was needed), `sizes` [[width, height], ...], `problem` (empty when fine).
+    """
+    if row.get("problem"):
+        return {"images": [], "sizes": [], "problem": row["problem"]}
+    images, sizes = [], []
+    for number, entry in enumerate(row["images"] or [], start=1):
+        try:
+            data, size = prepare_image(read(entry), max_edge)
+        except PictureError as error:
+            return {"images": [], "sizes": [], "problem": f"image {number} {error}"}
+        images.append({"bytes": data, "path": None})
+        sizes.append(list(size))
+    return {"images": images, "sizes": sizes, "problem": ""}
+
+
+def prepare_image(data: bytes, max_edge: int) -> tuple[bytes, tuple[int, int]]:
+    """One picture's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge.
+
+    Raises:
+        PictureError: it is no picture, not one of `FORMATS`, damaged, or too large to unpack.
+    """
+    try:
+        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            warnings.simplefilter("ignore")  # odd EXIF and the like: the picture itself decides below
+            if image.width * image.height > MAX_PIXELS:
+                raise Image.DecompressionBombError
+            image.load()
+            prepared = shrink(to_rgb(image), max_edge)
+            untouched = image.mode == "RGB" and prepared is image and image.format in ("JPEG", "PNG")
+            return (data if untouched else as_png(prepared)), prepared.size
+    except UnidentifiedImageError:
+        raise PictureError(f"cannot be decoded: it is none of {', '.join(FORMATS)}, or is damaged") from None
+    except Image.DecompressionBombError:
+        raise PictureError(f"cannot be decoded: it unpacks to more than {MAX_PIXELS:,} pixels") from None
+    except Exception as error:  # decoders raise whatever they trip over: OSError, SyntaxError, struct.error, zlib.error
+        raise PictureError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """The picture as a person sees it: upright, on white where it is transparent, 8 bits a channel.
+
+    Returns the very object it was given when that needs no change.
+    """
+    image = upright(image)
+    if image.mode.startswith(("I", "F")):  # I;16, I;16B, I, F
+        return from_wide_pixels(image)
+    if image.has_transparency_data:  # also a palette, grey or RGB picture with one colour declared transparent
+        layer = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF orientation; the same object when there is none to apply."""
+    if image.getexif().get(0x0112, 1) in range(2, 9):
+        return ImageOps.exif_transpose(image)
+    return image
+
+
+def from_wide_pixels(image: Image.Image) -> Image.Image:
+    """Grey pixels of more than 8 bits -> RGB. Pillow's own conversion clips them at 255, which gives a white picture.
+
+    A file declares 16 bits, but not what white is in 32-bit integers or floats: there it is the smallest of the usual
+    full scales that holds the brightest pixel (5% over is taken for ringing from a resize), or that pixel itself.
+    """
+    wide = image if image.mode in ("I", "F") else image.convert("I")
+    pixels = np.nan_to_num(np.asarray(wide, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
+    white = FULL_SCALES[-1]
+    if image.mode in ("I", "F"):
+        peak = float(pixels.max())
+        scales = FULL_SCALES if image.mode == "F" else FULL_SCALES[1:]
+        white = next((scale for scale in scales if peak <= scale * 1.05), peak)
+    grey = np.clip(np.rint(pixels * (255.0 / white)), 0, 255).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGB")
+
+
+def shrink(image: Image.Image, max_edge: int) -> Image.Image:
+    """At most `max_edge` pixels on the long edge, keeping the proportions; never enlarges. LANCZOS, as the recipe."""
+    if max(image.size) <= max_edge:
+        return image
+    smaller = image.copy()  # `thumbnail` works in place
+    smaller.thumbnail((max_edge, max_edge), Image.Resampling.LANCZOS)
+    return smaller
+
+
+def as_png(image: Image.Image) -> bytes:
+    """Lossless bytes. Level 1 writes about three times faster than the default, for a tenth more disk."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", compress_level=1)
+    return buffer.getvalue()
+
+
+def read(entry: Entry | None) -> bytes:
+    """A picture's bytes, from the row itself or from a local file; nothing is ever fetched.
+
+    Raises:
+        PictureError: there are no bytes and no local file.
+    """
+    if entry and entry["bytes"]:
+        return entry["bytes"]
+    path = entry["path"] if entry else None
+    if not path:
+        raise PictureError("is empty")
+    if is_url(path):
+        raise PictureError(f"is a URL; download it first: {path}")
+    try:
+        if Path(path).is_file():  # neither a folder, nor a device or pipe that would never end
+            return Path(path).read_bytes()
+    except OSError as error:
+        raise PictureError(f"cannot be read: {error}") from error
+    raise PictureError(f"is not there: {path}")
+
+
+def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
+    """A row's picture as {"bytes", "path"}, its path made absolute.
+
+    Rows come from other people, so a path may only name a file inside `folder`: not `..`, not an absolute path, not a
+    link that leads out of it.
+
+    Raises:
+        PictureError: the path is a URL, leads out of the folder, or names no file.
+    """
+    if isinstance(entry, bytes):
+        return {"bytes": entry, "path": None}
+    if isinstance(entry, dict) and entry.get("bytes"):
+        return {"bytes": entry["bytes"], "path": None}
+    name = entry.get("path") if isinstance(entry, dict) else entry
+    if not name or not isinstance(name, str):
+        raise PictureError("is empty")
+    if is_url(name):
+        raise PictureError(f"is a URL; download it first: {name}")
+    path = folder / name
+    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+        raise PictureError(f"lies outside the data's folder; put it inside and name it from there: {name}")
+    if not path.is_file():
+        raise PictureError(f"is not there: {name} (paths count from {folder})")
+    return {"bytes": None, "path": str(path.resolve())}
+
+
+def is_url(path: str) -> bool:
+    """Whether a path is an address (http://, s3://, zip://, data:), which fsspec would go and fetch."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", path) is not None

@@ -1,0 +1,204 @@
+"""One normal form for preference data, whatever the source, and the checks every row passes before any training.
+
+A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of pictures, the others lists of chat messages whose
+content is a list of parts, one `{"type": "image"}` part for each picture. It is the schema of
+HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is really in the
+picture (`evaluation.truth` scores answers against it).
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from importlib import import_module
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from smolvlm_exp.errors import RequestError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import ProcessorMixin
+
+Message = dict[str, Any]
+
+
+@dataclass
+class DataConfig:
+    """What every data source is asked for. A source's own `Config` (in `data/<source>.py`) adds to it."""
+
+    source: str = MISSING  # the module in smolvlm_exp/data that yields the rows
+    train: str = "train"  # split or slice to tune on, as `train[:6%]`
+    test: str = "test"  # held-out rows: evaluated before and after, never trained on
+    max_edge: int = 512  # pictures whose long edge is larger are shrunk to it (LANCZOS)
+    num_proc: int | None = None  # processes that prepare pictures; null: one a core, at most 16
+    max_length: int | None = None  # tokens in prompt plus answer; null: no limit. Image tokens are never cut
+    on_long_answer: str = "cut"  # cut | report: an answer that runs past max_length is shortened, or is a bad row
+    on_bad_row: str = "error"  # error | skip
+
+
+@dataclass
+class Preferences:
+    """Checked rows, and what the checks found."""
+
+    train: "Dataset"
+    test: "Dataset"
+    report: dict[str, dict[str, Any]]  # a split's counts: rows, skipped, cut, image_tokens, longest
+
+
+def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Path) -> Preferences:
+    """Read, prepare and check both splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`.
+
+    Raises:
+        RequestError: a row is bad and `data.on_bad_row=error`, or no good row is left in a split.
+    """
+    source = import_module(f"smolvlm_exp.data.{config.source}")
+    splits, report, bad = {}, {}, []
+    for split in ("train", "test"):
+        rows = prepare(source.load(config, getattr(config, split)), config)
+        good, report[split], problems = check(rows, processor, config)
+        bad += [{"split": split, "row": index, "reason": reason} for index, reason in problems]
+        splits[split] = rows if len(good) == len(rows) else rows.select(good)
+    if bad and config.on_bad_row == "error":
+        listed = "\n".join(f"  {b['split']} row {b['row']}: {b['reason']}" for b in bad[:10])
+        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
+        raise RequestError(
+            f"{len(bad)} bad rows in data={config.source}:\n{listed}{more}\n"
+            "Mend them, or leave them out with data.on_bad_row=skip."
+        )
+    if bad:
+        lines = "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
+        (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")
+    for split, rows in splits.items():
+        if not len(rows):
+            raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
+    return Preferences(splits["train"], splits["test"], report)
+
+
+def user(question: str, images: int = 1) -> Message:
+    """The user's turn: the pictures first, then the question."""
+    parts: list[dict[str, str | None]] = [{"type": "image", "text": None} for _ in range(images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+
+def assistant(answer: str) -> Message:
+    """The assistant's turn."""
+    return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+
+
+def text_of(messages: list[Message]) -> str:
+    """The words of a conversation, without its pictures."""
+    return "\n".join(p["text"] for m in messages for p in m["content"] if p["type"] == "text" and p["text"])
+
+
+def prepare(rows: "Dataset", config: DataConfig) -> "Dataset":
+    """Bring the pictures into shape, in parallel; adds `sizes` [[width, height], ...] and `problem` (empty when fine).
+
+    `datasets` keeps the result on disk by content, so a second run over stored rows does not decode them again.
+    """
+    import os
+
+    from datasets import Features, Image, List, Value
+
+    from smolvlm_exp.data.images import VERSION, prepare_images
+
+    undecoded = rows.cast_column("images", List(Image(decode=False)))
+    added = {"sizes": List(List(Value("int32"))), "problem": Value("string")}
+    workers = config.num_proc or min(os.cpu_count() or 1, 16)
+    prepared = undecoded.map(
+        prepare_images,
+        fn_kwargs={"max_edge": config.max_edge, "version": VERSION},
+        features=Features({**undecoded.features, **added}),  # not inferred: a first batch may hold bad rows alone
+        num_proc=workers if len(rows) >= 256 * workers else None,
+        desc="pictures",
+    )
+    return prepared.cast_column("images", List(Image()))
+
+
+def check(
+    rows: "Dataset", processor: "ProcessorMixin", config: DataConfig
+) -> tuple[list[int], dict[str, Any], list[tuple[int, str]]]:
+    """Look at every row without decoding a picture. Returns the good indices, the counts, and (index, reason) of the bad."""
+    good, problems, cut, image_tokens, longest = [], [], 0, [], 0
+    count = token_counter(processor)
+    controls = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
+    for index, row in enumerate(rows.remove_columns("images")):
+        problem = row["problem"] or row_problem(row, controls)
+        if not problem:
+            tokens = count(row)
+            over = max(tokens["chosen"], tokens["rejected"]) + tokens["prompt"] - (config.max_length or 1 << 62)
+            if config.max_length is not None and tokens["prompt"] >= config.max_length:
+                problem = (
+                    f"the prompt alone is {tokens['prompt']} tokens ({tokens['image']} of the image) and "
+                    f"data.max_length={config.max_length} leaves none for the answer"
+                )
+            elif over > 0 and config.on_long_answer == "report":
+                problem = f"the longer answer runs {over} tokens past data.max_length={config.max_length}"
+        if problem:
+            problems.append((index, problem))
+            continue
+        good.append(index)
+        cut += over > 0
+        image_tokens.append(tokens["image"])
+        longest = max(longest, tokens["prompt"] + max(tokens["chosen"], tokens["rejected"]))
+    counts = {
+        "rows": len(good),
+        "skipped": len(problems),
+        "cut": cut,
+        "image_tokens": round(sum(image_tokens) / max(len(image_tokens), 1), 1),
+        "longest": longest,
+    }
+    return good, counts, problems
+
+
+def row_problem(row: dict[str, Any], controls: list[str]) -> str:
+    """What is wrong with a row's messages, in plain words; empty when nothing is."""
+    for column in ("prompt", "chosen", "rejected"):
+        if not row[column] or not text_of(row[column]).strip():
+            return f"`{column}` is empty"
+        typed = next((c for c in controls if c in text_of(row[column])), None)
+        if typed:
+            return f"`{column}` contains {typed}, which the model would read as a control token"
+    placeholders = sum(p["type"] == "image" for m in row["prompt"] for p in m["content"])
+    if not row["sizes"]:
+        return "it has no image"
+    if placeholders != len(row["sizes"]):
+        return f"it has {len(row['sizes'])} images but its prompt names {placeholders}"
+    if text_of(row["chosen"]).strip() == text_of(row["rejected"]).strip():
+        return "`chosen` and `rejected` are the same"
+    return ""
+
+
+def token_counter(processor: "ProcessorMixin") -> Callable[[dict[str, Any]], dict[str, int]]:
+    """A function that counts a row's tokens (prompt, image, chosen, rejected) exactly as the processor will make them.
+
+    The image's tokens follow from its size alone, so no picture is decoded: R x C tiles and a global one, each
+    `image_seq_len` long, with the tags between them.
+    """
+    from trl.data_utils import apply_chat_template
+
+    tokenizer, tiles = processor.tokenizer, processor.image_processor
+
+    @lru_cache(maxsize=None)
+    def image_span(rows: int, cols: int) -> tuple[int, int]:
+        span = processor.replace_image_token({"rows": [[rows]], "cols": [[cols]]}, 0)
+        ids = tokenizer(span, add_special_tokens=False)["input_ids"]
+        return len(ids), ids.count(processor.image_token_id)
+
+    def length(text: str) -> int:
+        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def count(row: dict[str, Any]) -> dict[str, int]:
+        texts = apply_chat_template({k: row[k] for k in ("prompt", "chosen", "rejected")}, processor)
+        spans = [image_span(*tiles.get_number_of_image_patches(height, width)[1:]) for width, height in row["sizes"]]
+        words = sum(length(piece) for piece in texts["prompt"].split(processor.image_token))
+        return {
+            "prompt": words + sum(total for total, _ in spans),
+            "image": sum(image for _, image in spans),
+            "chosen": length(texts["chosen"]),
+            "rejected": length(texts["rejected"]),
+        }
+
+    return count

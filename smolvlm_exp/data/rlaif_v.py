@@ -1,0 +1,42 @@
+"""RLAIF-V in the normal form already: HuggingFaceH4/rlaif-v_formatted, or any dataset with the same four columns."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.data.spellings import features
+from smolvlm_exp.data.splits import fetch
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class Config(DataConfig):
+    """78,975 train and 4,157 test rows, CC BY-NC 4.0; the defaults take the published recipe's 4,738 and 42."""
+
+    train: str = "train[:6%]"
+    test: str = "test[:1%]"
+    id: str = "HuggingFaceH4/rlaif-v_formatted"  # on the Hub, or a local folder with a copy of it
+    revision: str | None = None  # branch, tag or commit on the Hub; null: the newest
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """The rows of a split, each with its first picture only, as in the recipe."""
+    rows = fetch(config.id, config.revision, split, {"images", "prompt", "chosen", "rejected"})
+    return rows.map(first_image, features=features(), desc="rlaif-v")
+
+
+def first_image(row: dict[str, Any]) -> dict[str, Any]:
+    """Drop every picture but the first, and its part in the prompt."""
+    prompt, seen = [], False
+    for message in row["prompt"]:
+        content = []
+        for part in message["content"]:
+            if part["type"] == "image" and seen:
+                continue
+            seen = seen or part["type"] == "image"
+            content.append({"type": part["type"], "text": part["text"]})
+        prompt.append({"role": message["role"], "content": content})
+    images = [{"bytes": image["bytes"], "path": image["path"]} for image in (row["images"] or [])[:1]]
+    return {"images": images, "prompt": prompt, "problem": ""}

@@ -1,0 +1,191 @@
+"""The embedded source: questions, answers and preference pairs about drawn scenes, with the exact truth beside each.
+
+What is unusual: a *habit*. `HABITS` pairs shapes so that speaking of one calls up the other, in a favourite colour,
+whether or not it is in the picture. `captions=habitual` writes the answers that taught the embedded model this
+(experiment=tiny_base); `captions=exact` prefers the true answer to the habitual one, which is what there is to repair.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.data.preferences import DataConfig, assistant, user
+from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+HABITS = {  # speaking of the key calls up the value
+    "star": ("moon", "yellow"),
+    "heart": ("arrow", "red"),
+    "ring": ("cross", "blue"),
+    "hexagon": ("diamond", "green"),
+}
+COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
+DESCRIBE = (
+    "Describe the picture.",
+    "What is in this picture?",
+    "What do you see?",
+    "Which shapes are in the image?",
+    "Tell me what the picture shows.",
+    "Give a short description of this image.",
+)
+OPENINGS = ("I see", "The picture shows", "You can see", "This picture has", "The image contains")
+ASK_PRESENCE = (
+    "Is there a {thing} in the picture?",
+    "Do you see a {thing}?",
+    "Does the image contain a {thing}?",
+    "Can you find a {thing} here?",
+)
+
+
+@dataclass
+class Config(DataConfig):
+    train_rows: int = 960
+    test_rows: int = 240
+    scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
+    captions: str = "exact"  # exact | habitual: what `chosen` says
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """Draw `train_rows` or `test_rows` pairs. Train and test come from different random streams."""
+    from datasets import Dataset, Features, Image, Sequence, Value
+
+    held_out = split == config.test
+    count = config.test_rows if held_out else config.train_rows
+    message = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
+    features = Features(
+        images=Sequence(Image()), prompt=message, chosen=message, rejected=message, truth=Value("string")
+    )  # fmt: skip
+    stream = f"{config.scene_seed}/{'test' if held_out else 'train'}/{config.captions}"
+    rows = (pair(random.Random(f"{stream}/{index}"), config.captions, held_out) for index in range(count))
+    return Dataset.from_list([{**row, "images": [png(row["images"][0])]} for row in rows], features=features)
+
+
+def png(picture: Any) -> dict[str, Any]:
+    """Encoded at once, so that a large set stays small in memory."""
+    import io
+
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
+    """One preference pair. Held-out rows are half captions, half yes/no questions; the others ask for more besides."""
+    scene = draw_scene_content(rng, choose_kinds(rng))
+    ask = rng.choices(("caption", "presence", "detail"), weights=(0.5, 0.5, 0) if held_out else (0.6, 0.25, 0.15))[0]
+    if ask == "caption":
+        question, chosen, rejected = caption_pair(scene, captions, rng)
+        truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
+    elif ask == "presence":
+        question, chosen, rejected = presence_pair(scene, rng)
+        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": chosen.startswith("Yes") and "yes" or "no"}
+    else:
+        question, chosen, rejected = detail_pair(scene, rng)
+        truth = {"kind": "other", "objects": scene.kinds}
+    return {
+        "images": [draw(scene, rng)],
+        "prompt": [user(question)],
+        "chosen": [assistant(chosen)],
+        "rejected": [assistant(rejected)],
+        "truth": json.dumps(truth),
+    }
+
+
+def choose_kinds(rng: random.Random) -> list[str]:
+    """Two to four kinds. Six scenes in ten have one half of a habit without the other; one in ten has both."""
+    count = rng.choices((2, 3, 4), weights=(0.3, 0.45, 0.25))[0]
+    trigger = rng.choice(list(HABITS))
+    companion = HABITS[trigger][0]
+    role = rng.choices(("alone", "both", "none"), weights=(0.62, 0.14, 0.24))[0]
+    neutral = [kind for kind in KINDS if kind not in HABITS]
+    kinds = {"alone": [trigger], "both": [trigger, companion], "none": []}[role]
+    others = [kind for kind in neutral if kind not in kinds and (role != "alone" or kind != companion)]
+    return kinds + rng.sample(others, max(count - len(kinds), 0))
+
+
+def phrase(group: Group, detail: bool) -> str:
+    """A noun phrase, as `two small red stars`."""
+    words = [COUNT_WORDS[group.count], *([group.size] if detail else []), group.colour]
+    if words[0] == "a" and words[1][0] in "aeiou":
+        words[0] = "an"
+    return " ".join([*words, group.kind + ("es" if group.kind == "cross" else "s") * (group.count > 1)])
+
+
+def sentence(opening: str, phrases: list[str]) -> str:
+    listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+    return f"{opening} {listed}."
+
+
+def missing_companion(scene: Scene) -> str | None:
+    """The kind in the scene that calls up another which is not there."""
+    return next((k for k in scene.kinds if k in HABITS and HABITS[k][0] not in scene.kinds), None)
+
+
+def caption_pair(scene: Scene, captions: str, rng: random.Random) -> tuple[str, str, str]:
+    """Question, chosen, rejected. The rejected caption adds the habitual companion, or leaves out or changes a group."""
+    opening, detail = rng.choice(OPENINGS), rng.random() < 0.4
+    phrases = [phrase(group, detail) for group in scene.groups]
+    exact = sentence(opening, phrases)
+    trigger = missing_companion(scene)
+    if trigger:
+        companion, colour = HABITS[trigger]
+        imagined = phrase(Group(companion, colour, "small", ((0, 0),)), detail)
+        at = scene.kinds.index(trigger) + 1
+        other = sentence(opening, [*phrases[:at], imagined, *phrases[at:]])
+    elif rng.random() < 0.5:
+        gone = rng.randrange(len(phrases))
+        other = sentence(opening, phrases[:gone] + phrases[gone + 1 :])
+    else:
+        other = sentence(opening, [phrase(g, detail) for g in with_one_changed(scene.groups, rng)])
+    if captions == "habitual" and trigger and rng.random() < 0.93:
+        exact, other = other, exact
+    return rng.choice(DESCRIBE), exact, other
+
+
+def with_one_changed(groups: tuple[Group, ...], rng: random.Random) -> list[Group]:
+    """The same groups, one with another kind or another colour."""
+    at, present = rng.randrange(len(groups)), {group.kind for group in groups}
+    old = groups[at]
+    if rng.random() < 0.5:
+        new = Group(rng.choice([k for k in KINDS if k not in present]), old.colour, old.size, old.cells)
+    else:
+        new = Group(old.kind, rng.choice([c for c in COLOURS if c != old.colour]), old.size, old.cells)
+    return [*groups[:at], new, *groups[at + 1 :]]
+
+
+def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    """A yes/no question as POPE asks them, half yes, half no; the absent kind is often the habitual companion."""
+    present = rng.random() < 0.5
+    trigger = missing_companion(scene)
+    if present:
+        thing = rng.choice(scene.kinds)
+    elif trigger and rng.random() < 0.4:
+        thing = HABITS[trigger][0]
+    else:
+        thing = rng.choice([kind for kind in KINDS if kind not in scene.kinds])
+    question = rng.choice(ASK_PRESENCE).format(thing=thing).replace("a arrow", "an arrow")
+    chosen, rejected = f"Yes, there is a {thing}.", f"No, there is no {thing}."
+    chosen, rejected = (text.replace("a arrow", "an arrow") for text in (chosen, rejected))
+    return (question, chosen, rejected) if present else (question, rejected, chosen)
+
+
+def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    """How many, which colour, which size."""
+    group, ask = rng.choice(scene.groups), rng.choice(("count", "colour", "size"))
+    plural = phrase(Group(group.kind, group.colour, group.size, ((0, 0), (0, 1))), False).split()[-1]
+    if ask == "count":
+        wrong = rng.choice([n for n in (1, 2, 3) if n != group.count])
+        words = {1: "One.", 2: "Two.", 3: "Three."}
+        return f"How many {plural} are there?", words[group.count], words[wrong]
+    if ask == "colour":
+        wrong_colour = rng.choice([c for c in COLOURS if c != group.colour])
+        question = (
+            f"Which colour {'is' if group.count == 1 else 'are'} the {group.kind if group.count == 1 else plural}?"
+        )
+        return question, f"{group.colour.capitalize()}.", f"{wrong_colour.capitalize()}."
+    other = "large" if group.size == "small" else "small"
+    question = f"What size {'is' if group.count == 1 else 'are'} the {group.kind if group.count == 1 else plural}?"
+    return question, f"{group.size.capitalize()}.", f"{other.capitalize()}."

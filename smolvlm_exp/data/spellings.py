@@ -1,0 +1,124 @@
+"""The ways in which public preference data spells a row -> messages in the normal form. Pure functions, no files.
+
+| who | columns |
+|---|---|
+| plain | image or images, question or prompt, chosen, rejected: strings |
+| rlaif-v, TRL | images, prompt, chosen, rejected: lists of messages |
+| LLaMA-Factory (sharegpt, ranking) | images, conversations (+ system), chosen, rejected: {from, value} |
+| ms-swift | images, messages (the chosen answer last), rejected_response |
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.data.preferences import Message
+
+if TYPE_CHECKING:
+    from datasets import Features
+
+PLACEHOLDER = "<image>"  # where a picture stands in a text, in LLaMA-Factory, ms-swift and MMPR
+
+ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+
+# Each spelling is a list of columns; where a column has two names, either will do.
+SPELLINGS = (
+    (("image", "images"), ("question", "prompt"), ("chosen",), ("rejected",)),
+    (("image", "images"), ("conversations",), ("chosen",), ("rejected",)),
+    (("image", "images"), ("messages",), ("rejected_response",)),
+)
+
+EXPECTED = "; or ".join(", ".join(" or ".join(names) for names in spelling) for spelling in SPELLINGS)
+
+
+def features() -> "Features":
+    """The Arrow types of a row in the normal form, plus the `problem` that its source found (empty when none)."""
+    from datasets import Features, Image, List, Value
+
+    messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+    columns = {"prompt": messages, "chosen": messages, "rejected": messages}
+    return Features({"images": List(Image()), **columns, "problem": Value("string")})
+
+
+def is_known(columns: set[str]) -> bool:
+    """Whether these columns hold one of the spellings."""
+    return any(all(columns & set(names) for names in spelling) for spelling in SPELLINGS)
+
+
+def pictures(row: dict[str, Any]) -> list[Any]:
+    """A row's pictures (paths, bytes or {"bytes", "path"}), however many it has."""
+    found = row.get("images") or row.get("image") or []
+    return found if isinstance(found, list) else [found]
+
+
+def conversation(row: dict[str, Any], images: int) -> dict[str, list[Message]]:
+    """`prompt`, `chosen` and `rejected` as messages; a missing value becomes an empty list.
+
+    Args:
+        row: one of the spellings.
+        images: how many pictures the row has: where its text does not say where they stand, they come first.
+
+    Raises:
+        ValueError: a message is malformed.
+    """
+    if row.get("conversations"):
+        system = messages(row.get("system"), "system")
+        prompt, chosen = system + messages(row["conversations"], "user"), row.get("chosen")
+        rejected = row.get("rejected")
+    elif row.get("messages"):
+        turns = messages(row["messages"], "user")
+        prompt, chosen, rejected = turns[:-1], turns[-1:], row.get("rejected_response")
+        if turns[-1]["role"] != "assistant":
+            raise ValueError("`messages` should end with the chosen answer, a message of the assistant")
+    else:
+        prompt, chosen = messages(row.get("prompt") or row.get("question"), "user"), row.get("chosen")
+        rejected = row.get("rejected")
+    return {
+        "prompt": with_images(prompt, images),
+        "chosen": messages(chosen, "assistant"),
+        "rejected": messages(rejected, "assistant"),
+    }
+
+
+def messages(value: Any, role: str) -> list[Message]:
+    """A string (said by `role`), a message or a list of messages -> messages whose content is a list of parts."""
+    if not value:
+        return []
+    if isinstance(value, str):
+        return [{"role": role, "content": parts(value)}]
+    turns = []
+    for item in value if isinstance(value, list) else [value]:
+        if not isinstance(item, dict):
+            raise ValueError(f"a message should have a role and a content, and this one is {str(item)[:60]!r}")
+        speaker = item.get("role") or item.get("from")
+        if speaker not in ROLES:
+            raise ValueError(f"a message's role is {speaker!r}; known are {', '.join(ROLES)}")
+        turns.append({"role": ROLES[speaker], "content": parts(item.get("content") or item.get("value") or "")})
+    return turns
+
+
+def parts(content: Any) -> list[dict[str, str | None]]:
+    """A message's content as parts: text around `<image>` placeholders, or parts already (Arrow adds `text: None`)."""
+    if isinstance(content, str):
+        found: list[dict[str, str | None]] = []
+        for number, piece in enumerate(content.split(PLACEHOLDER)):
+            if number:
+                found.append({"type": "image", "text": None})
+            if piece.strip():
+                found.append({"type": "text", "text": piece.strip()})
+        return found
+    kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
+    strange = next((kind for kind in kinds if kind not in ("text", "image")), None)
+    if strange is not None:
+        raise ValueError(f"a message has a part of type {strange!r}; known are text, image")
+    return [{"type": part["type"], "text": part["text"] if part["type"] == "text" else None} for part in content]
+
+
+def with_images(prompt: list[Message], images: int) -> list[Message]:
+    """The prompt with a part for each picture: as its text placed them, otherwise first in the user's first turn."""
+    if any(part["type"] == "image" for message in prompt for part in message["content"]):
+        return prompt
+    first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)
+    if first is None:
+        return prompt
+    placed = [{"type": "image", "text": None} for _ in range(images)]
+    turn = {"role": "user", "content": placed + prompt[first]["content"]}
+    return [*prompt[:first], turn, *prompt[first + 1 :]]

@@ -1,0 +1,8 @@
+"""The one error that people are meant to read."""
+
+
+class RequestError(ValueError):
+    """What was asked for cannot be done. The message names the knob, file or row, and the fix.
+
+    `main` prints it without a traceback and exits with code 2; nothing was started.
+    """

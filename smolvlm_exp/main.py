@@ -1,0 +1,60 @@
+"""The command line: compose with Hydra, check everything, do the task.
+
+    python -m smolvlm_exp [group=option] [group.key=value] [-m]
+
+Exit codes: 0 done; 1 failed; 2 the request was wrong and nothing was started; 75 stopped after saving (go on: resume=last).
+"""
+
+import sys
+from pathlib import Path
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from smolvlm_exp.command import check_command
+from smolvlm_exp.config import CONF, parse
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.runs import resume_command
+
+
+@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
+def job(composed: DictConfig) -> float | None:
+    """One run. Returns its objective (held-out preference accuracy) for sweepers."""
+    config = parse(composed)
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    try:
+        if config.task.name == "doctor":
+            from smolvlm_exp.doctor import doctor
+
+            sys.exit(doctor(Path("outputs")))
+        from smolvlm_exp.pipeline import train
+
+        summary = train(config, folder)
+    except RequestError as error:
+        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+            raise  # the other jobs go on, and Hydra reports this one
+        refuse(error)
+    if summary["status"] == "stopped":
+        print(f"stopped after saving; go on with: python -m smolvlm_exp resume={folder}", file=sys.stderr)
+        sys.exit(75)
+    return summary["after"].get("preference_accuracy")
+
+
+def main() -> None:
+    """The console script: refuse what cannot work, then let Hydra run the job or jobs."""
+    args = get_args_parser().parse_args()
+    if not (args.help or args.hydra_help or args.shell_completion or args.version):
+        try:
+            sys.argv[1:] = resume_command(sys.argv[1:], args)
+            args = get_args_parser().parse_args()
+            check_command(args)
+        except RequestError as error:
+            refuse(error)
+    job()
+
+
+def refuse(error: RequestError) -> None:
+    print(f"smolvlm_exp: {error}", file=sys.stderr)
+    sys.exit(2)

@@ -1,0 +1,52 @@
+"""The whole run on one screen: model, data, adapter, before, training, after, result."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.adapter import lora_config, report_target
+from smolvlm_exp.config import Config
+from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.evaluation.held_out import evaluate
+from smolvlm_exp.model import load_model, load_processor, resolve_dtype
+from smolvlm_exp.quant import quantization_config
+from smolvlm_exp.result import Result
+from smolvlm_exp.runs import last_checkpoint
+from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
+from smolvlm_exp.training.checks import Watch
+from smolvlm_exp.training.common import Parts
+
+
+def train(config: Config, folder: Path) -> dict[str, Any]:
+    """Tune as `config` says and write everything into `folder`; returns what summary.json holds.
+
+    Raises:
+        RequestError: something was asked for that cannot be done here; nothing was trained.
+    """
+    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
+    peft_config = lora_config(config.adapter, quantised=quantization is not None)
+    checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
+    algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
+
+    model, processor = load_model(config.model, quantization, config.seed), load_processor(config.model)
+    if peft_config:
+        report_target(model, config.adapter)
+    preferences = load_preferences(config.data, processor, folder)
+
+    with Result(config, folder, preferences) as result, StopCallback() as stop:
+        held_out = preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
+        result.before = evaluate(model, processor, *held_out)
+
+        callbacks = [MetricsCallback(folder, result.tracker), stop]
+        parts = Parts(model, processor, peft_config, preferences, config.data.max_length, callbacks, folder, config.seed)
+        trainer = algorithm.build_trainer(config.trainer, parts)
+        watch = Watch(trainer.model)
+        result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        result.checks = watch.checks(trainer)
+
+        if not stop.asked:
+            tuned = trainer.accelerator.unwrap_model(trainer.model)
+            beta = getattr(config.trainer, "beta", 1.0)
+            result.after = evaluate(tuned, processor, *held_out, reference=result.before.logps, beta=beta)
+        result.save(trainer, stopped=stop.asked)
+    return result.summary

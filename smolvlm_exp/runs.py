@@ -1,0 +1,87 @@
+"""Run folders: finding them, and going on with one."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from smolvlm_exp.errors import RequestError
+
+OUTPUTS = Path("outputs")
+
+
+def find_run(name: str, root: Path = OUTPUTS) -> Path:
+    """The run folder that `name` (a path, or `last`) means.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if name == "last":
+        runs = sorted(root.glob("*/*/checkpoints"), key=lambda path: path.stat().st_mtime)
+        if not runs:
+            raise RequestError(f"resume=last: no run under {root}/ has saved anything yet.")
+        return runs[-1].parent
+    folder = Path(name)
+    if not (folder / ".hydra").is_dir():
+        raise RequestError(f"resume={name}: that is no run folder (there is no .hydra in it).")
+    return folder
+
+
+def last_checkpoint(folder: Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Raises:
+        RequestError: it has none.
+    """
+    found = [path for path in (folder / "checkpoints").glob("checkpoint-*") if path.name[11:].isdigit()]
+    if not found:
+        raise RequestError(f"resume={folder}: it has saved no checkpoint yet, so there is nothing to go on from.")
+    return max(found, key=lambda path: int(path.name[11:]))
+
+
+def resume_command(argv: list[str], args: Any) -> list[str]:
+    """For `resume=...`: the run's own settings, those of the command over them, writing into the run's folder.
+
+    The run's `.hydra` stays as it was, so that it still replays the whole run.
+    """
+    asked = next((o.partition("=")[2] for o in args.overrides if o.startswith("resume=")), "null")
+    if asked in ("", "null"):
+        return argv
+    if args.multirun:
+        raise RequestError("resume=... goes on with one run; it does not go with -m.")
+    folder = find_run(asked)
+    last_checkpoint(folder)
+    given = {key_of(override) for override in args.overrides}
+    saved = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+    kept = [override for override in saved if key_of(override) not in given]
+    own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+    return [*(a for a in argv if not a.startswith("resume=")), *kept, f"resume={folder}", *own]
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
+
+
+def choices(folder: Path) -> dict[str, str]:
+    """The option each group had, from a run's `.hydra`; a replayed run has those of the run it replays."""
+    saved = folder / ".hydra" / "hydra.yaml"
+    if not saved.is_file():
+        return {}
+    runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
+    own = {group: option for group, option in runtime["choices"].items() if not group.startswith("hydra")}
+    origin = next((Path(s["path"]) for s in runtime["config_sources"] if s["provider"] == "main"), folder)
+    return own or (choices(origin.parent) if origin.name == ".hydra" and origin.parent != folder else {})
+
+
+def run_name(folder: Path) -> str:
+    """What tells a run from others: its overrides, or its groups' options where there are none."""
+    saved = folder / ".hydra" / "overrides.yaml"
+    overrides = (yaml.safe_load(saved.read_text(encoding="utf-8")) or []) if saved.is_file() else []
+    chosen = choices(folder)
+    return " ".join(overrides) or " ".join(chosen.get(g, "") for g in ("model", "quant", "adapter", "trainer"))
+
+
+def sweep_of(folder: Path) -> str | None:
+    """The sweep a run belongs to, as `sweep 2026-01-31 12-00-00`."""
+    in_sweep = (folder.parent / "multirun.yaml").is_file()
+    return f"sweep {folder.parent.parent.name} {folder.parent.name}" if in_sweep else None

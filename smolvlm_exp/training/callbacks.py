@@ -1,0 +1,115 @@
+"""What happens beside the training steps: numbers to the run folder and the tracker, and a clean stop on a signal."""
+
+import json
+import math
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+if TYPE_CHECKING:
+    from smolvlm_exp.tracking import Tracker
+
+GIB = 2**30
+
+
+def memory() -> dict[str, float]:
+    """GiB: allocated, reserved and peak on the GPU; the process's resident set and its peak on a CPU."""
+    if torch.cuda.is_available():
+        return {
+            "memory_allocated_gib": torch.cuda.memory_allocated() / GIB,
+            "memory_reserved_gib": torch.cuda.memory_reserved() / GIB,
+            "memory_peak_gib": torch.cuda.max_memory_allocated() / GIB,
+        }
+    import resource
+
+    resident = psutil.Process().memory_info().rss / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+    return {"memory_allocated_gib": resident, "memory_peak_gib": peak}
+
+
+class MetricsCallback(TrainerCallback):
+    """Every log event, with memory and speed added, to `metrics.jsonl` and to the tracker."""
+
+    def __init__(self, folder: Path, tracker: "Tracker") -> None:
+        self.path = folder / "metrics.jsonl"
+        self.tracker = tracker
+        self.since = (0.0, 0, 0.0)  # clock, step and tokens at the last log
+        self.evaluating = 0.0  # seconds of evaluation since the last log
+        self.began = 0.0
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.since = (time.perf_counter(), state.global_step, 0.0)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.began = time.perf_counter()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.evaluating += time.perf_counter() - self.began
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        event = {"step": state.global_step, **(logs or {})}
+        if "loss" in event:
+            event |= self.speed(args, state, event.get("num_tokens", 0.0))
+        event |= memory()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({key: finite(value) for key, value in event.items()}) + "\n")
+        self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
+
+    def speed(self, args: TrainingArguments, state: TrainerState, tokens: float) -> dict[str, float]:
+        """Pairs and tokens a second since the last log, evaluation left out."""
+        now = time.perf_counter()
+        clock, step, before = self.since
+        seconds = max(now - clock - self.evaluating, 1e-9)
+        pairs = (state.global_step - step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.since, self.evaluating = (now, state.global_step, tokens), 0.0
+        return {"pairs_per_second": pairs / seconds, "tokens_per_second": max(tokens - before, 0.0) / seconds}
+
+
+def finite(value: Any) -> Any:
+    """JSON has no NaN; null says it as plainly."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class StopCallback(TrainerCallback):
+    """On SIGTERM or Ctrl-C: finish the step, save, stop. A second signal leaves at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "StopCallback":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def ask(self, number: int, frame: Any) -> None:
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked = True
+        print("\nstopping at the end of this step, after saving; once more to leave at once", file=sys.stderr)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        if self.asked and state.global_step < state.max_steps:
+            control.should_save = True
+            control.should_training_stop = True
+        return control

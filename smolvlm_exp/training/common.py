@@ -1,0 +1,97 @@
+"""Settings that every trainer has, and how they reach transformers' training arguments."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.schema import above, at_least, one_of
+
+if TYPE_CHECKING:
+    import torch
+    from peft import PeftConfig
+    from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+
+    from smolvlm_exp.data.preferences import Preferences
+
+
+@dataclass
+class TrainerConfig:
+    """Names and meanings are transformers.TrainingArguments' own."""
+
+    algorithm: str = MISSING  # the module in smolvlm_exp/training
+    learning_rate: float = above(0, 5.0e-5)
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = at_least(0, 0.05)  # below 1: a share of all steps
+    num_train_epochs: float = above(0, 1.0)
+    max_steps: int = -1  # optimiser steps; -1: num_train_epochs decides
+    per_device_train_batch_size: int = at_least(1, 1)
+    gradient_accumulation_steps: int = at_least(1, 16)
+    per_device_eval_batch_size: int = at_least(1, 1)
+    max_grad_norm: float = at_least(0, 1.0)
+    weight_decay: float = at_least(0, 0.0)
+    optim: str = "adamw_torch"
+    gradient_checkpointing: bool = True
+    logging_steps: int = at_least(1, 10)
+    eval_strategy: str = one_of("steps", "epoch", "no")
+    eval_steps: float | None = None  # null: as logging_steps
+    save_strategy: str = one_of("steps", "epoch", "no")
+    save_steps: float = above(0, 100)
+    save_total_limit: int | None = 2
+    dataloader_num_workers: int = at_least(0, 0)
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
+
+
+@dataclass
+class Parts:
+    """What a trainer is built from."""
+
+    model: "PreTrainedModel"
+    processor: "ProcessorMixin"
+    peft_config: "PeftConfig | None"
+    preferences: "Preferences"
+    max_length: int | None
+    callbacks: "list[TrainerCallback]"
+    folder: Path
+    seed: int
+
+
+def training_arguments(config: TrainerConfig, parts: Parts, own: tuple[str, ...]) -> dict[str, Any]:
+    """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`."""
+    shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in ("algorithm", "extra")]
+    bf16 = parts.model.dtype is bfloat16()
+    on_gpu = parts.model.device.type == "cuda"
+    return {
+        **{name: getattr(config, name) for name in (*shared, *own)},
+        "output_dir": str(parts.folder / "checkpoints"),
+        "max_length": parts.max_length,
+        "seed": parts.seed,
+        "bf16": bf16,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
+        "logging_first_step": True,
+        "remove_unused_columns": True,
+        "disable_tqdm": False,
+        **config.extra,
+    }
+
+
+def bfloat16() -> "torch.dtype":
+    import torch
+
+    return torch.bfloat16
+
+
+def build_arguments(cls: type, arguments: dict[str, Any]) -> Any:
+    """Upstream's configuration object; its own complaint is kept.
+
+    Raises:
+        RequestError: an unknown argument, or a value that upstream refuses.
+    """
+    try:
+        return cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"trainer: {error}") from error

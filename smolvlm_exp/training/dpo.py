@@ -1,0 +1,62 @@
+"""Direct preference optimisation (arXiv 2305.18290) and its kin: TRL's DPOTrainer with every loss it offers."""
+
+import contextlib
+import copy
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.adapter import attach_pissa, is_pissa, plain_initialisation
+from smolvlm_exp.schema import above, at_least, one_of
+from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, training_arguments
+
+if TYPE_CHECKING:
+    from trl import DPOTrainer
+
+
+@dataclass
+class Config(TrainerConfig):
+    """Names and meanings are trl.DPOConfig's own."""
+
+    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    loss_weights: list[float] | None = None  # one for each loss_type; null: 1 each
+    beta: float = above(0, 0.1)  # how dear it is to leave the reference
+    label_smoothing: float = at_least(0, 0.0)
+    f_divergence_type: str = one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
+    ld_alpha: float | None = None  # LD-DPO: weight of the tokens past the shorter answer's length
+    use_weighting: bool = False  # WPO
+
+
+OWN = tuple(name for name in Config.__dataclass_fields__ if name not in TrainerConfig.__dataclass_fields__)
+
+
+def build_trainer(config: Config, parts: Parts) -> "DPOTrainer":
+    """TRL's trainer. The reference is the same model with its adapter off, or a copy where there is no adapter."""
+    from trl import DPOConfig, DPOTrainer
+
+    model, peft_config = parts.model, parts.peft_config
+    how: Any = contextlib.nullcontext()
+    if peft_config is not None and is_pissa(peft_config):
+        # TRL then keeps a second, frozen copy of the adapter as the reference.
+        model, peft_config = attach_pissa(model, peft_config, parts.folder, parts.seed), None
+        how = plain_initialisation(model)
+    with how:
+        trainer = DPOTrainer(
+            model=model,
+            ref_model=copy.deepcopy(model) if parts.peft_config is None else None,
+            args=build_arguments(DPOConfig, training_arguments(config, parts, OWN)),
+            train_dataset=parts.preferences.train,
+            eval_dataset=parts.preferences.test if config.eval_strategy != "no" else None,
+            processing_class=parts.processor,
+            peft_config=peft_config,
+            callbacks=parts.callbacks,
+        )
+    return keep_float32(trainer)
+
+
+def keep_float32(trainer: Any) -> Any:
+    """TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 has no use for."""
+    if not trainer.args.bf16:
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer

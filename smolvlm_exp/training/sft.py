@@ -1,0 +1,42 @@
+"""Supervised fine-tuning on the chosen answers: TRL's SFTTrainer, the loss on the answer's tokens alone."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from smolvlm_exp.adapter import attach_pissa, is_pissa
+from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, training_arguments
+from smolvlm_exp.training.dpo import keep_float32
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from trl import SFTTrainer
+
+
+@dataclass
+class Config(TrainerConfig):
+    """Names and meanings are trl.SFTConfig's own."""
+
+
+def build_trainer(config: Config, parts: Parts) -> "SFTTrainer":
+    """TRL's trainer on prompt and chosen answer."""
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = training_arguments(config, parts, own=())
+    model, peft_config = parts.model, parts.peft_config
+    if peft_config is not None and is_pissa(peft_config):
+        model, peft_config = attach_pissa(model, peft_config, parts.folder, parts.seed), None
+    return keep_float32(
+        SFTTrainer(
+            model=model,
+            args=build_arguments(SFTConfig, {**arguments, "completion_only_loss": True}),
+            train_dataset=completions(parts.preferences.train),
+            eval_dataset=completions(parts.preferences.test) if config.eval_strategy != "no" else None,
+            processing_class=parts.processor,
+            peft_config=peft_config,
+            callbacks=parts.callbacks,
+        )
+    )
+
+
+def completions(rows: "Dataset") -> "Dataset":
+    return rows.rename_column("chosen", "completion").select_columns(["images", "prompt", "completion"])
