@@ -86,14 +86,15 @@ def line_chart(
     """One figure: title, legend, axes, a line a series. Returns "" where there is nothing to draw.
 
     Args:
-        series: name -> (x, y) points; points that are not finite are left out.
+        series: name -> (x, y) points; points that are not finite are counted in a note instead.
         show: writes a y value.
         bounds: fixes the y axis (an accuracy: (0, 1)).
         zero: the y axis starts at zero at the latest.
         reference: a dashed horizontal line and its name.
     """
-    clean = {name: thin(_finite(points)) for name, points in series.items()}
-    clean = {name: points for name, points in clean.items() if points}
+    drawable = {name: _drawable(points) for name, points in series.items()}
+    lost = sum(len(points) for points in series.values()) - sum(len(points) for points in drawable.values())
+    clean = {name: thin(points) for name, points in drawable.items() if points}
     if not clean:
         return ""
     xs = [x for points in clean.values() for x, _ in points]
@@ -126,12 +127,12 @@ def line_chart(
     label = html.escape(f"{title}: {'; '.join(_spoken(n, p, x_label, show) for n, p in clean.items())}")
     return (
         f'<figure class="chart"><figcaption><span class="title">{html.escape(title)}</span>'
-        f"{_legend(clean)}</figcaption>"
+        f"{_lost(lost)}{_legend(clean)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(body)}</svg></figure>'
     )
 
 
-def _finite(points: Points) -> list[tuple[float, float]]:
+def _drawable(points: Points) -> list[tuple[float, float]]:
     return sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
 
 
@@ -201,6 +202,10 @@ def _hover(series: Mapping[str, Points], px: Scale, py: Scale, x_label: str, sho
             f'<text class="readout" x="{WIDTH - RIGHT}" y="11" text-anchor="end">{readout}</text></g></g>'
         )
     return "".join(out)
+
+
+def _lost(count: int) -> str:
+    return f'<span class="lost">{count:,} not finite</span>' if count else ""
 
 
 def _legend(series: Mapping[str, Points]) -> str:

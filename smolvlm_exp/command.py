@@ -84,7 +84,8 @@ def check_keys(name: str, groups: list[Override], values: list[Override]) -> Non
         free = ".extra." in key or key.startswith("hydra.")
         if not free and not any(path == key or path.startswith(f"{key}.") for path in known):
             raise RequestError(f"{key}: no such setting. {suggestion(key, known)}")
-        if ".extra." in key and not override.is_add() and not override.is_force_add():
+        adds = override.is_add() or override.is_force_add()
+        if ".extra." in key and not adds and OmegaConf.select(composed, key) is None:
             raise RequestError(f"{key}: further arguments are added with a plus: +{override.input_line}")
 
 

@@ -101,24 +101,25 @@ def unknown_keys(node: Any, expected: Any, path: str = "") -> Iterator[str]:
         return
     for key in node:
         where = f"{path}{key}"
-        if key not in expected:
+        if key not in list(expected):  # `in` alone is false for a setting without a value yet
             yield where
         elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-            inner = expected._get_node(key)
-            yield from unknown_keys(node._get_node(key), inner if inner._content is not None else fill(inner), f"{where}.")
+            yield from unknown_keys(node._get_node(key), child(expected, key), f"{where}.")
 
 
-def fill(node: Any) -> Any:
-    """The schema of an optional group that is null by default."""
-    kind = node._metadata.ref_type
-    return OmegaConf.structured(kind) if is_dataclass(kind) else node
+def child(expected: DictConfig, key: Any) -> Any:
+    """The schema below `key`; that of an optional group that is null by default is filled in."""
+    node = expected._get_node(key)
+    if isinstance(node, DictConfig) and (node._is_none() or node._is_missing()):
+        kind = node._metadata.ref_type
+        return OmegaConf.structured(kind) if is_dataclass(kind) else node
+    return node
 
 
 def key_paths(expected: DictConfig, path: str = "") -> Iterator[str]:
     """Every setting's full name, as `adapter.r`."""
-    for key in expected:
-        node = expected._get_node(key)
-        node = fill(node) if isinstance(node, DictConfig) and node._is_none() else node
+    for key in list(expected.keys()):
+        node = child(expected, key)
         if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
             yield from key_paths(node, f"{path}{key}.")
         else:

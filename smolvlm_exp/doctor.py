@@ -8,11 +8,11 @@ runs and something else will not, or not well. No check asks a question, needs a
 import io
 import logging
 import os
+import platform
 import shutil
 import sys
 import tempfile
 import threading
-import tomllib
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
@@ -29,8 +29,8 @@ NF4_LIMIT = 0.12  # nf4 in blocks of 64: 0.091 to 0.093, whatever the numbers; f
 HUB_SECONDS = 3.0
 INSTALL = "`make run`, or pip install -e . in the checkout"
 NO_GPU = "or leave the GPU out: CUDA_VISIBLE_DEVICES=-1"
-HF_HOME = Path(os.environ.get("HF_HOME") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"))
-PYPROJECT = Path(__file__).resolve().parents[1] / "pyproject.toml"
+HF_HOME = Path(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface").expanduser()
+PYTHON = (3, 11)  # requires-python
 
 
 @dataclass
@@ -48,7 +48,7 @@ def doctor(outputs: Path) -> int:
     # name, function, and the verdict and fix when it raises
     checks: list[tuple[str, Callable[[], Finding], str, str]] = [
         ("python", check_python, "fail", "make a virtual environment with a newer Python"),
-        ("packages", check_packages, "fail", INSTALL),
+        ("packages", check_packages, "warn", f"a plain checkout is not installed: {INSTALL}"),
         ("imports", check_imports, "fail", f"reinstall what is named: {INSTALL}"),
         ("matmul", partial(check_matmul, "matmul", "float32"), "fail", f"reinstall torch, {NO_GPU}"),
         ("cuda", check_cuda, "fail", f"mend the driver, {NO_GPU}"),
@@ -98,47 +98,32 @@ def judge(name: str, good: bool, detail: str, fix: str, otherwise: str = "fail")
     return Finding(name, "ok", detail) if good else Finding(name, otherwise, detail, fix)
 
 
-def requirements() -> tuple[str, list[Any], bool]:
-    """The Python bound, the packages every run needs with theirs, and whether we are installed (else pyproject.toml's)."""
+def check_python() -> Finding:
+    needs = ".".join(map(str, PYTHON))
+    good, detail = sys.version_info >= PYTHON, f"{platform.python_version()} (needs {needs} or newer)"
+    return judge("python", good, detail, f"make a virtual environment with Python {needs} or newer")
+
+
+def requirements() -> list[Any]:
+    """What every run needs, with the bounds in the installed package's metadata."""
     from packaging.requirements import Requirement
 
-    try:
-        ours = metadata.distribution("smolvlm-exp")
-        python, needs, installed = ours.metadata["Requires-Python"], ours.requires or [], True
-    except metadata.PackageNotFoundError:
-        project = tomllib.loads(PYPROJECT.read_text(encoding="utf-8"))["project"]
-        python, needs, installed = project["requires-python"], project["dependencies"], False
-    parsed = [Requirement(need) for need in needs]
-    return python, [r for r in parsed if not r.marker or r.marker.evaluate({"extra": ""})], installed
-
-
-def check_python() -> Finding:
-    from packaging.specifiers import SpecifierSet
-
-    version, bounds = ".".join(map(str, sys.version_info[:3])), requirements()[0]
-    good = SpecifierSet(bounds).contains(version, prereleases=True)
-    return judge("python", good, f"{version} (needs {bounds})", f"make a virtual environment with Python {bounds}")
+    parsed = [Requirement(need) for need in metadata.requires("smolvlm-exp") or []]
+    return [r for r in parsed if not r.marker or r.marker.evaluate({"extra": ""})]
 
 
 def check_packages() -> Finding:
     """Missing or older than its lower bound: fail. Past its upper bound: nobody has tried it, so warn."""
-    _, needs, installed = requirements()
     seen, wrong, verdict = [], {}, "warn"
-    for need in needs:
-        try:
-            version = metadata.version(need.name)
-        except metadata.PackageNotFoundError:
-            wrong[f"'{need}'"], verdict = f"{need.name} is missing", "fail"
-            continue
+    for need in requirements():
+        version = next((found.version for found in metadata.distributions(name=need.name)), "")
+        broken = {s.operator for s in need.specifier if version and not s.contains(version, prereleases=True)}
+        if broken or not version:
+            wrong[f"'{need}'"] = f"{need.name} {version} is outside {need.specifier}" if version else f"no {need.name}"
+            verdict = verdict if version and broken <= {"<", "<=", "!="} else "fail"
         seen.append(f"{need.name} {version}")
-        broken = [s.operator for s in need.specifier if not s.contains(version, prereleases=True)]
-        if broken:
-            wrong[f"'{need}'"] = f"{need.name} {version} is outside {need.specifier}"
-            verdict = verdict if set(broken) <= {"<", "<=", "!="} else "fail"
-    if wrong:
-        return Finding("packages", verdict, "; ".join(wrong.values()), f"pip install {' '.join(wrong)}")
-    told = ("" if installed else "smolvlm-exp is not installed (plain checkout); ") + ", ".join(seen)
-    return judge("packages", installed, told, INSTALL, "warn")
+    detail = "; ".join(wrong.values()) or ", ".join(seen)
+    return judge("packages", not wrong, detail, f"pip install {' '.join(wrong)}", verdict)
 
 
 def check_imports() -> Finding:
@@ -148,13 +133,7 @@ def check_imports() -> Finding:
     from trl import DPOTrainer
 
     upstream = (Idefics3ForConditionalGeneration, LoraConfig, DPOTrainer)
-    return Finding("imports", "ok", ", ".join(c.__name__ for c in upstream))
-
-
-def device() -> str:
-    import torch
-
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return Finding("imports", "ok", ", ".join(name.__name__ for name in upstream))
 
 
 def normal(*shape: int, seed: int) -> Any:
@@ -171,7 +150,7 @@ def relative_error(got: Any, wanted: Any) -> float:
 def check_matmul(name: str, dtype: str) -> Finding:
     import torch
 
-    where = device()
+    where = "cuda" if torch.cuda.is_available() else "cpu"
     if name == "bf16" and where == "cpu":
         return Finding(name, "ok", "float32 is used on a CPU")
     a, b = (normal(256, 256, seed=seed).to(getattr(torch, dtype)) for seed in range(2))
@@ -202,8 +181,8 @@ def check_nf4() -> Finding:
     import torch
     from bitsandbytes.nn import Linear4bit
 
-    where, weight, x, grad = device(), normal(256, 256, seed=0), normal(64, 256, seed=1), normal(64, 256, seed=2)
-    compute = torch.bfloat16 if where == "cuda" else torch.float32
+    weight, x, grad = normal(256, 256, seed=0), normal(64, 256, seed=1), normal(64, 256, seed=2)
+    where, compute = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
     layer: Any = Linear4bit(256, 256, bias=False, compute_dtype=compute, compress_statistics=True, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer = layer.to(where)  # this quantises
@@ -225,7 +204,7 @@ def check_flash_attention() -> Finding:
     import torch
 
     installed = util.find_spec("flash_attn") is not None
-    if not installed or device() == "cpu":
+    if not installed or not torch.cuda.is_available():
         return Finding("flash-attn", "ok", f"{'no GPU' if installed else 'not installed'}: sdpa is used")
     from flash_attn import flash_attn_func
 
@@ -234,8 +213,7 @@ def check_flash_attention() -> Finding:
     q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
     error = relative_error(got, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
     detail = f"relative error {error:.0e} (limit {MATMUL_LIMIT:.0e})"
-    fix = "pip uninstall flash-attn, or build it again"
-    return judge("flash-attn", error <= MATMUL_LIMIT, detail, fix, "warn")
+    return judge("flash-attn", error <= MATMUL_LIMIT, detail, "pip uninstall flash-attn, or build it again", "warn")
 
 
 def check_images() -> Finding:
@@ -243,16 +221,15 @@ def check_images() -> Finding:
 
     ramp = Image.linear_gradient("L")
     picture = Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180)))
-    worst = {}
+    worst = []
     for kind in ("PNG", "JPEG"):
         stored = io.BytesIO()
         picture.save(stored, kind)
         back: Any = ImageChops.difference(picture, Image.open(stored).convert("RGB")).getextrema()
-        worst[kind] = max(high for _, high in back)
+        worst.append(max(high for _, high in back))
     picture.resize((64, 48), Image.Resampling.LANCZOS)
-    good = worst["PNG"] == 0 and worst["JPEG"] <= 24
-    detail = f"PNG off by {worst['PNG']} (limit 0), JPEG by {worst['JPEG']} (limit 24) of 255, LANCZOS resizes"
-    return judge("images", good, detail, "reinstall pillow")
+    detail = f"PNG off by {worst[0]} of 255 (limit 0), JPEG by {worst[1]} (limit 24)"
+    return judge("images", worst[0] == 0 and worst[1] <= 24, detail, "reinstall pillow")
 
 
 def check_memory() -> Finding:
@@ -268,8 +245,7 @@ def check_memory() -> Finding:
 
 def check_folder(name: str, folder: Path) -> Finding:
     """Write, fsync and delete a small file in `folder`, or in the nearest ancestor that exists."""
-    path = folder.expanduser().absolute()
-    there = next(p for p in (path, *path.parents) if p.exists())
+    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if p.exists())
     with tempfile.NamedTemporaryFile(dir=there, prefix=".doctor-") as file:
         file.write(bytes(1 << 16))
         file.flush()
@@ -292,8 +268,7 @@ def check_hub() -> Finding:
         except Exception as error:  # only its kind is told: a proxy's address may hold a password
             answers.append(type(error).__name__)
 
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
+    (thread := threading.Thread(target=ask, daemon=True)).start()
     thread.join(HUB_SECONDS + 0.5)
     answer = answers[0] if answers else f"no answer in {HUB_SECONDS:g} s"
     kept = sum(1 for _ in Path(constants.HF_HUB_CACHE).glob("models--*"))
@@ -305,18 +280,17 @@ def check_wandb() -> Finding:
     """Where runs will be seen. Nothing is asked: `wandb.login` would go to the network, even with `verify=False`."""
     try:
         with redirect_stderr(io.StringIO()):  # a complaint about ~/.netrc may quote the key
-            import wandb
+            from wandb.sdk import wandb_setup
             from wandb.sdk.lib import wbauth
 
-            settings = wandb.Settings()
+            settings = wandb_setup.singleton().settings
+            mode = os.environ.get("WANDB_MODE") or settings.mode
             key = os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=settings.base_url) or settings.api_key
-            problem = "the API key has the wrong form" if key and wbauth.check_api_key(key) else ""
+            wrong = key and wbauth.check_api_key(key)
     except Exception as error:  # only its kind is told: the message may quote the key
         return Finding("w&b", "warn", f"cannot be used ({type(error).__name__})", "`wandb login`, or tracker=none")
-    mode = os.environ.get("WANDB_MODE") or settings.mode
     if mode != "online":
         return Finding("w&b", "ok", f"{mode}, as you chose")
-    if not key and not os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
-        problem = "no account"
-    detail = f"offline: {problem}" if problem else "online: logged in"
-    return judge("w&b", not problem, detail, "`wandb login` to see runs online", "warn")
+    account = bool(key or os.environ.get("WANDB_IDENTITY_TOKEN_FILE")) and not wrong
+    detail = "online: logged in" if account else "offline: " + ("the key has the wrong form" if wrong else "no account")
+    return judge("w&b", account, detail, "`wandb login` to see runs online", "warn")

@@ -45,7 +45,7 @@ def job(composed: DictConfig) -> float | None:
 def main() -> None:
     """The console script: refuse what cannot work, then let Hydra run the job or jobs."""
     args = get_args_parser().parse_args()
-    if not (args.help or args.hydra_help or args.shell_completion or args.version):
+    if not (args.help or args.hydra_help or args.shell_completion):
         try:
             sys.argv[1:] = resume_command(sys.argv[1:], args)
             args = get_args_parser().parse_args()

@@ -97,14 +97,20 @@ def words(key: Any) -> str:
     return text.replace("_", " ") if text.isidentifier() and text.islower() else text
 
 
-def finite(value: Any) -> float | None:
-    """The number, or None for anything that is not one."""
+def real(value: Any) -> float | None:
+    """The number, nan and infinities too, or None for anything that is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
-        return float(value) if math.isfinite(value) else None
-    except OverflowError:
-        return None
+        return float(value)
+    except OverflowError:  # JSON has integers of any length
+        return math.inf
+
+
+def finite(value: Any) -> float | None:
+    """The number, or None for anything that is not a finite one."""
+    found = real(value)
+    return found if found is not None and math.isfinite(found) else None
 
 
 def duration(seconds: float) -> str:
@@ -138,6 +144,6 @@ def picture(image: "Image") -> str:
     data = base64.b64encode(file.getvalue()).decode("ascii")
     kind, mime = ("small", "png") if small else ("photo", "jpeg")
     return (
-        f'<div class="picture {kind}"><img width="{drawn.width}" height="{drawn.height}" loading="lazy" '
+        f'<div class="picture {kind}"><img width="{drawn.width}" height="{drawn.height}" '
         f'alt="The picture of this row" src="data:image/{mime};base64,{data}"></div>'
     )

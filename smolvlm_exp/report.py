@@ -2,7 +2,7 @@
 
     write_report(folder, summary, config, samples)
 
-Anything may be missing: a run that failed early still gets its page. The parts are next door: `charts` draws, `results`
+Anything may be missing: a run that failed early still gets its page. The parts are next door: `charts` draws, `metrics`
 is the before/after table, `page` is what surrounds them.
 """
 
@@ -17,8 +17,22 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from smolvlm_exp.charts import line_chart, number, percent
-from smolvlm_exp.page import SMALL_EDGE, duration, empty, facts, finite, mark, page, picture, pill, shown, table, words
-from smolvlm_exp.results import METRICS, results
+from smolvlm_exp.metrics import METRICS, results
+from smolvlm_exp.page import (
+    SMALL_EDGE,
+    duration,
+    empty,
+    facts,
+    finite,
+    mark,
+    page,
+    picture,
+    pill,
+    real,
+    shown,
+    table,
+    words,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -119,7 +133,7 @@ def headline(summary: dict[str, Any]) -> str:
         elif b is not None:
             alone.append(f"{METRICS[key].label}: {percent(b)}")
     parts = (both or alone)[:2]
-    first, last = finite(train.get("first_loss")), finite(train.get("last_loss"))
+    first, last = real(train.get("first_loss")), real(train.get("last_loss"))
     if not parts and first is not None and last is not None:
         parts = [f"Training loss: {number(first)} → {number(last)}"]
     sentence = "; ".join([*parts[:1], *(p[0].lower() + p[1:] for p in parts[1:])])
@@ -173,7 +187,7 @@ def _charts(curves: Curves, events: list[dict[str, Any]]) -> str:
 
 def _series(events: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """A key's points; where a resumed run logged a step again, the later one counts."""
-    at = {float(e["step"]): value for e in events if (value := finite(e.get(key))) is not None}
+    at = {float(e["step"]): value for e in events if (value := real(e.get(key))) is not None}
     return list(at.items())
 
 
@@ -210,9 +224,10 @@ def _train_facts(train: dict[str, Any]) -> str:
         "first_loss": ("first loss", number),
         "last_loss": ("last loss", number),
     }
-    told: list[tuple[str, Any]] = [
-        (label, show(value)) for key, (label, show) in how.items() if (value := finite(train.get(key))) is not None
-    ]
+    told: list[tuple[str, Any]] = []
+    for key, (label, show) in how.items():
+        value = finite(train.get(key))
+        told.append((label, train.get(key) if value is None else show(value)))
     trainable, total = finite(train.get("trainable_parameters")), finite(train.get("total_parameters"))
     if trainable is not None:
         share = f" of {total:,.0f} ({percent(trainable / total, 2)})" if total else ""

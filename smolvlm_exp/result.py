@@ -1,10 +1,11 @@
 """What a run leaves behind: summary.json, the adapter, the report, the final table, the tracker's summary."""
 
+import contextlib
 import json
 import platform
 import time
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -49,7 +50,7 @@ class Result:
             "after": {},
             "train": {},
             "checks": [],
-            "versions": {"python": platform.python_version()} | {package: version(package) for package in PACKAGES},
+            "versions": versions(),
         }
 
     def __enter__(self) -> "Result":
@@ -146,3 +147,11 @@ class Result:
             highlight=False,
         )
         console.print(f"{self.folder}/report.html", highlight=False, soft_wrap=True)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):  # wandb is not needed with tracker=none
+            found[package] = version(package)
+    return found

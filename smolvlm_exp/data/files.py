@@ -7,7 +7,7 @@ stay inside it.
 import csv
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,8 +16,8 @@ from omegaconf import MISSING
 
 from smolvlm_exp.data.images import Entry, PictureError, locate
 from smolvlm_exp.data.preferences import DataConfig
-from smolvlm_exp.data.spellings import EXPECTED, conversation, features, is_known, pictures
-from smolvlm_exp.data.splits import hold_out, load_saved, sliced, undecoded
+from smolvlm_exp.data.sources import convert, hold_out, load_saved, sliced, undecoded
+from smolvlm_exp.data.spellings import EXPECTED, VERSION, conversation, features, is_known, pictures
 from smolvlm_exp.errors import RequestError
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def load(config: Config, split: str) -> "Dataset":
         raise RequestError(f"data.folder={config.folder}: there is no such folder.")
     saved = None if config.rows else load_saved(folder)
     if saved:
-        splits = {name: from_table(undecoded(rows), folder, str(folder)) for name, rows in saved.items()}
+        splits = {name: from_table(rows, folder, str(folder)) for name, rows in saved.items()}
     else:
         splits = {name: from_files(files, folder) for name, files in find(folder, config.rows).items()}
     if "test" not in splits and "train" in splits:
@@ -81,21 +81,19 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
     where = ", ".join(path.name for path in files)
     if all(path.suffix.lower() == ".parquet" for path in files):
         table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
-        return from_table(undecoded(table), folder, where)
+        return from_table(table, folder, where)
     rows = [row for path in files for row in parse(path)]
     require({key for row in rows for key in row}, where)
-    kwargs = {"rows": rows, "folder": folder, "stamp": stamp([pictures(row) for row in rows], folder)}
+    kwargs = {"rows": rows, "folder": folder, "stamp": f"{VERSION} {stamp(map(pictures, rows), folder)}"}
     return Dataset.from_generator(generate, features=features(), gen_kwargs=kwargs)
 
 
 def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
     """The rows of an Arrow table, in the normal form."""
     require(set(table.column_names), where)
-    column = table["images" if "images" in table.column_names else "image"]
-    kwargs = {"folder": folder, "stamp": stamp([pictures({"images": value}) for value in column], folder)}
-    return table.map(
-        to_row, fn_kwargs=kwargs, remove_columns=table.column_names, features=features(), desc=f"reading {where}"
-    )
+    columns = [name for name in ("image", "images") if name in table.column_names]
+    seen = stamp((pictures(row) for row in undecoded(table, columns)), folder)
+    return convert(table, to_row, folder=folder, stamp=seen)
 
 
 def require(columns: set[str], where: str) -> None:
@@ -134,23 +132,23 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
     return images
 
 
-def stamp(rows: list[list[Any]], folder: Path) -> str:
+def stamp(rows: Iterable[list[Any]], folder: Path) -> str:
     """A digest of the size and time of every picture that is a file, by which a changed one is noticed."""
     digest = hashlib.sha256()
     for entry in (entry for row in rows for entry in row):
         try:
-            status = Path(locate(entry, folder)["path"] or "").stat()
+            path = locate(entry, folder)["path"]
+            status = Path(path).stat() if path else None
         except (PictureError, OSError):
-            digest.update(b"-")
-        else:
-            digest.update(f"{status.st_size} {status.st_mtime_ns};".encode())
+            status = None
+        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
     return digest.hexdigest()
 
 
 def picture_keys(rows: "Dataset") -> list[str]:
     """What each row's first picture is, so that rows over the same picture are held out together."""
     keys = []
-    for row in undecoded(rows.select_columns(["images", "prompt"])):
+    for row in undecoded(rows, ["images", "prompt"]):
         first: Entry = row["images"][0] if row["images"] else {"bytes": str(row["prompt"]).encode()}
         keys.append(hashlib.sha256(first["bytes"] or Path(first["path"]).read_bytes()).hexdigest())
     return keys

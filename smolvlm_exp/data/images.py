@@ -17,8 +17,8 @@ VERSION = 1  # raise when prepared pictures change: it is part of the key under 
 
 MAX_PIXELS = 178_956_970  # Pillow's own limit; beyond it a small file can unpack to gigabytes
 
-# Pillow also opens EPS (runs Ghostscript), PDF-like and scientific containers: none of them is a photograph.
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO", "AVIF")
+# Pillow also opens EPS (it runs Ghostscript) and scientific containers: none of them is a photograph.
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 FULL_SCALES = (1.0, 255.0, 65_535.0)  # white, in a picture whose pixels are floats or wide integers
 

@@ -11,8 +11,8 @@ from omegaconf import MISSING
 
 from smolvlm_exp.data.files import stamp, to_row
 from smolvlm_exp.data.preferences import DataConfig
-from smolvlm_exp.data.spellings import features, pictures
-from smolvlm_exp.data.splits import hold_out, sliced
+from smolvlm_exp.data.sources import convert, hold_out, sliced, undecoded
+from smolvlm_exp.data.spellings import pictures
 from smolvlm_exp.errors import RequestError
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def load(config: Config, split: str) -> "Dataset":
             f"{annotations} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}."
         )
     rows = rows.select_columns(["image", "question", "chosen", "rejected"])
-    keys = [str(pictures({"image": image})) for image in rows["image"]]
-    rows = sliced(hold_out(rows, keys, config.test_fraction), split)  # before mapping: a slice is often a small part
-    pick = {"folder": images, "stamp": stamp([pictures({"image": image}) for image in rows["image"]], images)}
-    return rows.map(to_row, fn_kwargs=pick, remove_columns=rows.column_names, features=features(), desc="mmpr")
+    keys = [str(pictures(row)) for row in undecoded(rows, ["image"])]
+    rows = sliced(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part
+    seen = stamp(map(pictures, undecoded(rows, ["image"])), images)
+    return convert(rows, to_row, folder=images, stamp=seen)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.preferences import DataConfig, assistant, user
+from smolvlm_exp.data.sources import sliced
 from smolvlm_exp.data.spellings import features
-from smolvlm_exp.data.splits import sliced
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -7,6 +7,7 @@ picture (`evaluation.truth` scores answers against it).
 """
 
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -104,17 +105,22 @@ def prepare(rows: "Dataset", config: DataConfig) -> "Dataset":
 
     from smolvlm_exp.data.images import VERSION, prepare_images
 
-    undecoded = rows.cast_column("images", List(Image(decode=False)))
-    added = {"sizes": List(List(Value("int32"))), "problem": Value("string")}
-    workers = config.num_proc or min(os.cpu_count() or 1, 16)
-    prepared = undecoded.map(
+    plain = Image(decode=False)
+    undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
+    added = {"images": List(Image()), "sizes": List(List(Value("int32"))), "problem": Value("string")}
+    return undecoded.map(
         prepare_images,
         fn_kwargs={"max_edge": config.max_edge, "version": VERSION},
         features=Features({**undecoded.features, **added}),  # not inferred: a first batch may hold bad rows alone
-        num_proc=workers if len(rows) >= 256 * workers else None,
+        num_proc=workers(config.num_proc, len(rows)),
         desc="pictures",
     )
-    return prepared.cast_column("images", List(Image()))
+
+
+def workers(asked: int | None, rows: int) -> int | None:
+    """Processes for `rows` pictures: as many as asked for; else one a core, where there is work enough to start them."""
+    count = asked or min(os.cpu_count() or 1, 16)
+    return count if count > 1 and (asked or rows >= 2048) else None
 
 
 def check(

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.preferences import DataConfig
-from smolvlm_exp.data.spellings import features
-from smolvlm_exp.data.splits import fetch
+from smolvlm_exp.data.sources import convert, fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,19 +23,19 @@ class Config(DataConfig):
 def load(config: Config, split: str) -> "Dataset":
     """The rows of a split, each with its first picture only, as in the recipe."""
     rows = fetch(config.id, config.revision, split, {"images", "prompt", "chosen", "rejected"})
-    return rows.map(first_image, features=features(), desc="rlaif-v")
+    return convert(rows, first_image)
 
 
 def first_image(row: dict[str, Any]) -> dict[str, Any]:
     """Drop every picture but the first, and its part in the prompt."""
     prompt, seen = [], False
-    for message in row["prompt"]:
+    for message in row["prompt"] or []:
         content = []
         for part in message["content"]:
-            if part["type"] == "image" and seen:
-                continue
-            seen = seen or part["type"] == "image"
-            content.append({"type": part["type"], "text": part["text"]})
-        prompt.append({"role": message["role"], "content": content})
-    images = [{"bytes": image["bytes"], "path": image["path"]} for image in (row["images"] or [])[:1]]
-    return {"images": images, "prompt": prompt, "problem": ""}
+            is_image = part["type"] == "image"
+            if not (is_image and seen):
+                content.append(part)
+            seen = seen or is_image
+        prompt.append({**message, "content": content})
+    answers = {"chosen": row["chosen"], "rejected": row["rejected"]}
+    return {"images": (row["images"] or [])[:1], "prompt": prompt, **answers, "problem": ""}

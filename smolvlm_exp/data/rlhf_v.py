@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.preferences import DataConfig, assistant, user
-from smolvlm_exp.data.spellings import features
-from smolvlm_exp.data.splits import fetch
+from smolvlm_exp.data.sources import convert, fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,11 +23,10 @@ class Config(DataConfig):
 
 def load(config: Config, split: str) -> "Dataset":
     """The rows of a split; a row whose `text` is not the expected JSON carries that as its problem."""
-    rows = fetch(config.id, config.revision, split, {"image", "text"})
-    return rows.map(to_pair, remove_columns=rows.column_names, features=features(), desc="rlhf-v")
+    return convert(fetch(config.id, config.revision, split, {"image", "text"}), to_row)
 
 
-def to_pair(row: dict[str, Any]) -> dict[str, Any]:
+def to_row(row: dict[str, Any]) -> dict[str, Any]:
     """{image, text: a JSON string {question, chosen, rejected}} -> the normal form."""
     try:
         text = json.loads(row["text"])

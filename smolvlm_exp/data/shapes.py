@@ -10,7 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.preferences import DataConfig, assistant, user
+from smolvlm_exp.data.preferences import DataConfig, assistant, user, workers
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 
 if TYPE_CHECKING:
@@ -53,23 +53,25 @@ def load(config: Config, split: str) -> "Dataset":
     from datasets import Dataset, Features, Image, Sequence, Value
 
     held_out = split == config.test
-    count = config.test_rows if held_out else config.train_rows
     message = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
     features = Features(
         images=Sequence(Image()), prompt=message, chosen=message, rejected=message, truth=Value("string")
     )  # fmt: skip
-    stream = f"{config.scene_seed}/{'test' if held_out else 'train'}/{config.captions}"
-    rows = (pair(random.Random(f"{stream}/{index}"), config.captions, held_out) for index in range(count))
-    return Dataset.from_list([{**row, "images": [png(row["images"][0])]} for row in rows], features=features)
+    count = config.test_rows if held_out else config.train_rows
+    return Dataset.from_dict({"index": range(count)}).map(
+        drawn,
+        fn_kwargs={"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out},
+        remove_columns="index",
+        features=features,
+        num_proc=workers(config.num_proc, count),
+        desc="scenes",
+    )
 
 
-def png(picture: Any) -> dict[str, Any]:
-    """Encoded at once, so that a large set stays small in memory."""
-    import io
-
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return {"bytes": buffer.getvalue(), "path": None}
+def drawn(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -> dict[str, Any]:
+    """Row `index` of a stream, whichever process draws it."""
+    stream = f"{scene_seed}/{'test' if held_out else 'train'}/{captions}"
+    return pair(random.Random(f"{stream}/{row['index']}"), captions, held_out)
 
 
 def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from smolvlm_exp.data.preferences import Message
 if TYPE_CHECKING:
     from datasets import Features
 
+VERSION = 1  # raise when rows come out differently: it is part of the key under which `datasets` keeps them
+
 PLACEHOLDER = "<image>"  # where a picture stands in a text, in LLaMA-Factory, ms-swift and MMPR
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
@@ -30,12 +32,15 @@ EXPECTED = "; or ".join(", ".join(" or ".join(names) for names in spelling) for 
 
 
 def features() -> "Features":
-    """The Arrow types of a row in the normal form, plus the `problem` that its source found (empty when none)."""
+    """The Arrow types of a row in the normal form, plus the `problem` that its source found (empty when none).
+
+    Pictures are {"bytes", "path"}, not yet decoded: `preferences.prepare` looks at them first.
+    """
     from datasets import Features, Image, List, Value
 
     messages = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
     columns = {"prompt": messages, "chosen": messages, "rejected": messages}
-    return Features({"images": List(Image()), **columns, "problem": Value("string")})
+    return Features({"images": List(Image(decode=False)), **columns, "problem": Value("string")})
 
 
 def is_known(columns: set[str]) -> bool:

@@ -1,9 +1,11 @@
-"""Where rows come from and which of them: the Hub, a local copy, slices such as `train[:6%]`, held-out rows."""
+"""What the sources share: the Hub or a local copy of it, rows brought into the normal form, slices, held-out rows."""
 
 import hashlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.spellings import VERSION, features
 from smolvlm_exp.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,7 +49,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
             f"data.id={id} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}. "
             "For data in other columns use data=files."
         )
-    return undecoded(rows.select_columns(sorted(columns)))
+    return rows.select_columns(sorted(columns))
 
 
 def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
@@ -60,16 +62,34 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
     return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
 
 
-def undecoded(rows: "Dataset") -> "Dataset":
-    """The same rows with pictures as {"bytes", "path"}: reading a row then decodes nothing and opens no file."""
-    from datasets import Image, List
+def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], **kwargs: Any) -> "Dataset":
+    """Every row through `to_row(row, **kwargs)`, which returns it in the normal form; kept on disk by content.
 
-    for name, feature in rows.features.items():
-        if isinstance(feature, Image):
-            rows = rows.cast_column(name, Image(decode=False))
-        elif isinstance(feature, List) and isinstance(feature.feature, Image):
-            rows = rows.cast_column(name, List(Image(decode=False)))
-    return rows
+    The rows are read as plain Arrow, where pictures are {"bytes", "path"}: nothing is decoded. `Image(decode=False)`
+    would say the same of a list of pictures only after copying the whole data set.
+    """
+    plain = rows.with_format("arrow")
+    converted = plain.map(
+        _convert_batch,
+        fn_kwargs={"to_row": to_row, "kwargs": kwargs, "version": VERSION},
+        batched=True,
+        batch_size=100,
+        remove_columns=rows.column_names,
+        features=features(),
+        desc="rows",
+    )
+    return converted.with_format(None)
+
+
+def _convert_batch(table: Any, to_row: Callable[..., dict[str, Any]], kwargs: dict[str, Any], version: int) -> dict:
+    converted = [to_row(row, **kwargs) for row in table.to_pylist()]
+    return {name: [row[name] for row in converted] for name in features()}
+
+
+def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of every row, pictures as {"bytes", "path"}."""
+    for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=100):
+        yield from batch.to_pylist()
 
 
 def sliced(splits: dict[str, "Dataset"], split: str) -> "Dataset":

@@ -1,0 +1,273 @@
+"""Pictures of every kind that people have come out as a person sees them; broken ones are named, and stop nothing."""
+
+import io
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smolvlm_exp.data import images
+from smolvlm_exp.data.images import PictureError, locate, prepare_image, prepare_images, shrink, to_rgb
+
+RED, WHITE = (255, 0, 0), (255, 255, 255)
+
+
+def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def prepared(data: bytes, max_edge: int = 512) -> Image.Image:
+    """What comes out for one picture's bytes, decoded, after checking what is always true of it."""
+    row = prepare_images({"images": [{"bytes": data, "path": None}]}, max_edge, images.VERSION)
+    assert row["problem"] == ""
+    image = Image.open(io.BytesIO(row["images"][0]["bytes"]))
+    assert image.mode == "RGB"
+    assert row["sizes"] == [list(image.size)]
+    return image
+
+
+def problem(entry: dict | None) -> str:
+    row = prepare_images({"images": [entry]}, 512, images.VERSION)
+    assert row["images"] == row["sizes"] == []
+    return row["problem"]
+
+
+def noise(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_bytes_that_are_fine_are_kept(format):
+    data = encoded(noise(40, 30), format)
+    row = prepare_images({"images": [{"bytes": data, "path": "name.jpg"}]}, 40, images.VERSION)
+    assert row == {"images": [{"bytes": data, "path": None}], "sizes": [[40, 30]], "problem": ""}
+
+
+@pytest.mark.parametrize(
+    ("orientation", "size", "corner"),
+    # The picture is 4 x 2 with its top left pixel red; where that pixel is to be seen follows from the EXIF standard.
+    [(1, (4, 2), (0, 0)), (2, (4, 2), (3, 0)), (3, (4, 2), (3, 1)), (6, (2, 4), (1, 0)), (8, (2, 4), (0, 3))],
+)
+def test_exif_orientation_is_applied(orientation, size, corner):
+    image = Image.new("RGB", (4, 2), "blue")
+    image.putpixel((0, 0), RED)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    upright = prepared(encoded(image, exif=exif))
+    assert upright.size == size
+    assert upright.getpixel(corner) == RED
+    assert upright.getexif().get(0x0112, 1) == 1  # or a later reader would turn it once more
+
+
+@pytest.mark.parametrize(
+    ("mode", "clear", "half"),
+    [("RGBA", (0, 0, 0, 0), (255, 0, 0, 128)), ("LA", (0, 0), (0, 128))],
+)
+def test_alpha_is_laid_over_white(mode, clear, half):
+    image = Image.new(mode, (2, 1), clear)
+    image.putpixel((1, 0), half)
+    result = prepared(encoded(image))
+    assert result.getpixel((0, 0)) == WHITE
+    assert result.getpixel((1, 0)) == ((255, 127, 127) if mode == "RGBA" else (127, 127, 127))
+
+
+@pytest.mark.parametrize("format", ["PNG", "GIF"])
+def test_palette_with_a_transparent_colour(format):
+    image = Image.new("P", (2, 1), 0)
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    image.putpixel((1, 0), 1)
+    result = prepared(encoded(image, format, transparency=0))
+    assert [result.getpixel((x, 0)) for x in range(2)] == [WHITE, RED]
+
+
+def test_transparent_colour_of_an_rgb_png():
+    image = Image.new("RGB", (2, 1), (1, 2, 3))
+    image.putpixel((1, 0), RED)
+    result = prepared(encoded(image, transparency=(1, 2, 3)))
+    assert [result.getpixel((x, 0)) for x in range(2)] == [WHITE, RED]
+
+
+@pytest.mark.parametrize("format", ["PNG", "TIFF"])
+def test_sixteen_bits_keep_their_brightness(format):
+    image = Image.fromarray(np.array([[0, 32_768, 65_535]], dtype=np.uint16))
+    result = prepared(encoded(image, format))
+    assert [result.getpixel((x, 0))[0] for x in range(3)] == [0, pytest.approx(128, abs=1), 255]
+
+
+def test_a_dark_sixteen_bit_picture_stays_dark():
+    image = Image.fromarray(np.full((2, 2), 200, dtype=np.uint16))
+    assert prepared(encoded(image)).getpixel((0, 0)) == (1, 1, 1)
+
+
+@pytest.mark.parametrize("white", [1.0, 255.0, 65_535.0, 1e6])
+def test_float_tiff_in_any_usual_range(white):
+    image = Image.fromarray(np.array([[0.0, white / 2, white]], dtype=np.float32))
+    result = prepared(encoded(image, "TIFF"))
+    assert [result.getpixel((x, 0))[0] for x in range(3)] == [0, pytest.approx(128, abs=1), 255]
+
+
+def test_float_tiff_with_holes_and_overshoot():
+    image = Image.fromarray(np.array([[np.nan, -0.1, 0.5, 1.02]], dtype=np.float32))
+    assert [to_rgb(image).getpixel((x, 0))[0] for x in range(4)] == [0, 0, 128, 255]
+
+
+@pytest.mark.parametrize("white", [255, 65_535, 2**31 - 1])
+def test_wide_integer_tiff(white):
+    image = Image.fromarray(np.array([[0, white // 2, white]], dtype=np.int32))
+    result = prepared(encoded(image, "TIFF"))
+    assert [result.getpixel((x, 0))[0] for x in range(3)] == [0, pytest.approx(128, abs=1), 255]
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("CMYK", (8, 8), (0, 255, 255, 0)), RED),
+        (Image.new("L", (8, 8), 77), (77, 77, 77)),
+        (Image.new("1", (8, 8), 1), WHITE),
+        (Image.new("YCbCr", (8, 8), (255, 128, 128)), WHITE),
+    ],
+    ids=lambda value: getattr(value, "mode", None),
+)
+def test_other_colour_models(image, expected):
+    assert prepared(encoded(image, "TIFF")).getpixel((0, 0)) == expected
+
+
+@pytest.mark.parametrize("format", ["WEBP", "GIF", "BMP", "TIFF", "PPM", "MPO"])
+def test_other_formats_become_png(format):
+    image = prepared(encoded(Image.new("RGB", (8, 8), RED), format))
+    assert image.format == "PNG"
+    assert image.getpixel((4, 4)) == pytest.approx(RED, abs=4)
+
+
+def test_cmyk_jpeg():
+    pixel = prepared(encoded(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=95)).getpixel((8, 8))
+    assert pixel == pytest.approx(RED, abs=4)
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"), [((1024, 300), (512, 150)), ((300, 1024), (150, 512)), ((3000, 2), (512, 1))]
+)
+def test_the_long_edge_is_shrunk(size, expected):
+    assert prepared(encoded(Image.new("RGB", size))).size == expected
+
+
+def test_shrinking_is_lanczos_and_leaves_the_original_alone():
+    original = noise(100, 50)
+    assert shrink(original, 100) is original
+    recipe = original.copy()
+    recipe.thumbnail((32, 32), Image.Resampling.LANCZOS)
+    assert shrink(original, 32).tobytes() == recipe.tobytes()
+    assert original.size == (100, 50)
+
+
+def test_a_bomb_is_refused():
+    png = bytearray(encoded(Image.new("1", (1, 1))))
+    png[16:24] = (20_000).to_bytes(4, "big") * 2  # the header's width and height: 400 megapixels
+    png[29:33] = zlib.crc32(bytes(png[12:29])).to_bytes(4, "big")
+    assert problem({"bytes": bytes(png), "path": None}) == (
+        "image 1 cannot be decoded: it unpacks to more than 178,956,970 pixels"
+    )
+
+
+def test_the_limit_does_not_depend_on_pillow_settings(monkeypatch):
+    monkeypatch.setattr(images, "MAX_PIXELS", 99)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries leave it
+    with pytest.raises(PictureError, match="more than 99 pixels"):
+        prepare_image(encoded(Image.new("RGB", (10, 10))), 512)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG"])
+def test_a_truncated_file_is_reported(format):
+    data = encoded(noise(64, 64), format)
+    assert problem({"bytes": data[: len(data) // 2], "path": None}).startswith("image 1 cannot be decoded: ")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
+        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
+        b"no picture at all",
+    ],
+    ids=["eps", "svg", "text"],
+)
+def test_other_formats_are_refused(data):
+    said = problem({"bytes": data, "path": None})
+    assert said.startswith("image 1 cannot be decoded: it is none of JPEG, PNG")
+    assert "0x" not in said  # Pillow's own message holds the address of a buffer
+
+
+@pytest.mark.parametrize(
+    ("entry", "expected"),
+    [
+        (None, "image 1 is empty"),
+        ({"bytes": b"", "path": None}, "image 1 is empty"),
+        ({"bytes": None, "path": "http://host/cat.jpg"}, "image 1 is a URL; download it first: http://host/cat.jpg"),
+        ({"bytes": None, "path": "zip://a.png::b.zip"}, "image 1 is a URL; download it first: zip://a.png::b.zip"),
+        ({"bytes": None, "path": "no/such.png"}, "image 1 is not there: no/such.png"),
+        ({"bytes": None, "path": "/dev/zero"}, "image 1 is not there: /dev/zero"),
+    ],
+)
+def test_what_cannot_be_read_is_named(entry, expected):
+    assert problem(entry) == expected
+
+
+def test_a_local_file_is_read(tmp_path):
+    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (3, 2), RED)))
+    row = prepare_images({"images": [{"bytes": None, "path": str(tmp_path / "a.png")}]}, 512, images.VERSION)
+    assert row["sizes"] == [[3, 2]]
+
+
+def test_the_second_of_two_is_named_and_none_is_kept():
+    fine, broken = {"bytes": encoded(Image.new("RGB", (2, 2))), "path": None}, {"bytes": b"x", "path": None}
+    row = prepare_images({"images": [fine, broken]}, 512, images.VERSION)
+    assert row["images"] == []
+    assert row["problem"].startswith("image 2 cannot be decoded")
+
+
+def test_a_problem_that_the_source_found_is_kept():
+    row = prepare_images({"images": [], "problem": "found before"}, 512, images.VERSION)
+    assert row == {"images": [], "sizes": [], "problem": "found before"}
+
+
+def test_a_row_without_pictures_is_left_to_the_check():
+    assert prepare_images({"images": None}, 512, images.VERSION) == {"images": [], "sizes": [], "problem": ""}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    inside = tmp_path / "data"
+    (inside / "sub").mkdir(parents=True)
+    (inside / "sub" / "a.png").write_bytes(b"a")
+    (tmp_path / "secret.png").write_bytes(b"s")
+    (inside / "link.png").symlink_to(tmp_path / "secret.png")
+    return inside
+
+
+@pytest.mark.parametrize("name", ["sub/a.png", "./sub/../sub/a.png"])
+def test_paths_inside_the_folder(folder, name):
+    assert locate(name, folder) == {"bytes": None, "path": str((folder / "sub" / "a.png").resolve())}
+
+
+@pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "link.png", "/etc/hostname"])
+def test_paths_that_lead_out_are_refused(folder, name):
+    with pytest.raises(PictureError, match="lies outside the data's folder"):
+        locate(name, folder)
+
+
+@pytest.mark.parametrize(
+    ("entry", "said"),
+    [("https://host/a.png", "is a URL"), ("gone.png", "is not there"), ("sub", "is not there"), ("", "is empty")],
+)
+def test_paths_that_name_no_file(folder, entry, said):
+    with pytest.raises(PictureError, match=said):
+        locate(entry, folder)
+
+
+def test_bytes_need_no_folder(folder):
+    expected = {"bytes": b"x", "path": None}
+    assert locate(b"x", folder) == locate({"bytes": b"x", "path": "../any.png"}, folder) == expected

@@ -1,0 +1,467 @@
+"""Every source gives the normal form, whatever the columns were called; what cannot be read is named, with the fix."""
+
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from smolvlm_exp.data import files, mmpr, photos, rlaif_v, rlhf_v
+from smolvlm_exp.data.preferences import DataConfig, assistant, prepare, text_of, user
+from smolvlm_exp.data.sources import hold_out, sliced
+from smolvlm_exp.data.spellings import conversation
+from smolvlm_exp.errors import RequestError
+
+ROOT = Path(__file__).parents[2]
+RED = (255, 0, 0)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+
+
+def picture(path: Path, colour: Any = RED, size: tuple[int, int] = (6, 4)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, colour).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    """A folder with the pictures 0.png to 9.png, each of another colour."""
+    for number in range(10):
+        picture(tmp_path / "pairs" / f"{number}.png", (20 * number, 0, 0))
+    return tmp_path / "pairs"
+
+
+def plain(number: int, **changes: Any) -> dict[str, Any]:
+    row = {
+        "image": f"{number}.png",
+        "question": f"What is {number}?",
+        "chosen": f"It is {number}.",
+        "rejected": "A dog.",
+    }
+    return {**row, **changes}
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def load_files(folder: Path, split: str = "train", **changes: Any) -> datasets.Dataset:
+    config = files.Config(source="files", folder=str(folder), **changes)
+    return prepare(files.load(config, split), config)
+
+
+# The columns of other projects
+
+NORMAL = {"prompt": [user("What is it?")], "chosen": [assistant("A cat.")], "rejected": [assistant("A dog.")]}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."},
+        {"prompt": "<image>\nWhat is it?", "chosen": "A cat.", "rejected": "A dog."},
+        NORMAL,
+        {
+            "conversations": [{"from": "human", "value": "<image>What is it?"}],
+            "chosen": {"from": "gpt", "value": "A cat."},
+            "rejected": {"from": "gpt", "value": "A dog."},
+        },
+        {
+            "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}],
+            "rejected_response": "A dog.",
+        },
+    ],
+    ids=["plain", "placeholder", "rlaif-v", "llama-factory", "ms-swift"],
+)
+def test_every_spelling_gives_the_same_messages(row):
+    assert conversation(row, images=1) == NORMAL
+
+
+def test_several_turns_several_pictures_and_a_system_message():
+    row = {
+        "system": "Be brief.",
+        "conversations": [
+            {"from": "human", "value": "Compare <image> with <image>."},
+            {"from": "gpt", "value": "They differ."},
+            {"from": "human", "value": "How?"},
+        ],
+        "chosen": {"from": "gpt", "value": "In colour."},
+        "rejected": {"from": "gpt", "value": "In size."},
+    }
+    prompt = conversation(row, images=2)["prompt"]
+    assert [message["role"] for message in prompt] == ["system", "user", "assistant", "user"]
+    assert [part["text"] or part["type"] for part in prompt[1]["content"]] == ["Compare", "image", "with", "image", "."]
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        (
+            {"messages": [{"role": "user", "content": "Hi"}], "rejected_response": "x"},
+            "should end with the chosen answer",
+        ),
+        ({"prompt": [{"role": "robot", "content": "Hi"}]}, "a message's role is 'robot'"),
+        ({"prompt": ["Hi"]}, "should have a role and a content"),
+        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video'"),
+    ],
+)
+def test_malformed_messages(row, said):
+    with pytest.raises(ValueError, match=said):
+        conversation(row, images=1)
+
+
+# data=files
+
+
+def write_json(folder: Path, rows: list[dict[str, Any]]) -> None:
+    (folder / "pairs.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def write_csv(folder: Path, rows: list[dict[str, Any]]) -> None:
+    with open(folder / "pairs.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> None:
+    datasets.Dataset.from_list(rows).to_parquet(folder / "pairs.parquet")
+
+
+def write_parquet_with_pictures(folder: Path, rows: list[dict[str, Any]]) -> None:
+    inside = [{**row, "image": {"bytes": (folder / row["image"]).read_bytes(), "path": "x.png"}} for row in rows]
+    table = datasets.Dataset.from_list(inside).cast_column("image", datasets.Image())
+    table.to_parquet(folder / "pairs.parquet")
+
+
+def write_saved(folder: Path, rows: list[dict[str, Any]]) -> None:
+    inside = [{**row, "images": [str(folder / row["image"])]} for row in rows]
+    table = datasets.Dataset.from_list(inside).cast_column("images", datasets.List(datasets.Image()))
+    table.remove_columns("image").save_to_disk(folder)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda folder, rows: write_lines(folder / "pairs.jsonl", rows),
+        write_json,
+        write_csv,
+        write_parquet,
+        write_parquet_with_pictures,
+        write_saved,
+    ],
+    ids=["jsonl", "json", "csv", "parquet", "parquet with pictures", "save_to_disk"],
+)
+def test_a_folder_round_trip(folder, write: Callable[[Path, list[dict[str, Any]]], None]):
+    write(folder, [plain(number, rejected='A dog, "big"\nand black.') for number in range(10)])
+    train, test = load_files(folder), load_files(folder, "test")
+    assert len(train) == 9
+    assert len(test) == 1
+    assert set(train["problem"]) == {""}
+    rows = sorted([*train, *test], key=lambda row: text_of(row["prompt"]))
+    for number, row in enumerate(rows):
+        assert row["prompt"] == [user(f"What is {number}?")]
+        assert row["chosen"] == [assistant(f"It is {number}.")]
+        assert row["rejected"] == [assistant('A dog, "big"\nand black.')]
+        assert row["images"][0].getpixel((0, 0)) == (20 * number, 0, 0)
+        assert row["sizes"] == [[6, 4]]
+
+
+def test_train_and_test_files_are_used(folder):
+    write_lines(folder / "train.jsonl", [plain(number) for number in range(6)])
+    write_lines(folder / "test.jsonl", [plain(number) for number in range(6, 10)])
+    assert (len(load_files(folder)), len(load_files(folder, "test")), len(load_files(folder, "train[:2]"))) == (6, 4, 2)
+
+
+def test_rows_of_one_picture_are_held_out_together(folder):
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())  # the same picture under another name
+    rows = [plain(number) for number in range(10)]
+    write_lines(folder / "pairs.jsonl", rows + rows + [plain(0, image="copy.png")])
+    sides = [{row["images"][0].getpixel((0, 0)) for row in load_files(folder, split)} for split in ("train", "test")]
+    assert not sides[0] & sides[1]
+    assert len(sides[1]) in (1, 2)
+
+
+def test_held_out_rows_do_not_depend_on_the_order():
+    rows = datasets.Dataset.from_dict({"key": [f"k{index // 2}" for index in range(200)]})
+    splits = hold_out(rows, rows["key"], 0.1)
+    assert (len(splits["train"]), len(splits["test"])) == (180, 20)
+    again = rows.shuffle(seed=1)
+    assert set(hold_out(again, again["key"], 0.1)["test"]["key"]) == set(splits["test"]["key"])
+
+
+@pytest.mark.parametrize(
+    ("fraction", "keys", "said"), [(0.0, ["a", "b"], "test_fraction"), (0.1, ["a", "a"], "held out")]
+)
+def test_rows_that_cannot_be_split(fraction, keys, said):
+    with pytest.raises(RequestError, match=said):
+        hold_out(datasets.Dataset.from_dict({"key": keys}), keys, fraction)
+
+
+def test_bad_rows_are_named_and_the_others_stay(folder, tmp_path):
+    picture(tmp_path / "secret.png")
+    (folder / "link.png").symlink_to(tmp_path / "secret.png")
+    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:50])
+    write_lines(
+        folder / "train.jsonl",
+        [
+            plain(0),
+            plain(0, image="../secret.png"),
+            plain(0, image="link.png"),
+            plain(0, image="http://host/a.png"),
+            plain(0, image="gone.png"),
+            plain(0, image="broken.png"),
+            plain(0, question=[{"role": "robot", "content": "Hi"}]),
+        ],
+    )
+    write_lines(folder / "test.jsonl", [plain(1)])
+    problems = load_files(folder)["problem"]
+    for problem, said in zip(
+        problems,
+        ["", "outside", "outside", "is a URL; download it first", "is not there: gone.png", "decoded", "role"],
+        strict=True,
+    ):
+        assert said in problem
+        assert bool(said) == bool(problem)
+
+
+def test_a_split_of_bad_rows_alone(folder):
+    write_lines(folder / "train.jsonl", [plain(0, image="gone.png")])
+    write_lines(folder / "test.jsonl", [plain(1)])
+    rows = load_files(folder)
+    assert (rows["images"][0], rows["sizes"][0]) == ([], [])
+
+
+def test_a_picture_that_changed_is_read_again(folder):
+    write_lines(folder / "train.jsonl", [plain(0)])
+    write_lines(folder / "test.jsonl", [plain(1)])
+    assert load_files(folder)[0]["sizes"] == [[6, 4]]
+    picture(folder / "0.png", size=(9, 9))
+    assert load_files(folder)[0]["sizes"] == [[9, 9]]
+
+
+def test_missing_columns_are_answered_with_what_is_expected(folder):
+    write_lines(folder / "pairs.jsonl", [{"image": "0.png", "question": "?", "answer": "!"}])
+    with pytest.raises(RequestError) as error:
+        load_files(folder)
+    assert "pairs.jsonl has the columns answer, image, question" in str(error.value)
+    assert "image or images, question or prompt, chosen, rejected" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.jsonl", '{"image": "0.png"}\n{"image": \n', "a.jsonl line 2 is not JSON"),
+        ("a.jsonl", "[1, 2]\n", "a.jsonl line 1 is list"),
+        ("a.json", "[{]", "a.json is not JSON"),
+        ("a.json", "[1]", "item 0 of the list is not an object"),
+        ("a.csv", "image,question,chosen,rejected\n0.png,What?,Yes, it is,No\n", "a.csv line 2 has not as many fields"),
+        ("a.csv", 'image,chosen\n0.png,"open', "a.csv line 2 is not CSV"),
+    ],
+)
+def test_a_malformed_file_is_named_with_its_line(folder, name, text, said):
+    (folder / name).write_text(text, encoding="utf-8")
+    with pytest.raises(RequestError, match=said):
+        load_files(folder)
+
+
+def test_a_file_in_another_encoding_is_named(folder):
+    (folder / "a.jsonl").write_bytes('{"question": "où?"}'.encode("latin-1"))
+    with pytest.raises(RequestError, match=r"a\.jsonl is not UTF-8"):
+        load_files(folder)
+
+
+def test_which_file_is_asked_for_when_there_are_two(folder):
+    write_lines(folder / "a.jsonl", [plain(number) for number in range(4)])
+    write_lines(folder / "b.jsonl", [plain(number) for number in range(8)])
+    with pytest.raises(RequestError, match=r"holds a\.jsonl, b\.jsonl: set data\.rows"):
+        load_files(folder)
+    assert len(load_files(folder, rows="b.jsonl", test_fraction=0.25)) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"), [({"folder": "no/such"}, "data.folder=no/such"), ({"rows": "c.jsonl"}, "data.rows=c.jsonl")]
+)
+def test_what_is_not_there_is_named(folder, changes, said):
+    config = files.Config(source="files", **{"folder": str(folder), **changes})
+    with pytest.raises(RequestError, match=said):
+        files.load(config, "train")
+
+
+# The Hub's data sets, from local copies
+
+
+def rlaif_v_rows(folder: Path, count: int) -> datasets.Dataset:
+    """Rows as the Hub gives them: every part has both keys, here with two pictures of which the recipe takes the first."""
+    from smolvlm_exp.data.spellings import features
+
+    rows = [
+        {
+            "images": [
+                {"bytes": (folder / f"{name}.png").read_bytes(), "path": f"{name}.png"} for name in (index % 9, 9)
+            ],
+            "prompt": [user(f"What is {index}?", images=2)],
+            "chosen": [assistant("A cat.")],
+            "rejected": [assistant("A dog.")],
+            "problem": "",
+        }
+        for index in range(count)
+    ]
+    table = datasets.Dataset.from_list(rows, features=features()).remove_columns("problem")
+    return table.cast_column("images", datasets.List(datasets.Image()))
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["save_to_disk", "parquet"])
+def test_rlaif_v_from_a_local_copy(folder, tmp_path, monkeypatch, saved):
+    monkeypatch.chdir(
+        folder
+    )  # where files are called as the pictures inside the rows are: they must not be taken instead
+    picture(folder / "1.png", "white")
+    copy = tmp_path / "copy"
+    splits = datasets.DatasetDict(train=rlaif_v_rows(folder, 50), test=rlaif_v_rows(folder, 10))
+    picture(folder / "1.png", "blue")
+    if saved:
+        splits.save_to_disk(copy)
+    else:
+        for name, rows in splits.items():
+            rows.to_parquet(copy / f"{name}-00000-of-00001.parquet")
+    config = rlaif_v.Config(source="rlaif_v", id=str(copy))
+    train = prepare(rlaif_v.load(config, config.train), config)
+    test = prepare(rlaif_v.load(config, "test[:20%]"), config)
+    assert (len(train), len(test)) == (3, 2)
+    assert train[1]["prompt"] == [user("What is 1?")]
+    assert train[1]["chosen"] == [assistant("A cat.")]
+    assert [image.getpixel((0, 0)) for image in train[1]["images"]] == [(255, 255, 255)]
+
+
+def test_rlhf_v_from_a_local_copy(folder, tmp_path):
+    text = {"question": "What is it?", "chosen": "A cat.", "rejected": "A dog."}
+    rows = [
+        {"image": {"bytes": (folder / "3.png").read_bytes(), "path": "3.png"}, "text": json.dumps(text), "idx": index}
+        for index in range(50)
+    ]
+    rows[0]["text"] = "not JSON"
+    table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+    table.save_to_disk(tmp_path / "copy")
+    config = rlhf_v.Config(source="rlhf_v", id=str(tmp_path / "copy"))
+    train, test = (prepare(rlhf_v.load(config, split), config) for split in (config.train, config.test))
+    assert (len(train), len(test)) == (49, 1)
+    assert train[0]["problem"] == "`text` is not a JSON object with question, chosen and rejected"
+    assert {key: train[1][key] for key in NORMAL} == NORMAL
+    assert train[1]["images"][0].getpixel((0, 0)) == (60, 0, 0)
+
+
+def test_mmpr_from_local_files(folder, tmp_path):
+    rows = [plain(number, question=f"<image>\nWhat is {number}?", extra=1) for number in range(10)]
+    write_lines(tmp_path / "part.jsonl", [*rows, plain(3, image="../secret.png")])
+    config = mmpr.Config(annotations=str(tmp_path / "part.jsonl"), images=str(folder), test_fraction=0.2)
+    train, test = (prepare(mmpr.load(config, split), config) for split in ("train", "test"))
+    assert len(train) + len(test) == 11
+    assert len(test) == 3
+    good = [row for row in [*train, *test] if not row["problem"]]
+    assert len(good) == 10
+    for row in good:
+        number = int(text_of(row["chosen"])[6])
+        assert row["prompt"] == [user(f"What is {number}?")]
+        assert row["images"][0].getpixel((0, 0)) == (20 * number, 0, 0)
+
+
+@pytest.mark.parametrize("change", [{"annotations": "no.jsonl"}, {"images": "nowhere"}])
+def test_mmpr_names_what_is_not_there(folder, tmp_path, change):
+    write_lines(tmp_path / "part.jsonl", [plain(1)])
+    places = {"annotations": str(tmp_path / "part.jsonl"), "images": str(folder), **change}
+    with pytest.raises(RequestError, match=f"data.{next(iter(change))}="):
+        mmpr.load(mmpr.Config(**places), "train")
+
+
+@pytest.mark.parametrize("text", ['{"image": "a.png"}\n', "{not json\n"])
+def test_mmpr_names_a_file_it_cannot_use(folder, tmp_path, text):
+    (tmp_path / "part.jsonl").write_text(text)
+    config = mmpr.Config(annotations=str(tmp_path / "part.jsonl"), images=str(folder))
+    with pytest.raises(RequestError, match=r"part\.jsonl (has no column|is not JSONL)"):
+        mmpr.load(config, "train")
+
+
+def test_an_unreachable_hub_is_answered_with_a_way_round(monkeypatch):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach it on the Hub\nRetrying")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    with pytest.raises(RequestError) as error:
+        rlaif_v.load(rlaif_v.Config(), "train")
+    assert str(error.value).startswith("data.id=HuggingFaceH4/rlaif-v_formatted, split train: Couldn't reach it")
+    assert str(error.value).endswith("set data.id to a folder that holds a copy of it.")
+
+
+@pytest.mark.parametrize(
+    ("id", "split", "said"),
+    [
+        ("./nowhere", "train", "no such folder"),
+        ("copy", "tset", "Unknown split"),
+        ("copy", "train", "no column images"),
+    ],
+)
+def test_a_local_copy_that_does_not_serve(tmp_path, monkeypatch, id, split, said):
+    monkeypatch.chdir(tmp_path)
+    datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk("copy")
+    with pytest.raises(RequestError, match=said):
+        rlaif_v.load(rlaif_v.Config(id=id), split)
+
+
+def test_slices_are_those_of_load_dataset():
+    splits = {name: datasets.Dataset.from_dict({"n": list(range(10))}) for name in ("train", "test")}
+    for split, expected in [
+        ("train", list(range(10))),
+        ("train[:20%]", [0, 1]),
+        ("test[8:]", [8, 9]),
+        ("train[:1]+test[-1:]", [0, 9]),
+    ]:
+        assert list(sliced(splits, split)["n"]) == expected
+
+
+# data=photos
+
+
+def test_the_photos():
+    config = photos.Config()
+    train, test = (prepare(photos.load(config, split), config) for split in ("train", "test"))
+    assert (len(train), len(test)) == (14, 4)
+    for row in [*train, *test]:
+        assert row["problem"] == ""
+        assert row["images"][0].mode == "RGB"
+        assert max(row["sizes"][0]) == 384
+        assert text_of(row["chosen"]) != text_of(row["rejected"])
+
+
+def test_every_photo_is_used_credited_and_on_one_side_only():
+    pairs = [json.loads(line) for line in (photos.FOLDER / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    credits = (photos.FOLDER / "CREDITS.md").read_text(encoding="utf-8")
+    shipped = {path.name for path in photos.FOLDER.glob("*.jpg")}
+    assert {pair["image"] for pair in pairs} == shipped
+    assert all(f"| `{name}` |" in credits for name in shipped)
+    assert len({(pair["image"], pair["split"]) for pair in pairs}) == len(shipped)
+    assert sum(path.stat().st_size for path in photos.FOLDER.iterdir()) < 600_000
+
+
+# conf/data
+
+
+@pytest.mark.parametrize("module", [files, mmpr, photos, rlaif_v, rlhf_v], ids=lambda module: module.__name__[17:])
+def test_the_yaml_fits_its_schema_and_opens_with_its_command(module):
+    name = module.__name__.rpartition(".")[2]
+    path = ROOT / "conf" / "data" / f"{name}.yaml"
+    config = OmegaConf.merge(OmegaConf.structured(module.Config), OmegaConf.load(path))
+    assert config.source == name
+    first = path.read_text(encoding="utf-8").splitlines()[0]
+    assert first.startswith("#")
+    assert f"data={name}" in first
+    assert issubclass(module.Config, DataConfig)
