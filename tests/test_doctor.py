@@ -12,9 +12,11 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
+import wandb
 from bitsandbytes.nn import Linear4bit
 from huggingface_hub import constants
 from packaging.requirements import Requirement
+from wandb.sdk import wandb_setup
 
 from smolvlm_exp import doctor as module
 from smolvlm_exp.doctor import Finding, attempt, doctor, line
@@ -28,6 +30,7 @@ def _alone(monkeypatch, tmp_path):
     for name in ("WANDB_API_KEY", "WANDB_MODE", "WANDB_IDENTITY_TOKEN_FILE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    monkeypatch.setattr(wandb_setup, "singleton", lambda: SimpleNamespace(settings=wandb.Settings()))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(module, "HF_HOME", tmp_path / "cache")
 

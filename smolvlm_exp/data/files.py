@@ -6,6 +6,7 @@ stay inside it.
 
 import csv
 import hashlib
+import io
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from omegaconf import MISSING
 
 from smolvlm_exp.data.images import Entry, PictureError, locate
 from smolvlm_exp.data.preferences import DataConfig
-from smolvlm_exp.data.sources import convert, hold_out, load_saved, sliced, undecoded
+from smolvlm_exp.data.sources import convert, first_line, hold_out, load_saved, sliced, undecoded
 from smolvlm_exp.data.spellings import EXPECTED, VERSION, conversation, features, is_known, pictures
 from smolvlm_exp.errors import RequestError
 
@@ -77,10 +78,14 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
 def from_files(files: list[Path], folder: Path) -> "Dataset":
     """The rows of one split's files, in the normal form."""
     from datasets import Dataset, load_dataset
+    from datasets.exceptions import DatasetsError
 
     where = ", ".join(path.name for path in files)
     if all(path.suffix.lower() == ".parquet" for path in files):
-        table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+        try:
+            table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+        except (OSError, ValueError, DatasetsError) as error:
+            raise RequestError(f"{where} cannot be read as Parquet: {first_line(error)}") from error
         return from_table(table, folder, where)
     rows = [row for path in files for row in parse(path)]
     require({key for row in rows for key in row}, where)
@@ -203,7 +208,7 @@ def parse_json(text: str, name: str) -> Rows:
 
 def parse_csv(text: str, name: str) -> Rows:
     """Comma-separated values under a header line; every row has the header's number of fields."""
-    reader = csv.DictReader(text.splitlines(keepends=True), strict=True)
+    reader = csv.DictReader(io.StringIO(text), strict=True)
     rows = []
     try:
         for row in reader:
@@ -214,5 +219,5 @@ def parse_csv(text: str, name: str) -> Rows:
                 )
             rows.append(dict(row))
     except csv.Error as error:
-        raise RequestError(f"{name} line {reader.line_num} is not CSV: {error}") from error
+        raise RequestError(f"{name} is not CSV after line {reader.line_num}: {error}") from error
     return rows

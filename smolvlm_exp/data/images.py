@@ -170,12 +170,16 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
         raise PictureError("is empty")
     if is_url(name):
         raise PictureError(f"is a URL; download it first: {name}")
-    path = folder / name
-    if Path(name).is_absolute() or not path.resolve().is_relative_to(folder.resolve()):
+    try:
+        path = (folder / name).resolve()
+        inside, there = path.is_relative_to(folder.resolve()), path.is_file()
+    except (OSError, ValueError) as error:  # a name too long, or with a zero byte
+        raise PictureError(f"cannot be read: {error}") from error
+    if Path(name).is_absolute() or not inside:
         raise PictureError(f"lies outside the data's folder; put it inside and name it from there: {name}")
-    if not path.is_file():
+    if not there:
         raise PictureError(f"is not there: {name} (paths count from {folder})")
-    return {"bytes": None, "path": str(path.resolve())}
+    return {"bytes": None, "path": str(path)}
 
 
 def is_url(path: str) -> bool:

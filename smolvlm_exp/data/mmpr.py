@@ -11,7 +11,7 @@ from omegaconf import MISSING
 
 from smolvlm_exp.data.files import stamp, to_row
 from smolvlm_exp.data.preferences import DataConfig
-from smolvlm_exp.data.sources import convert, hold_out, sliced, undecoded
+from smolvlm_exp.data.sources import convert, first_line, hold_out, sliced, undecoded
 from smolvlm_exp.data.spellings import pictures
 from smolvlm_exp.errors import RequestError
 
@@ -45,7 +45,7 @@ def load(config: Config, split: str) -> "Dataset":
     try:
         rows = load_dataset("json", data_files=str(annotations), split="train")
     except DatasetGenerationError as error:
-        raise RequestError(f"data.annotations={annotations} is not JSONL: {error.__cause__ or error}") from error
+        raise RequestError(f"data.annotations={annotations} is not JSONL: {first_line(error)}") from error
     missing = {"image", "question", "chosen", "rejected"} - set(rows.column_names)
     if missing:
         raise RequestError(

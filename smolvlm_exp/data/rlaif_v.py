@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.preferences import DataConfig
 from smolvlm_exp.data.sources import convert, fetch
+from smolvlm_exp.data.spellings import conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -28,8 +29,12 @@ def load(config: Config, split: str) -> "Dataset":
 
 def first_image(row: dict[str, Any]) -> dict[str, Any]:
     """Drop every picture but the first, and its part in the prompt."""
+    try:
+        words = conversation(row, images=1)
+    except ValueError as error:
+        return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": str(error)}
     prompt, seen = [], False
-    for message in row["prompt"] or []:
+    for message in words["prompt"]:
         content = []
         for part in message["content"]:
             is_image = part["type"] == "image"
@@ -37,5 +42,4 @@ def first_image(row: dict[str, Any]) -> dict[str, Any]:
                 content.append(part)
             seen = seen or is_image
         prompt.append({**message, "content": content})
-    answers = {"chosen": row["chosen"], "rejected": row["rejected"]}
-    return {"images": (row["images"] or [])[:1], "prompt": prompt, **answers, "problem": ""}
+    return {**words, "images": (row["images"] or [])[:1], "prompt": prompt, "problem": ""}

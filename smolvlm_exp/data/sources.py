@@ -25,6 +25,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
         RequestError: it cannot be reached, has no such split, or lacks a column.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
 
     folder = Path(id).expanduser()
     local = folder.is_dir()
@@ -38,11 +39,11 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
             rows = load_dataset(str(folder), split=split)
         else:
             rows = load_dataset(id, revision=revision, split=split)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, DatasetsError) as error:
         if isinstance(error, RequestError):
             raise
         hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
-        raise RequestError(f"data.id={id}, split {split}: {str(error).splitlines()[0]}.{hint}") from error
+        raise RequestError(f"data.id={id}, split {split}: {first_line(error)}.{hint}") from error
     missing = columns - set(rows.column_names)
     if missing:
         raise RequestError(
@@ -50,6 +51,11 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
             "For data in other columns use data=files."
         )
     return rows.select_columns(sorted(columns))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the retries and traces that some go on with."""
+    return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
 
 
 def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
@@ -83,6 +89,8 @@ def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], **kwargs: An
 
 def _convert_batch(table: Any, to_row: Callable[..., dict[str, Any]], kwargs: dict[str, Any], version: int) -> dict:
     converted = [to_row(row, **kwargs) for row in table.to_pylist()]
+    for image in (image for row in converted for image in row["images"] if image["bytes"]):
+        image["path"] = None  # else `datasets` drops the bytes where the working folder has a file of that name
     return {name: [row[name] for row in converted] for name in features()}
 
 
@@ -103,7 +111,9 @@ def sliced(splits: dict[str, "Dataset"], split: str) -> "Dataset":
     try:
         spans = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except ValueError as error:
-        raise RequestError(f"data split {split!r}: {error} Splits here: {', '.join(splits)}.") from error
+        raise RequestError(
+            f"Split {split!r}: {first_line(error)} Use {', '.join(splits)}, or a slice such as train[:6%]."
+        ) from error
     chosen = []
     for span in spans:
         rows = splits[span.splitname]

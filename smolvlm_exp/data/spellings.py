@@ -110,11 +110,16 @@ def parts(content: Any) -> list[dict[str, str | None]]:
             if piece.strip():
                 found.append({"type": "text", "text": piece.strip()})
         return found
+    if not isinstance(content, list):
+        raise ValueError(f"a message's content should be a text or a list of parts, not {str(content)[:60]!r}")
     kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
     strange = next((kind for kind in kinds if kind not in ("text", "image")), None)
     if strange is not None:
         raise ValueError(f"a message has a part of type {strange!r}; known are text, image")
-    return [{"type": part["type"], "text": part["text"] if part["type"] == "text" else None} for part in content]
+    return [
+        {"type": part["type"], "text": str(part.get("text") or "") if part["type"] == "text" else None}
+        for part in content
+    ]
 
 
 def with_images(prompt: list[Message], images: int) -> list[Message]:

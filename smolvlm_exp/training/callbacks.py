@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import time
@@ -89,6 +90,7 @@ class StopCallback(TrainerCallback):
 
     def __init__(self) -> None:
         self.asked = False
+        self.owner = os.getpid()
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> "StopCallback":
@@ -101,6 +103,8 @@ class StopCallback(TrainerCallback):
             signal.signal(number, handler)
 
     def ask(self, number: int, frame: Any) -> None:
+        if os.getpid() != self.owner:
+            return  # a data worker: Ctrl-C reaches the whole group, and the trainer still wants its batches
         if self.asked:
             sys.exit(128 + number)
         self.asked = True

@@ -14,11 +14,12 @@ from PIL import Image
 from smolvlm_exp.data import files, mmpr, photos, rlaif_v, rlhf_v
 from smolvlm_exp.data.preferences import DataConfig, assistant, prepare, text_of, user
 from smolvlm_exp.data.sources import hold_out, sliced
-from smolvlm_exp.data.spellings import conversation
+from smolvlm_exp.data.spellings import conversation, features
 from smolvlm_exp.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 RED = (255, 0, 0)
+AWKWARD = 'A dog, "big"\nand\u2028black.'  # quotes, commas and line breaks of two kinds
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,7 @@ def test_several_turns_several_pictures_and_a_system_message():
         ),
         ({"prompt": [{"role": "robot", "content": "Hi"}]}, "a message's role is 'robot'"),
         ({"prompt": ["Hi"]}, "should have a role and a content"),
+        ({"prompt": [{"role": "user", "content": 5}]}, "a text or a list of parts, not '5'"),
         ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video'"),
     ],
 )
@@ -162,7 +164,7 @@ def write_saved(folder: Path, rows: list[dict[str, Any]]) -> None:
     ids=["jsonl", "json", "csv", "parquet", "parquet with pictures", "save_to_disk"],
 )
 def test_a_folder_round_trip(folder, write: Callable[[Path, list[dict[str, Any]]], None]):
-    write(folder, [plain(number, rejected='A dog, "big"\nand black.') for number in range(10)])
+    write(folder, [plain(number, rejected=AWKWARD) for number in range(10)])
     train, test = load_files(folder), load_files(folder, "test")
     assert len(train) == 9
     assert len(test) == 1
@@ -171,7 +173,7 @@ def test_a_folder_round_trip(folder, write: Callable[[Path, list[dict[str, Any]]
     for number, row in enumerate(rows):
         assert row["prompt"] == [user(f"What is {number}?")]
         assert row["chosen"] == [assistant(f"It is {number}.")]
-        assert row["rejected"] == [assistant('A dog, "big"\nand black.')]
+        assert row["rejected"] == [assistant(AWKWARD)]
         assert row["images"][0].getpixel((0, 0)) == (20 * number, 0, 0)
         assert row["sizes"] == [[6, 4]]
 
@@ -265,7 +267,8 @@ def test_missing_columns_are_answered_with_what_is_expected(folder):
         ("a.json", "[{]", "a.json is not JSON"),
         ("a.json", "[1]", "item 0 of the list is not an object"),
         ("a.csv", "image,question,chosen,rejected\n0.png,What?,Yes, it is,No\n", "a.csv line 2 has not as many fields"),
-        ("a.csv", 'image,chosen\n0.png,"open', "a.csv line 2 is not CSV"),
+        ("a.parquet", "PAR1 but no Parquet", "a.parquet cannot be read as Parquet"),
+        ("a.csv", 'image,chosen\n0.png,"open', "a.csv is not CSV after line 1"),
     ],
 )
 def test_a_malformed_file_is_named_with_its_line(folder, name, text, said):
@@ -301,9 +304,7 @@ def test_what_is_not_there_is_named(folder, changes, said):
 
 
 def rlaif_v_rows(folder: Path, count: int) -> datasets.Dataset:
-    """Rows as the Hub gives them: every part has both keys, here with two pictures of which the recipe takes the first."""
-    from smolvlm_exp.data.spellings import features
-
+    """Rows as the Hub gives them, here with two pictures each, of which the recipe takes the first."""
     rows = [
         {
             "images": [
@@ -322,9 +323,6 @@ def rlaif_v_rows(folder: Path, count: int) -> datasets.Dataset:
 
 @pytest.mark.parametrize("saved", [True, False], ids=["save_to_disk", "parquet"])
 def test_rlaif_v_from_a_local_copy(folder, tmp_path, monkeypatch, saved):
-    monkeypatch.chdir(
-        folder
-    )  # where files are called as the pictures inside the rows are: they must not be taken instead
     picture(folder / "1.png", "white")
     copy = tmp_path / "copy"
     splits = datasets.DatasetDict(train=rlaif_v_rows(folder, 50), test=rlaif_v_rows(folder, 10))
@@ -334,6 +332,7 @@ def test_rlaif_v_from_a_local_copy(folder, tmp_path, monkeypatch, saved):
     else:
         for name, rows in splits.items():
             rows.to_parquet(copy / f"{name}-00000-of-00001.parquet")
+    monkeypatch.chdir(folder)  # its files have the names of the pictures in the rows, and must not stand in for them
     config = rlaif_v.Config(source="rlaif_v", id=str(copy))
     train = prepare(rlaif_v.load(config, config.train), config)
     test = prepare(rlaif_v.load(config, "test[:20%]"), config)
@@ -407,7 +406,7 @@ def test_an_unreachable_hub_is_answered_with_a_way_round(monkeypatch):
     [
         ("./nowhere", "train", "no such folder"),
         ("copy", "tset", "Unknown split"),
-        ("copy", "train", "no column images"),
+        ("copy", "train", "no column chosen, images"),
     ],
 )
 def test_a_local_copy_that_does_not_serve(tmp_path, monkeypatch, id, split, said):
