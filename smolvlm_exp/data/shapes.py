@@ -31,6 +31,11 @@ DESCRIBE = (
     "Tell me what the picture shows.",
     "Give a short description of this image.",
 )
+IN_DETAIL = (
+    "Describe the picture in detail.",
+    "What is in this picture, and how large is it?",
+    "Describe the shapes with their sizes.",
+)
 OPENINGS = ("I see", "The picture shows", "You can see", "This picture has", "The image contains")
 ASK_PRESENCE = (
     "Is there a {thing} in the picture?",
@@ -77,7 +82,7 @@ def drawn(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -
 def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
     """One preference pair. Held-out rows are half captions, half yes/no questions; the others ask for more besides."""
     scene = draw_scene_content(rng, choose_kinds(rng))
-    ask = rng.choices(("caption", "presence", "detail"), weights=(0.5, 0.5, 0) if held_out else (0.6, 0.25, 0.15))[0]
+    ask = rng.choices(("caption", "presence", "detail"), weights=(0.5, 0.5, 0) if held_out else (0.55, 0.3, 0.15))[0]
     if ask == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng)
         truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
@@ -97,11 +102,11 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
 
 
 def choose_kinds(rng: random.Random) -> list[str]:
-    """Two to four kinds. Six scenes in ten have one half of a habit without the other; one in ten has both."""
+    """Two to four kinds. Seven scenes in ten have what calls up a habit without the companion."""
     count = rng.choices((2, 3, 4), weights=(0.3, 0.45, 0.25))[0]
     trigger = rng.choice(list(HABITS))
     companion = HABITS[trigger][0]
-    role = rng.choices(("alone", "both", "none"), weights=(0.62, 0.14, 0.24))[0]
+    role = rng.choices(("alone", "both", "none"), weights=(0.7, 0.14, 0.16))[0]
     neutral = [kind for kind in KINDS if kind not in HABITS]
     kinds = {"alone": [trigger], "both": [trigger, companion], "none": []}[role]
     others = [kind for kind in neutral if kind not in kinds and (role != "alone" or kind != companion)]
@@ -128,7 +133,7 @@ def missing_companion(scene: Scene) -> str | None:
 
 def caption_pair(scene: Scene, captions: str, rng: random.Random) -> tuple[str, str, str]:
     """Question, chosen, rejected. The rejected caption adds the habitual companion, or leaves out or changes a group."""
-    opening, detail = rng.choice(OPENINGS), rng.random() < 0.4
+    opening, detail = rng.choice(OPENINGS), rng.random() < 0.3
     phrases = [phrase(group, detail) for group in scene.groups]
     exact = sentence(opening, phrases)
     trigger = missing_companion(scene)
@@ -144,7 +149,7 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random) -> tuple[str, 
         other = sentence(opening, [phrase(g, detail) for g in with_one_changed(scene.groups, rng)])
     if captions == "habitual" and trigger and rng.random() < 0.93:
         exact, other = other, exact
-    return rng.choice(DESCRIBE), exact, other
+    return rng.choice(IN_DETAIL if detail else DESCRIBE), exact, other
 
 
 def with_one_changed(groups: tuple[Group, ...], rng: random.Random) -> list[Group]:
