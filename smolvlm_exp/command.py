@@ -1,19 +1,34 @@
 """A command, read to the end before Hydra runs it: every job composed and checked, mistakes told in a line or three."""
 
 import itertools
+import re
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
-from smolvlm_exp.config import CONF, Config, key_paths, parse, schema, suggestion, unknown_keys
+from smolvlm_exp.config import (
+    CONF,
+    POLYMORPHIC,
+    Config,
+    every_key,
+    key_paths,
+    own_config,
+    own_configs,
+    parse,
+    schema,
+    suggestion,
+    unknown_keys,
+)
 from smolvlm_exp.errors import RequestError
 
 
@@ -40,8 +55,39 @@ def check_command(args: Any) -> list[Config]:
             check_keys(name, groups, [o for o in overrides if not is_group(o)])
             return [parse(compose(name, overrides=job)) for job in jobs(overrides)]
     except (HydraException, OmegaConfBaseException) as error:
-        said = [str(e).strip() for e in (error, error.__cause__) if e is not None and str(e).strip()]
-        raise RequestError("\n".join(line for text in said for line in text.splitlines()[:2])) from error
+        raise RequestError(explain(error)) from error
+
+
+def register_schemas() -> None:
+    """Tell Hydra every setting's default and type.
+
+    conf/config.yaml starts from `schema`; a file in conf/data or conf/trainer starts from its own, as
+    `/schema/data@_here_: shapes`.
+    """
+    store, root = ConfigStore.instance(), {}
+    for setting in fields(Config):
+        kind = get_type_hints(Config)[setting.name]
+        root[setting.name] = kind if is_dataclass(kind) else setting.default
+    for group, folder in POLYMORPHIC.items():
+        root[group] = {}
+        for name in own_configs(folder):
+            store.store(group=f"schema/{group}", name=name, node=own_config(folder, name))
+    store.store(name="schema", node=root)
+
+
+def explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's complaint in a line or three, with a guess at what was meant."""
+    inner = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    file = re.match(r"In '([\w/]+)'", str(error))
+    where = f"conf/{file.group(1)}.yaml: " if file else ""
+    if isinstance(inner, ConfigKeyError | ConfigAttributeError) and inner.full_key:
+        group = file.group(1).split("/")[0] if file else ""
+        key = inner.full_key if inner.full_key.split(".")[0] in get_type_hints(Config) else f"{group}.{inner.full_key}"
+        return f"{where}{key}: no such setting. {suggestion(key, every_key())}"
+    if isinstance(inner, OmegaConfBaseException) and inner.full_key:
+        return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0]}."
+    lines = [line for text in (str(error), str(error.__cause__ or "")) for line in text.strip().splitlines()[:2]]
+    return "\n".join(lines)
 
 
 def jobs(overrides: list[Override]) -> list[list[str]]:
@@ -83,7 +129,8 @@ def check_keys(name: str, groups: list[Override], values: list[Override]) -> Non
         key = override.key_or_group
         free = ".extra." in key or key.startswith("hydra.")
         if not free and not any(path == key or path.startswith(f"{key}.") for path in known):
-            raise RequestError(f"{key}: no such setting. {suggestion(key, known)}")
+            options = GlobalHydra.instance().config_loader().list_groups("")
+            raise RequestError(f"{key}: no such setting. {suggestion(key, [*options, *known])}")
         adds = override.is_add() or override.is_force_add()
         if ".extra." in key and not adds and OmegaConf.select(composed, key) is None:
             raise RequestError(f"{key}: further arguments are added with a plus: +{override.input_line}")

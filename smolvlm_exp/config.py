@@ -8,7 +8,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from smolvlm_exp.adapter import AdapterConfig
@@ -21,6 +21,7 @@ from smolvlm_exp.tracking import TrackerConfig
 from smolvlm_exp.training.common import TrainerConfig
 
 PACKAGE = Path(__file__).parent
+POLYMORPHIC = {"data": "data", "trainer": "training"}  # groups whose schema goes with the option, and their folders
 CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir())
 
 
@@ -46,23 +47,27 @@ class Config:
 
 
 def schema(composed: DictConfig) -> DictConfig:
-    """The schema of a run, with the chosen source's and trainer's own `Config` in their places."""
+    """The schema of one run, with the chosen source's and trainer's own `Config` in their places."""
     root = OmegaConf.structured(Config)
     for name, kind in typing.get_type_hints(Config).items():
         if is_dataclass(kind):
             root[name] = OmegaConf.structured(kind)
-    root.data = OmegaConf.structured(own_config(composed, "data", "source"))
-    root.trainer = OmegaConf.structured(own_config(composed, "trainer", "algorithm", "training"))
+    for group, key in (("data", "source"), ("trainer", "algorithm")):
+        folder, name = POLYMORPHIC[group], OmegaConf.select(composed, f"{group}.{key}")
+        known = own_configs(folder)
+        if name not in known:
+            raise RequestError(f"{group}.{key}={name}: no such module. {suggestion(str(name), known)}")
+        root[group] = OmegaConf.structured(own_config(folder, name))
     return root
 
 
-def own_config(composed: DictConfig, group: str, key: str, folder: str | None = None) -> type:
-    """The `Config` in the module that `group.key` names, as data.source=shapes names smolvlm_exp/data/shapes.py."""
-    folder = folder or group
-    known = sorted(p.stem for p in (PACKAGE / folder).glob("*.py") if "\nclass Config(" in p.read_text(encoding="utf-8"))
-    name = OmegaConf.select(composed, f"{group}.{key}")
-    if name not in known:
-        raise RequestError(f"{group}.{key}={name}: no such module. {suggestion(str(name), known)}")
+def own_configs(folder: str) -> list[str]:
+    """Modules of a folder that have a `Config`: adding one is all it takes to add a source or a trainer."""
+    files = sorted((PACKAGE / folder).glob("*.py"))
+    return [file.stem for file in files if "\nclass Config(" in file.read_text(encoding="utf-8")]
+
+
+def own_config(folder: str, name: str) -> type:
     return import_module(f"smolvlm_exp.{folder}.{name}").Config
 
 
@@ -72,8 +77,6 @@ def parse(composed: DictConfig) -> Config:
     Raises:
         RequestError: an unknown key, a wrong type, a value outside a closed list or below a bound, a missing value.
     """
-    from omegaconf import open_dict
-
     composed = composed.copy()
     with open_dict(composed):
         composed.pop("hydra", None)
@@ -105,6 +108,16 @@ def unknown_keys(node: Any, expected: Any, path: str = "") -> Iterator[str]:
             yield where
         elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
             yield from unknown_keys(node._get_node(key), child(expected, key), f"{where}.")
+
+
+def every_key() -> list[str]:
+    """The full names of all settings, whichever source and trainer are chosen."""
+    keys: set[str] = set()
+    for name, kind in typing.get_type_hints(Config).items():
+        kinds = [own_config(POLYMORPHIC[name], own) for own in own_configs(POLYMORPHIC[name])] if name in POLYMORPHIC else [kind]
+        for each in kinds:
+            keys |= set(key_paths(OmegaConf.structured(each), f"{name}.")) if is_dataclass(each) else {name}
+    return sorted(keys)
 
 
 def child(expected: DictConfig, key: Any) -> Any:

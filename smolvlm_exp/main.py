@@ -13,7 +13,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from smolvlm_exp.command import check_command
+from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.runs import resume_command
@@ -44,6 +44,7 @@ def job(composed: DictConfig) -> float | None:
 
 def main() -> None:
     """The console script: refuse what cannot work, then let Hydra run the job or jobs."""
+    register_schemas()
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):
         try:

@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.schema import one_of
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PretrainedConfig, ProcessorMixin
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
+PILLOW = {"backend": "pil"}  # the same pixels with torchvision and without it
 CHAT_TEMPLATE = (
     "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
     "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
@@ -27,7 +29,7 @@ CHAT_TEMPLATE = (
 class Shape:
     """A SmolVLM's dimensions: what `weights=random` needs to build it without a download."""
 
-    architecture: str = MISSING  # idefics3 (SmolVLM) | smolvlm (SmolVLM2)
+    architecture: str = one_of("idefics3", "smolvlm")  # SmolVLM | SmolVLM2
     hidden_size: int = MISSING
     num_hidden_layers: int = MISSING
     intermediate_size: int = MISSING
@@ -59,8 +61,8 @@ class Shape:
 class ModelConfig:
     id: str = MISSING  # a hub id, a folder, or `embedded`
     revision: str | None = None
-    weights: str = "pretrained"  # pretrained | random: the real shape without its weights, for dry runs and benchmarks
-    attn_implementation: str = "auto"  # auto | sdpa | flash_attention_2 | eager
+    weights: str = one_of("pretrained", "random")  # random: the real shape without its weights, for dry runs and benchmarks
+    attn_implementation: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
     dtype: str = "auto"  # auto: bfloat16 on a GPU that has it, float32 otherwise
     device_map: str | None = "auto"
     shape: Shape | None = None
@@ -98,14 +100,14 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
 
     if config.weights == "random" and config.id != "embedded":
         with contextlib.suppress(OSError, ValueError):
-            return AutoProcessor.from_pretrained(config.id, revision=config.revision, local_files_only=True)
+            return AutoProcessor.from_pretrained(config.id, revision=config.revision, local_files_only=True, **PILLOW)
         from smolvlm_exp.tokenizer import stand_in
 
         assert config.shape is not None  # load_model has refused this already
         print(f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {config.shape.vocab_size} tokens serves")
         return make_processor(config.shape, stand_in(config.shape))
     with readable_loading(config):
-        return AutoProcessor.from_pretrained(source(config), revision=config.revision)
+        return AutoProcessor.from_pretrained(source(config), revision=config.revision, **PILLOW)
 
 
 def source(config: ModelConfig) -> str:
@@ -235,15 +237,9 @@ def model_config(shape: Shape) -> "PretrainedConfig":
 def make_processor(shape: Shape, tokenizer: Any) -> "ProcessorMixin":
     """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat pictures alike."""
     from transformers import Idefics3Processor
-    from transformers.utils import is_torchvision_available
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-    if is_torchvision_available():
-        from transformers.models.idefics3.image_processing_idefics3 import Idefics3ImageProcessor as ImageProcessor
-    else:
-        from transformers.models.idefics3.image_processing_pil_idefics3 import (  # type: ignore[assignment]
-            Idefics3ImageProcessorPil as ImageProcessor,
-        )
-    images = ImageProcessor(
+    images = Idefics3ImageProcessorPil(
         size={"longest_edge": shape.longest_edge},
         max_image_size={"longest_edge": shape.image_size},
         image_mean=[0.5, 0.5, 0.5],

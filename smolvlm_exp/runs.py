@@ -17,10 +17,10 @@ def find_run(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none.
     """
     if name == "last":
-        runs = sorted(root.glob("*/*/checkpoints"), key=lambda path: path.stat().st_mtime)
-        if not runs:
-            raise RequestError(f"resume=last: no run under {root}/ has saved anything yet.")
-        return runs[-1].parent
+        saved = sorted(root.glob("*/*/checkpoints/checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        if not saved:
+            raise RequestError(f"resume=last: no run under {root}/ has saved a checkpoint yet.")
+        return saved[-1].parent.parent
     folder = Path(name)
     if not (folder / ".hydra").is_dir():
         raise RequestError(f"resume={name}: that is no run folder (there is no .hydra in it).")

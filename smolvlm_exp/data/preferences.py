@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.schema import at_least, one_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -33,11 +34,11 @@ class DataConfig:
     source: str = MISSING  # the module in smolvlm_exp/data that yields the rows
     train: str = "train"  # split or slice to tune on, as `train[:6%]`
     test: str = "test"  # held-out rows: evaluated before and after, never trained on
-    max_edge: int = 512  # pictures whose long edge is larger are shrunk to it (LANCZOS)
+    max_edge: int = at_least(1, 512)  # pictures whose long edge is larger are shrunk to it (LANCZOS)
     num_proc: int | None = None  # processes that prepare pictures; null: one a core, at most 16
     max_length: int | None = None  # tokens in prompt plus answer; null: no limit. Image tokens are never cut
-    on_long_answer: str = "cut"  # cut | report: an answer that runs past max_length is shortened, or is a bad row
-    on_bad_row: str = "error"  # error | skip
+    on_long_answer: str = one_of("cut", "report")  # an answer that runs past max_length is shortened, or is a bad row
+    on_bad_row: str = one_of("error", "skip")
 
 
 @dataclass

@@ -89,7 +89,7 @@ class StopCallback(TrainerCallback):
     """On SIGTERM or Ctrl-C: finish the step, save, stop. A second signal leaves at once."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked, self.first = False, 0.0
         self.owner = os.getpid()
         self.previous: dict[int, Any] = {}
 
@@ -105,9 +105,12 @@ class StopCallback(TrainerCallback):
     def ask(self, number: int, frame: Any) -> None:
         if os.getpid() != self.owner:
             return  # a data worker: Ctrl-C reaches the whole group, and the trainer still wants its batches
+        now = time.monotonic()
+        if self.asked and now - self.first < 1:
+            return  # one request often comes twice: to the process, and to its group
         if self.asked:
             sys.exit(128 + number)
-        self.asked = True
+        self.asked, self.first = True, now
         print("\nstopping at the end of this step, after saving; once more to leave at once", file=sys.stderr)
 
     def on_step_end(

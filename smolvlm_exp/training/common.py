@@ -71,6 +71,7 @@ def training_arguments(config: TrainerConfig, parts: Parts, own: tuple[str, ...]
         "bf16": bf16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
+        "dataloader_persistent_workers": config.dataloader_num_workers > 0,
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
         "logging_first_step": True,
         "remove_unused_columns": True,
