@@ -5,8 +5,11 @@
 Exit codes: 0 done; 1 failed; 2 the request was wrong and nothing was started; 75 stopped after saving (go on: resume=last).
 """
 
+import logging
 import sys
+import warnings
 from pathlib import Path
+from typing import Any, NoReturn
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -29,6 +32,7 @@ def job(composed: DictConfig) -> float | None:
             from smolvlm_exp.doctor import doctor
 
             sys.exit(doctor(Path("outputs")))
+        hush()
         from smolvlm_exp.pipeline import train
 
         summary = train(config, folder)
@@ -48,14 +52,32 @@ def main() -> None:
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):
         try:
-            sys.argv[1:] = resume_command(sys.argv[1:], args)
-            args = get_args_parser().parse_args()
-            check_command(args)
+            sys.argv[1:] = resume_command(absolute(sys.argv[1:], args), args)
+            check_command(get_args_parser().parse_args())
         except RequestError as error:
             refuse(error)
     job()
 
 
-def refuse(error: RequestError) -> None:
+def absolute(argv: list[str], args: Any) -> list[str]:
+    """--config-path from where the command is typed; Hydra would take it from where this file lies."""
+    if not args.config_path:
+        return argv
+    return [a.replace(args.config_path, str(Path(args.config_path).resolve())) for a in argv]
+
+
+def refuse(error: RequestError) -> NoReturn:
     print(f"smolvlm_exp: {error}", file=sys.stderr)
     sys.exit(2)
+
+
+def hush() -> None:
+    """Silence upstream's notes to its own developers; errors and our own lines stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()

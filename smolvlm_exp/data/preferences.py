@@ -76,6 +76,11 @@ def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Pa
     for split, rows in splits.items():
         if not len(rows):
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
+        counts = report[split]
+        print(
+            f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, longest {counts['longest']}, "
+            f"{counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
+        )
     return Preferences(splits["train"], splits["test"], report)
 
 

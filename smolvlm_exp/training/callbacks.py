@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 if TYPE_CHECKING:
     from smolvlm_exp.tracking import Tracker
@@ -83,6 +83,41 @@ class MetricsCallback(TrainerCallback):
 def finite(value: Any) -> Any:
     """JSON has no NaN; null says it as plainly."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+class Progress(ProgressCallback):
+    """A bar on a terminal, and one line a log event anywhere."""
+
+    SHOWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy")
+
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_train_begin(args, state, control, **kwargs)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_step_end(args, state, control, **kwargs)
+
+    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if self.training_bar is not None:
+            super().on_train_end(args, state, control, **kwargs)
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if sys.stderr.isatty():
+            super().on_prediction_step(*args, **kwargs)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        shown = [f"{key} {logs[key]:.4f}" for key in self.SHOWN if logs and key in logs]
+        if logs and ("loss" in logs or "eval_loss" in logs):
+            line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown)
+            (self.training_bar.write if self.training_bar is not None else print)(line)
 
 
 class StopCallback(TrainerCallback):

@@ -10,7 +10,6 @@ from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import above, at_least, one_of
 
 if TYPE_CHECKING:
-    import torch
     from peft import PeftConfig
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
@@ -60,30 +59,24 @@ class Parts:
 
 def training_arguments(config: TrainerConfig, parts: Parts, own: tuple[str, ...]) -> dict[str, Any]:
     """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`."""
+    import torch
+
     shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in ("algorithm", "extra")]
-    bf16 = parts.model.dtype is bfloat16()
     on_gpu = parts.model.device.type == "cuda"
     return {
         **{name: getattr(config, name) for name in (*shared, *own)},
         "output_dir": str(parts.folder / "checkpoints"),
         "max_length": parts.max_length,
         "seed": parts.seed,
-        "bf16": bf16,
+        "bf16": parts.model.dtype is torch.bfloat16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "dataloader_persistent_workers": config.dataloader_num_workers > 0,
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
         "logging_first_step": True,
         "remove_unused_columns": True,
-        "disable_tqdm": False,
         **config.extra,
     }
-
-
-def bfloat16() -> "torch.dtype":
-    import torch
-
-    return torch.bfloat16
 
 
 def build_arguments(cls: type, arguments: dict[str, Any]) -> Any:
@@ -96,3 +89,20 @@ def build_arguments(cls: type, arguments: dict[str, Any]) -> Any:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
         raise RequestError(f"trainer: {error}") from error
+
+
+def settle(trainer: Any) -> Any:
+    """What both of TRL's trainers need once they are built."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from smolvlm_exp.training.callbacks import Progress
+
+    for stock in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(stock)
+    trainer.add_callback(Progress)
+    if not trainer.args.bf16:
+        # TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 has no use for.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer

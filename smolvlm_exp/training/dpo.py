@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.adapter import attach_pissa, is_pissa, plain_initialisation
 from smolvlm_exp.schema import above, at_least, one_of
-from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, training_arguments
+from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, settle, training_arguments
 
 if TYPE_CHECKING:
     from trl import DPOTrainer
@@ -50,13 +50,4 @@ def build_trainer(config: Config, parts: Parts) -> "DPOTrainer":
             peft_config=peft_config,
             callbacks=parts.callbacks,
         )
-    return keep_float32(trainer)
-
-
-def keep_float32(trainer: Any) -> Any:
-    """TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 has no use for."""
-    if not trainer.args.bf16:
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return trainer
+    return settle(trainer)

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.adapter import attach_pissa, is_pissa
-from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, training_arguments
-from smolvlm_exp.training.dpo import keep_float32
+from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, settle, training_arguments
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -25,7 +24,7 @@ def build_trainer(config: Config, parts: Parts) -> "SFTTrainer":
     model, peft_config = parts.model, parts.peft_config
     if peft_config is not None and is_pissa(peft_config):
         model, peft_config = attach_pissa(model, peft_config, parts.folder, parts.seed), None
-    return keep_float32(
+    return settle(
         SFTTrainer(
             model=model,
             args=build_arguments(SFTConfig, {**arguments, "completion_only_loss": True}),
