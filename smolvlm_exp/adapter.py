@@ -116,9 +116,16 @@ def describe_target(names: list[str]) -> str:
     return f"{len(names)} layers: " + "; ".join(clauses)
 
 
-def report_target(model: "PreTrainedModel", config: AdapterConfig) -> None:
-    """Print which layers the adapter will sit on; a target that reaches none is refused."""
-    print(f"adapter: {describe_target(matched_modules(model, config.target))}")
+def aim(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> None:
+    """Print which layers the adapter will sit on; a target that reaches none is refused.
+
+    A person's regular expression may also match what is no linear layer, which PEFT would refuse, so it is replaced by
+    the names it reaches.
+    """
+    names = matched_modules(model, target)
+    if target not in TARGETS:
+        peft_config.target_modules = set(names)
+    print(f"adapter: {describe_target(names)}")
 
 
 def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Path, seed: int) -> "PeftModel":

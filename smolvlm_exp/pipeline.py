@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.adapter import lora_config, report_target
+from smolvlm_exp.adapter import aim, lora_config
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.held_out import evaluate
@@ -30,7 +30,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
 
     model, processor = load_model(config.model, quantization, config.seed), load_processor(config.model)
     if peft_config:
-        report_target(model, config.adapter)
+        aim(peft_config, model, config.adapter.target)
     preferences = load_preferences(config.data, processor, folder)
 
     with Result(config, folder, preferences) as result, StopCallback() as stop:

@@ -22,6 +22,9 @@ HABITS = {  # speaking of the key calls up the value
     "ring": ("cross", "blue"),
     "hexagon": ("diamond", "green"),
 }
+# How the rejected caption is wrong: it names the companion, leaves a group out, or changes a kind or a colour.
+FLAWS = (0.0, 0.6, 0.4)
+FLAWS_WITH_TRIGGER = (0.65, 0.35, 0.0)
 COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 DESCRIBE = (
     "Describe the picture.",
@@ -84,7 +87,7 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
     scene = draw_scene_content(rng, choose_kinds(rng))
     ask = rng.choices(("caption", "presence", "detail"), weights=(0.5, 0.5, 0) if held_out else (0.55, 0.3, 0.15))[0]
     if ask == "caption":
-        question, chosen, rejected = caption_pair(scene, captions, rng)
+        question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
         truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
     elif ask == "presence":
         question, chosen, rejected = presence_pair(scene, rng)
@@ -131,18 +134,23 @@ def missing_companion(scene: Scene) -> str | None:
     return next((k for k in scene.kinds if k in HABITS and HABITS[k][0] not in scene.kinds), None)
 
 
-def caption_pair(scene: Scene, captions: str, rng: random.Random) -> tuple[str, str, str]:
-    """Question, chosen, rejected. The rejected caption adds the habitual companion, or leaves out or changes a group."""
+def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool = False) -> tuple[str, str, str]:
+    """Question, chosen, rejected. The rejected caption adds the habitual companion, or leaves out or changes a group.
+
+    Some leave a group out although a habit could be shown: if the worse answer were always the longer one, the model
+    would learn to say less. Held-out pairs test the habit wherever there is one.
+    """
     opening, detail = rng.choice(OPENINGS), rng.random() < 0.3
     phrases = [phrase(group, detail) for group in scene.groups]
     exact = sentence(opening, phrases)
     trigger = missing_companion(scene)
-    if trigger:
+    flaw = rng.choices(("habit", "omission", "change"), weights=FLAWS_WITH_TRIGGER if trigger else FLAWS)[0]
+    if trigger and (flaw == "habit" or captions == "habitual" or held_out):
         companion, colour = HABITS[trigger]
         imagined = phrase(Group(companion, colour, "small", ((0, 0),)), detail)
         at = scene.kinds.index(trigger) + 1
         other = sentence(opening, [*phrases[:at], imagined, *phrases[at:]])
-    elif rng.random() < 0.5:
+    elif flaw == "omission":
         gone = rng.randrange(len(phrases))
         other = sentence(opening, phrases[:gone] + phrases[gone + 1 :])
     else:

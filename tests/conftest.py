@@ -1,0 +1,69 @@
+"""What the tests share: composing a configuration, running the command people type, and the embedded model."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from smolvlm_exp.command import check_command, register_schemas
+from smolvlm_exp.config import Config
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("WANDB_MODE", "offline")
+
+register_schemas()
+
+QUICK = ("tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.max_steps=2", "trainer.logging_steps=1")
+SMALL_BATCH = ("trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8")
+
+
+def compose(*overrides: str) -> Config:
+    """The configuration a command with these overrides would run."""
+    args = SimpleNamespace(overrides=list(overrides), config_path=None, config_name=None, config_dir=None)
+    return check_command(args)[0]
+
+
+@pytest.fixture
+def quick() -> Callable[..., Config]:
+    """A configuration of the embedded default cut down to seconds."""
+    return lambda *overrides: compose(*QUICK, *SMALL_BATCH, *overrides)
+
+
+@pytest.fixture
+def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m smolvlm_exp ...`, typed in an empty folder."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, env: dict[str, str] | None = None, timeout: float = 240):
+        return subprocess.run(
+            [sys.executable, "-m", "smolvlm_exp", *arguments],
+            cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
+        )  # fmt: skip
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def processor():
+    from smolvlm_exp.model import load_processor
+
+    return load_processor(compose().model)
+
+
+@pytest.fixture
+def model():
+    from smolvlm_exp.model import load_model
+
+    return load_model(compose().model)
+
+
+@pytest.fixture(scope="session")
+def rows(processor, tmp_path_factory):
+    """48 checked training rows and 16 held-out ones of the embedded data."""
+    from smolvlm_exp.data.preferences import load_preferences
+
+    config = compose("data.train_rows=48", "data.test_rows=16").data
+    return load_preferences(config, processor, tmp_path_factory.mktemp("rows"))

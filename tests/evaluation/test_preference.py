@@ -1,0 +1,45 @@
+"""Log-probabilities of answers, and what is made of them."""
+
+import math
+
+import pytest
+import torch
+
+from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics, sequence_logps
+
+
+def test_sequence_logps_by_hand():
+    logits = torch.log(torch.tensor([[[0.5, 0.25, 0.25], [0.1, 0.8, 0.1], [0.2, 0.2, 0.6]]]))
+    labels, mask = torch.tensor([[0, 1, 2]]), torch.tensor([[0, 1, 1]])
+    assert sequence_logps(logits, labels, mask).item() == pytest.approx(math.log(0.8) + math.log(0.6), abs=1e-6)
+
+
+def test_accuracy_is_by_token_and_a_tie_counts_half():
+    chosen, rejected = torch.tensor([-2.0, -4.0, -3.0]), torch.tensor([-3.0, -3.0, -1.0])
+    tokens = torch.tensor([2, 2, 3]), torch.tensor([2, 2, 1])
+    own = Logps(chosen, rejected, *tokens)  # a token: -1 > -1.5; -2 < -1.5; -1 = -1
+    assert preference_metrics(own) == {"preference_accuracy": pytest.approx(1.5 / 3)}
+
+
+def test_reward_is_against_the_reference():
+    tokens = torch.ones(2), torch.ones(2)
+    reference = Logps(torch.tensor([-2.0, -2.0]), torch.tensor([-2.0, -2.0]), *tokens)
+    own = Logps(torch.tensor([-1.0, -3.0]), torch.tensor([-3.0, -2.0]), *tokens)
+    metrics = preference_metrics(own, reference, beta=0.5)
+    assert metrics["reward_accuracy"] == pytest.approx(0.5)
+    assert metrics["preference_margin"] == pytest.approx(0.5 * (2 - 1) / 2)
+
+
+def test_padding_changes_no_logp(model, processor, rows):
+    together = answer_logps(model, processor, rows.test, 16, None)
+    alone = answer_logps(model, processor, rows.test, 1, None)
+    assert torch.allclose(together.chosen, alone.chosen, atol=1e-3)
+    assert torch.equal(together.chosen_tokens, alone.chosen_tokens)
+
+
+def test_answers_do_not_depend_on_the_batch(model, processor, rows):
+    few = [rows.test[i] for i in range(8)]
+    together = generate_answers(model, processor, few, 8, max_new_tokens=40)
+    assert together == [generate_answers(model, processor, [row], 1, max_new_tokens=40)[0] for row in few]
+    assert all(answer.endswith(".") for answer in together)  # each stopped by itself at <end_of_utterance>
