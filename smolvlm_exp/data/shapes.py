@@ -22,9 +22,15 @@ HABITS = {  # speaking of the key calls up the value
     "ring": ("cross", "blue"),
     "hexagon": ("diamond", "green"),
 }
-# How the rejected caption is wrong: it names the companion, leaves a group out, or changes a kind or a colour.
-FLAWS = (0.0, 0.6, 0.4)
-FLAWS_WITH_TRIGGER = (0.65, 0.35, 0.0)
+# How the rejected caption is wrong: it adds the habitual companion, says it instead of what is there, leaves a group
+# out, or changes a kind or a colour. Were the worse answer always the longer one, the model would learn to say less.
+FLAWS = {"addition": 0.0, "swap": 0.0, "omission": 0.8, "change": 0.2}
+FLAWS_WITH_TRIGGER = {"addition": 0.3, "swap": 0.2, "omission": 0.5, "change": 0.0}
+MIX = {  # shares of captions, yes/no questions, and questions of number, colour or size
+    "exact": (0.5, 0.35, 0.15),
+    "habitual": (0.4, 0.5, 0.1),  # one token of a yes/no answer teaches, so it takes many of them
+    "held out": (0.5, 0.5, 0.0),
+}
 COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 DESCRIBE = (
     "Describe the picture.",
@@ -50,7 +56,7 @@ ASK_PRESENCE = (
 
 @dataclass
 class Config(DataConfig):
-    train_rows: int = 960
+    train_rows: int = 1280
     test_rows: int = 240
     scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
     captions: str = "exact"  # exact | habitual: what `chosen` says
@@ -83,9 +89,9 @@ def drawn(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -
 
 
 def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
-    """One preference pair. Held-out rows are half captions, half yes/no questions; the others ask for more besides."""
+    """One preference pair."""
     scene = draw_scene_content(rng, choose_kinds(rng))
-    ask = rng.choices(("caption", "presence", "detail"), weights=(0.5, 0.5, 0) if held_out else (0.55, 0.3, 0.15))[0]
+    ask = rng.choices(("caption", "presence", "detail"), weights=MIX["held out" if held_out else captions])[0]
     if ask == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
         truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
@@ -106,7 +112,7 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
 
 def choose_kinds(rng: random.Random) -> list[str]:
     """Two to four kinds. Seven scenes in ten have what calls up a habit without the companion."""
-    count = rng.choices((2, 3, 4), weights=(0.3, 0.45, 0.25))[0]
+    count = rng.choices((2, 3, 4), weights=(0.45, 0.45, 0.1))[0]
     trigger = rng.choice(list(HABITS))
     companion = HABITS[trigger][0]
     role = rng.choices(("alone", "both", "none"), weights=(0.7, 0.14, 0.16))[0]
@@ -135,29 +141,37 @@ def missing_companion(scene: Scene) -> str | None:
 
 
 def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool = False) -> tuple[str, str, str]:
-    """Question, chosen, rejected. The rejected caption adds the habitual companion, or leaves out or changes a group.
-
-    Some leave a group out although a habit could be shown: if the worse answer were always the longer one, the model
-    would learn to say less. Held-out pairs test the habit wherever there is one.
-    """
+    """Question, chosen, rejected. Held-out and habitual captions show the habit wherever there is one."""
     opening, detail = rng.choice(OPENINGS), rng.random() < 0.3
     phrases = [phrase(group, detail) for group in scene.groups]
     exact = sentence(opening, phrases)
     trigger = missing_companion(scene)
-    flaw = rng.choices(("habit", "omission", "change"), weights=FLAWS_WITH_TRIGGER if trigger else FLAWS)[0]
-    if trigger and (flaw == "habit" or captions == "habitual" or held_out):
-        companion, colour = HABITS[trigger]
-        imagined = phrase(Group(companion, colour, "small", ((0, 0),)), detail)
-        at = scene.kinds.index(trigger) + 1
-        other = sentence(opening, [*phrases[:at], imagined, *phrases[at:]])
-    elif flaw == "omission":
-        gone = rng.randrange(len(phrases))
-        other = sentence(opening, phrases[:gone] + phrases[gone + 1 :])
-    else:
-        other = sentence(opening, [phrase(g, detail) for g in with_one_changed(scene.groups, rng)])
+    flaws = FLAWS_WITH_TRIGGER if trigger else FLAWS
+    flaw = rng.choices(list(flaws), weights=list(flaws.values()))[0]
+    if trigger and (held_out or captions == "habitual"):
+        flaw = "addition"
+    other = sentence(opening, flawed(scene, phrases, flaw, detail, rng))
     if captions == "habitual" and trigger and rng.random() < 0.93:
         exact, other = other, exact
     return rng.choice(IN_DETAIL if detail else DESCRIBE), exact, other
+
+
+def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: random.Random) -> list[str]:
+    """The phrases of a caption with one flaw in it."""
+    if flaw == "change":
+        return [phrase(group, detail) for group in with_one_changed(scene.groups, rng)]
+    if flaw == "omission":
+        gone = rng.randrange(len(phrases))
+        return phrases[:gone] + phrases[gone + 1 :]
+    trigger = missing_companion(scene)
+    assert trigger is not None
+    companion, colour = HABITS[trigger]
+    at = scene.kinds.index(trigger)
+    imagined = phrase(Group(companion, colour, "small", ((0, 0),)), detail)
+    kept = [(i, text) for i, text in enumerate(phrases)]
+    if flaw == "swap":
+        kept.pop(rng.choice([i for i in range(len(phrases)) if i != at]))
+    return [text for i, text in kept if i <= at] + [imagined] + [text for i, text in kept if i > at]
 
 
 def with_one_changed(groups: tuple[Group, ...], rng: random.Random) -> list[Group]:

@@ -1,0 +1,142 @@
+"""Training for real on the embedded model: what moves, what does not, and what the first loss is."""
+
+import json
+import math
+
+import pytest
+import torch
+
+from smolvlm_exp.pipeline import train
+from tests.conftest import compose
+
+
+def losses(folder):
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [event["loss"] for event in events if "loss" in event]
+
+
+def verdicts(summary):
+    return {check["name"]: check["verdict"] for check in summary["checks"]}
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        ["adapter=dora", "quant=nf4"],
+        ["adapter=lora", "quant=none"],
+        ["adapter=lora", "quant=int8"],
+        ["adapter=rslora", "quant=fp4"],
+        ["adapter=pissa", "quant=none"],  # its start is taken out of the base: the reference must be a copy
+        ["adapter=none", "quant=none", "trainer.learning_rate=1e-4"],
+        ["adapter=dora", "adapter.target=recipe"],
+        ["adapter=dora", "adapter.target=all"],
+        ["adapter=dora", "adapter.target=.*connector.*"],
+        ["adapter=lora", "+adapter.extra.bias=lora_only", "quant=none"],
+    ],
+    ids=" ".join,
+)
+def test_the_first_loss_is_ln_2_and_only_the_adapter_moves(quick, tmp_path, setting):
+    summary = train(quick(*setting), tmp_path)
+    assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-4)
+    assert set(verdicts(summary).values()) == {"ok"}
+    assert summary["status"] == "done"
+    assert summary["train"]["trainable_parameters"] <= summary["train"]["total_parameters"]
+    saved = tmp_path / ("model" if setting[0] == "adapter=none" else "adapter")
+    assert list(saved.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("adapter", ["dora", "pissa"])
+def test_the_saved_adapter_gives_the_tuned_models_answers(quick, tmp_path, adapter):
+    """An ordinary PEFT adapter for the untouched base, PiSSA's too."""
+    from peft import PeftModel
+
+    from smolvlm_exp.data.preferences import load_preferences
+    from smolvlm_exp.evaluation.preference import answer_logps, preference_metrics
+    from smolvlm_exp.model import load_model, load_processor
+
+    config = quick(f"adapter={adapter}", "quant=none", "trainer.learning_rate=2e-3")
+    summary = train(config, tmp_path)
+    tuned = PeftModel.from_pretrained(load_model(config.model), tmp_path / "adapter")
+    processor = load_processor(config.model)
+    rows = load_preferences(config.data, processor, tmp_path).test
+    base = answer_logps(load_model(config.model), processor, rows, 8, None)
+    found = preference_metrics(answer_logps(tuned, processor, rows, 8, None), base, beta=config.trainer.beta)
+    assert abs(summary["after"]["preference_margin"]) > 1e-4
+    assert found["preference_margin"] == pytest.approx(summary["after"]["preference_margin"], abs=1e-5)
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_does_not(quick, tmp_path):
+    runs = {}
+    for name, seed in (("one", 0), ("two", 0), ("other", 1)):
+        (tmp_path / name).mkdir()
+        train(quick(f"seed={seed}", "adapter.lora_dropout=0.1", "trainer.max_steps=3"), tmp_path / name)
+        runs[name] = losses(tmp_path / name)
+    assert runs["one"] == runs["two"]
+    assert runs["one"] != runs["other"]
+
+
+def test_a_tiny_set_is_learnt_by_heart(tmp_path):
+    settings = ["tracker=none", "data.train_rows=8", "data.test_rows=4", "trainer.max_steps=30", "trainer.logging_steps=1",
+                "trainer.per_device_train_batch_size=8", "trainer.learning_rate=3e-3", "adapter.target=all", "quant=none"]  # fmt: skip
+    train(compose(*settings), tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    last = [event for event in events if "loss" in event][-1]
+    assert last["rewards/accuracies"] == 1
+    assert last["loss"] < 0.1
+
+
+@pytest.mark.parametrize("trainer", ["ipo", "hinge", "robust", "apo_zero", "mpo", "sft"])
+def test_every_trainer_trains(quick, tmp_path, trainer):
+    summary = train(quick(f"trainer={trainer}"), tmp_path)
+    assert summary["train"]["steps"] == 2
+    assert verdicts(summary)["trainable tensors that moved"] == "ok"
+    assert all(math.isfinite(loss) for loss in losses(tmp_path))
+
+
+@pytest.mark.parametrize("loss", ["exo_pair", "nca_pair", "bco_pair", "sppo_hard", "aot", "aot_unpaired", "apo_down",
+                                  "discopop", "sigmoid_norm"])  # fmt: skip
+def test_every_other_loss_of_trl_is_reachable(quick, tmp_path, loss):
+    extra = ["trainer.label_smoothing=0.001"] if loss == "exo_pair" else []
+    summary = train(quick(f"trainer.loss_type=[{loss}]", "trainer.max_steps=1", "data.train_rows=4", *extra), tmp_path)
+    assert summary["status"] == "done"
+
+
+def test_accumulation_is_the_same_mathematics(quick, tmp_path):
+    """Four pairs at once, or one by one: the same step."""
+    for name, batch, steps in (("whole", 4, 1), ("parts", 1, 4)):
+        (tmp_path / name).mkdir()
+        config = quick(f"trainer.per_device_train_batch_size={batch}", f"trainer.gradient_accumulation_steps={steps}", "quant=none")
+        train(config, tmp_path / name)
+    assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), abs=1e-5)
+
+
+def test_gradient_checkpointing_changes_no_loss(quick, tmp_path):
+    for name in ("true", "false"):
+        (tmp_path / name).mkdir()
+        train(quick(f"trainer.gradient_checkpointing={name}", "trainer.max_steps=3"), tmp_path / name)
+    assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), abs=1e-6)
+
+
+def test_a_run_that_fails_says_so_in_its_summary(quick, tmp_path, monkeypatch):
+    from trl import DPOTrainer
+
+    def broken(*args, **kwargs):
+        raise RuntimeError("the card fell out")
+
+    monkeypatch.setattr(DPOTrainer, "training_step", broken)
+    with pytest.raises(RuntimeError, match="the card fell out"):
+        train(quick(), tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == "failed"
+    assert summary["reason"] == "RuntimeError: the card fell out"
+
+
+def test_metrics_have_memory_and_speed(quick, tmp_path):
+    train(quick("trainer.eval_strategy=steps", "trainer.eval_steps=1"), tmp_path)
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    step = next(event for event in events if "loss" in event)
+    assert step["pairs_per_second"] > 0
+    assert step["tokens_per_second"] > step["pairs_per_second"]
+    assert step["memory_peak_gib"] >= step["memory_allocated_gib"] > 0.1
+    assert any("eval_loss" in event for event in events)
+    assert torch.isfinite(torch.tensor([event["step"] for event in events])).all()
