@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-# The published recipe's names. Bare suffixes: q, k and v also match SigLIP's, so the recipe adapts the vision tower too.
+# The published recipe's names. Bare suffixes: q, k and v match SigLIP's as well, so the vision tower is adapted too.
 RECIPE = ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"]
 TARGETS: dict[str, str | list[str]] = {
     "text": r".*text_model.*\.(q|k|v|o|gate|up|down)_proj",
@@ -124,7 +124,7 @@ def aim(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> Non
     """
     names = matched_modules(model, target)
     if target not in TARGETS:
-        peft_config.target_modules = set(names)
+        peft_config.target_modules = list(names)
     print(f"adapter: {describe_target(names)}")
 
 

@@ -122,7 +122,7 @@ def check_keys(name: str, groups: list[Override], values: list[Override]) -> Non
     composed = compose(name, overrides=jobs(groups)[0], return_hydra_config=True)
     expected = schema(composed)
     known = list(key_paths(expected))
-    plain = OmegaConf.masked_copy(composed, [key for key in composed if key != "hydra"])
+    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     for key in unknown_keys(plain, expected):
         raise RequestError(f"{file_of(key, composed)}: {key}: no such setting. {suggestion(key, known)}")
     for override in values:
@@ -144,6 +144,9 @@ def file_of(key: str, composed: DictConfig) -> str:
     for file, package in files.items():
         path = CONF / file
         inside = key.removeprefix(f"{package}.") if package else key
-        if path.is_file() and OmegaConf.select(OmegaConf.create(yaml.safe_load(path.read_text()) or {}), inside) is not None:
+        if (
+            path.is_file()
+            and OmegaConf.select(OmegaConf.create(yaml.safe_load(path.read_text()) or {}), inside) is not None
+        ):
             return f"conf/{file}"
     return "the configuration"

@@ -102,7 +102,7 @@ def unknown_keys(node: Any, expected: Any, path: str = "") -> Iterator[str]:
         return
     if not is_dataclass(OmegaConf.get_type(expected)):
         return
-    for key in node:
+    for key in map(str, node):
         where = f"{path}{key}"
         if key not in list(expected):  # `in` alone is false for a setting without a value yet
             yield where
@@ -114,7 +114,11 @@ def every_key() -> list[str]:
     """The full names of all settings, whichever source and trainer are chosen."""
     keys: set[str] = set()
     for name, kind in typing.get_type_hints(Config).items():
-        kinds = [own_config(POLYMORPHIC[name], own) for own in own_configs(POLYMORPHIC[name])] if name in POLYMORPHIC else [kind]
+        kinds = (
+            [own_config(POLYMORPHIC[name], own) for own in own_configs(POLYMORPHIC[name])]
+            if name in POLYMORPHIC
+            else [kind]
+        )
         for each in kinds:
             keys |= set(key_paths(OmegaConf.structured(each), f"{name}.")) if is_dataclass(each) else {name}
     return sorted(keys)
@@ -131,7 +135,7 @@ def child(expected: DictConfig, key: Any) -> Any:
 
 def key_paths(expected: DictConfig, path: str = "") -> Iterator[str]:
     """Every setting's full name, as `adapter.r`."""
-    for key in list(expected.keys()):
+    for key in map(str, expected):
         node = child(expected, key)
         if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
             yield from key_paths(node, f"{path}{key}.")

@@ -2,7 +2,8 @@
 
     python -m smolvlm_exp [group=option] [group.key=value] [-m]
 
-Exit codes: 0 done; 1 failed; 2 the request was wrong and nothing was started; 75 stopped after saving (go on: resume=last).
+Exit codes: 0 done; 1 failed; 2 the request was wrong and nothing was started; 75 stopped after saving, go on with
+resume=last.
 """
 
 import logging

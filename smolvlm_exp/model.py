@@ -1,4 +1,4 @@
-"""Model and processor: from the hub, from a folder, embedded in this package, or with random weights in a real shape."""
+"""Model and processor: from the hub, a folder, embedded in this package, or random weights in a real shape."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ from smolvlm_exp.schema import one_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel, PretrainedConfig, ProcessorMixin
+    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
 EMBEDDED = Path(__file__).parent / "assets" / "tiny"
 PILLOW = {"backend": "pil"}  # the same pixels with torchvision and without it
@@ -61,7 +61,9 @@ class Shape:
 class ModelConfig:
     id: str = MISSING  # a hub id, a folder, or `embedded`
     revision: str | None = None
-    weights: str = one_of("pretrained", "random")  # random: the real shape without its weights, for dry runs and benchmarks
+    weights: str = one_of(
+        "pretrained", "random"
+    )  # random: the real shape without its weights, for dry runs and benchmarks
     attn_implementation: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
     dtype: str = "auto"  # auto: bfloat16 on a GPU that has it, float32 otherwise
     device_map: str | None = "auto"
@@ -104,7 +106,9 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
         from smolvlm_exp.tokenizer import stand_in
 
         assert config.shape is not None  # load_model has refused this already
-        print(f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {config.shape.vocab_size} tokens serves")
+        print(
+            f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {config.shape.vocab_size} tokens serves"
+        )
         return make_processor(config.shape, stand_in(config.shape))
     with readable_loading(config):
         return AutoProcessor.from_pretrained(source(config), revision=config.revision, **PILLOW)
@@ -156,7 +160,7 @@ def freeze_layout(model: "PreTrainedModel") -> "PreTrainedModel":
     """
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model
 
 
@@ -198,7 +202,7 @@ def model_config(shape: Shape) -> "PretrainedConfig":
     from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
     from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
-    text = LlamaConfig(
+    text = LlamaConfig(  # type: ignore[call-arg]  # rope_theta is still accepted
         hidden_size=shape.hidden_size,
         num_hidden_layers=shape.num_hidden_layers,
         intermediate_size=shape.intermediate_size,
@@ -217,7 +221,7 @@ def model_config(shape: Shape) -> "PretrainedConfig":
         "idefics3": (Idefics3Config, Idefics3VisionConfig),
         "smolvlm": (SmolVLMConfig, SmolVLMVisionConfig),
     }[shape.architecture]
-    return composite(
+    return composite(  # type: ignore[call-arg]
         text_config=text,
         vision_config=vision(
             hidden_size=shape.vision_hidden_size,

@@ -38,7 +38,9 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
         result.before = evaluate(model, processor, *held_out)
 
         callbacks = [MetricsCallback(folder, result.tracker), stop]
-        parts = Parts(model, processor, peft_config, preferences, config.data.max_length, callbacks, folder, config.seed)
+        parts = Parts(
+            model, processor, peft_config, preferences, config.data.max_length, callbacks, folder, config.seed
+        )
         trainer = algorithm.build_trainer(config.trainer, parts)
         watch = Watch(trainer.model)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -3,6 +3,7 @@
 `python -m smolvlm_exp.tokenizer FOLDER` writes the embedded model's processor anew; it is the same on every machine.
 """
 
+import json
 import random
 import sys
 from collections.abc import Iterable
@@ -34,7 +35,7 @@ def stand_in(shape: "Shape") -> "PreTrainedTokenizerFast":
 
 
 def build(controls: dict[int, str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train byte-level BPE on the embedded data's texts and lay it out: FIRST, bytes and merges, `controls` at their ids.
+    """Train byte-level BPE on the embedded data's texts; lay out FIRST, bytes and merges, then `controls` at their ids.
 
     Raises:
         ValueError: an id of `controls` lies where the trained vocabulary stands.
@@ -57,7 +58,7 @@ def build(controls: dict[int, str], vocab_size: int) -> "PreTrainedTokenizerFast
     vocabulary = trained.get_vocab()
     if len(vocabulary) > min(controls):
         raise ValueError(f"the vocabulary of {len(vocabulary)} reaches over the control token at {min(controls)}")
-    merges = [tuple(m) for m in __import__("json").loads(trained.to_str())["model"]["merges"]]
+    merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
     taken = set(vocabulary.values()) | set(controls)
     vocabulary |= {token: i for i, token in controls.items()}
     vocabulary |= {f"<unused_{i}>": i for i in range(vocab_size) if i not in taken}
@@ -79,13 +80,16 @@ def build(controls: dict[int, str], vocab_size: int) -> "PreTrainedTokenizerFast
 def corpus() -> Iterable[str]:
     """The words of 3,000 embedded pairs, as the chat template frames them."""
     from smolvlm_exp.data import shapes
-    from smolvlm_exp.data.preferences import text_of
     from smolvlm_exp.data.scenes import draw_scene_content
 
     for index in range(3000):
         rng = random.Random(f"tokenizer/{index}")
         scene = draw_scene_content(rng, shapes.choose_kinds(rng))
-        for ask in (shapes.caption_pair(scene, "exact", rng), shapes.presence_pair(scene, rng), shapes.detail_pair(scene, rng)):
+        for ask in (
+            shapes.caption_pair(scene, "exact", rng),
+            shapes.presence_pair(scene, rng),
+            shapes.detail_pair(scene, rng),
+        ):
             question, chosen, rejected = ask
             yield f"User:{question}\nAssistant: {chosen}\n\n"
             yield f" {rejected}"

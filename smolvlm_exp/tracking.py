@@ -62,7 +62,7 @@ class Tracker:
                 self.run.summary[f"{part}/{key}"] = value
         self.run.summary["status"] = summary["status"]
         if samples:
-            columns = ["image", "question", "before", "after", "chosen", "rejected"]
+            columns: list[str | int] = ["image", "question", "before", "after", "chosen", "rejected"]
             rows = [
                 [wandb.Image(s.image), s.question, s.before, s.after, s.chosen, s.rejected] for s in samples
             ]  # fmt: skip

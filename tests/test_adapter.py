@@ -32,7 +32,11 @@ def test_the_modules_named_are_the_modules_adapted(model, target):
     config = lora_config(AdapterConfig(target=target), quantised=False)
     aim(config, model, target)
     tuned = get_peft_model(model, config)
-    adapted = {name.removeprefix("base_model.model.").split(".lora_A")[0] for name, _ in tuned.named_modules() if name.endswith(".lora_A")}
+    adapted = {
+        name.removeprefix("base_model.model.").split(".lora_A")[0]
+        for name, _ in tuned.named_modules()
+        if name.endswith(".lora_A")
+    }
     assert adapted == set(names)
 
 

@@ -51,7 +51,12 @@ def test_a_mistake_is_answered_before_any_work(command, tmp_path, arguments):
     ("file", "text", "key", "fix"),
     [
         ("adapter/mine.yaml", "r: 4\nlora_alfa: 8\n", "adapter.lora_alfa", "Did you mean adapter.lora_alpha?"),
-        ("experiment/mine.yaml", "# @package _global_\ntrainer:\n  bta: 0.1\n", "trainer.bta", "Did you mean trainer.beta?"),
+        (
+            "experiment/mine.yaml",
+            "# @package _global_\ntrainer:\n  bta: 0.1\n",
+            "trainer.bta",
+            "Did you mean trainer.beta?",
+        ),
         ("adapter/mine.yaml", "r: many\n", "r", "could not be converted to Integer"),
     ],
 )
@@ -127,7 +132,10 @@ def test_every_option_composes(group, option):
     needed = {"files": ["data.folder=x"], "mmpr": ["data.annotations=x", "data.images=x"]}.get(option, [])
     config = compose(f"{group}={option}", *needed)
     assert getattr(config, group) is not None
-    assert "python -m" in (CONF / group / f"{option}.yaml").read_text() or (CONF / group / f"{option}.yaml").read_text()[0] == "#"
+    assert (
+        "python -m" in (CONF / group / f"{option}.yaml").read_text()
+        or (CONF / group / f"{option}.yaml").read_text()[0] == "#"
+    )
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -141,10 +149,18 @@ def test_every_experiment_composes_and_names_its_command(experiment):
 def test_the_recipe_is_the_published_one():
     config = compose("experiment=cookbook")
     assert (config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout) == (8, 8, 0.1)
-    assert (config.adapter.use_dora, config.adapter.init_lora_weights, config.adapter.target) == (True, "gaussian", "recipe")
+    assert (config.adapter.use_dora, config.adapter.init_lora_weights, config.adapter.target) == (
+        True,
+        "gaussian",
+        "recipe",
+    )
     assert (config.data.train, config.data.test, config.data.max_edge) == ("train[:6%]", "test[:1%]", 512)
     trainer = config.trainer
-    assert (trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps, trainer.num_train_epochs) == (1, 32, 5)
+    assert (trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps, trainer.num_train_epochs) == (
+        1,
+        32,
+        5,
+    )
     assert (trainer.logging_steps, trainer.eval_strategy, trainer.save_strategy) == (10, "steps", "steps")
     assert trainer.gradient_checkpointing
     assert config.quant.bnb_4bit_quant_type == "nf4"

@@ -1,7 +1,7 @@
 """One normal form for preference data, whatever the source, and the checks every row passes before any training.
 
-A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of pictures, the others lists of chat messages whose
-content is a list of parts, one `{"type": "image"}` part for each picture. It is the schema of
+A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of pictures, the others lists of chat messages
+whose content is a list of parts, one `{"type": "image"}` part for each picture. It is the schema of
 HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is really in the
 picture (`evaluation.truth` scores answers against it).
 """
@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -78,8 +78,8 @@ def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Pa
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
         counts = report[split]
         print(
-            f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, longest {counts['longest']}, "
-            f"{counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
+            f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, "
+            f"longest {counts['longest']}, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
         )
     return Preferences(splits["train"], splits["test"], report)
 
@@ -105,7 +105,6 @@ def prepare(rows: "Dataset", config: DataConfig) -> "Dataset":
 
     `datasets` keeps the result on disk by content, so a second run over stored rows does not decode them again.
     """
-    import os
 
     from datasets import Features, Image, List, Value
 
@@ -124,7 +123,7 @@ def prepare(rows: "Dataset", config: DataConfig) -> "Dataset":
 
 
 def workers(asked: int | None, rows: int) -> int | None:
-    """Processes for `rows` pictures: as many as asked for; else one a core, where there is work enough to start them."""
+    """Processes for `rows` pictures: as many as asked for; else one a core, where there is work enough."""
     count = asked or min(os.cpu_count() or 1, 16)
     return count if count > 1 and (asked or rows >= 2048) else None
 
@@ -132,8 +131,10 @@ def workers(asked: int | None, rows: int) -> int | None:
 def check(
     rows: "Dataset", processor: "ProcessorMixin", config: DataConfig
 ) -> tuple[list[int], dict[str, Any], list[tuple[int, str]]]:
-    """Look at every row without decoding a picture. Returns the good indices, the counts, and (index, reason) of the bad."""
-    good, problems, cut, image_tokens, longest = [], [], 0, [], 0
+    """Look at every row without decoding a picture: the good indices, the counts, (index, reason) of the bad."""
+    good: list[int] = []
+    problems: list[tuple[int, str]] = []
+    cut, longest, image_tokens = 0, 0, []
     count = token_counter(processor)
     controls = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
     for index, row in enumerate(rows.remove_columns("images")):
@@ -183,7 +184,7 @@ def row_problem(row: dict[str, Any], controls: list[str]) -> str:
     return ""
 
 
-def token_counter(processor: "ProcessorMixin") -> Callable[[dict[str, Any]], dict[str, int]]:
+def token_counter(processor: Any) -> Callable[[dict[str, Any]], dict[str, int]]:
     """A function that counts a row's tokens (prompt, image, chosen, rejected) exactly as the processor will make them.
 
     The image's tokens follow from its size alone, so no picture is decoded: R x C tiles and a global one, each
@@ -193,7 +194,7 @@ def token_counter(processor: "ProcessorMixin") -> Callable[[dict[str, Any]], dic
 
     tokenizer, tiles = processor.tokenizer, processor.image_processor
 
-    @lru_cache(maxsize=None)
+    @cache
     def image_span(rows: int, cols: int) -> tuple[int, int]:
         span = processor.replace_image_token({"rows": [[rows]], "cols": [[cols]]}, 0)
         ids = tokenizer(span, add_special_tokens=False)["input_ids"]

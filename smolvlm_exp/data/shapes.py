@@ -97,7 +97,7 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
         truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
     elif ask == "presence":
         question, chosen, rejected = presence_pair(scene, rng)
-        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": chosen.startswith("Yes") and "yes" or "no"}
+        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": (chosen.startswith("Yes") and "yes") or "no"}
     else:
         question, chosen, rejected = detail_pair(scene, rng)
         truth = {"kind": "other", "objects": scene.kinds}

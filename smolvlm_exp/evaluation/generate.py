@@ -37,7 +37,7 @@ def generate_answers(
             add_special_tokens=False,
             return_tensors="pt",
         ).to(model.device)
-        ids = model.generate(
+        ids = model.generate(  # type: ignore[operator]
             **inputs,
             max_new_tokens=max_new_tokens,
             do_sample=False,

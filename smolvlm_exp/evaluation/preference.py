@@ -58,8 +58,8 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tenso
 def preference_metrics(own: Logps, reference: Logps | None = None, beta: float = 1.0) -> dict[str, float]:
     """Preference accuracy, and against a reference DPO's implicit reward.
 
-    `preference_accuracy` is the share of rows whose chosen answer has the higher log-probability a token under the model
-    itself, a tie counting half: it means the same before and after. `reward_accuracy` and `preference_margin` use
+    `preference_accuracy` is the share of rows whose chosen answer has the higher log-probability a token under the
+    model itself, a tie counting half: it means the same before and after. `reward_accuracy` and `preference_margin` use
     r(y) = beta (log p(y) - log p_ref(y)) (arXiv 2305.18290, eq. 5), so they exist for a tuned model alone.
     """
     difference = own.chosen / own.chosen_tokens - own.rejected / own.rejected_tokens

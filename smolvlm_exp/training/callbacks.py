@@ -45,7 +45,9 @@ class MetricsCallback(TrainerCallback):
         self.evaluating = 0.0  # seconds of evaluation since the last log
         self.began = 0.0
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         self.since = (time.perf_counter(), state.global_step, 0.0)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -88,9 +90,18 @@ def finite(value: Any) -> Any:
 class Progress(ProgressCallback):
     """A bar on a terminal, and one line a log event anywhere."""
 
-    SHOWN = ("loss", "eval_loss", "rewards/accuracies", "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy")
+    SHOWN = (
+        "loss",
+        "eval_loss",
+        "rewards/accuracies",
+        "rewards/margins",
+        "eval_rewards/accuracies",
+        "mean_token_accuracy",
+    )
 
-    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if sys.stderr.isatty():
             super().on_train_begin(args, state, control, **kwargs)
 
@@ -98,7 +109,9 @@ class Progress(ProgressCallback):
         if self.training_bar is not None:
             super().on_step_end(args, state, control, **kwargs)
 
-    def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         if self.training_bar is not None:
             super().on_train_end(args, state, control, **kwargs)
 

@@ -25,10 +25,11 @@ class Watch:
             if name in self.start
         ]
         share = sum(moved) / max(len(moved), 1)
+        kept = checksum(self.model) == self.base
         checks = [
             verdict("trainable tensors that moved", share, "1.0", share == 1),
-            verdict("frozen weights unchanged", float(checksum(self.model) == self.base), "1.0", checksum(self.model) == self.base),
-        ]  # fmt: skip
+            verdict("frozen weights unchanged", float(kept), "1.0", kept),
+        ]
         losses = [event["loss"] for event in trainer.state.log_history if "loss" in event and event["step"] == 1]
         if losses and getattr(trainer, "loss_types", None) == ["sigmoid"]:
             tolerance = 5e-3 if trainer.args.bf16 else 1e-4

@@ -10,7 +10,7 @@ from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import above, at_least, one_of
 
 if TYPE_CHECKING:
-    from peft import PeftConfig
+    from peft import LoraConfig
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
     from smolvlm_exp.data.preferences import Preferences
@@ -49,7 +49,7 @@ class Parts:
 
     model: "PreTrainedModel"
     processor: "ProcessorMixin"
-    peft_config: "PeftConfig | None"
+    peft_config: "LoraConfig | None"
     preferences: "Preferences"
     max_length: int | None
     callbacks: "list[TrainerCallback]"

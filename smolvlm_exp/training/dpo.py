@@ -24,6 +24,7 @@ class Config(TrainerConfig):
     f_divergence_type: str = one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
     ld_alpha: float | None = None  # LD-DPO: weight of the tokens past the shorter answer's length
     use_weighting: bool = False  # WPO
+    disable_dropout: bool = True  # TRL's default; adapter.lora_dropout then has no effect
 
 
 OWN = tuple(name for name in Config.__dataclass_fields__ if name not in TrainerConfig.__dataclass_fields__)
@@ -33,7 +34,8 @@ def build_trainer(config: Config, parts: Parts) -> "DPOTrainer":
     """TRL's trainer. The reference is the same model with its adapter off, or a copy where there is no adapter."""
     from trl import DPOConfig, DPOTrainer
 
-    model, peft_config = parts.model, parts.peft_config
+    model: Any = parts.model
+    peft_config = parts.peft_config
     how: Any = contextlib.nullcontext()
     if peft_config is not None and is_pissa(peft_config):
         # TRL then keeps a second, frozen copy of the adapter as the reference.

@@ -1,7 +1,7 @@
 """Supervised fine-tuning on the chosen answers: TRL's SFTTrainer, the loss on the answer's tokens alone."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.adapter import attach_pissa, is_pissa
 from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, settle, training_arguments
@@ -21,7 +21,8 @@ def build_trainer(config: Config, parts: Parts) -> "SFTTrainer":
     from trl import SFTConfig, SFTTrainer
 
     arguments = training_arguments(config, parts, own=())
-    model, peft_config = parts.model, parts.peft_config
+    model: Any = parts.model
+    peft_config = parts.peft_config
     if peft_config is not None and is_pissa(peft_config):
         model, peft_config = attach_pissa(model, peft_config, parts.folder, parts.seed), None
     return settle(

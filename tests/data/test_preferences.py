@@ -56,7 +56,10 @@ def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
     from smolvlm_exp.data import shapes
 
     def load(config, split):
-        rows = [{k: v for k, v in r.items() if k not in ("sizes", "problem")} for r in (row(), row(rejected=[assistant("")]))]
+        rows = [
+            {k: v for k, v in r.items() if k not in ("sizes", "problem")}
+            for r in (row(), row(rejected=[assistant("")]))
+        ]
         return Dataset.from_list(rows)
 
     monkeypatch.setattr(shapes, "load", load)
@@ -95,7 +98,9 @@ def test_tokens_are_counted_exactly_without_decoding(name):
         example = row(sizes=[[width, height]])
         counted = count(example)
         texts = apply_chat_template({k: example[k] for k in ("prompt", "chosen", "rejected")}, processor)
-        ids = processor(images=[[Image.new("RGB", (width, height))]], text=[texts["prompt"]], add_special_tokens=False)["input_ids"][0]
+        ids = processor(images=[[Image.new("RGB", (width, height))]], text=[texts["prompt"]], add_special_tokens=False)[
+            "input_ids"
+        ][0]
         assert counted["prompt"] == len(ids), (width, height)
         assert counted["image"] == list(ids).count(processor.image_token_id)
 

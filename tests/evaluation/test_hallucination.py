@@ -30,7 +30,14 @@ def test_chair_by_hand():
 
 @pytest.mark.parametrize(
     ("answer", "said"),
-    [("Yes, there is.", "yes"), ("no", "no"), (" No.", "no"), ("yesterday", None), ("There is no star", None), ("", None)],
+    [
+        ("Yes, there is.", "yes"),
+        ("no", "no"),
+        (" No.", "no"),
+        ("yesterday", None),
+        ("There is no star", None),
+        ("", None),
+    ],
 )
 def test_the_first_word_decides(answer, said):
     assert yes_or_no(answer) == said

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolvlm_exp.pipeline import train
-from tests.conftest import compose
+from tests.conftest import SIGMOID
 
 
 def losses(folder):
@@ -36,7 +36,7 @@ def verdicts(summary):
     ids=" ".join,
 )
 def test_the_first_loss_is_ln_2_and_only_the_adapter_moves(quick, tmp_path, setting):
-    summary = train(quick(*setting), tmp_path)
+    summary = train(quick(*SIGMOID, *setting), tmp_path)
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-4)
     assert set(verdicts(summary).values()) == {"ok"}
     assert summary["status"] == "done"
@@ -69,16 +69,23 @@ def test_the_same_seed_gives_the_same_losses_and_another_does_not(quick, tmp_pat
     runs = {}
     for name, seed in (("one", 0), ("two", 0), ("other", 1)):
         (tmp_path / name).mkdir()
-        train(quick(f"seed={seed}", "adapter.lora_dropout=0.1", "trainer.max_steps=3"), tmp_path / name)
+        train(quick(f"seed={seed}", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"), tmp_path / name)
         runs[name] = losses(tmp_path / name)
     assert runs["one"] == runs["two"]
     assert runs["one"] != runs["other"]
 
 
-def test_a_tiny_set_is_learnt_by_heart(tmp_path):
-    settings = ["tracker=none", "data.train_rows=8", "data.test_rows=4", "trainer.max_steps=30", "trainer.logging_steps=1",
-                "trainer.per_device_train_batch_size=8", "trainer.learning_rate=3e-3", "adapter.target=all", "quant=none"]  # fmt: skip
-    train(compose(*settings), tmp_path)
+def test_a_tiny_set_is_learnt_by_heart(quick, tmp_path):
+    by_heart = [
+        "data.train_rows=8",
+        "trainer.per_device_train_batch_size=8",
+        "trainer.max_steps=30",
+        "trainer.beta=0.3",
+        "trainer.learning_rate=3e-3",
+        "adapter.target=all",
+        "quant=none",
+    ]
+    train(quick(*SIGMOID, *by_heart), tmp_path)
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     last = [event for event in events if "loss" in event][-1]
     assert last["rewards/accuracies"] == 1
@@ -88,7 +95,7 @@ def test_a_tiny_set_is_learnt_by_heart(tmp_path):
 @pytest.mark.parametrize("trainer", ["ipo", "hinge", "robust", "apo_zero", "mpo", "sft"])
 def test_every_trainer_trains(quick, tmp_path, trainer):
     summary = train(quick(f"trainer={trainer}"), tmp_path)
-    assert summary["train"]["steps"] == 2
+    assert summary["train"]["steps"] == 3
     assert verdicts(summary)["trainable tensors that moved"] == "ok"
     assert all(math.isfinite(loss) for loss in losses(tmp_path))
 
@@ -97,7 +104,16 @@ def test_every_trainer_trains(quick, tmp_path, trainer):
                                   "discopop", "sigmoid_norm"])  # fmt: skip
 def test_every_other_loss_of_trl_is_reachable(quick, tmp_path, loss):
     extra = ["trainer.label_smoothing=0.001"] if loss == "exo_pair" else []
-    summary = train(quick(f"trainer.loss_type=[{loss}]", "trainer.max_steps=1", "data.train_rows=4", *extra), tmp_path)
+    summary = train(
+        quick(
+            f"trainer.loss_type=[{loss}]",
+            "trainer.loss_weights=null",
+            "trainer.max_steps=1",
+            "data.train_rows=4",
+            *extra,
+        ),
+        tmp_path,
+    )
     assert summary["status"] == "done"
 
 
@@ -105,7 +121,12 @@ def test_accumulation_is_the_same_mathematics(quick, tmp_path):
     """Four pairs at once, or one by one: the same step."""
     for name, batch, steps in (("whole", 4, 1), ("parts", 1, 4)):
         (tmp_path / name).mkdir()
-        config = quick(f"trainer.per_device_train_batch_size={batch}", f"trainer.gradient_accumulation_steps={steps}", "quant=none")
+        config = quick(
+            f"trainer.per_device_train_batch_size={batch}",
+            f"trainer.gradient_accumulation_steps={steps}",
+            "quant=none",
+            *SIGMOID,
+        )
         train(config, tmp_path / name)
     assert losses(tmp_path / "whole") == pytest.approx(losses(tmp_path / "parts"), abs=1e-5)
 
@@ -113,7 +134,7 @@ def test_accumulation_is_the_same_mathematics(quick, tmp_path):
 def test_gradient_checkpointing_changes_no_loss(quick, tmp_path):
     for name in ("true", "false"):
         (tmp_path / name).mkdir()
-        train(quick(f"trainer.gradient_checkpointing={name}", "trainer.max_steps=3"), tmp_path / name)
+        train(quick(f"trainer.gradient_checkpointing={name}"), tmp_path / name)
     assert losses(tmp_path / "true") == pytest.approx(losses(tmp_path / "false"), abs=1e-6)
 
 

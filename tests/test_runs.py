@@ -1,0 +1,225 @@
+"""Whole runs by the command people type: what they leave, replay, stop and resume, sweeps, W&B, the installed wheel."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import QUICK
+
+ROOT = Path(__file__).parent.parent
+
+
+def losses(folder):
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {event["step"]: event["loss"] for event in events if "loss" in event}
+
+
+def test_a_run_leaves_what_it_promises_and_replays(command, tmp_path):
+    done = command(*QUICK, "hydra.run.dir=first", "seed=5")
+    assert done.returncode == 0, done.stderr
+    first = tmp_path / "first"
+    left = {path.name for path in first.iterdir()}
+    assert {".hydra", "metrics.jsonl", "summary.json", "report.html", "adapter"} <= left
+    assert json.loads((first / "adapter" / "adapter_config.json").read_text())["use_dora"] is True
+    summary = json.loads((first / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert summary["seed"] == 5
+    assert summary["settings"]["adapter"] == "dora"
+    assert {"preference_accuracy", "chair_s", "recall", "yes_no_accuracy"} <= summary["before"].keys() & summary[
+        "after"
+    ].keys()
+    assert {"steps", "seconds", "pairs_per_second", "memory_peak_gib", "first_loss", "last_loss"} <= summary[
+        "train"
+    ].keys()
+    assert "preference_accuracy" in done.stdout
+    assert str(first / "report.html") in done.stdout.replace("\n", "")
+
+    done = command("--config-path", "first/.hydra", "--config-name", "config", "hydra.run.dir=second")
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "second") == losses(first)
+    again = json.loads((tmp_path / "second" / "summary.json").read_text())
+    assert again["after"] == summary["after"]
+    assert again["settings"] == summary["settings"]
+
+
+def test_ctrl_c_saves_and_resume_goes_on_exactly(command, tmp_path):
+    """Stopped by SIGINT at some step and resumed, the losses are those of a run that was left alone."""
+    long = [*QUICK, "trainer.max_steps=14", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"]
+    assert command(*long, "hydra.run.dir=whole").returncode == 0
+    folder = tmp_path / "outputs" / "a" / "b"
+    running = subprocess.Popen(
+        [sys.executable, "-m", "smolvlm_exp", *long, f"hydra.run.dir={folder}"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+        time.sleep(0.05)
+    running.send_signal(signal.SIGINT)
+    _, err = running.communicate(timeout=120)
+    assert running.returncode == 75, err
+    assert "resume=" in err
+    assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
+    assert len(losses(folder)) < 14
+
+    done = command("resume=last")
+    assert done.returncode == 0, done.stderr
+    assert losses(folder) == losses(tmp_path / "whole")
+    assert json.loads((folder / "summary.json").read_text())["status"] == "done"
+    assert "resume" not in " ".join(yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()))
+
+
+def test_a_sweep_runs_every_combination_into_one_group(command, tmp_path):
+    done = command(
+        "-m", *QUICK, "adapter.r=2,4", "trainer.learning_rate=1e-4,1e-3", "trainer.gradient_accumulation_steps=1"
+    )
+    assert done.returncode == 0, done.stderr
+    (sweep,) = (tmp_path / "outputs" / "sweeps").glob("*/*")
+    summaries = [json.loads((sweep / str(n) / "summary.json").read_text()) for n in range(4)]
+    assert all(summary["status"] == "done" for summary in summaries)
+    assert len({summary["train"]["last_loss"] for summary in summaries}) == 4
+    assert len({summary["train"]["trainable_parameters"] for summary in summaries}) == 2
+    assert len({summary["before"]["preference_accuracy"] for summary in summaries}) == 1
+
+
+def test_wandb_offline_without_an_account(command, tmp_path):
+    """Read back with W&B's own command: group, config, summary and the table of answers are there."""
+    env = {"WANDB_API_KEY": "", "WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    done = command("-m", *QUICK[1:], "tracker=wandb", "adapter.r=2", env=env)
+    assert done.returncode == 0, done.stderr
+    assert "wandb: offline" in done.stdout
+    (run,) = tmp_path.glob("outputs/sweeps/*/*/0/wandb/offline-run-*")
+    inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
+    read = subprocess.run(inspect, capture_output=True, text=True, timeout=60, env={**os.environ, **env}).stdout
+    records = [json.loads(line) for line in read.splitlines() if line.startswith("{")]
+    header = next(record for record in records if record.get("type") == "run")
+    assert json.dumps(header).count("sweep ") >= 1
+    assert "after/preference_accuracy" in read
+    assert "rewards/margins" in read
+    assert list(run.glob("files/media/table/answers*.table.json"))
+
+
+@pytest.mark.parametrize("data", ["photos", "files"])
+def test_real_pictures_run_end_to_end(command, tmp_path, data):
+    extra = []
+    if data == "files":
+        from PIL import Image
+
+        folder = tmp_path / "mine"
+        folder.mkdir()
+        lines = []
+        for i in range(10):
+            Image.new("RGB", (90 + i, 60), (20 * i, 80, 200)).save(folder / f"{i}.png")
+            lines.append(
+                {
+                    "image": f"{i}.png",
+                    "question": "What is it?",
+                    "chosen": f"It is picture {i}.",
+                    "rejected": "It is a cat.",
+                }
+            )
+        (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        extra = [f"data.folder={folder}", "data.test_fraction=0.3"]
+    settings = [s for s in QUICK if not s.startswith("data.")]
+    done = command(f"data={data}", *extra, *settings, "hydra.run.dir=run", "trainer.per_device_train_batch_size=2")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["status"] == "done"
+    assert "chair_s" not in summary["before"]  # no truth is known, so none is claimed
+    assert summary["data"]["train"]["rows"] >= 7
+
+
+SMALL_COPY = [
+    "model.shape.hidden_size=64",
+    "model.shape.num_hidden_layers=1",
+    "model.shape.intermediate_size=64",
+    "model.shape.num_attention_heads=1",
+    "model.shape.num_key_value_heads=1",
+    "model.shape.longest_edge=384",
+    "model.shape.vision_hidden_size=64",
+    "model.shape.vision_num_hidden_layers=1",
+    "model.shape.vision_intermediate_size=64",
+    "model.shape.vision_num_attention_heads=1",
+]
+
+
+def test_the_recipe_dry_runs_on_a_small_copy_of_its_shape(command, tmp_path):
+    local = [
+        "data=photos",
+        "data.train=train",
+        "data.test=test",
+        "data.num_proc=1",
+        "tracker=none",
+        "hydra.run.dir=run",
+    ]
+    short = [
+        "trainer.max_steps=2",
+        "trainer.gradient_accumulation_steps=2",
+        "trainer.logging_steps=1",
+        "trainer.eval_steps=1",
+    ]
+    done = command("experiment=cookbook", "model.weights=random", *SMALL_COPY, *local, *short)
+    assert done.returncode == 0, done.stderr
+    assert "in the vision tower (1 k_proj, 1 q_proj, 1 v_proj)" in done.stdout
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["train"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_the_embedded_base_is_made_by_its_experiment(command, tmp_path):
+    short = [
+        "trainer.max_steps=3",
+        "trainer.warmup_steps=1",
+        "data.train_rows=64",
+        "data.test_rows=8",
+        "trainer.logging_steps=1",
+        "trainer.per_device_train_batch_size=16",
+        "trainer.dataloader_num_workers=0",
+        "hydra.run.dir=run",
+    ]
+    done = command("experiment=tiny_base", *short)
+    assert done.returncode == 0, done.stderr
+    assert losses(tmp_path / "run")[3] < losses(tmp_path / "run")[1]
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+def test_it_works_from_an_installed_wheel(tmp_path):
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(build, check=True, capture_output=True, timeout=120)
+    (wheel,) = tmp_path.glob("*.whl")
+    site = tmp_path / "site"
+    zipfile.ZipFile(wheel).extractall(site)
+    assert not (site / "tests").exists()
+    env = {**os.environ, "PYTHONPATH": str(site)}
+    shown = subprocess.run(
+        [sys.executable, "-P", "-m", "smolvlm_exp", "--cfg", "job", "experiment=cookbook"],
+        cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout)["model"]["id"] == "HuggingFaceTB/SmolVLM-Instruct"
+    where = (
+        "import smolvlm_exp.config as c, smolvlm_exp.model as m;"
+        "print(c.CONF); print(m.EMBEDDED.joinpath('model.safetensors').is_file())"
+    )
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", where], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert told.stdout.split() == [str(site / "smolvlm_exp" / "_conf"), "True"]
