@@ -2,17 +2,22 @@
 
 import itertools
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
-from hydra import compose, initialize_config_dir
+from hydra import compose, version
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -45,10 +50,9 @@ def check_command(args: Any) -> list[Config]:
     if not folder.is_dir():
         raise RequestError(f"--config-path {args.config_path}: there is no such folder.")
     name = args.config_name or "config"
-    extra = [f"hydra.searchpath=[file://{Path(args.config_dir).resolve()}]"] if args.config_dir else []
     try:
-        with initialize_config_dir(str(folder), version_base="1.3"):
-            overrides = OverridesParser.create().parse_overrides([*extra, *args.overrides])
+        with search_path(folder, args.config_dir):
+            overrides = OverridesParser.create().parse_overrides(args.overrides)
             groups = [o for o in overrides if is_group(o)]
             for override in groups:
                 check_option(override)
@@ -56,6 +60,23 @@ def check_command(args: Any) -> list[Config]:
             return [parse(compose(name, overrides=job)) for job in jobs(overrides)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
+
+
+@contextmanager
+def search_path(folder: Path, own: str | None) -> Iterator[None]:
+    """Hydra set up as its command line does it: `folder`, and before it a person's `own` (--config-dir)."""
+    if own and not Path(own).is_dir():
+        raise RequestError(f"--config-dir {own}: there is no such folder.")
+    path = create_config_search_path(str(folder))
+    if own:
+        path.prepend("command-line", f"file://{Path(own).resolve()}", anchor=SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    version.setbase("1.3")
+    Hydra.create_main_hydra2(task_name="smolvlm_exp", config_search_path=path)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
 
 
 def register_schemas() -> None:
@@ -77,15 +98,20 @@ def register_schemas() -> None:
 
 def explain(error: Exception) -> str:
     """Hydra's and OmegaConf's complaint in a line or three, with a guess at what was meant."""
-    inner = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OmegaConfBaseException):
+        inner = inner.__cause__ or inner.__context__
     file = re.match(r"In '([\w/]+)'", str(error))
     where = f"conf/{file.group(1)}.yaml: " if file else ""
     if isinstance(inner, ConfigKeyError | ConfigAttributeError) and inner.full_key:
-        group = file.group(1).split("/")[0] if file else ""
-        key = inner.full_key if inner.full_key.split(".")[0] in get_type_hints(Config) else f"{group}.{inner.full_key}"
+        key = inner.full_key
+        if key.split(".")[0] not in get_type_hints(Config) and file:
+            key = f"{file.group(1).split('/')[0]}.{key}"
         return f"{where}{key}: no such setting. {suggestion(key, every_key())}"
     if isinstance(inner, OmegaConfBaseException) and inner.full_key:
-        return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0]}."
+        return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {str(error).splitlines()[0]}."
     lines = [line for text in (str(error), str(error.__cause__ or "")) for line in text.strip().splitlines()[:2]]
     return "\n".join(lines)
 

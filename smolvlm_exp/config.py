@@ -156,8 +156,9 @@ def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 def check_value(key: str, setting: Any, value: Any) -> None:
     """Hold a value against what its field says it takes (schema.py)."""
     choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
-    if choices and value not in choices:
-        raise RequestError(f"{key}={value}: {suggestion(str(value), [str(choice) for choice in choices])}")
+    for each in value if isinstance(value, list) else [value]:
+        if choices and each not in choices:
+            raise RequestError(f"{key}={each}: {suggestion(str(each), [str(choice) for choice in choices])}")
     if low is not None and value is not None and value < low:
         raise RequestError(f"{key}={value} is too small: {low} is the least.")
     if floor is not None and value is not None and not value > floor:

@@ -14,7 +14,7 @@ from smolvlm_exp.result import Result
 from smolvlm_exp.runs import last_checkpoint
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.checks import Watch
-from smolvlm_exp.training.common import Parts
+from smolvlm_exp.training.common import Parts, Run
 
 
 def train(config: Config, folder: Path) -> dict[str, Any]:
@@ -23,10 +23,12 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     Raises:
         RequestError: something was asked for that cannot be done here; nothing was trained.
     """
-    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
+    dtype = resolve_dtype(config.model.dtype)
+    quantization = quantization_config(config.quant, dtype)
     peft_config = lora_config(config.adapter, quantised=quantization is not None)
     checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
+    arguments = algorithm.build_arguments(config.trainer, Run(folder, config.seed, dtype, config.data.max_length))
 
     model, processor = load_model(config.model, quantization, config.seed), load_processor(config.model)
     if peft_config:
@@ -38,10 +40,8 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
         result.before = evaluate(model, processor, *held_out)
 
         callbacks = [MetricsCallback(folder, result.tracker), stop]
-        parts = Parts(
-            model, processor, peft_config, preferences, config.data.max_length, callbacks, folder, config.seed
-        )
-        trainer = algorithm.build_trainer(config.trainer, parts)
+        parts = Parts(model, processor, peft_config, preferences, callbacks, folder)
+        trainer = algorithm.build_trainer(config.trainer, arguments, parts)
         watch = Watch(trainer.model)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result.checks = watch.checks(trainer)

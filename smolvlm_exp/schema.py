@@ -9,6 +9,11 @@ def one_of(default: str, *others: str) -> Any:
     return field(default=default, metadata={"choices": (default, *others)})
 
 
+def some_of(default: str, *others: str) -> Any:
+    """A list of values, each out of a closed list."""
+    return field(default_factory=lambda: [default], metadata={"choices": (default, *others)})
+
+
 def at_least(low: float, default: Any) -> Any:
     """A number from `low` upwards."""
     return field(default=default, metadata={"low": low})

@@ -10,6 +10,7 @@ from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import above, at_least, one_of
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
@@ -51,24 +52,32 @@ class Parts:
     processor: "ProcessorMixin"
     peft_config: "LoraConfig | None"
     preferences: "Preferences"
-    max_length: int | None
     callbacks: "list[TrainerCallback]"
     folder: Path
+
+
+@dataclass
+class Run:
+    """What training arguments take from the rest of the run."""
+
+    folder: Path
     seed: int
+    dtype: "torch.dtype"
+    max_length: int | None
 
 
-def training_arguments(config: TrainerConfig, parts: Parts, own: tuple[str, ...]) -> dict[str, Any]:
+def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) -> dict[str, Any]:
     """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`."""
     import torch
 
     shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in ("algorithm", "extra")]
-    on_gpu = parts.model.device.type == "cuda"
+    on_gpu = torch.cuda.is_available()
     return {
         **{name: getattr(config, name) for name in (*shared, *own)},
-        "output_dir": str(parts.folder / "checkpoints"),
-        "max_length": parts.max_length,
-        "seed": parts.seed,
-        "bf16": parts.model.dtype is torch.bfloat16,
+        "output_dir": str(run.folder / "checkpoints"),
+        "max_length": run.max_length,
+        "seed": run.seed,
+        "bf16": run.dtype is torch.bfloat16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "dataloader_persistent_workers": config.dataloader_num_workers > 0,
@@ -79,7 +88,7 @@ def training_arguments(config: TrainerConfig, parts: Parts, own: tuple[str, ...]
     }
 
 
-def build_arguments(cls: type, arguments: dict[str, Any]) -> Any:
+def upstream(cls: type, arguments: dict[str, Any]) -> Any:
     """Upstream's configuration object; its own complaint is kept.
 
     Raises:

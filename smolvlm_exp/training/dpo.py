@@ -2,22 +2,28 @@
 
 import contextlib
 import copy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.adapter import attach_pissa, is_pissa, plain_initialisation
-from smolvlm_exp.schema import above, at_least, one_of
-from smolvlm_exp.training.common import Parts, TrainerConfig, build_arguments, settle, training_arguments
+from smolvlm_exp.schema import above, at_least, one_of, some_of
+from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream
 
 if TYPE_CHECKING:
-    from trl import DPOTrainer
+    from trl import DPOConfig, DPOTrainer
+
+
+LOSSES = (
+    "sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot", "aot_unpaired",
+    "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm",
+)  # fmt: skip
 
 
 @dataclass
 class Config(TrainerConfig):
     """Names and meanings are trl.DPOConfig's own."""
 
-    loss_type: list[str] = field(default_factory=lambda: ["sigmoid"])
+    loss_type: list[str] = some_of(*LOSSES)
     loss_weights: list[float] | None = None  # one for each loss_type; null: 1 each
     beta: float = above(0, 0.1)  # how dear it is to leave the reference
     label_smoothing: float = at_least(0, 0.0)
@@ -30,22 +36,29 @@ class Config(TrainerConfig):
 OWN = tuple(name for name in Config.__dataclass_fields__ if name not in TrainerConfig.__dataclass_fields__)
 
 
-def build_trainer(config: Config, parts: Parts) -> "DPOTrainer":
+def build_arguments(config: Config, run: Run) -> "DPOConfig":
+    """TRL's configuration, before anything else is built, so that what it refuses is refused early."""
+    from trl import DPOConfig
+
+    return upstream(DPOConfig, training_arguments(config, run, OWN))
+
+
+def build_trainer(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
     """TRL's trainer. The reference is the same model with its adapter off, or a copy where there is no adapter."""
-    from trl import DPOConfig, DPOTrainer
+    from trl import DPOTrainer
 
     model: Any = parts.model
     peft_config = parts.peft_config
     how: Any = contextlib.nullcontext()
     if peft_config is not None and is_pissa(peft_config):
         # TRL then keeps a second, frozen copy of the adapter as the reference.
-        model, peft_config = attach_pissa(model, peft_config, parts.folder, parts.seed), None
+        model, peft_config = attach_pissa(model, peft_config, parts.folder, arguments.seed), None
         how = plain_initialisation(model)
     with how:
         trainer = DPOTrainer(
             model=model,
             ref_model=copy.deepcopy(model) if parts.peft_config is None else None,
-            args=build_arguments(DPOConfig, training_arguments(config, parts, OWN)),
+            args=arguments,
             train_dataset=parts.preferences.train,
             eval_dataset=parts.preferences.test if config.eval_strategy != "no" else None,
             processing_class=parts.processor,
