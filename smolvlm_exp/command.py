@@ -41,7 +41,7 @@ def check_command(args: Any) -> list[Config]:
     """Compose and read strictly every job that a command line asks for.
 
     Args:
-        args: Hydra's parsed command line (`overrides`, `config_path`, `config_name`, `config_dir`).
+        args: Hydra's parsed command line (`overrides`, `multirun`, `config_path`, `config_name`, `config_dir`).
 
     Raises:
         RequestError: naming the key or the file, and the fix.
@@ -53,6 +53,9 @@ def check_command(args: Any) -> list[Config]:
     try:
         with search_path(folder, args.config_dir):
             overrides = OverridesParser.create().parse_overrides(args.overrides)
+            swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
+            if swept and not args.multirun:
+                raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
             groups = [o for o in overrides if is_group(o)]
             for override in groups:
                 check_option(override)

@@ -28,7 +28,9 @@ SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
 
 def compose(*overrides: str) -> Config:
     """The configuration a command with these overrides would run."""
-    args = SimpleNamespace(overrides=list(overrides), config_path=None, config_name=None, config_dir=None)
+    args = SimpleNamespace(
+        overrides=list(overrides), multirun=False, config_path=None, config_name=None, config_dir=None
+    )
     return check_command(args)[0]
 
 

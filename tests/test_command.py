@@ -30,6 +30,7 @@ MISTAKES = {
     ("--config-dir", "nowhere"): ("--config-dir nowhere", "no such folder"),
     ("data=files",): ("data.folder", "has no value yet"),
     ("data.source=os",): ("data.source=os", "no such module"),
+    ("adapter.r=4,8",): ("adapter.r=4,8", "add -m"),
     ("-m", "adapter.r=4,x"): ("adapter.r", "could not be converted to Integer"),
     ("-m", "adapter=lora,dorra"): ("adapter=dorra", "Did you mean dora?"),
     ("resume=last",): ("resume=last", "no run under outputs/"),
