@@ -123,6 +123,9 @@ def readable_loading(config: ModelConfig):
     """The hub's many errors, in two lines that say what to do."""
     try:
         yield
+    except ImportError as error:
+        first = str(error).strip().splitlines()[0]
+        raise RequestError(f"model.id={config.id}: {first}\nInstall what it needs: pip install '.[gpu]'") from error
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(
