@@ -161,7 +161,8 @@ def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: rando
     if flaw == "change":
         return [phrase(group, detail) for group in with_one_changed(scene.groups, rng)]
     if flaw == "omission":
-        gone = rng.randrange(len(phrases))
+        # Mostly the last: a model that learns to name less stops early.
+        gone = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
         return phrases[:gone] + phrases[gone + 1 :]
     trigger = missing_companion(scene)
     assert trigger is not None
