@@ -31,6 +31,9 @@ MIX = {  # shares of captions, yes/no questions, and questions of number, colour
     "habitual": (0.4, 0.5, 0.1),  # one token of a yes/no answer teaches, so it takes many of them
     "held out": (0.5, 0.5, 0.0),
 }
+# Shares of scenes with 2, 3 and 4 kinds. True captions are shorter by the companion than the ones the model knows, so
+# pairs to tune on show more: otherwise it would learn that captions are short, not that they are true.
+COUNTS = {"usual": (0.45, 0.45, 0.1), "crowded": (0.15, 0.4, 0.45)}
 COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 DESCRIBE = (
     "Describe the picture.",
@@ -90,7 +93,9 @@ def drawn(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -
 
 def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
     """One preference pair."""
-    scene = draw_scene_content(rng, choose_kinds(rng))
+    scene = draw_scene_content(
+        rng, choose_kinds(rng, COUNTS["crowded" if captions == "exact" and not held_out else "usual"])
+    )
     ask = rng.choices(("caption", "presence", "detail"), weights=MIX["held out" if held_out else captions])[0]
     if ask == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
@@ -110,9 +115,9 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
     }
 
 
-def choose_kinds(rng: random.Random) -> list[str]:
+def choose_kinds(rng: random.Random, counts: tuple[float, float, float] = COUNTS["usual"]) -> list[str]:
     """Two to four kinds. Seven scenes in ten have what calls up a habit without the companion."""
-    count = rng.choices((2, 3, 4), weights=(0.45, 0.45, 0.1))[0]
+    count = rng.choices((2, 3, 4), weights=counts)[0]
     trigger = rng.choice(list(HABITS))
     companion = HABITS[trigger][0]
     role = rng.choices(("alone", "both", "none"), weights=(0.7, 0.14, 0.16))[0]
