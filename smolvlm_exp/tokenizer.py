@@ -1,6 +1,7 @@
 """A byte-level BPE tokenizer with SmolVLM's special tokens: the embedded model's own, and stand-ins of any real size.
 
-`python -m smolvlm_exp.tokenizer FOLDER` writes the embedded model's processor anew; it is the same on every machine.
+`python -m smolvlm_exp.tokenizer FOLDER` writes a processor for the embedded model's shape, the same on every machine. The
+merges follow the embedded data's words, so a model must be trained with the one it is to keep.
 """
 
 import json

@@ -47,11 +47,15 @@ def test_the_2b_model_has_no_tokens_for_tile_tags():
     assert len(stand_in(shape_of("smolvlm_256m"))("<row_1_col_1>")["input_ids"]) == 1
 
 
-def test_the_embedded_tokenizer_is_what_this_repository_builds(processor):
-    built = stand_in(shape_of("tiny"))
-    assert built.get_vocab() == processor.tokenizer.get_vocab()
+def test_the_embedded_tokenizer_is_laid_out_as_this_repository_builds_it(processor):
+    """Control tokens, bytes and size; the order of merges follows the data's words at the time it was built."""
+    built, shipped = stand_in(shape_of("tiny")), processor.tokenizer
+    assert built.added_tokens_decoder.keys() == shipped.added_tokens_decoder.keys()
+    assert len(built) == len(shipped) == 640
+    again = stand_in(shape_of("tiny"))
+    assert built.get_vocab() == again.get_vocab()
     text = "User:<image>Do you see a star?<end_of_utterance>\nAssistant: Yes, there is a star."
-    assert built(text)["input_ids"] == processor.tokenizer(text)["input_ids"]
+    assert shipped.decode(shipped(text)["input_ids"]) == built.decode(built(text)["input_ids"]) == text
 
 
 def test_the_embedded_model_is_small_and_whole(model, processor):
