@@ -68,7 +68,7 @@ def choices(folder: Path) -> dict[str, str]:
     if not saved.is_file():
         return {}
     runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
-    own = {group: option for group, option in runtime["choices"].items() if not group.startswith("hydra")}
+    own = {group: option for group, option in runtime["choices"].items() if "/" not in group}
     origin = next((Path(s["path"]) for s in runtime["config_sources"] if s["provider"] == "main"), folder)
     return own or (choices(origin.parent) if origin.name == ".hydra" and origin.parent != folder else {})
 

@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer with SmolVLM's special tokens: the embedded model's own, and stand-ins of any real size.
 
-`python -m smolvlm_exp.tokenizer FOLDER` writes a processor for the embedded model's shape, the same on every machine. The
-merges follow the embedded data's words, so a model must be trained with the one it is to keep.
+`python -m smolvlm_exp.tokenizer FOLDER` writes a processor for the embedded shape, the same on every machine. Its
+merges follow the embedded data's words, so a model is to be trained with the one it keeps.
 """
 
 import json

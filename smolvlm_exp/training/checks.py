@@ -30,10 +30,13 @@ class Watch:
             verdict("trainable tensors that moved", share, "1.0", share == 1),
             verdict("frozen weights unchanged", float(kept), "1.0", kept),
         ]
-        losses = [event["loss"] for event in trainer.state.log_history if "loss" in event and event["step"] == 1]
-        if losses and getattr(trainer, "loss_types", None) == ["sigmoid"]:
-            tolerance = 5e-3 if trainer.args.bf16 else 1e-4
-            off = abs(losses[0] - LN2)
+        first = next((e for e in trainer.state.log_history if "loss" in e and e["step"] == 1), {})
+        tolerance = 5e-3 if trainer.args.bf16 else 1e-4
+        if "rewards/chosen" in first:
+            off = max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"]))
+            checks.append(verdict("policy minus reference at step 1", off, f"{tolerance:g}", off <= tolerance))
+        if first and getattr(trainer, "loss_types", None) == ["sigmoid"]:
+            off = abs(first["loss"] - LN2)
             checks.append(verdict("first loss minus ln 2", off, f"{tolerance:g}", off <= tolerance))
         return checks
 
