@@ -90,9 +90,11 @@ def test_a_sweep_runs_every_combination_into_one_group(command, tmp_path):
     assert len({summary["before"]["preference_accuracy"] for summary in summaries}) == 1
 
 
-def test_wandb_offline_without_an_account(command, tmp_path):
+def test_wandb_offline_without_an_account(command, tmp_path, monkeypatch):
     """Read back with W&B's own command: group, config, summary and the table of answers are there."""
-    env = {"WANDB_API_KEY": "", "WANDB_MODE": "", "HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
     done = command("-m", *QUICK[1:], "tracker=wandb", "adapter.r=2", env=env)
     assert done.returncode == 0, done.stderr
     assert "wandb: offline" in done.stdout

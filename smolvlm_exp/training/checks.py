@@ -30,7 +30,7 @@ class Watch:
             verdict("trainable tensors that moved", share, "1.0", share == 1),
             verdict("frozen weights unchanged", float(kept), "1.0", kept),
         ]
-        first = next((e for e in trainer.state.log_history if "loss" in e and e["step"] == 1), {})
+        first: dict[str, Any] = next((e for e in trainer.state.log_history if "loss" in e and e["step"] == 1), {})
         tolerance = 5e-3 if trainer.args.bf16 else 1e-4
         if "rewards/chosen" in first:
             off = max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"]))

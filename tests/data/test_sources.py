@@ -458,7 +458,9 @@ def test_every_photo_is_used_credited_and_on_one_side_only():
 def test_the_yaml_fits_its_schema_and_opens_with_its_command(module):
     name = module.__name__.rpartition(".")[2]
     path = ROOT / "conf" / "data" / f"{name}.yaml"
-    config = OmegaConf.merge(OmegaConf.structured(module.Config), OmegaConf.load(path))
+    values = OmegaConf.load(path)
+    assert values.pop("defaults") == [{"/schema/data@_here_": name}]
+    config = OmegaConf.merge(OmegaConf.structured(module.Config), values)
     assert config.source == name
     first = path.read_text(encoding="utf-8").splitlines()[0]
     assert first.startswith("#")
