@@ -62,6 +62,12 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
+def shown(path: Path) -> Path:
+    """A path as it would be typed: relative where it lies under the working folder."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path
+
+
 def choices(folder: Path) -> dict[str, str]:
     """The option each group had, from a run's `.hydra`; a replayed run has those of the run it replays."""
     saved = folder / ".hydra" / "hydra.yaml"

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.runs import shown
 from smolvlm_exp.schema import one_of
 
 if TYPE_CHECKING:
@@ -42,9 +43,11 @@ class Tracker:
             dir=folder,
             mode=mode,  # type: ignore[arg-type]
             reinit="finish_previous",
-            settings=wandb.Settings(silent=True),
+            settings=wandb.Settings(silent=True, show_warnings=False),
         )
-        hint = "" if mode == "online" else f"; to upload it: wandb login && wandb sync {Path(self.run.dir).parent}"
+        hint = (
+            "" if mode == "online" else f"; to upload it: wandb login && wandb sync {shown(Path(self.run.dir).parent)}"
+        )
         print(f"wandb: {mode}{hint}")
 
     def log(self, values: dict[str, Any], step: int) -> None:
