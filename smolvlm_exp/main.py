@@ -20,7 +20,7 @@ from omegaconf import DictConfig
 from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.runs import resume_command, shown
+from smolvlm_exp.runs import as_typed, resume_command
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -42,7 +42,7 @@ def job(composed: DictConfig) -> float | None:
             raise  # the other jobs go on, and Hydra reports this one
         refuse(error)
     if summary["status"] == "stopped":
-        print(f"stopped after saving; go on with: python -m smolvlm_exp resume={shown(folder)}", file=sys.stderr)
+        print(f"stopped after saving; go on with: python -m smolvlm_exp resume={as_typed(folder)}", file=sys.stderr)
         sys.exit(75)
     return summary["after"].get("preference_accuracy")
 

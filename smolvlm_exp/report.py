@@ -33,6 +33,7 @@ from smolvlm_exp.page import (
     table,
     words,
 )
+from smolvlm_exp.runs import as_typed
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -248,14 +249,10 @@ _Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str
 
 
 def _commands(folder: Path, status: Any) -> str:
-    run = folder
-    if folder.is_absolute() and folder.is_relative_to(Path.cwd()):
-        run = folder.relative_to(Path.cwd())
+    run = as_typed(folder)
     start = "python -m smolvlm_exp"
     commands = [("Replay it", f"{start} --config-path {shlex.quote(f'{run}/.hydra')} --config-name config")]
-    if status == "done":
-        commands.append(("Talk to the result", f"{start} task=chat run={shlex.quote(str(run))}"))
-    else:
+    if status != "done":
         commands.append(("Go on from its last checkpoint", f"{start} resume={shlex.quote(str(run))}"))
     return "".join(
         f'<p class="hint">{label}</p><pre class="command">{html.escape(line)}</pre>' for label, line in commands

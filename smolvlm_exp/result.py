@@ -18,7 +18,7 @@ from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences, text_of
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.report import Sample, write_report
-from smolvlm_exp.runs import choices, run_name, shown, sweep_of
+from smolvlm_exp.runs import as_typed, choices, run_name, sweep_of
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
 
@@ -146,7 +146,7 @@ class Result:
             f"parameters trained; everything in {time.perf_counter() - self.began:.0f} s",
             highlight=False,
         )
-        console.print(f"{shown(self.folder)}/report.html", highlight=False, soft_wrap=True)
+        console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
 
 
 def versions() -> dict[str, str]:

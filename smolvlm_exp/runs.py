@@ -62,7 +62,7 @@ def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
 
 
-def shown(path: Path) -> Path:
+def as_typed(path: Path) -> Path:
     """A path as it would be typed: relative where it lies under the working folder."""
     here = Path.cwd()
     return path.relative_to(here) if path.is_absolute() and path.is_relative_to(here) else path

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.runs import shown
+from smolvlm_exp.runs import as_typed
 from smolvlm_exp.schema import one_of
 
 if TYPE_CHECKING:
@@ -45,9 +45,8 @@ class Tracker:
             reinit="finish_previous",
             settings=wandb.Settings(silent=True, show_warnings=False),
         )
-        hint = (
-            "" if mode == "online" else f"; to upload it: wandb login && wandb sync {shown(Path(self.run.dir).parent)}"
-        )
+        kept = as_typed(Path(self.run.dir).parent)
+        hint = "" if mode == "online" else f"; to upload it: wandb login && wandb sync {kept}"
         print(f"wandb: {mode}{hint}")
 
     def log(self, values: dict[str, Any], step: int) -> None:

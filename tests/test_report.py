@@ -272,7 +272,6 @@ def test_replays_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.Monke
     folder.mkdir(parents=True)
     text = report(folder)
     assert "--config-path &#x27;outputs/my run/.hydra&#x27; --config-name config" in text
-    assert "task=chat run=&#x27;outputs/my run&#x27;" in text
     assert "resume=" not in text
     assert "resume=" in report(folder, {**SUMMARY, "status": "stopped"})
 
