@@ -3,7 +3,7 @@
 A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of pictures, the others lists of chat messages
 whose content is a list of parts, one `{"type": "image"}` part for each picture. It is the schema of
 HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is really in the
-picture (`evaluation.truth` scores answers against it).
+picture (evaluation/held_out.py scores answers against it).
 """
 
 import json

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.preferences import DataConfig, assistant, user, workers
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
+from smolvlm_exp.schema import one_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,7 +63,7 @@ class Config(DataConfig):
     train_rows: int = 1280
     test_rows: int = 240
     scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
-    captions: str = "exact"  # exact | habitual: what `chosen` says
+    captions: str = one_of("exact", "habitual")  # what `chosen` says
 
 
 def load(config: Config, split: str) -> "Dataset":
@@ -102,7 +103,7 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
         truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
     elif ask == "presence":
         question, chosen, rejected = presence_pair(scene, rng)
-        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": (chosen.startswith("Yes") and "yes") or "no"}
+        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if chosen.startswith("Yes") else "no"}
     else:
         question, chosen, rejected = detail_pair(scene, rng)
         truth = {"kind": "other", "objects": scene.kinds}
