@@ -1,0 +1,164 @@
+"""Attention over a packed batch whose answers share their prompts (pairs.py), for transformers' models.
+
+Two calls a layer: causal over each [P C]; and the queries of [p R] over the keys [P before p, p R], causal from the
+bottom right. Both see what they would see if every answer had its prompt to itself. bfloat16 and float16 on a GPU run
+`varlen_attn` (flash attention over sequences of any length); everything else runs SDPA on padded copies.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch before 2.10
+    varlen_attn = None
+
+PREFIX = "shared_prefix_"
+
+
+@dataclass
+class Layout:
+    """Where each sequence of a packed batch lies: pairs.pack's fields of the same names."""
+
+    middle: int
+    cu_first: torch.Tensor
+    cu_second: torch.Tensor
+    cu_keys: torch.Tensor
+    keys_at: torch.Tensor
+    max_first: int
+    max_second: int
+    max_keys: int
+
+    @classmethod
+    def of(cls, packed: Mapping[str, Any]) -> "Layout":
+        return cls(**{field.name: packed[field.name] for field in fields(cls)})
+
+    @cached_property
+    def padded_first(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return padding(self.cu_first, self.max_first)
+
+    @cached_property
+    def padded_second(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return padding(self.cu_second, self.max_second)
+
+    @cached_property
+    def padded_keys(self) -> torch.Tensor:
+        """(B, max_keys) places in the whole line."""
+        return self.keys_at[padding(self.cu_keys, self.max_keys)[0]]
+
+    @cached_property
+    def second_mask(self) -> torch.Tensor:
+        """(B, 1, max_second, max_keys), true where a query of [p R] may look."""
+        queries, keys = self.cu_second.diff()[:, None, None], self.cu_keys.diff()[:, None, None]
+        i = torch.arange(self.max_second, device=keys.device)[None, :, None]
+        j = torch.arange(self.max_keys, device=keys.device)[None, None, :]
+        return ((j <= i + keys - queries) & (j < keys))[:, None]
+
+
+def padding(offsets: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """From a line of sequences to a padded (B, longest) table and back.
+
+    Returns:
+        (B, longest) places in the line, past a sequence's end its last token's; (T,) places in the flattened table.
+    """
+    lengths = offsets.diff()
+    steps = torch.arange(longest, device=offsets.device)
+    there = offsets[:-1, None] + torch.minimum(steps[None], lengths[:, None] - 1)
+    back = (steps[None] < lengths[:, None]).flatten().nonzero().flatten()
+    return there, back
+
+
+def use_shared_prefix(text_model: nn.Module) -> None:
+    """Let `text_model` attend over packed batches when it is given a layout, and as before when it is not.
+
+    Raises:
+        ValueError: its attention is `eager`, which has no registered function to go on with.
+    """
+    config: Any = text_model.config
+    before = config._attn_implementation
+    if before.startswith(PREFIX):
+        return
+    if before == "eager":
+        raise ValueError("model.attn_implementation=eager goes with trainer.engine=stock alone; use auto or sdpa.")
+    name, ordinary = f"{PREFIX}{before}", ALL_ATTENTION_FUNCTIONS[before]
+
+    def attention(
+        module: nn.Module, query: Any, key: Any, value: Any, mask: Any, layout: Layout | None = None, **kwargs: Any
+    ) -> Any:
+        if layout is None:
+            return ordinary(module, query, key, value, mask, **kwargs)
+        return shared_prefix_attention(query[0], key[0], value[0], layout, kwargs["scaling"])[None], None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, ALL_MASK_ATTENTION_FUNCTIONS[before])
+    config._attn_implementation = name
+
+
+def shared_prefix_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """softmax(scale Q K^T + mask) V over the two halves of a packed line.
+
+    Args:
+        query: (heads, T, D); key and value: (key heads, T, D), rotated already. Key heads may be fewer (GQA).
+
+    Returns:
+        (T, heads, D).
+    """
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
+        return varlen(*(tensor.transpose(0, 1) for tensor in (query, key, value)), layout, scale)
+    return padded(query, key, value, layout, scale)
+
+
+def varlen(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """The same with flash attention; every tensor is (T, heads, D)."""
+    assert varlen_attn is not None
+    causal: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # aligned at the bottom right
+    if query.shape[1] != key.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
+        causal["enable_gqa"] = True
+    middle, cu_first = layout.middle, layout.cu_first
+    first = varlen_attn(
+        query[:middle], key[:middle], value[:middle], cu_first, cu_first, layout.max_first, layout.max_first, **causal
+    )
+    second = varlen_attn(
+        query[middle:],
+        key.index_select(0, layout.keys_at),
+        value.index_select(0, layout.keys_at),
+        layout.cu_second,
+        layout.cu_keys,
+        layout.max_second,
+        layout.max_keys,
+        **causal,
+    )
+    return torch.cat((first, second))
+
+
+def padded(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+) -> torch.Tensor:
+    """The same with SDPA on padded copies, for any device and dtype; every tensor is (heads, T, D)."""
+    gqa = {"scale": scale, "enable_gqa": query.shape[0] != key.shape[0]}
+    there, back = layout.padded_first
+    rows = [tensor[:, there].transpose(0, 1) for tensor in (query, key, value)]  # (B, heads, max_first, D)
+    first = F.scaled_dot_product_attention(*rows, is_causal=True, **gqa)
+    there_second, back_second = layout.padded_second
+    second = F.scaled_dot_product_attention(
+        query[:, layout.middle :][:, there_second].transpose(0, 1),
+        key[:, layout.padded_keys].transpose(0, 1),
+        value[:, layout.padded_keys].transpose(0, 1),
+        attn_mask=layout.second_mask,
+        **gqa,
+    )
+    return torch.cat([rows.transpose(1, 2).flatten(0, 1)[way] for rows, way in ((first, back), (second, back_second))])

@@ -1,0 +1,103 @@
+"""Rows -> one packed batch in which both answers of a pair share their prompt, picture included.
+
+Tokens lie in one line without padding, all prompts with their chosen answers first, then all rejected answers:
+
+    [P1 C1 P2 C2 ... | p1 R1 p2 R2 ...]
+
+`p` is the prompt's last token once more: what follows it is predicted twice, by C's side and by R's, and with a copy of
+its own each side is an ordinary sequence. Attention (attention.py) lets [p R] see the prompt before it. The last token
+of an answer predicts nothing and is left out.
+"""
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+Row = dict[str, Any]  # prompt_ids (P,), chosen_ids (C,), rejected_ids (R,), tiles (n, 3, S, S); see feed.py
+
+
+def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int) -> dict[str, Any]:
+    """One batch: TRL's own fields for its loss code, and `packed`, what forward.py computes on.
+
+    Returns:
+        `input_ids`, `attention_mask`, `completion_mask`: (2B, L) as TRL's collator lays them out, chosen rows first;
+        `ref_chosen_logps`, `ref_rejected_logps`: (B,) where the rows have them;
+        `packed`: see `pack`.
+    """
+    batch: dict[str, Any] = {**trl_layout(rows, pad_token_id), "packed": pack(rows, image_token_id)}
+    for side in ("chosen", "rejected"):
+        if f"ref_{side}_logps" in rows[0]:
+            batch[f"ref_{side}_logps"] = torch.stack([row[f"ref_{side}_logps"] for row in rows])
+    return batch
+
+
+def trl_layout(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
+    """`input_ids`, `attention_mask`, `completion_mask`, each (2B, L): every answer behind its prompt, padded right."""
+    sides = [(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in rows]
+    longest = max(len(prompt) + len(answer) for prompt, answer in sides)
+    input_ids = torch.full((len(sides), longest), pad_token_id)
+    attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
+    for i, (prompt, answer) in enumerate(sides):
+        end = len(prompt) + len(answer)
+        input_ids[i, :end] = torch.cat((prompt, answer))
+        attention_mask[i, :end] = 1
+        completion_mask[i, len(prompt) : end] = 1
+    return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+
+
+def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
+    """The packed line of T tokens and everything that finds its way in it.
+
+    Returns:
+        `ids`, `positions`: (1, T); `middle`: where the second half begins.
+        `image_at`: (I,) where the features of the pictures go, in the order of `tiles`.
+        `answer_at`: (N,) the positions whose next token is an answer's; `labels`: (N,) those tokens;
+        `target`: (N,) their places in TRL's (2B, L - 1) layout, flattened.
+        `cu_first`, `cu_second`: (B + 1,) int32, where each [P C] and each [p R] begins in its own half.
+        `keys_at`: (K,) what [p R] attends to, [P before p, p R] after [...]; `cu_keys`: (B + 1,) int32.
+        `max_first`, `max_second`, `max_keys`: lengths of the longest of each, as numbers.
+        `tiles`: (n, 3, S, S) uint8, those of all rows.
+    """
+    prompts, chosen, rejected = ([row[f"{name}_ids"] for row in rows] for name in ("prompt", "chosen", "rejected"))
+    sizes = [(len(p), len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
+    first, second = [p + c - 1 for p, c, _ in sizes], [r for _, _, r in sizes]
+    starts, middle = [0, *accumulate(first)], sum(first)
+    seconds = [middle + s for s in (0, *accumulate(second))]
+    width = max(p + max(c, r) for p, c, r in sizes) - 1
+    answer_at, target, keys_at, positions = [], [], [], []
+    for i, (p, c, r) in enumerate(sizes):
+        answer_at.append(torch.arange(starts[i] + p - 1, starts[i] + p - 1 + c))
+        target.append(torch.arange(i * width + p - 1, i * width + p - 1 + c))
+        keys_at += [torch.arange(starts[i], starts[i] + p - 1), torch.arange(seconds[i], seconds[i] + r)]
+        positions.append(torch.arange(p + c - 1))
+    for i, (p, _, r) in enumerate(sizes):
+        answer_at.append(torch.arange(seconds[i], seconds[i] + r))
+        target.append(torch.arange((len(rows) + i) * width + p - 1, (len(rows) + i) * width + p - 1 + r))
+        positions.append(torch.arange(p - 1, p - 1 + r))
+    halves = (prompts, [c[:-1] for c in chosen]), ([p[-1:] for p in prompts], [r[:-1] for r in rejected])
+    ids = torch.cat([part for left, right in halves for pair in zip(left, right, strict=True) for part in pair])
+    keys = [p - 1 + r for p, _, r in sizes]
+    return {
+        "ids": ids[None],
+        "middle": middle,
+        "positions": torch.cat(positions)[None],
+        "image_at": (ids[:middle] == image_token_id).nonzero().flatten(),
+        "answer_at": torch.cat(answer_at),
+        "labels": torch.cat([*chosen, *rejected]),
+        "target": torch.cat(target),
+        "cu_first": cumulative(first),
+        "cu_second": cumulative(second),
+        "keys_at": torch.cat(keys_at),
+        "cu_keys": cumulative(keys),
+        "max_first": max(first),
+        "max_second": max(second),
+        "max_keys": max(keys),
+        "tiles": torch.cat([row["tiles"] for row in rows]),
+    }
+
+
+def cumulative(lengths: Sequence[int]) -> torch.Tensor:
+    """(B,) lengths -> (B + 1,) int32 offsets."""
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
