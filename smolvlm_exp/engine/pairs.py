@@ -58,7 +58,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
         `cu_first`, `cu_second`: (B + 1,) int32, where each [P C] and each [p R] begins in its own half.
         `keys_at`: (K,) what [p R] attends to, [P before p, p R] after [...]; `cu_keys`: (B + 1,) int32.
         `max_first`, `max_second`, `max_keys`: lengths of the longest of each, as numbers.
-        `tiles`: (n, 3, S, S) uint8, those of all rows.
+        `tiles`: (n, 3, S, S) uint8, those of all rows; or `features`: (n, tokens, H), where the rows have them.
     """
     prompts, chosen, rejected = ([row[f"{name}_ids"] for row in rows] for name in ("prompt", "chosen", "rejected"))
     sizes = [(len(p), len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
@@ -79,6 +79,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
     halves = (prompts, [c[:-1] for c in chosen]), ([p[-1:] for p in prompts], [r[:-1] for r in rejected])
     ids = torch.cat([part for left, right in halves for pair in zip(left, right, strict=True) for part in pair])
     keys = [p - 1 + r for p, _, r in sizes]
+    pictures = "features" if "features" in rows[0] else "tiles"
     return {
         "ids": ids[None],
         "middle": middle,
@@ -94,7 +95,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
         "max_first": max(first),
         "max_second": max(second),
         "max_keys": max(keys),
-        "tiles": torch.cat([row["tiles"] for row in rows]),
+        pictures: torch.cat([row[pictures] for row in rows]),
     }
 
 

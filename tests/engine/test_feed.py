@@ -1,0 +1,156 @@
+"""The engine's rows against TRL's own collator, for the pictures and texts people have."""
+
+import io
+import pickle
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from smolvlm_exp.data.preferences import assistant, user
+from smolvlm_exp.engine.feed import Collator, Rows, pixels, tile
+
+
+def picture(size, seed=0, mode="RGB"):
+    width, height = size
+    shape = (height, width) if mode == "L" else (height, width, len(mode))
+    noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return PIL.Image.fromarray(noise, mode)
+
+
+def encoded(image, kind="PNG", **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def make(*rows):
+    """Rows of the normal form from (images, question, chosen, rejected)."""
+    columns = {
+        "images": [images for images, *_ in rows],
+        "prompt": [[user(question, len(images))] for images, question, *_ in rows],
+        "chosen": [[assistant(chosen)] for _, _, chosen, _ in rows],
+        "rejected": [[assistant(rejected)] for *_, rejected in rows],
+    }
+    plain = Dataset.from_dict({name: columns[name] for name in columns if name != "images"})
+    pictures = Dataset.from_dict({"images": columns["images"]}, features=Features({"images": List(Image())}))
+    return plain.add_column("images", pictures.data.column("images")).cast_column("images", List(Image()))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Every shape that matters: split or not, wide and tall, grey, JPEG, lying on its side, several a row, shared."""
+    shared = encoded(picture((40, 100), seed=1))
+    side = picture((100, 40), seed=2)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return make(
+        ([encoded(picture((64, 64)))], "What is this?", "A red square.", "A dog."),
+        (
+            [encoded(picture((128, 30), mode="L"))],
+            "Describe it in detail, please.",
+            "Grey.",
+            "It is a long grey strip.",
+        ),
+        (
+            [shared, encoded(picture((300, 200), seed=3), "JPEG")],
+            "Compare the two.",
+            "Both are noise.",
+            "Both are noise!",
+        ),
+        ([encoded(side, "JPEG", exif=exif)], "And this?", "Lying.", "Standing on its head, I think."),
+        ([shared], "Again?", "Again.", "No."),
+        ([encoded(picture((17, 90), seed=4, mode="RGBA"))], "Thin?", "Yes, thin.", "No, not at all."),
+    )
+
+
+@pytest.mark.parametrize("splitting", [True, False])
+@pytest.mark.parametrize("room", [None, 1, 9, 20])
+def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, splitting, monkeypatch):
+    monkeypatch.setattr(processor.image_processor, "do_image_splitting", splitting)
+    normalise, everything = pixels(processor), Rows(mixed, processor, None)
+    assert len(everything) == len(mixed)
+    for i in range(len(mixed)):
+        max_length = None if room is None else len(everything[i]["prompt_ids"]) + room
+        row = Rows(mixed.select([i]), processor, max_length)[0]
+        batch = DataCollatorForVisionPreference(processor, max_length=max_length)([mixed[i]])
+        for k, side in enumerate(("chosen", "rejected")):
+            whole, answer = batch["attention_mask"][k].bool(), batch["completion_mask"][k].bool()
+            assert torch.equal(torch.cat((row["prompt_ids"], row[f"{side}_ids"])), batch["input_ids"][k][whole])
+            assert torch.equal(row[f"{side}_ids"], batch["input_ids"][k][answer])
+            assert row[f"{side}_ids"].dtype == torch.int64
+            assert len(row[f"{side}_ids"]) == min(len(everything[i][f"{side}_ids"]), room or 1000)
+        assert row["tiles"].dtype == torch.uint8
+        assert torch.equal(row["tiles"], everything[i]["tiles"])
+        torch.testing.assert_close(normalise(row["tiles"]), batch["pixel_values"][0], rtol=0, atol=1e-6)
+
+
+def test_collator_gives_the_batch_and_its_row_numbers(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    collator = pickle.loads(pickle.dumps(Collator(rows, processor.tokenizer.pad_token_id, processor.image_token_id)))
+    batch = collator([{"row": 2}, {"row": 0}])
+    assert batch["rows"].tolist() == [2, 0]
+    assert len(batch["packed"]["tiles"]) == len(rows[2]["tiles"]) + len(rows[0]["tiles"])
+    stock = DataCollatorForVisionPreference(processor)([mixed[2], mixed[0]])
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert torch.equal(batch[name], stock[name])
+
+
+def test_references_travel_with_the_rows(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    rows.reference = (torch.arange(6.0), -torch.arange(6.0))
+    batch = Collator(rows, 2, processor.image_token_id)([{"row": 4}, {"row": 1}])
+    assert batch["ref_chosen_logps"].tolist() == [4.0, 1.0]
+    assert batch["ref_rejected_logps"].tolist() == [-4.0, -1.0]
+    assert batch["ref_chosen_logps"].dtype == torch.float32
+
+
+def test_features_take_the_place_of_tiles(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    rows.features = torch.randn(rows.spans[-1], 16, 8)
+    row = rows[2]
+    assert "tiles" not in row
+    first, second = rows.pictures[2]
+    expected = torch.cat([rows.features[rows.spans[n] : rows.spans[n + 1]] for n in (first, second)])
+    assert torch.equal(row["features"], expected)
+    batch = Collator(rows, 2, processor.image_token_id)([{"row": 2}, {"row": 4}])
+    assert torch.equal(batch["packed"]["features"], torch.cat([expected, rows[4]["features"]]))
+    assert "tiles" not in batch["packed"]
+
+
+def test_a_shared_picture_is_one(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    assert len(rows.digests) == 6
+    assert rows.pictures[4] == rows.pictures[2][:1]
+    assert torch.equal(rows[4]["tiles"], rows[2]["tiles"][: len(rows[4]["tiles"])])
+
+
+def test_tiles_are_bytes_before_rescaling_exactly(processor):
+    image = picture((90, 120))
+    with_floats = processor.image_processor([[image]], do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(tile(image, processor.image_processor).float(), (with_floats * 255).round())
+
+
+def test_prompt_without_room_for_an_answer(processor, mixed):
+    longest = [len(Rows(mixed, processor, None)[i]["prompt_ids"]) for i in (1, 0)]
+    with pytest.raises(
+        ValueError, match=rf"row 1: its prompt is {longest[1]} tokens and data.max_length={longest[1]} "
+    ):
+        Rows(mixed.select([1, 0]), processor, longest[1])
+
+
+def test_prompt_that_names_more_pictures_than_there_are(processor, mixed):
+    row = mixed.select([4]).remove_columns("prompt").add_column("prompt", [[user("?", images=2)]])
+    with pytest.raises(ValueError, match=r"row 0: .*images"):
+        Rows(row, processor, None)
+
+
+def test_a_processor_whose_tiles_cannot_be_foretold(processor, monkeypatch):
+    monkeypatch.setattr(processor.image_processor, "size", {"longest_edge": 130})
+    rows = make(([encoded(picture((128, 126)))], "?", "A.", "B."))
+    found = Rows(rows, processor, None)
+    with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles where the prompt has places for 7"):
+        found[0]
