@@ -30,6 +30,7 @@ PREFIX = "shared_prefix_"
 class Layout:
     """Where each sequence of a packed batch lies: pairs.pack's fields of the same names."""
 
+    tokens: int
     middle: int
     cu_first: torch.Tensor
     cu_second: torch.Tensor
@@ -42,6 +43,30 @@ class Layout:
     @classmethod
     def of(cls, packed: Mapping[str, Any]) -> "Layout":
         return cls(**{field.name: packed[field.name] for field in fields(cls)})
+
+    # The same as one set of 2B sequences, for kernels that take queries and keys of different lengths.
+
+    @cached_property
+    def sources(self) -> torch.Tensor:
+        """(S,) the token that each key is: the first half's in order, then `keys_at`."""
+        return torch.cat((torch.arange(self.middle, device=self.keys_at.device), self.keys_at))
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        """(T,) int32, where a token stands in `sources` as a key of the second half; -1 where it does not."""
+        slots = torch.full((self.tokens,), -1, dtype=torch.int32, device=self.keys_at.device)
+        places = torch.arange(len(self.keys_at), dtype=torch.int32, device=self.keys_at.device)
+        return slots.index_copy_(0, self.keys_at, places + self.middle)
+
+    @cached_property
+    def cu_queries(self) -> torch.Tensor:
+        """(2B + 1,) int32 over the whole line."""
+        return torch.cat((self.cu_first, self.cu_second[1:] + self.middle))
+
+    @cached_property
+    def cu_sources(self) -> torch.Tensor:
+        """(2B + 1,) int32 over `sources`."""
+        return torch.cat((self.cu_first, self.cu_keys[1:] + self.middle))
 
     @cached_property
     def padded_first(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -51,7 +51,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
     """The packed line of T tokens and everything that finds its way in it.
 
     Returns:
-        `ids`, `positions`: (1, T); `middle`: where the second half begins.
+        `ids`, `positions`: (1, T); `tokens`: T; `middle`: where the second half begins.
         `image_at`: (I,) where the features of the pictures go, in the order of `tiles`.
         `answer_at`: (N,) the positions whose next token is an answer's; `labels`: (N,) those tokens;
         `target`: (N,) their places in TRL's (2B, L - 1) layout, flattened.
@@ -82,6 +82,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
     pictures = "features" if "features" in rows[0] else "tiles"
     return {
         "ids": ids[None],
+        "tokens": len(ids),
         "middle": middle,
         "positions": torch.cat(positions)[None],
         "image_at": (ids[:middle] == image_token_id).nonzero().flatten(),
