@@ -5,25 +5,27 @@ processor and max_length. A picture that several rows share is one picture here.
 """
 
 import hashlib
-import io
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
-from pathlib import Path
 from typing import Any
 
 import datasets
 import numpy as np
 import PIL.Image
 import torch
+import transformers
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from smolvlm_exp.engine.pairs import collate
+from smolvlm_exp.engine.store import Mapped, Store, keep, key_of
+from smolvlm_exp.engine.tiles import decode, file_of, height_and_width, tile
 
+VERSION = 1  # raise when tiles change: it is part of the key under which they are kept
 SIDES = ("prompt", "chosen", "rejected")
 TOGETHER = 256  # rows whose texts are tokenised in one call
-ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
 
 
 class Rows(torch.utils.data.Dataset):
@@ -34,9 +36,10 @@ class Rows(torch.utils.data.Dataset):
     `ref_rejected_logps`, 0-dim float32, where `reference` is set.
 
     Attributes:
-        digests: sha256 of each distinct picture's file.
+        digests: sha256 of each distinct picture's file, in ascending order: pictures are numbered by it.
         pictures: for each row the numbers of its pictures among the distinct ones.
         spans: (pictures + 1,) where each distinct picture's tiles begin among the tiles of all.
+        kept: None, or (tiles of all, 3, S, S) uint8; see `keep_tiles`.
         features: None, or (tiles of all, tokens, H); see features.py.
         reference: None, or two of (rows,) float32, chosen and rejected; see reference.py.
     """
@@ -52,7 +55,8 @@ class Rows(torch.utils.data.Dataset):
             ValueError: a prompt leaves no room for an answer, or names more or fewer pictures than its row has.
         """
         self.image_processor = processor.image_processor
-        self.features: torch.Tensor | None = None
+        self.kept: torch.Tensor | Mapped | None = None
+        self.features: torch.Tensor | Mapped | None = None
         self.reference: tuple[torch.Tensor, torch.Tensor] | None = None
         self.files = rows.select_columns(["images"]).with_format("arrow")  # their stored bytes: nothing is decoded
         grids = self.look_at_pictures(processor)
@@ -60,22 +64,22 @@ class Rows(torch.utils.data.Dataset):
 
     def look_at_pictures(self, processor: Any) -> list[list[tuple[int, int]]]:
         """Find the distinct pictures. For each row's pictures: (rows, columns) of tiles, (0, 0) for a single one."""
-        numbers: dict[bytes, int] = {}
-        self.places: list[tuple[int, int]] = []  # the row and the place in it where a picture first occurs
-        self.pictures: list[list[int]] = []
-        grids: list[tuple[int, int]] = []
         shape = cache(processor.image_processor.get_number_of_image_patches)
+        found: dict[bytes, tuple[tuple[int, int], tuple[int, int]]] = {}  # its first row and place there; its grid
+        names: list[list[bytes]] = []
         for i in range(len(self.files)):
-            self.pictures.append([])
+            names.append([])
             for j, entry in enumerate(self.entries(i)):
                 data = file_of(entry)
-                number = numbers.setdefault(hashlib.sha256(data).digest(), len(grids))
-                if number == len(grids):
-                    self.places.append((i, j))
-                    grids.append(shape(*height_and_width(data))[1:])
-                self.pictures[-1].append(number)
-        self.digests = list(numbers)
+                names[-1].append(hashlib.sha256(data).digest())
+                if names[-1][-1] not in found:
+                    found[names[-1][-1]] = (i, j), shape(*height_and_width(data))[1:]
+        self.digests = sorted(found)  # whatever the order of the rows, so that it is no part of a key
+        self.places = [found[digest][0] for digest in self.digests]
+        grids = [found[digest][1] for digest in self.digests]
         self.spans = [0, *accumulate(rows * columns + 1 if rows else 1 for rows, columns in grids)]
+        numbers = {digest: number for number, digest in enumerate(self.digests)}
+        self.pictures = [[numbers[digest] for digest in row] for row in names]
         return [[grids[number] for number in row] for row in self.pictures]
 
     def __len__(self) -> int:
@@ -85,7 +89,7 @@ class Rows(torch.utils.data.Dataset):
         bounds = self.offsets[3 * i : 3 * i + 4]
         row = {f"{side}_ids": self.ids[bounds[k] : bounds[k + 1]].long() for k, side in enumerate(SIDES)}
         if self.features is None:
-            row["tiles"] = joined([self.tiles(number) for number in self.pictures[i]], self.nothing)
+            row["tiles"] = joined([self.tiles(n) for n in self.pictures[i]], self.nothing)
         else:
             parts = [self.features[self.spans[n] : self.spans[n + 1]] for n in self.pictures[i]]
             row["features"] = joined(parts, self.features[:0])
@@ -98,11 +102,13 @@ class Rows(torch.utils.data.Dataset):
         return self.files[i].column("images")[0].as_py() or []
 
     def tiles(self, picture: int) -> torch.Tensor:
-        """One distinct picture's tiles, (n, 3, S, S) uint8.
+        """One distinct picture's tiles, (n, 3, S, S) uint8; made now where they are not kept.
 
         Raises:
             ValueError: there are more or fewer of them than the prompt's tokens were made for.
         """
+        if self.kept is not None:
+            return self.kept[self.spans[picture] : self.spans[picture + 1]]
         i, j = self.places[picture]
         tiles = tile(decode(self.entries(i)[j]), self.image_processor)
         expected = self.spans[picture + 1] - self.spans[picture]
@@ -113,6 +119,48 @@ class Rows(torch.utils.data.Dataset):
             )
         return tiles
 
+    def keep_tiles(self, store: Store | None, ram_budget: int, num_proc: int) -> None:
+        """Make all tiles now and keep them: in RAM within `ram_budget` bytes, else in the store, else not at all.
+
+        Processes of a torch.distributed group call it together, share the work and the store's one file.
+
+        Args:
+            num_proc: processes that tile; 0: this one.
+        """
+
+        def fill(tensors: Any, rank: int, processes: int) -> None:
+            for picture, tiles in self.stream(share(len(self.digests), rank, processes), num_proc):
+                tensors["tiles"][self.spans[picture] : self.spans[picture + 1]] = tiles
+
+        layout = {"tiles": (torch.uint8, (self.spans[-1], *self.nothing.shape[1:]))}
+        parts = self.tiles_made_of()
+        what = f"tiles of {len(self.digests):,} pictures"
+        kept = keep(what, key_of("tiles", **parts), layout, fill, store, ram_budget, parts)
+        self.kept = kept["tiles"] if kept else None
+
+    def tiles_made_of(self) -> dict[str, Any]:
+        """All that decides the tiles' bytes, for keys: the pictures' files, the image processor, its code."""
+        return {
+            "version": VERSION,
+            "pictures": hashlib.sha256(b"".join(self.digests)).hexdigest(),
+            "image_processor": json.loads(self.image_processor.to_json_string()),
+            "backend": type(self.image_processor).__name__,
+            "pillow": PIL.__version__,
+            "transformers": transformers.__version__,
+        }
+
+    def stream(self, pictures: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number, its tiles) of each of `pictures` in their order, tiled by `num_proc` processes; 0: by this one."""
+        loader = torch.utils.data.DataLoader(
+            Pictures(self),
+            batch_size=None,
+            sampler=pictures,
+            num_workers=min(num_proc, len(pictures)),
+            collate_fn=np.asarray,  # as it is
+            generator=torch.Generator(),  # or it would draw from the run's own
+        )
+        return ((picture, torch.from_numpy(tiles)) for picture, tiles in zip(pictures, loader, strict=True))
+
     @cached_property
     def nothing(self) -> torch.Tensor:
         """The tiles of a row without pictures."""
@@ -122,6 +170,21 @@ class Rows(torch.utils.data.Dataset):
     def length(self, i: int) -> int:
         """Tokens of row `i`: its prompt and both answers."""
         return int(self.offsets[3 * i + 3] - self.offsets[3 * i])
+
+
+@dataclass
+class Pictures(torch.utils.data.Dataset):
+    """Distinct pictures' tiles as numpy arrays, which travel between processes through a pipe, not /dev/shm."""
+
+    rows: Rows
+
+    def __getitem__(self, picture: int) -> np.ndarray:
+        return self.rows.tiles(picture).numpy()
+
+
+def share(count: int, rank: int, processes: int) -> range:
+    """A rank's share of `count` things, in one piece."""
+    return range(count * rank // processes, count * (rank + 1) // processes)
 
 
 @dataclass
@@ -140,9 +203,7 @@ class Collator:
 
 def joined(parts: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
     """Parts end to end; a single one is not copied."""
-    if len(parts) == 1:
-        return parts[0]
-    return torch.cat(parts) if parts else nothing
+    return parts[0] if len(parts) == 1 else torch.cat([nothing, *parts])
 
 
 def tokenise(
@@ -193,49 +254,3 @@ def row_texts(row: dict[str, Any], processor: Any, grids: list[tuple[int, int]],
     spans = [processor.replace_image_token({"rows": [[r]], "cols": [[c]]}, 0) for r, c in grids]
     written = "".join(word + span for word, span in zip(words, [*spans, ""], strict=True))
     return [written, texts["chosen"], texts["rejected"]]
-
-
-def file_of(entry: dict[str, Any]) -> bytes:
-    """A picture's file, from the row itself or from disk."""
-    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-
-
-def height_and_width(data: bytes) -> tuple[int, int]:
-    """A picture's size as `decode` will give it, from its header alone."""
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
-
-
-def decode(entry: dict[str, Any]) -> PIL.Image.Image:
-    """The picture as `datasets` would hand it to TRL's collator."""
-    return datasets.Image().decode_example(entry)
-
-
-def tile(image: PIL.Image.Image, image_processor: Any) -> torch.Tensor:
-    """(n, 3, S, S) uint8: what the image processor makes of a picture before it turns its bytes into floats."""
-    done = image_processor(
-        [[image]], do_rescale=False, do_normalize=False, do_pad=False, return_row_col_info=False, return_tensors="pt"
-    )
-    tiles = done["pixel_values"][0]
-    assert tiles.dtype == torch.uint8, f"the image processor gave {tiles.dtype} before rescaling"
-    return tiles
-
-
-def pixels(processor: Any) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The processor's last step, for tiles on any device: (n, 3, S, S) uint8 -> (x * rescale - mean) / std, float32."""
-    options = processor.image_processor
-    scale = options.rescale_factor if options.do_rescale else 1.0
-    mean, std = (options.image_mean, options.image_std) if options.do_normalize else ([0.0] * 3, [1.0] * 3)
-    factor = torch.tensor([scale / s for s in std]).view(3, 1, 1)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(3, 1, 1)
-
-    @cache
-    def on(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-        return factor.to(device), shift.to(device)
-
-    def normalise(tiles: torch.Tensor) -> torch.Tensor:
-        times, minus = on(tiles.device)
-        return (tiles * times).sub_(minus)
-
-    return normalise

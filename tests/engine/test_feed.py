@@ -11,7 +11,12 @@ from datasets import Dataset, Features, Image, List
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from smolvlm_exp.data.preferences import assistant, user
-from smolvlm_exp.engine.feed import Collator, Rows, pixels, tile
+from smolvlm_exp.engine import feed
+from smolvlm_exp.engine.feed import Collator, Rows
+from smolvlm_exp.engine.store import Store, key_of
+from smolvlm_exp.engine.tiles import pixels, tile
+
+PLENTY = 2**40
 
 
 def picture(size, seed=0, mode="RGB"):
@@ -154,3 +159,76 @@ def test_a_processor_whose_tiles_cannot_be_foretold(processor, monkeypatch):
     found = Rows(rows, processor, None)
     with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles where the prompt has places for 7"):
         found[0]
+
+
+def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, mixed, tmp_path, capsys):
+    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    for ram, num_proc in ((PLENTY, 0), (PLENTY, 2), (0, 0), (0, 2)):
+        rows = Rows(mixed, processor, None)
+        rows.keep_tiles(Store(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
+        assert "tiles of 6 pictures" in capsys.readouterr().out
+        assert rows.kept is not None
+        assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
+    first, second = (next((tmp_path / f"cache{n}").glob("tiles-*/data.safetensors")) for n in (0, 2))
+    assert first.parent.name == second.parent.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_kept_tiles_are_not_made_twice(processor, mixed, tmp_path, monkeypatch):
+    store = Store(tmp_path / "cache", PLENTY)
+    Rows(mixed, processor, None).keep_tiles(store, 0, 0)
+    monkeypatch.setattr(feed, "tile", lambda *_: pytest.fail("tiled again"))
+    again = Rows(mixed.select([5, 4, 3, 2, 1, 0]), processor, 250)  # other order, other lengths, the same pictures
+    again.keep_tiles(store, 0, 0)
+    assert again[0]["tiles"].shape[1:] == (3, 64, 64)
+
+
+def test_without_room_tiles_are_made_when_asked_for(processor, mixed, tmp_path, capsys):
+    rows = Rows(mixed, processor, None)
+    rows.keep_tiles(Store(tmp_path / "cache", 1000), 1000, 0)
+    assert rows.kept is None
+    assert "trainer.cache_disk" in capsys.readouterr().out
+    rows.keep_tiles(None, 1000, 0)
+    assert "trainer.cache_ram" in capsys.readouterr().out
+    assert len(rows[0]["tiles"]) == 5
+
+
+def test_the_tiles_key_follows_what_decides_their_bytes(processor, mixed, monkeypatch):
+    def key(rows):
+        return key_of("tiles", **Rows(rows, processor, None).tiles_made_of())
+
+    before = key(mixed)
+    assert key(mixed.select([5, 4, 3, 2, 1, 0])) == before
+    pixel = picture((64, 64))
+    pixel.putpixel((5, 5), (1, 2, 3))
+    changed = make(([encoded(pixel)], "What is this?", "A red square.", "A dog."))
+    assert key(changed) != key(mixed.select([0]))
+    for name, value in (("size", {"longest_edge": 64}), ("resample", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(processor.image_processor, name, value)
+            assert key(mixed) != before
+    assert key(mixed) == before
+
+
+def test_keeping_tiles_leaves_the_runs_random_numbers_alone(processor, mixed):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    Rows(mixed, processor, None).keep_tiles(None, PLENTY, 0)
+    assert torch.rand(1) == expected
+
+
+def test_rows_with_kept_tiles_reach_spawned_workers(processor, mixed, tmp_path):
+    rows = Rows(mixed, processor, None)
+    rows.keep_tiles(Store(tmp_path / "cache", PLENTY), 0, 0)
+    collator = Collator(rows, 2, processor.image_token_id)
+    loader = torch.utils.data.DataLoader(
+        [{"row": i} for i in range(6)],
+        batch_size=3,
+        collate_fn=collator,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    batches = list(loader)
+    assert [batch["rows"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
+    assert torch.equal(batches[1]["packed"]["tiles"], torch.cat([rows[i]["tiles"] for i in (3, 4, 5)]))
