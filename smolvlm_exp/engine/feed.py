@@ -19,6 +19,7 @@ import torch
 import transformers
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
+from smolvlm_exp.engine.group import share
 from smolvlm_exp.engine.pairs import collate
 from smolvlm_exp.engine.store import Mapped, Store, keep, key_of
 from smolvlm_exp.engine.tiles import decode, file_of, height_and_width, tile
@@ -180,11 +181,6 @@ class Pictures(torch.utils.data.Dataset):
 
     def __getitem__(self, picture: int) -> np.ndarray:
         return self.rows.tiles(picture).numpy()
-
-
-def share(count: int, rank: int, processes: int) -> range:
-    """A rank's share of `count` things, in one piece."""
-    return range(count * rank // processes, count * (rank + 1) // processes)
 
 
 @dataclass

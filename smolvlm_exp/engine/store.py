@@ -6,6 +6,7 @@ leaves nothing that could be taken for whole. Of several runs that ask at once o
 processes of one torch.distributed group make it together. JSON and safetensors alone: reading runs no code.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -13,7 +14,7 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +22,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import xxhash
-from filelock import BaseFileLock, FileLock, Timeout
+from filelock import FileLock, Timeout
+
+from smolvlm_exp.engine.group import all_of, from_first, place
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # what an entry holds: name -> dtype and shape
 Fill = Callable[[Mapping[str, torch.Tensor], int, int], None]  # (tensors, rank, processes): writes a rank's share
@@ -80,33 +82,51 @@ class Store:
         Returns:
             Its tensors; None where there is no room for it, which has been said.
         """
-        lock, rank = self.lock(key), place()[0]
-        try:
-            state = from_first(lambda: self.prepare(key, layout, lock, patience=1.0))
-            if state == "wait" and rank == 0:
-                say(f"waiting for another run that makes {key}")
-            while state == "wait":
-                state = from_first(lambda: self.prepare(key, layout, lock, WAIT))
-            if state == "make":
-                state = self.make(key, fill, parts)
-        finally:
-            lock.release(force=True)
+        state = from_first(lambda: "there" if self.file(key).exists() and not damage(self.file(key)) else "absent")
+        if state == "absent":
+            with self.held(key) as writable:
+                state = from_first(lambda: self.prepare(key, layout)) if writable else "no"
+                if state == "make":
+                    state = self.make(key, fill, parts)
         return {name: Mapped(self.file(key), name) for name in layout} if state == "there" else None
 
     def file(self, key: str) -> Path:
         return self.folder / key / "data.safetensors"
 
-    def lock(self, key: str) -> BaseFileLock:
-        """One holder at a time among all processes; a holder that dies lets go."""
-        return FileLock(self.folder / f".{key}.lock")
+    def staging(self, key: str) -> Path:
+        return self.folder / f".{key}.part"
 
-    def prepare(self, key: str, layout: Layout, lock: BaseFileLock, patience: float) -> str:
-        """`there`; `make`, with the lock held and a staging file to fill; `wait` a little longer; or `no`, and said."""
+    @contextlib.contextmanager
+    def held(self, key: str) -> Iterator[bool]:
+        """One run at a time in here; one that dies lets go. False, and said, where the folder cannot be written.
+
+        All processes of a group enter together. They hear of a long wait in pieces, lest one of their calls times out.
+        """
+        lock = FileLock(self.folder / f".{key}.lock")
+
+        def acquire(patience: float) -> str:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock.acquire(timeout=patience)
+            except Timeout:
+                if patience < WAIT:
+                    say(f"waiting for another run that makes {key}")
+                return "wait"
+            except OSError as error:
+                return self.unwritable(key, error)
+            return "held"
+
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if self.file(key).exists() and not damage(self.file(key)):
-                return "there"
-            lock.acquire(timeout=patience)
+            state = from_first(lambda: acquire(1.0))
+            while state == "wait":
+                state = from_first(lambda: acquire(WAIT))
+            yield state == "held"
+        finally:
+            lock.release(force=True)
+
+    def prepare(self, key: str, layout: Layout) -> str:
+        """With the lock held: `there`; `make`, with a staging file to fill; or `no`, and said."""
+        try:
             if self.sound(key):
                 return "there"
             shutil.rmtree(self.staging(key), ignore_errors=True)  # of a run that died
@@ -115,13 +135,14 @@ class Store:
                 return "no"
             self.staging(key).mkdir()
             write_header(self.staging(key) / "data.safetensors", layout)
-        except Timeout:
-            return "wait"
-        except OSError as error:  # a full disk, a folder that is not ours
-            shutil.rmtree(self.staging(key), ignore_errors=True)
-            say(f"{key} cannot be kept in {self.folder} ({error.strerror}); it is computed anew wherever it is needed")
-            return "no"
+        except OSError as error:  # a full disk
+            return self.unwritable(key, error)
         return "make"
+
+    def unwritable(self, key: str, error: OSError) -> str:
+        shutil.rmtree(self.staging(key), ignore_errors=True)
+        say(f"{key} cannot be kept in {self.folder} ({error.strerror}); it is computed anew wherever it is needed")
+        return "no"
 
     def make(self, key: str, fill: Fill, parts: Any) -> str:
         """Fill the staging file together and give it its name."""
@@ -149,15 +170,15 @@ class Store:
         """Checksums, everything to the disk, then the name."""
         staging = self.staging(key)
         manifest = {"block": BLOCK, "xxh3_128": checksums(staging / "data.safetensors", BLOCK), "made_of": parts}
-        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
-        for path in (staging / "data.safetensors", staging / "manifest.json", staging):
-            sync(path)
-        staging.rename(self.folder / key)
-        sync(self.folder)
+        try:
+            (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
+            for path in (staging / "data.safetensors", staging / "manifest.json", staging):
+                sync(path)
+            staging.rename(self.folder / key)
+            sync(self.folder)
+        except OSError as error:
+            return self.unwritable(key, error)
         return "there"
-
-    def staging(self, key: str) -> Path:
-        return self.folder / f".{key}.part"
 
     def sound(self, key: str) -> bool:
         """Whether the entry is there and whole; one that is damaged is removed. Call it with the lock held."""
@@ -267,28 +288,6 @@ def sync(path: Path) -> None:
         os.fsync(number)
     finally:
         os.close(number)
-
-
-def place() -> tuple[int, int]:
-    """This process's rank and the number of processes."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
-
-
-def from_first(answer: Callable[[], Any]) -> Any:
-    """What the first process answers, in every process."""
-    rank, processes = place()
-    said = [answer() if rank == 0 else None]
-    if processes > 1:
-        dist.broadcast_object_list(said)
-    return said[0]
-
-
-def all_of(flag: bool) -> bool:
-    """Whether it is true in every process."""
-    flags = [flag] * place()[1]
-    if len(flags) > 1:
-        dist.all_gather_object(flags, flag)
-    return all(flags)
 
 
 def gib(size: int) -> str:
