@@ -57,6 +57,7 @@ def keep_features(
         "scale_factor": core.config.scale_factor,
         "dtype": str(example.dtype),
         "device": parameter.device.type,
+        "torch": torch.__version__,
     }
 
     def fill(tensors: Any, rank: int, processes: int) -> None:

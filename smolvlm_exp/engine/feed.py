@@ -168,9 +168,12 @@ class Rows(torch.utils.data.Dataset):
         side = self.image_processor.max_image_size["longest_edge"]
         return torch.empty(0, 3, side, side, dtype=torch.uint8)
 
-    def length(self, i: int) -> int:
-        """Tokens of row `i`: its prompt and both answers."""
-        return int(self.offsets[3 * i + 3] - self.offsets[3 * i])
+    @cached_property
+    def sizes(self) -> np.ndarray:
+        """(rows, 4) int64: tokens of the prompt, of the chosen and of the rejected answer; tiles."""
+        counts = np.diff(self.spans)
+        tiles = [counts[row].sum() for row in self.pictures]
+        return np.column_stack((np.diff(self.offsets).reshape(-1, 3), np.array(tiles, dtype=np.int64)))
 
 
 @dataclass

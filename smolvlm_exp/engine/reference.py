@@ -20,6 +20,8 @@ from smolvlm_exp.engine.store import Mapped, Store, key_of
 Score = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]  # a collated batch -> chosen, rejected, (B,) each
 Table = dict[bytes, tuple[float, float]]  # a row's key -> its two log-probabilities
 
+VERSION = 1  # raise when the numbers change for a reason that no part of the key tells
+
 
 def reference_logps(
     collator: Collator,
@@ -49,7 +51,8 @@ def reference_logps(
     """
     assert {"weights", "dtype", "ld_alpha"} <= key_parts.keys()
     start, keys = time.perf_counter(), row_keys(collator.rows)
-    parts = {**key_parts, "image_token_id": collator.image_token_id, **tiling(collator.rows)}
+    parts = {**key_parts, **tiling(collator.rows), "image_token_id": collator.image_token_id}
+    parts |= {"version": VERSION, "torch": torch.__version__}
     name = key_of("reference", **parts)
 
     def complete(read: Callable[[], Table]) -> tuple[Table, Table]:
@@ -78,7 +81,8 @@ def compute(
 ) -> list[tuple[float, float]]:
     """The two log-probabilities of each row of `missing`; every process of a group scores a share of the batches."""
     rank, processes = place()
-    ordered = sorted(missing, key=collator.rows.length, reverse=True)  # the longest first: what fails, fails at once
+    lengths = collator.rows.sizes[:, :3].sum(1)
+    ordered = sorted(missing, key=lambda i: -lengths[i])  # the longest first: what fails, fails at once
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)][rank::processes]
     everything: Any = [{"row": i} for i in range(len(collator.rows))]
     loader: Any = torch.utils.data.DataLoader(
@@ -136,5 +140,5 @@ def row_keys(rows: Rows) -> list[bytes]:
 
 
 def tiling(rows: Rows) -> dict[str, Any]:
-    """What decides how a picture's file becomes tiles."""
-    return {name: value for name, value in rows.tiles_made_of().items() if name != "pictures"}
+    """What decides how any picture's file becomes tiles."""
+    return {"tiling": {name: value for name, value in rows.tiles_made_of().items() if name != "pictures"}}

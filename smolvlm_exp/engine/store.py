@@ -110,7 +110,7 @@ class Store:
                 lock.acquire(timeout=patience)
             except Timeout:
                 if patience < WAIT:
-                    say(f"waiting for another run that makes {key}")
+                    say(key, "waiting for another run that makes them")
                 return "wait"
             except OSError as error:
                 return self.unwritable(key, error)
@@ -131,7 +131,7 @@ class Store:
                 return "there"
             shutil.rmtree(self.staging(key), ignore_errors=True)  # of a run that died
             if problem := self.no_room(size_of(layout)):
-                say(f"{key} is {problem}; it is computed anew wherever it is needed")
+                say(key, f"{problem}; computed anew wherever they are needed")
                 return "no"
             self.staging(key).mkdir()
             write_header(self.staging(key) / "data.safetensors", layout)
@@ -141,7 +141,7 @@ class Store:
 
     def unwritable(self, key: str, error: OSError) -> str:
         shutil.rmtree(self.staging(key), ignore_errors=True)
-        say(f"{key} cannot be kept in {self.folder} ({error.strerror}); it is computed anew wherever it is needed")
+        say(key, f"cannot be kept in {self.folder} ({error.strerror}); computed anew wherever they are needed")
         return "no"
 
     def make(self, key: str, fill: Fill, parts: Any) -> str:
@@ -151,7 +151,7 @@ class Store:
         if not all_of(path.exists()):
             if rank == 0:
                 shutil.rmtree(self.staging(key))
-                say(f"not every process sees {self.folder}: {key} is computed anew wherever it is needed")
+                say(key, f"not every process sees {self.folder}; computed anew wherever they are needed")
             return "no"
         failure: BaseException | None = None
         try:
@@ -185,7 +185,7 @@ class Store:
         if not (self.folder / key).exists():
             return False
         if problem := damage(self.file(key)):
-            say(f"{self.folder / key} is damaged ({problem}); it is removed and made again")
+            say(key, f"{self.folder / key} is damaged ({problem}); it is removed and made again")
             shutil.rmtree(self.folder / key)
         return not problem
 
@@ -193,7 +193,7 @@ class Store:
         """Why `size` bytes more do not fit; empty when they do."""
         used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
         if used + size > self.budget:
-            full = f", {gib(used)} of it used in {self.folder}" if used > size // 100 else ""
+            full = f" ({gib(used)} of it used in {self.folder})" if used > size // 100 else ""
             return f"{gib(size)}, more than {DISK}={gib(self.budget)} allows{full}"
         free = shutil.disk_usage(self.folder).free
         return f"{gib(size)}, and {self.folder} has {gib(free)} free" if size + SPARE > free else ""
@@ -213,7 +213,7 @@ def keep(
     elif store is not None:
         kept, where = store.get(key, layout, fill, parts), str(store.folder)
     else:
-        say(f"{what}: {gib(size)}, more than {RAM}={gib(ram_budget)}; computed anew wherever they are needed")
+        say(what, f"{gib(size)}, more than {RAM}={gib(ram_budget)}; computed anew wherever they are needed")
     if kept is not None and place()[0] == 0:
         print(f"{what}: {gib(size)} in {where}, {time.perf_counter() - start:.1f} s")
     return kept
@@ -294,5 +294,5 @@ def gib(size: int) -> str:
     return f"{size / 2**30:.1f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
-def say(line: str) -> None:
-    print(f"cache: {line}", flush=True)
+def say(key: str, line: str) -> None:
+    print(f"cache: {key.split('-')[0]}: {line}", flush=True)

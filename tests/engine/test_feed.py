@@ -104,6 +104,12 @@ def test_collator_gives_the_batch_and_its_row_numbers(processor, mixed):
         assert torch.equal(batch[name], stock[name])
 
 
+def test_sizes(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    parts = ("prompt_ids", "chosen_ids", "rejected_ids", "tiles")
+    assert rows.sizes.tolist() == [[len(rows[i][name]) for name in parts] for i in range(len(rows))]
+
+
 def test_references_travel_with_the_rows(processor, mixed):
     rows = Rows(mixed, processor, None)
     rows.reference = (torch.arange(6.0), -torch.arange(6.0))

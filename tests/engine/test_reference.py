@@ -81,7 +81,7 @@ def test_every_row_gets_its_own(processor, rows, batch_size, num_workers):
 def test_rows_of_about_one_length_go_together_the_longest_first(processor, rows):
     feed, score = collator(processor, rows.train), Count()
     reference_logps(feed, score, PARTS, None, 5)
-    asked = [feed.rows.length(i) for i in score.rows]
+    asked = feed.rows.sizes[score.rows, :3].sum(1).tolist()
     assert asked == sorted(asked, reverse=True)
 
 
@@ -363,3 +363,22 @@ def test_the_manifest_says_what_it_is_of(processor, rows, store):
     reference_logps(collator(processor, rows.train), Count(), {**PARTS, "revision": "main"}, store, 5)
     (path,) = store.folder.glob("reference-*/manifest.json")
     assert json.loads(path.read_text())["made_of"]["revision"] == "main"
+
+
+@pytest.mark.gpu
+def test_weights_key_is_the_same_on_a_gpu(model):
+    before = weights_key(model)
+    assert weights_key(model.to("cuda")) == before
+
+
+@pytest.mark.gpu
+def test_weights_key_of_8_bits_is_the_same_after_a_forward(processor, rows):
+    eight = load_model(compose("model.device_map=cuda").model, BitsAndBytesConfig(load_in_8bit=True))
+    before = weights_key(eight)
+    answer_logps(eight, processor, rows.test.select(range(2)), 2, None)
+    assert weights_key(eight) == before
+    (scales,) = [m.state.SCB for m in eight.modules() if getattr(getattr(m, "state", None), "SCB", None) is not None][
+        :1
+    ]
+    scales[0] += 1e-3
+    assert weights_key(eight) != before
