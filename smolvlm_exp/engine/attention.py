@@ -18,6 +18,7 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+varlen_attn: Any
 try:
     from torch.nn.attention.varlen import varlen_attn
 except ImportError:  # torch before 2.10
@@ -141,15 +142,12 @@ def shared_prefix_attention(
         (T, heads, D).
     """
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-        return varlen(*(tensor.transpose(0, 1) for tensor in (query, key, value)), layout, scale)
+        return varlen(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, scale)
     return padded(query, key, value, layout, scale)
 
 
-def varlen(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
-) -> torch.Tensor:
+def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
     """The same with flash attention; every tensor is (T, heads, D)."""
-    assert varlen_attn is not None
     causal: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # aligned at the bottom right
     if query.shape[1] != key.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
         causal["enable_gqa"] = True
@@ -157,6 +155,8 @@ def varlen(
     first = varlen_attn(
         query[:middle], key[:middle], value[:middle], cu_first, cu_first, layout.max_first, layout.max_first, **causal
     )
+    if middle == layout.tokens:  # no rejected answers
+        return first
     second = varlen_attn(
         query[middle:],
         key.index_select(0, layout.keys_at),
@@ -170,14 +170,12 @@ def varlen(
     return torch.cat((first, second))
 
 
-def padded(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
-) -> torch.Tensor:
+def padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
     """The same with SDPA on padded copies, for any device and dtype; every tensor is (heads, T, D)."""
-    gqa = {"scale": scale, "enable_gqa": query.shape[0] != key.shape[0]}
+    gqa: Any = {"scale": scale, "enable_gqa": query.shape[0] != key.shape[0]}
     there, back = layout.padded_first
-    rows = [tensor[:, there].transpose(0, 1) for tensor in (query, key, value)]  # (B, heads, max_first, D)
-    first = F.scaled_dot_product_attention(*rows, is_causal=True, **gqa)
+    q, k, v = (tensor[:, there].transpose(0, 1) for tensor in (query, key, value))  # (B, heads, max_first, D)
+    first = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
     there_second, back_second = layout.padded_second
     second = F.scaled_dot_product_attention(
         query[:, layout.middle :][:, there_second].transpose(0, 1),

@@ -4,10 +4,12 @@ The result has TRL's layout, (2B, L - 1) with zeros outside the answers, so that
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from functools import wraps
+from typing import Any, cast
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
@@ -27,50 +29,53 @@ def add_pair_forward(model: PreTrainedModel, pixels: Pixels, statistics: tuple[s
     Args:
         statistics: which of `STATISTICS` TRL's loss and metrics will ask for.
     """
-    ordinary = model.forward
-    use_shared_prefix(model.base_model.text_model)
+    ordinary, core = model.forward, cast(Any, model.base_model)
+    use_shared_prefix(core.text_model)
 
+    @wraps(ordinary)
     def forward(*args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         if packed is None:
             return ordinary(*args, **kwargs)
-        return score_pairs(model, packed, kwargs["input_ids"].shape, pixels, statistics)
+        return score_pairs(model, packed, kwargs["labels"], pixels, statistics)
 
-    model.forward = forward  # type: ignore[method-assign]
+    model.forward = forward
 
 
 def score_pairs(
     model: PreTrainedModel,
     packed: Mapping[str, Any],
-    shape: tuple[int, ...],
+    labels: torch.Tensor,
     pixels: Pixels,
     statistics: tuple[str, ...] = ("log_probs",),
 ) -> FusedCausalLMOutput:
     """Log-probabilities of both answers' tokens, and the other `statistics`, each (2B, L - 1).
 
     Args:
-        packed: pairs.pack's, on the model's device; `features` (n, S, H) may take the place of `tiles`.
-        shape: (2B, L), TRL's layout.
+        packed: pairs.pack's, on the model's device; `features` (n, tokens, H) may take the place of `tiles`.
+        labels: (2B, L), TRL's: -100 outside the answers.
     """
     head: Any = model.get_output_embeddings()
-    hidden = answer_states(model, packed, pixels)
+    weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
     found = ChunkedLogProbFunction.apply(
-        hidden, head.weight, head.bias, packed["labels"], 1.0, VOCABULARY_CHUNK, None, 1.0, statistics
-    )
-    rows, width = shape[0], shape[1] - 1
+        answer_states(model, packed, pixels),
+        weight, bias, packed["labels"], 1.0, VOCABULARY_CHUNK, None, 1.0, statistics,
+    )  # fmt: skip
+    rows, width = labels.shape[0], labels.shape[1] - 1
 
     def placed(values: torch.Tensor) -> torch.Tensor:
         return values.new_zeros(rows * width).index_copy(0, packed["target"], values).view(rows, width)
 
-    named = zip(STATISTICS, found, strict=True)
-    return FusedCausalLMOutput(**{name: placed(values) for name, values in named if values is not None})
+    named = {name: placed(v) for name, v in zip(STATISTICS, found, strict=True) if v is not None}
+    return FusedCausalLMOutput(**named, label_mask=labels[:, 1:] != -100)
 
 
 def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pixels) -> torch.Tensor:
     """The text model's last hidden states at the positions that predict an answer's token: (N, H)."""
     core: Any = model.base_model
     embeddings = core.text_model.get_input_embeddings()(packed["ids"])
-    features = packed["features"] if "features" in packed else image_features(core, pixels(packed["tiles"]))
-    embeddings = embeddings.index_copy(1, packed["image_at"], features.flatten(0, 1)[None].to(embeddings.dtype))
+    if len(packed["image_at"]):
+        features = packed["features"] if "features" in packed else image_features(core, pixels(packed["tiles"]))
+        embeddings = embeddings.index_copy(1, packed["image_at"], features.flatten(0, 1)[None].to(embeddings.dtype))
     output = core.text_model(
         inputs_embeds=embeddings,
         position_ids=packed["positions"],
@@ -81,11 +86,19 @@ def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pix
     return output.last_hidden_state[0].index_select(0, packed["answer_at"])
 
 
-def image_features(core: nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(n, 3, S, S) -> (n, tokens a tile, H): vision tower and connector, without gradients where nothing learns."""
+def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
+    """(n, 3, S, S) -> (n, tokens a tile, H): vision tower and connector, without gradients where nothing learns.
+
+    Tiles are whole, so that the encoder needs no mask, which the tower's own `forward` makes and looks into.
+    """
     tower, connector = core.vision_model, core.connector
     with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower, connector)):
-        return connector(tower(pixel_values=pixel_values.to(tower.dtype)).last_hidden_state)
+        count, _, height, width = pixel_values.shape
+        grid = (count, height // tower.patch_size, width // tower.patch_size)
+        whole = torch.ones(grid, dtype=torch.bool, device=pixel_values.device)
+        hidden = tower.embeddings(pixel_values=pixel_values.to(tower.dtype), patch_attention_mask=whole)
+        hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
+        return connector(tower.post_layernorm(hidden))
 
 
 def learns(*modules: nn.Module) -> bool:

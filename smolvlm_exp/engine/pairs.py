@@ -6,7 +6,8 @@ Tokens lie in one line without padding, all prompts with their chosen answers fi
 
 `p` is the prompt's last token once more: what follows it is predicted twice, by C's side and by R's, and with a copy of
 its own each side is an ordinary sequence. Attention (attention.py) lets [p R] see the prompt before it. The last token
-of an answer predicts nothing and is left out.
+of an answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no second
+half.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 
-Row = dict[str, Any]  # prompt_ids (P,), chosen_ids (C,), rejected_ids (R,), tiles (n, 3, S, S); see feed.py
+# prompt_ids (P,), chosen_ids (C,), rejected_ids (R,) or none at all, tiles (n, 3, S, S) or features; see feed.py
+Row = dict[str, Any]
 
 
 def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int) -> dict[str, Any]:
@@ -24,22 +26,23 @@ def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int) -> dict
     Returns:
         `input_ids`, `attention_mask`, `completion_mask`: (2B, L) as TRL's collator lays them out, chosen rows first;
         `ref_chosen_logps`, `ref_rejected_logps`: (B,) where the rows have them;
-        `packed`: see `pack`.
+        `packed`: see `pack`. Without rejected answers (B, L).
     """
     batch: dict[str, Any] = {**trl_layout(rows, pad_token_id), "packed": pack(rows, image_token_id)}
-    for side in ("chosen", "rejected"):
-        if f"ref_{side}_logps" in rows[0]:
-            batch[f"ref_{side}_logps"] = torch.stack([row[f"ref_{side}_logps"] for row in rows])
+    for name in ("ref_chosen_logps", "ref_rejected_logps"):
+        if name in rows[0]:
+            batch[name] = torch.stack([row[name] for row in rows])
     return batch
 
 
 def trl_layout(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
     """`input_ids`, `attention_mask`, `completion_mask`, each (2B, L): every answer behind its prompt, padded right."""
-    sides = [(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in rows]
-    longest = max(len(prompt) + len(answer) for prompt, answer in sides)
-    input_ids = torch.full((len(sides), longest), pad_token_id)
+    sides = ("chosen_ids", "rejected_ids") if "rejected_ids" in rows[0] else ("chosen_ids",)
+    pairs = [(row["prompt_ids"], row[side]) for side in sides for row in rows]
+    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
+    input_ids = torch.full((len(pairs), longest), pad_token_id)
     attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for i, (prompt, answer) in enumerate(sides):
+    for i, (prompt, answer) in enumerate(pairs):
         end = len(prompt) + len(answer)
         input_ids[i, :end] = torch.cat((prompt, answer))
         attention_mask[i, :end] = 1
@@ -59,26 +62,30 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
         `keys_at`: (K,) what [p R] attends to, [P before p, p R] after [...]; `cu_keys`: (B + 1,) int32.
         `max_first`, `max_second`, `max_keys`: lengths of the longest of each, as numbers.
         `tiles`: (n, 3, S, S) uint8, those of all rows; or `features`: (n, tokens, H), where the rows have them.
+        Without rejected answers `cu_second` and `cu_keys` are (1,), and `keys_at` and the maxima are empty and 0.
     """
-    prompts, chosen, rejected = ([row[f"{name}_ids"] for row in rows] for name in ("prompt", "chosen", "rejected"))
-    sizes = [(len(p), len(c), len(r)) for p, c, r in zip(prompts, chosen, rejected, strict=True)]
-    first, second = [p + c - 1 for p, c, _ in sizes], [r for _, _, r in sizes]
+    prompts, chosen = ([row[f"{name}_ids"] for row in rows] for name in ("prompt", "chosen"))
+    rejected = [row["rejected_ids"] for row in rows if "rejected_ids" in row]
+    assert len(rejected) in (0, len(rows))
+    assert all(map(len, [*prompts, *chosen, *rejected])), "a prompt or an answer without tokens"
+    first = [len(p) + len(c) - 1 for p, c in zip(prompts, chosen, strict=True)]
+    second = [len(r) for r in rejected]
     starts, middle = [0, *accumulate(first)], sum(first)
     seconds = [middle + s for s in (0, *accumulate(second))]
-    width = max(p + max(c, r) for p, c, r in sizes) - 1
+    width = max(len(p) + len(a) for answers in (chosen, rejected) for p, a in zip(prompts, answers, strict=False)) - 1
     answer_at, target, keys_at, positions = [], [], [], []
-    for i, (p, c, r) in enumerate(sizes):
+    for i, (p, c) in enumerate(zip(map(len, prompts), map(len, chosen), strict=True)):
         answer_at.append(torch.arange(starts[i] + p - 1, starts[i] + p - 1 + c))
         target.append(torch.arange(i * width + p - 1, i * width + p - 1 + c))
-        keys_at += [torch.arange(starts[i], starts[i] + p - 1), torch.arange(seconds[i], seconds[i] + r)]
         positions.append(torch.arange(p + c - 1))
-    for i, (p, _, r) in enumerate(sizes):
+    for i, (p, r) in enumerate(zip(map(len, prompts), second, strict=False)):
         answer_at.append(torch.arange(seconds[i], seconds[i] + r))
         target.append(torch.arange((len(rows) + i) * width + p - 1, (len(rows) + i) * width + p - 1 + r))
+        keys_at += [torch.arange(starts[i], starts[i] + p - 1), torch.arange(seconds[i], seconds[i] + r)]
         positions.append(torch.arange(p - 1, p - 1 + r))
+    keys = [len(p) - 1 + r for p, r in zip(prompts, second, strict=False)]
     halves = (prompts, [c[:-1] for c in chosen]), ([p[-1:] for p in prompts], [r[:-1] for r in rejected])
-    ids = torch.cat([part for left, right in halves for pair in zip(left, right, strict=True) for part in pair])
-    keys = [p - 1 + r for p, _, r in sizes]
+    ids = torch.cat([part for left, right in halves for pair in zip(left, right, strict=False) for part in pair])
     pictures = "features" if "features" in rows[0] else "tiles"
     return {
         "ids": ids[None],
@@ -91,11 +98,11 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
         "target": torch.cat(target),
         "cu_first": cumulative(first),
         "cu_second": cumulative(second),
-        "keys_at": torch.cat(keys_at),
+        "keys_at": torch.cat([torch.empty(0, dtype=torch.int64), *keys_at]),
         "cu_keys": cumulative(keys),
         "max_first": max(first),
-        "max_second": max(second),
-        "max_keys": max(keys),
+        "max_second": max(second, default=0),
+        "max_keys": max(keys, default=0),
         pictures: torch.cat([row[pictures] for row in rows]),
     }
 

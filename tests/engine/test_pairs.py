@@ -1,0 +1,75 @@
+"""The packed layout on rows small enough to write down."""
+
+import pytest
+import torch
+
+from smolvlm_exp.engine.pairs import collate, pack
+from tests.engine.stock import IMAGE, PAD, random_row, stock_batch
+
+
+def row(prompt, chosen, rejected, tiles=0):
+    ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
+    pictures = torch.zeros(tiles, 3, 4, 4, dtype=torch.uint8)
+    return {**{name: torch.tensor(values) for name, values in ids.items()}, "tiles": pictures}
+
+
+ROWS = [row([1, IMAGE, IMAGE, 11], [21, 22], [31, 32, 33], tiles=1), row([1, 12], [41], [51], tiles=0)]
+
+
+def test_the_line_by_hand():
+    packed = pack(ROWS, IMAGE)
+    #                                  P1                C1     P2     (C2 has one token: it predicts nothing)
+    assert packed["ids"].tolist() == [[1, IMAGE, IMAGE, 11, 21, 1, 12, 11, 31, 32, 12]]
+    assert packed["positions"].tolist() == [[0, 1, 2, 3, 4, 0, 1, 3, 4, 5, 1]]
+    assert packed["tokens"] == 11
+    assert packed["middle"] == 7
+    assert packed["image_at"].tolist() == [1, 2]
+    assert packed["answer_at"].tolist() == [3, 4, 6, 7, 8, 9, 10]
+    assert packed["labels"].tolist() == [21, 22, 41, 31, 32, 33, 51]
+    assert packed["cu_first"].tolist() == [0, 5, 7]
+    assert packed["cu_second"].tolist() == [0, 3, 4]
+    assert packed["keys_at"].tolist() == [0, 1, 2, 7, 8, 9, 5, 10]
+    assert packed["cu_keys"].tolist() == [0, 6, 8]
+    assert (packed["max_first"], packed["max_second"], packed["max_keys"]) == (5, 3, 6)
+    assert packed["cu_first"].dtype == packed["cu_keys"].dtype == torch.int32
+    assert packed["tiles"].shape == (1, 3, 4, 4)
+
+
+def test_targets_point_at_each_answers_tokens_in_trls_layout():
+    batch = collate(ROWS, PAD, IMAGE)
+    shifted = batch["input_ids"][:, 1:]
+    assert torch.equal(shifted.flatten()[batch["packed"]["target"]], batch["packed"]["labels"])
+    answers = batch["completion_mask"][:, 1:].flatten().nonzero()[:, 0]
+    assert torch.equal(batch["packed"]["target"].sort().values, answers)
+
+
+def test_trls_own_fields_are_its_collators():
+    rows = [random_row(3, 4, 2, [2, 1], seed=1), random_row(1, 1, 5, [], seed=2)]
+    batch, stock = collate(rows, PAD, IMAGE), stock_batch(rows)
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert torch.equal(batch[name], stock[name])
+
+
+def test_references_become_columns():
+    rows = [{**each, "ref_chosen_logps": torch.tensor(-1.0 - i), "ref_rejected_logps": torch.tensor(-3.0)}
+            for i, each in enumerate(ROWS)]  # fmt: skip
+    batch = collate(rows, PAD, IMAGE)
+    assert batch["ref_chosen_logps"].tolist() == [-1, -2]
+    assert batch["ref_rejected_logps"].tolist() == [-3, -3]
+
+
+def test_without_rejected_answers_there_is_no_second_half():
+    alone = [{k: v for k, v in each.items() if k != "rejected_ids"} for each in ROWS]
+    batch, packed = collate(alone, PAD, IMAGE), pack(alone, IMAGE)
+    assert packed["ids"].tolist() == [[1, IMAGE, IMAGE, 11, 21, 1, 12]]
+    assert packed["middle"] == packed["tokens"] == 7
+    assert packed["answer_at"].tolist() == [3, 4, 6]
+    assert packed["cu_second"].tolist() == packed["cu_keys"].tolist() == [0]
+    assert len(packed["keys_at"]) == packed["max_second"] == packed["max_keys"] == 0
+    assert batch["input_ids"].tolist() == [[1, IMAGE, IMAGE, 11, 21, 22], [1, 12, 41, PAD, PAD, PAD]]
+    assert torch.equal(batch["input_ids"][:, 1:].flatten()[packed["target"]], packed["labels"])
+
+
+def test_an_answer_without_tokens_is_a_mistake_of_ours():
+    with pytest.raises(AssertionError, match="without tokens"):
+        pack([row([1, 12], [], [51])], IMAGE)
