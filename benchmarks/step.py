@@ -1,0 +1,128 @@
+"""Seconds a pair and peak memory of the engine's own step, without a trainer around it; with --profile, where it goes.
+
+    python -m benchmarks.step --model smolvlm --target text --adapter dora --keep everything --micro 1,4,16
+"""
+
+import argparse
+import time
+from typing import Any
+
+import torch
+
+from smolvlm_exp.config import shape_of
+from smolvlm_exp.engine.decoder import fuse_decoder_layers
+from smolvlm_exp.engine.dora import start_at_reference
+from smolvlm_exp.engine.encoder import fuse_encoder_layers
+from smolvlm_exp.engine.forward import add_pair_forward
+from smolvlm_exp.engine.pairs import collate
+
+
+def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:
+    from peft import get_peft_model
+
+    from smolvlm_exp.adapter import AdapterConfig, lora_config
+    from smolvlm_exp.model import ModelConfig, load_model
+    from smolvlm_exp.quant import QuantConfig, quantization_config
+
+    config = ModelConfig(id="random", weights="random", device_map="cuda", dtype="bfloat16", attn_implementation="sdpa")
+    config.shape = shape_of(name)
+    width = QuantConfig(load_in_4bit=quant, bnb_4bit_quant_type="nf4" if quant else None)
+    if quant:
+        width.bnb_4bit_use_double_quant = True
+    model = load_model(config, quantization_config(width, torch.bfloat16))
+    peft_config = lora_config(AdapterConfig(use_dora=adapter == "dora", target=target, init_lora_weights="gaussian"), quant)
+    return get_peft_model(model, peft_config), config.shape
+
+
+def make_rows(shape: Any, count: int, tiles: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    """Rows like the recipe's: one picture in `tiles` tiles, a tag of eleven tokens before each, answers of 40 to 200."""
+    draw = torch.Generator().manual_seed(seed)
+    rows = []
+    for _ in range(count):
+        words = lambda low, high: torch.randint(3, 40000, (int(torch.randint(low, high, (1,), generator=draw)),), generator=draw)  # noqa: E731
+        picture = torch.full((shape.image_seq_len,), shape.image_token_id)
+        prompt = torch.cat([part for _ in range(tiles) for part in (words(11, 12), picture)] + [words(20, 40)])
+        pixels = torch.randint(0, 256, (tiles, 3, shape.image_size, shape.image_size), generator=draw, dtype=torch.uint8)
+        rows.append({"prompt_ids": prompt, "chosen_ids": words(40, 200), "rejected_ids": words(40, 200), "tiles": pixels})
+    return rows
+
+
+def moved(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.cuda(non_blocking=True)
+    return {key: moved(each) for key, each in value.items()} if isinstance(value, dict) else value
+
+
+def measure(step: Any, pairs: int, seconds: float = 3.0) -> tuple[float, float]:
+    for _ in range(2):
+        step()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    begun, times = time.perf_counter(), []
+    while time.perf_counter() - begun < seconds or len(times) < 3:
+        start = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return sorted(times)[len(times) // 2] / pairs, torch.cuda.max_memory_allocated() / 2**30
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="smolvlm")
+    parser.add_argument("--target", default="text")
+    parser.add_argument("--adapter", default="dora")
+    parser.add_argument("--keep", default="everything")
+    parser.add_argument("--micro", default="1,4,8,16")
+    parser.add_argument("--tiles", type=int, default=13)
+    parser.add_argument("--whole", action="store_true", help="bfloat16 weights instead of nf4")
+    parser.add_argument("--unfused", action="store_true")
+    parser.add_argument("--profile", action="store_true")
+    asked = parser.parse_args()
+    torch.manual_seed(0)
+    model, shape = make_model(asked.model, asked.adapter, asked.target, not asked.whole)
+    core = model.get_base_model()
+    add_pair_forward(core, lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, ("log_probs", "entropy", "mean_logits", "is_top1"))
+    start_at_reference(model)
+    for keep in asked.keep.split(","):
+        for layer in [*core.model.text_model.layers, *core.model.vision_model.encoder.layers]:
+            layer.__dict__.pop("forward", None)
+        if not asked.unfused:
+            for why in (fuse_decoder_layers(core.model.text_model, keep), fuse_encoder_layers(core.model.vision_model, keep)):
+                assert why is None, why
+        for micro in map(int, asked.micro.split(",")):
+            rows = make_rows(shape, micro, asked.tiles)
+            batch = moved(collate(rows, 2, shape.image_token_id))
+            if asked.target == "text":
+                tiles = batch["packed"].pop("tiles")
+                batch["packed"]["features"] = torch.randn(len(tiles), shape.image_seq_len, shape.hidden_size, device="cuda").bfloat16()
+
+            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+
+            def step(batch: Any = batch, labels: torch.Tensor = labels) -> None:
+                out = model(labels=labels, packed=batch["packed"])
+                logps = out.log_probs.sum(1)
+                chosen, rejected = logps.chunk(2)
+                loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected - (chosen - rejected).detach())).mean()
+                loss.backward()
+                model.zero_grad(set_to_none=True)
+
+            try:
+                each, peak = measure(step, micro)
+            except torch.OutOfMemoryError:
+                print(f"{asked.target} {asked.adapter} {keep} micro {micro}: out of memory", flush=True)
+                torch.cuda.empty_cache()
+                continue
+            tokens = batch["packed"]["ids"].shape[1] / micro
+            print(f"{asked.target} {asked.adapter} {keep} micro {micro}: {1000 * each:.1f} ms a pair, peak {peak:.2f} GiB, {tokens:.0f} tokens", flush=True)
+        if asked.profile:
+            from torch.profiler import ProfilerActivity, profile
+
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+                step()
+                torch.cuda.synchronize()
+            print(found.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=70))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,345 @@
+"""Linear layers that read the same input (q, k, v; gate, up), with their LoRA or DoRA, as one matrix product.
+
+The frozen weights and the adapters' A lie under one another, [W1; W2; ...; A1; A2; ...], so that one product of the
+input yields what each layer needs and what its adapter needs, and one product of the gradients, [du | dxa], yields the
+input's gradient with the adapters' share in it. 4-bit weights are unpacked into a buffer that all layers share. DoRA's
+gains are not applied here but by whatever reads the result (elementwise.py): they cost no pass of their own.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from smolvlm_exp.engine.dora import row_norms, squared_norm
+from smolvlm_exp.engine.weights import frozen_weight, is_4bit, is_8bit, unpack_4bit
+
+ALIGNED = 8  # columns: rows of a product then start on 16 bytes in bfloat16
+
+
+class _Clock:
+    """Counts optimiser steps. With it and the tensors' versions, what is derived from adapters is derived once a step.
+
+    Versions alone would not do: FSDP writes into unsharded parameters without raising them.
+    """
+
+    steps = 0
+
+    @classmethod
+    def tick(cls, *_: Any) -> None:
+        cls.steps += 1
+
+
+register_optimizer_step_post_hook(_Clock.tick)
+_workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
+
+
+def workspace(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+    """(rows, columns) of the one buffer into which weights are unpacked; valid until the next call."""
+    key = (like.device, like.dtype)
+    held = _workspaces.get(key)
+    if held is None or held.numel() < rows * columns:
+        held = _workspaces[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+    return held[: rows * columns].view(rows, columns)
+
+
+@dataclass
+class Adapter:
+    """One layer's active adapter."""
+
+    a: nn.Parameter  # (r, in)
+    b: nn.Parameter  # (out, r)
+    magnitude: nn.Parameter | None  # (out,), DoRA's
+    scaling: float
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for p in (self.a, self.b, self.magnitude) if p is not None]
+
+
+@dataclass
+class Adapters:
+    """What the active adapters of several layers come to in one product."""
+
+    of_layer: list[Adapter | None]
+    a: torch.Tensor  # (R, in): the layers' A under one another, then zeros up to a multiple of ALIGNED
+    b: torch.Tensor  # (N, R): s B in blocks
+    scaling: torch.Tensor | None  # (R,) s of each column; None where all are 1
+    gain: torch.Tensor | None = None  # (N,) float32: magnitude / norm, 1 where there is no DoRA; None without any
+    norm: torch.Tensor | None = None  # (N,) float32
+
+    @property
+    def tail(self) -> int:
+        """R, the columns that they add to a product."""
+        return self.a.shape[0]
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for adapter in self.of_layer if adapter for p in adapter.parameters]
+
+
+class Product:
+    """Frozen linear layers over one input, with their adapters.
+
+    `use` says once a pass which adapters are active; the other methods are given what it returned.
+    """
+
+    def __init__(self, *layers: nn.Module) -> None:
+        self.layers = layers
+        self.bases: list[Any] = [base_of(layer) for layer in layers]
+        self.rows: list[slice] = []  # each layer's share of the N columns of the result
+        start = 0
+        for base in self.bases:
+            self.rows.append(slice(start, start + base.out_features))
+            start += base.out_features
+        self.width = start
+        self.packed = all(is_4bit(base) for base in self.bases)
+        self.squares: torch.Tensor | None = None
+        self.used: tuple[Any, Adapters | None] = (None, None)
+
+    @property
+    def bias(self) -> torch.Tensor | None:
+        """(N,) the layers' frozen biases, added after the gains."""
+        if self.bases[0].bias is None:
+            return None
+        return self.bases[0].bias if len(self.bases) == 1 else torch.cat([base.bias for base in self.bases])
+
+    def use(self, dtype: torch.dtype) -> Adapters | None:
+        """The adapters that are active now; None where none is."""
+        active = [active_adapter(layer) for layer in self.layers]
+        parameters = [p for adapter in active if adapter for p in adapter.parameters]
+        key = (dtype, _Clock.steps, *((id(p), p._version) for p in parameters))
+        if self.used[0] != key:
+            with torch.no_grad():
+                self.used = (key, self.put_together(active, dtype) if parameters else None)
+        return self.used[1]
+
+    def put_together(self, active: list[Adapter | None], dtype: torch.dtype) -> Adapters:
+        spans = rank_spans(active)
+        first = next(adapter for adapter in active if adapter)
+        columns = -(-spans[-1].stop // ALIGNED) * ALIGNED
+        a = torch.zeros(columns, first.a.shape[1], dtype=dtype, device=first.a.device)
+        b = torch.zeros(self.width, columns, dtype=dtype, device=first.a.device)
+        scaling = torch.ones(columns, dtype=torch.float32)
+        for adapter, rank, rows in zip(active, spans, self.rows, strict=True):
+            if adapter:
+                a[rank] = adapter.a
+                b[rows, rank] = adapter.scaling * adapter.b
+                scaling[rank] = adapter.scaling
+        same = bool((scaling == 1).all())
+        found = Adapters(active, a, b, None if same else scaling.to(a.device, non_blocking=True))
+        if any(adapter and adapter.magnitude is not None for adapter in active):
+            found.gain = torch.ones(self.width, dtype=torch.float32, device=a.device)
+            found.norm = torch.ones_like(found.gain)
+            self.divide_magnitudes(found, dtype)
+        return found
+
+    def divide_magnitudes(self, found: Adapters, dtype: torch.dtype) -> None:
+        """Fill in DoRA's `gain` and `norm`."""
+        assert found.gain is not None
+        assert found.norm is not None
+        if self.squares is None:
+            self.squares = torch.cat([row_norms(base) for base in self.bases])
+        for adapter, base, rows in zip(found.of_layer, self.bases, self.rows, strict=True):
+            if adapter and adapter.magnitude is not None:
+                weight_a = product_f32(frozen_weight(base, dtype), adapter.a.to(dtype).T)
+                squares = squared_norm(self.squares[rows], weight_a, adapter.a, adapter.b, adapter.scaling)
+                found.norm[rows] = squares.sqrt()
+                found.gain[rows] = adapter.magnitude.float() / found.norm[rows]
+
+    def room(self, adapters: Adapters | None) -> int:
+        """Columns that an input should have to spare, so that its product with A can stand beside it."""
+        return adapters.tail if adapters and self.packed else 0
+
+    def forward(self, x: torch.Tensor, adapters: Adapters | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layers' results (T, N), without bias and before their gains, and x A^T (T, R) for `adapter_gradients`.
+
+        Args:
+            x: (T, in), or (T, in + room): then [x | x A^T] [W | s B]^T is one product.
+        """
+        columns = self.bases[0].in_features
+        own = x[:, :columns] @ adapters.a.T if adapters else None
+        if not self.packed:
+            result = x.new_empty(x.shape[0], self.width)
+            for base, rows in zip(self.bases, self.rows, strict=True):
+                result[:, rows] = plain_product(base, x)
+        else:
+            whole = workspace(self.width, x.shape[1], x)
+            self.unpack_into(whole[:, :columns])
+            if adapters and x.shape[1] > columns:
+                x[:, columns:] = own
+                whole[:, columns:] = adapters.b
+                return x @ whole.T, own
+            result = x @ whole.T
+        if adapters:
+            assert own is not None
+            result.addmm_(own, adapters.b.T)
+        return result, own
+
+    def unpack_into(self, whole: torch.Tensor) -> None:
+        """Write [W1; W2; ...] of 4-bit layers into the first N rows."""
+        for base, rows in zip(self.bases, self.rows, strict=True):
+            unpack_4bit(base, whole[rows])
+
+    def backward(self, du: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
+        """The gradient for the input, (T, in).
+
+        Args:
+            du: (T, N + R), the result's gradient, gains applied; its last R columns are filled here.
+        """
+        self.fill(du, adapters)
+        if self.packed:
+            whole = workspace(du.shape[1], self.bases[0].in_features, du)
+            if adapters:
+                whole[self.width :] = adapters.a
+            self.unpack_into(whole)
+            return du @ whole
+        dx = du[:, self.width :] @ adapters.a if adapters else None
+        for base, rows in zip(self.bases, self.rows, strict=True):
+            weight = frozen_weight(base, du.dtype)
+            dx = du[:, rows] @ weight if dx is None else dx.addmm_(du[:, rows], weight)
+        assert dx is not None
+        return dx
+
+    def fill(self, du: torch.Tensor, adapters: Adapters | None) -> None:
+        """The gradient of x A^T, into the last R columns of `du`."""
+        if adapters:
+            torch.mm(du[:, : self.width], adapters.b, out=du[:, self.width :])
+
+    def adapter_gradients(
+        self,
+        du: torch.Tensor,
+        x: torch.Tensor | None,
+        own: torch.Tensor | None,
+        dgain: torch.Tensor | None,
+        adapters: Adapters | None,
+    ) -> list[torch.Tensor]:
+        """Gradients for `adapters.parameters`, float32.
+
+        Args:
+            du: (T, N + R) as `backward` or `fill` left it; x: (T, in) the input.
+            own: (T, R) x A^T, as `forward` gave it; dgain: (N,) as elementwise.py gives it.
+        """
+        if not adapters:
+            return []
+        assert x is not None
+        assert own is not None
+        da = product_f32(du[:, self.width :].T, x)
+        db = product_f32(du[:, : self.width].T, own)
+        if adapters.scaling is not None:
+            db *= adapters.scaling
+        dmagnitude = None if dgain is None else dgain / adapters.norm
+        grads = []
+        for adapter, rank, rows in zip(adapters.of_layer, rank_spans(adapters.of_layer), self.rows, strict=True):
+            if adapter:
+                grads += [da[rank], db[rows, rank]]
+                if adapter.magnitude is not None:
+                    assert dmagnitude is not None
+                    grads.append(dmagnitude[rows])
+        return grads
+
+
+@dataclass
+class Active:
+    """The adapters of a layer's products in one pass, forward and backward."""
+
+    adapters: list[Adapters | None]
+
+    def gain(self, product: int) -> torch.Tensor | None:
+        adapters = self.adapters[product]
+        return adapters.gain if adapters else None
+
+    def tail(self, product: int) -> int:
+        adapters = self.adapters[product]
+        return adapters.tail if adapters else 0
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for adapters in self.adapters if adapters for p in adapters.parameters]
+
+
+@dataclass
+class Kept:
+    """What a layer keeps from its forward to its backward pass; None where it is to be computed again.
+
+    `results` (T, N) and `own` (T, R) are its four products', `attended` attention's result and `state` what that keeps.
+    """
+
+    hidden: torch.Tensor  # (T, H) the layer's input
+    results: list[torch.Tensor | None]
+    own: list[torch.Tensor | None]
+    attended: torch.Tensor | None = None
+    state: tuple[Any, ...] = ()
+
+    @classmethod
+    def nothing(cls, hidden: torch.Tensor) -> "Kept":
+        return cls(hidden, [None] * 4, [None] * 4)
+
+    def result(self, product: int) -> torch.Tensor:
+        found = self.results[product]
+        assert found is not None
+        return found
+
+
+def base_of(layer: nn.Module) -> nn.Module:
+    return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+
+
+def active_adapter(layer: nn.Module) -> Adapter | None:
+    """The adapter that `layer` would use if it were called now."""
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+        return None
+    names = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not names:
+        return None
+    (name,) = names
+    a, b, magnitudes = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_magnitude_vector
+    return Adapter(a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
+
+
+def linear_obstacles(layer: nn.Module) -> Iterator[str]:
+    """What `Product` does not do, in words, for the linear layers in `layer`."""
+    for name, module in layer.named_modules():
+        if isinstance(module, LoraLayer):
+            if module.merged:
+                yield f"{name}'s adapter is merged into its weight"
+            if any(isinstance(d, nn.Dropout) and d.p > 0 for d in module.lora_dropout.values()):
+                yield f"{name}'s adapter has dropout"
+            if any(module.lora_bias.values()):
+                yield f"{name}'s adapter has a bias"
+            if any(type(v).__name__ != "DoraLinearVariant" for v in module.lora_variant.values()):
+                yield f"{name}'s adapter is neither LoRA nor DoRA"
+            if len(module.active_adapters) > 1:
+                yield f"{name} has {len(module.active_adapters)} active adapters"
+        elif isinstance(module, nn.Linear) and any(p.requires_grad for p in module.parameters(recurse=False)):
+            if ".lora_" not in f".{name}":
+                yield f"{name} itself is trained"
+
+
+def rank_spans(adapters: Sequence[Adapter | None]) -> list[slice]:
+    """Each adapter's share of the R columns."""
+    spans, start = [], 0
+    for adapter in adapters:
+        stop = start + (adapter.a.shape[0] if adapter else 0)
+        spans.append(slice(start, stop))
+        start = stop
+    return spans
+
+
+def plain_product(base: Any, x: torch.Tensor) -> torch.Tensor:
+    """x W^T of one frozen layer, without its bias; 8-bit layers quantise x too, as they always do."""
+    if is_8bit(base):
+        result = base(x)
+        return result if base.bias is None else result - base.bias
+    return x @ frozen_weight(base, x.dtype).T
+
+
+def product_f32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, summed and kept in float32."""
+    if left.is_cuda and left.dtype is not torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()

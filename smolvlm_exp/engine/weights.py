@@ -1,0 +1,53 @@
+"""The weight of a frozen linear layer, whatever it is stored in: whole numbers, 8 bits, 4 bits."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None
+try:
+    from smolvlm_exp.engine import kernels
+except ImportError:  # no Triton: nothing but a CPU here
+    kernels = None  # type: ignore[assignment]
+
+
+def is_4bit(layer: nn.Module) -> bool:
+    return bnb is not None and isinstance(layer, bnb.nn.Linear4bit)
+
+
+def is_8bit(layer: nn.Module) -> bool:
+    return bnb is not None and isinstance(layer, bnb.nn.Linear8bitLt)
+
+
+def frozen_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The layer's (out, in) weight as numbers, in `dtype` (None: as it is stored, or was before quantising)."""
+    weight: Any = layer.weight
+    if is_4bit(layer):
+        out = torch.empty(
+            layer.out_features, layer.in_features, dtype=dtype or weight.quant_state.dtype, device=weight.device
+        )
+        return unpack_4bit(layer, out)
+    if is_8bit(layer):
+        codes, scales = (weight.CB, weight.SCB) if layer.state.CB is None else (layer.state.CB, layer.state.SCB)
+        codes = weight.data if codes is None else codes
+        return (codes.float() * scales.float()[:, None] / 127).to(dtype or torch.float32)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def unpack_4bit(layer: nn.Module, out: torch.Tensor) -> torch.Tensor:
+    """Write the layer's weight into `out`, (out, in), contiguous; bit for bit what bitsandbytes would write."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    if kernels is not None and out.is_cuda and kernels.unpacks(state):
+        return kernels.unpack_4bit(weight.data, state, out)
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    whole = torch.ops.bitsandbytes.dequantize_4bit(
+        weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, out.dtype
+    )
+    return out.copy_(whole)

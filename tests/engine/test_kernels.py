@@ -1,0 +1,139 @@
+"""The Triton kernels against the torch code that says what they mean. On a GPU; TRITON_INTERPRET=1 runs them anywhere."""
+
+import os
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from smolvlm_exp.engine import elementwise as ew
+
+pytest.importorskip("triton")
+from smolvlm_exp.engine import kernels
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
+DEVICE = "cpu" if INTERPRETED else "cuda"
+KINDS = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def draw(*shape, kind=torch.float32):
+    return torch.randn(*shape, device=DEVICE).to(kind)
+
+
+def near(found, expected):
+    """Within the rounding of the result's own dtype; None where None is meant."""
+    if expected is None:
+        assert found is None
+        return
+    found, expected = found.float(), expected.float()
+    assert torch.isfinite(found).all()
+    bound = 1e-5 if found.dtype is torch.float32 and KINDS == [torch.float32] else 1e-2
+    assert (found - expected).norm() <= bound * expected.norm().clamp_min(1e-6)
+
+
+def meaning(function, *args, **kwargs):
+    """The torch code of elementwise.py, whatever the device."""
+    held, ew.kernels = ew.kernels, None
+    try:
+        return function(*args, **kwargs)
+    finally:
+        ew.kernels = held
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("rows", "columns"), [(5, 48), (37, 200)])
+def test_norms(kind, rows, columns):
+    x, dy, residual, weight = (draw(*s, kind=kind) for s in ((rows, columns),) * 3 + ((columns,),))
+    for tail in (0, 8):
+        found = kernels.rms_norm(x, weight, 1e-5, tail)
+        assert found.shape == (rows, columns + tail)
+        near(found[:, :columns], meaning(ew.rms_norm, x, weight, 1e-5))
+        found = kernels.layer_norm(x, weight, residual[0], 1e-5, tail)
+        near(found[:, :columns], meaning(ew.layer_norm, x, weight, residual[0], 1e-5))
+    for name in ("rms_norm_backward", "layer_norm_backward"):
+        expected = meaning(getattr(ew, name), dy, x, weight, 1e-5, residual)
+        near(getattr(kernels, name)(dy, x, weight, 1e-5, residual), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("tail", [0, 8])
+def test_gains_and_activations(kind, gained, tail):
+    rows, columns = 37, 136
+    product = draw(rows, columns + tail, kind=kind)
+    u, h, dy, bias = product[:, :columns], *(draw(*s, kind=kind) for s in ((rows, columns), (rows, columns), (columns,)))
+    gain = draw(columns) if gained else None
+    for b in (bias, None):
+        near(kernels.add(h, u, gain, b), meaning(ew.add, h, u, gain, b))
+        near(kernels.scale(u, gain, b), meaning(ew.scale, u, gain, b))
+        near(kernels.gelu(u, gain, b, tail)[:, :columns], meaning(ew.gelu, u, gain, b))
+        found, expected = kernels.gelu_backward(dy, u, gain, b, tail, True), meaning(ew.gelu_backward, dy, u, gain, b, tail, True)
+        near(found[0][:, :columns], expected[0][:, :columns])
+        near(found[1], expected[1])
+        near(found[2], expected[2])
+    found, expected = kernels.scale_backward(dy, u, gain, tail), meaning(ew.scale_backward, dy, u, gain, tail)
+    assert found[0].shape == (rows, columns + tail)
+    near(found[0][:, :columns], expected[0][:, :columns])
+    near(found[1], expected[1])
+    parts = tuple(draw(rows, 2, 20, kind=kind) for _ in range(3))
+    u3, g3 = draw(rows, 120 + tail, kind=kind)[:, :120], gain[:120] if gained else None
+    found = kernels.scale_backward_parts(parts, u3, g3, tail)
+    expected = meaning(ew.scale_backward_parts, parts, u3, g3, tail)
+    near(found[0][:, :120], expected[0][:, :120])
+    near(found[1], expected[1])
+    half = dy[:, : columns // 2].contiguous()
+    near(kernels.swiglu(u, gain, tail)[:, : columns // 2], meaning(ew.swiglu, u, gain))
+    found, expected = kernels.swiglu_backward(half, u, gain, tail, True), meaning(ew.swiglu_backward, half, u, gain, tail, True)
+    near(found[0][:, :columns], expected[0][:, :columns])
+    near(found[1], expected[1])
+    near(found[2], expected[2])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("gained", [True, False])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_rotary(kind, gained, heads):
+    tokens, middle, size, tail = 70, 45, 16, 8
+    keys_at = torch.tensor([*range(10), *range(45, 60), *range(20, 31), *range(60, 70)], device=DEVICE)
+    slots = torch.full((tokens,), -1, dtype=torch.int32, device=DEVICE)
+    slots[keys_at] = torch.arange(len(keys_at), dtype=torch.int32, device=DEVICE) + middle
+    sources = torch.cat((torch.arange(middle, device=DEVICE), keys_at))
+    layout = SimpleNamespace(sources=sources, slots=slots, middle=middle)
+    columns = (heads[0] + 2 * heads[1]) * size
+    u = draw(tokens, columns + tail, kind=kind)[:, :columns]
+    angle = draw(tokens, size // 2).repeat(1, 2)
+    cos, sin = angle.cos().to(kind), angle.sin().to(kind)
+    gain = draw(columns) if gained else None
+    found = kernels.rotary(u, gain, cos, sin, slots, middle, len(sources), heads)
+    expected = meaning(ew.rotary, u, gain, cos, sin, layout, heads)
+    for one, other in zip(found, expected, strict=True):
+        near(one, other)
+    grads = tuple(draw(*each.shape, kind=kind) for each in expected)
+    found = kernels.rotary_backward(grads, u, gain, cos, sin, slots, middle, tail)
+    expected = meaning(ew.rotary_backward, grads, u, gain, cos, sin, layout, tail)
+    near(found[0][:, :columns], expected[0][:, :columns])
+    near(found[1], expected[1])
+
+
+@pytest.mark.parametrize("double", [True, False])
+@pytest.mark.parametrize("shape", [(64, 128), (40, 1152), (16, 100)])
+def test_4_bit_weights_are_unpacked_bit_for_bit(double, shape):
+    from bitsandbytes import functional
+
+    weight = draw(*shape)
+    packed, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=double)
+    for kind in KINDS:
+        state.dtype = kind
+        expected = functional.dequantize_4bit(packed, state)
+        found = kernels.unpack_4bit(packed, state, torch.empty(shape, dtype=kind, device=DEVICE))
+        assert torch.equal(found, expected)
+        wider = torch.zeros(shape[0], shape[1] + 8, dtype=kind, device=DEVICE)
+        kernels.unpack_4bit(packed, state, wider[:, : shape[1]])
+        assert torch.equal(wider[:, : shape[1]], expected)
+        assert not wider[:, shape[1] :].any()
