@@ -19,6 +19,7 @@ from smolvlm_exp.engine.identity import weights_key
 from smolvlm_exp.engine.store import Store, keep, key_of
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # tiles.pixels
+Batches = Iterator[tuple[int, torch.Tensor]]  # where they begin among those of all, and tiles or their features
 
 
 @torch.no_grad()
@@ -61,17 +62,17 @@ def keep_features(
     }
 
     def fill(tensors: Any, rank: int, processes: int) -> None:
-        for start, tiles in batches(rows, share(len(rows.digests), rank, processes), batch_tiles, num_proc):
-            found = image_features(core, normalise(tiles.to(parameter.device)))
-            tensors["features"][start : start + len(tiles)] = found.cpu()
+        mine = batches(rows, share(len(rows.digests), rank, processes), batch_tiles, num_proc)
+        for start, found in computed(mine, lambda tiles: image_features(core, normalise(tiles)), parameter.device):
+            tensors["features"][start : start + len(found)] = found
 
     what = f"features of {len(rows.digests):,} pictures"
     kept = keep(what, key_of("features", **parts), layout, fill, store, ram_budget, parts)
     rows.features = kept["features"] if kept else None
 
 
-def batches(rows: Rows, pictures: range, size: int, num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
-    """The tiles of neighbouring pictures, at most `size` at a time or those of one: (where they begin, tiles)."""
+def batches(rows: Rows, pictures: range, size: int, num_proc: int) -> Batches:
+    """The tiles of neighbouring pictures, at most `size` at a time or those of one."""
     start, parts = rows.spans[pictures.start], list[torch.Tensor]()
     for _, tiles in rows.stream(pictures, num_proc):
         if parts and sum(map(len, parts)) + len(tiles) > size:
@@ -80,6 +81,26 @@ def batches(rows: Rows, pictures: range, size: int, num_proc: int) -> Iterator[t
         parts.append(tiles)
     if parts:
         yield start, torch.cat(parts)
+
+
+def computed(batches: Batches, function: Pixels, device: torch.device) -> Batches:
+    """`function` of each batch, back on the CPU; on a GPU it works on the next batch while one is on its way back."""
+    if device.type != "cuda":
+        yield from ((start, function(tiles.to(device)).cpu()) for start, tiles in batches)
+        return
+    waiting: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
+    for start, tiles in batches:
+        found = function(tiles.pin_memory().to(device, non_blocking=True))
+        back = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        if waiting:
+            waiting[2].synchronize()
+            yield waiting[:2]
+        waiting = start, back, done
+    if waiting:
+        waiting[2].synchronize()
+        yield waiting[:2]
 
 
 def core_of(model: nn.Module) -> Any:

@@ -6,10 +6,13 @@ processor and max_length. A picture that several rows share is one picture here.
 
 import hashlib
 import json
+import math
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -152,15 +155,21 @@ class Rows(torch.utils.data.Dataset):
 
     def stream(self, pictures: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, its tiles) of each of `pictures` in their order, tiled by `num_proc` processes; 0: by this one."""
+        workers = min(num_proc, len(pictures))
         loader = torch.utils.data.DataLoader(
-            Pictures(self),
+            Pictures(self, arrays=not room_in_shared_memory(4 * workers * self.largest)),
             batch_size=None,
             sampler=pictures,
-            num_workers=min(num_proc, len(pictures)),
-            collate_fn=np.asarray,  # as it is
+            num_workers=workers,
+            collate_fn=as_it_is,
             generator=torch.Generator(),  # or it would draw from the run's own
         )
-        return ((picture, torch.from_numpy(tiles)) for picture, tiles in zip(pictures, loader, strict=True))
+        return ((picture, torch.as_tensor(tiles)) for picture, tiles in zip(pictures, loader, strict=True))
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the tiles of the picture that has most."""
+        return int(max(np.diff(self.spans), default=0)) * math.prod(self.nothing.shape[1:])
 
     @cached_property
     def nothing(self) -> torch.Tensor:
@@ -178,12 +187,24 @@ class Rows(torch.utils.data.Dataset):
 
 @dataclass
 class Pictures(torch.utils.data.Dataset):
-    """Distinct pictures' tiles as numpy arrays, which travel between processes through a pipe, not /dev/shm."""
+    """Distinct pictures' tiles: tensors, which travel between processes in shared memory, or arrays, in a pipe."""
 
     rows: Rows
+    arrays: bool
 
-    def __getitem__(self, picture: int) -> np.ndarray:
-        return self.rows.tiles(picture).numpy()
+    def __getitem__(self, picture: int) -> Any:
+        tiles = self.rows.tiles(picture)
+        return tiles.numpy() if self.arrays else tiles
+
+
+def as_it_is(item: Any) -> Any:
+    return item
+
+
+def room_in_shared_memory(size: int) -> bool:
+    """Whether `size` bytes fit: containers may have 64 MiB of it, and a process that asks for more is ended."""
+    shared = Path("/dev/shm")
+    return not shared.exists() or shutil.disk_usage(shared).free >= size
 
 
 @dataclass

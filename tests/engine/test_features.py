@@ -126,3 +126,14 @@ def test_without_room_the_rows_stay_as_they_were(processor, fed, adapted, tmp_pa
     assert fed.features is None
     assert "tiles" in fed[0]
     assert "trainer.cache_disk" in capsys.readouterr().out
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batch_tiles", [1, 7, 1000])
+def test_kept_features_on_a_gpu(processor, fed, model, batch_tiles):
+    model.requires_grad_(False).to("cuda", torch.float32)
+    normalise = pixels(processor)
+    expected = [image_features(core_of(model), normalise(fed[i]["tiles"].cuda())).cpu() for i in range(len(fed))]
+    keep_features(fed, model, normalise, None, PLENTY, batch_tiles, num_proc=2)
+    for i in range(len(fed)):
+        torch.testing.assert_close(fed[i]["features"], expected[i], rtol=1e-4, atol=1e-4)

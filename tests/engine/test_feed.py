@@ -180,6 +180,15 @@ def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, mi
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, mixed, monkeypatch):
+    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    rows, moved = Rows(mixed, processor, None), []
+    monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
+    rows.keep_tiles(None, PLENTY, 2)
+    assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
+    assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]
+
+
 def test_kept_tiles_are_not_made_twice(processor, mixed, tmp_path, monkeypatch):
     store = Store(tmp_path / "cache", PLENTY)
     Rows(mixed, processor, None).keep_tiles(store, 0, 0)
