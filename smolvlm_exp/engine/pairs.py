@@ -26,7 +26,9 @@ def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int) -> dict
     Returns:
         `input_ids`, `attention_mask`, `completion_mask`: (2B, L) as TRL's collator lays them out, chosen rows first;
         `ref_chosen_logps`, `ref_rejected_logps`: (B,) where the rows have them;
-        `packed`: see `pack`. Without rejected answers (B, L).
+        `packed`: see `pack`.
+        Without rejected answers, as TRL's collator for supervised fine-tuning has it: (B, L), and `labels`, -100
+        outside the answers, in place of `completion_mask`.
     """
     batch: dict[str, Any] = {**trl_layout(rows, pad_token_id), "packed": pack(rows, image_token_id)}
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
@@ -36,7 +38,7 @@ def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int) -> dict
 
 
 def trl_layout(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor]:
-    """`input_ids`, `attention_mask`, `completion_mask`, each (2B, L): every answer behind its prompt, padded right."""
+    """`collate`'s first fields, each (2B, L): every answer behind its prompt, padded on the right."""
     sides = ("chosen_ids", "rejected_ids") if "rejected_ids" in rows[0] else ("chosen_ids",)
     pairs = [(row["prompt_ids"], row[side]) for side in sides for row in rows]
     longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
@@ -47,7 +49,10 @@ def trl_layout(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor
         input_ids[i, :end] = torch.cat((prompt, answer))
         attention_mask[i, :end] = 1
         completion_mask[i, len(prompt) : end] = 1
-    return {"input_ids": input_ids, "attention_mask": attention_mask, "completion_mask": completion_mask}
+    fields = {"input_ids": input_ids, "attention_mask": attention_mask}
+    if len(sides) == 1:
+        return {**fields, "labels": input_ids.masked_fill(completion_mask == 0, -100)}
+    return {**fields, "completion_mask": completion_mask}
 
 
 def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:

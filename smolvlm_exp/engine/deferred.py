@@ -1,0 +1,54 @@
+"""TRL's loss code reads a dozen numbers off the device for its metrics, and each reading waits for the device.
+
+Under `Deferred` they stay there as 0-dim tensors, and `settle` reads them when they are logged. The loss is untouched.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+
+class Deferred(TorchFunctionMode):
+    """While it is on: `.item()` gives the tensor itself, `if tensor:` is true, `tensor[mask]` has a sum and a mean.
+
+    The one thing that TRL asks a tensor with `if` is whether there are tokens to divide by, and there are: pairs.pack
+    takes no answer without.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.Tensor.item:
+            return args[0].detach()
+        if func is torch.Tensor.__bool__:
+            return True
+        if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype is torch.bool:
+            return Chosen(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class Chosen:
+    """The elements of `values` where `mask` is true, of which there are as many as the device knows."""
+
+    def __init__(self, values: torch.Tensor, mask: torch.Tensor) -> None:
+        self.values, self.mask = values, mask
+
+    def sum(self) -> torch.Tensor:
+        return (self.values * self.mask).sum()
+
+    def mean(self) -> torch.Tensor:
+        return self.sum() / self.mask.sum()
+
+
+def settle(metrics: dict[str, list[Any]], shares: Sequence[float]) -> None:
+    """Put the numbers in the tensors' place, and one weighted mean in the place of several.
+
+    Args:
+        metrics: TRL's, name -> a value for each call of its loss code; a running total has one value alone.
+        shares: what each call counts.
+    """
+    for name, values in metrics.items():
+        numbers = torch.stack([torch.as_tensor(value) for value in values]).tolist()
+        if len(numbers) == len(shares):
+            numbers = [sum(n * share for n, share in zip(numbers, shares, strict=True)) / sum(shares)]
+        metrics[name] = numbers

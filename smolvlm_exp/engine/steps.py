@@ -1,0 +1,273 @@
+"""Optimiser steps over packed micro-batches, whatever the size of the loader's batches.
+
+transformers fetches `gradient_accumulation_steps` batches of `per_device_train_batch_size` row numbers, the very rows
+stock TRL would train on, and calls `training_step` for each. All but the last of these calls have nothing to do: the
+last one runs the whole step, in micro-batches as large as memory allows, and gives it the gradient of the mean over all
+its pairs. Out of memory, it does the step again in smaller ones.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from smolvlm_exp.engine.batches import (
+    Batch,
+    Numbers,
+    answer_labels,
+    joined,
+    numbered,
+    pairs_of,
+    row_numbers,
+    to_device,
+)
+from smolvlm_exp.engine.deferred import Deferred, settle
+from smolvlm_exp.engine.feed import Collator
+from smolvlm_exp.engine.schedule import Micro, Step, StepSampler, split
+
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+class PackedSteps(Trainer):
+    """What turns one of TRL's trainers into the engine's; comes before it among a class's bases.
+
+    Args:
+        collator: of the training rows; eval_collator: of the held-out rows.
+        micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
+        whole: the loss is not a mean over pairs; see `split`.
+    """
+
+    _metrics: dict[str, defaultdict[Any, list[Any]]]  # TRL's
+    _total_train_tokens: Any
+    maybe_activation_offload_context: Any
+    _signature_columns: Any
+
+    def __init__(
+        self, *, collator: Collator, eval_collator: Collator | None, micro_batch: int | None, whole: bool, **trl: Any
+    ) -> None:
+        args = trl["args"]
+        unit = args.per_device_train_batch_size
+        self.collator, self.eval_collator = collator, eval_collator
+        self.micro_batch = micro_batch or unit
+        self.eval_micro_batch = args.per_device_eval_batch_size
+        self.whole = whole
+        self.shares: dict[str, list[float]] = defaultdict(list)
+        self.source: Any = None
+        if whole and self.micro_batch % unit:
+            raise ValueError(
+                f"micro-batches of {self.micro_batch} pairs would change this loss, which is no mean over pairs: it "
+                f"needs multiples of trainer.per_device_train_batch_size={unit}."
+            )
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every row has a picture, so every parameter is used
+        args.logging_nan_inf_filter = False  # it looks at every loss as it comes, and hides those that are none
+        super().__init__(
+            data_collator=row_numbers,
+            train_dataset=numbered(len(collator.rows)),
+            eval_dataset=numbered(len(eval_collator.rows)) if eval_collator else None,
+            **trl,
+        )
+        self.sampler = StepSampler(args.gradient_accumulation_steps, self.into_micros)
+        self.batches: Any = torch.utils.data.DataLoader(
+            range(len(collator.rows)),  # type: ignore[arg-type]
+            batch_sampler=self.sampler,  # type: ignore[arg-type]
+            collate_fn=Numbers(collator),
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_persistent_workers,
+            generator=torch.Generator(),  # or it would draw from the run's own
+        )
+
+    def into_micros(self, units: list[list[int]]) -> list[Micro]:
+        return split(units, self.micro_batch, self.whole)
+
+    def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        """TRL's loss of one segment; it adds to TRL's metrics."""
+        raise NotImplementedError
+
+    # Training
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["row"]
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """One call's worth of work, in as many parts as transformers counts."""
+        if epoch_iterator is not self.source:
+            self.source = self.sampler.source = epoch_iterator
+            self.batches_left = iter(self.batches)
+        first = list(islice(self.batches_left, 1))
+        if not first:
+            return [], None
+        step = self.sampler.steps.popleft()
+        step.batches = [*first, *islice(self.batches_left, len(step.micros) - 1)]
+        idle: list[Any] = [{} for _ in step.units[1:]]
+        return [*idle, {"step": step}], self._get_num_items_in_batch(step.batches, device)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward passes of a whole optimiser step."""
+        if "step" not in inputs:
+            return torch.zeros((), device=self.args.device)
+        step: Step = inputs["step"]
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # type: ignore[union-attr]
+        while True:
+            before = self.remember()
+            try:
+                with self.maybe_activation_offload_context:
+                    return self.run(model, step, num_items_in_batch)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self.shrink(step, error)
+            # Here, because the error above holds on to the failed pass's tensors.
+            model.zero_grad()
+            self.go_back(before)
+            step.micros, step.batches = self.into_micros(step.units), []
+
+    def run(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
+        """The step's loss, detached."""
+        total = torch.zeros((), device=self.args.device)
+        if any(len(micro.rows) > self.micro_batch for micro in step.micros):  # prepared before it shrank
+            step.micros, step.batches = self.into_micros(step.units), []
+        for i, micro in enumerate(step.micros):
+            step.running = micro
+            batch = step.batches[i] if step.batches else self.batches.collate_fn(micro.rows)
+            last = i == len(step.micros) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.micro_loss(model, batch, micro, step.pairs, num_items_in_batch)
+                del batch
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def micro_loss(
+        self, model: nn.Module, batch: Batch, micro: Micro, pairs: int, num_items_in_batch: Any
+    ) -> torch.Tensor:
+        """A micro-batch's share of the step's loss."""
+        fields, outputs = self.score(model, batch)
+        loss: Any = 0.0
+        start = 0
+        for segment, share in zip(micro.segments, micro.shares, strict=True):
+            part = slice(start, start := start + len(segment))
+            weight = len(segment) / pairs if num_items_in_batch is None else 1.0  # TRL has divided by it already
+            self.shares["train"].append(share)
+            mine, answers = (pairs_of(each, part, len(micro.rows)) for each in (fields, outputs))
+            with Deferred():
+                loss += weight * self.loss_of(answers, mine, num_items_in_batch)
+        return loss
+
+    def score(self, model: nn.Module, batch: Batch) -> tuple[Batch, Any]:
+        """A collated batch -> TRL's own fields, and the model's outputs in TRL's layout."""
+        fields = to_device({k: v for k, v in batch.items() if k != "rows"}, self.args.device)
+        return fields, model(packed=fields.pop("packed"), labels=answer_labels(fields))
+
+    # Memory
+
+    def remember(self) -> Any:
+        """What a step changes beside gradients: random states, TRL's metrics."""
+        gpu = torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
+        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
+        return torch.get_rng_state(), gpu, metrics, list(self.shares["train"]), self._total_train_tokens
+
+    def go_back(self, before: Any) -> None:
+        rng, gpu, metrics, self.shares["train"], self._total_train_tokens = before
+        torch.set_rng_state(rng)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
+            torch.cuda.empty_cache()
+        self._metrics["train"].clear()
+        self._metrics["train"].update(metrics)
+
+    def shrink(self, step: Step, error: RuntimeError) -> None:
+        """Smaller micro-batches from here on.
+
+        Raises:
+            RuntimeError: there are none, or other processes could not follow.
+        """
+        failed = len(step.running.rows)
+        unit = self.args.per_device_train_batch_size if self.whole else 1
+        smaller = failed // 2 // unit * unit
+        if self.accelerator.num_processes > 1:
+            raise RuntimeError(
+                f"out of memory with {failed} pairs at a time; the other processes cannot follow.\n"
+                "Lower trainer.memory_budget, so that smaller micro-batches are planned."
+            ) from error
+        if not smaller:
+            raise RuntimeError(self.too_large(step)) from error
+        self.micro_batch = smaller
+        print(f"out of memory with {failed} pairs at a time: this step again, and all after it, with {smaller}")
+
+    def too_large(self, step: Step) -> str:
+        rows = step.running.rows
+        sizes = self.collator.rows.sizes[rows]
+        if len(rows) > 1:
+            return (
+                f"out of memory with {len(rows)} pairs, and this loss needs them at once.\n"
+                "Lower trainer.per_device_train_batch_size and raise trainer.gradient_accumulation_steps."
+            )
+        return (
+            f"out of memory with one pair alone, row {rows[0]}: {sizes[0, :3].sum()} tokens, {sizes[0, 3]} tiles.\n"
+            "What helps: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
+            "smaller model."
+        )
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of `per_device_eval_batch_size`, collated by its own workers."""
+        numbers, self.data_collator = self.data_collator, self.eval_collator  # type: ignore[assignment]
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = numbers
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """TRL's loss and metrics of one of the evaluation loader's batches."""
+        assert self.eval_collator is not None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            parts, sizes = self.in_parts(inputs, self.eval_collator, lambda batch: self.score(model, batch))
+            fields, outputs = (joined(each, sizes) for each in zip(*parts, strict=True))
+            self.shares["eval"].append(1.0)
+            with Deferred():
+                loss = self.loss_of(outputs, fields, None)
+        return loss.detach(), None, None
+
+    def in_parts(self, batch: Batch, collator: Collator, run: Callable[[Batch], Any]) -> tuple[list[Any], list[int]]:
+        """`run` on a batch without gradients, in as many parts as memory asks for; training's size is left alone.
+
+        Returns:
+            what it gave for each part; how many pairs each had.
+        """
+        rows, collate = batch["rows"].tolist(), Numbers(collator)
+        while True:
+            size = min(self.eval_micro_batch, len(rows))
+            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+            try:
+                return [run(batch if part == rows else collate(part)) for part in parts], list(map(len, parts))
+            except RuntimeError as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+            self.eval_micro_batch = size // 2
+            if self.args.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(f"out of memory with {size} pairs without gradients: these again with {size // 2} at a time")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
+        settle(self._metrics[mode], self.shares[mode])
+        self.shares[mode].clear()
+        super().log(logs, start_time)
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError, and what else means the same."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
