@@ -155,7 +155,7 @@ class Rows(torch.utils.data.Dataset):
 
     def stream(self, pictures: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, its tiles) of each of `pictures` in their order, tiled by `num_proc` processes; 0: by this one."""
-        workers = min(num_proc, len(pictures))
+        workers = min(num_proc, len(pictures)) if self.kept is None else 0  # else there is nothing left to do
         loader = torch.utils.data.DataLoader(
             Pictures(self, arrays=not room_in_shared_memory(4 * workers * self.largest)),
             batch_size=None,

@@ -65,6 +65,18 @@ def test_scores_with_kept_features_are_the_same(processor, fed, adapted):
     torch.testing.assert_close(score(), expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("kept", [PLENTY, 0])
+def test_features_from_kept_tiles_and_in_processes(processor, fed, adapted, tmp_path, kept):
+    store = Store(tmp_path / "cache", PLENTY)
+    keep_features(fed, adapted, pixels(processor), None, PLENTY, 7)
+    expected = fed.features
+    keep_features(fed, adapted, pixels(processor), None, PLENTY, 7, num_proc=2)
+    assert torch.equal(fed.features, expected)
+    fed.keep_tiles(store, kept, 2)
+    keep_features(fed, adapted, pixels(processor), None, PLENTY, 7, num_proc=2)
+    assert torch.equal(fed.features, expected)
+
+
 def test_each_picture_goes_through_the_tower_once(processor, rows, adapted, tmp_path, passes):
     both = rows.train.select([0, 1, 2, 0, 1, 2])
     fed, store = Rows(both, processor, None), Store(tmp_path / "cache", PLENTY)
