@@ -11,7 +11,7 @@ import torch
 
 from smolvlm_exp.config import shape_of
 from smolvlm_exp.engine.decoder import fuse_decoder_layers
-from smolvlm_exp.engine.dora import start_at_reference
+from smolvlm_exp.engine.dora import use_exact_dora
 from smolvlm_exp.engine.encoder import fuse_encoder_layers
 from smolvlm_exp.engine.forward import add_pair_forward
 from smolvlm_exp.engine.pairs import collate
@@ -83,7 +83,7 @@ def main() -> None:
     model, shape = make_model(asked.model, asked.adapter, asked.target, not asked.whole)
     core = model.get_base_model()
     add_pair_forward(core, lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, ("log_probs", "entropy", "mean_logits", "is_top1"))
-    start_at_reference(model)
+    use_exact_dora(model)
     for keep in asked.keep.split(","):
         for layer in [*core.model.text_model.layers, *core.model.vision_model.encoder.layers]:
             layer.__dict__.pop("forward", None)

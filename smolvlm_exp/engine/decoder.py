@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from smolvlm_exp.engine import elementwise as ew
 from smolvlm_exp.engine.attend import attend, attend_backward
 from smolvlm_exp.engine.attention import Layout
-from smolvlm_exp.engine.linear import Active, Kept, Product, base_of, linear_obstacles
+from smolvlm_exp.engine.linear import Active, Kept, base_of, linear_obstacles, products_of
 
 # What a layer keeps between its forward and its backward pass, most first. Elements a token, with H hidden and I
 # intermediate columns, as many key heads as query heads, and DoRA: 7 H + 2 I; 7 H; H.
@@ -37,23 +37,24 @@ class FusedDecoderLayer:
     """Stands in for a transformers decoder layer's `forward` whenever it is given a layout."""
 
     def __init__(self, layer: Any, keep: str) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
-        self.ordinary = layer.forward
-        self.keep = keep
-        self.products = (
-            Product(attention.q_proj, attention.k_proj, attention.v_proj),
-            Product(attention.o_proj),
-            Product(mlp.gate_proj, mlp.up_proj),
-            Product(mlp.down_proj),
-        )
+        self.layer, self.ordinary, self.keep = layer, layer.forward, keep
+        self.products = products_of(self.groups())
+        attention = layer.self_attn
         size = attention.head_dim
         self.heads = (attention.q_proj.out_features // size, attention.k_proj.out_features // size)
         self.scaling = attention.scaling
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
 
+    def groups(self) -> list[list[nn.Module]]:
+        """The linear layers as they are now, those together that read the same input."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        first = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return [first, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
     def __call__(self, hidden_states: torch.Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
         if layout is None:
             return self.ordinary(hidden_states, *args, **kwargs)
+        self.products = products_of(self.groups(), self.products)
         cos, sin = (each[0] for each in kwargs["position_embeddings"])
         scene = Pass([product.use(hidden_states.dtype) for product in self.products], layout, cos, sin)
         return DecoderFunction.apply(self, scene, hidden_states[0], *scene.parameters)[None]

@@ -9,7 +9,7 @@ from torch import nn
 
 from smolvlm_exp.engine import elementwise as ew
 from smolvlm_exp.engine.attend import attend_tiles, attend_tiles_backward
-from smolvlm_exp.engine.linear import Active, Kept, Product, linear_obstacles
+from smolvlm_exp.engine.linear import Active, Kept, linear_obstacles, products_of
 
 QKV, OUT, FC1, FC2 = range(4)
 
@@ -25,21 +25,20 @@ class FusedEncoderLayer:
     """Stands in for a vision layer's `forward` whenever no patch is masked, which is always so for whole tiles."""
 
     def __init__(self, layer: Any, keep: str) -> None:
-        attention = layer.self_attn
-        self.ordinary = layer.forward
-        self.keep = keep
-        self.products = (
-            Product(attention.q_proj, attention.k_proj, attention.v_proj),
-            Product(attention.out_proj),
-            Product(layer.mlp.fc1),
-            Product(layer.mlp.fc2),
-        )
-        self.heads, self.scaling = attention.num_heads, attention.scale
+        self.layer, self.ordinary, self.keep = layer, layer.forward, keep
+        self.products = products_of(self.groups())
+        self.heads, self.scaling = layer.self_attn.num_heads, layer.self_attn.scale
         self.norms = layer.layer_norm1, layer.layer_norm2
+
+    def groups(self) -> list[list[nn.Module]]:
+        """The linear layers as they are now, those together that read the same input."""
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [mlp.fc1], [mlp.fc2]]
 
     def __call__(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         if attention_mask is not None:
             return self.ordinary(hidden_states, attention_mask, **kwargs)
+        self.products = products_of(self.groups(), self.products)
         scene = Pass([product.use(hidden_states.dtype) for product in self.products], hidden_states.shape[1])
         return EncoderFunction.apply(self, scene, hidden_states.flatten(0, 1), *scene.parameters).view_as(hidden_states)
 

@@ -13,28 +13,13 @@ from typing import Any
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from smolvlm_exp.engine.dora import row_norms, squared_norm
-from smolvlm_exp.engine.weights import frozen_weight, is_4bit, is_8bit, unpack_4bit
+from smolvlm_exp.engine.dora import Clock, exact
+from smolvlm_exp.engine.weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
 
 ALIGNED = 8  # columns: rows of a product then start on 16 bytes in bfloat16
 
 
-class _Clock:
-    """Counts optimiser steps. With it and the tensors' versions, what is derived from adapters is derived once a step.
-
-    Versions alone would not do: FSDP writes into unsharded parameters without raising them.
-    """
-
-    steps = 0
-
-    @classmethod
-    def tick(cls, *_: Any) -> None:
-        cls.steps += 1
-
-
-register_optimizer_step_post_hook(_Clock.tick)
 _workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
@@ -51,6 +36,7 @@ def workspace(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
 class Adapter:
     """One layer's active adapter."""
 
+    name: str
     a: nn.Parameter  # (r, in)
     b: nn.Parameter  # (out, r)
     magnitude: nn.Parameter | None  # (out,), DoRA's
@@ -98,7 +84,6 @@ class Product:
             start += base.out_features
         self.width = start
         self.packed = all(is_4bit(base) for base in self.bases)
-        self.squares: torch.Tensor | None = None
         self.used: tuple[Any, Adapters | None] = (None, None)
 
     @property
@@ -112,7 +97,7 @@ class Product:
         """The adapters that are active now; None where none is."""
         active = [active_adapter(layer) for layer in self.layers]
         parameters = [p for adapter in active if adapter for p in adapter.parameters]
-        key = (dtype, _Clock.steps, *((id(p), p._version) for p in parameters))
+        key = (dtype, *Clock.now(*parameters))
         if self.used[0] != key:
             with torch.no_grad():
                 self.used = (key, self.put_together(active, dtype) if parameters else None)
@@ -135,21 +120,11 @@ class Product:
         if any(adapter and adapter.magnitude is not None for adapter in active):
             found.gain = torch.ones(self.width, dtype=torch.float32, device=a.device)
             found.norm = torch.ones_like(found.gain)
-            self.divide_magnitudes(found, dtype)
+            for adapter, layer, rows in zip(active, self.layers, self.rows, strict=True):
+                if adapter and adapter.magnitude is not None:
+                    found.norm[rows] = exact(layer, adapter.name).norm()
+                    found.gain[rows] = adapter.magnitude / found.norm[rows]
         return found
-
-    def divide_magnitudes(self, found: Adapters, dtype: torch.dtype) -> None:
-        """Fill in DoRA's `gain` and `norm`."""
-        assert found.gain is not None
-        assert found.norm is not None
-        if self.squares is None:
-            self.squares = torch.cat([row_norms(base) for base in self.bases])
-        for adapter, base, rows in zip(found.of_layer, self.bases, self.rows, strict=True):
-            if adapter and adapter.magnitude is not None:
-                weight_a = product_f32(frozen_weight(base, dtype), adapter.a.to(dtype).T)
-                squares = squared_norm(self.squares[rows], weight_a, adapter.a, adapter.b, adapter.scaling)
-                found.norm[rows] = squares.sqrt()
-                found.gain[rows] = adapter.magnitude.float() / found.norm[rows]
 
     def room(self, adapters: Adapters | None) -> int:
         """Columns that an input should have to spare, so that its product with A can stand beside it."""
@@ -243,6 +218,15 @@ class Product:
         return grads
 
 
+def products_of(groups: list[list[nn.Module]], before: list[Product] | None = None) -> list[Product]:
+    """One product a group of layers; those of `before` where the layers are still the same."""
+    held = before or [None] * len(groups)
+    return [
+        product if product and all(a is b for a, b in zip(product.layers, group, strict=True)) else Product(*group)
+        for group, product in zip(groups, held, strict=True)
+    ]
+
+
 @dataclass
 class Active:
     """The adapters of a layer's products in one pass, forward and backward."""
@@ -298,7 +282,7 @@ def active_adapter(layer: nn.Module) -> Adapter | None:
         return None
     (name,) = names
     a, b, magnitudes = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_magnitude_vector
-    return Adapter(a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
+    return Adapter(name, a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
 
 
 def linear_obstacles(layer: nn.Module) -> Iterator[str]:
@@ -336,10 +320,3 @@ def plain_product(base: Any, x: torch.Tensor) -> torch.Tensor:
         result = base(x)
         return result if base.bias is None else result - base.bias
     return x @ frozen_weight(base, x.dtype).T
-
-
-def product_f32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, summed and kept in float32."""
-    if left.is_cuda and left.dtype is not torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left @ right).float()

@@ -51,3 +51,10 @@ def unpack_4bit(layer: nn.Module, out: torch.Tensor) -> torch.Tensor:
         weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, out.dtype
     )
     return out.copy_(whole)
+
+
+def product_f32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, summed and kept in float32."""
+    if left.is_cuda and left.dtype is not torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()
