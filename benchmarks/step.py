@@ -1,6 +1,6 @@
 """Seconds a pair and peak memory of the engine's own step, without a trainer around it; with --profile, where it goes.
 
-    python -m benchmarks.step --model smolvlm --target text --adapter dora --keep everything --micro 1,4,16
+python -m benchmarks.step --model smolvlm --target text --adapter dora --keep everything --micro 1,4,16
 """
 
 import argparse
@@ -30,7 +30,9 @@ def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:
     if quant:
         width.bnb_4bit_use_double_quant = True
     model = load_model(config, quantization_config(width, torch.bfloat16))
-    peft_config = lora_config(AdapterConfig(use_dora=adapter == "dora", target=target, init_lora_weights="gaussian"), quant)
+    peft_config = lora_config(
+        AdapterConfig(use_dora=adapter == "dora", target=target, init_lora_weights="gaussian"), quant
+    )
     return get_peft_model(model, peft_config), config.shape
 
 
@@ -39,11 +41,17 @@ def make_rows(shape: Any, count: int, tiles: int, seed: int = 0) -> list[dict[st
     draw = torch.Generator().manual_seed(seed)
     rows = []
     for _ in range(count):
-        words = lambda low, high: torch.randint(3, 40000, (int(torch.randint(low, high, (1,), generator=draw)),), generator=draw)  # noqa: E731
+        words = lambda low, high: torch.randint(
+            3, 40000, (int(torch.randint(low, high, (1,), generator=draw)),), generator=draw
+        )
         picture = torch.full((shape.image_seq_len,), shape.image_token_id)
         prompt = torch.cat([part for _ in range(tiles) for part in (words(11, 12), picture)] + [words(20, 40)])
-        pixels = torch.randint(0, 256, (tiles, 3, shape.image_size, shape.image_size), generator=draw, dtype=torch.uint8)
-        rows.append({"prompt_ids": prompt, "chosen_ids": words(40, 200), "rejected_ids": words(40, 200), "tiles": pixels})
+        pixels = torch.randint(
+            0, 256, (tiles, 3, shape.image_size, shape.image_size), generator=draw, dtype=torch.uint8
+        )
+        rows.append(
+            {"prompt_ids": prompt, "chosen_ids": words(40, 200), "rejected_ids": words(40, 200), "tiles": pixels}
+        )
     return rows
 
 
@@ -82,20 +90,27 @@ def main() -> None:
     torch.manual_seed(0)
     model, shape = make_model(asked.model, asked.adapter, asked.target, not asked.whole)
     core = model.get_base_model()
-    add_pair_forward(core, lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, ("log_probs", "entropy", "mean_logits", "is_top1"))
+    add_pair_forward(
+        core, lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, ("log_probs", "entropy", "mean_logits", "is_top1")
+    )
     use_exact_dora(model)
     for keep in asked.keep.split(","):
         for layer in [*core.model.text_model.layers, *core.model.vision_model.encoder.layers]:
             layer.__dict__.pop("forward", None)
         if not asked.unfused:
-            for why in (fuse_decoder_layers(core.model.text_model, keep), fuse_encoder_layers(core.model.vision_model, keep)):
+            for why in (
+                fuse_decoder_layers(core.model.text_model, keep),
+                fuse_encoder_layers(core.model.vision_model, keep),
+            ):
                 assert why is None, why
         for micro in map(int, asked.micro.split(",")):
             rows = make_rows(shape, micro, asked.tiles)
             batch = moved(collate(rows, 2, shape.image_token_id))
             if asked.target == "text":
                 tiles = batch["packed"].pop("tiles")
-                batch["packed"]["features"] = torch.randn(len(tiles), shape.image_seq_len, shape.hidden_size, device="cuda").bfloat16()
+                batch["packed"]["features"] = torch.randn(
+                    len(tiles), shape.image_seq_len, shape.hidden_size, device="cuda"
+                ).bfloat16()
 
             labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
 
@@ -114,7 +129,10 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 continue
             tokens = batch["packed"]["ids"].shape[1] / micro
-            print(f"{asked.target} {asked.adapter} {keep} micro {micro}: {1000 * each:.1f} ms a pair, peak {peak:.2f} GiB, {tokens:.0f} tokens", flush=True)
+            print(
+                f"{asked.target} {asked.adapter} {keep} micro {micro}: {1000 * each:.1f} ms a pair, peak {peak:.2f} GiB, {tokens:.0f} tokens",
+                flush=True,
+            )
         if asked.profile:
             from torch.profiler import ProfilerActivity, profile
 

@@ -52,9 +52,9 @@ def attend_backward(
     """Gradients for query, key and value."""
     if not flash(query):
         with torch.enable_grad():
-            inputs = [each.detach().requires_grad_() for each in (query, key, value)]
-            again = padded_twice(*inputs, layout, scale)
-        dquery, dkey, dvalue = torch.autograd.grad(again, inputs, dout)
+            q, k, v = (each.detach().requires_grad_() for each in (query, key, value))
+            again = padded_twice(q, k, v, layout, scale)
+        dquery, dkey, dvalue = torch.autograd.grad(again, (q, k, v), dout)
         return dquery, dkey, dvalue
     lse, rng, unused = state
     lengths = max(layout.max_first, layout.max_second), max(layout.max_first, layout.max_keys)
@@ -71,14 +71,13 @@ def padded_twice(
     gqa: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     middle = layout.middle
     there, back = layout.padded_first
-    rows = [each[:middle][there].transpose(1, 2) for each in (query, key, value)]  # (B, heads, max_first, D)
-    first = F.scaled_dot_product_attention(*rows, is_causal=True, **gqa)
+    q, k, v = (each[:middle][there].transpose(1, 2) for each in (query, key, value))  # (B, heads, max_first, D)
+    first = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
     there, back_second = layout.padded_second
     keys_there, _ = padding(layout.cu_keys, layout.max_keys)
-    rows = [query[middle:][there], key[middle:][keys_there], value[middle:][keys_there]]
-    second = F.scaled_dot_product_attention(
-        *(each.transpose(1, 2) for each in rows), attn_mask=layout.second_mask, **gqa
-    )
+    second_rows = query[middle:][there], key[middle:][keys_there], value[middle:][keys_there]
+    q, k, v = (each.transpose(1, 2) for each in second_rows)
+    second = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.second_mask, **gqa)
     halves = (first, back), (second, back_second)
     return torch.cat([half.transpose(1, 2).flatten(0, 1)[way] for half, way in halves])
 
@@ -114,9 +113,9 @@ def attend_tiles_backward(
     """Gradients for query, key and value of `attend_tiles`."""
     if not flash(query):
         with torch.enable_grad():
-            inputs = [each.detach().requires_grad_() for each in (query, key, value)]
-            again = sdpa(*inputs, scale)
-        dquery, dkey, dvalue = torch.autograd.grad(again, inputs, dout)
+            q, k, v = (each.detach().requires_grad_() for each in (query, key, value))
+            again = sdpa(q, k, v, scale)
+        dquery, dkey, dvalue = torch.autograd.grad(again, (q, k, v), dout)
         return dquery, dkey, dvalue
     if cudnn(query):
         lse, cu_q, cu_k, max_q, max_k, seed, offset = state
@@ -144,5 +143,5 @@ def cudnn(query: torch.Tensor) -> bool:
 
 
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    heads_first = (each.transpose(1, 2) for each in (query, key, value))
-    return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)

@@ -5,8 +5,8 @@ DoRA divides each row of W + s B A by its norm. Written out (eq. 5's norm, squar
     ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 diag(B (A A^T) B^T)
 
 ||W||^2 never changes and W A^T is a product with r columns, so W + s B A is never formed; and as A and B change at an
-optimiser's step alone, the norm is computed once a step. Everything is float32, and a fresh adapter's magnitude is taken
-from the same formula: magnitude / norm is then exactly 1, and the policy starts at the reference in bfloat16 too.
+optimiser's step alone, the norm is computed once a step. Everything is float32, and a fresh adapter's magnitude is
+taken from the same formula: magnitude / norm is then exactly 1, and the policy starts at the reference in bfloat16 too.
 
 What is saved and loaded is PEFT's: an ordinary DoRA adapter.
 """
@@ -115,20 +115,18 @@ def exact(layer: Any, name: str) -> ExactDora:
 
 
 def use_exact_dora(model: nn.Module) -> int:
-    """Let every linear DoRA layer of `model` compute by this module; fresh ones (B is zero still) start at the reference.
+    """Let every linear DoRA layer of `model` compute by this module; fresh ones (B is still zero) start at the base.
 
     Returns:
         How many fresh ones there were.
     """
     fresh = 0
-    for layer in model.modules():
-        if not isinstance(layer, LoraLayer):
-            continue
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
         for name, dora in layer.lora_magnitude_vector.items():
-            if type(dora) is not DoraLinearLayer:
-                continue
-            norm = exact(layer, name).norm()
-            if not layer.lora_B[name].weight.any():
-                dora.weight.data = norm.clone()
-                fresh += 1
+            if type(dora) is DoraLinearLayer:
+                norm = exact(layer, name).norm()
+                if not layer.lora_B[name].weight.any():
+                    dora.weight.data = norm.clone()
+                    fresh += 1
     return fresh

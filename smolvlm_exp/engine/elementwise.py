@@ -4,9 +4,9 @@ Each function has one meaning and two ways: Triton kernels on a GPU (kernels.py)
 which is also what the kernels are tested against. All sums are float32; results have the inputs' dtype.
 
 A *product* (linear.py) is one matrix multiplication for several linear layers and their adapters; `u` is its (T, N)
-result. A *gain* is DoRA's magnitude / norm, float32 (N,), or None where it is 1. `tail` asks for a result with that many
-columns to spare, which the caller fills. In a backward function `du` is the gradient for u, and the gain's own gradient
-`sum_t dy_t * u_t` comes back as float32 (N,), None without a gain.
+result. A *gain* is DoRA's magnitude / norm, float32 (N,), or None where it is 1. `tail` asks for a result with that
+many columns to spare, which the caller fills. In a backward function `du` is the gradient for u, and the gain's own
+gradient `sum_t dy_t * u_t` comes back as float32 (N,), None without a gain.
 """
 
 from typing import Any
@@ -94,7 +94,7 @@ def scaled(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tens
 def scale_backward_parts(
     grads: tuple[torch.Tensor, ...], u: torch.Tensor, gain: Gain, tail: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`scale_backward` for a gradient that comes in equal parts, side by side, each (T, N / parts) seen as any shape."""
+    """`scale_backward` for a gradient that comes in equal parts, side by side, each (T, N / parts) in any shape."""
     if fused(u):
         return kernels.scale_backward_parts(grads, u, gain, tail)
     return scale_backward(torch.cat([grad.reshape(u.shape[0], -1) for grad in grads], dim=1), u, gain, tail)
@@ -163,7 +163,9 @@ def gelu_backward(
     return du, result.detach().to(da.dtype) if again else None, None if gain is None else (dy * u.float()).sum(0)
 
 
-def rotary(u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor, layout: Any, heads: tuple[int, int]) -> Any:
+def rotary(
+    u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor, layout: Any, heads: tuple[int, int]
+) -> Any:
     """Queries, keys and values for attention over `layout`, gains applied, queries and keys rotated (RoPE, 2104.09864).
 
     Args:

@@ -52,10 +52,11 @@ class FusedEncoderLayer:
     def room(self, which: int, scene: Pass) -> int:
         return self.products[which].room(scene.adapters[which])
 
-    def queries_keys_values(self, kept: Kept, scene: Pass) -> list[torch.Tensor]:
+    def queries_keys_values(self, kept: Kept, scene: Pass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Each (n, patches, heads, D)."""
         whole = ew.scale(kept.result(QKV), scene.gain(QKV), self.products[QKV].bias)
-        return list(whole.view(-1, scene.patches, 3, self.heads, whole.shape[1] // (3 * self.heads)).unbind(2))
+        parts = whole.view(-1, scene.patches, 3, self.heads, whole.shape[1] // (3 * self.heads))
+        return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
 
     def attention_half(self, kept: Kept, scene: Pass) -> torch.Tensor:
         """Fill in `kept` up to OUT; returns the hidden states after attention, (T, H)."""

@@ -6,6 +6,8 @@ part of a wider one, so each kernel takes the distance between rows beside the p
 
 from typing import Any
 
+# mypy: disable-error-code="index"
+# What @triton.jit compiles is not quite Python.
 import torch
 import triton
 import triton.language as tl

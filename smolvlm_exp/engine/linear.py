@@ -145,13 +145,12 @@ class Product:
         else:
             whole = workspace(self.width, x.shape[1], x)
             self.unpack_into(whole[:, :columns])
-            if adapters and x.shape[1] > columns:
+            if adapters and own is not None and x.shape[1] > columns:
                 x[:, columns:] = own
                 whole[:, columns:] = adapters.b
                 return x @ whole.T, own
             result = x @ whole.T
-        if adapters:
-            assert own is not None
+        if adapters and own is not None:
             result.addmm_(own, adapters.b.T)
         return result, own
 
@@ -207,7 +206,7 @@ class Product:
         db = product_f32(du[:, : self.width].T, own)
         if adapters.scaling is not None:
             db *= adapters.scaling
-        dmagnitude = None if dgain is None else dgain / adapters.norm
+        dmagnitude = dgain / adapters.norm if dgain is not None and adapters.norm is not None else None
         grads = []
         for adapter, rank, rows in zip(adapters.of_layer, rank_spans(adapters.of_layer), self.rows, strict=True):
             if adapter:
@@ -218,12 +217,11 @@ class Product:
         return grads
 
 
-def products_of(groups: list[list[nn.Module]], before: list[Product] | None = None) -> list[Product]:
+def products_of(groups: list[list[nn.Module]], before: Sequence[Product | None] = (None,) * 4) -> list[Product]:
     """One product a group of layers; those of `before` where the layers are still the same."""
-    held = before or [None] * len(groups)
     return [
         product if product and all(a is b for a, b in zip(product.layers, group, strict=True)) else Product(*group)
-        for group, product in zip(groups, held, strict=True)
+        for group, product in zip(groups, before, strict=True)
     ]
 
 
@@ -273,15 +271,16 @@ def base_of(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 
 
-def active_adapter(layer: nn.Module) -> Adapter | None:
+def active_adapter(layer: Any) -> Adapter | None:
     """The adapter that `layer` would use if it were called now."""
-    if not isinstance(layer, LoraLayer) or layer.disable_adapters:
+    if not isinstance(layer, LoraLayer) or layer.disable_adapters or layer.merged:
         return None
     names = [name for name in layer.active_adapters if name in layer.lora_A]
     if not names:
         return None
     (name,) = names
-    a, b, magnitudes = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_magnitude_vector
+    found: Any = layer
+    a, b, magnitudes = found.lora_A[name].weight, found.lora_B[name].weight, found.lora_magnitude_vector
     return Adapter(name, a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
 
 
@@ -299,9 +298,9 @@ def linear_obstacles(layer: nn.Module) -> Iterator[str]:
                 yield f"{name}'s adapter is neither LoRA nor DoRA"
             if len(module.active_adapters) > 1:
                 yield f"{name} has {len(module.active_adapters)} active adapters"
-        elif isinstance(module, nn.Linear) and any(p.requires_grad for p in module.parameters(recurse=False)):
-            if ".lora_" not in f".{name}":
-                yield f"{name} itself is trained"
+        own = isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
+        if own and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+            yield f"{name} itself is trained"
 
 
 def rank_spans(adapters: Sequence[Adapter | None]) -> list[slice]:

@@ -3,27 +3,26 @@
 from typing import Any
 
 import torch
-from torch import nn
 
 try:
     import bitsandbytes as bnb
 except ImportError:
-    bnb = None
+    bnb = None  # type: ignore[assignment]
 try:
     from smolvlm_exp.engine import kernels
 except ImportError:  # no Triton: nothing but a CPU here
     kernels = None  # type: ignore[assignment]
 
 
-def is_4bit(layer: nn.Module) -> bool:
+def is_4bit(layer: Any) -> bool:
     return bnb is not None and isinstance(layer, bnb.nn.Linear4bit)
 
 
-def is_8bit(layer: nn.Module) -> bool:
+def is_8bit(layer: Any) -> bool:
     return bnb is not None and isinstance(layer, bnb.nn.Linear8bitLt)
 
 
-def frozen_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> torch.Tensor:
+def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
     """The layer's (out, in) weight as numbers, in `dtype` (None: as it is stored, or was before quantising)."""
     weight: Any = layer.weight
     if is_4bit(layer):
@@ -38,7 +37,7 @@ def frozen_weight(layer: nn.Module, dtype: torch.dtype | None = None) -> torch.T
     return weight if dtype is None else weight.to(dtype)
 
 
-def unpack_4bit(layer: nn.Module, out: torch.Tensor) -> torch.Tensor:
+def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
     """Write the layer's weight into `out`, (out, in), contiguous; bit for bit what bitsandbytes would write."""
     weight: Any = layer.weight
     state = weight.quant_state

@@ -1,0 +1,31 @@
+"""The fused layers put into a whole model: which parts run fused, and in words why another does not."""
+
+from typing import Any
+
+from peft import PeftModel
+
+from smolvlm_exp.engine.decoder import fuse_decoder_layers
+from smolvlm_exp.engine.dora import use_exact_dora
+from smolvlm_exp.engine.encoder import fuse_encoder_layers
+
+
+def fuse(model: Any, keep: str, keep_vision: str) -> list[str]:
+    """Exact DoRA everywhere; text model and vision tower fused where nothing in them stands against it.
+
+    Call it once the adapter is on. Calling it again changes what is kept.
+
+    Args:
+        model: a SmolVLM, with or without an adapter.
+        keep, keep_vision: one of decoder.py's `KEEP`, for the text model and for the vision tower.
+
+    Returns:
+        One sentence for each part that goes on with transformers' own layers.
+    """
+    use_exact_dora(model)
+    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
+    core = base.base_model
+    reasons = {
+        "the text model": fuse_decoder_layers(core.text_model, keep),
+        "the vision tower": fuse_encoder_layers(core.vision_model, keep_vision),
+    }
+    return [f"{part} runs unfused, and slower: {reason}." for part, reason in reasons.items() if reason]
