@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -132,38 +132,56 @@ def check(
     rows: "Dataset", processor: "ProcessorMixin", config: DataConfig
 ) -> tuple[list[int], dict[str, Any], list[tuple[int, str]]]:
     """Look at every row without decoding a picture: the good indices, the counts, (index, reason) of the bad."""
-    good: list[int] = []
-    problems: list[tuple[int, str]] = []
-    cut, longest, image_tokens = 0, 0, []
-    count = token_counter(processor)
-    controls = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
-    for index, row in enumerate(rows.remove_columns("images")):
-        problem = row["problem"] or row_problem(row, controls)
-        if not problem:
-            tokens = count(row)
-            over = max(tokens["chosen"], tokens["rejected"]) + tokens["prompt"] - (config.max_length or 1 << 62)
-            if config.max_length is not None and tokens["prompt"] >= config.max_length:
-                problem = (
-                    f"the prompt alone is {tokens['prompt']} tokens ({tokens['image']} of the image) and "
-                    f"data.max_length={config.max_length} leaves none for the answer"
-                )
-            elif over > 0 and config.on_long_answer == "report":
-                problem = f"the longer answer runs {over} tokens past data.max_length={config.max_length}"
-        if problem:
-            problems.append((index, problem))
-            continue
-        good.append(index)
-        cut += over > 0
-        image_tokens.append(tokens["image"])
-        longest = max(longest, tokens["prompt"] + max(tokens["chosen"], tokens["rejected"]))
+    from datasets import Features, Value
+
+    found = rows.remove_columns("images").map(
+        Examiner(processor, config.max_length, config.on_long_answer),
+        remove_columns=[name for name in rows.column_names if name not in ("images", "problem")],
+        features=Features(problem=Value("string"), over=Value("bool"), image=Value("int32"), length=Value("int32")),
+        num_proc=workers(config.num_proc, len(rows)),
+        desc="checks",
+    )[:]
+    good = [index for index, problem in enumerate(found["problem"]) if not problem]
+    image_tokens = [found["image"][index] for index in good]
     counts = {
         "rows": len(good),
-        "skipped": len(problems),
-        "cut": cut,
+        "skipped": len(rows) - len(good),
+        "cut": sum(found["over"][index] for index in good),
         "image_tokens": round(sum(image_tokens) / max(len(image_tokens), 1), 1),
-        "longest": longest,
+        "longest": max((found["length"][index] for index in good), default=0),
     }
-    return good, counts, problems
+    return good, counts, [(index, problem) for index, problem in enumerate(found["problem"]) if problem]
+
+
+class Examiner:
+    """A row -> its `problem` (empty when fine), whether its longer answer runs `over`, its image tokens, its length."""
+
+    def __init__(self, processor: Any, max_length: int | None, on_long_answer: str) -> None:
+        self.processor, self.max_length, self.on_long_answer = processor, max_length, on_long_answer
+        self.controls = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "count"}
+
+    @cached_property
+    def count(self) -> Callable[[dict[str, Any]], dict[str, int]]:
+        return token_counter(self.processor)
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        problem = row["problem"] or row_problem(row, self.controls)
+        if problem:
+            return {"problem": problem, "over": False, "image": 0, "length": 0}
+        tokens = self.count(row)
+        length = tokens["prompt"] + max(tokens["chosen"], tokens["rejected"])
+        over = length - self.max_length if self.max_length is not None else 0
+        if self.max_length is not None and tokens["prompt"] >= self.max_length:
+            problem = (
+                f"the prompt alone is {tokens['prompt']} tokens ({tokens['image']} of the image) and "
+                f"data.max_length={self.max_length} leaves none for the answer"
+            )
+        elif over > 0 and self.on_long_answer == "report":
+            problem = f"the longer answer runs {over} tokens past data.max_length={self.max_length}"
+        return {"problem": problem, "over": over > 0, "image": tokens["image"], "length": length}
 
 
 def row_problem(row: dict[str, Any], controls: list[str]) -> str:
