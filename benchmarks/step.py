@@ -37,13 +37,15 @@ def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:
 
 
 def make_rows(shape: Any, count: int, tiles: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Rows like the recipe's: one picture in `tiles` tiles, a tag of eleven tokens before each, answers of 40 to 200."""
+    """Rows like the recipe's: a picture in `tiles` tiles, eleven tokens before each, answers of 40 to 200."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
+
+    def words(low: int, high: int) -> torch.Tensor:
+        length = int(torch.randint(low, high, (1,), generator=draw))
+        return torch.randint(3, 40000, (length,), generator=draw)
+
     for _ in range(count):
-        words = lambda low, high: torch.randint(
-            3, 40000, (int(torch.randint(low, high, (1,), generator=draw)),), generator=draw
-        )
         picture = torch.full((shape.image_seq_len,), shape.image_token_id)
         prompt = torch.cat([part for _ in range(tiles) for part in (words(11, 12), picture)] + [words(20, 40)])
         pixels = torch.randint(
@@ -129,10 +131,8 @@ def main() -> None:
                 torch.cuda.empty_cache()
                 continue
             tokens = batch["packed"]["ids"].shape[1] / micro
-            print(
-                f"{asked.target} {asked.adapter} {keep} micro {micro}: {1000 * each:.1f} ms a pair, peak {peak:.2f} GiB, {tokens:.0f} tokens",
-                flush=True,
-            )
+            case = f"{asked.target} {asked.adapter} {keep} micro {micro}"
+            print(f"{case}: {1000 * each:.1f} ms a pair, peak {peak:.2f} GiB, {tokens:.0f} tokens", flush=True)
         if asked.profile:
             from torch.profiler import ProfilerActivity, profile
 
