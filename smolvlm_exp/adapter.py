@@ -85,6 +85,15 @@ def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
 
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+    return reached(names, target)
+
+
+def reached(names: list[str], target: str) -> list[str]:
+    """Those of a model's linear layers that `target` reaches.
+
+    Raises:
+        RequestError: it reaches none, or is no regular expression.
+    """
     modules = TARGETS.get(target, target)
     if modules == "all-linear":
         return names

@@ -1,0 +1,227 @@
+"""Bytes from shapes: what a model occupies and what one forward and backward pass over some pairs takes beside it.
+
+The counts follow decoder.py, encoder.py, linear.py and forward.py tensor by tensor; tests/engine/test_memory.py holds
+them against peaks that were measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here
+needs torch, so that `task=plan` answers at once.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+LEVELS = ("everything", "attention", "inputs")  # decoder.py's KEEP
+CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
+VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
+UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
+STORED = {  # bytes a weight of the linear layers; 4 bits have a scale for each 64 weights, in 8 bits where doubled
+    "4bit": 0.5 + 4 / 64,
+    "4bit double": 0.5 + 1 / 64 + 4 / (64 * 256),
+    "8bit": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Equal layers, and what adapts them. Each has four products: q, k, v; output; the MLP's way in; its way out."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    queries: int  # columns of q: heads x their size
+    keys: int  # columns of k, and of v
+    gated: bool  # the MLP's way in is two matrices, gate and up
+    trained: int = 0  # layers that keep something for the backward pass: from the lowest adapted one up
+    tails: tuple[int, ...] = (0, 0, 0, 0)  # columns that adapters add to each product: their ranks, together
+    gains: tuple[bool, ...] = (False,) * 4  # whether DoRA scales the product's result
+    fused: bool = True
+
+    @property
+    def widths(self) -> tuple[int, int, int, int]:
+        """Columns of each product's result."""
+        return self.queries + 2 * self.keys, self.hidden, (1 + self.gated) * self.intermediate, self.hidden
+
+    @property
+    def depths(self) -> tuple[int, int, int, int]:
+        """Columns of each product's input."""
+        return self.hidden, self.queries, self.hidden, self.intermediate
+
+    @property
+    def matrices(self) -> tuple[int, int, int, int]:
+        """Weights in each product."""
+        qkv, out, into, down = (width * depth for width, depth in zip(self.widths, self.depths, strict=True))
+        return qkv, out, into, down
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What does not depend on the rows or on the plan."""
+
+    text: Stack
+    vision: Stack
+    vocabulary: int
+    patches: int  # of a tile
+    image_tokens: int  # of a tile
+    pixels: int  # numbers of a tile, 3 S S
+    element: int  # bytes of a number in the model's dtype
+    weights: str  # a key of STORED, or `whole`
+    matrix_weights: int  # weights stored so: the linear layers' but the head's
+    other_weights: int  # the rest, in the model's dtype
+    trained_weights: int  # an adapter's, or all where there is none
+    trained_element: int = 4  # bytes of one of these: adapters are float32
+    adapter: bool = True
+    features: bool = False  # pictures come as features, computed before
+    gpu: bool = True
+
+
+@dataclass(frozen=True)
+class Load:
+    """What some rows come to in one packed batch (pairs.py)."""
+
+    pairs: int
+    tokens: int  # T of the packed line
+    sources: int  # keys that attention reads
+    answers: int  # tokens that are scored
+    tiles: int
+    scores: int  # (query, key) products that attention computes a head
+
+
+class Rows:
+    """The rows of a data set by length: what any of them can come to together, and what they do on average."""
+
+    def __init__(self, sizes: Sequence[Sequence[int]], pairs: bool = True) -> None:
+        """
+        Args:
+            sizes: tokens of prompt, chosen and rejected answer, and tiles, for each row, as feed.Rows has them.
+            pairs: both answers are scored; else the chosen ones alone (supervised fine-tuning).
+        """
+        columns = [sorted(column, reverse=True) for column in zip(*map(row_counts(pairs), sizes), strict=True)]
+        self.sums = [list(accumulate(column, initial=0)) for column in columns]
+        self.count = len(sizes)
+
+    def longest(self, pairs: int) -> Load:
+        """No batch of so many rows takes more: each count is the sum of the greatest ones."""
+        return Load(pairs, *(column[min(pairs, self.count)] for column in self.sums))
+
+    def average(self, pairs: int) -> Load:
+        return Load(pairs, *(round(column[-1] / self.count * pairs) for column in self.sums))
+
+
+def row_counts(pairs: bool):
+    """A function from a row's sizes to what it adds to each count of a Load."""
+
+    def count(row: Sequence[int]) -> tuple[int, int, int, int, int]:
+        prompt, chosen, rejected, tiles = map(int, row)
+        first = prompt + chosen - 1
+        if not pairs:
+            return first, first, chosen, tiles, first**2 // 2
+        second = prompt - 1 + rejected
+        scores = first**2 // 2 + rejected * (prompt - 1) + rejected**2 // 2
+        return first + rejected, first + second, chosen + rejected, tiles, scores
+
+    return count
+
+
+def resident(facts: Facts) -> int:
+    """Bytes that are there throughout: weights, adapter with gradients and AdamW's moments, workspaces."""
+    stored = STORED.get(facts.weights, facts.element)
+    weights = stored * facts.matrix_weights + facts.element * facts.other_weights
+    trained = (3 + facts.adapter) * facts.trained_weights * facts.trained_element  # a full model is counted above
+    derived = sum(prepared(stack, facts.element) for stack in (facts.text, facts.vision) if stack.fused)
+    return int(weights + trained + derived + workspace(facts) + facts.gpu * CUBLAS)
+
+
+def moments(facts: Facts) -> int:
+    """Bytes of AdamW's two moments, which exist from the first optimiser step on."""
+    return 2 * facts.trained_weights * facts.trained_element
+
+
+def prepared(stack: Stack, element: int) -> int:
+    """Bytes of what `Product` makes of its adapters: A and the blocks of s B; gain, norm and ||W||^2 in float32."""
+    each = zip(stack.widths, stack.depths, stack.tails, stack.gains, strict=True)
+    return stack.layers * sum(tail * (width + depth) * element + 12 * width * gain for width, depth, tail, gain in each)
+
+
+def workspace(facts: Facts) -> int:
+    """Bytes into which weights are unpacked: one product's, for all layers."""
+    stacks = (facts.text, facts.vision)
+    if facts.weights == "8bit":  # float32 numbers twice and the result, of one matrix
+        return (8 + facts.element) * max(s.hidden * s.intermediate for s in stacks)
+    if not facts.weights.startswith("4bit"):
+        return 0
+    sizes = [
+        max((width + tail) * depth, width * (depth + tail))
+        for s in stacks
+        for width, depth, tail in zip(s.widths, s.depths, s.tails, strict=True)
+    ]
+    return facts.element * max(sizes)
+
+
+def kept(stack: Stack, keep: str, element: int) -> float:
+    """Numbers a token that one layer keeps from its forward to its backward pass."""
+    if keep == "inputs":
+        return stack.hidden
+    qkv, out, into, down = stack.widths
+    everything: float = stack.hidden + qkv + stack.queries + out + into + down * stack.gains[3] + sum(stack.tails)
+    everything += stack.heads * 4 / element  # attention's log-sum-exp, float32
+    if not stack.fused:
+        return UNFUSED * everything
+    return everything if keep == "everything" else everything - into
+
+
+def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) -> float:
+    """Numbers a token that one layer's backward pass takes at its worst moment, beside what it kept.
+
+    Args:
+        spread: keys that attention reads, over tokens.
+    """
+    qkv, _, into, _ = stack.widths
+    hidden, inner, queries = stack.hidden, stack.intermediate, stack.queries
+    adapted = [bool(tail) or gain for tail, gain in zip(stack.tails, stack.gains, strict=True)]
+    again: float = {
+        "everything": 0,
+        "attention": into,
+        "inputs": qkv + queries + hidden + into + hidden * adapted[3] + sum(stack.tails),
+    }[keep]
+    if not stack.fused:
+        again = kept(stack, "everything", element) if keep == "inputs" else 0
+    # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient and the
+    # input itself, then du of the way in.
+    mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + bool(stack.tails[3]))
+    mlp += into + stack.tails[2]
+    # The same two gradients, du of the output product and its input's gradient; q, k, v and their gradients; then
+    # either flash attention's float32 sums or du of q, k, v.
+    rotated = queries + 2 * spread * stack.keys
+    grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
+    attention = max(again - into - hidden * adapted[3], 0) + 2 * hidden + (hidden + stack.tails[1]) * adapted[1]
+    attention += queries + rotated + grads + max(qkv + stack.tails[0], queries * 4 / element)
+    if not gpu:  # torch code instead of kernels: copies between its operations, attention computed again by autograd
+        mlp, attention = mlp + 6 * inner, attention + 2 * rotated
+    return max(mlp, attention)
+
+
+def peak(facts: Facts, load: Load, keep: str, keep_vision: str) -> int:
+    """Bytes beside `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
+    text, vision, element = facts.text, facts.vision, facts.element
+    line, patches = load.tokens, load.tiles * facts.patches
+    text_kept = kept(text, keep, element) * line * text.trained
+    vision_kept = kept(vision, keep_vision, element) * patches * vision.trained
+    pictures = load.tiles * (facts.image_tokens * text.hidden * element if facts.features else facts.pixels)
+    states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
+    if vision.trained:  # post-layernorm and pixel shuffle
+        states += load.tiles * facts.image_tokens * text.hidden + 3 * patches * vision.hidden
+    whole = (text_kept + vision_kept + states) * element + pictures
+    logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, facts.vocabulary) * element
+    spread = load.sources / line
+    worst = [
+        2 * facts.trained_weights * facts.trained_element,  # AdamW's own intermediate results
+        whole + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
+        whole + backward(text, keep, element, spread, facts.gpu) * line * element * bool(text.trained),
+    ]
+    if vision.trained:
+        late = vision_kept + backward(vision, keep_vision, element, 1.0, facts.gpu) * patches
+        worst.append(late * element + pictures)
+    elif not facts.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
+        layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
+        worst.append(layer * patches * element + 5 * pictures)
+    return int(max(worst))

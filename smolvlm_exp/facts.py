@@ -1,0 +1,150 @@
+"""What the memory planner wants to know of a run, from its settings alone: no weights, no torch."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+from smolvlm_exp.adapter import AdapterConfig, reached
+from smolvlm_exp.engine.footprint import Facts, Stack
+from smolvlm_exp.model import Shape
+from smolvlm_exp.quant import QuantConfig
+
+# The linear layers of each product of a layer (engine/decoder.py, engine/encoder.py).
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+TEXT = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+VISION = (QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",))
+TEXT_LAYER, VISION_LAYER = "model.text_model.layers.", "model.vision_model.encoder.layers."
+CONNECTOR = "model.connector.modality_projection.proj"
+ALIGNED = 8  # engine/linear.py's: columns that adapters add to a product
+
+
+def facts_of(
+    shape: Shape, quant: QuantConfig, adapter: AdapterConfig, features: bool, dropout: bool, element: int, gpu: bool
+) -> Facts:
+    """
+    Args:
+        features: pictures come as features, computed before.
+        dropout: the adapter's dropout is in effect.
+        element: bytes of a number in the model's dtype.
+    """
+    sizes = linear_sizes(shape)
+    found = reached(list(sizes), adapter.target) if adapter.type != "none" else []
+    learns = adapter.type == "none" or any(not name.startswith(TEXT_LAYER) for name in found)
+    text = stack_of(text_stack(shape), TEXT_LAYER, TEXT, found, adapter, dropout)
+    vision = stack_of(vision_stack(shape), VISION_LAYER, VISION, found, adapter, dropout)
+    matrices = sum(math.prod(size) for size in sizes.values())
+    own = sum(adapter.r * sum(sizes[name]) + adapter.use_dora * sizes[name][0] for name in found)
+    total = matrices + rest_of(shape)
+    return Facts(
+        text=text if not learns else with_all_layers(text),
+        vision=vision,
+        vocabulary=shape.vocab_size,
+        patches=(shape.image_size // shape.patch_size) ** 2,
+        image_tokens=shape.image_seq_len,
+        pixels=3 * shape.image_size**2,
+        element=element,
+        weights=stored(quant),
+        matrix_weights=matrices,
+        other_weights=total - matrices,
+        trained_weights=total if adapter.type == "none" else own,
+        trained_element=element if adapter.type == "none" else 4,
+        adapter=adapter.type != "none",
+        features=features and not learns,
+        gpu=gpu,
+    )
+
+
+def text_stack(shape: Shape) -> Stack:
+    size = shape.hidden_size // shape.num_attention_heads
+    return Stack(
+        layers=shape.num_hidden_layers,
+        hidden=shape.hidden_size,
+        intermediate=shape.intermediate_size,
+        heads=shape.num_attention_heads,
+        queries=shape.hidden_size,
+        keys=size * shape.num_key_value_heads,
+        gated=True,
+    )
+
+
+def vision_stack(shape: Shape) -> Stack:
+    return Stack(
+        layers=shape.vision_num_hidden_layers,
+        hidden=shape.vision_hidden_size,
+        intermediate=shape.vision_intermediate_size,
+        heads=shape.vision_num_attention_heads,
+        queries=shape.vision_hidden_size,
+        keys=shape.vision_hidden_size,
+        gated=False,
+    )
+
+
+def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
+    """(out, in) of every linear layer but the head, by name, as transformers names them."""
+    sizes = {CONNECTOR: (shape.hidden_size, shape.vision_hidden_size * shape.scale_factor**2)}
+    for prefix, stack, kinds in (
+        (TEXT_LAYER, text_stack(shape), TEXT),
+        (VISION_LAYER, vision_stack(shape), VISION),
+    ):
+        outputs = (
+            (stack.queries, stack.keys, stack.keys),
+            stack.widths[1:2],
+            (stack.intermediate,) * 2,
+            stack.widths[3:],
+        )
+        for layer in range(stack.layers):
+            for product, names in enumerate(kinds):
+                for name, columns in zip(names, outputs[product], strict=False):
+                    sizes[f"{prefix}{layer}.{name}"] = columns, stack.depths[product]
+    return sizes
+
+
+def rest_of(shape: Shape) -> int:
+    """Weights outside the linear layers, and the head's: embeddings, norms, biases, the tower's first layer."""
+    text, vision = text_stack(shape), vision_stack(shape)
+    patches = (shape.image_size // shape.patch_size) ** 2
+    words = 2 * shape.vocab_size * text.hidden + (2 * text.layers + 1) * text.hidden
+    layer = 4 * vision.hidden + sum(vision.widths)  # two norms, biases
+    tower = (3 * shape.patch_size**2 + 1 + patches + 2) * vision.hidden
+    return words + tower + vision.layers * layer
+
+
+def stack_of(
+    plain: Stack,
+    prefix: str,
+    kinds: Sequence[Sequence[str]],
+    reached: Sequence[str],
+    adapter: AdapterConfig,
+    dropout: bool,
+) -> Stack:
+    """`plain` with what adapts it, each layer taken to be like the one with most adapters."""
+    if adapter.type == "none":
+        return with_all_layers(replace(plain, fused=False))
+    layers: dict[int, set[str]] = {}
+    for name in reached:
+        if name.startswith(prefix):
+            number, _, kind = name.removeprefix(prefix).partition(".")
+            layers.setdefault(int(number), set()).add(kind)
+    if not layers:
+        return plain
+    counts = [max(len(found & set(names)) for found in layers.values()) for names in kinds]
+    tails = tuple(-(-count * adapter.r // ALIGNED) * ALIGNED for count in counts)
+    return replace(
+        plain,
+        trained=plain.layers - min(layers),
+        tails=tails,
+        gains=tuple(adapter.use_dora and count > 0 for count in counts),
+        fused=not dropout,
+    )
+
+
+def with_all_layers(stack: Stack) -> Stack:
+    """Gradients pass through the whole of it."""
+    return replace(stack, trained=stack.layers)
+
+
+def stored(quant: QuantConfig) -> str:
+    """A key of footprint.STORED, or `whole`."""
+    if quant.load_in_4bit:
+        return "4bit double" if quant.bnb_4bit_use_double_quant else "4bit"
+    return "8bit" if quant.load_in_8bit else "whole"
