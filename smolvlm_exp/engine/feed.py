@@ -30,6 +30,7 @@ from smolvlm_exp.engine.tiles import decode, file_of, height_and_width, tile
 VERSION = 1  # raise when tiles change: it is part of the key under which they are kept
 SIDES = ("prompt", "chosen", "rejected")
 TOGETHER = 256  # rows whose texts are tokenised in one call
+TRAVEL = 2**22  # bytes of tiles that go from one process to another at a time: each journey costs some milliseconds
 
 
 class Rows(torch.utils.data.Dataset):
@@ -156,15 +157,19 @@ class Rows(torch.utils.data.Dataset):
     def stream(self, pictures: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, its tiles) of each of `pictures` in their order, tiled by `num_proc` processes; 0: by this one."""
         workers = min(num_proc, len(pictures)) if self.kept is None else 0  # else there is nothing left to do
+        together = max(1, min(TRAVEL // self.largest, len(pictures) // (4 * workers))) if workers else 1
+        chunks = [pictures[i : i + together] for i in range(0, len(pictures), together)]
         loader = torch.utils.data.DataLoader(
-            Pictures(self, arrays=not room_in_shared_memory(4 * workers * self.largest)),
+            Pictures(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest)),
             batch_size=None,
-            sampler=pictures,
+            sampler=chunks,
             num_workers=workers,
             collate_fn=as_it_is,
             generator=torch.Generator(),  # or it would draw from the run's own
         )
-        return ((picture, torch.as_tensor(tiles)) for picture, tiles in zip(pictures, loader, strict=True))
+        for chunk, tiles in zip(chunks, loader, strict=True):
+            counts = [self.spans[picture + 1] - self.spans[picture] for picture in chunk]
+            yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
 
     @property
     def largest(self) -> int:
@@ -187,13 +192,13 @@ class Rows(torch.utils.data.Dataset):
 
 @dataclass
 class Pictures(torch.utils.data.Dataset):
-    """Distinct pictures' tiles: tensors, which travel between processes in shared memory, or arrays, in a pipe."""
+    """Some pictures' tiles: a tensor, which travels between processes in shared memory, or an array, in a pipe."""
 
     rows: Rows
     arrays: bool
 
-    def __getitem__(self, picture: int) -> Any:
-        tiles = self.rows.tiles(picture)
+    def __getitem__(self, pictures: Sequence[int]) -> Any:
+        tiles = joined([self.rows.tiles(picture) for picture in pictures], self.rows.nothing)
         return tiles.numpy() if self.arrays else tiles
 
 

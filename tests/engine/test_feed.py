@@ -186,7 +186,21 @@ def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, mixed, m
     monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
     rows.keep_tiles(None, PLENTY, 2)
     assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
-    assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]
+    assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]  # so few pictures travel one by one
+
+
+def test_small_pictures_travel_together(processor, mixed, monkeypatch):
+    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    rows, journeys, split = Rows(mixed, processor, None), [], feed.Pictures.__getitem__
+    monkeypatch.setattr(feed.Pictures, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk))
+    pictures = list(range(len(rows.digests))) * 5
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, sampler, **_: (data[chunk] for chunk in sampler))
+    found = list(rows.stream(pictures, 1))
+    assert [number for number, _ in found] == pictures
+    assert max(len(chunk) for chunk in journeys) > 1
+    kept = dict(found)
+    made = [torch.cat([kept[n] for n in rows.pictures[i]]) for i in range(len(mixed)) if rows.pictures[i]]
+    assert all(torch.equal(one, other) for one, other in zip(made, (t for t in fresh if len(t)), strict=True))
 
 
 def test_kept_tiles_are_not_made_twice(processor, mixed, tmp_path, monkeypatch):
