@@ -15,6 +15,7 @@ from smolvlm_exp.runs import last_checkpoint
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.checks import Watch
 from smolvlm_exp.training.common import Parts, Run
+from smolvlm_exp.training.shared import check_features, check_request
 
 
 def train(config: Config, folder: Path) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     dtype = resolve_dtype(config.model.dtype)
     quantization = quantization_config(config.quant, dtype)
     peft_config = lora_config(config.adapter, quantised=quantization is not None)
+    check_request(config)
     checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
     arguments = algorithm.build_arguments(config.trainer, Run(folder, config.seed, dtype, config.data.max_length))
@@ -33,6 +35,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     model, processor = load_model(config.model, quantization, config.seed), load_processor(config.model)
     if peft_config:
         aim(peft_config, model, config.adapter.target)
+    check_features(config, model)
     preferences = load_preferences(config.data, processor, folder)
 
     with Result(config, folder, preferences) as result, StopCallback() as stop:

@@ -74,7 +74,7 @@ class PackedSteps(Trainer):
         )
         self.sampler = StepSampler(args.gradient_accumulation_steps, self.into_micros)
         self.batches: Any = torch.utils.data.DataLoader(
-            range(len(collator.rows)),  # type: ignore[arg-type]
+            range(len(collator.rows)),
             batch_sampler=self.sampler,  # type: ignore[arg-type]
             collate_fn=Numbers(collator),
             num_workers=args.dataloader_num_workers,
@@ -174,7 +174,8 @@ class PackedSteps(Trainer):
         """What a step changes beside gradients: random states, TRL's metrics."""
         gpu = torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
         metrics = {name: list(values) for name, values in self._metrics["train"].items()}
-        return torch.get_rng_state(), gpu, metrics, list(self.shares["train"]), self._total_train_tokens
+        tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
+        return torch.get_rng_state(), gpu, metrics, list(self.shares["train"]), tokens
 
     def go_back(self, before: Any) -> None:
         rng, gpu, metrics, self.shares["train"], self._total_train_tokens = before

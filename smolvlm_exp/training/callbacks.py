@@ -43,18 +43,30 @@ class MetricsCallback(TrainerCallback):
         self.tracker = tracker
         self.since = (0.0, 0, 0.0)  # clock, step and tokens at the last log
         self.evaluating = 0.0  # seconds of evaluation since the last log
+        self.waiting = 0.0  # seconds without a batch since the last log
         self.began = 0.0
+        self.idle = 0.0  # clock, when all that comes between two steps but fetching batches was done
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.since = (time.perf_counter(), state.global_step, 0.0)
+        self.idle = time.perf_counter()
+        self.since = (self.idle, state.global_step, 0.0)
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.waiting += time.perf_counter() - self.idle
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.began = time.perf_counter()
+        self.began = self.idle = time.perf_counter()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.evaluating += time.perf_counter() - self.began
+        self.idle = time.perf_counter()
+        self.evaluating += self.idle - self.began
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.idle = time.perf_counter()
 
     def on_log(
         self,
@@ -71,15 +83,21 @@ class MetricsCallback(TrainerCallback):
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: finite(value) for key, value in event.items()}) + "\n")
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
+        self.idle = time.perf_counter()
 
     def speed(self, args: TrainingArguments, state: TrainerState, tokens: float) -> dict[str, float]:
-        """Pairs and tokens a second since the last log, evaluation left out."""
+        """Since the last log, evaluation left out: pairs and tokens a second, the share of time without a batch."""
         now = time.perf_counter()
         clock, step, before = self.since
         seconds = max(now - clock - self.evaluating, 1e-9)
         pairs = (state.global_step - step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        self.since, self.evaluating = (now, state.global_step, tokens), 0.0
-        return {"pairs_per_second": pairs / seconds, "tokens_per_second": max(tokens - before, 0.0) / seconds}
+        waited = self.waiting / seconds
+        self.since, self.evaluating, self.waiting = (now, state.global_step, tokens), 0.0, 0.0
+        return {
+            "pairs_per_second": pairs / seconds,
+            "tokens_per_second": max(tokens - before, 0.0) / seconds,
+            "data_wait": waited,
+        }
 
 
 def finite(value: Any) -> Any:

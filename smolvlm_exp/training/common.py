@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainerConfig:
-    """Names and meanings are transformers.TrainingArguments' own."""
+    """Names and meanings are transformers.TrainingArguments' own, save for those from `engine` to `cache_disk`."""
 
     algorithm: str = MISSING  # the module in smolvlm_exp/training
     learning_rate: float = above(0, 5.0e-5)
@@ -41,7 +41,15 @@ class TrainerConfig:
     save_steps: float = above(0, 100)
     save_total_limit: int | None = 2
     dataloader_num_workers: int = at_least(0, 0)
+    engine: str = one_of("shared", "stock")  # shared: each picture and prompt once a pair; stock: plain TRL
+    keep_features: bool | None = None  # image features computed once; null: wherever nothing that makes them learns
+    cache: str = "outputs/cache"  # where tiles, features and reference values are kept, by content, for all runs
+    cache_ram: str = "4GiB"  # for tiles and features in memory
+    cache_disk: str = "50GiB"  # for everything in `cache`
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
+
+
+NOT_UPSTREAMS = ("algorithm", "engine", "keep_features", "cache", "cache_ram", "cache_disk", "extra")
 
 
 @dataclass
@@ -70,7 +78,7 @@ def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) ->
     """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`."""
     import torch
 
-    shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in ("algorithm", "extra")]
+    shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in NOT_UPSTREAMS]
     on_gpu = torch.cuda.is_available()
     return {
         **{name: getattr(config, name) for name in (*shared, *own)},
@@ -98,6 +106,15 @@ def upstream(cls: type, arguments: dict[str, Any]) -> Any:
         return cls(**arguments)
     except (TypeError, ValueError) as error:
         raise RequestError(f"trainer: {error}") from error
+
+
+def with_pissa(parts: Parts, seed: int) -> "tuple[Any, LoraConfig | None]":
+    """Model and adapter for a trainer: a PiSSA adapter is put on here, any other by the trainer."""
+    from smolvlm_exp.adapter import attach_pissa, is_pissa
+
+    if parts.peft_config is None or not is_pissa(parts.peft_config):
+        return parts.model, parts.peft_config
+    return attach_pissa(parts.model, parts.peft_config, parts.folder, seed), None
 
 
 def settle(trainer: Any) -> Any:

@@ -3,11 +3,12 @@
 import contextlib
 import copy
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from smolvlm_exp.adapter import attach_pissa, is_pissa, plain_initialisation
+from smolvlm_exp.adapter import plain_initialisation
 from smolvlm_exp.schema import above, at_least, one_of, some_of
-from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream
+from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
+from smolvlm_exp.training.shared import collators, keep_pictures, store
 
 if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
@@ -44,17 +45,40 @@ def build_arguments(config: Config, run: Run) -> "DPOConfig":
 
 
 def build_trainer(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
-    """TRL's trainer. The reference is the same model with its adapter off, or a copy where there is no adapter."""
+    """TRL's trainer, on the engine or as it is."""
+    return (build_shared if config.engine == "shared" else build_stock)(config, arguments, parts)
+
+
+def build_shared(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
+    """On the engine. The reference is the policy before its first step, once for all rows."""
+    from smolvlm_exp.engine.feed import Rows
+    from smolvlm_exp.engine.tiles import pixels
+    from smolvlm_exp.engine.trainer import SharedPrefixTrainer
+
+    model, peft_config = with_pissa(parts, arguments.seed)
+    collator, eval_collator = collators(config, parts, arguments.max_length, Rows)
+    trainer = SharedPrefixTrainer(
+        model=model,
+        normalise=pixels(parts.processor),
+        peft_config=peft_config,
+        collator=collator,
+        eval_collator=eval_collator,
+        args=arguments,
+        processing_class=parts.processor,
+        callbacks=parts.callbacks,
+    )
+    keep_pictures(config, trainer, parts.processor)
+    trainer.score_references(store(config), arguments.per_device_eval_batch_size)
+    return settle(trainer)
+
+
+def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
+    """As it is. The reference is the same model with its adapter off, or a copy where there is no adapter."""
     from trl import DPOTrainer
 
-    model: Any = parts.model
-    peft_config = parts.peft_config
-    how: Any = contextlib.nullcontext()
-    if peft_config is not None and is_pissa(peft_config):
-        # TRL then keeps a second, frozen copy of the adapter as the reference.
-        model, peft_config = attach_pissa(model, peft_config, parts.folder, arguments.seed), None
-        how = plain_initialisation(model)
-    with how:
+    model, peft_config = with_pissa(parts, arguments.seed)
+    # With PiSSA TRL keeps a second, frozen copy of the adapter as the reference.
+    with plain_initialisation(model) if model is not parts.model else contextlib.nullcontext():
         trainer = DPOTrainer(
             model=model,
             ref_model=copy.deepcopy(model) if parts.peft_config is None else None,

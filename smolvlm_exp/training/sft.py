@@ -1,10 +1,10 @@
 """Supervised fine-tuning on the chosen answers: TRL's SFTTrainer, the loss on the answer's tokens alone."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from smolvlm_exp.adapter import attach_pissa, is_pissa
-from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream
+from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
+from smolvlm_exp.training.shared import collators, keep_pictures
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,13 +24,36 @@ def build_arguments(config: Config, run: Run) -> "SFTConfig":
 
 
 def build_trainer(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
-    """TRL's trainer on prompt and chosen answer."""
+    """TRL's trainer on prompt and chosen answer, on the engine or as it is."""
+    return (build_shared if config.engine == "shared" else build_stock)(config, arguments, parts)
+
+
+def build_shared(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
+    """On the engine."""
+    from smolvlm_exp.engine.tiles import pixels
+    from smolvlm_exp.engine.trainer import ChosenRows, SharedPrefixSFTTrainer
+
+    model, peft_config = with_pissa(parts, arguments.seed)
+    collator, eval_collator = collators(config, parts, arguments.max_length, ChosenRows)
+    trainer = SharedPrefixSFTTrainer(
+        model=model,
+        normalise=pixels(parts.processor),
+        peft_config=peft_config,
+        collator=collator,
+        eval_collator=eval_collator,
+        args=arguments,
+        processing_class=parts.processor,
+        callbacks=parts.callbacks,
+    )
+    keep_pictures(config, trainer, parts.processor)
+    return settle(trainer)
+
+
+def build_stock(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
+    """As it is."""
     from trl import SFTTrainer
 
-    model: Any = parts.model
-    peft_config = parts.peft_config
-    if peft_config is not None and is_pissa(peft_config):
-        model, peft_config = attach_pissa(model, peft_config, parts.folder, arguments.seed), None
+    model, peft_config = with_pissa(parts, arguments.seed)
     return settle(
         SFTTrainer(
             model=model,

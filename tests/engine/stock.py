@@ -19,7 +19,11 @@ DPO = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # 
 
 
 def tiny_model(seed: int = 0, heads: int = 4, kv_heads: int = 2, **sizes: int) -> Any:
-    """A whole Idefics3 in float32, with weights large enough that attention and answers differ from place to place."""
+    """A whole Idefics3 in float32, with weights large enough that attention and answers differ from place to place.
+
+    Args:
+        sizes: of `Shape`.
+    """
     dimensions = {"hidden_size": 8 * heads, "num_hidden_layers": 2, "intermediate_size": 48, "vocab_size": 40, **sizes}
     shape = Shape(
         num_attention_heads=heads, num_key_value_heads=kv_heads, rope_theta=100.0, max_position_embeddings=256,
@@ -27,6 +31,10 @@ def tiny_model(seed: int = 0, heads: int = 4, kv_heads: int = 2, **sizes: int) -
         image_size=SIDE, patch_size=4, scale_factor=2, longest_edge=2 * SIDE,
         image_token_id=IMAGE, fake_image_token_id=7, end_of_utterance_id=8, **dimensions,
     )  # fmt: skip
+    return random_model(shape, seed)
+
+
+def random_model(shape: Shape, seed: int = 0) -> Any:
     torch.manual_seed(seed)
     model = Idefics3ForConditionalGeneration._from_config(model_config(shape), attn_implementation="sdpa")
     with torch.no_grad():

@@ -1,0 +1,114 @@
+"""A trainer on the engine (trainer.engine=shared): what it cannot do is told first, then its rows are made ready."""
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.training.common import Parts, TrainerConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from smolvlm_exp.config import Config
+    from smolvlm_exp.engine.feed import Collator, Rows
+    from smolvlm_exp.engine.store import Store
+
+STOCK_ALONE = (
+    "assistant_only_loss", "auto_find_batch_size", "deepspeed", "include_for_metrics", "include_num_input_tokens_seen",
+    "label_smoothing_factor", "neftune_noise_alpha", "packing", "pad_to_multiple_of", "padding_free",
+    "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
+    "torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel",
+)  # fmt: skip
+UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+FEATURE_TILES = 64  # tiles that go through the tower together where their features are kept
+
+
+def check_request(config: "Config") -> None:
+    """Before anything is loaded.
+
+    Raises:
+        RequestError: the engine does not do what is asked for.
+    """
+    trainer = config.trainer
+    bytes_of("trainer.cache_ram", trainer.cache_ram)
+    bytes_of("trainer.cache_disk", trainer.cache_disk)
+    if trainer.engine == "stock":
+        if trainer.keep_features:
+            raise RequestError("trainer.keep_features=true needs trainer.engine=shared.")
+        return
+    if config.model.attn_implementation == "eager":
+        raise RequestError("model.attn_implementation=eager needs trainer.engine=stock; use auto or sdpa.")
+    for name in STOCK_ALONE:
+        if trainer.extra.get(name):
+            raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
+    if getattr(trainer, "disable_dropout", True) is False and config.adapter.lora_dropout:
+        print("engine: with dropout, both answers of a pair see the same noise on their prompt")
+
+
+def check_features(config: "Config", model: "PreTrainedModel") -> None:
+    """Raises:
+    RequestError: image features are to be kept though something that makes them learns.
+    """
+    from smolvlm_exp.adapter import matched_modules
+
+    if not config.trainer.keep_features:
+        return
+    if config.adapter.type == "none":
+        raise RequestError("trainer.keep_features=true needs an adapter: adapter=none trains the vision tower too.")
+    names = matched_modules(model, config.adapter.target)
+    found = next((name for name in names if ".vision_model." in name or ".connector." in name), None)
+    if found:
+        raise RequestError(
+            f"trainer.keep_features=true: adapter.target={config.adapter.target} reaches {found}, so image features "
+            "change at every step.\nUse adapter.target=text, or leave trainer.keep_features out."
+        )
+
+
+def bytes_of(key: str, size: str) -> int:
+    """`8GiB` -> 8589934592.
+
+    Raises:
+        RequestError: it is no size.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MiB|GiB|TiB)", size.strip())
+    if not found:
+        raise RequestError(f"{key}={size} is no size; write it as 8GiB or 500MiB.")
+    return int(float(found[1]) * UNITS[found[2]])
+
+
+def store(config: TrainerConfig) -> "Store":
+    from smolvlm_exp.engine.store import Store
+
+    return Store(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
+
+
+def collators(
+    config: TrainerConfig, parts: Parts, max_length: int | None, kind: "type[Rows]"
+) -> "tuple[Collator, Collator | None]":
+    """Of the training rows, and of the held-out rows where they are evaluated during training."""
+    from smolvlm_exp.engine.feed import Collator
+
+    splits = [parts.preferences.train, *([parts.preferences.test] if config.eval_strategy != "no" else [])]
+    processor: Any = parts.processor
+    pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
+    made = [Collator(kind(rows, processor, max_length), pad, image) for rows in splits]
+    return made[0], made[1] if len(made) > 1 else None
+
+
+def keep_pictures(config: TrainerConfig, trainer: Any, processor: Any) -> None:
+    """Keep image features where nothing that makes them learns, tiles elsewhere."""
+    from smolvlm_exp.engine.features import core_of, keep_features
+    from smolvlm_exp.engine.forward import learns
+    from smolvlm_exp.engine.tiles import pixels
+
+    core = core_of(trainer.model)
+    features = config.keep_features is not False and not learns(core.vision_model, core.connector)
+    ram, workers = bytes_of("trainer.cache_ram", config.cache_ram), config.dataloader_num_workers
+    for collator in (trainer.collator, trainer.eval_collator):
+        if collator is None:
+            continue
+        if features:
+            keep_features(collator.rows, trainer.model, pixels(processor), store(config), ram, FEATURE_TILES, workers)
+        if collator.rows.features is None:
+            collator.rows.keep_tiles(store(config), ram, workers)
