@@ -7,10 +7,12 @@ from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import set_seed
 from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
 
 from smolvlm_exp.engine.batches import Batch, to_device
 from smolvlm_exp.engine.feed import Collator, Rows
 from smolvlm_exp.engine.forward import Pixels, add_pair_forward
+from smolvlm_exp.engine.fused import fuse
 from smolvlm_exp.engine.identity import weights_key
 from smolvlm_exp.engine.reference import reference_logps
 from smolvlm_exp.engine.steps import PackedSteps
@@ -43,6 +45,7 @@ class SharedPrefixTrainer(PackedSteps, DPOTrainer):
         """
         args = trl["args"]
         model, masters = with_masters(model, peft_config, args.seed)
+        use_fused_layers(model, args)
         super().__init__(
             collator=collator,
             eval_collator=eval_collator,
@@ -126,6 +129,7 @@ class SharedPrefixSFTTrainer(PackedSteps, SFTTrainer):
             as SharedPrefixTrainer's; the collators are of `ChosenRows`.
         """
         model, masters = with_masters(model, peft_config, trl["args"].seed)
+        use_fused_layers(model, trl["args"])
         super().__init__(
             collator=collator, eval_collator=eval_collator, micro_batch=micro_batch, whole=False, model=model, **trl
         )
@@ -159,6 +163,20 @@ def with_masters(model: Any, peft_config: PeftConfig | None, seed: int) -> tuple
         set_seed(seed)  # where TRL would, so that the adapter starts with the same numbers
         model = get_peft_model(model, peft_config)
     return model, [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+
+
+def use_fused_layers(model: Any, args: Any) -> None:
+    """Before TRL looks at the model: layers that keep little need no checkpointing around them."""
+    if getattr(args, "disable_dropout", False):
+        disable_dropout_in_model(model)  # TRL will; an adapter without dropout can be fused
+    keep = "inputs" if args.gradient_checkpointing else "everything"
+    reasons = fuse(model, keep, keep)
+    for reason in reasons:
+        print(f"engine: {reason}")
+    if args.gradient_checkpointing and reasons:
+        fuse(model, "everything", "everything")  # transformers checkpoints every layer or none
+    elif args.gradient_checkpointing:
+        args.gradient_checkpointing = False
 
 
 def restore(masters: list[Any]) -> None:
