@@ -14,6 +14,7 @@ from omegaconf.errors import OmegaConfBaseException
 from smolvlm_exp.adapter import AdapterConfig
 from smolvlm_exp.data.preferences import DataConfig
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.lengths import PlanConfig
 from smolvlm_exp.model import ModelConfig, Shape
 from smolvlm_exp.quant import QuantConfig
 from smolvlm_exp.schema import one_of
@@ -26,8 +27,8 @@ CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir(
 
 
 @dataclass
-class TaskConfig:
-    name: str = one_of("train", "doctor")
+class TaskConfig(PlanConfig):
+    name: str = one_of("train", "doctor", "plan")
 
 
 @dataclass

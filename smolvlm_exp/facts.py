@@ -2,9 +2,8 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
-from smolvlm_exp.adapter import AdapterConfig, reached
 from smolvlm_exp.engine.footprint import Facts, Stack
 from smolvlm_exp.model import Shape
 from smolvlm_exp.quant import QuantConfig
@@ -18,37 +17,45 @@ CONNECTOR = "model.connector.modality_projection.proj"
 ALIGNED = 8  # engine/linear.py's: columns that adapters add to a product
 
 
-def facts_of(
-    shape: Shape, quant: QuantConfig, adapter: AdapterConfig, features: bool, dropout: bool, element: int, gpu: bool
-) -> Facts:
+@dataclass(frozen=True)
+class Adapted:
+    """An adapter, and where it goes."""
+
+    names: Sequence[str]  # linear layers, as `linear_sizes` names them
+    r: int
+    dora: bool
+    dropout: bool  # in effect
+
+
+def facts_of(shape: Shape, weights: str, adapted: Adapted | None, features: bool, element: int, gpu: bool) -> Facts:
     """
     Args:
-        features: pictures come as features, computed before.
-        dropout: the adapter's dropout is in effect.
+        weights: how the linear layers' are stored; see `stored`.
+        adapted: None where every weight is trained.
+        features: pictures come as features, computed before, where nothing that makes them learns.
         element: bytes of a number in the model's dtype.
     """
     sizes = linear_sizes(shape)
-    found = reached(list(sizes), adapter.target) if adapter.type != "none" else []
-    learns = adapter.type == "none" or any(not name.startswith(TEXT_LAYER) for name in found)
-    text = stack_of(text_stack(shape), TEXT_LAYER, TEXT, found, adapter, dropout)
-    vision = stack_of(vision_stack(shape), VISION_LAYER, VISION, found, adapter, dropout)
+    learns = adapted is None or any(not name.startswith(TEXT_LAYER) for name in adapted.names)
+    text = stack_of(text_stack(shape), TEXT_LAYER, TEXT, adapted)
     matrices = sum(math.prod(size) for size in sizes.values())
-    own = sum(adapter.r * sum(sizes[name]) + adapter.use_dora * sizes[name][0] for name in found)
-    total = matrices + rest_of(shape)
+    trained = total = matrices + rest_of(shape)
+    if adapted:
+        trained = sum(adapted.r * sum(sizes[name]) + adapted.dora * sizes[name][0] for name in adapted.names)
     return Facts(
-        text=text if not learns else with_all_layers(text),
-        vision=vision,
+        text=with_all_layers(text) if learns else text,
+        vision=stack_of(vision_stack(shape), VISION_LAYER, VISION, adapted),
         vocabulary=shape.vocab_size,
         patches=(shape.image_size // shape.patch_size) ** 2,
         image_tokens=shape.image_seq_len,
         pixels=3 * shape.image_size**2,
         element=element,
-        weights=stored(quant),
+        weights=weights,
         matrix_weights=matrices,
         other_weights=total - matrices,
-        trained_weights=total if adapter.type == "none" else own,
-        trained_element=element if adapter.type == "none" else 4,
-        adapter=adapter.type != "none",
+        trained_weights=trained,
+        trained_element=4 if adapted else element,
+        adapter=adapted is not None,
         features=features and not learns,
         gpu=gpu,
     )
@@ -109,32 +116,24 @@ def rest_of(shape: Shape) -> int:
     return words + tower + vision.layers * layer
 
 
-def stack_of(
-    plain: Stack,
-    prefix: str,
-    kinds: Sequence[Sequence[str]],
-    reached: Sequence[str],
-    adapter: AdapterConfig,
-    dropout: bool,
-) -> Stack:
+def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted: Adapted | None) -> Stack:
     """`plain` with what adapts it, each layer taken to be like the one with most adapters."""
-    if adapter.type == "none":
+    if adapted is None:
         return with_all_layers(replace(plain, fused=False))
     layers: dict[int, set[str]] = {}
-    for name in reached:
+    for name in adapted.names:
         if name.startswith(prefix):
             number, _, kind = name.removeprefix(prefix).partition(".")
             layers.setdefault(int(number), set()).add(kind)
     if not layers:
         return plain
     counts = [max(len(found & set(names)) for found in layers.values()) for names in kinds]
-    tails = tuple(-(-count * adapter.r // ALIGNED) * ALIGNED for count in counts)
     return replace(
         plain,
         trained=plain.layers - min(layers),
-        tails=tails,
-        gains=tuple(adapter.use_dora and count > 0 for count in counts),
-        fused=not dropout,
+        tails=tuple(-(-count * adapted.r // ALIGNED) * ALIGNED for count in counts),
+        gains=tuple(adapted.dora and count > 0 for count in counts),
+        fused=not adapted.dropout,
     )
 
 

@@ -33,6 +33,10 @@ def job(composed: DictConfig) -> float | None:
             from smolvlm_exp.doctor import doctor
 
             sys.exit(doctor(Path("outputs")))
+        if config.task.name == "plan":
+            from smolvlm_exp.plan import plan
+
+            sys.exit(plan(config))
         hush()
         from smolvlm_exp.pipeline import train
 

@@ -241,6 +241,31 @@ def model_config(shape: Shape) -> "PretrainedConfig":
     )
 
 
+def shape_from(config: Any) -> Shape:
+    """A loaded model's dimensions: `model_config` the other way round. Pictures' longest edge is the processor's."""
+    text, vision = config.text_config, config.vision_config
+    return Shape(
+        architecture=config.model_type,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        intermediate_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        vocab_size=text.vocab_size,
+        rope_theta=text.rope_parameters["rope_theta"],
+        max_position_embeddings=text.max_position_embeddings,
+        vision_hidden_size=vision.hidden_size,
+        vision_num_hidden_layers=vision.num_hidden_layers,
+        vision_intermediate_size=vision.intermediate_size,
+        vision_num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        scale_factor=config.scale_factor,
+        image_token_id=config.image_token_id,
+        end_of_utterance_id=text.eos_token_id,
+    )
+
+
 def make_processor(shape: Shape, tokenizer: Any) -> "ProcessorMixin":
     """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat pictures alike."""
     from transformers import Idefics3Processor

@@ -15,6 +15,7 @@ from smolvlm_exp.runs import last_checkpoint
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.checks import Watch
 from smolvlm_exp.training.common import Parts, Run
+from smolvlm_exp.training.fit import held_to
 from smolvlm_exp.training.shared import check_features, check_request
 
 
@@ -38,7 +39,8 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     check_features(config, model)
     preferences = load_preferences(config.data, processor, folder)
 
-    with Result(config, folder, preferences) as result, StopCallback() as stop:
+    budget = held_to(config.trainer.memory_budget)
+    with budget, Result(config, folder, preferences) as result, StopCallback() as stop:
         held_out = preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
         result.before = evaluate(model, processor, *held_out)
 

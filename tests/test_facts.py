@@ -9,7 +9,7 @@ from smolvlm_exp.config import shape_of
 from smolvlm_exp.engine import footprint, linear
 from smolvlm_exp.engine.footprint import peak, resident
 from smolvlm_exp.facts import ALIGNED, linear_sizes
-from smolvlm_exp.model import model_config
+from smolvlm_exp.model import model_config, shape_from
 from smolvlm_exp.quant import QuantConfig
 from tests.engine.test_memory import LONG, facts
 
@@ -40,6 +40,13 @@ def test_linear_layers_are_named_and_sized_as_in_transformers(model):
     sizes = {n: tuple(m.weight.shape) for n, m in built.named_modules() if isinstance(m, nn.Linear) and n != "lm_head"}
     assert linear_sizes(shape_of(model)) == sizes
     assert sorted(matched_modules(built, "all")) == sorted(linear_sizes(shape_of(model)))
+
+
+@pytest.mark.parametrize("model", ["smolvlm_500m", "smolvlm2_2b", "tiny"])
+def test_a_loaded_models_dimensions_are_its_shapes(model):
+    found, shape = shape_from(model_config(shape_of(model))), shape_of(model)
+    assert linear_sizes(found) == linear_sizes(shape)
+    assert (found.image_seq_len, found.vocab_size) == (shape.image_seq_len, shape.vocab_size)
 
 
 def test_only_layers_above_the_lowest_adapter_keep_something():

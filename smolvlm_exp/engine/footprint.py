@@ -195,8 +195,8 @@ def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) ->
     grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
     attention = max(again - into - hidden * adapted[3], 0) + 2 * hidden + (hidden + stack.tails[1]) * adapted[1]
     attention += queries + rotated + grads + max(qkv + stack.tails[0], queries * 4 / element)
-    if not gpu:  # torch code instead of kernels: copies between its operations, attention computed again by autograd
-        mlp, attention = mlp + 6 * inner, attention + 2 * rotated
+    if not gpu:  # torch code instead of kernels, with copies between its operations: measured on the embedded model
+        mlp, attention = mlp + (9 if stack.gated else 6) * into, attention + 2 * rotated
     return max(mlp, attention)
 
 

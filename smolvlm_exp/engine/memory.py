@@ -25,9 +25,12 @@ class Card:
 
     name: str
     matmul: float  # FLOP/s of a large matrix product in the model's dtype
-    reached: float = 0.73  # of which the engine reaches in a forward pass, everything counted: measured on an H100
+    reached: float = 0.63  # of which the engine reaches in a forward pass, everything counted: measured on an H100
     bandwidth: float = 2e12  # bytes/s, for unpacking weights
     launches: tuple[float, float] = (1.9e-3, 1.1e-3)  # seconds a host needs to start a text, a vision layer's pass
+
+
+CPU = Card("CPU", matmul=3e11, bandwidth=1e10)
 
 
 @dataclass(frozen=True)
@@ -53,9 +56,11 @@ class DoesNotFit(ValueError):
 
     def __init__(self, least: Plan, budget: int) -> None:
         self.least, self.budget = least, budget
+        size, pairs = least.measured or least.peak, least.micro_batch
         super().__init__(
-            f"the least it takes is {gib(least.peak)} at {least.micro_batch} pairs at a time, and {MARGIN:.0%} more to "
-            f"be safe: {gib(least.peak / (1 - MARGIN))}, over the budget of {gib(budget)}"
+            f"{'one pair' if pairs == 1 else f'{pairs} pairs'} at a time, and nothing kept that can be computed again, "
+            f"still takes {words(size)}; with {MARGIN:.0%} left free that is {words(size / (1 - MARGIN))}, over the "
+            f"budget of {words(budget)}"
         )
 
 
@@ -86,13 +91,23 @@ def plan(
         proposal(facts, rows, micro, effective, keep, keep_vision, card, factor)
         for micro in range(unit, effective + 1, unit)
         if effective % micro == 0
-        for keep in levels
-        for keep_vision in (levels if facts.vision.trained else levels[-1:])
+        for keep, keep_vision in choices(facts, levels)
     ]
     fitting = [each for each in found if fits(each.peak, budget)]
     if not fitting:
         raise DoesNotFit(min(found, key=lambda each: each.peak), budget)
     return min(fitting, key=lambda each: (each.seconds, each.peak))
+
+
+def choices(facts: Facts, levels: Sequence[str]) -> list[tuple[str, str]]:
+    """What text and vision layers may keep: transformers' own layers, where some are not fused, all or none."""
+    if not fused(facts):
+        return [(level, level) for level in levels if level != "attention"]
+    return [(keep, vision) for keep in levels for vision in (levels if facts.vision.trained else levels[-1:])]
+
+
+def fused(facts: Facts) -> bool:
+    return facts.text.fused and (facts.vision.fused or not facts.vision.trained)
 
 
 def proposal(
@@ -264,5 +279,6 @@ def this_card(dtype: Any) -> Card:
     return Card(torch.cuda.get_device_name(), 10 * 2 * 4096**3 / (events[0].elapsed_time(events[1]) / 1e3))
 
 
-def gib(size: float) -> str:
-    return f"{size / GIB:.1f} GiB"
+def words(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

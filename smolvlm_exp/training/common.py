@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainerConfig:
-    """Names and meanings are transformers.TrainingArguments' own, save for those from `engine` to `cache_disk`."""
+    """Names and meanings are transformers.TrainingArguments' own, save for `memory_budget` to `cache_disk`."""
 
     algorithm: str = MISSING  # the module in smolvlm_exp/training
     learning_rate: float = above(0, 5.0e-5)
@@ -33,7 +33,7 @@ class TrainerConfig:
     max_grad_norm: float = at_least(0, 1.0)
     weight_decay: float = at_least(0, 0.0)
     optim: str = "adamw_torch"
-    gradient_checkpointing: bool = True
+    gradient_checkpointing: bool = True  # of the engine's layers too, but where memory_budget decides
     logging_steps: int = at_least(1, 10)
     eval_strategy: str = one_of("steps", "epoch", "no")
     eval_steps: float | None = None  # null: as logging_steps
@@ -41,6 +41,7 @@ class TrainerConfig:
     save_steps: float = above(0, 100)
     save_total_limit: int | None = 2
     dataloader_num_workers: int = at_least(0, 0)
+    memory_budget: str = "auto"  # of a GPU: auto (what is free), 8GiB, none (micro-batches as set above)
     engine: str = one_of("shared", "stock")  # shared: each picture and prompt once a pair; stock: plain TRL
     keep_features: bool | None = None  # image features computed once; null: wherever nothing that makes them learns
     cache: str = "outputs/cache"  # where tiles, features and reference values are kept, by content, for all runs
@@ -49,7 +50,7 @@ class TrainerConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
 
 
-NOT_UPSTREAMS = ("algorithm", "engine", "keep_features", "cache", "cache_ram", "cache_disk", "extra")
+NOT_UPSTREAMS = ("algorithm", "memory_budget", "engine", "keep_features", "cache", "cache_ram", "cache_disk", "extra")
 
 
 @dataclass

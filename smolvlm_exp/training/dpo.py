@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from smolvlm_exp.adapter import plain_initialisation
 from smolvlm_exp.schema import above, at_least, one_of, some_of
 from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
+from smolvlm_exp.training.fit import fit
 from smolvlm_exp.training.shared import collators, keep_pictures, store
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def build_shared(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTr
     )
     keep_pictures(config, trainer, parts.processor)
     trainer.score_references(store(config), arguments.per_device_eval_batch_size)
+    fit(config, trainer)
     return settle(trainer)
 
 

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from smolvlm_exp.engine.memory import Plan
 
 SIZES = {"MB": 1e6, "MiB": 2**20, "GB": 1e9, "GiB": 2**30}
+HELP = (
+    "What takes less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
+    "`task=plan` with the same settings says which."
+)
 TOGETHER = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: engine/trainer.py's WHOLE
 
 
@@ -57,15 +61,6 @@ def held_to(text: str) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before)
 
 
-def fuse_layers(config: TrainerConfig, trainer: Any) -> None:
-    """The engine's layers, keeping what `gradient_checkpointing` says until `fit` knows better."""
-    from smolvlm_exp.engine.fused import fuse
-
-    keep = "inputs" if config.gradient_checkpointing else "everything"
-    for sentence in fuse(trainer.model, keep, keep):
-        print(f"engine: {sentence}")
-
-
 def fit(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
     """Plan the trainer's steps within `memory_budget`, run the plan where there is a GPU, and say what it is.
 
@@ -101,23 +96,23 @@ def fit(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
             plan = make(factor=1.0)
     except memory.DoesNotFit as error:
         raise RequestError(f"trainer.memory_budget={config.memory_budget}: {error}.\n{HELP}") from error
-    keep(trainer.model, plan)
+    keep(trainer, plan, memory.fused(facts))
     trainer.micro_batch = plan.micro_batch
     if place()[0] == 0:
         print(told(plan, budget, facts, card.name))
 
 
-HELP = (
-    "What takes less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
-    "`task=plan` with the same settings says which."
-)
-
-
-def keep(model: Any, plan: "Plan") -> None:
-    """Let the model's layers keep what the plan says."""
+def keep(trainer: Any, plan: "Plan", fused: bool) -> None:
+    """Let the model's layers keep what the plan says; transformers' own layers everything or their inputs."""
     from smolvlm_exp.engine.fused import fuse
 
-    fuse(model, plan.keep, plan.keep_vision)
+    if fused:
+        fuse(trainer.model, plan.keep, plan.keep_vision)
+        return
+    checkpointed = plan.keep == "inputs"
+    trainer.args.gradient_checkpointing = trainer.args.activation_checkpointing = checkpointed
+    model = trainer.model
+    (model.activation_checkpointing_enable if checkpointed else model.activation_checkpointing_disable)()
 
 
 def facts_of_model(trainer: Any, gpu: bool) -> "Facts":
@@ -155,8 +150,9 @@ def run_longest(trainer: Any, facts: "Facts", plan: "Plan") -> None:
     """A forward and backward pass over the rows that take most, as many as the plan takes together."""
     from smolvlm_exp.engine.batches import Numbers
     from smolvlm_exp.engine.footprint import kept
+    from smolvlm_exp.engine.memory import fused
 
-    keep(trainer.model, plan)
+    keep(trainer, plan, fused(facts))
     token = facts.text.trained * kept(facts.text, plan.keep, facts.element)
     tile = facts.vision.trained * kept(facts.vision, plan.keep_vision, facts.element) * facts.patches
     sizes = trainer.collator.rows.sizes

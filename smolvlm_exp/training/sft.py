@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
+from smolvlm_exp.training.fit import fit
 from smolvlm_exp.training.shared import collators, keep_pictures
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def build_shared(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTr
         callbacks=parts.callbacks,
     )
     keep_pictures(config, trainer, parts.processor)
+    fit(config, trainer, pairs=False)
     return settle(trainer)
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.training.common import Parts, TrainerConfig
+from smolvlm_exp.training.fit import budget_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -31,6 +32,7 @@ def check_request(config: "Config") -> None:
         RequestError: the engine does not do what is asked for.
     """
     trainer = config.trainer
+    budget_of(trainer.memory_budget)
     bytes_of("trainer.cache_ram", trainer.cache_ram)
     bytes_of("trainer.cache_disk", trainer.cache_disk)
     if trainer.engine == "stock":

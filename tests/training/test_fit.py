@@ -1,0 +1,87 @@
+"""trainer.memory_budget in whole runs: other micro-batches, the same training."""
+
+import json
+
+import pytest
+import torch
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.pipeline import train
+from smolvlm_exp.training import dpo
+from smolvlm_exp.training.fit import held_to
+from tests.conftest import SIGMOID
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [event["loss"] for event in map(json.loads, lines) if "loss" in event]
+
+
+STEP = ("trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "trainer.eval_strategy=no")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_planned_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, checkpointing):
+    asked = (*SIGMOID, *STEP, f"trainer.gradient_checkpointing={checkpointing}", f"trainer.cache={tmp_path / 'cache'}")
+    for name, budget in (("plain", "none"), ("planned", "27MiB" if checkpointing else "40MiB")):
+        (tmp_path / name).mkdir()
+        train(quick(f"trainer.memory_budget={budget}", *asked), tmp_path / name)
+        told = capsys.readouterr().out
+        assert ("memory:" in told) == (budget != "none")
+    assert "2 pairs at a time, 4 times a step" in told
+    assert f"each layer keeps {'inputs' if checkpointing else 'everything'}" in told
+    assert losses(tmp_path / "planned") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
+
+
+@pytest.mark.parametrize("keep", ["inputs", "everything"])
+def test_fused_layers_are_not_checkpointed_once_more(quick, tmp_path, monkeypatch, keep):
+    built = []
+    monkeypatch.setattr(dpo, "fit", lambda config, trainer: built.append(trainer))
+    train(quick(*SIGMOID, "trainer.max_steps=1", f"trainer.gradient_checkpointing={keep == 'inputs'}"), tmp_path)
+    layers = built[0].model.get_base_model().base_model.text_model.layers
+    assert [layer.forward.keep for layer in layers] == [keep] * len(layers)
+    assert not any(layer.gradient_checkpointing for layer in layers)
+
+
+def test_on_a_cpu_auto_leaves_sizes_alone(quick, tmp_path, capsys):
+    train(quick(*SIGMOID, *STEP, "trainer.max_steps=1"), tmp_path)
+    assert "memory:" not in capsys.readouterr().out
+
+
+def test_supervised_rows_are_planned_without_rejected_answers(quick, tmp_path, capsys):
+    train(quick("trainer=sft", *STEP, "trainer.max_steps=1", "trainer.memory_budget=1GiB"), tmp_path)
+    assert "8 pairs at a time, 1 times a step" in capsys.readouterr().out
+
+
+def test_a_loss_that_cannot_be_parted_keeps_its_batch(quick, tmp_path, capsys):
+    loss = ("trainer.loss_type=[aot]", "trainer.loss_weights=null")
+    train(quick(*loss, *STEP, "trainer.max_steps=1", "trainer.memory_budget=60MiB"), tmp_path)
+    assert "4 pairs at a time, 2 times a step" in capsys.readouterr().out
+    with pytest.raises(RequestError, match="4 pairs at a time"):
+        train(quick(*loss, *STEP, "trainer.max_steps=1", "trainer.memory_budget=27MiB"), tmp_path)
+
+
+def test_too_small_a_budget_is_refused_with_what_helps(quick, tmp_path):
+    with pytest.raises(RequestError, match=r"memory_budget=9MiB: one pair at a time.*\n.*adapter\.target=text"):
+        train(quick(*SIGMOID, *STEP, "trainer.memory_budget=9MiB"), tmp_path)
+
+
+def test_a_wrong_budget_is_refused_before_anything_is_loaded(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.pipeline.load_model", lambda *a: pytest.fail("the model was loaded"))
+    with pytest.raises(RequestError, match=r"trainer\.memory_budget=lots is no size"):
+        train(quick("trainer.memory_budget=lots"), tmp_path)
+
+
+def test_a_given_budget_caps_the_process_and_the_cap_goes_again(monkeypatch):
+    fractions = [1.0]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 16 * 2**30}))
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: fractions[-1])
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
+    with held_to("8GiB"):
+        assert fractions[-1] == 0.5
+    with held_to("auto"), held_to("99GiB"):
+        assert fractions[-1] == 1.0
+    assert fractions[-1] == 1.0
