@@ -35,9 +35,10 @@ def compose(*overrides: str) -> Config:
 
 
 @pytest.fixture
-def quick() -> Callable[..., Config]:
-    """A configuration of the embedded default cut down to seconds."""
-    return lambda *overrides: compose(*QUICK, *overrides)
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
+    """A configuration of the embedded default cut down to seconds; what runs keep for each other lies in one folder."""
+    cache = tmp_path_factory.getbasetemp() / "cache"
+    return lambda *overrides: compose(*QUICK, f"trainer.cache={cache}", *overrides)
 
 
 @pytest.fixture

@@ -166,7 +166,13 @@ class PackedSteps(Trainer):
     def score(self, model: nn.Module, batch: Batch) -> tuple[Batch, Any]:
         """A collated batch -> TRL's own fields, and the model's outputs in TRL's layout."""
         fields = to_device({k: v for k, v in batch.items() if k != "rows"}, self.args.device)
-        return fields, model(packed=fields.pop("packed"), labels=answer_labels(fields))
+        packed = fields.pop("packed")
+        outputs = model(packed=packed, labels=answer_labels(fields))
+        return {**fields, **self.reference_of(fields, packed)}, outputs
+
+    def reference_of(self, fields: Batch, packed: Batch) -> Batch:
+        """What the loss needs of a reference and the rows do not have."""
+        return {}
 
     # Memory
 

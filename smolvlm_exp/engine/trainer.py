@@ -58,6 +58,7 @@ class SharedPrefixTrainer(PackedSteps, DPOTrainer):
         restore(masters)
         self.ref_model: Any = None
         self.precompute_ref_logps = True
+        self.live = depends_on_its_batch(model)
         statistics = ("log_probs", "entropy", "mean_logits", "is_top1")
         add_pair_forward(
             base_of(model), normalise, (*statistics, "log_sum_sq_probs") if self.use_weighting else statistics
@@ -66,11 +67,20 @@ class SharedPrefixTrainer(PackedSteps, DPOTrainer):
     def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
         return self._compute_loss(lambda **_: outputs, fields, False)
 
+    def reference_of(self, fields: Batch, packed: Batch) -> Batch:
+        if not self.live:
+            return {}
+        chosen, rejected = self.compute_ref_log_probs(self.model, {**fields, "packed": packed})
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
     def score_references(self, store: Store | None, batch_size: int) -> None:
         """The reference's log-probabilities of all rows, read or computed; before training, when it is the policy.
 
         A fresh adapter adds nothing, so the reference is the model without it, and other runs can use what was found.
         """
+        if self.live:
+            print("reference: with every batch anew, because 8-bit layers round a row by what else is in its batch")
+            return
         model = self.model
         assert isinstance(model, nn.Module)
         if self.is_fsdp_enabled:
@@ -176,7 +186,7 @@ def use_fused_layers(model: Any, args: Any) -> None:
     if args.gradient_checkpointing and reasons:
         fuse(model, "everything", "everything")  # transformers checkpoints every layer or none
     elif args.gradient_checkpointing:
-        args.gradient_checkpointing = False
+        args.gradient_checkpointing = args.activation_checkpointing = False  # one name and its alias
 
 
 def restore(masters: list[Any]) -> None:
@@ -188,6 +198,11 @@ def restore(masters: list[Any]) -> None:
 def adds_nothing(model: PeftModel) -> bool:
     """Whether every adapter's B is zero still. PiSSA's and OLoRA's never are: they start with a part of the base."""
     return not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def depends_on_its_batch(model: nn.Module) -> bool:
+    """LLM.int8 keeps whole columns in 16 bits wherever one row of the batch stands out (arXiv 2208.07339)."""
+    return any(getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0 for module in model.modules())
 
 
 def base_of(model: Any) -> Any:

@@ -158,6 +158,7 @@ def test_metrics_have_memory_and_speed(quick, tmp_path):
     step = next(event for event in events if "loss" in event)
     assert step["pairs_per_second"] > 0
     assert step["tokens_per_second"] > step["pairs_per_second"]
+    assert 0 <= step["data_wait"] < 1
     assert step["memory_peak_gib"] >= step["memory_allocated_gib"] > 0.1
     assert any("eval_loss" in event for event in events)
     assert torch.isfinite(torch.tensor([event["step"] for event in events])).all()

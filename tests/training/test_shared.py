@@ -1,0 +1,87 @@
+"""trainer.engine=shared through the pipeline: against stock TRL, what it keeps, and what it refuses."""
+
+import json
+
+import pytest
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.pipeline import train
+from tests.conftest import SIGMOID
+
+CLOCKS = ("second", "memory", "runtime", "data_wait", "total_flos")
+
+
+def events(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not any(c in k for c in CLOCKS)} for line in lines]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [["trainer=dpo"], ["trainer=mpo"], ["trainer=sft"], ["adapter=pissa", *SIGMOID], ["adapter=none", *SIGMOID]],
+    ids=" ".join,
+)
+def test_both_engines_write_the_same_numbers(quick, tmp_path, setting):
+    summaries = {}
+    for engine in ("shared", "stock"):
+        (tmp_path / engine).mkdir()
+        common = ["quant=none", "trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.learning_rate=1e-4"]
+        summaries[engine] = train(quick(f"trainer.engine={engine}", *common, *setting), tmp_path / engine)
+    pairs = list(zip(*(events(tmp_path / engine) for engine in summaries), strict=True))
+    for shared, stock in pairs:
+        if shared["step"] == 1:  # policy and reference are one still, and ties fall either way
+            shared.pop("rewards/accuracies", None), stock.pop("rewards/accuracies", None)
+        assert shared == pytest.approx(stock, rel=2e-4, abs=2e-4)
+    assert any("eval_loss" in shared for shared, _ in pairs)
+    assert summaries["shared"]["after"] == pytest.approx(summaries["stock"]["after"], abs=1e-3)
+
+
+def test_features_where_nothing_that_makes_them_learns_and_tiles_elsewhere(quick, tmp_path, capsys):
+    train(quick(), tmp_path)
+    out = capsys.readouterr().out
+    assert "features of 32 pictures" in out
+    assert "tiles of" not in out
+    train(quick("adapter.target=recipe"), tmp_path)
+    out = capsys.readouterr().out
+    assert "tiles of 32 pictures" in out
+    assert "features of" not in out
+    train(quick("trainer.keep_features=false"), tmp_path)
+    assert "features of" not in capsys.readouterr().out
+
+
+def test_the_next_run_finds_the_reference(quick, tmp_path, capsys):
+    train(quick("data.scene_seed=77"), tmp_path)
+    assert "reference: 32 rows, 32 of them computed" in capsys.readouterr().out
+    train(quick("data.scene_seed=77", "adapter.r=2", "trainer.learning_rate=1e-5", "seed=4"), tmp_path)
+    assert "reference: 32 rows, 0 of them computed" in capsys.readouterr().out
+
+
+def test_what_8_bit_layers_and_dropout_mean_is_said(quick, tmp_path, capsys):
+    train(quick("quant=int8", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"), tmp_path)
+    out = capsys.readouterr().out
+    assert "reference: with every batch anew" in out
+    assert "both answers of a pair see the same noise on their prompt" in out
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        (["model.attn_implementation=eager"], r"attn_implementation=eager needs trainer\.engine=stock"),
+        (["+trainer.extra.sync_ref_model=true"], r"trainer\.extra\.sync_ref_model needs trainer\.engine=stock"),
+        (["+trainer.extra.neftune_noise_alpha=5"], r"neftune_noise_alpha needs trainer\.engine=stock"),
+        (["trainer.keep_features=true", "trainer.engine=stock"], r"keep_features=true needs trainer\.engine=shared"),
+        (["trainer.keep_features=true", "adapter.target=recipe"], r"reaches model\.vision_model.*\n.*target=text"),
+        (["trainer.keep_features=true", "adapter=none", "quant=none"], r"adapter=none trains the vision tower too"),
+        (["trainer.cache_ram=4"], r"trainer\.cache_ram=4 is no size; write it as 8GiB"),
+        (["trainer.cache_disk=many"], r"trainer\.cache_disk=many is no size"),
+    ],
+    ids=str,
+)
+def test_what_does_not_go_together(quick, tmp_path, setting, message):
+    with pytest.raises(RequestError, match=message):
+        train(quick(*setting), tmp_path)
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
+def test_eager_attention_on_the_stock_engine(quick, tmp_path):
+    assert train(quick("model.attn_implementation=eager", "trainer.engine=stock"), tmp_path)["status"] == "done"
