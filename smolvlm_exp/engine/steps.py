@@ -30,6 +30,7 @@ from smolvlm_exp.engine.deferred import Deferred, settle
 from smolvlm_exp.engine.feed import Collator
 from smolvlm_exp.engine.schedule import Micro, Step, StepSampler, split
 
+WORKERS = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "pin_memory": False}
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
@@ -72,14 +73,17 @@ class PackedSteps(Trainer):
             eval_dataset=numbered(len(eval_collator.rows)) if eval_collator else None,
             **trl,
         )
-        self.sampler = StepSampler(args.gradient_accumulation_steps, self.into_micros)
+        self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.into_micros)
+        numbers: Any = range(len(collator.rows))
         self.batches: Any = torch.utils.data.DataLoader(
-            range(len(collator.rows)),
-            batch_sampler=self.sampler,  # type: ignore[arg-type]
+            numbers,
+            batch_sampler=self.sampler,
             collate_fn=Numbers(collator),
             num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
             persistent_workers=args.dataloader_persistent_workers,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
             generator=torch.Generator(),  # or it would draw from the run's own
         )
 
@@ -95,10 +99,22 @@ class PackedSteps(Trainer):
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["row"]
 
+    def get_train_dataloader(self) -> Any:
+        """Of row numbers alone: `self.batches` has the workers."""
+        kept = {name: getattr(self.args, f"dataloader_{name}") for name in WORKERS}
+        try:
+            for name, none in WORKERS.items():
+                setattr(self.args, f"dataloader_{name}", none)
+            return super().get_train_dataloader()
+        finally:
+            for name, value in kept.items():
+                setattr(self.args, f"dataloader_{name}", value)
+
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """One call's worth of work, in as many parts as transformers counts."""
         if epoch_iterator is not self.source:
             self.source = self.sampler.source = epoch_iterator
+            self.sampler.steps.clear()  # of an epoch that was left early
             self.batches_left = iter(self.batches)
         first = list(islice(self.batches_left, 1))
         if not first:

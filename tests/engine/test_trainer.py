@@ -7,7 +7,9 @@ from functools import cache
 import pytest
 import torch
 from peft import LoraConfig
+from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.adapter import TARGETS
 from smolvlm_exp.config import shape_of
@@ -20,7 +22,7 @@ from smolvlm_exp.engine.trainer import ChosenRows, SharedPrefixSFTTrainer, Share
 from smolvlm_exp.model import load_processor
 from smolvlm_exp.training.sft import completions
 from tests.conftest import compose
-from tests.engine.stock import random_model
+from tests.engine.stock import DPO, Loss, random_model
 from tests.engine.test_forward import EVERY_LOSS
 
 CONFIG = compose("data.train_rows=48", "data.test_rows=10")
@@ -204,7 +206,7 @@ def test_losses_that_need_their_whole_batch(bench, loss):
 
 
 def test_checkpointing_workers_and_accumulated_logs(bench):
-    changes = {"gradient_checkpointing": True, "logging_steps": 3, "max_steps": 6}
+    changes = {"gradient_checkpointing": True, "logging_steps": 3, "max_steps": 6, "rows": 12}  # two epochs
     wanted, weights = bench.stock_history(**changes)
     trainer = bench.shared(dataloader_num_workers=2, dataloader_persistent_workers=True, **changes)
     trainer.train()
@@ -365,6 +367,25 @@ def test_numbers_stay_on_the_device_until_they_are_logged():
     assert isinstance(total, torch.Tensor)
     settle(metrics, [1.0, 3.0])
     assert metrics == {"total": [25.0], "mean": [pytest.approx((8 / 3 + 3 * 8) / 4)], "tokens": [3]}
+
+
+@pytest.mark.parametrize("options", EVERY_LOSS, ids=str)
+def test_losses_and_metrics_read_nothing_off_the_device(options):
+    """On tensors without contents: whatever would wait for a number finds none."""
+    with FakeTensorMode():
+        mask = torch.ones(6, 9, dtype=torch.long)
+        fields = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask,
+                  "ref_chosen_logps": torch.ones(3), "ref_rejected_logps": torch.ones(3)}  # fmt: skip
+        floats = {name: torch.ones(6, 8, requires_grad=True) for name in DPO if name != "is_top1"}
+        outputs = FusedCausalLMOutput(**floats, is_top1=torch.ones(6, 8, dtype=torch.bool))
+        loss = Loss(torch.nn.Identity(), **options)
+        loss.trainer.model = lambda **_: outputs
+        loss.trainer.model.training = True
+        with Deferred():
+            found, _ = loss(fields)
+        found.backward()
+        with pytest.raises(RuntimeError):
+            loss(fields)
 
 
 @pytest.mark.slow
