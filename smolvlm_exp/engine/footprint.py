@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-LEVELS = ("everything", "attention", "inputs")  # decoder.py's KEEP
+LEVELS = ("everything", "attention", "inputs")  # what a layer keeps for its backward pass; see layer.py
 CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
 UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)

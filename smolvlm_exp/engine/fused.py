@@ -16,7 +16,7 @@ def fuse(model: Any, keep: str, keep_vision: str) -> list[str]:
 
     Args:
         model: a SmolVLM, with or without an adapter.
-        keep, keep_vision: one of decoder.py's `KEEP`, for the text model and for the vision tower.
+        keep, keep_vision: one of footprint.py's `LEVELS`, for the text model and for the vision tower.
 
     Returns:
         One sentence for each part that goes on with transformers' own layers.

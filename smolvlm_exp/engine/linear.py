@@ -225,48 +225,6 @@ def products_of(groups: list[list[nn.Module]], before: Sequence[Product | None] 
     ]
 
 
-@dataclass
-class Active:
-    """The adapters of a layer's products in one pass, forward and backward."""
-
-    adapters: list[Adapters | None]
-
-    def gain(self, product: int) -> torch.Tensor | None:
-        adapters = self.adapters[product]
-        return adapters.gain if adapters else None
-
-    def tail(self, product: int) -> int:
-        adapters = self.adapters[product]
-        return adapters.tail if adapters else 0
-
-    @property
-    def parameters(self) -> list[nn.Parameter]:
-        return [p for adapters in self.adapters if adapters for p in adapters.parameters]
-
-
-@dataclass
-class Kept:
-    """What a layer keeps from its forward to its backward pass; None where it is to be computed again.
-
-    `results` (T, N) and `own` (T, R) are its four products', `attended` attention's result and `state` what that keeps.
-    """
-
-    hidden: torch.Tensor  # (T, H) the layer's input
-    results: list[torch.Tensor | None]
-    own: list[torch.Tensor | None]
-    attended: torch.Tensor | None = None
-    state: tuple[Any, ...] = ()
-
-    @classmethod
-    def nothing(cls, hidden: torch.Tensor) -> "Kept":
-        return cls(hidden, [None] * 4, [None] * 4)
-
-    def result(self, product: int) -> torch.Tensor:
-        found = self.results[product]
-        assert found is not None
-        return found
-
-
 def base_of(layer: nn.Module) -> nn.Module:
     return layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
 

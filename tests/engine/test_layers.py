@@ -10,9 +10,10 @@ from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionCo
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
 from smolvlm_exp.engine import attention, pairs
-from smolvlm_exp.engine.decoder import KEEP, FusedDecoderLayer, fuse_decoder_layers
+from smolvlm_exp.engine.decoder import FusedDecoderLayer, fuse_decoder_layers
 from smolvlm_exp.engine.dora import use_exact_dora
 from smolvlm_exp.engine.encoder import FusedEncoderLayer, fuse_encoder_layers
+from smolvlm_exp.engine.footprint import LEVELS
 
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VISION = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -84,7 +85,7 @@ def assert_near(found, expected, bound=3e-6):
         assert (found[name] - value).norm() <= bound * value.norm(), name
 
 
-@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("keep", LEVELS)
 @pytest.mark.parametrize("dora", [True, False])
 @pytest.mark.parametrize("targets", [TEXT, ["q_proj", "v_proj", "down_proj"], ["up_proj"], ["o_proj"]], ids=len)
 def test_decoder_layers(keep, dora, targets):
@@ -100,7 +101,7 @@ def test_decoder_layers(keep, dora, targets):
     assert_near({"input": embeddings.grad}, {"input": expected_input})
 
 
-@pytest.mark.parametrize("keep", KEEP)
+@pytest.mark.parametrize("keep", LEVELS)
 @pytest.mark.parametrize("dora", [True, False])
 @pytest.mark.parametrize("targets", [VISION, VISION[:3], ["fc2"], ["out_proj", "fc1"]], ids=len)
 def test_encoder_layers(keep, dora, targets):
