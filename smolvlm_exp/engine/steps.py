@@ -28,10 +28,10 @@ from smolvlm_exp.engine.batches import (
 )
 from smolvlm_exp.engine.deferred import Deferred, settle
 from smolvlm_exp.engine.feed import Collator
+from smolvlm_exp.engine.probe import out_of_memory
 from smolvlm_exp.engine.schedule import Micro, Step, StepSampler, split
 
 WORKERS = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "pin_memory": False}
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 class PackedSteps(Trainer):
@@ -289,8 +289,3 @@ class PackedSteps(Trainer):
         settle(self._metrics[mode], self.shares[mode])
         self.shares[mode].clear()
         super().log(logs, start_time)
-
-
-def out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError, and what else means the same."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)

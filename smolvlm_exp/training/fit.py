@@ -50,7 +50,7 @@ def held_to(text: str) -> Iterator[None]:
     if isinstance(budget, str) or not torch.cuda.is_available():
         yield
         return
-    from smolvlm_exp.engine.memory import enforce
+    from smolvlm_exp.engine.probe import enforce
 
     before = torch.cuda.get_per_process_memory_fraction()
     torch.cuda.empty_cache()
@@ -71,35 +71,39 @@ def fit(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
     Raises:
         RequestError: nothing fits.
     """
-    from smolvlm_exp.engine import memory
+    from smolvlm_exp.engine import memory, probe
     from smolvlm_exp.engine.footprint import LEVELS, Rows, moments
-    from smolvlm_exp.engine.group import gather, place
+    from smolvlm_exp.engine.group import from_first, gather, place
 
-    asked, gpu = budget_of(config.memory_budget), trainer.args.device.type == "cuda"
+    asked, gpu = budget_of(config.memory_budget), on_gpu(trainer)
     if asked == "none" or (asked == "auto" and not gpu):
         return
-    free = memory.available() if gpu else None
+    free = min(gather(probe.available())) if gpu else None  # all processes plan alike
     budget = min(size for size in (asked, free) if isinstance(size, int))
     facts = facts_of_model(trainer, gpu)
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
     unit = config.per_device_train_batch_size if trainer.whole else 1
     rows = Rows(trainer.collator.rows.sizes.tolist(), pairs)
-    card = memory.this_card(trainer.model.dtype) if gpu else memory.CPU
+    card = from_first(lambda: probe.this_card(trainer.model.dtype)) if gpu else memory.CPU
     levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
-    make = partial(memory.plan, facts, rows, budget, effective, card, unit, levels)
+    found = memory.proposals(facts, rows, effective, card, unit, levels)
     try:
         if gpu and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # sharded later than here
             learning = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
             run = partial(run_longest, trainer, facts)
-            plan = memory.probe(make, run, budget, learning, moments(facts), lambda size: max(gather(size)))
+            plan = probe.probe(found, run, budget, learning, moments(facts), lambda size: max(gather(size)))
         else:
-            plan = make(factor=1.0)
+            plan = memory.best(found, budget)
     except memory.DoesNotFit as error:
         raise RequestError(f"trainer.memory_budget={config.memory_budget}: {error}.\n{HELP}") from error
     keep(trainer, plan, memory.fused(facts))
     trainer.micro_batch = plan.micro_batch
     if place()[0] == 0:
         print(told(plan, budget, facts, card.name))
+
+
+def on_gpu(trainer: Any) -> bool:
+    return trainer.args.device.type == "cuda"
 
 
 def keep(trainer: Any, plan: "Plan", fused: bool) -> None:

@@ -5,14 +5,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import nn
 from trl.kernels import chunked_logprob
 
 from smolvlm_exp.adapter import AdapterConfig, reached
 from smolvlm_exp.config import shape_of
-from smolvlm_exp.engine import decoder, footprint, forward, memory
-from smolvlm_exp.engine.footprint import LEVELS, Rows, moments, peak, resident
-from smolvlm_exp.engine.memory import GIB, MARGIN, Card, DoesNotFit, Plan, plan, probe, seconds
+from smolvlm_exp.engine import footprint, forward
+from smolvlm_exp.engine.footprint import Rows, moments, peak, resident
+from smolvlm_exp.engine.memory import GIB, MARGIN, Card, DoesNotFit, plan, seconds
 from smolvlm_exp.engine.pairs import pack
 from smolvlm_exp.facts import Adapted, facts_of, linear_sizes, stored
 from smolvlm_exp.quant import QuantConfig
@@ -64,7 +63,6 @@ def test_the_formula_predicts_the_measured_speed(target, keep, pairs, _gib, ms):
 
 
 def test_names_and_numbers_are_those_of_the_code_they_describe():
-    assert LEVELS == decoder.KEEP
     assert footprint.VOCABULARY_CHUNK == forward.VOCABULARY_CHUNK
     assert footprint.TOKEN_CHUNK == chunked_logprob.TOKEN_CHUNK_SIZE
 
@@ -156,110 +154,3 @@ def test_levels_can_be_given():
 def test_what_does_not_fit_says_how_much_it_takes():
     with pytest.raises(DoesNotFit, match=r"one pair at a time.*takes 2\.\d GiB;.*over the budget of 2\.0 GiB"):
         plan(facts("recipe"), LONG, 2 * GIB, 32, H100)
-
-
-# Probing
-
-
-class Truth:
-    """A device on which activations are `off` times what the formulas say."""
-
-    def __init__(self, monkeypatch, off, budget):
-        self.off, self.budget, self.runs = off, budget, []
-        monkeypatch.setattr(memory, "measure", self.measure)
-
-    def measure(self, run, chosen):
-        run(chosen)
-        self.runs.append(chosen)
-        true = self.true(chosen)
-        return true if true <= self.budget else float("inf")
-
-    def true(self, chosen):
-        keeps = chosen.keep, chosen.keep_vision
-        return chosen.resident + self.off * peak(facts("recipe"), LONG.longest(chosen.micro_batch), *keeps)
-
-
-def planner(budget, effective=32):
-    return lambda factor: plan(facts("recipe"), LONG, budget, effective, H100, factor=factor)
-
-
-@pytest.mark.parametrize("off", [0.6, 0.95, 1.0, 1.05, 1.3, 2.5])
-@pytest.mark.parametrize("budget", [8, 16, 60])
-def test_a_probe_finds_what_really_fits(monkeypatch, off, budget):
-    device = Truth(monkeypatch, off, budget * GIB)
-    found = probe(planner(budget * GIB), lambda _: None, budget * GIB, [])
-    assert found.measured == pytest.approx(device.true(found), rel=1e-6)
-    assert found.measured <= (1 - MARGIN) * budget * GIB
-    assert found.micro_batch * found.accumulation == 32
-    best = planner(budget * GIB)(off)  # had the formulas been right
-    assert found.seconds <= 1.02 * best.seconds
-    assert len(device.runs) <= memory.TRIES
-
-
-def test_a_right_prediction_is_run_once(monkeypatch):
-    device = Truth(monkeypatch, 1.0, 8 * GIB)
-    probe(planner(8 * GIB), lambda _: None, 8 * GIB, [])
-    assert len(device.runs) == 1
-
-
-def test_a_probe_refuses_what_it_could_not_run(monkeypatch):
-    Truth(monkeypatch, 30.0, 8 * GIB)
-    with pytest.raises(DoesNotFit):
-        probe(planner(8 * GIB), lambda _: None, 8 * GIB, [])
-
-
-def test_a_refusal_of_the_formulas_is_tried_out(monkeypatch):
-    """2.5 GiB is too little by the formulas; on this device it is not."""
-    Truth(monkeypatch, 0.2, int(2.5 * GIB))
-    assert probe(planner(int(2.5 * GIB)), lambda _: None, int(2.5 * GIB), []).measured <= 2.5 * GIB
-
-
-def test_the_optimiser_to_come_is_counted(monkeypatch):
-    device = Truth(monkeypatch, 1.0, 8 * GIB)
-    found = probe(planner(8 * GIB), lambda _: None, 8 * GIB, [], later=GIB)
-    assert found.measured == device.true(found) + GIB <= (1 - MARGIN) * 8 * GIB
-
-
-def test_processes_follow_the_one_with_least_room(monkeypatch):
-    Truth(monkeypatch, 1.0, 16 * GIB)
-    agreed = probe(planner(16 * GIB), lambda _: None, 16 * GIB, [], agree=lambda size: size + 4 * GIB)
-    assert agreed.measured <= (1 - MARGIN) * 16 * GIB
-    assert agreed.seconds > probe(planner(16 * GIB), lambda _: None, 16 * GIB, []).seconds
-
-
-def test_a_probe_leaves_gradients_and_random_numbers_alone(monkeypatch):
-    layer = nn.Linear(4, 4)
-    before = torch.randn(4, 4)
-    layer.weight.grad = before
-    torch.manual_seed(3)
-    expected = torch.rand(2)
-    torch.manual_seed(3)
-
-    def run(_):
-        assert layer.weight.grad is None or layer.weight.grad is not before
-        layer(torch.rand(3, 4)).sum().backward()
-
-    Truth(monkeypatch, 1.0, 8 * GIB)
-    probe(planner(8 * GIB), run, 8 * GIB, list(layer.parameters()))
-    assert layer.weight.grad is before
-    assert layer.bias.grad is None
-    assert torch.equal(torch.rand(2), expected)
-
-
-def test_out_of_memory_in_a_probe_is_an_answer_and_other_errors_are_not(monkeypatch):
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda: None)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
-    least = Plan(1, 1, "inputs", "inputs", 0, 0, 0.0)
-
-    def fails(error):
-        def run(_):
-            raise error
-
-        return run
-
-    assert memory.measure(lambda _: None, least) == 7
-    assert memory.measure(fails(torch.OutOfMemoryError("no")), least) == float("inf")
-    assert memory.measure(fails(RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")), least) == float("inf")
-    with pytest.raises(RuntimeError, match="shapes"):
-        memory.measure(fails(RuntimeError("shapes do not match")), least)

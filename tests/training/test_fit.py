@@ -5,9 +5,10 @@ import json
 import pytest
 import torch
 
+from smolvlm_exp.engine import memory, probe
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.pipeline import train
-from smolvlm_exp.training import dpo
+from smolvlm_exp.training import dpo, fit
 from smolvlm_exp.training.fit import held_to
 from tests.conftest import SIGMOID
 
@@ -41,6 +42,39 @@ def test_fused_layers_are_not_checkpointed_once_more(quick, tmp_path, monkeypatc
     layers = built[0].model.get_base_model().base_model.text_model.layers
     assert [layer.forward.keep for layer in layers] == [keep] * len(layers)
     assert not any(layer.gradient_checkpointing for layer in layers)
+
+
+def test_a_probed_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, monkeypatch):
+    """The way a GPU goes, on a CPU: what is free, its speed and the peaks are made up, the passes are real."""
+    predicted, passes, proposals = {}, [], memory.proposals
+
+    def proposed(*args):
+        found = proposals(*args)
+        predicted.update({(plan.micro_batch, plan.keep): plan for plan in found})
+        return found
+
+    def measured(run, plan):
+        run(plan)
+        passes.append((plan.micro_batch, plan.keep))
+        formula = predicted[passes[-1]]
+        return formula.resident, formula.resident + 1.2 * formula.activations
+
+    asked = (*SIGMOID, *STEP, f"trainer.cache={tmp_path / 'cache'}")
+    for name, budget in (("plain", "none"), ("probed", "auto")):
+        (tmp_path / name).mkdir()
+        if budget == "auto":
+            monkeypatch.setattr(fit, "on_gpu", lambda trainer: True)
+            monkeypatch.setattr(probe, "available", lambda: 88 * 2**20)
+            monkeypatch.setattr(probe, "this_card", lambda dtype: memory.CPU)
+            monkeypatch.setattr(probe, "measure", measured)
+            monkeypatch.setattr(memory, "proposals", proposed)
+        train(quick(f"trainer.memory_budget={budget}", *asked), tmp_path / name)
+    assert len(passes) == 2
+    told = capsys.readouterr().out
+    assert f"{passes[1][0]} pairs at a time" in told
+    assert f"keeps {passes[1][1]}" in told
+    assert "measured" in told
+    assert losses(tmp_path / "probed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
 
 
 def test_on_a_cpu_auto_leaves_sizes_alone(quick, tmp_path, capsys):
