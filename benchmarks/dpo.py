@@ -193,7 +193,7 @@ def main() -> None:
     common = [
         f"model={asked.model}", "model.weights=random", "quant=nf4", f"trainer.max_steps={asked.steps}",
         "trainer.logging_steps=1", "trainer.eval_strategy=no", "trainer.save_strategy=no",
-        "trainer.dataloader_num_workers=8",
+        "trainer.dataloader_num_workers=8", "trainer.memory_budget=none",
     ]  # fmt: skip
     first = compose(*common)
     base = load_model(first.model, quantization_config(first.quant, torch.bfloat16))
