@@ -25,6 +25,7 @@ def verdicts(summary):
         ["adapter=dora", "quant=nf4"],
         ["adapter=lora", "quant=none"],
         ["adapter=lora", "quant=int8"],
+        ["adapter=dora", "quant=int8"],
         ["adapter=rslora", "quant=fp4"],
         ["adapter=pissa", "quant=none"],  # its start is taken out of the base: the reference must be a copy
         ["adapter=none", "quant=none", "trainer.learning_rate=1e-4"],
@@ -144,7 +145,7 @@ def test_a_run_that_fails_says_so_in_its_summary(quick, tmp_path, monkeypatch):
     def broken(*args, **kwargs):
         raise RuntimeError("the card fell out")
 
-    monkeypatch.setattr(DPOTrainer, "training_step", broken)
+    monkeypatch.setattr(DPOTrainer, "_compute_loss", broken)
     with pytest.raises(RuntimeError, match="the card fell out"):
         train(quick(), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
