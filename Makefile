@@ -13,10 +13,10 @@ run: .venv/ready
 	$(BIN)/python -m smolvlm_exp
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest -m 'not gpu'
+	$(BIN)/python -m pytest -n logical -m 'not gpu'
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -87,12 +87,14 @@ def close_gradients(model: torch.nn.Module, wanted: torch.nn.Module) -> None:
         if q is None or not q.any():
             assert p is None or not p.any(), name
         else:
-            assert (p - q).norm() <= 1e-5 * q.norm() + 1e-7 * largest, name
+            assert (p - q).norm() <= 1e-5 * q.norm() + 3e-7 * largest, name
 
 
 HEADS = st.sampled_from([(4, 4), (4, 2), (3, 1)])
 TARGETS = st.sampled_from(["text", "recipe", "all"])
-QUICK = settings(max_examples=30, deadline=None, phases=(Phase.explicit, Phase.reuse, Phase.generate))  # shrinks slowly
+QUICK = settings(
+    max_examples=30, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.reuse, Phase.generate)
+)  # shrinks slowly
 
 
 @QUICK
