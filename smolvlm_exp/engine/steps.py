@@ -4,6 +4,10 @@ transformers fetches `gradient_accumulation_steps` batches of `per_device_train_
 stock TRL would train on, and calls `training_step` for each. All but the last of these calls have nothing to do: the
 last one runs the whole step, in micro-batches as large as memory allows, and gives it the gradient of the mean over all
 its pairs. Out of memory, it does the step again in smaller ones.
+
+Where the loader's last batch of an epoch is not full, stock TRL gives its pairs more weight; here every pair counts
+alike. `entropy`, `logits/*` and `mean_token_accuracy` are TRL's means over the tokens that its loss code sees at once,
+so they follow the micro-batch; every other logged number is stock TRL's.
 """
 
 import contextlib
