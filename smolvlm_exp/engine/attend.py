@@ -4,13 +4,14 @@ On a GPU in 16 bits these are PyTorch's flash-attention kernels, called as they 
 once; elsewhere SDPA, computed again for the backward pass.
 """
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from smolvlm_exp.engine.attention import Layout, padding
+from smolvlm_exp.engine.attention import Layout, padded
 
 State = tuple[Any, ...]  # what a kernel needs for its backward pass beside its inputs and its result
 
@@ -31,7 +32,7 @@ def attend(
         (T, Q, D), and what `attend_backward` wants.
     """
     if not flash(query):
-        return padded_twice(query, key, value, layout, scale), ()
+        return padded(query, key, value, layout, scale), ()
     lengths = max(layout.max_first, layout.max_second), max(layout.max_first, layout.max_keys)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
         query, key, value, layout.cu_queries, layout.cu_sources, *lengths, 0.0, True, False, scale=scale
@@ -51,35 +52,13 @@ def attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
     if not flash(query):
-        with torch.enable_grad():
-            q, k, v = (each.detach().requires_grad_() for each in (query, key, value))
-            again = padded_twice(q, k, v, layout, scale)
-        dquery, dkey, dvalue = torch.autograd.grad(again, (q, k, v), dout)
-        return dquery, dkey, dvalue
+        return by_autograd(partial(padded, layout=layout, scale=scale), dout, query, key, value)
     lse, rng, unused = state
     lengths = max(layout.max_first, layout.max_second), max(layout.max_first, layout.max_keys)
     return torch.ops.aten._flash_attention_backward(
         dout, query, key, value, out, lse, layout.cu_queries, layout.cu_sources, *lengths, 0.0, True, rng, unused,
         scale=scale,
     )  # fmt: skip
-
-
-def padded_twice(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
-) -> torch.Tensor:
-    """The same with SDPA on padded copies, one call a half, for any device and dtype."""
-    gqa: dict[str, Any] = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
-    middle = layout.middle
-    there, back = layout.padded_first
-    q, k, v = (each[:middle][there].transpose(1, 2) for each in (query, key, value))  # (B, heads, max_first, D)
-    first = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
-    there, back_second = layout.padded_second
-    keys_there, _ = padding(layout.cu_keys, layout.max_keys)
-    second_rows = query[middle:][there], key[middle:][keys_there], value[middle:][keys_there]
-    q, k, v = (each.transpose(1, 2) for each in second_rows)
-    second = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.second_mask, **gqa)
-    halves = (first, back), (second, back_second)
-    return torch.cat([half.transpose(1, 2).flatten(0, 1)[way] for half, way in halves])
 
 
 def attend_tiles(
@@ -112,11 +91,7 @@ def attend_tiles_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value of `attend_tiles`."""
     if not flash(query):
-        with torch.enable_grad():
-            q, k, v = (each.detach().requires_grad_() for each in (query, key, value))
-            again = sdpa(q, k, v, scale)
-        dquery, dkey, dvalue = torch.autograd.grad(again, (q, k, v), dout)
-        return dquery, dkey, dvalue
+        return by_autograd(partial(sdpa, scale=scale), dout, query, key, value)
     if cudnn(query):
         lse, cu_q, cu_k, max_q, max_k, seed, offset = state
         heads_first = (each.transpose(1, 2) for each in (dout, query, key, value, out))
@@ -145,3 +120,14 @@ def cudnn(query: torch.Tensor) -> bool:
 def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
     q, k, v = (each.transpose(1, 2) for each in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def by_autograd(
+    function: Callable[..., torch.Tensor], dout: torch.Tensor, *inputs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients for query, key and value of `function`, which is computed again."""
+    with torch.enable_grad():
+        query, key, value = (each.detach().requires_grad_() for each in inputs)
+        again = function(query, key, value)
+    dquery, dkey, dvalue = torch.autograd.grad(again, (query, key, value), dout)
+    return dquery, dkey, dvalue

@@ -79,8 +79,8 @@ class Layout:
 
     @cached_property
     def padded_keys(self) -> torch.Tensor:
-        """(B, max_keys) places in the whole line."""
-        return self.keys_at[padding(self.cu_keys, self.max_keys)[0]]
+        """(B, max_keys) places among the second half's keys."""
+        return padding(self.cu_keys, self.max_keys)[0]
 
     @cached_property
     def second_mask(self) -> torch.Tensor:
@@ -141,9 +141,10 @@ def shared_prefix_attention(
     Returns:
         (T, heads, D).
     """
+    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-        return varlen(query.transpose(0, 1), key.transpose(0, 1), value.transpose(0, 1), layout, scale)
-    return padded(query, key, value, layout, scale)
+        return varlen(query, key, value, layout, scale)
+    return padded(query, key[layout.sources], value[layout.sources], layout, scale)
 
 
 def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
@@ -171,17 +172,22 @@ def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: 
 
 
 def padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """The same with SDPA on padded copies, for any device and dtype; every tensor is (heads, T, D)."""
-    gqa: Any = {"scale": scale, "enable_gqa": query.shape[0] != key.shape[0]}
+    """The same with SDPA on padded copies, one call a half, for any device and dtype.
+
+    Args:
+        query: (T, Q, D); key and value: (S, K, D), the tokens `layout.sources`.
+
+    Returns:
+        (T, Q, D).
+    """
+    gqa: Any = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
+    middle = layout.middle
     there, back = layout.padded_first
-    q, k, v = (tensor[:, there].transpose(0, 1) for tensor in (query, key, value))  # (B, heads, max_first, D)
+    q, k, v = (each[:middle][there].transpose(1, 2) for each in (query, key, value))  # (B, heads, max_first, D)
     first = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
     there_second, back_second = layout.padded_second
-    second = F.scaled_dot_product_attention(
-        query[:, layout.middle :][:, there_second].transpose(0, 1),
-        key[:, layout.padded_keys].transpose(0, 1),
-        value[:, layout.padded_keys].transpose(0, 1),
-        attn_mask=layout.second_mask,
-        **gqa,
-    )
+    keys = layout.padded_keys
+    second_rows = query[middle:][there_second], key[middle:][keys], value[middle:][keys]
+    q, k, v = (each.transpose(1, 2) for each in second_rows)
+    second = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.second_mask, **gqa)
     return torch.cat([rows.transpose(1, 2).flatten(0, 1)[way] for rows, way in ((first, back), (second, back_second))])

@@ -11,7 +11,7 @@ from transformers.activations import ACT2FN
 from smolvlm_exp.engine import elementwise as ew
 from smolvlm_exp.engine.attend import attend, attend_backward
 from smolvlm_exp.engine.attention import Layout
-from smolvlm_exp.engine.layer import FIRST, IN, FusedLayer, Kept, Pass
+from smolvlm_exp.engine.layer import FIRST, IN, FusedLayer, Kept, Pass, fuse_layers
 from smolvlm_exp.engine.linear import base_of, linear_obstacles
 
 
@@ -75,24 +75,8 @@ class FusedDecoderLayer(FusedLayer):
 
 
 def fuse_decoder_layers(text_model: Any, keep: str) -> str | None:
-    """Let the layers of `text_model` run fused over packed batches.
-
-    Args:
-        keep: one of footprint.py's `LEVELS`.
-
-    Returns:
-        None, or why they cannot be, in words; nothing is changed then.
-    """
-    for layer in text_model.layers:
-        reason = next(obstacles(layer), None)
-        if reason:
-            return reason
-    for layer in text_model.layers:
-        if isinstance(layer.forward, FusedDecoderLayer):
-            layer.forward.keep = keep
-        else:
-            layer.forward = FusedDecoderLayer(layer, keep)
-    return None
+    """Let the layers of `text_model` run fused over packed batches. See `fuse_layers`."""
+    return fuse_layers(text_model.layers, FusedDecoderLayer, obstacles, keep)
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:

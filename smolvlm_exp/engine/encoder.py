@@ -9,7 +9,7 @@ from torch import nn
 
 from smolvlm_exp.engine import elementwise as ew
 from smolvlm_exp.engine.attend import attend_tiles, attend_tiles_backward
-from smolvlm_exp.engine.layer import FIRST, IN, FusedLayer, Kept, Pass
+from smolvlm_exp.engine.layer import FIRST, IN, FusedLayer, Kept, Pass, fuse_layers
 from smolvlm_exp.engine.linear import linear_obstacles
 
 
@@ -70,24 +70,8 @@ class FusedEncoderLayer(FusedLayer):
 
 
 def fuse_encoder_layers(tower: Any, keep: str) -> str | None:
-    """Let the layers of the vision tower run fused.
-
-    Args:
-        keep: one of footprint.py's `LEVELS`.
-
-    Returns:
-        None, or why they cannot be, in words; nothing is changed then.
-    """
-    for layer in tower.encoder.layers:
-        reason = next(obstacles(layer), None)
-        if reason:
-            return reason
-    for layer in tower.encoder.layers:
-        if isinstance(layer.forward, FusedEncoderLayer):
-            layer.forward.keep = keep
-        else:
-            layer.forward = FusedEncoderLayer(layer, keep)
-    return None
+    """Let the layers of the vision tower run fused. See `fuse_layers`."""
+    return fuse_layers(tower.encoder.layers, FusedEncoderLayer, obstacles, keep)
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:

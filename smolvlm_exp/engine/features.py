@@ -4,21 +4,19 @@ They depend on the tower's and the connector's weights and on the pictures alone
 of 13 tiles is 4.3 MB of bfloat16, so they have a budget: RAM, then a file that is mapped, then none.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from smolvlm_exp.engine.feed import Rows
-from smolvlm_exp.engine.forward import image_features, learns
+from smolvlm_exp.engine.forward import Pixels, core_of, image_features, learns
 from smolvlm_exp.engine.group import share
 from smolvlm_exp.engine.identity import weights_key
 from smolvlm_exp.engine.store import Store, keep, key_of
 
-Pixels = Callable[[torch.Tensor], torch.Tensor]  # tiles.pixels
 Batches = Iterator[tuple[int, torch.Tensor]]  # where they begin among those of all, and tiles or their features
 
 
@@ -101,12 +99,6 @@ def computed(batches: Batches, function: Pixels, device: torch.device) -> Batche
     if waiting:
         waiting[2].synchronize()
         yield waiting[:2]
-
-
-def core_of(model: nn.Module) -> Any:
-    """The module that holds `vision_model`, `connector` and `text_model`, whatever is wrapped around it."""
-    whole: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    return whole.base_model
 
 
 def refuse_learners(core: Any) -> None:

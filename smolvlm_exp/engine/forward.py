@@ -8,6 +8,7 @@ from functools import wraps
 from typing import Any, cast
 
 import torch
+from peft import PeftModel
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
@@ -99,6 +100,16 @@ def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         hidden = tower.embeddings(pixel_values=pixel_values.to(tower.dtype), patch_attention_mask=whole)
         hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
         return connector(tower.post_layernorm(hidden))
+
+
+def base_of(model: Any) -> Any:
+    """The model under the adapter."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def core_of(model: Any) -> Any:
+    """The module that holds `vision_model`, `connector` and `text_model`, whatever is wrapped around it."""
+    return base_of(model).base_model
 
 
 def learns(*modules: nn.Module) -> bool:

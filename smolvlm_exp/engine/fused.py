@@ -2,11 +2,10 @@
 
 from typing import Any
 
-from peft import PeftModel
-
 from smolvlm_exp.engine.decoder import fuse_decoder_layers
 from smolvlm_exp.engine.dora import use_exact_dora
 from smolvlm_exp.engine.encoder import fuse_encoder_layers
+from smolvlm_exp.engine.forward import core_of
 
 
 def fuse(model: Any, keep: str, keep_vision: str) -> list[str]:
@@ -22,8 +21,7 @@ def fuse(model: Any, keep: str, keep_vision: str) -> list[str]:
         One sentence for each part that goes on with transformers' own layers.
     """
     use_exact_dora(model)
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else model
-    core = base.base_model
+    core = core_of(model)
     reasons = {
         "the text model": fuse_decoder_layers(core.text_model, keep),
         "the vision tower": fuse_encoder_layers(core.vision_model, keep_vision),

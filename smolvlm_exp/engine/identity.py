@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
+
+from smolvlm_exp.engine.forward import base_of
 
 WORDS = 2**20  # 8-byte words under one sum
 FACTORS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)  # MurmurHash3's, as signed numbers
@@ -32,7 +33,7 @@ def weights_key(model: nn.Module, adapter: str | None = None) -> str:
     Args:
         adapter: None for the model with its adapters off; else the adapter that counts in.
     """
-    model = model.get_base_model() if isinstance(model, PeftModel) else model
+    model = base_of(model)
     names, hashes = [], []
     for name, value in contents(model, adapter):
         if isinstance(value, torch.Tensor):

@@ -9,6 +9,7 @@ nothing kept for the backward pass that is cheap to make again. `LEVELS` (footpr
 decoder.py and encoder.py say what norm, attention and activation are.
 """
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -229,3 +230,28 @@ class LayerFunction(torch.autograd.Function):
 def joined(x: torch.Tensor) -> torch.Tensor:
     """(..., heads, D) -> (T, H)."""
     return x.reshape(-1, x.shape[-2] * x.shape[-1])
+
+
+def fuse_layers(
+    layers: Iterable[Any], kind: type[FusedLayer], obstacles: Callable[[nn.Module], Iterator[str]], keep: str
+) -> str | None:
+    """Let `layers` run as `kind`, or keep something else where they do already.
+
+    Args:
+        obstacles: what a layer of this kind does not do, in words.
+        keep: one of footprint.py's `LEVELS`.
+
+    Returns:
+        None, or why they cannot be fused, in words; nothing is changed then.
+    """
+    layers = list(layers)
+    for layer in layers:
+        reason = next(obstacles(layer), None)
+        if reason:
+            return reason
+    for layer in layers:
+        if isinstance(layer.forward, kind):
+            layer.forward.keep = keep
+        else:
+            layer.forward = kind(layer, keep)
+    return None

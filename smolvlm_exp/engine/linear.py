@@ -1,9 +1,9 @@
 """Linear layers that read the same input (q, k, v; gate, up), with their LoRA or DoRA, as one matrix product.
 
-The frozen weights and the adapters' A lie under one another, [W1; W2; ...; A1; A2; ...], so that one product of the
-input yields what each layer needs and what its adapter needs, and one product of the gradients, [du | dxa], yields the
-input's gradient with the adapters' share in it. 4-bit weights are unpacked into a buffer that all layers share. DoRA's
-gains are not applied here but by whatever reads the result (elementwise.py): they cost no pass of their own.
+The frozen weights lie under one another, W = [W1; W2; ...], and so do the adapters' A; their B stand in blocks. With
+4-bit weights, which are unpacked into a buffer that all layers share, [x | x A^T] [W | s B]^T is every layer's result
+in one product, and [du | du s B] [W; A] the input's gradient, the adapters' share in it. DoRA's gains are not applied here
+but by whatever reads the result (elementwise.py): they cost no pass of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +18,6 @@ from smolvlm_exp.engine.dora import Clock, exact
 from smolvlm_exp.engine.weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
 
 ALIGNED = 8  # columns: rows of a product then start on 16 bytes in bfloat16
-
-
 _workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
@@ -85,13 +83,18 @@ class Product:
         self.width = start
         self.packed = all(is_4bit(base) for base in self.bases)
         self.used: tuple[Any, Adapters | None] = (None, None)
+        self.joined: tuple[Any, torch.Tensor | None] = (None, None)  # the biases end to end
 
     @property
     def bias(self) -> torch.Tensor | None:
         """(N,) the layers' frozen biases, added after the gains."""
-        if self.bases[0].bias is None:
-            return None
-        return self.bases[0].bias if len(self.bases) == 1 else torch.cat([base.bias for base in self.bases])
+        biases = [base.bias for base in self.bases]
+        if biases[0] is None or len(biases) == 1:
+            return biases[0]
+        now = Clock.now(*biases)
+        if self.joined[0] != now:
+            self.joined = (now, torch.cat(biases))
+        return self.joined[1]
 
     def use(self, dtype: torch.dtype) -> Adapters | None:
         """The adapters that are active now; None where none is."""

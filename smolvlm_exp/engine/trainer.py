@@ -11,7 +11,7 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from smolvlm_exp.engine.batches import Batch, to_device
 from smolvlm_exp.engine.feed import Collator, Rows
-from smolvlm_exp.engine.forward import Pixels, add_pair_forward
+from smolvlm_exp.engine.forward import Pixels, add_pair_forward, base_of
 from smolvlm_exp.engine.fused import fuse
 from smolvlm_exp.engine.identity import weights_key
 from smolvlm_exp.engine.reference import reference_logps
@@ -208,8 +208,3 @@ def adds_nothing(model: PeftModel) -> bool:
 def depends_on_its_batch(model: nn.Module) -> bool:
     """LLM.int8 keeps whole columns in 16 bits wherever one row of the batch stands out (arXiv 2208.07339)."""
     return any(getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0 for module in model.modules())
-
-
-def base_of(model: Any) -> Any:
-    """The model under the adapter."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model

@@ -9,7 +9,7 @@ from smolvlm_exp.adapter import plain_initialisation
 from smolvlm_exp.schema import above, at_least, one_of, some_of
 from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
 from smolvlm_exp.training.fit import fit
-from smolvlm_exp.training.shared import collators, keep_pictures, store
+from smolvlm_exp.training.shared import build, store
 
 if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
@@ -53,22 +53,9 @@ def build_trainer(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOT
 def build_shared(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
     """On the engine. The reference is the policy before its first step, once for all rows."""
     from smolvlm_exp.engine.feed import Rows
-    from smolvlm_exp.engine.tiles import pixels
     from smolvlm_exp.engine.trainer import SharedPrefixTrainer
 
-    model, peft_config = with_pissa(parts, arguments.seed)
-    collator, eval_collator = collators(config, parts, arguments.max_length, Rows)
-    trainer = SharedPrefixTrainer(
-        model=model,
-        normalise=pixels(parts.processor),
-        peft_config=peft_config,
-        collator=collator,
-        eval_collator=eval_collator,
-        args=arguments,
-        processing_class=parts.processor,
-        callbacks=parts.callbacks,
-    )
-    keep_pictures(config, trainer, parts.processor)
+    trainer = build(SharedPrefixTrainer, Rows, config, arguments, parts)
     trainer.score_references(store(config), arguments.per_device_eval_batch_size)
     fit(config, trainer)
     return settle(trainer)

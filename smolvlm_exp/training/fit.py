@@ -30,10 +30,16 @@ def budget_of(text: str) -> int | str:
     """
     if text in ("auto", "none"):
         return text
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MB|MiB|GB|GiB)", text.strip())
-    if not found or not float(found[1]):
+    found = size_of(text, SIZES)
+    if not found:
         raise RequestError(f"trainer.memory_budget={text} is no size; write auto, none, 8GiB or 512MiB.")
-    return int(float(found[1]) * SIZES[found[2]])
+    return found
+
+
+def size_of(text: str, units: dict[str, float]) -> int | None:
+    """Bytes that a text such as `1.5 GiB` names; None where it names none in `units`."""
+    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(units)})", text.strip())
+    return int(float(found[1]) * units[found[2]]) if found else None
 
 
 def pairs_together(config: TrainerConfig) -> int:
@@ -123,7 +129,7 @@ def facts_of_model(trainer: Any, gpu: bool) -> "Facts":
     """What the planner wants to know, from the model as it is."""
     from peft.tuners.lora import LoraLayer
 
-    from smolvlm_exp.engine.trainer import base_of
+    from smolvlm_exp.engine.forward import base_of
     from smolvlm_exp.engine.weights import is_4bit, is_8bit
     from smolvlm_exp.facts import Adapted, facts_of
     from smolvlm_exp.model import shape_from

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
 from smolvlm_exp.training.fit import fit
-from smolvlm_exp.training.shared import collators, keep_pictures
+from smolvlm_exp.training.shared import build
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,22 +31,9 @@ def build_trainer(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTT
 
 def build_shared(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
     """On the engine."""
-    from smolvlm_exp.engine.tiles import pixels
     from smolvlm_exp.engine.trainer import ChosenRows, SharedPrefixSFTTrainer
 
-    model, peft_config = with_pissa(parts, arguments.seed)
-    collator, eval_collator = collators(config, parts, arguments.max_length, ChosenRows)
-    trainer = SharedPrefixSFTTrainer(
-        model=model,
-        normalise=pixels(parts.processor),
-        peft_config=peft_config,
-        collator=collator,
-        eval_collator=eval_collator,
-        args=arguments,
-        processing_class=parts.processor,
-        callbacks=parts.callbacks,
-    )
-    keep_pictures(config, trainer, parts.processor)
+    trainer = build(SharedPrefixSFTTrainer, ChosenRows, config, arguments, parts)
     fit(config, trainer, pairs=False)
     return settle(trainer)
 

@@ -1,12 +1,11 @@
 """A trainer on the engine (trainer.engine=shared): what it cannot do is told first, then its rows are made ready."""
 
-import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.training.common import Parts, TrainerConfig
-from smolvlm_exp.training.fit import budget_of
+from smolvlm_exp.training.common import Parts, TrainerConfig, with_pissa
+from smolvlm_exp.training.fit import budget_of, size_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -21,7 +20,7 @@ STOCK_ALONE = (
     "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
     "torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
-UNITS = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+UNITS: dict[str, float] = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 FEATURE_TILES = 64  # tiles that go through the tower together where their features are kept
 
 
@@ -73,10 +72,10 @@ def bytes_of(key: str, size: str) -> int:
     Raises:
         RequestError: it is no size.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?(MiB|GiB|TiB)", size.strip())
-    if not found:
+    found = size_of(size, UNITS)
+    if found is None:
         raise RequestError(f"{key}={size} is no size; write it as 8GiB or 500MiB.")
-    return int(float(found[1]) * UNITS[found[2]])
+    return found
 
 
 def store(config: TrainerConfig) -> "Store":
@@ -98,10 +97,30 @@ def collators(
     return made[0], made[1] if len(made) > 1 else None
 
 
+def build(kind: Any, rows: "type[Rows]", config: TrainerConfig, arguments: Any, parts: Parts) -> Any:
+    """A trainer of engine/trainer.py over `rows`, its pictures ready."""
+    from smolvlm_exp.engine.tiles import pixels
+
+    model, peft_config = with_pissa(parts, arguments.seed)
+    collator, eval_collator = collators(config, parts, arguments.max_length, rows)
+    trainer = kind(
+        model=model,
+        normalise=pixels(parts.processor),
+        peft_config=peft_config,
+        collator=collator,
+        eval_collator=eval_collator,
+        args=arguments,
+        processing_class=parts.processor,
+        callbacks=parts.callbacks,
+    )
+    keep_pictures(config, trainer, parts.processor)
+    return trainer
+
+
 def keep_pictures(config: TrainerConfig, trainer: Any, processor: Any) -> None:
     """Keep image features where nothing that makes them learns, tiles elsewhere."""
-    from smolvlm_exp.engine.features import core_of, keep_features
-    from smolvlm_exp.engine.forward import learns
+    from smolvlm_exp.engine.features import keep_features
+    from smolvlm_exp.engine.forward import core_of, learns
     from smolvlm_exp.engine.tiles import pixels
 
     core = core_of(trainer.model)

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine import features as module
-from smolvlm_exp.engine.features import core_of, keep_features
+from smolvlm_exp.engine.features import keep_features
 from smolvlm_exp.engine.feed import Collator, Rows
-from smolvlm_exp.engine.forward import add_pair_forward, image_features
+from smolvlm_exp.engine.forward import add_pair_forward, core_of, image_features
 from smolvlm_exp.engine.store import Mapped, Store
 from smolvlm_exp.engine.tiles import pixels
 
