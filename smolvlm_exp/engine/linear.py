@@ -1,8 +1,8 @@
 """Linear layers that read the same input (q, k, v; gate, up), with their LoRA or DoRA, as one matrix product.
 
 The frozen weights lie under one another, W = [W1; W2; ...], and so do the adapters' A; their B stand in blocks. With
-4-bit weights, which are unpacked into a buffer that all layers share, [x | x A^T] [W | s B]^T is every layer's result
-in one product, and [du | du s B] [W; A] the input's gradient, the adapters' share in it. DoRA's gains are not applied here
+4-bit weights, unpacked into a buffer that all layers share, [x | x A^T] [W | s B]^T is every layer's result in one
+product, and [du | du s B] [W; A] the input's gradient with the adapters' share in it. DoRA's gains are not applied here
 but by whatever reads the result (elementwise.py): they cost no pass of their own.
 """
 
