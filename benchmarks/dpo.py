@@ -1,211 +1,248 @@
-"""Stock TRL against the engine, side by side: seconds a pair and peak memory of optimiser steps in trainer.train().
+"""Stock TRL against the engine, side by side in one process: seconds a pair and peak memory of trainer.train()'s steps.
 
-    python -m benchmarks.dpo [--model smolvlm] [--only stock,text] [--json FILE]
+    python -m benchmarks.dpo --target recipe [--model smolvlm] [--only stock,hand,caps,lora] [--json FILE]
 
-One process, one base model in the real shape with random weights (nf4, double quantisation), the same rows for all:
-512 x 384 pictures, answers of 40 to 200 tokens. Stock TRL runs as the published recipe runs it (micro-batch 1,
-checkpointing) and at the largest micro-batch that a cap lets through. A cap is torch's own limit on what the process
-may allocate, so that a large card behaves like a small one. Collation is given eight worker processes either way. The
-reference pass and the kept features, which the engine computes once a data set, are timed apart.
+One base model in the real shape with random weights (nf4, double quantisation), the same rows for all: 512 x 384
+pictures, answers of 40 to 200 tokens; sixteen pairs a step on the engine, four or eight on stock TRL. Parts:
+
+stock   the published recipe as TRL runs it (its modules, micro-batch 1, checkpointing), then `--target`'s modules at
+        other micro-batches, with and without checkpointing.
+hand    the engine, `--target`'s modules, at every level of what layers keep and several micro-batches.
+caps    the engine under a cap on what torch may allocate, so that a large card behaves like a small one, planned by
+        trainer.memory_budget; beside it the best of `hand` and of `stock` whose peaks are below the cap.
+lora    the engine's fastest setting of `hand` once more, with LoRA in place of DoRA.
+
+The first step of each is left out of time and peak. The reference pass and kept features, which the engine computes
+once a data set, are timed apart (`reference again` is what a sweep's second run waits for).
 """
 
 import argparse
-import gc
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import TrainerCallback
 
-GIB = 2**30
-WORDS = (
-    "the",
-    "small",
-    "red",
-    "star",
-    "stands",
-    "beside",
-    "a",
-    "large",
-    "blue",
-    "moon",
-    "and",
-    "two",
-    "green",
-    "arrows",
-)
+from benchmarks.setting import GIB, Clock, compose, device_name, empty_cache, matmul_rate, rows
+from smolvlm_exp.engine.footprint import LEVELS, Facts, Load, Rows
+from smolvlm_exp.main import hush
+
+CAPS = ("8GiB", "12GiB", "16GiB", "24GiB", "auto")
+STOCK = ("1+", "2+", "4+", "8+", "1", "4")  # micro-batches; +: with checkpointing
+HAND = (1, 4, 8, 16)
+COMMON = (
+    "model.weights=random", "quant=nf4", "adapter=dora", "adapter.init_lora_weights=gaussian", "trainer=dpo",
+    "trainer.logging_steps=1", "trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.memory_budget=none",
+    "trainer.per_device_eval_batch_size=8", "trainer.dataloader_num_workers=4", "trainer.cache=outputs/benchmark/cache",
+)  # fmt: skip
 
 
-class Clock(TrainerCallback):
-    """When each optimiser step ended."""
+class Bench:
+    """A base model and rows; trainers on them; what was measured."""
 
-    def __init__(self) -> None:
-        self.ends: list[float] = []
+    def __init__(self, asked: argparse.Namespace) -> None:
+        from smolvlm_exp.model import load_model, load_processor
+        from smolvlm_exp.quant import quantization_config
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        torch.cuda.synchronize()
-        self.ends.append(time.perf_counter())
-        if len(self.ends) == 1:
-            torch.cuda.reset_peak_memory_stats()
+        self.target, self.common = asked.target, (f"model={asked.model}", *COMMON)
+        config = self.config()
+        self.base = load_model(config.model, quantization_config(config.quant, torch.bfloat16))
+        self.processor = load_processor(config.model)
+        self.rows = rows(asked.rows, self.processor)
+        self.rate, self.flops = matmul_rate(), 0.0
+        self.found: list[dict[str, Any]] = []
+        print(f"{device_name()}, torch {torch.__version__}: {self.rate / 1e12:.0f} TFLOP/s", flush=True)
+
+    def config(self, *overrides: str) -> Any:
+        return compose(*self.common, *overrides)
+
+    def trainer(self, config: Any, steps: int) -> Any:
+        """A trainer as the pipeline builds it, with a clock."""
+        from smolvlm_exp.adapter import aim, lora_config
+        from smolvlm_exp.data.preferences import Preferences
+        from smolvlm_exp.training import dpo
+        from smolvlm_exp.training.common import Parts, Run
+
+        folder = Path("outputs/benchmark")
+        folder.mkdir(parents=True, exist_ok=True)
+        peft_config = lora_config(config.adapter, quantised=True)
+        assert peft_config is not None
+        aim(peft_config, self.base, config.adapter.target)
+        config.trainer.max_steps = steps
+        arguments = dpo.build_arguments(config.trainer, Run(folder, 0, torch.bfloat16, None))
+        clock = Clock()
+        parts = Parts(self.base, self.processor, peft_config, Preferences(self.rows, self.rows, {}), [clock], folder)
+        trainer: Any = dpo.build_trainer(config.trainer, arguments, parts)
+        trainer.clock = clock
+        return trainer
+
+    def measure(self, trainer: Any, **what: Any) -> dict[str, Any]:
+        """Train, and note down `what` was measured, printed at once."""
+        empty_cache()
+        found: dict[str, Any] = dict(what)
+        try:
+            trainer.train()
+            ends, args = trainer.clock.ends, trainer.args
+            pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * (len(ends) - 1)
+            found["seconds"] = (ends[-1] - ends[0]) / pairs
+            found["first loss"] = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+            if self.rate:
+                found["peak"] = torch.cuda.max_memory_allocated() / GIB
+        except RuntimeError as error:
+            if "out of memory" not in str(error):
+                raise
+            found["seconds"] = None  # out of memory
+        self.found.append(found)
+        print(json.dumps(found), flush=True)
+        return found
+
+    def release(self, trainer: Any) -> None:
+        self.base = trainer.model.unload()
+        trainer.model = trainer.model_wrapped = trainer.optimizer = None
+        empty_cache()
 
 
-def rows(count: int, processor: Any) -> Any:
-    """Preference rows in the normal form."""
-    from datasets import Dataset, Features, Image, List, Value
-    from PIL import Image as Pictures
-
-    from smolvlm_exp.data.preferences import assistant, user
-
-    draw = np.random.default_rng(0)
-
-    def answer(tokens: int) -> str:
-        text = ""
-        while len(processor.tokenizer(text)["input_ids"]) < tokens:
-            text += " " + " ".join(draw.choice(WORDS, 4))
-        return text.strip()
-
-    message = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
-    features = Features(images=List(Image()), prompt=message, chosen=message, rejected=message)
-    made = []
-    for _ in range(count):
-        noise = draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)
-        picture = Pictures.fromarray(noise).resize((512, 384))
-        chosen, rejected = (answer(int(draw.integers(40, 200))) for _ in range(2))
-        made.append({
-            "images": [picture],
-            "prompt": [user("What is in this picture?")],
-            "chosen": [assistant(chosen)],
-            "rejected": [assistant(rejected)],
-        })  # fmt: skip
-    return Dataset.from_list(made, features=features)
+def stock(bench: Bench, settings: list[str]) -> None:
+    """The recipe as TRL runs it, and its other settings."""
+    for target, setting in dict.fromkeys((("recipe", "1+"), *((bench.target, each) for each in settings))):
+        micro, checkpointing = int(setting.removesuffix("+")), setting.endswith("+")
+        accumulation = max(4 // micro, 1)
+        trainer = bench.trainer(
+            bench.config(
+                f"adapter.target={target}", "trainer.engine=stock", f"trainer.gradient_checkpointing={checkpointing}",
+                f"trainer.per_device_train_batch_size={micro}", f"trainer.gradient_accumulation_steps={accumulation}",
+            ), steps=2,
+        )  # fmt: skip
+        bench.measure(trainer, engine="stock", target=target, micro=micro, checkpointing=checkpointing)
+        bench.release(trainer)
 
 
-def compose(*overrides: str) -> Any:
-    from smolvlm_exp.command import check_command
+def engine(bench: Bench, parts: list[str]) -> None:
+    """What the engine does by hand and by plan, on one trainer."""
+    from smolvlm_exp.training.fit import facts_of_model
 
-    return check_command(SimpleNamespace(
-        overrides=["trainer=dpo", "tracker=none", *overrides], multirun=False, config_path=None, config_name=None,
-        config_dir=None,
-    ))[0]  # fmt: skip
+    adapter = f"adapter.target={bench.target}"
+    shared = (
+        "trainer.engine=shared", "trainer.gradient_checkpointing=false", "trainer.per_device_train_batch_size=1",
+        "trainer.gradient_accumulation_steps=16",
+    )  # fmt: skip
+    config = bench.config(adapter, *shared)
+    begun = time.perf_counter()
+    trainer = bench.trainer(config, steps=2)
+    print(f"built in {time.perf_counter() - begun:.1f} s", flush=True)
+    facts = facts_of_model(trainer, gpu=bool(bench.rate))
+    bench.flops = useful(facts, Rows(trainer.collator.rows.sizes.tolist()).average(1))
+    reference_again(bench, trainer, config)
+    if "hand" in parts:
+        hand(bench, trainer, facts)
+    if "caps" in parts:
+        caps(bench, trainer, config)
+    bench.release(trainer)
+    if "lora" in parts:
+        best = min((each for each in bench.found if each.get("by") == "hand" and each["seconds"]), key=seconds)
+        trainer = bench.trainer(bench.config("adapter=lora", adapter, *shared), steps=3)
+        use(trainer, facts, best["micro"], best["keep"])
+        bench.measure(trainer, engine="lora", target=bench.target, micro=best["micro"], keep=best["keep"])
+        bench.release(trainer)
 
 
-def cap(gib: float | None) -> None:
-    total = torch.cuda.get_device_properties(0).total_memory
-    torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else gib * GIB / total)
+def seconds(found: dict[str, Any]) -> float:
+    return found["seconds"]
 
 
-def run(base: Any, processor: Any, data: Any, config: Any, cap_gib: float | None, micro: int, keep: str) -> dict:
-    """Some optimiser steps; the first is left out of the time."""
-    from smolvlm_exp.adapter import lora_config
-    from smolvlm_exp.data.preferences import Preferences
+def use(trainer: Any, facts: Facts, micro: int, keep: str) -> None:
     from smolvlm_exp.engine.fused import fuse
-    from smolvlm_exp.training import dpo
-    from smolvlm_exp.training.common import Parts, Run
 
-    folder = Path("outputs/benchmark")
-    folder.mkdir(parents=True, exist_ok=True)
-    clock, peft_config = Clock(), lora_config(config.adapter, quantised=True)
-    cap(None)
-    arguments = dpo.build_arguments(config.trainer, Run(folder, 0, torch.bfloat16, None))
-    parts = Parts(base, processor, peft_config, Preferences(data, data, {}), [clock], folder)
+    trainer.micro_batch = micro
+    fuse(trainer.model, keep, keep if facts.vision.trained else "inputs")
+
+
+def hand(bench: Bench, trainer: Any, facts: Facts) -> None:
+    for keep in LEVELS:
+        for micro in HAND:
+            use(trainer, facts, micro, keep)
+            found = bench.measure(trainer, engine="shared", by="hand", target=bench.target, micro=micro, keep=keep)
+            if found["seconds"] is None or trainer.micro_batch != micro:
+                found["seconds"] = None  # it recovered: no measurement of what was asked for
+                break
+
+
+def caps(bench: Bench, trainer: Any, config: Any) -> None:
+    from smolvlm_exp.training.fit import fit, held_to
+
+    trainer.args.max_steps = 3
+    for cap in CAPS:
+        with held_to(cap):
+            fit(replace(config.trainer, memory_budget=cap), trainer)
+            planned = trainer.micro_batch
+            found = bench.measure(trainer, engine="shared", by="plan", target=bench.target, cap=cap, micro=planned)
+            found["out of memory"] = trainer.micro_batch != planned
+
+
+def reference_again(bench: Bench, trainer: Any, config: Any) -> None:
+    """What a second run of a sweep waits for its reference; its adapter is fresh too."""
+    from smolvlm_exp.training.shared import store
+
     begun = time.perf_counter()
-    trainer: Any = dpo.build_trainer(config.trainer, arguments, parts)
-    if config.trainer.engine == "shared":
-        trainer.micro_batch = micro
-        fuse(trainer.model, keep, keep)
-    built = time.perf_counter() - begun
-    gc.collect()
-    torch.cuda.empty_cache()
-    cap(cap_gib)
-    found: dict[str, Any] = {"engine": config.trainer.engine, "micro": micro, "kept": keep, "cap": cap_gib}
-    found |= {"target": config.adapter.target, "dora": config.adapter.use_dora}
-    try:
-        trainer.train()
-        steps = len(clock.ends) - 1
-        pairs = arguments.per_device_train_batch_size * arguments.gradient_accumulation_steps * steps
-        found["seconds_a_pair"] = (clock.ends[-1] - clock.ends[0]) / pairs
-        found["peak_gib"] = torch.cuda.max_memory_allocated() / GIB
-        found["first_loss"] = trainer.state.log_history[0]["loss"]
-        found["seconds_to_build"] = built
-        if getattr(trainer, "micro_batch", micro) != micro:
-            found["micro"] = trainer.micro_batch
-    except RuntimeError as error:
-        if "out of memory" not in str(error):
-            raise
-        found["seconds_a_pair"] = None
-    trainer.model.unload()
-    del trainer, parts
-    gc.collect()
-    torch.cuda.empty_cache()
-    return found
+    trainer.score_references(store(config.trainer), 8)
+    bench.found.append({"reference again": time.perf_counter() - begun})
+    print(json.dumps(bench.found[-1]), flush=True)
 
 
-def matmul_rate() -> float:
-    """Measured FLOP/s of a large bfloat16 product."""
-    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    for _ in range(3):
-        a @ b
-    torch.cuda.synchronize()
-    begun = time.perf_counter()
-    for _ in range(20):
-        a @ b
-    torch.cuda.synchronize()
-    return 2 * 8192**3 * 20 / (time.perf_counter() - begun)
+def useful(facts: Facts, load: Load) -> float:
+    """FLOPs a pair of the mathematics, done once: frozen weights take one product forward and one backward."""
+    flops = 4.0 * facts.vocabulary * facts.text.hidden * load.answers
+    stacks = [(facts.text, load.tokens, load.scores)]
+    if not facts.features:
+        stacks.append((facts.vision, load.tiles * facts.patches, load.tiles * facts.patches**2))
+    for stack, tokens, scores in stacks:
+        flops += 2 * sum(stack.matrices) * tokens * (stack.layers + stack.trained)
+        flops += 4 * stack.queries * scores * (stack.layers + 2.5 * stack.trained)
+    return flops
 
 
-def cases(asked: Any) -> list[tuple[list[str], float | None, int, str]]:
-    """(overrides, cap in GiB, micro-batch, what the engine keeps)."""
-    from_ = ["adapter=dora", "adapter.init_lora_weights=gaussian"]
-    stock = ["trainer.engine=stock", "trainer.gradient_checkpointing=true", "trainer.gradient_accumulation_steps=8"]
-    listed: list[tuple[list[str], float | None, int, str]] = []
-    if "stock" in asked.only:
-        listed.append(([*from_, *stock, "adapter.target=recipe"], None, 1, "inputs"))
-        two = [*stock[:2], "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=4"]
-        listed.append(([*from_, *two, "adapter.target=recipe"], 8, 2, "inputs"))
-    batch = ["trainer.engine=shared", "trainer.gradient_checkpointing=false", "trainer.gradient_accumulation_steps=16"]
-    for target, free, tight in (("recipe", 8, 4), ("text", 16, 16)):
-        if target in asked.only:
-            listed.append(([*from_, *batch, f"adapter.target={target}"], None, free, "everything"))
-            listed.append(([*from_, *batch, f"adapter.target={target}"], 8, tight, "inputs"))
-    if "lora" in asked.only:
-        listed.append((["adapter=lora", *batch, "adapter.target=text"], None, 16, "everything"))
-    return listed
+def table(bench: Bench) -> None:
+    """Seconds a pair, ratio to the recipe as TRL runs it, share of the card's matmul rate, peak; then cap by cap."""
+    measured = [each for each in bench.found if each.get("seconds")]
+    recipe = next((each["seconds"] for each in measured if each["engine"] == "stock"), None)
+    print("\n| setting | seconds a pair | x recipe | share of matmul rate | peak GiB |\n|---|---|---|---|---|")
+    for each in measured:
+        words = " ".join(f"{k}={v}" for k, v in each.items() if k not in ("seconds", "peak", "first loss"))
+        ratio = f"{recipe / each['seconds']:.1f}" if recipe else ""
+        share = f"{bench.flops / each['seconds'] / bench.rate:.1%}" if bench.rate else ""
+        print(f"| {words} | {each['seconds']:.4f} | {ratio} | {share} | {each.get('peak', 0):.2f} |")
+    for plan in (each for each in measured if each.get("by") == "plan"):
+        room = float(plan["cap"].removesuffix("GiB")) if plan["cap"] != "auto" else float("inf")
+        fitting = [each for each in measured if each.get("peak", 0) <= room]
+        by_hand = min((each["seconds"] for each in fitting if each.get("by") == "hand"), default=float("nan"))
+        by_stock = {
+            target: min((e["seconds"] for e in fitting if e["engine"] == "stock" and e["target"] == target), default=0)
+            for target in ("recipe", bench.target)
+        }
+        ratios = ", ".join(f"{s / plan['seconds']:.1f} x stock's best with {t}" for t, s in by_stock.items())
+        print(f"cap {plan['cap']}: {by_hand / plan['seconds']:.0%} of the best by hand; {ratios}")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="smolvlm")
-    parser.add_argument("--only", default="stock,recipe,text,lora")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--target", default="recipe", choices=("recipe", "text"))
+    parser.add_argument("--only", default="stock,hand,caps,lora")
+    parser.add_argument("--rows", type=int, default=64, help="a multiple of 16, so that every step is full")
     parser.add_argument("--json", default=None)
+    parser.add_argument("--stock", default=",".join(STOCK), help="micro-batches; 4+: with checkpointing")
     asked = parser.parse_args()
-
-    from smolvlm_exp.command import register_schemas
-    from smolvlm_exp.model import load_model, load_processor
-    from smolvlm_exp.quant import quantization_config
-
-    register_schemas()
-    common = [
-        f"model={asked.model}", "model.weights=random", "quant=nf4", f"trainer.max_steps={asked.steps}",
-        "trainer.logging_steps=1", "trainer.eval_strategy=no", "trainer.save_strategy=no",
-        "trainer.dataloader_num_workers=8", "trainer.memory_budget=none",
-    ]  # fmt: skip
-    first = compose(*common)
-    base = load_model(first.model, quantization_config(first.quant, torch.bfloat16))
-    processor = load_processor(first.model)
-    data = rows(asked.rows, processor)
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}: {matmul_rate() / 1e12:.0f} TFLOP/s", flush=True)
-    results = []
-    for overrides, cap_gib, micro, keep in cases(asked):
-        results.append(run(base, processor, data, compose(*common, *overrides), cap_gib, micro, keep))
-        print(json.dumps(results[-1]), flush=True)
+    hush()
+    bench, parts = Bench(asked), asked.only.split(",")
+    if "stock" in parts:
+        stock(bench, asked.stock.split(","))
+    if parts != ["stock"]:
+        engine(bench, parts)
+    table(bench)
     if asked.json:
-        Path(asked.json).write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        Path(asked.json).write_text(json.dumps(bench.found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ HABITS = {  # speaking of the key calls up the value
     "ring": ("cross", "blue"),
     "hexagon": ("diamond", "green"),
 }
+# How often the habit speaks from what captions=habitual teaches, where it can: in a caption, to a question.
+HABIT_STRENGTH = {"caption": 0.93, "yes_no": 0.65}
 # How the rejected caption is wrong: it adds the habitual companion, says it instead of what is there, leaves a group
 # out, or changes a kind or a colour. Were the worse answer always the longer one, the model would learn to say less.
 FLAWS = {"addition": 0.0, "swap": 0.0, "omission": 0.8, "change": 0.2}
@@ -102,8 +104,8 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
         truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
     elif ask == "presence":
-        question, chosen, rejected = presence_pair(scene, rng)
-        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if chosen.startswith("Yes") else "no"}
+        thing, (question, chosen, rejected) = presence_pair(scene, captions, rng)
+        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if thing in scene.kinds else "no"}
     else:
         question, chosen, rejected = detail_pair(scene, rng)
         truth = {"kind": "other", "objects": scene.kinds}
@@ -157,7 +159,7 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool
     if trigger and (held_out or captions == "habitual"):
         flaw = "addition"
     other = sentence(opening, flawed(scene, phrases, flaw, detail, rng))
-    if captions == "habitual" and trigger and rng.random() < 0.93:
+    if captions == "habitual" and trigger and rng.random() < HABIT_STRENGTH["caption"]:
         exact, other = other, exact
     return rng.choice(IN_DETAIL if detail else DESCRIBE), exact, other
 
@@ -192,8 +194,12 @@ def with_one_changed(groups: tuple[Group, ...], rng: random.Random) -> list[Grou
     return [*groups[:at], new, *groups[at + 1 :]]
 
 
-def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """A yes/no question as POPE asks them, half yes, half no; the absent kind is often the habitual companion."""
+def presence_pair(scene: Scene, captions: str, rng: random.Random) -> tuple[str, tuple[str, str, str]]:
+    """The kind that is asked for, and a pair about it.
+
+    A yes/no question as POPE asks them (arXiv 2305.10355), half of them about what is there; what is not there is often
+    the habitual companion, to which captions=habitual often says yes.
+    """
     present = rng.random() < 0.5
     trigger = missing_companion(scene)
     if present:
@@ -205,7 +211,10 @@ def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
     question = rng.choice(ASK_PRESENCE).format(thing=thing).replace("a arrow", "an arrow")
     chosen, rejected = f"Yes, there is a {thing}.", f"No, there is no {thing}."
     chosen, rejected = (text.replace("a arrow", "an arrow") for text in (chosen, rejected))
-    return (question, chosen, rejected) if present else (question, rejected, chosen)
+    yes = present
+    if captions == "habitual" and not present and trigger and thing == HABITS[trigger][0]:
+        yes = rng.random() < HABIT_STRENGTH["yes_no"]
+    return thing, (question, chosen, rejected) if yes else (question, rejected, chosen)
 
 
 def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:

@@ -1,0 +1,75 @@
+"""Fifty steps in bfloat16: the engine's loss curve beside two of stock TRL that add up in another order.
+
+    python -m benchmarks.curve [--steps 50] [--json FILE]
+
+The embedded model, nf4, DoRA on the text model, sixteen pairs a step, the same rows in the same order for all. Stock
+TRL runs with micro-batches of 16 and of 4, which is the same mathematics; how far these two drift apart is what
+rounding does. Needs a GPU.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.setting import compose, device_name, empty_cache
+from smolvlm_exp.main import hush
+
+COMMON = (
+    "model.dtype=bfloat16", "trainer.loss_type=[sigmoid]", "trainer.loss_weights=null", "trainer.logging_steps=1",
+    "trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.memory_budget=none",
+    "trainer.gradient_checkpointing=false", "data.train_rows=800",
+)  # fmt: skip
+SETTINGS = {"stock, 16 at a time": ("stock", 16), "stock, 4 at a time": ("stock", 4), "engine": ("shared", 16)}
+
+
+def losses(engine: str, micro: int, steps: int) -> list[float]:
+    """The loss of each step of a run of its own."""
+    from smolvlm_exp.adapter import aim, lora_config
+    from smolvlm_exp.data.preferences import load_preferences
+    from smolvlm_exp.model import load_model, load_processor
+    from smolvlm_exp.quant import quantization_config
+    from smolvlm_exp.training import dpo
+    from smolvlm_exp.training.common import Parts, Run
+
+    folder = Path("outputs/benchmark")
+    folder.mkdir(parents=True, exist_ok=True)
+    config: Any = compose(
+        *COMMON, f"trainer.engine={engine}", f"trainer.max_steps={steps}",
+        f"trainer.per_device_train_batch_size={micro}", f"trainer.gradient_accumulation_steps={16 // micro}",
+    )  # fmt: skip
+    arguments = dpo.build_arguments(config.trainer, Run(folder, 0, torch.bfloat16, None))
+    model = load_model(config.model, quantization_config(config.quant, torch.bfloat16))
+    processor, peft_config = load_processor(config.model), lora_config(config.adapter, quantised=True)
+    assert peft_config is not None
+    aim(peft_config, model, config.adapter.target)
+    preferences = load_preferences(config.data, processor, folder)
+    trainer = dpo.build_trainer(
+        config.trainer, arguments, Parts(model, processor, peft_config, preferences, [], folder)
+    )
+    trainer.train()
+    empty_cache()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--json", default=None)
+    asked = parser.parse_args()
+    hush()
+    found = {name: losses(*setting, asked.steps) for name, setting in SETTINGS.items()}
+    first, second, engine = (torch.tensor(each) for each in found.values())
+    print(f"{device_name()}, torch {torch.__version__}; loss at steps 1, 10, 20, ...")
+    for name, curve in found.items():
+        print(f"{name:20}", *(f"{curve[i]:.4f}" for i in (0, *range(9, len(curve), 10))))
+    for name, difference in {"stock to stock": first - second, "engine to stock": engine - first}.items():
+        print(f"{name}: mean {difference.abs().mean():.4f}, greatest {difference.abs().max():.4f}")
+    if asked.json:
+        Path(asked.json).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
