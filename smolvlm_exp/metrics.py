@@ -28,20 +28,25 @@ METRICS = {
     "yes_no_accuracy": Metric("Yes/no questions answered right", "accuracy, higher is better", 1),
     "yes_no_f1": Metric("Yes/no F1", "higher is better", 1),
     "yes_ratio": Metric("Questions answered with yes", "neither direction is better"),
+    "blank_image_drop": Metric("Lost without the picture", "nats a token of the chosen answer", share=False),
+    "wrong_image_drop": Metric("Lost with another row's picture", "nats a token of the chosen answer", share=False),
     "mean_length": Metric("Mean answer length", "neither direction is better", share=False),
 }
 
 
-def results(before: dict[str, Any], after: dict[str, Any]) -> str:
+def results(before: dict[str, Any], after: dict[str, Any], changes: dict[str, Any]) -> str:
     keys = [k for k in METRICS if k in before or k in after]
     keys += [k for k in {**before, **after} if k not in METRICS]
-    rows = [_result(METRICS.get(k) or Metric(words(k), "", share=False), before.get(k), after.get(k)) for k in keys]
+    rows = [
+        _result(METRICS.get(k) or Metric(words(k), "", share=False), before.get(k), after.get(k), changes.get(k))
+        for k in keys
+    ]
     if not rows:
         return empty("No evaluation was part of this run.")
     return table("results", ["Held-out rows", "Before", "After", "", "Change"], rows)
 
 
-def _result(metric: Metric, before: Any, after: Any) -> str:
+def _result(metric: Metric, before: Any, after: Any, paired: Any) -> str:
     a, b = finite(before), finite(after)
 
     def cell(value: float | None, raw: Any) -> str:
@@ -57,8 +62,19 @@ def _result(metric: Metric, before: Any, after: Any) -> str:
     note = f"<small>{html.escape(metric.note)}</small>" if metric.note else ""
     return (
         f'<tr class="{tone}"><th scope="row">{html.escape(metric.label)}{note}</th><td>{cell(a, before)}</td>'
-        f'<td class="after">{cell(b, after)}</td><td class="track">{track}</td><td class="change">{change}</td></tr>'
+        f'<td class="after">{cell(b, after)}</td><td class="track">{track}</td>'
+        f'<td class="change">{change}{_sure(metric, paired)}</td></tr>'
     )
+
+
+def _sure(metric: Metric, paired: Any) -> str:
+    """The change's 95 % interval and the paired test's p, beneath it."""
+    low, high, p = (finite(paired.get(key)) if isinstance(paired, dict) else None for key in ("low", "high", "p"))
+    if low is None or high is None or p is None:
+        return ""
+    scale = 100 if metric.share else 1
+    ends = " to ".join(f"{MINUS if end < 0 else '+'}{number(abs(scale * end))}" for end in (low, high))
+    return f"<small>{ends}, p {f'= {p:.3f}' if p >= 0.001 else '&lt; 0.001'}</small>"
 
 
 def _change(metric: Metric, delta: float) -> tuple[str, str]:

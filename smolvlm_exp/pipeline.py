@@ -7,6 +7,7 @@ from typing import Any
 from smolvlm_exp.adapter import aim, lora_config
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.evaluation.checks import compare_looks
 from smolvlm_exp.evaluation.held_out import evaluate
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.quant import quantization_config
@@ -55,5 +56,6 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
             tuned = trainer.accelerator.unwrap_model(trainer.model)
             beta = getattr(config.trainer, "beta", 1.0)
             result.after = evaluate(tuned, processor, *held_out, reference=result.before.logps, beta=beta)
+            result.checks += compare_looks(result.before, result.after, trainer.state.log_history, preferences.report)
         result.save(trainer, stopped=stop.asked)
     return result.summary

@@ -92,7 +92,7 @@ def write_report(folder: Path, summary: dict[str, Any], config: dict[str, Any], 
     folder = Path(folder)
     events = read_events(folder / "metrics.jsonl")
     sections = [
-        ("results", "Before and after", results(_dict(summary, "before"), _dict(summary, "after"))),
+        ("results", "Before and after", results(*(_dict(summary, key) for key in ("before", "after", "changes")))),
         ("checks", "Checks", _checks(summary.get("checks") or [])),
         ("curves", "Curves", _charts(CURVES, events)),
         ("samples", "Samples", _samples(samples)),
@@ -166,7 +166,7 @@ def _header(name: str, summary: dict[str, Any]) -> str:
 def _checks(checks: Iterable[Any]) -> str:
     rows = [
         f"<tr><td>{pill(str(c.get('verdict') or 'unknown'))}</td>"
-        f'<th scope="row">{html.escape(words(c.get("name")))}</th>'
+        f'<th scope="row">{html.escape(words(c.get("name")))}{_detail(c.get("detail"))}</th>'
         f"<td>{shown(c.get('value'))}</td><td>{shown(c.get('threshold'))}</td></tr>"
         for c in checks
         if isinstance(c, dict)
@@ -174,6 +174,10 @@ def _checks(checks: Iterable[Any]) -> str:
     if not rows:
         return empty("No checks were part of this run.")
     return table("checks", ["Verdict", "Check", "Value", "Threshold"], rows)
+
+
+def _detail(text: Any) -> str:
+    return f"<small>{html.escape(words(text))}</small>" if text else ""
 
 
 def _charts(curves: Curves, events: list[dict[str, Any]]) -> str:

@@ -13,10 +13,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from smolvlm_exp.adapter import save_tuned
+from smolvlm_exp.adapter import is_pissa, save_tuned
+from smolvlm_exp.checks import Check
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences, text_of
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
+from smolvlm_exp.evaluation.read_back import read_back
+from smolvlm_exp.evaluation.statistics import Change
 from smolvlm_exp.report import Sample, write_report
 from smolvlm_exp.runs import as_typed, choices, run_name, sweep_of
 from smolvlm_exp.tracking import Tracker
@@ -34,7 +37,7 @@ class Result:
     before: Evaluation
     after: Evaluation | None = None
     training: Any
-    checks: list[dict[str, Any]]
+    checks: list[Check]
 
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
@@ -64,20 +67,36 @@ class Result:
 
     def save(self, trainer: Any, stopped: bool) -> None:
         """Write everything down; a stopped run leaves out what only a whole one has."""
+        if not stopped:
+            save_tuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
+            self.checks += self.saved(trainer)
         self.summary |= {
             "status": "stopped" if stopped else "done",
             "before": self.before.metrics,
             "after": self.after.metrics if self.after else {},
+            "intervals": {"before": self.before.intervals(), "after": self.after.intervals() if self.after else {}},
+            "changes": {name: asdict(change) for name, change in self.changes().items()},
             "train": self.speed(trainer),
-            "checks": self.checks,
+            "checks": [asdict(check) for check in self.checks],
         }
-        if not stopped:
-            save_tuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
         samples = self.samples() if self.after else []
         self.write()
         write_report(self.folder, self.summary, asdict(self.config), samples)
         self.tracker.finish(self.summary, samples)
         self.print()
+
+    def saved(self, trainer: Any) -> list[Check]:
+        """Whether the saved adapter is the tuned one, where it can be read into the model as it is."""
+        model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
+        if not hasattr(model, "peft_config") or is_pissa(model.peft_config["default"]) or trainer.is_fsdp_enabled:
+            return []  # PiSSA's is saved for the untouched base
+        assert self.after is not None
+        batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
+        held_out = self.preferences.test, batch_size, max_length
+        return [read_back(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
+
+    def changes(self) -> dict[str, Change]:
+        return self.after.changes(self.before) if self.after else {}
 
     def speed(self, trainer: Any) -> dict[str, Any]:
         """The `train` part of summary.json."""
@@ -130,15 +149,16 @@ class Result:
     def print(self) -> None:
         """The final table, the checks, and where everything lies."""
         console = Console()
-        table = Table("held out", "before", "after", "change", title=None)
-        before, after = self.summary["before"], self.summary["after"]
+        table = Table("held out", "before", "after", "change", "95 % interval", "p", title=None)
+        before, after, changes = self.summary["before"], self.summary["after"], self.changes()
         for key in after or before:
-            old, new = before.get(key), after.get(key)
-            change = f"{new - old:+.3f}" if old is not None and new is not None else ""
-            table.add_row(key, *(("" if v is None else f"{v:.3f}") for v in (old, new)), change)
+            numbers = ["" if v is None else f"{v:.3f}" for v in (before.get(key), after.get(key))]
+            table.add_row(key, *numbers, *(in_words(changes[key]) if key in changes else ()))
         console.print(table)
-        for check in self.summary["checks"]:
-            console.print(f"{check['verdict']:>4}  {check['name']}: {check['value']:.2g} (bound {check['threshold']})")
+        for check in self.checks:
+            detail = f"; {check.detail}" if check.detail else ""
+            told = f"{check.verdict:>4}  {check.name}: {check.value:.2g} ({check.threshold}){detail}"
+            console.print(told, highlight=False, soft_wrap=True, markup=False)
         train = self.summary["train"]
         console.print(
             f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "
@@ -147,6 +167,11 @@ class Result:
             highlight=False,
         )
         console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
+
+
+def in_words(change: Change) -> tuple[str, str, str]:
+    p = f"{change.p:.3f}" if change.p >= 0.001 else "<0.001"
+    return f"{change.difference:+.3f}", f"{change.low:+.3f} to {change.high:+.3f}", p
 
 
 def versions() -> dict[str, str]:

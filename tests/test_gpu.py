@@ -19,8 +19,8 @@ def run(folder: Path, *overrides: str) -> dict:
 
 
 REAL_SHAPE = (
-    "model=smolvlm_256m", "model.weights=random", "data=photos", "trainer.max_steps=2", "trainer.eval_strategy=no",
-    "trainer.gradient_accumulation_steps=2", "trainer.logging_steps=1",
+    "model=smolvlm_256m", "model.weights=random", "data=photos", "trainer.max_steps=3", "trainer.eval_strategy=no",
+    "trainer.gradient_accumulation_steps=2", "trainer.logging_steps=1", "trainer.warmup_steps=0",
 )  # fmt: skip
 
 
@@ -30,7 +30,7 @@ def test_a_real_shape_trains_in_bf16(tmp_path, quant):
     verdicts = {check["name"]: check["verdict"] for check in summary["checks"]}
     assert verdicts["trainable tensors that moved"] == "ok"
     assert verdicts["frozen weights unchanged"] == "ok"
-    assert summary["train"]["first_loss"] == pytest.approx(0.6931, abs=2e-2)  # stock DoRA takes its norm in bf16
+    assert summary["train"]["first_loss"] == pytest.approx(0.6931, abs=5e-3)
 
 
 def test_the_embedded_default_improves(tmp_path):

@@ -142,14 +142,14 @@ def test_sections_come_in_order(tmp_path: Path) -> None:
     ],
 )
 def test_each_metric_knows_its_good_direction(key: str, before: float, after: float, tone: str, change: str) -> None:
-    table = results({key: before}, {key: after})
+    table = results({key: before}, {key: after}, {})
     assert f'<tr class="{tone}">' in table
     assert change in table
     assert ("(better)" in table, "(worse)" in table) == (tone == "better", tone == "worse")  # told without colour too
 
 
 def test_a_metric_known_only_after_has_no_change() -> None:
-    line = row(results({}, {"reward_accuracy": 0.9458}), "Reward accuracy")
+    line = row(results({}, {"reward_accuracy": 0.9458}, {}), "Reward accuracy")
     assert "94.6\u00a0%" in line
     assert "neutral" in line
     assert "points" not in line
@@ -327,3 +327,10 @@ def test_charts_of_degenerate_series(points: list[tuple[float, float]]) -> None:
 def test_importing_the_report_leaves_torch_alone() -> None:
     code = "import sys, smolvlm_exp.report; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_change_says_how_sure_it_is() -> None:
+    change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
+    line = row(results({"chair_s": 0.6}, {"chair_s": 0.1}, change), "Captions with an object")
+    assert "<small>\u221259 to +2, p &lt; 0.001</small>" in line
+    assert "p = 0.250" in results({"recall": 0.5}, {"recall": 0.6}, {"recall": {"low": 0, "high": 0.1, "p": 0.25}})

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from smolvlm_exp.data.overlap import overlap
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import at_least, one_of
 
@@ -47,7 +48,9 @@ class Preferences:
 
     train: "Dataset"
     test: "Dataset"
-    report: dict[str, dict[str, Any]]  # a split's counts: rows, skipped, cut, image_tokens, longest
+    report: dict[
+        str, dict[str, Any]
+    ]  # a split's counts: rows, skipped, cut, image_tokens, longest; test's also_in_train
 
 
 def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Path) -> Preferences:
@@ -81,6 +84,10 @@ def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Pa
             f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, "
             f"longest {counts['longest']}, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
         )
+    both = overlap(splits["train"], splits["test"])
+    report["test"]["also_in_train"] = len(both)
+    if both:
+        print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
     return Preferences(splits["train"], splits["test"], report)
 
 

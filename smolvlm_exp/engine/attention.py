@@ -71,16 +71,16 @@ class Layout:
 
     @cached_property
     def padded_first(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return padding(self.cu_first, self.max_first)
+        return padding(self.cu_first, self.max_first, self.middle)
 
     @cached_property
     def padded_second(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return padding(self.cu_second, self.max_second)
+        return padding(self.cu_second, self.max_second, self.tokens - self.middle)
 
     @cached_property
     def padded_keys(self) -> torch.Tensor:
         """(B, max_keys) places among the second half's keys."""
-        return padding(self.cu_keys, self.max_keys)[0]
+        return padding(self.cu_keys, self.max_keys, len(self.keys_at))[0]
 
     @cached_property
     def second_mask(self) -> torch.Tensor:
@@ -91,8 +91,11 @@ class Layout:
         return ((j <= i + keys - queries) & (j < keys))[:, None]
 
 
-def padding(offsets: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """From a line of sequences to a padded (B, longest) table and back.
+def padding(offsets: torch.Tensor, longest: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """From a line of sequences to a padded (B, longest) table and back, without waiting for the device.
+
+    Args:
+        offsets: (B + 1,) where each sequence begins; longest: of their lengths; total: T, all of them.
 
     Returns:
         (B, longest) places in the line, past a sequence's end its last token's; (T,) places in the flattened table.
@@ -100,7 +103,8 @@ def padding(offsets: torch.Tensor, longest: int) -> tuple[torch.Tensor, torch.Te
     lengths = offsets.diff()
     steps = torch.arange(longest, device=offsets.device)
     there = offsets[:-1, None] + torch.minimum(steps[None], lengths[:, None] - 1)
-    back = (steps[None] < lengths[:, None]).flatten().nonzero().flatten()
+    rows = torch.arange(len(lengths), device=offsets.device).repeat_interleave(lengths, output_size=total)
+    back = torch.arange(total, device=offsets.device) - offsets[rows] + rows * longest
     return there, back
 
 

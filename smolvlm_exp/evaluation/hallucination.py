@@ -4,6 +4,8 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from smolvlm_exp.evaluation.statistics import Ratio, mean, ratio
+
 
 @dataclass(frozen=True)
 class Caption:
@@ -22,7 +24,7 @@ def mentions(text: str, vocabulary: Iterable[str]) -> list[str]:
     return found
 
 
-def chair(captions: Sequence[Caption]) -> dict[str, float]:
+def chair(captions: Sequence[Caption]) -> dict[str, Ratio]:
     """CHAIR_i = hallucinated mentions / mentions; CHAIR_s = captions with one or more / captions.
 
     Returns:
@@ -32,14 +34,12 @@ def chair(captions: Sequence[Caption]) -> dict[str, float]:
     if not captions:
         return {}
     wrong = [sum(m not in c.objects for m in c.mentions) for c in captions]
-    named = sum(len(c.mentions) for c in captions)
-    there = sum(len(set(c.objects)) for c in captions)
-    covered = sum(len(set(c.objects) & set(c.mentions)) for c in captions)
+    covered = [len(set(c.objects) & set(c.mentions)) for c in captions]
     return {
-        "chair_s": sum(w > 0 for w in wrong) / len(captions),
-        "chair_i": sum(wrong) / named if named else 0.0,
-        "recall": covered / there if there else 1.0,
-        "mean_length": sum(c.words for c in captions) / len(captions),
+        "chair_s": mean([w > 0 for w in wrong]),
+        "chair_i": ratio(wrong, [len(c.mentions) for c in captions]),
+        "recall": ratio(covered, [len(set(c.objects)) for c in captions], empty=1.0),
+        "mean_length": mean([c.words for c in captions]),
     }
 
 
@@ -49,7 +49,7 @@ def yes_or_no(answer: str) -> str | None:
     return first.group(1) if first else None
 
 
-def yes_no(answers: Sequence[str | None], truth: Sequence[str]) -> dict[str, float]:
+def yes_no(answers: Sequence[str | None], truth: Sequence[str]) -> dict[str, Ratio]:
     """POPE's measures. `yes` is the positive; an answer that is neither counts as wrong, and as no `yes`.
 
     Returns:
@@ -58,11 +58,10 @@ def yes_no(answers: Sequence[str | None], truth: Sequence[str]) -> dict[str, flo
     if not truth:
         return {}
     pairs = list(zip(answers, truth, strict=True))
-    true_positive = sum(a == "yes" and t == "yes" for a, t in pairs)
-    said_yes = sum(a == "yes" for a, _ in pairs)
-    is_yes = sum(t == "yes" for _, t in pairs)
+    said, true = [a == "yes" for a in answers], [t == "yes" for t in truth]
+    both = [2.0 * (s and t) for s, t in zip(said, true, strict=True)]
     return {
-        "yes_no_accuracy": sum(a == t for a, t in pairs) / len(pairs),
-        "yes_no_f1": 2 * true_positive / (said_yes + is_yes) if said_yes + is_yes else 0.0,
-        "yes_ratio": said_yes / len(pairs),
+        "yes_no_accuracy": mean([a == t for a, t in pairs]),
+        "yes_no_f1": ratio(both, [s + t for s, t in zip(said, true, strict=True)]),  # 2 TP / (said yes + is yes)
+        "yes_ratio": mean(said),
     }

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.scenes import KINDS
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.evaluation.hallucination import Caption, chair, mentions, yes_no, yes_or_no
+from smolvlm_exp.evaluation.images import image_use
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
+from smolvlm_exp.evaluation.statistics import Change, Ratio, compare, interval
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -18,9 +20,23 @@ SAMPLES = 12  # answers that are generated for the report where no truth is know
 
 @dataclass(frozen=True)
 class Evaluation:
-    metrics: dict[str, float]
+    ratios: dict[str, Ratio]
     logps: Logps
     answers: list[str]  # to the first rows, or to all where truth is known
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        return {name: ratio.value for name, ratio in self.ratios.items()}
+
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """Of each metric, at 95 %."""
+        return {name: interval(ratio) for name, ratio in self.ratios.items()}
+
+    def changes(self, before: "Evaluation") -> dict[str, Change]:
+        """What became of the metrics that both evaluations of the same rows have."""
+        return {
+            name: compare(before.ratios[name], ratio) for name, ratio in self.ratios.items() if name in before.ratios
+        }
 
 
 def evaluate(
@@ -37,13 +53,14 @@ def evaluate(
     known = "truth" in rows.column_names
     asked = rows if known else rows.select(range(min(SAMPLES, len(rows))))
     answers = generate_answers(model, processor, list(asked), 4 * batch_size)
-    metrics = preference_metrics(logps, reference, beta)
+    ratios = preference_metrics(logps, reference, beta)
     if known:
-        metrics |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]])
-    return Evaluation(metrics, logps, answers)
+        ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]])
+    ratios |= image_use(model, processor, rows, batch_size, max_length, logps)
+    return Evaluation(ratios, logps, answers)
 
 
-def truth_metrics(answers: list[str], truths: list[dict[str, Any]]) -> dict[str, float]:
+def truth_metrics(answers: list[str], truths: list[dict[str, Any]]) -> dict[str, Ratio]:
     """Captions by CHAIR, yes/no questions by POPE's measures."""
     pairs = list(zip(answers, truths, strict=True))
     captions = [

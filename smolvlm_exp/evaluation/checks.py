@@ -1,0 +1,85 @@
+"""What two looks at the held-out rows, before and after, say about a run that its loss does not."""
+
+from typing import Any
+
+import torch
+
+from smolvlm_exp.checks import Check, above, at_least, at_most
+from smolvlm_exp.evaluation.held_out import Evaluation
+from smolvlm_exp.evaluation.preference import Logps
+
+SIDES = ("chosen", "rejected")
+LEAST_MOVE = 1e-4  # nats a token; what rounding does in float32 is a hundredth of it
+MOST_FALL = 0.1  # nats a token that chosen answers may lose: beyond, tuning unlearns what it should prefer
+LEAST_SIGHT = 0.5  # of what the picture did before, what it has to do after
+NOTICED = 0.05  # nats a token below which a picture's part in an answer is too small to compare
+MOST_LENGTH = 0.5  # of the margin's variance that answers' lengths may explain
+MOST_GAP = 0.2  # of reward accuracy, training over held-out rows
+MOST_LONGER = 0.5  # by which generated answers may grow or shrink
+LAST = 5  # logged events over which training's accuracy is averaged
+FEWEST = 20  # rows for a share of variance to mean anything
+
+
+def compare_looks(
+    before: Evaluation, after: Evaluation, history: list[dict[str, float]], data: dict[str, dict[str, Any]]
+) -> list[Check]:
+    """
+    Args:
+        before, after: of the same rows.
+        history: the trainer's logged events.
+        data: Preferences.report.
+    """
+    checks = [
+        at_most("held-out rows that are training rows too", data["test"]["also_in_train"], 0),
+        at_least("change of answers' log-probability, nats a token", moved(before.logps, after.logps), LEAST_MOVE),
+    ]
+    checks += sight(before.metrics, after.metrics)
+    chosen, rejected = falls(before.logps, after.logps)
+    name, detail = "fall of chosen answers' log-probability, nats a token", f"rejected answers fell by {rejected:.2g}"
+    checks.append(at_most(name, chosen, MOST_FALL, otherwise="warn", detail=detail))
+    margin = (after.logps.chosen - before.logps.chosen) - (after.logps.rejected - before.logps.rejected)
+    if len(margin) >= FEWEST:
+        share = explained(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
+        checks.append(at_most("share of the margin that length explains", share, MOST_LENGTH, otherwise="warn"))
+    last = [event["rewards/accuracies"] for event in history if "rewards/accuracies" in event][-LAST:]
+    if last and "reward_accuracy" in after.metrics:
+        gap = sum(last) / len(last) - after.metrics["reward_accuracy"]
+        checks.append(at_most("reward accuracy, training less held-out", gap, MOST_GAP, otherwise="warn"))
+    if before.metrics.get("mean_length"):
+        longer = abs(after.metrics["mean_length"] / before.metrics["mean_length"] - 1)
+        checks.append(at_most("change of generated answers' length", longer, MOST_LONGER, otherwise="warn"))
+    return checks
+
+
+def moved(before: Logps, after: Logps) -> float:
+    """Nats a token by which answers are scored otherwise, whichever way. An adapter that is not on moves none."""
+    sides = ((getattr(after, side) - getattr(before, side)) / getattr(after, f"{side}_tokens") for side in SIDES)
+    return torch.cat(list(sides)).abs().mean().item()
+
+
+def sight(before: dict[str, float], after: dict[str, float]) -> list[Check]:
+    """Does the picture still decide? Another row's where there is one, else a blank one."""
+    name = next((key for key in ("wrong_image_drop", "blank_image_drop") if key in after), None)
+    if name is None:
+        return []
+    checks = [above("what the picture does for the answer, nats a token", abs(after[name]), 0)]
+    if before[name] > NOTICED:
+        share = after[name] / before[name]
+        checks.append(at_least("share of it that is left after tuning", share, LEAST_SIGHT, otherwise="warn"))
+    return checks
+
+
+def falls(before: Logps, after: Logps) -> tuple[float, float]:
+    """Nats a token that chosen and rejected answers lose on average."""
+    chosen, rejected = (
+        ((getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens")).mean().item()
+        for side in SIDES
+    )
+    return chosen, rejected
+
+
+def explained(values: torch.Tensor, by: torch.Tensor) -> float:
+    """The squared correlation of two (rows,) tensors, 0 where one of them does not vary."""
+    x, y = values.double() - values.double().mean(), by.double() - by.double().mean()
+    norm = (x @ x) * (y @ y)
+    return ((x @ y) ** 2 / norm).item() if norm > 0 else 0.0

@@ -1,0 +1,48 @@
+"""Is what was saved what was trained? PEFT reads the adapter back into the model, and answers are scored again."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from smolvlm_exp.checks import Check, at_most
+from smolvlm_exp.evaluation.preference import Logps, answer_logps
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import ProcessorMixin
+
+MOST_OFF = 1e-4  # nats; the same weights in the same batch give the same numbers
+
+
+def read_back(
+    model: "PeftModel",
+    processor: "ProcessorMixin",
+    folder: Path,
+    rows: "Dataset",
+    batch_size: int,
+    max_length: int | None,
+    tuned: Logps,
+) -> Check:
+    """The adapter's tensors are wiped before, so that whatever the file lacks is missing.
+
+    Args:
+        folder: the run's, with `adapter/`.
+        tuned: answer_logps of `rows` in the same batches, from before the adapter was saved.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    first = rows.select(range(min(batch_size, len(rows))))
+    saved: Any = load_peft_weights(str(folder / "adapter"), device=str(model.device))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    set_peft_model_state_dict(model, saved)
+    found = answer_logps(model, processor, first, batch_size, max_length)  # type: ignore[arg-type]
+    off = max(
+        (getattr(found, side) - getattr(tuned, side)[: len(first)]).abs().max().item()
+        for side in ("chosen", "rejected")
+    )
+    return at_most("saved adapter, read back: log-probabilities off by", off, MOST_OFF)

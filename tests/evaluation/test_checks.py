@@ -1,0 +1,163 @@
+"""Each silent failure provoked, and what the checks say to it."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+
+import pytest
+import torch
+
+from smolvlm_exp.data.overlap import overlap
+from smolvlm_exp.evaluation.checks import compare_looks, explained
+from smolvlm_exp.evaluation.held_out import Evaluation
+from smolvlm_exp.evaluation.preference import Logps, preference_metrics
+from smolvlm_exp.evaluation.statistics import mean
+from smolvlm_exp.pipeline import train
+from smolvlm_exp.training import checks as training_checks
+
+APART = {"test": {"also_in_train": 0}}
+
+
+def evaluation(chosen, rejected, tokens=(10, 10), reference=None, **means):
+    rows = 24
+    logps = Logps(*(torch.as_tensor(side, dtype=torch.float32).expand(rows).clone() for side in (chosen, rejected)),
+                  *(torch.full((rows,), float(count)) for count in tokens))  # fmt: skip
+    ratios = preference_metrics(logps, reference) | {name: mean([value]) for name, value in means.items()}
+    return Evaluation(ratios, logps, [])
+
+
+def verdicts(before, after, history=(), data=APART):
+    return {check.name: check.verdict for check in compare_looks(before, after, list(history), data)}
+
+
+BEFORE = evaluation(-20.0, -22.0, wrong_image_drop=1.0, blank_image_drop=0.8, mean_length=15.0)
+
+
+def test_a_good_run_has_no_complaint():
+    after = evaluation(-19.0, -30.0, reference=BEFORE.logps, wrong_image_drop=0.9, blank_image_drop=0.7, mean_length=14)
+    found = verdicts(BEFORE, after, [{"rewards/accuracies": 1.0}])
+    assert set(found.values()) == {"ok"}
+    assert len(found) == 8
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "verdict"),
+    [
+        ({"chosen": -20.0, "rejected": -22.0}, "change of answers' log-probability, nats a token", "fail"),
+        ({"wrong_image_drop": 0.0}, "what the picture does for the answer, nats a token", "fail"),
+        ({"wrong_image_drop": 0.4}, "share of it that is left after tuning", "warn"),
+        ({"chosen": -23.0}, "fall of chosen answers' log-probability, nats a token", "warn"),
+        ({"mean_length": 6.0}, "change of generated answers' length", "warn"),
+    ],
+)
+def test_what_went_wrong_is_named(changes, name, verdict):
+    good = {"chosen": -19.0, "rejected": -30.0, "wrong_image_drop": 0.9, "mean_length": 14.0}
+    assert verdicts(BEFORE, evaluation(**good, reference=BEFORE.logps))[name] == "ok"
+    assert verdicts(BEFORE, evaluation(**{**good, **changes}, reference=BEFORE.logps))[name] == verdict
+
+
+def test_a_margin_that_is_length():
+    """Every rejected answer loses half a nat a token of its length, which is all there is to the margin."""
+    longer = torch.arange(24.0)
+    before = evaluation(-20.0, -22.0)
+    before = replace(before, logps=replace(before.logps, rejected_tokens=10 + longer))
+    after = replace(before, logps=replace(before.logps, rejected=before.logps.rejected - 0.5 * longer))
+    assert verdicts(before, after)["share of the margin that length explains"] == "warn"
+    assert explained(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])) == pytest.approx(1)
+    assert explained(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])) == 0
+
+
+def test_training_rows_learnt_by_heart():
+    after = evaluation(-21.0, -22.0, reference=BEFORE.logps, mean_length=15.0)  # nothing learnt
+    history = [{"rewards/accuracies": 0.9}, {"loss": 0.1, "rewards/accuracies": 1.0}]
+    assert verdicts(BEFORE, after, history)["reward accuracy, training less held-out"] == "warn"
+
+
+def test_held_out_rows_that_are_trained_on(rows):
+    assert overlap(rows.train, rows.test) == []
+    assert overlap(rows.train, rows.train.select([3, 4])) == [0, 1]
+    other = rows.train.select([3]).map(lambda row: {"chosen": row["rejected"]})
+    assert overlap(rows.train, other) == [0]  # its answer does not matter
+    report = {"test": {"also_in_train": 1}}
+    assert verdicts(BEFORE, BEFORE, data=report)["held-out rows that are training rows too"] == "fail"
+
+
+def of(summary, name):
+    return next(check for check in summary["checks"] if check["name"] == name)
+
+
+def test_an_adapter_that_never_moves(quick, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, closure=None: None)
+    summary = train(quick("trainer.optim=adamw_torch"), tmp_path)
+    moved = of(summary, "trainable tensors that moved")
+    assert (moved["verdict"], moved["value"]) == ("fail", 0)
+    assert moved["detail"].startswith("not base_model.model.model.text_model.layers.0.")
+    assert of(summary, "DoRA magnitudes that moved")["verdict"] == "fail"
+    assert of(summary, "change of answers' log-probability, nats a token")["verdict"] == "fail"
+
+
+def test_an_adapter_that_is_off_when_it_is_evaluated(quick, tmp_path, monkeypatch):
+    from smolvlm_exp import pipeline
+
+    ordinary = pipeline.evaluate
+
+    def off(model, *args, **kwargs):
+        with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
+            return ordinary(model, *args, **kwargs)
+
+    name = "change of answers' log-probability, nats a token"
+    assert of(train(quick(), tmp_path), name)["verdict"] == "ok"
+    monkeypatch.setattr(pipeline, "evaluate", off)
+    assert of(train(quick(), tmp_path), name)["verdict"] == "fail"
+
+
+def test_pictures_that_never_arrive(quick, tmp_path, monkeypatch):
+    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+
+    ordinary = Idefics3Connector.forward
+    monkeypatch.setattr(Idefics3Connector, "forward", lambda self, states: 0 * ordinary(self, states))
+    summary = train(quick(f"trainer.cache={tmp_path}"), tmp_path)
+    assert of(summary, "what the picture does for the answer, nats a token")["verdict"] == "fail"
+
+
+def test_a_wrong_reference(quick, tmp_path, monkeypatch):
+    from smolvlm_exp.engine.trainer import SharedPrefixTrainer
+
+    ordinary = SharedPrefixTrainer.score_references
+
+    def shifted(self, *args):
+        ordinary(self, *args)
+        self.collator.rows.reference = tuple(logps + 1 for logps in self.collator.rows.reference)
+
+    monkeypatch.setattr(SharedPrefixTrainer, "score_references", shifted)
+    assert of(train(quick(), tmp_path), "policy minus reference at step 1")["verdict"] == "fail"
+
+
+def test_a_tensor_without_gradient():
+    used, unused = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = torch.optim.AdamW([used, unused], lr=0.1)
+    (used.sum() + 0 * unused.sum()).backward()
+    optimizer.step()
+    learnt = {"used": used, "unused": unused}
+    assert training_checks.without_gradient(learnt, optimizer) == ["unused"]
+    assert training_checks.without_gradient(learnt, torch.optim.SGD([used], lr=0.1)) is None
+
+
+def test_an_adapter_that_is_saved_in_part(quick, tmp_path, monkeypatch):
+    """A key is missing from the file, which PEFT reads without a word."""
+    from safetensors.torch import load_file, save_file
+
+    from smolvlm_exp import result
+
+    ordinary = result.save_tuned
+
+    def partly(model, config, folder):
+        ordinary(model, config, folder)
+        path = folder / "adapter" / "adapter_model.safetensors"
+        tensors = load_file(path)
+        del tensors[next(name for name in tensors if "lora_B" in name)]
+        save_file(tensors, path)
+
+    name = "saved adapter, read back: log-probabilities off by"
+    assert of(train(quick("trainer.learning_rate=1e-2"), tmp_path), name)["verdict"] == "ok"
+    monkeypatch.setattr(result, "save_tuned", partly)
+    assert of(train(quick("trainer.learning_rate=1e-2"), tmp_path), name)["verdict"] == "fail"
