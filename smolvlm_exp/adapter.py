@@ -137,6 +137,55 @@ def aim(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> Non
     print(f"adapter: {describe_target(names)}")
 
 
+def saved_adapter(config: AdapterConfig, name: str) -> Path:
+    """The folder of a saved adapter (`model.adapter`), which has to be one that the adapter group describes.
+
+    Raises:
+        RequestError: there is none, or it is another.
+    """
+    from peft import PeftConfig
+
+    folder = next((f for f in (Path(name), Path(name) / "adapter") if (f / "adapter_config.json").is_file()), None)
+    if folder is None:
+        raise RequestError(f"model.adapter={name}: there is no adapter_config.json in it or in its adapter/.")
+    if config.type == "none":
+        raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
+    saved: Any = PeftConfig.from_pretrained(str(folder))
+    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+        if getattr(saved, key) != getattr(config, key):
+            raise RequestError(
+                f"model.adapter={name} was made with {key}={getattr(saved, key)}, and adapter.{key} is "
+                f"{getattr(config, key)}: give adapter.{key}={str(getattr(saved, key)).lower()}."
+            )
+    return folder
+
+
+def put_on(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
+    """The model with a saved adapter, whose weights go on learning.
+
+    Raises:
+        RequestError: it sits elsewhere than `target` says.
+    """
+    from peft import PeftModel
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from smolvlm_exp.engine.weights import keeping_scales
+
+    expected = set(matched_modules(model, target))
+    with keeping_scales(model):
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    base: Any = tuned.get_base_model()
+    found = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    if found != expected:
+        other = sorted(found ^ expected)[0]
+        raise RequestError(
+            f"model.adapter={folder} sits on {len(found)} layers and adapter.target={target} names {len(expected)}, "
+            f"{other} in one of them alone: give adapter.target as it was made."
+        )
+    print(f"adapter: {folder}, on {describe_target(sorted(found))}")
+    return tuned
+
+
 def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Path, seed: int) -> "PeftModel":
     """Put a PiSSA adapter on, and keep its start: the difference from it is what can be saved as an ordinary LoRA."""
     import torch

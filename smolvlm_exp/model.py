@@ -61,6 +61,7 @@ class Shape:
 class ModelConfig:
     id: str = MISSING  # a hub id, a folder, or `embedded`
     revision: str | None = None
+    adapter: str | None = None  # a saved adapter to go on from: its folder, or that of the run which made it
     weights: str = one_of(
         "pretrained", "random"
     )  # random: the real shape without its weights, for dry runs and benchmarks

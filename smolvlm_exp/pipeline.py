@@ -4,7 +4,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.adapter import aim, lora_config
+from smolvlm_exp.adapter import aim, lora_config, put_on, saved_adapter
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.checks import compare_looks
@@ -29,15 +29,19 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
     dtype = resolve_dtype(config.model.dtype)
     quantization = quantization_config(config.quant, dtype)
     peft_config = lora_config(config.adapter, quantised=quantization is not None)
+    start = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     check_request(config)
     checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
     arguments = algorithm.build_arguments(config.trainer, Run(folder, config.seed, dtype, config.data.max_length))
 
-    model, processor = load_model(config.model, quantization, config.seed), load_processor(config.model)
-    if peft_config:
-        aim(peft_config, model, config.adapter.target)
+    model: Any = load_model(config.model, quantization, config.seed)
+    processor = load_processor(config.model)
     check_features(config, model)
+    if start:
+        model, peft_config = put_on(model, start, config.adapter.target), None
+    elif peft_config:
+        aim(peft_config, model, config.adapter.target)
     preferences = load_preferences(config.data, processor, folder)
 
     budget = held_to(config.trainer.memory_budget)

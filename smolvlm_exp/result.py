@@ -87,8 +87,10 @@ class Result:
 
     def saved(self, trainer: Any) -> list[Check]:
         """Whether the saved adapter is the tuned one, where it can be read into the model as it is."""
+        from peft import PeftModel
+
         model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
-        if not hasattr(model, "peft_config") or is_pissa(model.peft_config["default"]) or trainer.is_fsdp_enabled:
+        if not isinstance(model, PeftModel) or is_pissa(config.adapter) or trainer.is_fsdp_enabled:
             return []  # PiSSA's is saved for the untouched base
         assert self.after is not None
         batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length

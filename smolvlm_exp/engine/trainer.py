@@ -17,7 +17,7 @@ from smolvlm_exp.engine.identity import weights_key
 from smolvlm_exp.engine.reference import reference_logps
 from smolvlm_exp.engine.steps import PackedSteps
 from smolvlm_exp.engine.store import Store
-from smolvlm_exp.engine.weights import is_8bit
+from smolvlm_exp.engine.weights import keeping_scales
 
 WHOLE = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: a mean over tokens, two sorts
 
@@ -172,11 +172,8 @@ def with_masters(model: Any, peft_config: PeftConfig | None, seed: int) -> tuple
     """The model with its adapter on, and (parameter, its float32 numbers) of all that learns."""
     if peft_config is not None:
         set_seed(seed)  # where TRL would, so that the adapter starts with the same numbers
-        scales = [(m, m.state.CB, m.state.SCB) for m in model.modules() if is_8bit(m) and m.state.CB is not None]
-        model = get_peft_model(model, peft_config)
-        for module, *state in scales:  # on a CPU, PEFT's DoRA loses them
-            module.state.CB, module.state.SCB = state
-            module.weight.CB = module.weight.SCB = None
+        with keeping_scales(model):
+            model = get_peft_model(model, peft_config)
     return model, [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
 
 

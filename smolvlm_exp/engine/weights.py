@@ -1,5 +1,7 @@
 """The weight of a frozen linear layer, whatever it is stored in: whole numbers, 8 bits, 4 bits."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,6 +22,17 @@ def is_4bit(layer: Any) -> bool:
 
 def is_8bit(layer: Any) -> bool:
     return bnb is not None and isinstance(layer, bnb.nn.Linear8bitLt)
+
+
+@contextmanager
+def keeping_scales(model: torch.nn.Module) -> Iterator[None]:
+    """While PEFT puts an adapter on: on a CPU its DoRA loses the scales of 8-bit weights."""
+    scales = [(m, m.state.CB, m.state.SCB) for m in model.modules() if is_8bit(m) and m.state.CB is not None]  # type: ignore[union-attr]
+    yield
+    module: Any
+    for module, *state in scales:
+        module.state.CB, module.state.SCB = state
+        module.weight.CB = module.weight.SCB = None
 
 
 def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:

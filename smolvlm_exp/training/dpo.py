@@ -63,14 +63,16 @@ def build_shared(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTr
 
 def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
     """As it is. The reference is the same model with its adapter off, or a copy where there is no adapter."""
+    from peft import PeftModel
     from trl import DPOTrainer
 
     model, peft_config = with_pissa(parts, arguments.seed)
-    # With PiSSA TRL keeps a second, frozen copy of the adapter as the reference.
-    with plain_initialisation(model) if model is not parts.model else contextlib.nullcontext():
+    adapted = isinstance(model, PeftModel)
+    # Where the adapter is on already, TRL keeps a second, frozen copy of it as the reference.
+    with plain_initialisation(model) if adapted else contextlib.nullcontext():
         trainer = DPOTrainer(
             model=model,
-            ref_model=copy.deepcopy(model) if parts.peft_config is None else None,
+            ref_model=None if adapted or peft_config else copy.deepcopy(model),
             args=arguments,
             train_dataset=parts.preferences.train,
             eval_dataset=parts.preferences.test if config.eval_strategy != "no" else None,

@@ -1,0 +1,58 @@
+"""Tuning that goes on from a saved adapter: supervised fine-tuning first, preferences then."""
+
+import math
+
+import pytest
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.pipeline import train
+from tests.conftest import SIGMOID
+
+METRICS = ("preference_accuracy", "recall", "yes_no_accuracy", "wrong_image_drop")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    """A run of supervised fine-tuning, and what it left of its adapter."""
+    from tests.conftest import QUICK, compose
+
+    folder = tmp_path_factory.mktemp("sft")
+    cache = f"trainer.cache={folder}/cache"
+    sft = compose(*QUICK, cache, "trainer=sft", "trainer.learning_rate=5e-3", "adapter.r=4", "adapter.lora_alpha=4")
+    return folder, train(sft, folder)
+
+
+@pytest.mark.parametrize("engine", ["shared", "stock"])
+def test_preferences_after_supervised_fine_tuning(quick, tuned, tmp_path, engine):
+    folder, first = tuned
+    sizes = ("adapter.r=4", "adapter.lora_alpha=4")
+    config = quick(*SIGMOID, *sizes, f"trainer.engine={engine}", f"model.adapter={folder}")
+    summary = train(config, tmp_path)
+    verdicts = {check["name"]: check["verdict"] for check in summary["checks"]}
+    assert summary["train"]["first_loss"] == pytest.approx(math.log(2), abs=1e-4)
+    assert verdicts["policy minus reference at step 1"] == "ok"
+    assert verdicts["trainable tensors that moved"] == "ok"
+    assert verdicts["saved adapter, read back: log-probabilities off by"] == "ok"
+    for name in METRICS:  # where the one ended, the other begins
+        assert summary["before"][name] == pytest.approx(first["after"][name], abs=1e-4)
+    assert summary["train"]["trainable_parameters"] == first["train"]["trainable_parameters"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["adapter.r=8"], r"model\.adapter=.* was made with r=4, and adapter\.r is 8: give adapter\.r=4\."),
+        (["adapter=lora"], r"use_dora=True, and adapter\.use_dora is False: give adapter\.use_dora=true\."),
+        (["adapter.target=recipe"], r"sits on 42 layers and adapter\.target=recipe names \d+"),
+        (["adapter=none", "quant=none"], r"adapter=none exclude each other"),
+    ],
+)
+def test_another_adapter_than_the_saved_one(quick, tuned, tmp_path, overrides, message):
+    folder, _ = tuned
+    with pytest.raises(RequestError, match=message):
+        train(quick("adapter.r=4", "adapter.lora_alpha=4", f"model.adapter={folder}", *overrides), tmp_path)
+
+
+def test_no_adapter_there(quick, tmp_path):
+    with pytest.raises(RequestError, match=r"there is no adapter_config\.json in it or in its adapter/"):
+        train(quick(f"model.adapter={tmp_path}"), tmp_path)
