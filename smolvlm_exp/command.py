@@ -1,6 +1,5 @@
 """A command, read to the end before Hydra runs it: every job composed and checked, mistakes told in a line or three."""
 
-import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from typing import Any, get_type_hints
 
 import yaml
 from hydra import compose, version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -52,7 +52,9 @@ def check_command(args: Any) -> list[Config]:
     name = args.config_name or "config"
     try:
         with search_path(folder, args.config_dir):
-            overrides = OverridesParser.create().parse_overrides(args.overrides)
+            overrides = parsed(args.overrides)
+            if args.multirun:
+                overrides = [*parsed(own_grid(name, overrides)), *overrides]
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
@@ -60,7 +62,7 @@ def check_command(args: Any) -> list[Config]:
             for override in groups:
                 check_option(override)
             check_keys(name, groups, [o for o in overrides if not is_group(o)])
-            return [parse(compose(name, overrides=job)) for job in jobs(overrides)]
+            return [parse(compose(name, overrides=job)) for job in combinations(overrides)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
 
@@ -119,17 +121,20 @@ def explain(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def jobs(overrides: list[Override]) -> list[list[str]]:
-    """The override lists of a command's jobs, in the basic sweeper's order; one list where nothing is swept."""
-    choices = []
-    for override in overrides:
-        line = override.input_line or ""
-        if override.is_sweep_override():
-            key = line.split("=", 1)[0]
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
-        else:
-            choices.append([line])
-    return [list(job) for job in itertools.product(*choices)]
+def own_grid(name: str, overrides: list[Override]) -> list[str]:
+    """What an experiment sweeps by itself: its `hydra.sweeper.params`."""
+    plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    params = compose(name, overrides=plain, return_hydra_config=True).hydra.sweeper.params
+    return [f"{key}={value}" for key, value in (params or {}).items()]
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def combinations(overrides: list[Override]) -> list[list[str]]:
+    """The override lists of a grid's jobs, in the basic sweeper's order; one list where nothing is swept."""
+    return BasicSweeper.split_arguments(overrides, None)[0]
 
 
 def is_group(override: Override) -> bool:
@@ -148,7 +153,7 @@ def check_option(override: Override) -> None:
 
 def check_keys(name: str, groups: list[Override], values: list[Override]) -> None:
     """Unknown keys in the files that the command chooses, then on the command line itself."""
-    composed = compose(name, overrides=jobs(groups)[0], return_hydra_config=True)
+    composed = compose(name, overrides=combinations(groups)[0], return_hydra_config=True)
     expected = schema(composed)
     known = list(key_paths(expected))
     plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])

@@ -70,6 +70,7 @@ class Result:
             "after": self.after.metrics if self.after else {},
             "train": self.speed(trainer),
             "checks": self.checks,
+            "seconds": time.perf_counter() - self.began,
         }
         if not stopped:
             save_tuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)

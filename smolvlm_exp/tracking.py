@@ -83,3 +83,7 @@ def has_account() -> bool:
         return netrc.netrc().authenticators(host) is not None
     except (OSError, netrc.NetrcParseError):
         return False
+
+
+def track_sweep(config: TrackerConfig, folder: Path, rows: list[dict[str, Any]]) -> None:
+    pass

@@ -1,0 +1,47 @@
+"""Every combination of the values given: announced, run where it is missing, told in a table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from smolvlm_exp.command import combinations, parsed
+from smolvlm_exp.config import Config, parse
+from smolvlm_exp.sweep.jobs import Job
+from smolvlm_exp.sweep.launch import Stop, launch
+from smolvlm_exp.sweep.record import ENDED, check_same, record, recorded, state
+from smolvlm_exp.sweep.tell import announce, conclude
+
+
+def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
+    """What the grid sweeper does with a command's overrides; returns the command's exit code.
+
+    Raises:
+        RequestError: the folder has another sweep's jobs.
+    """
+    folder = Path(sweeper.config.hydra.sweep.dir)
+    jobs = numbered(folder, combinations(parsed([*sweeper._parse_config(), *arguments])))
+    if recorded(folder):
+        check_same(folder, jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(sweeper.config, folder / "multirun.yaml")
+    record(folder, jobs)
+    left = [job for job in jobs if state(folder / str(job.number)) not in ENDED]
+    configs = [compose(sweeper, job) for job in jobs]
+    announce(folder, jobs, [config for config, job in zip(configs, jobs, strict=True) if job in left])
+    with Stop(folder) as stop:
+        launch(sweeper.launcher, folder, left, stop)
+    return conclude(folder, configs[0], stop.asked)
+
+
+def numbered(folder: Path, lists: Sequence[Sequence[str]]) -> list[Job]:
+    """Each combination once, with the number it has in the sweep's folder already, or its place in the command."""
+    unique = {job.identity: job for job in (Job(0, tuple(overrides)) for overrides in lists)}
+    known = {job.identity: job.number for job in recorded(folder)}
+    return [Job(known.get(identity, place), job.overrides) for place, (identity, job) in enumerate(unique.items())]
+
+
+def compose(sweeper: Any, job: Job) -> Config:
+    """The configuration that a job will run."""
+    return parse(sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(job.overrides)))

@@ -1,0 +1,40 @@
+"""One job's turn, in whatever process and on whatever machine the launcher gives it."""
+
+from pathlib import Path
+from statistics import mean
+
+from smolvlm_exp.config import Config
+from smolvlm_exp.page import duration
+from smolvlm_exp.sweep.disk import tidy
+from smolvlm_exp.sweep.estimate import seconds_of
+from smolvlm_exp.sweep.isolation import run_apart
+from smolvlm_exp.sweep.jobs import differing, label
+from smolvlm_exp.sweep.outcome import outcome
+
+
+def take_turn(config: Config, folder: Path, home: Path) -> float | None:
+    """Run the job of `folder` apart, say how it went, and clear what is not to be kept; returns its metric.
+
+    Args:
+        home: where the sweep's command was typed.
+    """
+    number = int(folder.name)
+    jobs = {row.job.number: row.job for row in outcome(folder.parent, config.metric).rows}
+    print(f"[{number}] {label(jobs[number], list(differing(list(jobs.values()))))}", flush=True)
+    run_apart(config, folder, home)
+    found = outcome(folder.parent, config.metric)
+    row = next(row for row in found.rows if row.job.number == number)
+    print(f"[{number}] {row.status}{f': {row.reason}' if row.reason else ''}{ahead(folder.parent)}", flush=True)
+    tidy(found, config.keep)
+    return row.value(config.metric)
+
+
+def ahead(sweep: Path) -> str:
+    """How many jobs are left, and how long they take by those that are done."""
+    found = outcome(sweep, "after.preference_accuracy")
+    left = sum(row.status in ("missing", "cut", "stopped") for row in found.rows)
+    times = [seconds for row in found.rows if (seconds := seconds_of(sweep / str(row.job.number)))]
+    if not left:
+        return ""
+    about = f", about {duration(mean(times) * left)} one after the other" if times else ""
+    return f"; {left} of {len(found.rows)} jobs left{about}"
