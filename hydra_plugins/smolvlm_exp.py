@@ -1,4 +1,4 @@
-"""The sweepers, where Hydra looks for them: it takes plugins from this namespace alone. What they do is in our package."""
+"""The sweepers, where Hydra looks for plugins: in this namespace alone. What they do is in `smolvlm_exp/sweep`."""
 
 import sys
 from typing import Any

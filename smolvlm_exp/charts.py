@@ -132,6 +132,43 @@ def line_chart(
     )
 
 
+def scatter_chart(
+    points: Sequence[tuple[float, float, str, bool]],
+    title: str,
+    *,
+    x_label: str,
+    show: Callable[[float], str] = number,
+) -> str:
+    """One figure with a point a run; hovering tells which. Returns "" where there is nothing to draw.
+
+    Args:
+        points: (x, y, what it is, whether it is filled), all finite.
+        show: writes a y value.
+    """
+    if not points:
+        return ""
+    xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
+    x_ticks, y_ticks = (ticks(*_spread(min(values), max(values), zero=False)) for values in (xs, ys))
+
+    def px(x: float) -> float:
+        return LEFT + 6 + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - LEFT - RIGHT - 12)
+
+    def py(y: float) -> float:
+        return TOP + (1 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])) * (HEIGHT - TOP - BOTTOM)
+
+    dots = "".join(
+        f'<circle class="{"dot s0" if filled else "line s5"}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="4.4">'
+        f"<title>{html.escape(f'{name}: {show(y)} at {number(x)}')}</title></circle>"
+        for x, y, name, filled in sorted(points, key=lambda point: point[3])  # the filled ones on top
+    )
+    label = html.escape(f"{title}: {len(points)} runs, from {show(min(ys))} to {show(max(ys))}")
+    return (
+        f'<figure class="chart"><figcaption><span class="title">{html.escape(title)}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{_axes(x_ticks, y_ticks, px, py, x_label, show)}{dots}</svg></figure>"
+    )
+
+
 def _drawable(points: Points) -> list[tuple[float, float]]:
     return sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
 

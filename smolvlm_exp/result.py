@@ -18,7 +18,8 @@ from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences, text_of
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.report import Sample, write_report
-from smolvlm_exp.runs import as_typed, choices, run_name, sweep_of
+from smolvlm_exp.runs import as_typed, choices, run_name
+from smolvlm_exp.sweep.record import place_of
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
 
@@ -39,8 +40,10 @@ class Result:
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
         self.began = time.perf_counter()
-        name = config.name or run_name(folder)
-        self.tracker = Tracker(config.tracker, asdict(config), folder, name, group=sweep_of(folder))
+        group, differs = place_of(folder) or (None, {})
+        told = " ".join(f"{key}={value}" for key, value in differs.items())
+        name = " ".join(filter(None, (config.name, told))) or run_name(folder)
+        self.tracker = Tracker(config.tracker, asdict(config), folder, name, group, differs)
         self.summary: dict[str, Any] = {
             "status": "failed",
             "seed": config.seed,

@@ -91,9 +91,3 @@ def run_name(folder: Path) -> str:
     overrides = (yaml.safe_load(saved.read_text(encoding="utf-8")) or []) if saved.is_file() else []
     chosen = choices(folder)
     return " ".join(overrides) or " ".join(chosen.get(g, "") for g in ("model", "quant", "adapter", "trainer"))
-
-
-def sweep_of(folder: Path) -> str | None:
-    """The sweep a run belongs to, as `sweep 2026-01-31 12-00-00`."""
-    in_sweep = (folder.parent / "multirun.yaml").is_file()
-    return f"sweep {folder.parent.parent.name} {folder.parent.name}" if in_sweep else None

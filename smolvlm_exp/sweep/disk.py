@@ -1,4 +1,4 @@
-"""What a sweep keeps: adapters, summaries, metrics and reports always; of finished jobs' checkpoints what `keep` says."""
+"""What a sweep keeps: adapters, summaries, metrics and reports; of finished jobs' checkpoints what `keep` says."""
 
 import shutil
 

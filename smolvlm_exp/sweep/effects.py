@@ -28,25 +28,24 @@ def main_effects(found: Outcome) -> dict[str, list[Effect]]:
 
     Where a run is missing, its combination is left out for the other values too, so that like is compared with like.
     """
-    done = [row for row in found.rows if row.status == "done" and row.value(found.metric) is not None]
-    return {key: effects_of(key, found, done) for key in found.varied}
+    return {key: effects_of(key, found) for key in found.varied}
 
 
-def effects_of(key: str, found: Outcome, done: list[Row]) -> list[Effect]:
+def effects_of(key: str, found: Outcome) -> list[Effect]:
     blocks: dict[tuple[str, ...], dict[str, Row]] = {}
     others = [other for other in found.keys if other != key]
-    for row in done:
+    for row in found.done:
         block = tuple(row.job.settings.get(other, "") for other in others)
         blocks.setdefault(block, {})[row.job.settings.get(key, "")] = row
     values = list(dict.fromkeys(row.job.settings.get(key, "") for row in found.rows))
     whole = [block for block in blocks.values() if len(block) == len(values)]
-    return [effect(value, [block[value] for block in whole], found.metric) for value in values] if whole else []
+    return [effect(value, [block[value] for block in whole], found) for value in values] if whole else []
 
 
-def effect(value: str, rows: list[Row], metric: str) -> Effect:
+def effect(value: str, rows: list[Row], found: Outcome) -> Effect:
     seeds: dict[str, list[float]] = {}
     for row in rows:
-        seeds.setdefault(row.job.settings.get("seed", ""), []).append(row.value(metric) or 0.0)
+        seeds.setdefault(row.job.settings.get("seed", ""), []).append(found.measured(row))
     means = [mean(values) for values in seeds.values()]
     n = len(means)
     interval = T[min(n - 1, len(T)) - 1] * stdev(means) / n**0.5 if n > 1 else None

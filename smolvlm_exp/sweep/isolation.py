@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, TextIO
@@ -168,7 +168,7 @@ class Tee:
 def written_to(log: TextIO, prefix: str) -> Iterator[None]:
     """Within, what this process prints, and the stack of one that crashes, also goes to `log`."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Tee(stream, log, prefix) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (Tee(stream, log, prefix) for stream in before)
     faulthandler.enable(file=log)
     try:
         yield

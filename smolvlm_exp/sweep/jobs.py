@@ -1,4 +1,4 @@
-"""The jobs of a sweep: what differs between them, what they are called, and which only repeat another with a new seed."""
+"""The jobs of a sweep: what they are, what differs between them, and what they are called."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -58,9 +58,11 @@ def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: Stop) -> None
 
 
 def hydra_overrides(job: Job, folder: Path, stop: Stop) -> list[str]:
-    """The job's overrides, and where it writes and looks."""
+    """The job's overrides, where it writes and looks; features go to the disk, where the next job finds them."""
     own = {"hydra.sweep.dir": folder.resolve(), "hydra.sweep.subdir": job.number}
     own[f"+hydra.job.env_set.{STOP}"] = stop.file.resolve()
+    if "trainer.cache_ram" not in job.settings:
+        own["trainer.cache_ram"] = "0MiB"
     return [*job.overrides, *(f"{key}={quoted(str(value))}" for key, value in own.items())]
 
 

@@ -51,20 +51,28 @@ class Outcome:
     @property
     def best(self) -> Row | None:
         """The finished run with the best metric; of several the first."""
-        ranked = [row for row in self.rows if row.status == "done" and row.value(self.metric) is not None]
-        return max(ranked, key=lambda row: self.goodness(row), default=None)
+        return max(self.done, key=self.goodness, default=None)
+
+    @property
+    def done(self) -> list[Row]:
+        """The finished runs that have the metric."""
+        return [row for row in self.rows if row.status == "done" and row.value(self.metric) is not None]
+
+    def measured(self, row: Row) -> float:
+        """The metric of a run that has it."""
+        value = row.value(self.metric)
+        assert value is not None
+        return value
 
     def goodness(self, row: Row) -> float:
         """The metric, turned so that more is better."""
-        return GOALS[self.metric] * (row.value(self.metric) or 0.0)
+        return GOALS[self.metric] * self.measured(row)
 
     @property
     def front(self) -> list[Row]:
         """The runs that no other beats in one of metric, seconds and memory without losing in another (Pareto)."""
         points = {
-            row.job.number: (self.goodness(row), *(-(row.value(cost) or 0.0) for cost in COSTS))
-            for row in self.rows
-            if row.status == "done" and row.value(self.metric) is not None
+            row.job.number: (self.goodness(row), *(-(row.value(cost) or 0.0) for cost in COSTS)) for row in self.done
         }
         return [row for row in self.rows if row.job.number in points and not beaten(row.job.number, points)]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.runs import OUTPUTS, checkpoints
-from smolvlm_exp.sweep.jobs import VIEWS, Job
+from smolvlm_exp.sweep.jobs import VIEWS, Job, differing, short
 
 ENDED = ("done", "pruned")  # nothing is left to do
 
@@ -42,7 +42,7 @@ def summary_of(folder: Path) -> dict[str, Any]:
 
 
 def state(folder: Path) -> str:
-    """`done`, `pruned`, `failed` or `stopped` as its summary.json says; `cut` (killed after a checkpoint) or `missing`."""
+    """done, pruned, failed or stopped, as summary.json says; else `cut` (killed after a checkpoint) or `missing`."""
     return summary_of(folder).get("status") or ("cut" if checkpoints(folder) else "missing")
 
 
@@ -51,6 +51,21 @@ def goes_on(folder: Path) -> bool:
     summary = summary_of(folder)
     raised = summary.get("status") == "failed" and summary.get("exit_code", 1) > 0
     return bool(checkpoints(folder)) and not raised
+
+
+def group_of(sweep: Path) -> str:
+    """A sweep's name, as `sweep 2026-01-31 12-00-00`."""
+    return f"sweep {sweep.parent.name} {sweep.name}"
+
+
+def place_of(folder: Path) -> tuple[str, dict[str, str]] | None:
+    """Of a run in a sweep: (the sweep's name, what tells the run from the others: short key -> value)."""
+    jobs = recorded(folder.parent)
+    own = next((job for job in jobs if str(job.number) == folder.name), None)
+    if own is None:
+        return None
+    names = short(list(differing(jobs)))
+    return group_of(folder.parent), {names[key]: own.settings[key] for key in names if key in own.settings}
 
 
 def find_sweep(name: str, root: Path = OUTPUTS) -> Path:

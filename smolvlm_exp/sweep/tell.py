@@ -1,4 +1,4 @@
-"""What a sweep says: before the first job what it will do, after the last what came of it, on the terminal and in files."""
+"""What a sweep says: before the first job what it will do, after the last what came of it."""
 
 import shlex
 from collections.abc import Sequence
@@ -9,14 +9,14 @@ from rich.table import Table
 
 from smolvlm_exp.charts import number
 from smolvlm_exp.config import Config
-from smolvlm_exp.page import duration
+from smolvlm_exp.page import duration, words
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.sweep.disk import tidy
 from smolvlm_exp.sweep.estimate import expected
 from smolvlm_exp.sweep.jobs import Job, differing, short
 from smolvlm_exp.sweep.outcome import COSTS, Outcome, command, outcome, table, write_csv
 from smolvlm_exp.sweep.page import write_page
-from smolvlm_exp.sweep.record import state
+from smolvlm_exp.sweep.record import group_of, state
 from smolvlm_exp.tracking import track_sweep
 
 
@@ -46,10 +46,10 @@ def conclude(folder: Path, config: Config, stopped: bool) -> int:
     write_csv(folder / "sweep.csv", rows)
     page = write_page(found)
     show(found)
-    if found.best:
-        print(f"best: job {found.best.job.number}, {found.metric} {number(found.best.value(found.metric) or 0.0)}; again:")
-        print(f"  {command(found.best.job)}")
-    track_sweep(config.tracker, folder, rows)
+    if best := found.best:
+        print(f"best: job {best.job.number}, {found.metric} {number(found.measured(best))}; again:")
+        print(f"  {command(best.job)}")
+    track_sweep(config.tracker, folder, group_of(folder), rows)
     print(as_typed(page))
     if stopped:
         print(f"stopped; go on with: python -m smolvlm_exp -m sweep={shlex.quote(str(as_typed(folder)))}")
@@ -60,7 +60,7 @@ def conclude(folder: Path, config: Config, stopped: bool) -> int:
 def show(found: Outcome) -> None:
     """The table on the terminal: a line a job."""
     names, metrics = short(found.keys), (found.metric, *COSTS)
-    shown = Table("job", *names.values(), *(metric.split(".")[1] for metric in metrics), "", title=None)
+    shown = Table("job", *names.values(), *(words(metric.split(".")[1]) for metric in metrics), "", title=None)
     best = found.best
     for row in found.rows:
         values = [row.value(metric) for metric in metrics]
