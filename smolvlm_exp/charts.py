@@ -169,6 +169,26 @@ def scatter_chart(
     )
 
 
+def bar_chart(shares: Mapping[str, float], title: str) -> str:
+    """One figure: a bar a name, for shares of 1, the longest first."""
+    step, left = 26, 190
+    bars = []
+    for i, (name, share) in enumerate(sorted(shares.items(), key=lambda item: -item[1])):
+        y, length = TOP + i * step, share * (WIDTH - left - 60)
+        line = f'x1="{left}" x2="{left + length:.1f}" y1="{y}" y2="{y}"'
+        bars.append(
+            f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>'
+            f'<line class="s0" stroke="var(--c)" stroke-width="12" {line}/>'
+            f'<text x="{left + length + 8:.1f}" y="{y + 4}">{percent(share)}</text>'
+        )
+    spoken = html.escape(f"{title}: {', '.join(f'{name} {percent(share)}' for name, share in shares.items())}")
+    return (
+        f'<figure class="chart"><figcaption><span class="title">{html.escape(title)}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {TOP + len(shares) * step}" role="img" aria-label="{spoken}">'
+        f"{''.join(bars)}</svg></figure>"
+    )
+
+
 def _drawable(points: Points) -> list[tuple[float, float]]:
     return sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
 

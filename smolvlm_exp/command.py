@@ -16,7 +16,7 @@ from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -53,8 +53,11 @@ def check_command(args: Any) -> list[Config]:
     try:
         with search_path(folder, args.config_dir):
             overrides = parsed(args.overrides)
+            asked = combinations
             if args.multirun:
-                overrides = [*parsed(own_grid(name, overrides)), *overrides]
+                sweeper = sweeper_of(name, overrides)
+                overrides = [*parsed([f"{key}={value}" for key, value in (sweeper.params or {}).items()]), *overrides]
+                asked = combinations if "n_trials" not in sweeper else samples
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
@@ -62,7 +65,7 @@ def check_command(args: Any) -> list[Config]:
             for override in groups:
                 check_option(override)
             check_keys(name, groups, [o for o in overrides if not is_group(o)])
-            return [parse(compose(name, overrides=job)) for job in combinations(overrides)]
+            return [parse(compose(name, overrides=job)) for job in asked(overrides)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
 
@@ -121,11 +124,10 @@ def explain(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def own_grid(name: str, overrides: list[Override]) -> list[str]:
-    """What an experiment sweeps by itself: its `hydra.sweeper.params`."""
+def sweeper_of(name: str, overrides: list[Override]) -> DictConfig:
+    """hydra.sweeper: its `params` are what an experiment sweeps by itself."""
     plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    params = compose(name, overrides=plain, return_hydra_config=True).hydra.sweeper.params
-    return [f"{key}={value}" for key, value in (params or {}).items()]
+    return compose(name, overrides=plain, return_hydra_config=True).hydra.sweeper
 
 
 def parsed(overrides: list[str]) -> list[Override]:
@@ -135,6 +137,22 @@ def parsed(overrides: list[str]) -> list[Override]:
 def combinations(overrides: list[Override]) -> list[list[str]]:
     """The override lists of a grid's jobs, in the basic sweeper's order; one list where nothing is swept."""
     return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def samples(overrides: list[Override]) -> list[list[str]]:
+    """Override lists in which each value that a search may take comes once, of an interval its ends."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        swept: Any = override.value()
+        if isinstance(swept, IntervalSweep):
+            found = [str(swept.start), str(swept.end)]
+        elif override.is_sweep_override():
+            found = list(override.sweep_string_iterator())
+        else:
+            found = [override.get_value_element_as_str()]
+        values[override.get_key_element()] = found
+    longest = max(map(len, values.values()), default=1)
+    return [[f"{key}={found[min(i, len(found) - 1)]}" for key, found in values.items()] for i in range(longest)]
 
 
 def is_group(override: Override) -> bool:

@@ -1,4 +1,4 @@
-"""The one error that people are meant to read."""
+"""The one error that people are meant to read, and the one end of a run that is none."""
 
 import sys
 from typing import NoReturn
@@ -9,6 +9,10 @@ class RequestError(ValueError):
 
     `main` prints it without a traceback and exits with code 2; nothing was started.
     """
+
+
+class Pruned(Exception):
+    """A search ended this run early, in favour of better ones."""
 
 
 def refuse(error: RequestError) -> NoReturn:

@@ -16,6 +16,7 @@ from rich.table import Table
 from smolvlm_exp.adapter import save_tuned
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences, text_of
+from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.report import Sample, write_report
 from smolvlm_exp.runs import as_typed, choices, run_name
@@ -61,9 +62,11 @@ class Result:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self.summary["reason"] = f"{type(error).__name__}: {error}"
+            pruned = isinstance(error, Pruned)
+            self.summary["status"] = "pruned" if pruned else "failed"
+            self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
             self.write()
-            self.tracker.finish(self.summary, [], exit_code=1)
+            self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
 
     def save(self, trainer: Any, stopped: bool) -> None:
         """Write everything down; a stopped run leaves out what only a whole one has."""

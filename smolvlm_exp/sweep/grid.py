@@ -8,7 +8,8 @@ from omegaconf import OmegaConf
 
 from smolvlm_exp.command import combinations, parsed
 from smolvlm_exp.config import Config, parse
-from smolvlm_exp.sweep.jobs import Job
+from smolvlm_exp.sweep.isolation import STOPPED
+from smolvlm_exp.sweep.jobs import Job, differing
 from smolvlm_exp.sweep.launch import Stop, launch
 from smolvlm_exp.sweep.record import ENDED, check_same, record, recorded, state
 from smolvlm_exp.sweep.tell import announce, conclude
@@ -26,13 +27,18 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
         check_same(folder, jobs)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
-    record(folder, jobs)
-    left = [job for job in jobs if state(folder / str(job.number)) not in ENDED]
-    configs = [compose(sweeper, job) for job in jobs]
-    announce(folder, jobs, [config for config, job in zip(configs, jobs, strict=True) if job in left])
+    record(folder, jobs, list(differing(jobs)))
+    states = [state(folder / str(job.number)) for job in jobs]
+    left = [job for job, known in zip(jobs, states, strict=True) if known not in ENDED]
+    varied = {key: ", ".join(values) for key, values in differing(jobs).items()}
+    if "seed" in varied:
+        varied["seed"] += "  (repetitions)"
+    config = compose(sweeper, jobs[0])
+    announce(folder, f"{len(jobs)} jobs", varied, states, [compose(sweeper, job) for job in left])
     with Stop(folder) as stop:
         launch(sweeper.launcher, folder, left, stop)
-    return conclude(folder, configs[0], stop.asked)
+    found = conclude(folder, config, stop.asked)
+    return STOPPED if stop.asked else int(found.failed)
 
 
 def numbered(folder: Path, lists: Sequence[Sequence[str]]) -> list[Job]:

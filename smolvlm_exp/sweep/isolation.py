@@ -24,12 +24,13 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from smolvlm_exp.config import Config
+from smolvlm_exp.errors import Pruned
 from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import choices
 from smolvlm_exp.sweep.record import ENDED, goes_on, state, summary_of, write_json
 
 STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
-SAVED = 75  # exit code of a job that was stopped after saving
+STOPPED = 75  # exit code of a job that was stopped after saving
 PATIENCE = 30.0  # seconds for a job whose sweep was killed a moment ago to save and let go of its folder
 KEPT = (".hydra", ".lock", "output.log", "wandb", "trial.json")  # what stays when a failed job starts anew
 
@@ -54,8 +55,8 @@ def run_apart(config: Config, folder: Path, home: Path) -> dict[str, Any]:
             if stop_asked() and not told:
                 told = True
                 child.terminate()
-    if child.exitcode < 0 and not told:
-        record_failure(config, folder, killed_by(-child.exitcode), child.exitcode)
+    if child.exitcode not in (0, STOPPED) and not told and summary_of(folder).get("exit_code") != child.exitcode:
+        record_failure(config, folder, ended_by(child.exitcode), child.exitcode)
     return summary_of(folder)
 
 
@@ -81,7 +82,11 @@ def stop_asked() -> bool:
     return Path(os.environ.get(STOP, "/dev/null/none")).exists()
 
 
-def killed_by(number: int) -> str:
+def ended_by(exit_code: int) -> str:
+    """What a process that could not say it itself died of."""
+    if exit_code > 0:
+        return f"its process ended with exit code {exit_code}"
+    number = -exit_code
     name = signal.Signals(number).name
     why = " (by a person, or by the system for want of memory)" if number == signal.SIGKILL else ""
     return f"killed by {name}{why}"
@@ -104,18 +109,20 @@ def work(config: Config, folder: Path, home: Path) -> None:
         clear(folder, all_of_it=not resume)
         try:
             from smolvlm_exp.pipeline import train
+            from smolvlm_exp.sweep.pruning import pruning
 
-            summary = train(replace(config, resume=str(folder)) if resume else config, folder)
+            summary = train(replace(config, resume=str(folder)) if resume else config, folder, pruning(folder))
+        except Pruned as end:
+            print(f"pruned: {end}")
+            return
         except Exception as error:
             traceback.print_exc()
-            if summary_of(folder).get("status") not in ENDED:
-                record_failure(config, folder, f"{type(error).__name__}: {error}", 1)
-                sys.exit(1)
-            return
+            record_failure(config, folder, f"{type(error).__name__}: {error}", 1)
+            sys.exit(1)
         except (KeyboardInterrupt, SystemExit):  # asked twice, or before there was anything to save
             (folder / "summary.json").unlink(missing_ok=True)
-            sys.exit(SAVED)
-    sys.exit(SAVED if summary["status"] == "stopped" else 0)
+            sys.exit(STOPPED)
+    sys.exit(STOPPED if summary["status"] == "stopped" else 0)
 
 
 def stop_with_parent() -> None:

@@ -21,7 +21,11 @@ class Job:
 
     @property
     def identity(self) -> frozenset[str]:
-        return frozenset(override for override in self.overrides if split(override)[0] not in VIEWS)
+        return frozenset(override for override in self.overrides if not is_view(override))
+
+
+def is_view(override: str) -> bool:
+    return split(override)[0] in VIEWS
 
 
 def split(override: str) -> tuple[str, str]:
@@ -48,7 +52,13 @@ def short(keys: Sequence[str]) -> dict[str, str]:
 def label(job: Job, keys: Sequence[str]) -> str:
     """What tells this job from the others: `r=8 learning_rate=5e-05`."""
     names = short(keys)
-    return " ".join(f"{names[key]}={job.settings[key]}" for key in keys if key in job.settings)
+    return " ".join(f"{names[key]}={brief(job.settings[key])}" for key in keys if key in job.settings)
+
+
+def brief(value: str) -> str:
+    """A value as typed, a long number to four digits."""
+    number = typed(value)
+    return f"{number:.4g}" if isinstance(number, float) and len(value) > 8 else value
 
 
 def typed(value: str) -> Any:

@@ -9,8 +9,8 @@ from typing import Any
 
 from smolvlm_exp.metrics import GOALS
 from smolvlm_exp.page import finite
-from smolvlm_exp.sweep.jobs import Job, differing, typed
-from smolvlm_exp.sweep.record import recorded, state, summary_of
+from smolvlm_exp.sweep.jobs import Job, typed
+from smolvlm_exp.sweep.record import recorded, recorded_keys, state, summary_of
 
 COSTS = ("train.seconds", "train.memory_peak_gib")
 
@@ -90,7 +90,7 @@ def outcome(folder: Path, metric: str) -> Outcome:
     """What the disk says of the sweep in `folder` now."""
     jobs = recorded(folder)
     rows = [Row(job, state(folder / str(job.number)), summary_of(folder / str(job.number))) for job in jobs]
-    return Outcome(folder, rows, list(differing(jobs)), metric)
+    return Outcome(folder, rows, recorded_keys(folder), metric)
 
 
 def command(job: Job) -> str:

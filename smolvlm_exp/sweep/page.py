@@ -4,7 +4,7 @@ It has the look of a run's report (page.py) and, like it, needs no network, acco
 """
 
 import html
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +13,23 @@ from smolvlm_exp.metrics import GOALS, METRICS
 from smolvlm_exp.page import NOTHING, duration, empty, facts, page, pill, shown, table, words
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.sweep.effects import Effect, main_effects
-from smolvlm_exp.sweep.jobs import label, short
+from smolvlm_exp.sweep.jobs import brief, label, short
 from smolvlm_exp.sweep.outcome import COSTS, Outcome, Row, command
 
+Sections = Sequence[tuple[str, str, str]]  # (anchor, title, HTML)
 COST_NAMES = {"train.seconds": "seconds of training", "train.memory_peak_gib": "peak memory, GiB"}
 
 
-def write_page(found: Outcome) -> Path:
-    """Write sweep.html into the sweep's folder; whatever is missing says so in its place."""
+def write_page(found: Outcome, middle: Sections = ()) -> Path:
+    """Write sweep.html into the sweep's folder; whatever is missing says so in its place.
+
+    Args:
+        middle: what stands in place of the main effects, where the settings are no grid.
+    """
     name, show = title_of(found.metric), shower(found.metric)
     sections = [
         ("best", "The best run", best_of(found, show)),
-        ("effects", "What each setting does", effects_of(found, name, show)),
+        *(middle or [("effects", "What each setting does", effects_of(found, name, show))]),
         ("costs", "Quality beside time and memory", costs_of(found, name, show)),
         ("jobs", "All jobs", jobs_of(found, name, show)),
         ("again", "Go on", again_of(found)),
@@ -78,7 +83,10 @@ def best_of(found: Outcome, show: Callable[[float], str]) -> str:
     if best is None:
         return empty("No job has finished.")
     ties = sum(found.measured(row) == found.measured(best) for row in found.done) - 1
-    told: list[tuple[str, Any]] = [("job", best.job.number), *((key, best.job.settings.get(key)) for key in found.keys)]
+    told: list[tuple[str, Any]] = [
+        ("job", best.job.number),
+        *((key, brief(best.job.settings.get(key, ""))) for key in found.keys),
+    ]
     told.append((found.metric, show(found.measured(best))))
     notes = [f"{ties} more as good; this one came first."] if ties else []
     if len(found.varied) < len(found.keys):
@@ -154,7 +162,7 @@ def jobs_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
         told = "best" if row is best else "Pareto front" if row in front else row.reason
         cells = [
             pill(row.status),
-            *(shown(row.job.settings.get(key)) for key in found.keys),
+            *(shown(brief(row.job.settings.get(key, ""))) for key in found.keys),
             NOTHING if value is None else show(value),
             *(shown(row.value(cost)) for cost in COSTS),
             html.escape(told),

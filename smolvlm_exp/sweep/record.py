@@ -8,7 +8,7 @@ from typing import Any
 
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.runs import OUTPUTS, checkpoints
-from smolvlm_exp.sweep.jobs import VIEWS, Job, differing, short
+from smolvlm_exp.sweep.jobs import VIEWS, Job, brief, short
 
 ENDED = ("done", "pruned")  # nothing is left to do
 
@@ -33,8 +33,15 @@ def recorded(folder: Path) -> list[Job]:
     return [Job(job["number"], tuple(job["overrides"])) for job in read_json(folder / "sweep.json").get("jobs", [])]
 
 
-def record(folder: Path, jobs: Sequence[Job]) -> None:
-    write_json(folder / "sweep.json", {"jobs": [{"number": j.number, "overrides": j.overrides} for j in jobs]})
+def record(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
+    """Write down a sweep's jobs, and the keys of the settings that tell them apart."""
+    told = [{"number": job.number, "overrides": job.overrides} for job in jobs]
+    write_json(folder / "sweep.json", {"keys": keys, "jobs": told})
+
+
+def recorded_keys(folder: Path) -> list[str]:
+    """The keys of the settings that tell a sweep's jobs apart."""
+    return read_json(folder / "sweep.json").get("keys", [])
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
@@ -64,8 +71,8 @@ def place_of(folder: Path) -> tuple[str, dict[str, str]] | None:
     own = next((job for job in jobs if str(job.number) == folder.name), None)
     if own is None:
         return None
-    names = short(list(differing(jobs)))
-    return group_of(folder.parent), {names[key]: own.settings[key] for key in names if key in own.settings}
+    names = short(recorded_keys(folder.parent))
+    return group_of(folder.parent), {names[key]: brief(own.settings[key]) for key in names if key in own.settings}
 
 
 def find_sweep(name: str, root: Path = OUTPUTS) -> Path:

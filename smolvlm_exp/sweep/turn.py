@@ -8,8 +8,9 @@ from smolvlm_exp.page import duration
 from smolvlm_exp.sweep.disk import tidy
 from smolvlm_exp.sweep.estimate import seconds_of
 from smolvlm_exp.sweep.isolation import run_apart
-from smolvlm_exp.sweep.jobs import differing, label
+from smolvlm_exp.sweep.jobs import label
 from smolvlm_exp.sweep.outcome import outcome
+from smolvlm_exp.sweep.record import recorded_keys
 
 
 def take_turn(config: Config, folder: Path, home: Path) -> float | None:
@@ -20,7 +21,7 @@ def take_turn(config: Config, folder: Path, home: Path) -> float | None:
     """
     number = int(folder.name)
     jobs = {row.job.number: row.job for row in outcome(folder.parent, config.metric).rows}
-    print(f"[{number}] {label(jobs[number], list(differing(list(jobs.values()))))}", flush=True)
+    print(f"[{number}] {label(jobs[number], recorded_keys(folder.parent))}", flush=True)
     run_apart(config, folder, home)
     found = outcome(folder.parent, config.metric)
     row = next(row for row in found.rows if row.job.number == number)

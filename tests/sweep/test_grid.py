@@ -74,7 +74,7 @@ def test_it_says_what_it_will_do_before_the_first_job(whole):
     assert f"sweep: 4 jobs in outputs/sweeps/{sweep.parent.name}/{sweep.name}" in before
     assert re.search(r"adapter\.r +2, 4\n", before)
     assert re.search(r"seed +0, 1 +\(repetitions\)", before)
-    assert "expected: not known before the first job is done" in before
+    assert "expected: known after the first job" in before
     assert re.search(r"\[0\] done; 3 of 4 jobs left, about \d+", out)
 
 
