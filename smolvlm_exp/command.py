@@ -120,6 +120,10 @@ def explain(error: Exception) -> str:
         return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}."
+    plugin = re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", str(error))
+    if plugin:
+        extra = {"joblib": "parallel", "submitit": "slurm", "ray": "ray"}[plugin[1]]
+        return f"hydra/launcher needs hydra-{plugin[1]}-launcher: pip install 'smolvlm-exp[{extra}]'"
     lines = [line for text in (str(error), str(error.__cause__ or "")) for line in text.strip().splitlines()[:2]]
     return "\n".join(lines)
 

@@ -28,6 +28,7 @@ from smolvlm_exp.errors import Pruned
 from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import choices
 from smolvlm_exp.sweep.record import ENDED, goes_on, state, summary_of, write_json
+from smolvlm_exp.sweep.share import share_of_machine
 
 STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
 STOPPED = 75  # exit code of a job that was stopped after saving
@@ -35,18 +36,19 @@ PATIENCE = 30.0  # seconds for a job whose sweep was killed a moment ago to save
 KEPT = (".hydra", ".lock", "output.log", "wandb", "trial.json")  # what stays when a failed job starts anew
 
 
-def run_apart(config: Config, folder: Path, home: Path) -> dict[str, Any]:
+def run_apart(config: Config, folder: Path, home: Path, at_once: int) -> dict[str, Any]:
     """Run one job in a child process and wait for it; returns its summary, whatever became of it.
 
     Args:
         home: where the command was typed, which need not be where a cluster's worker stands.
+        at_once: jobs at once on this machine; -1: one a core.
     """
     if stop_asked():
         return summary_of(folder)
-    context: Any = multiprocessing.get_context("forkserver" if may_fork() else "spawn")
-    if may_fork():
-        context.set_forkserver_preload(["smolvlm_exp.sweep.preload"])
-    child = context.Process(target=work, args=(config, folder, home))
+    method = "forkserver" if may_fork() else "spawn"
+    multiprocessing.set_start_method(method, force=True)  # joblib's workers say `loky`, which no child of theirs knows
+    multiprocessing.set_forkserver_preload(["smolvlm_exp.sweep.preload"])
+    child = multiprocessing.Process(target=work, args=(config, folder, home, at_once))
     child.start()
     told = False
     with deaf_to_ctrl_c():
@@ -92,7 +94,7 @@ def ended_by(exit_code: int) -> str:
     return f"killed by {name}{why}"
 
 
-def work(config: Config, folder: Path, home: Path) -> None:
+def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
     """What the child does. Its exit code: 0 done or someone else's, 1 failed, 75 stopped after saving."""
     os.chdir(home)
     threading.Thread(target=stop_with_parent, daemon=True).start()
@@ -101,7 +103,12 @@ def work(config: Config, folder: Path, home: Path) -> None:
     except Timeout:
         print(f"[{folder.name}] another command is running this job", flush=True)
         return
-    with lock, (folder / "output.log").open("a", encoding="utf-8") as log, written_to(log, f"[{folder.name}] "):
+    with (
+        lock,
+        share_of_machine(at_once),
+        (folder / "output.log").open("a", encoding="utf-8") as log,
+        written_to(log, f"[{folder.name}] "),
+    ):
         if state(folder) in ENDED:
             return
         hush()

@@ -13,16 +13,17 @@ from smolvlm_exp.sweep.outcome import outcome
 from smolvlm_exp.sweep.record import recorded_keys
 
 
-def take_turn(config: Config, folder: Path, home: Path) -> float | None:
+def take_turn(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
     """Run the job of `folder` apart, say how it went, and clear what is not to be kept; returns its metric.
 
     Args:
         home: where the sweep's command was typed.
+        at_once: jobs at once on this machine; -1: one a core.
     """
     number = int(folder.name)
     jobs = {row.job.number: row.job for row in outcome(folder.parent, config.metric).rows}
     print(f"[{number}] {label(jobs[number], recorded_keys(folder.parent))}", flush=True)
-    run_apart(config, folder, home)
+    run_apart(config, folder, home, at_once)
     found = outcome(folder.parent, config.metric)
     row = next(row for row in found.rows if row.job.number == number)
     print(f"[{number}] {row.status}{f': {row.reason}' if row.reason else ''}{ahead(folder.parent)}", flush=True)
