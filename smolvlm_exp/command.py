@@ -53,11 +53,6 @@ def check_command(args: Any) -> list[Config]:
     try:
         with search_path(folder, args.config_dir):
             overrides = parsed(args.overrides)
-            asked = combinations
-            if args.multirun:
-                sweeper = sweeper_of(name, overrides)
-                overrides = [*parsed([f"{key}={value}" for key, value in (sweeper.params or {}).items()]), *overrides]
-                asked = combinations if "n_trials" not in sweeper else samples
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
@@ -65,7 +60,7 @@ def check_command(args: Any) -> list[Config]:
             for override in groups:
                 check_option(override)
             check_keys(name, groups, [o for o in overrides if not is_group(o)])
-            return [parse(compose(name, overrides=job)) for job in asked(overrides)]
+            return [parse(compose(name, overrides=job)) for job in jobs(name, overrides, args.multirun)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
 
@@ -128,10 +123,28 @@ def explain(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def sweeper_of(name: str, overrides: list[Override]) -> DictConfig:
-    """hydra.sweeper: its `params` are what an experiment sweeps by itself."""
+def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]]:
+    """The override lists of a command's jobs; for a search, lists in which each value comes once.
+
+    Raises:
+        RequestError: an experiment that is a sweep is asked for as one run, or an interval of a grid.
+    """
     plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    return compose(name, overrides=plain, return_hydra_config=True).hydra.sweeper
+    sweeper = compose(name, overrides=plain, return_hydra_config=True).hydra.sweeper
+    own = parsed([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+    given = {o.key_or_group for o in overrides}
+    if not multirun:
+        lacking = [o.key_or_group for o in own if o.key_or_group not in given]
+        if lacking:
+            raise RequestError(f"this experiment is a sweep over {', '.join(lacking)}: add -m, or give each one value.")
+        return [plain]
+    both = [*own, *overrides]
+    if "n_trials" in sweeper:
+        return samples(both)
+    interval = next((o for o in both if isinstance(o.value(), IntervalSweep)), None)
+    if interval:
+        raise RequestError(f"{interval.input_line}: a grid takes values; intervals are for hydra/sweeper=search.")
+    return combinations(both)
 
 
 def parsed(overrides: list[str]) -> list[Override]:

@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -44,17 +45,27 @@ class Stop:
         print("\nstopping the sweep: what runs saves first; once more to leave at once", file=sys.stderr, flush=True)
 
 
-def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: Stop) -> None:
-    """Run jobs into their folders. Hydra's basic launcher gets one at a time, so that a stop comes between two."""
+def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: Stop) -> bool:
+    """Run jobs into their folders. Hydra's basic launcher gets one at a time, so that a stop comes between two.
+
+    Returns:
+        Whether the launcher did its part; what became of the jobs is in their folders.
+    """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
     batches = [[job] for job in jobs] if isinstance(launcher, BasicLauncher) else [list(jobs)]
     for batch in batches:
         if stop.asked or not batch:
-            return
-        returned = launcher.launch([hydra_overrides(job, folder, stop) for job in batch], batch[0].number)
-        for job in returned:
-            _ = job.return_value  # raises what went wrong outside the jobs' own processes
+            break
+        try:
+            returned = launcher.launch([hydra_overrides(job, folder, stop) for job in batch], batch[0].number)
+            for job in returned:
+                _ = job.return_value  # raises what went wrong outside the jobs' own processes
+        except Exception as error:  # Slurm is not there, a node died: what other jobs did is told all the same
+            traceback.print_exc()
+            print(f"sweep: the launcher failed: {error}", file=sys.stderr, flush=True)
+            return False
+    return True
 
 
 def hydra_overrides(job: Job, folder: Path, stop: Stop) -> list[str]:

@@ -82,8 +82,9 @@ class Search:
         """Trials until there are as many as asked for, those of commands that are gone included."""
         with FileLock(self.folder / self.worker):
             self.announce()
-            while not stop.asked and (jobs := self.take()):
-                launch(launcher, self.folder, jobs, stop)
+            launched = True
+            while launched and not stop.asked and (jobs := self.take()):
+                launched = launch(launcher, self.folder, jobs, stop)
                 for job in jobs:
                     self.tell(job)
         (self.folder / self.worker).unlink(missing_ok=True)
