@@ -19,7 +19,7 @@ from smolvlm_exp.data.preferences import Preferences, text_of
 from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.report import Sample, write_report
-from smolvlm_exp.runs import as_typed, choices, run_name
+from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
 from smolvlm_exp.sweep.record import place_of
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
@@ -41,10 +41,8 @@ class Result:
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
         self.began = time.perf_counter()
-        group, differs = place_of(folder) or (None, {})
-        told = " ".join(f"{key}={value}" for key, value in differs.items())
-        name = " ".join(filter(None, (config.name, told))) or run_name(folder)
-        self.tracker = Tracker(config.tracker, asdict(config), folder, name, group, differs)
+        self.begun = int(last_checkpoint(Path(config.resume)).name[11:]) if config.resume else 0  # a step
+        self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
             "status": "failed",
             "seed": config.seed,
@@ -100,12 +98,13 @@ class Result:
         return {
             "steps": trainer.state.global_step,
             "seconds": seconds,
-            "pairs_per_second": trainer.state.global_step * batch / seconds,
+            "pairs_per_second": (trainer.state.global_step - self.begun) * batch / seconds,
             "memory_peak_gib": memory()["memory_peak_gib"],
             "first_loss": history[0]["loss"] if history else None,
             "last_loss": history[-1]["loss"] if history else None,
             "trainable_parameters": trainable,
             "total_parameters": total,
+            **({"resumed_at": self.begun} if self.begun else {}),  # seconds are of the steps since
         }
 
     def samples(self) -> list[Sample]:
@@ -154,6 +153,14 @@ class Result:
             highlight=False,
         )
         console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
+
+
+def tracker_of(config: Config, folder: Path) -> Tracker:
+    """A run's line to W&B, named by what tells the run from its sweep's others, or by what it sets."""
+    group, differs = place_of(folder) or (None, {})
+    told = " ".join(f"{key}={value}" for key, value in differs.items())
+    name = " ".join(filter(None, (config.name, told))) or run_name(folder)
+    return Tracker(config.tracker, asdict(config), folder, name, group, differs)
 
 
 def versions() -> dict[str, str]:

@@ -116,6 +116,7 @@ def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
         clear(folder, all_of_it=not resume)
         try:
             from smolvlm_exp.pipeline import train
+            from smolvlm_exp.result import tracker_of
             from smolvlm_exp.sweep.pruning import pruning
 
             summary = train(replace(config, resume=str(folder)) if resume else config, folder, pruning(folder))
@@ -124,6 +125,8 @@ def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
             return
         except Exception as error:
             traceback.print_exc()
+            if not summary_of(folder):  # before the run had told anyone of itself
+                tracker_of(config, folder).finish({"status": "failed"}, [], exit_code=1)
             record_failure(config, folder, f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
         except (KeyboardInterrupt, SystemExit):  # asked twice, or before there was anything to save

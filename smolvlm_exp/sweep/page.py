@@ -160,6 +160,8 @@ def jobs_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
     for row in found.rows:
         value = row.value(found.metric)
         told = "best" if row is best else "Pareto front" if row in front else row.reason
+        if (step := row.value("train.resumed_at")) is not None:
+            told = f"{told} (time since step {step:.0f})".strip()
         cells = [
             pill(row.status),
             *(shown(brief(row.job.settings.get(key, ""))) for key in found.keys),

@@ -1,5 +1,6 @@
 """Grids by the command people type: what they announce, share, survive, go on with and leave behind."""
 
+import contextlib
 import csv
 import json
 import os
@@ -36,11 +37,24 @@ def typed(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess[
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, **more)
 
 
-def begun(folder: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A sweep that runs on, alone in its process group."""
-    command = [sys.executable, "-m", "smolvlm_exp", *arguments]
-    out = (folder / "out.txt").open("w")
-    return subprocess.Popen(command, cwd=folder, stdout=out, stderr=out, text=True, start_new_session=True)
+@pytest.fixture
+def begun(tmp_path):
+    """Begins a sweep that runs on, alone in its process group; what is left of it ends with the test."""
+    running = []
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "smolvlm_exp", *arguments]
+        out = (tmp_path / "out.txt").open("w")
+        running.append(
+            subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, text=True, start_new_session=True)
+        )
+        return running[-1]
+
+    yield begin
+    for process in running:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def wait_for(condition, seconds: float = 120):
@@ -128,10 +142,20 @@ def test_wandb_reads_back_a_group_with_names_tags_and_a_table(whole):
     assert list(sweep.glob("wandb/offline-run-*/files/media/table/sweep*.table.json"))
 
 
-def header(run: Path) -> dict:
+def records(run: Path) -> list[dict]:
+    """What W&B's own command finds in an offline run."""
     read = subprocess.run([WANDB, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, timeout=60)
-    records = [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
-    return next(record for record in records if record.get("type") == "run")
+    return [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
+
+
+def header(run: Path) -> dict:
+    return next(record for record in records(run) if record.get("type") == "run")
+
+
+def exit_code(job: Path) -> int:
+    (run,) = job.glob("wandb/offline-run-*")
+    (end,) = (record["exit"] for record in records(run) if record.get("type") == "exit")
+    return end.get("exit_code", 0)
 
 
 def test_a_sweep_that_is_done_is_left_alone_and_told_again(whole):
@@ -155,14 +179,15 @@ def test_another_command_is_told_what_differs(whole):
     assert len(rows_of(sweep)) == 4
 
 
-def test_what_fails_costs_itself_alone(tmp_path):
+def test_what_fails_costs_itself_alone(begun, tmp_path):
     """One job raises, one runs out of memory, one is killed: the others are done, and each reason is told."""
     grid = ["adapter.r=2,3,1000000000000", "adapter.target=text,nothing_like_it"]
-    running = begun(tmp_path, "-m", *LONG, *grid)
+    running = begun("-m", *LONG, *grid, "tracker=wandb")
     sweep = wait_for(lambda: next(tmp_path.glob("outputs/sweeps/*/*"), None))
     wait_for(lambda: at_step(sweep, 2, 2))
     children = psutil.Process(running.pid).children(recursive=True)
-    (job,) = (child for child in children if child.ppid() != running.pid)
+    lock = str(sweep / "2" / ".lock")
+    (job,) = (child for child in children if lock in {file.path for file in child.open_files()})
     job.send_signal(signal.SIGKILL)
     assert running.wait(timeout=120) == 1
     told = {row["job"]: (row["status"], row["reason"]) for row in rows_of(sweep)}
@@ -175,6 +200,7 @@ def test_what_fails_costs_itself_alone(tmp_path):
     out = (tmp_path / "out.txt").read_text()
     assert "[2] failed: killed by SIGKILL" in out
     assert "matches no linear layer" in (sweep / "1" / "output.log").read_text()
+    assert [exit_code(sweep / job) for job in ("0", "1", "4")] == [0, 1, 1]
 
     before = (sweep / "0" / "summary.json").stat().st_mtime
     done = typed(tmp_path, "-m", "sweep=last")
@@ -184,12 +210,13 @@ def test_what_fails_costs_itself_alone(tmp_path):
     assert [step for step, _ in losses(sweep / "2")].count(1) == 1, "it went on from its checkpoint"
 
 
-def test_stopped_then_killed_it_ends_with_the_same_table(tmp_path):
+@pytest.mark.slow
+def test_stopped_then_killed_it_ends_with_the_same_table(begun, tmp_path):
     """Ctrl-C in the first job, kill -9 of everything in the second: in the end as if nothing had happened."""
     grid = ["adapter.r=2,4"]
     done = typed(tmp_path, "-m", *LONG, *grid, "hydra.sweep.dir=whole")
     assert done.returncode == 0, done.stderr
-    running = begun(tmp_path, "-m", *LONG, *grid)
+    running = begun("-m", *LONG, *grid)
     sweep = wait_for(lambda: next(tmp_path.glob("outputs/sweeps/*/*"), None))
     wait_for(lambda: at_step(sweep, 0, 2))
     running.send_signal(signal.SIGINT)
@@ -198,7 +225,7 @@ def test_stopped_then_killed_it_ends_with_the_same_table(tmp_path):
     assert f"-m sweep=outputs/sweeps/{sweep.parent.name}/{sweep.name}" in out
     assert [row["status"] for row in rows_of(sweep)] == ["stopped", "missing"]
 
-    running = begun(tmp_path, "-m", *LONG, *grid, "sweep=last")
+    running = begun("-m", *LONG, *grid, "sweep=last")
     wait_for(lambda: at_step(sweep, 1, 4))
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()

@@ -45,9 +45,8 @@ def test_a_launcher_that_cannot_launch_is_told_with_the_table(command, tmp_path)
     assert statuses(tmp_path) == ["missing", "missing"]
 
 
-@pytest.mark.parametrize(
-    ("launcher", "log"), [("parallel", None), pytest.param("submitit", ".submitit", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("launcher", "log"), [("parallel", None), ("submitit", ".submitit")])
 def test_jobs_run_at_once_on_one_machine(command, tmp_path, launcher, log):
     many = ["hydra.launcher.n_jobs=2"] if launcher == "parallel" else []
     done = command("-m", *SMALL, f"hydra/launcher={launcher}", *many)
