@@ -40,8 +40,8 @@ def job(composed: DictConfig) -> float | None:
         if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
             from smolvlm_exp.sweep.turn import take_turn
 
-            hydra_config = HydraConfig.get()
-            return take_turn(config, folder, Path(hydra_config.runtime.cwd), hydra_config.launcher.get("n_jobs", 1))
+            own = HydraConfig.get()
+            return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         hush()
         from smolvlm_exp.pipeline import train
 

@@ -120,8 +120,7 @@ def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
             from smolvlm_exp.sweep.pruning import pruning
 
             summary = train(replace(config, resume=str(folder)) if resume else config, folder, pruning(folder))
-        except Pruned as end:
-            print(f"pruned: {end}")
+        except Pruned:
             return
         except Exception as error:
             traceback.print_exc()

@@ -9,7 +9,7 @@ from smolvlm_exp.sweep.disk import tidy
 from smolvlm_exp.sweep.estimate import seconds_of
 from smolvlm_exp.sweep.isolation import run_apart
 from smolvlm_exp.sweep.jobs import label
-from smolvlm_exp.sweep.outcome import outcome
+from smolvlm_exp.sweep.outcome import Outcome, Row, outcome
 from smolvlm_exp.sweep.record import recorded_keys
 
 
@@ -20,22 +20,24 @@ def take_turn(config: Config, folder: Path, home: Path, at_once: int) -> float |
         home: where the sweep's command was typed.
         at_once: jobs at once on this machine; -1: one a core.
     """
-    number = int(folder.name)
-    jobs = {row.job.number: row.job for row in outcome(folder.parent, config.metric).rows}
-    print(f"[{number}] {label(jobs[number], recorded_keys(folder.parent))}", flush=True)
+    before = row_of(outcome(folder.parent, config.metric), folder)
+    print(f"[{folder.name}] {label(before.job, recorded_keys(folder.parent))}", flush=True)
     run_apart(config, folder, home, at_once)
     found = outcome(folder.parent, config.metric)
-    row = next(row for row in found.rows if row.job.number == number)
-    print(f"[{number}] {row.status}{f': {row.reason}' if row.reason else ''}{ahead(folder.parent)}", flush=True)
+    row = row_of(found, folder)
+    print(f"[{folder.name}] {row.status}{f': {row.reason}' if row.reason else ''}{ahead(found)}", flush=True)
     tidy(found, config.keep)
     return row.value(config.metric)
 
 
-def ahead(sweep: Path) -> str:
+def row_of(found: Outcome, folder: Path) -> Row:
+    return next(row for row in found.rows if str(row.job.number) == folder.name)
+
+
+def ahead(found: Outcome) -> str:
     """How many jobs are left, and how long they take by those that are done."""
-    found = outcome(sweep, "after.preference_accuracy")
     left = sum(row.status in ("missing", "cut", "stopped") for row in found.rows)
-    times = [seconds for row in found.rows if (seconds := seconds_of(sweep / str(row.job.number)))]
+    times = [seconds for row in found.rows if (seconds := seconds_of(found.folder / str(row.job.number)))]
     if not left:
         return ""
     about = f", about {duration(mean(times) * left)} one after the other" if times else ""
