@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
-from statistics import mean
+from statistics import median
 from typing import Any
 
 import yaml
@@ -20,7 +20,7 @@ def expected(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | None:
     """(seconds for the jobs that are left, one after the other; what that is drawn from), or None: nothing is known."""
     own = [seconds for folder in sweep.glob("*/") if (seconds := seconds_of(folder)) is not None]
     if own:
-        return mean(own) * len(left), f"the {len(own)} that are done"
+        return median(own) * len(left), f"the {len(own)} that are done"
     total, source = 0.0, None
     for config in left:
         run = next((run for run in earlier_runs() if alike(config, run)), None)

@@ -34,7 +34,7 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
     if "seed" in varied:
         varied["seed"] += "  (repetitions)"
     config = compose(sweeper, jobs[0])
-    announce(folder, f"{len(jobs)} jobs", varied, states, [compose(sweeper, job) for job in left])
+    announce(folder, f"{len(jobs)} job{'s' * (len(jobs) > 1)}", varied, states, [compose(sweeper, job) for job in left])
     with Stop(folder) as stop:
         launch(sweeper.launcher, folder, left, stop)
     found = conclude(folder, config, stop.asked)

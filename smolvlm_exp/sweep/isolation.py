@@ -43,8 +43,6 @@ def run_apart(config: Config, folder: Path, home: Path, at_once: int) -> dict[st
         home: where the command was typed, which need not be where a cluster's worker stands.
         at_once: jobs at once on this machine; -1: one a core.
     """
-    if stop_asked():
-        return summary_of(folder)
     method = "forkserver" if may_fork() else "spawn"
     multiprocessing.set_start_method(method, force=True)  # joblib's workers say `loky`, which no child of theirs knows
     multiprocessing.set_forkserver_preload(["smolvlm_exp.sweep.preload"])

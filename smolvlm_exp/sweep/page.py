@@ -159,15 +159,15 @@ def jobs_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
     rows = []
     for row in found.rows:
         value = row.value(found.metric)
-        told = "best" if row is best else "Pareto front" if row in front else row.reason
-        if (step := row.value("train.resumed_at")) is not None:
-            told = f"{told} (time since step {step:.0f})".strip()
+        step = row.value("train.resumed_at")
+        notes = ["best"] * (row is best) + ["Pareto front"] * (row in front) + [row.reason] * bool(row.reason)
+        notes += [f"time since step {step:.0f}"] if step is not None else []
         cells = [
             pill(row.status),
             *(shown(brief(row.job.settings.get(key, ""))) for key in found.keys),
             NOTHING if value is None else show(value),
             *(shown(row.value(cost)) for cost in COSTS),
-            html.escape(told),
+            html.escape(", ".join(notes)),
         ]
         number_cell = f'<a href="{row.job.number}/report.html">{row.job.number}</a>'
         rows.append(f'<tr><th scope="row">{number_cell}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')

@@ -14,10 +14,12 @@ from smolvlm_exp.runs import as_typed
 from smolvlm_exp.sweep.disk import tidy
 from smolvlm_exp.sweep.estimate import expected
 from smolvlm_exp.sweep.jobs import brief, short
-from smolvlm_exp.sweep.outcome import COSTS, Outcome, command, outcome, table, write_csv
+from smolvlm_exp.sweep.outcome import Outcome, command, outcome, table, write_csv
 from smolvlm_exp.sweep.page import Sections, write_page
 from smolvlm_exp.sweep.record import group_of
 from smolvlm_exp.tracking import track_sweep
+
+SHORT = {"train.seconds": "s", "train.memory_peak_gib": "GiB"}
 
 
 def announce(folder: Path, what: str, varied: dict[str, str], states: Sequence[str], left: Sequence[Config]) -> None:
@@ -38,7 +40,7 @@ def announce(folder: Path, what: str, varied: dict[str, str], states: Sequence[s
     if not left:
         print("expected: nothing is left to do", flush=True)
     elif told := expected(folder, left):
-        about = f"{duration(told[0])} for {len(left)} jobs one after the other"
+        about = f"{duration(told[0])} for {len(left)} job{'s' * (len(left) > 1)} one after the other"
         print(f"expected: about {about}, by {told[1]}", flush=True)
     else:
         print(
@@ -67,12 +69,14 @@ def conclude(folder: Path, config: Config, stopped: bool, sections: Sections = (
 
 def show(found: Outcome) -> None:
     """The table on the terminal: a line a job."""
-    names, metrics = short(found.keys), (found.metric, *COSTS)
-    shown = Table("job", *names.values(), *(words(metric.split(".")[1]) for metric in metrics), "", title=None)
+    heads = {found.metric: words(found.metric.split(".")[1])} | SHORT
+    shown = Table("job", *short(found.keys).values(), *heads.values(), "", title=None)
+    for column in shown.columns:
+        column.overflow = "fold"
     best = found.best
     for row in found.rows:
-        values = [row.value(metric) for metric in metrics]
+        values = [row.value(metric) for metric in heads]
         state = "best" if row is best else "" if row.status == "done" else " ".join((row.status, row.reason)).strip()
-        cells = ["" if value is None else f"{value:.3f}" for value in values]
+        cells = ["" if value is None else f"{value:.3g}" for value in values]
         shown.add_row(str(row.job.number), *(brief(row.job.settings.get(key, "")) for key in found.keys), *cells, state)
     Console().print(shown)
