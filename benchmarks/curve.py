@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.setting import compose, device_name, empty_cache
-from smolvlm_exp.main import hush
+from smolvlm_exp.quiet import hush
 
 COMMON = (
     "model.dtype=bfloat16", "trainer.loss_type=[sigmoid]", "trainer.loss_weights=null", "trainer.logging_steps=1",

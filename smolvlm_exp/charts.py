@@ -132,6 +132,63 @@ def line_chart(
     )
 
 
+def scatter_chart(
+    points: Sequence[tuple[float, float, str, bool]],
+    title: str,
+    *,
+    x_label: str,
+    show: Callable[[float], str] = number,
+) -> str:
+    """One figure with a point a run; hovering tells which. Returns "" where there is nothing to draw.
+
+    Args:
+        points: (x, y, what it is, whether it is filled), all finite.
+        show: writes a y value.
+    """
+    if not points:
+        return ""
+    xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
+    x_ticks, y_ticks = (ticks(*_spread(min(values), max(values), zero=False)) for values in (xs, ys))
+
+    def px(x: float) -> float:
+        return LEFT + 6 + (x - x_ticks[0]) / (x_ticks[-1] - x_ticks[0]) * (WIDTH - LEFT - RIGHT - 12)
+
+    def py(y: float) -> float:
+        return TOP + (1 - (y - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])) * (HEIGHT - TOP - BOTTOM)
+
+    dots = "".join(
+        f'<circle class="{"dot s0" if filled else "line s5"}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="4.4">'
+        f"<title>{html.escape(f'{name}: {show(y)} at {number(x)}')}</title></circle>"
+        for x, y, name, filled in sorted(points, key=lambda point: point[3])  # the filled ones on top
+    )
+    label = html.escape(f"{title}: {len(points)} runs, from {show(min(ys))} to {show(max(ys))}")
+    return (
+        f'<figure class="chart"><figcaption><span class="title">{html.escape(title)}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">'
+        f"{_axes(x_ticks, y_ticks, px, py, x_label, show)}{dots}</svg></figure>"
+    )
+
+
+def bar_chart(shares: Mapping[str, float], title: str) -> str:
+    """One figure: a bar a name, for shares of 1, the longest first."""
+    step, left = 26, 190
+    bars = []
+    for i, (name, share) in enumerate(sorted(shares.items(), key=lambda item: -item[1])):
+        y, length = TOP + i * step, share * (WIDTH - left - 60)
+        line = f'x1="{left}" x2="{left + length:.1f}" y1="{y}" y2="{y}"'
+        bars.append(
+            f'<text x="{left - 10}" y="{y + 4}" text-anchor="end">{html.escape(name)}</text>'
+            f'<line class="s0" stroke="var(--c)" stroke-width="12" {line}/>'
+            f'<text x="{left + length + 8:.1f}" y="{y + 4}">{percent(share)}</text>'
+        )
+    spoken = html.escape(f"{title}: {', '.join(f'{name} {percent(share)}' for name, share in shares.items())}")
+    return (
+        f'<figure class="chart"><figcaption><span class="title">{html.escape(title)}</span></figcaption>'
+        f'<svg viewBox="0 0 {WIDTH} {TOP + len(shares) * step}" role="img" aria-label="{spoken}">'
+        f"{''.join(bars)}</svg></figure>"
+    )
+
+
 def _drawable(points: Points) -> list[tuple[float, float]]:
     return sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
 

@@ -1,6 +1,5 @@
 """A command, read to the end before Hydra runs it: every job composed and checked, mistakes told in a line or three."""
 
-import itertools
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,13 +9,14 @@ from typing import Any, get_type_hints
 
 import yaml
 from hydra import compose, version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
@@ -52,7 +52,7 @@ def check_command(args: Any) -> list[Config]:
     name = args.config_name or "config"
     try:
         with search_path(folder, args.config_dir):
-            overrides = OverridesParser.create().parse_overrides(args.overrides)
+            overrides = parsed(args.overrides)
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
@@ -60,7 +60,7 @@ def check_command(args: Any) -> list[Config]:
             for override in groups:
                 check_option(override)
             check_keys(name, groups, [o for o in overrides if not is_group(o)])
-            return [parse(compose(name, overrides=job)) for job in jobs(overrides)]
+            return [parse(compose(name, overrides=job)) for job in jobs(name, overrides, args.multirun)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
 
@@ -115,21 +115,61 @@ def explain(error: Exception) -> str:
         return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}."
+    plugin = re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", str(error))
+    if plugin:
+        extra = {"joblib": "parallel", "submitit": "slurm", "ray": "ray"}[plugin[1]]
+        return f"hydra/launcher needs hydra-{plugin[1]}-launcher: pip install 'smolvlm-exp[{extra}]'"
     lines = [line for text in (str(error), str(error.__cause__ or "")) for line in text.strip().splitlines()[:2]]
     return "\n".join(lines)
 
 
-def jobs(overrides: list[Override]) -> list[list[str]]:
-    """The override lists of a command's jobs, in the basic sweeper's order; one list where nothing is swept."""
-    choices = []
+def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]]:
+    """The override lists of a command's jobs; for a search, lists in which each value comes once.
+
+    Raises:
+        RequestError: an experiment that is a sweep is asked for as one run, or an interval of a grid.
+    """
+    plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    sweeper = compose(name, overrides=plain, return_hydra_config=True).hydra.sweeper
+    own = parsed([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+    given = {o.key_or_group for o in overrides}
+    if not multirun:
+        lacking = [o.key_or_group for o in own if o.key_or_group not in given]
+        if lacking:
+            raise RequestError(f"this experiment is a sweep over {', '.join(lacking)}: add -m, or give each one value.")
+        return [plain]
+    both = [*own, *overrides]
+    if "n_trials" in sweeper:
+        return samples(both)
+    interval = next((o for o in both if isinstance(o.value(), IntervalSweep)), None)
+    if interval:
+        raise RequestError(f"{interval.input_line}: a grid takes values; intervals are for hydra/sweeper=search.")
+    return combinations(both)
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def combinations(overrides: list[Override]) -> list[list[str]]:
+    """The override lists of a grid's jobs, in the basic sweeper's order; one list where nothing is swept."""
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def samples(overrides: list[Override]) -> list[list[str]]:
+    """Override lists in which each value that a search may take comes once, of an interval its ends."""
+    values: dict[str, list[str]] = {}
     for override in overrides:
-        line = override.input_line or ""
-        if override.is_sweep_override():
-            key = line.split("=", 1)[0]
-            choices.append([f"{key}={value}" for value in override.sweep_string_iterator()])
+        swept: Any = override.value()
+        if isinstance(swept, IntervalSweep):
+            found = [str(swept.start), str(swept.end)]
+        elif override.is_sweep_override():
+            found = list(override.sweep_string_iterator())
         else:
-            choices.append([line])
-    return [list(job) for job in itertools.product(*choices)]
+            found = [override.get_value_element_as_str()]
+        values[override.get_key_element()] = found
+    longest = max(map(len, values.values()), default=1)
+    return [[f"{key}={found[min(i, len(found) - 1)]}" for key, found in values.items()] for i in range(longest)]
 
 
 def is_group(override: Override) -> bool:
@@ -148,7 +188,7 @@ def check_option(override: Override) -> None:
 
 def check_keys(name: str, groups: list[Override], values: list[Override]) -> None:
     """Unknown keys in the files that the command chooses, then on the command line itself."""
-    composed = compose(name, overrides=jobs(groups)[0], return_hydra_config=True)
+    composed = compose(name, overrides=combinations(groups)[0], return_hydra_config=True)
     expected = schema(composed)
     known = list(key_paths(expected))
     plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])

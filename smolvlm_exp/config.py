@@ -15,6 +15,7 @@ from smolvlm_exp.adapter import AdapterConfig
 from smolvlm_exp.data.preferences import DataConfig
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.lengths import PlanConfig
+from smolvlm_exp.metrics import GOALS
 from smolvlm_exp.model import ModelConfig, Shape
 from smolvlm_exp.quant import QuantConfig
 from smolvlm_exp.schema import one_of
@@ -45,6 +46,9 @@ class Config:
     seed: int = 0
     name: str | None = None
     resume: str | None = None
+    sweep: str | None = None
+    keep: str = one_of("best", "last", "all")
+    metric: str = one_of(*GOALS)
 
 
 def schema(composed: DictConfig) -> DictConfig:

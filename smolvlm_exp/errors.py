@@ -1,4 +1,7 @@
-"""The one error that people are meant to read."""
+"""The one error that people are meant to read, and the one end of a run that is none."""
+
+import sys
+from typing import NoReturn
 
 
 class RequestError(ValueError):
@@ -6,3 +9,12 @@ class RequestError(ValueError):
 
     `main` prints it without a traceback and exits with code 2; nothing was started.
     """
+
+
+class Pruned(Exception):
+    """A search ended this run early, in favour of better ones."""
+
+
+def refuse(error: RequestError) -> NoReturn:
+    print(f"smolvlm_exp: {error}", file=sys.stderr)
+    sys.exit(2)

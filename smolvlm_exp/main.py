@@ -2,15 +2,13 @@
 
     python -m smolvlm_exp [group=option] [group.key=value] [-m]
 
-Exit codes: 0 done; 1 failed; 2 the request was wrong and nothing was started; 75 stopped after saving, go on with
-resume=last.
+Exit codes: 0 done; 1 failed, or a job of a sweep did; 2 the request was wrong and nothing was started; 75 stopped after
+saving, go on with resume=last or, with -m, sweep=last.
 """
 
-import logging
 import sys
-import warnings
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
@@ -19,13 +17,15 @@ from omegaconf import DictConfig
 
 from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.errors import RequestError, refuse
+from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import as_typed, resume_command
+from smolvlm_exp.sweep.again import sweep_command
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(composed: DictConfig) -> float | None:
-    """One run. Returns its objective (held-out preference accuracy) for sweepers."""
+    """One run, or one job of a sweep, which returns its `metric` to the sweeper."""
     config = parse(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
@@ -37,18 +37,21 @@ def job(composed: DictConfig) -> float | None:
             from smolvlm_exp.plan import plan
 
             sys.exit(plan(config))
+        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+            from smolvlm_exp.sweep.turn import take_turn
+
+            own = HydraConfig.get()
+            return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         hush()
         from smolvlm_exp.pipeline import train
 
         summary = train(config, folder)
     except RequestError as error:
-        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
-            raise  # the other jobs go on, and Hydra reports this one
         refuse(error)
     if summary["status"] == "stopped":
         print(f"stopped after saving; go on with: python -m smolvlm_exp resume={as_typed(folder)}", file=sys.stderr)
         sys.exit(75)
-    return summary["after"].get("preference_accuracy")
+    return None
 
 
 def main() -> None:
@@ -57,7 +60,8 @@ def main() -> None:
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):
         try:
-            sys.argv[1:] = resume_command(absolute(sys.argv[1:], args), args)
+            argv = resume_command(absolute(sys.argv[1:], args), args)
+            sys.argv[1:] = sweep_command(argv, args)
             check_command(get_args_parser().parse_args())
         except RequestError as error:
             refuse(error)
@@ -69,20 +73,3 @@ def absolute(argv: list[str], args: Any) -> list[str]:
     if not args.config_path:
         return argv
     return [a.replace(args.config_path, str(Path(args.config_path).resolve())) for a in argv]
-
-
-def refuse(error: RequestError) -> NoReturn:
-    print(f"smolvlm_exp: {error}", file=sys.stderr)
-    sys.exit(2)
-
-
-def hush() -> None:
-    """Silence upstream's notes to its own developers; errors and our own lines stay."""
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
-    if not sys.stderr.isatty():
-        import datasets
-        import transformers
-
-        datasets.disable_progress_bars()
-        transformers.utils.logging.disable_progress_bar()

@@ -33,6 +33,12 @@ METRICS = {
     "mean_length": Metric("Mean answer length", "neither direction is better", share=False),
 }
 
+# What runs can be compared by: a path into summary.json -> 1 where more is better, -1 where less is.
+GOALS = {"after.preference_accuracy": 1} | {
+    f"after.{key}": metric.good for key, metric in METRICS.items() if metric.good
+}
+GOALS |= {"train.seconds": -1, "train.memory_peak_gib": -1, "train.last_loss": -1, "train.pairs_per_second": 1}
+
 
 def results(before: dict[str, Any], after: dict[str, Any], changes: dict[str, Any]) -> str:
     keys = [k for k in METRICS if k in before or k in after]

@@ -1,8 +1,9 @@
 """The whole run on one screen: model, data, adapter, before, training, after, result."""
 
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.adapter import aim, lora_config, put_on, saved_adapter
 from smolvlm_exp.config import Config
@@ -19,9 +20,15 @@ from smolvlm_exp.training.common import Parts, Run
 from smolvlm_exp.training.fit import held_to
 from smolvlm_exp.training.shared import check_features, check_request
 
+if TYPE_CHECKING:
+    from transformers import TrainerCallback
 
-def train(config: Config, folder: Path) -> dict[str, Any]:
+
+def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = ()) -> dict[str, Any]:
     """Tune as `config` says and write everything into `folder`; returns what summary.json holds.
+
+    Args:
+        watchers: callbacks beside the run's own.
 
     Raises:
         RequestError: something was asked for that cannot be done here; nothing was trained.
@@ -49,7 +56,7 @@ def train(config: Config, folder: Path) -> dict[str, Any]:
         held_out = preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
         result.before = evaluate(model, processor, *held_out)
 
-        callbacks = [MetricsCallback(folder, result.tracker), stop]
+        callbacks = [MetricsCallback(folder, result.tracker), stop, *watchers]
         parts = Parts(model, processor, peft_config, preferences, callbacks, folder)
         trainer = algorithm.build_trainer(config.trainer, arguments, parts)
         watch = Watch(trainer.model)

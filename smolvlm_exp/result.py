@@ -17,11 +17,13 @@ from smolvlm_exp.adapter import is_pissa, save_tuned
 from smolvlm_exp.checks import Check
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences, text_of
+from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.evaluation.statistics import Change
 from smolvlm_exp.report import Sample, write_report
-from smolvlm_exp.runs import as_typed, choices, run_name, sweep_of
+from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
+from smolvlm_exp.sweep.record import place_of
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
 
@@ -42,8 +44,8 @@ class Result:
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
         self.began = time.perf_counter()
-        name = config.name or run_name(folder)
-        self.tracker = Tracker(config.tracker, asdict(config), folder, name, group=sweep_of(folder))
+        self.begun = int(last_checkpoint(Path(config.resume)).name[11:]) if config.resume else 0  # a step
+        self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
             "status": "failed",
             "seed": config.seed,
@@ -61,9 +63,11 @@ class Result:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            self.summary["reason"] = f"{type(error).__name__}: {error}"
+            pruned = isinstance(error, Pruned)
+            self.summary["status"] = "pruned" if pruned else "failed"
+            self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
             self.write()
-            self.tracker.finish(self.summary, [], exit_code=1)
+            self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
 
     def save(self, trainer: Any, stopped: bool) -> None:
         """Write everything down; a stopped run leaves out what only a whole one has."""
@@ -78,6 +82,7 @@ class Result:
             "changes": {name: asdict(change) for name, change in self.changes().items()},
             "train": self.speed(trainer),
             "checks": [asdict(check) for check in self.checks],
+            "seconds": time.perf_counter() - self.began,
         }
         samples = self.samples() if self.after else []
         self.write()
@@ -114,12 +119,13 @@ class Result:
         return {
             "steps": trainer.state.global_step,
             "seconds": seconds,
-            "pairs_per_second": trainer.state.global_step * batch / seconds,
+            "pairs_per_second": (trainer.state.global_step - self.begun) * batch / seconds,
             "memory_peak_gib": memory()["memory_peak_gib"],
             "first_loss": history[0]["loss"] if history else None,
             "last_loss": history[-1]["loss"] if history else None,
             "trainable_parameters": trainable,
             "total_parameters": total,
+            **({"resumed_at": self.begun} if self.begun else {}),  # seconds are of the steps since
         }
 
     def samples(self) -> list[Sample]:
@@ -174,6 +180,14 @@ class Result:
 def in_words(change: Change) -> tuple[str, str, str]:
     p = f"{change.p:.3f}" if change.p >= 0.001 else "<0.001"
     return f"{change.difference:+.3f}", f"{change.low:+.3f} to {change.high:+.3f}", p
+
+
+def tracker_of(config: Config, folder: Path) -> Tracker:
+    """A run's line to W&B, named by what tells the run from its sweep's others, or by what it sets."""
+    group, differs = place_of(folder) or (None, {})
+    told = " ".join(f"{key}={value}" for key, value in differs.items())
+    name = " ".join(filter(None, (config.name, told))) or run_name(folder)
+    return Tracker(config.tracker, asdict(config), folder, name, group, differs)
 
 
 def versions() -> dict[str, str]:

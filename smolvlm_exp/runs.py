@@ -33,10 +33,16 @@ def last_checkpoint(folder: Path) -> Path:
     Raises:
         RequestError: it has none.
     """
-    found = [path for path in (folder / "checkpoints").glob("checkpoint-*") if path.name[11:].isdigit()]
+    found = checkpoints(folder)
     if not found:
         raise RequestError(f"resume={folder}: it has saved no checkpoint yet, so there is nothing to go on from.")
-    return max(found, key=lambda path: int(path.name[11:]))
+    return found[-1]
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """A run's whole checkpoints, the newest last. What the Trainer writes last tells a whole one from a kill's rest."""
+    found = [path.parent for path in (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
+    return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
 
 
 def resume_command(argv: list[str], args: Any) -> list[str]:
@@ -85,9 +91,3 @@ def run_name(folder: Path) -> str:
     overrides = (yaml.safe_load(saved.read_text(encoding="utf-8")) or []) if saved.is_file() else []
     chosen = choices(folder)
     return " ".join(overrides) or " ".join(chosen.get(g, "") for g in ("model", "quant", "adapter", "trainer"))
-
-
-def sweep_of(folder: Path) -> str | None:
-    """The sweep a run belongs to, as `sweep 2026-01-31 12-00-00`."""
-    in_sweep = (folder.parent / "multirun.yaml").is_file()
-    return f"sweep {folder.parent.parent.name} {folder.parent.name}" if in_sweep else None

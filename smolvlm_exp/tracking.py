@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.schema import one_of
+from smolvlm_exp.sweep.jobs import typed
 
 if TYPE_CHECKING:
+    from wandb import Run
+
     from smolvlm_exp.report import Sample
 
 
@@ -24,30 +27,29 @@ class Tracker:
     """One run's line to W&B; with `type=none` it does nothing."""
 
     def __init__(
-        self, config: TrackerConfig, settings: dict[str, Any], folder: Path, name: str, group: str | None = None
+        self,
+        config: TrackerConfig,
+        settings: dict[str, Any],
+        folder: Path,
+        name: str,
+        group: str | None = None,
+        differs: dict[str, str] | None = None,
     ) -> None:
+        """
+        Args:
+            settings: the whole configuration.
+            group: the sweep's name.
+            differs: what tells this run from the sweep's others; it becomes tags, and flat numbers in W&B's config.
+        """
         self.run = None
         if config.type == "none":
             return
-        import wandb
-
-        mode = "online" if has_account() else "offline"
-        self.run = wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=name,
-            group=group,
-            job_type="train",
-            tags=config.tags,
-            config=settings,
-            dir=folder,
-            mode=mode,  # type: ignore[arg-type]
-            reinit="finish_previous",
-            settings=wandb.Settings(silent=True, show_warnings=False),
-        )
-        kept = as_typed(Path(self.run.dir).parent)
-        hint = "" if mode == "online" else f"; to upload it: wandb login && wandb sync {kept}"
-        print(f"wandb: {mode}{hint}")
+        differs = differs or {}
+        flat = {key: typed(value) for key, value in differs.items()}
+        tags = [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())]  # W&B's limit
+        self.run = start(config, folder, name, group, "train", tags, settings | flat)
+        if group is None:
+            print(uploading(Path(self.run.dir).parent))
 
     def log(self, values: dict[str, Any], step: int) -> None:
         if self.run:
@@ -70,6 +72,58 @@ class Tracker:
             ]  # fmt: skip
             self.run.log({"answers": wandb.Table(columns=columns, data=rows)})
         self.run.finish(exit_code=exit_code)
+
+
+def start(
+    config: TrackerConfig,
+    folder: Path,
+    name: str,
+    group: str | None,
+    job_type: str,
+    tags: list[str],
+    settings: dict[str, Any],
+) -> "Run":
+    import wandb
+
+    return wandb.init(
+        project=config.project,
+        entity=config.entity,
+        name=name,
+        group=group,
+        job_type=job_type,
+        tags=tags,
+        config=settings,
+        dir=folder,
+        mode="online" if has_account() else "offline",
+        reinit="finish_previous",
+        settings=wandb.Settings(silent=True, show_warnings=False),
+    )
+
+
+def uploading(*folders: Path) -> str:
+    """Whether runs went online, and else how to upload these folders (or patterns for them)."""
+    if has_account():
+        return "wandb: online"
+    return f"wandb: offline; to upload it: wandb login && wandb sync {' '.join(str(as_typed(f)) for f in folders)}"
+
+
+def track_sweep(config: TrackerConfig, folder: Path, group: str, rows: list[dict[str, Any]]) -> None:
+    """The whole sweep as one more run of its group: the table, and an artifact with sweep.csv and sweep.html."""
+    if config.type == "none":
+        return
+    import wandb
+
+    run = start(config, folder, "table", group, "sweep", config.tags, {})
+    values: list[list[Any]] = [list(row.values()) for row in rows]
+    run.log({"sweep": wandb.Table(columns=list(rows[0]), data=values, allow_mixed_types=True)})
+    artifact = wandb.Artifact(group.replace(" ", "-"), type="sweep")
+    for name in ("sweep.csv", "sweep.html"):
+        artifact.add_file(str(folder / name))
+    run.log_artifact(artifact)
+    statuses = [row["status"] for row in rows]
+    run.summary.update({status: statuses.count(status) for status in statuses})
+    run.finish()
+    print(uploading(folder / "wandb" / "offline-run-*", folder / "*" / "wandb" / "offline-run-*"))
 
 
 def has_account() -> bool:

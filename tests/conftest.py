@@ -27,10 +27,10 @@ QUICK = (
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
 
 
-def compose(*overrides: str) -> Config:
-    """The configuration a command with these overrides would run."""
+def compose(*overrides: str, multirun: bool = False) -> Config:
+    """The configuration a command with these overrides would run; of many, the first."""
     args = SimpleNamespace(
-        overrides=list(overrides), multirun=False, config_path=None, config_name=None, config_dir=None
+        overrides=list(overrides), multirun=multirun, config_path=None, config_name=None, config_dir=None
     )
     return check_command(args)[0]
 

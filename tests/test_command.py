@@ -34,6 +34,15 @@ MISTAKES = {
     ("-m", "adapter.r=4,x"): ("adapter.r", "could not be converted to Integer"),
     ("-m", "adapter=lora,dorra"): ("adapter=dorra", "Did you mean dora?"),
     ("resume=last",): ("resume=last", "no run under outputs/"),
+    ("sweep=last",): ("sweep=...", "add -m"),
+    ("-m", "sweep=last"): ("sweep=last", "no sweep under outputs/"),
+    ("-m", "sweep=nowhere"): ("sweep=nowhere", "no sweep.json"),
+    ("metric=after.chair",): ("metric=after.chair", "Did you mean after.chair_s?"),
+    ("-m", "keep=none"): ("keep=none", "Known: best, last, all."),
+    ("experiment=sweep_rank_lr_ga",): ("adapter.r, trainer.learning_rate", "add -m"),
+    ("-m", "hydra/sweeper=search"): ("hydra/sweeper=search", "hydra.sweeper.params"),
+    ("-m", "experiment=search_rank_lr_beta", "hydra.sweeper.n_trails=3"): ("hydra.sweeper.n_trails", "no such setting"),
+    ("-m", "adapter.r=interval(4,8)"): ("adapter.r=interval(4,8)", "hydra/sweeper=search"),
     ("--config-path", "nowhere"): ("--config-path", "nowhere: there is no such folder"),
     ("adapter.r=",): ("adapter.r", ""),
     ("x=[",): ("x=[", ""),
@@ -152,10 +161,11 @@ def test_every_option_composes(group, option):
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_composes_and_names_its_command(experiment):
-    compose(f"experiment={experiment}")
     head = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[:2]
+    many = "-m " if experiment.startswith(("sweep", "search")) else ""
+    compose(f"experiment={experiment}", multirun=bool(many))
     assert head[0] == "# @package _global_"
-    assert head[1].startswith(f"# python -m smolvlm_exp experiment={experiment}")
+    assert head[1].startswith(f"# python -m smolvlm_exp {many}experiment={experiment}")
 
 
 def test_the_recipe_is_the_published_one():

@@ -1,0 +1,17 @@
+"""Upstream's notes to its own developers, silenced; errors and our own lines stay."""
+
+import logging
+import sys
+import warnings
+
+
+def hush() -> None:
+    """Silence upstream's notes to its own developers; errors and our own lines stay."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    if not sys.stderr.isatty():
+        import datasets
+        import transformers
+
+        datasets.disable_progress_bars()
+        transformers.utils.logging.disable_progress_bar()

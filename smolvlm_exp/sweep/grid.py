@@ -1,0 +1,53 @@
+"""Every combination of the values given: announced, run where it is missing, told in a table."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from smolvlm_exp.command import combinations, parsed
+from smolvlm_exp.config import Config, parse
+from smolvlm_exp.sweep.isolation import STOPPED
+from smolvlm_exp.sweep.jobs import Job, differing
+from smolvlm_exp.sweep.launch import Stop, launch
+from smolvlm_exp.sweep.record import ENDED, check_same, record, recorded, state
+from smolvlm_exp.sweep.tell import announce, conclude
+
+
+def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
+    """What the grid sweeper does with a command's overrides; returns the command's exit code.
+
+    Raises:
+        RequestError: the folder has another sweep's jobs.
+    """
+    folder = Path(sweeper.config.hydra.sweep.dir)
+    jobs = numbered(folder, combinations(parsed([*sweeper._parse_config(), *arguments])))
+    if recorded(folder):
+        check_same(folder, jobs)
+    folder.mkdir(parents=True, exist_ok=True)
+    OmegaConf.save(sweeper.config, folder / "multirun.yaml")
+    record(folder, jobs, list(differing(jobs)))
+    states = [state(folder / str(job.number)) for job in jobs]
+    left = [job for job, known in zip(jobs, states, strict=True) if known not in ENDED]
+    varied = {key: ", ".join(values) for key, values in differing(jobs).items()}
+    if "seed" in varied:
+        varied["seed"] += "  (repetitions)"
+    config = compose(sweeper, jobs[0])
+    announce(folder, f"{len(jobs)} job{'s' * (len(jobs) > 1)}", varied, states, [compose(sweeper, job) for job in left])
+    with Stop(folder) as stop:
+        launch(sweeper.launcher, folder, left, stop)
+    found = conclude(folder, config, stop.asked)
+    return STOPPED if stop.asked else int(found.failed)
+
+
+def numbered(folder: Path, lists: Sequence[Sequence[str]]) -> list[Job]:
+    """Each combination once, with the number it has in the sweep's folder already, or its place in the command."""
+    unique = {job.identity: job for job in (Job(0, tuple(overrides)) for overrides in lists)}
+    known = {job.identity: job.number for job in recorded(folder)}
+    return [Job(known.get(identity, place), job.overrides) for place, (identity, job) in enumerate(unique.items())]
+
+
+def compose(sweeper: Any, job: Job) -> Config:
+    """The configuration that a job will run."""
+    return parse(sweeper.hydra_context.config_loader.load_sweep_config(sweeper.config, list(job.overrides)))

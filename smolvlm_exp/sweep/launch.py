@@ -1,0 +1,82 @@
+"""Jobs to Hydra's launcher, whichever it is, and one way to stop them all: a file that each of them looks for."""
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.sweep.isolation import STOP
+from smolvlm_exp.sweep.jobs import Job
+
+
+class Stop:
+    """Ctrl-C and SIGTERM make a file that every job's parent looks for, on whatever machine it waits.
+
+    A job that runs saves and ends, one that has not begun does not begin. A second signal leaves at once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.file = folder / f".stop-{os.getpid()}-{time.time_ns()}"
+        self.asked, self.first = False, 0.0
+        self.previous: dict[int, Any] = {}
+
+    def __enter__(self) -> "Stop":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.previous[number] = signal.signal(number, self.ask)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+        self.file.unlink(missing_ok=True)
+
+    def ask(self, number: int, frame: Any) -> None:
+        now = time.monotonic()
+        if self.asked and now - self.first < 1:
+            return  # one request often comes twice: to the process, and to its group
+        if self.asked:
+            sys.exit(128 + number)
+        self.asked, self.first = True, now
+        self.file.touch()
+        print("\nstopping the sweep: what runs saves first; once more to leave at once", file=sys.stderr, flush=True)
+
+
+def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: Stop) -> bool:
+    """Run jobs into their folders. Hydra's basic launcher gets one at a time, so that a stop comes between two.
+
+    Returns:
+        Whether the launcher did its part; what became of the jobs is in their folders.
+    """
+    from hydra._internal.core_plugins.basic_launcher import BasicLauncher
+
+    batches = [[job] for job in jobs] if isinstance(launcher, BasicLauncher) else [list(jobs)]
+    for batch in batches:
+        if stop.asked or not batch:
+            break
+        try:
+            returned = launcher.launch([hydra_overrides(job, folder, stop) for job in batch], batch[0].number)
+            for job in returned:
+                _ = job.return_value  # raises what went wrong outside the jobs' own processes
+        except Exception as error:  # Slurm is not there, a node died: what other jobs did is told all the same
+            traceback.print_exc()
+            print(f"sweep: the launcher failed: {error}", file=sys.stderr, flush=True)
+            return False
+    return True
+
+
+def hydra_overrides(job: Job, folder: Path, stop: Stop) -> list[str]:
+    """The job's overrides, where it writes and looks; features go to the disk, where the next job finds them."""
+    own = {"hydra.sweep.dir": folder.resolve(), "hydra.sweep.subdir": job.number}
+    own[f"+hydra.job.env_set.{STOP}"] = stop.file.resolve()
+    if "trainer.cache_ram" not in job.settings:
+        own["trainer.cache_ram"] = "0MiB"
+    return [*job.overrides, *(f"{key}={quoted(str(value))}" for key, value in own.items())]
+
+
+def quoted(value: str) -> str:
+    """A value that Hydra's grammar reads as this very text."""
+    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"

@@ -1,0 +1,188 @@
+"""Optuna's trials as jobs: totals, trials left behind, two commands on one study, pruning; once by the real command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import pytest
+
+from smolvlm_exp.command import parsed
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.sweep.launch import Stop
+from smolvlm_exp.sweep.record import recorded
+from smolvlm_exp.sweep.search import Search
+from smolvlm_exp.sweep.study import Options, deserted, distribution, open_study
+from tests.conftest import QUICK, compose
+
+SPACE = ["adapter.r=choice(4,8)", "trainer.learning_rate=tag(log,interval(1e-5,1e-3))"]
+OPTIONS = {"n_trials": 6, "n_jobs": 2, "storage": None, "seed": 0, "prune": None, "n_startup_trials": 2}
+
+
+class Launcher:
+    """Pretends to run jobs: the metric is the rate's distance from 1e-4. Notes which ran."""
+
+    def __init__(self, folder: Path, status: str = "done", until: int = 100) -> None:
+        self.folder, self.status, self.until, self.ran = folder, status, until, []
+
+    def launch(self, jobs, first):
+        for overrides in jobs:
+            values = dict(override.split("=", 1) for override in overrides)
+            number = int(values["hydra.sweep.subdir"].strip("'"))
+            if len(self.ran) == self.until:
+                raise KeyboardInterrupt
+            self.ran.append(number)
+            value = -abs(float(values["trainer.learning_rate"]) - 1e-4)
+            summary = {"status": self.status, "after": {"preference_accuracy": value}}
+            (self.folder / str(number) / "summary.json").write_text(json.dumps(summary))
+        return [SimpleNamespace(return_value=None) for _ in jobs]
+
+
+def search(folder: Path, launcher: Launcher, **options) -> optuna.Study:
+    folder.mkdir(exist_ok=True)
+    chosen = Options(**{**OPTIONS, "n_warmup_steps": 0, **options})
+    study = open_study(folder, chosen, 1, SPACE)
+    space = {override.get_key_element(): override for override in parsed(SPACE)}
+    with Stop(folder) as stop:
+        Search(folder, study, chosen, space, ["tracker=none"], compose()).run(launcher, stop)
+    return study
+
+
+@pytest.mark.parametrize("database", [False, True])
+def test_it_goes_on_to_a_total(tmp_path, database):
+    storage = f"sqlite:///{tmp_path / 'study.db'}" if database else None
+    first = Launcher(tmp_path, until=3)
+    with pytest.raises(KeyboardInterrupt):
+        search(tmp_path, first, storage=storage)
+    assert first.ran == [0, 1, 2]
+    second = Launcher(tmp_path)
+    study = search(tmp_path, second, storage=storage)
+    assert second.ran == [2, 3, 4, 5], "the pair that was cut comes first"
+    assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
+    assert len({trial.params["trainer.learning_rate"] for trial in study.trials}) == 6
+    more = Launcher(tmp_path)
+    search(tmp_path, more, storage=storage, n_trials=8)
+    assert more.ran == [6, 7]
+    assert [job.number for job in recorded(tmp_path)] == list(range(8))
+
+
+def test_failed_and_pruned_trials_are_told_and_count(tmp_path):
+    study = search(tmp_path / "failed", Launcher(tmp_path / "failed", "failed"))
+    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 6
+    study = search(tmp_path / "pruned", Launcher(tmp_path / "pruned", "pruned"))
+    assert [trial.state.name for trial in study.trials] == ["PRUNED"] * 6
+
+
+def test_a_trial_of_a_living_command_is_left_to_it(tmp_path):
+    from filelock import FileLock
+
+    study = open_study(tmp_path, Options(**OPTIONS, n_warmup_steps=0), 1, SPACE)
+    trial = study.ask({"x": optuna.distributions.IntDistribution(1, 3)})
+    trial.set_user_attr("worker", ".worker-other")
+    with FileLock(tmp_path / ".worker-other"):
+        assert not deserted(tmp_path, study.trials[0])
+    assert deserted(tmp_path, study.trials[0])
+
+
+def test_another_search_in_the_folder_is_refused(tmp_path):
+    options = Options(**OPTIONS, n_warmup_steps=0)
+    open_study(tmp_path, options, 1, ["adapter.r=choice(4,8)"])
+    with pytest.raises(RequestError, match=r"adapter.r=choice\(4,16\) here, adapter.r=choice\(4,8\) there"):
+        open_study(tmp_path, options, 1, ["adapter.r=choice(4,16)"])
+
+
+def test_hydras_sweep_syntax_is_the_space():
+    kinds = [distribution(parsed([f"x={text}"])[0]) for text in ("choice(a,b)", "4,8", "range(1,9,2)", "interval(0,1)")]
+    assert kinds[0].choices == ("a", "b")
+    assert kinds[1].choices == ("4", "8")
+    assert (kinds[2].low, kinds[2].high, kinds[2].step) == (1, 7, 2)
+    assert (kinds[3].low, kinds[3].high) == (0, 1)
+    logarithmic = distribution(parsed(["x=tag(log,interval(1e-5,1e-3))"])[0])
+    assert logarithmic.log
+    assert logarithmic.low == 1e-5
+
+
+def test_without_optuna_the_command_to_get_it_is_told(monkeypatch):
+    from smolvlm_exp.sweep.study import need_optuna
+
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(RequestError, match=r"pip install 'smolvlm-exp\[search\]'"):
+        need_optuna()
+
+
+def test_a_trial_that_falls_behind_is_pruned(tmp_path):
+    """Five others reached 0.9 at step 10; 0.1 there ends a trial, 0.95 does not."""
+    from smolvlm_exp.errors import Pruned
+    from smolvlm_exp.sweep.pruning import pruning
+
+    options = {**OPTIONS, "n_warmup_steps": 0, "prune": "eval_rewards/accuracies"}
+    study = open_study(tmp_path, Options(**options), 1, SPACE)
+    for _ in range(5):
+        other = study.ask()
+        other.report(0.9, 10)
+        study.tell(other, 0.9)
+    trial = study.ask()
+    folder = tmp_path / "5"
+    folder.mkdir()
+    told = {"study": study.study_name, "trial": trial._trial_id, **options}
+    (folder / "trial.json").write_text(json.dumps(told))
+    (callback,) = pruning(folder)
+    state = SimpleNamespace(global_step=10, max_steps=20)
+    callback.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.95})
+    (folder / "trial.json").write_text(json.dumps({**told, "trial": study.ask()._trial_id}))
+    (worse,) = pruning(folder)
+    with pytest.raises(Pruned, match="at step 10 is below"):
+        worse.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.1})
+    with pytest.raises(RequestError, match="not evaluated"):
+        callback.on_evaluate(None, state, None, metrics={"eval_loss": 0.1})
+    assert pruning(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_twelve_trials_killed_after_five_and_finished_by_two_commands(tmp_path):
+    """The real command: pruning, kill -9 of everything, two commands on one study, 12 trials in all."""
+    settings = [s for s in QUICK if not s.startswith(("trainer.max", "trainer.save", "trainer.per_device_train"))]
+    few = ["data.train_rows=64", "trainer.save_steps=2", "hydra.sweeper.n_startup_trials=2"]
+    space = ["hydra.sweeper.prune=eval_rewards/margins", "hydra.sweeper.seed=3"]
+    command = [sys.executable, "-m", "smolvlm_exp", "-m", "experiment=search_rank_lr_beta", *settings, *few, *space]
+
+    def ended() -> int:
+        found = tmp_path.glob("outputs/sweeps/*/*/*/summary.json")
+        return sum(json.loads(path.read_text())["status"] in ("done", "pruned") for path in found)
+
+    out = (tmp_path / "out.txt").open("w")
+    running = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)
+    while ended() < 5 and running.poll() is None:
+        time.sleep(0.1)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait()
+    (sweep,) = tmp_path.glob("outputs/sweeps/*/*")
+    before = {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")}
+
+    two = [
+        subprocess.Popen(
+            [*command, f"sweep={sweep}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for _ in range(2)
+    ]
+    told = [process.communicate(timeout=400)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], told
+    jobs = [json.loads((sweep / str(n) / "summary.json").read_text()) for n in range(12)]
+    assert not (sweep / "12").exists()
+    states = [job["status"] for job in jobs]
+    assert set(states) == {"done", "pruned"}, states
+    assert all(path.stat().st_mtime == time for path, time in before.items()), "what was done was left alone"
+    assert all(any(f"[{n}] " in text for n in range(5, 12)) for text in told), "both worked"
+    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(sweep / "study.log")))
+    study = optuna.load_study(study_name="search", storage=storage)
+    assert [trial.state.name for trial in study.trials] == [
+        {"done": "COMPLETE", "pruned": "PRUNED"}[state] for state in states
+    ]
+    page = (sweep / "sweep.html").read_text()
+    assert "Importance of each setting" in page
+    assert "best so far" in page
