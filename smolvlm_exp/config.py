@@ -18,7 +18,7 @@ from smolvlm_exp.lengths import PlanConfig
 from smolvlm_exp.metrics import GOALS
 from smolvlm_exp.model import ModelConfig, Shape
 from smolvlm_exp.quant import QuantConfig
-from smolvlm_exp.schema import one_of
+from smolvlm_exp.schema import at_least, one_of
 from smolvlm_exp.tracking import TrackerConfig
 from smolvlm_exp.training.common import TrainerConfig
 
@@ -29,7 +29,8 @@ CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir(
 
 @dataclass
 class TaskConfig(PlanConfig):
-    name: str = one_of("train", "doctor", "plan")
+    name: str = one_of("train", "evaluate", "doctor", "plan")
+    temperature: float = at_least(0, 0.0)  # of answers that task=evaluate generates; 0: greedy
 
 
 @dataclass
@@ -46,6 +47,7 @@ class Config:
     seed: int = 0
     name: str | None = None
     resume: str | None = None
+    run: str | None = None
     sweep: str | None = None
     keep: str = one_of("best", "last", "all")
     metric: str = one_of(*GOALS)

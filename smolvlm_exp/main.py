@@ -19,7 +19,7 @@ from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError, refuse
 from smolvlm_exp.quiet import hush
-from smolvlm_exp.runs import as_typed, resume_command
+from smolvlm_exp.runs import as_typed, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
 
 
@@ -43,6 +43,11 @@ def job(composed: DictConfig) -> float | None:
             own = HydraConfig.get()
             return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         hush()
+        if config.task.name == "evaluate":
+            from smolvlm_exp.evaluate import evaluate
+
+            evaluate(config, folder)
+            return None
         from smolvlm_exp.pipeline import train
 
         summary = train(config, folder)
@@ -60,8 +65,10 @@ def main() -> None:
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):
         try:
-            argv = resume_command(absolute(sys.argv[1:], args), args)
-            sys.argv[1:] = sweep_command(argv, args)
+            argv = absolute(sys.argv[1:], args)
+            for completed in (resume_command, run_command, sweep_command):
+                argv = completed(argv, args)
+            sys.argv[1:] = argv
             check_command(get_args_parser().parse_args())
         except RequestError as error:
             refuse(error)

@@ -11,17 +11,16 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from smolvlm_exp.adapter import is_pissa, save_tuned
 from smolvlm_exp.checks import Check
 from smolvlm_exp.config import Config
-from smolvlm_exp.data.preferences import Preferences, text_of
+from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.errors import Pruned
-from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
+from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.read_back import read_back
-from smolvlm_exp.evaluation.statistics import Change
-from smolvlm_exp.report import Sample, write_report
+from smolvlm_exp.findings import findings, samples, show
+from smolvlm_exp.report import write_report
 from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
 from smolvlm_exp.sweep.record import place_of
 from smolvlm_exp.tracking import Tracker
@@ -76,18 +75,15 @@ class Result:
             self.checks += self.saved(trainer)
         self.summary |= {
             "status": "stopped" if stopped else "done",
-            "before": self.before.metrics,
-            "after": self.after.metrics if self.after else {},
-            "intervals": {"before": self.before.intervals(), "after": self.after.intervals() if self.after else {}},
-            "changes": {name: asdict(change) for name, change in self.changes().items()},
+            **findings(self.before, self.after),
             "train": self.speed(trainer),
             "checks": [asdict(check) for check in self.checks],
             "seconds": time.perf_counter() - self.began,
         }
-        samples = self.samples() if self.after else []
+        shown = samples(self.preferences.test, self.before.answers, self.after.answers) if self.after else []
         self.write()
-        write_report(self.folder, self.summary, asdict(self.config), samples)
-        self.tracker.finish(self.summary, samples)
+        write_report(self.folder, self.summary, asdict(self.config), shown)
+        self.tracker.finish(self.summary, shown)
         self.print()
 
     def saved(self, trainer: Any) -> list[Check]:
@@ -101,9 +97,6 @@ class Result:
         batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
         held_out = self.preferences.test, batch_size, max_length
         return [read_back(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
-
-    def changes(self) -> dict[str, Change]:
-        return self.after.changes(self.before) if self.after else {}
 
     def speed(self, trainer: Any) -> dict[str, Any]:
         """The `train` part of summary.json."""
@@ -128,45 +121,13 @@ class Result:
             **({"resumed_at": self.begun} if self.begun else {}),  # seconds are of the steps since
         }
 
-    def samples(self) -> list[Sample]:
-        """A dozen held-out rows with both answers, those whose answer changed first."""
-        assert self.after is not None
-        before, after, rows = self.before.answers, self.after.answers, self.preferences.test
-        order = sorted(range(len(after)), key=lambda i: before[i] == after[i])[:SAMPLES]
-        samples = []
-        for i, row in ((i, rows[i]) for i in order):
-            truth = row.get("truth")
-            samples.append(
-                Sample(
-                    image=row["images"][0],
-                    question=text_of(row["prompt"]),
-                    chosen=text_of(row["chosen"]),
-                    rejected=text_of(row["rejected"]),
-                    before=before[i],
-                    after=after[i],
-                    hallucinated_before=hallucinated(before[i], truth),
-                    hallucinated_after=hallucinated(after[i], truth),
-                )
-            )
-        return samples
-
     def write(self) -> None:
-        text = json.dumps(self.summary, indent=2, ensure_ascii=False)
-        (self.folder / "summary.json").write_text(text + "\n", encoding="utf-8")
+        write_summary(self.folder, self.summary)
 
     def print(self) -> None:
         """The final table, the checks, and where everything lies."""
         console = Console()
-        table = Table("held out", "before", "after", "change", "95 % interval", "p", title=None)
-        before, after, changes = self.summary["before"], self.summary["after"], self.changes()
-        for key in after or before:
-            numbers = ["" if v is None else f"{v:.3f}" for v in (before.get(key), after.get(key))]
-            table.add_row(key, *numbers, *(in_words(changes[key]) if key in changes else ()))
-        console.print(table)
-        for check in self.checks:
-            detail = f"; {check.detail}" if check.detail else ""
-            told = f"{check.verdict:>4}  {check.name}: {check.value:.2g} ({check.threshold}){detail}"
-            console.print(told, highlight=False, soft_wrap=True, markup=False)
+        show(console, self.summary, self.checks)
         train = self.summary["train"]
         console.print(
             f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "
@@ -177,9 +138,9 @@ class Result:
         console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
 
 
-def in_words(change: Change) -> tuple[str, str, str]:
-    p = f"{change.p:.3f}" if change.p >= 0.001 else "<0.001"
-    return f"{change.difference:+.3f}", f"{change.low:+.3f} to {change.high:+.3f}", p
+def write_summary(folder: Path, summary: dict[str, Any]) -> None:
+    text = json.dumps(summary, indent=2, ensure_ascii=False)
+    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
 
 def tracker_of(config: Config, folder: Path) -> Tracker:

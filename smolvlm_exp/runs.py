@@ -58,10 +58,70 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
     folder = find_run(asked)
     last_checkpoint(folder)
     given = {key_of(override) for override in args.overrides}
-    saved = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
-    kept = [override for override in saved if key_of(override) not in given]
+    kept = [override for override in overrides_of(folder) if key_of(override) not in given]
     own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
     return [*(a for a in argv if not a.startswith("resume=")), *kept, f"resume={folder}", *own]
+
+
+def run_command(argv: list[str], args: Any) -> list[str]:
+    """For `run=...` with another task than train: the run's own settings and what it tuned, the command's over them.
+
+    Raises:
+        RequestError: there is no such run, it is not at its end, or the task is to train.
+    """
+    asked = next((o.partition("=")[2] for o in args.overrides if o.startswith("run=")), "null")
+    if asked in ("", "null"):
+        return argv
+    task = next((o.partition("=")[2] for o in args.overrides if o.startswith("task=")), "train")
+    if task == "train":
+        raise RequestError(f"run={asked} is what another task works on: add task=evaluate (to go on with it, resume=).")
+    folder = finished_run(asked)
+    given = {key_of(override) for override in args.overrides} | {"task", "resume", "sweep", "run"}
+    # A group that the command chooses anew takes none of the settings that went with the run's choice.
+    kept = [o for o in overrides_of(folder) if not {key_of(o), key_of(o).partition(".")[0]} & given]
+    tuned = [f"model.adapter={folder}/adapter"]
+    if not (folder / "adapter").is_dir():
+        tuned = [f"model.id={folder}/model", "model.weights=pretrained"]
+    own = [override for override in tuned if key_of(override) not in given]
+    kept = [override for override in kept if key_of(override) not in map(key_of, own)]
+    return [*(a for a in argv if not a.startswith("run=")), *kept, *own, f"run={folder}"]
+
+
+def finished_run(name: str, root: Path = OUTPUTS) -> Path:
+    """The run folder that `name` (a path, or `last`) means, with what it tuned in it.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if name == "last":
+        saved = [path for kind in ("adapter", "model") for path in root.glob(f"*/*/{kind}")]
+        if not saved:
+            raise RequestError(f"run=last: no run under {root}/ is at its end yet.")
+        return max(saved, key=lambda path: path.stat().st_mtime).parent
+    folder = Path(name)
+    if not (folder / ".hydra").is_dir():
+        raise RequestError(f"run={name}: that is no run folder (there is no .hydra in it).")
+    if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
+        raise RequestError(f"run={name}: it is not at its end (no adapter/ in it); go on with it by resume={name}.")
+    return folder
+
+
+def overrides_of(folder: Path) -> list[str]:
+    """What a run's command set; for a replayed run, what the run set that it replays, and its own over that."""
+    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+    origin = replayed(folder)
+    if origin is None:
+        return overrides
+    own = set(map(key_of, overrides))
+    return [*(o for o in overrides_of(origin) if key_of(o) not in own), *overrides]
+
+
+def replayed(folder: Path) -> Path | None:
+    """The run whose `.hydra` a run was started from, where it was."""
+    saved = folder / ".hydra" / "hydra.yaml"
+    runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
+    origin = next((Path(s["path"]) for s in runtime["config_sources"] if s["provider"] == "main"), folder)
+    return origin.parent if origin.name == ".hydra" and origin.parent != folder else None
 
 
 def key_of(override: str) -> str:
@@ -81,8 +141,8 @@ def choices(folder: Path) -> dict[str, str]:
         return {}
     runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
     own = {group: option for group, option in runtime["choices"].items() if "/" not in group}
-    origin = next((Path(s["path"]) for s in runtime["config_sources"] if s["provider"] == "main"), folder)
-    return own or (choices(origin.parent) if origin.name == ".hydra" and origin.parent != folder else {})
+    origin = replayed(folder)
+    return own or (choices(origin) if origin else {})
 
 
 def run_name(folder: Path) -> str:

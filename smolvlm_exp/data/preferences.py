@@ -8,7 +8,7 @@ picture (evaluation/held_out.py scores answers against it).
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import import_module
@@ -53,19 +53,21 @@ class Preferences:
     ]  # a split's counts: rows, skipped, cut, image_tokens, longest; test's also_in_train
 
 
-def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Path) -> Preferences:
-    """Read, prepare and check both splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`.
+def load_preferences(
+    config: DataConfig, processor: "ProcessorMixin", folder: Path, splits: Sequence[str] = ("train", "test")
+) -> Preferences:
+    """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`.
 
     Raises:
         RequestError: a row is bad and `data.on_bad_row=error`, or no good row is left in a split.
     """
     source = import_module(f"smolvlm_exp.data.{config.source}")
-    splits, report, bad = {}, {}, []
-    for split in ("train", "test"):
+    checked, report, bad = {}, {}, []
+    for split in splits:
         rows = prepare(source.load(config, getattr(config, split)), config)
         good, report[split], problems = check(rows, processor, config)
         bad += [{"split": split, "row": index, "reason": reason} for index, reason in problems]
-        splits[split] = rows if len(good) == len(rows) else rows.select(good)
+        checked[split] = rows if len(good) == len(rows) else rows.select(good)
     if bad and config.on_bad_row == "error":
         listed = "\n".join(f"  {b['split']} row {b['row']}: {b['reason']}" for b in bad[:10])
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
@@ -76,7 +78,7 @@ def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Pa
     if bad:
         lines = "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
         (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")
-    for split, rows in splits.items():
+    for split, rows in checked.items():
         if not len(rows):
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
         counts = report[split]
@@ -84,11 +86,12 @@ def load_preferences(config: DataConfig, processor: "ProcessorMixin", folder: Pa
             f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, "
             f"longest {counts['longest']}, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
         )
-    both = overlap(splits["train"], splits["test"])
-    report["test"]["also_in_train"] = len(both)
-    if both:
-        print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
-    return Preferences(splits["train"], splits["test"], report)
+    if len(checked) > 1:
+        both = overlap(checked["train"], checked["test"])
+        report["test"]["also_in_train"] = len(both)
+        if both:
+            print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
+    return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report)
 
 
 def user(question: str, images: int = 1) -> Message:

@@ -31,7 +31,7 @@ def compare_looks(
     """
     checks = [
         at_most("held-out rows that are training rows too", data["test"]["also_in_train"], 0),
-        at_least("change of answers' log-probability, nats a token", moved(before.logps, after.logps), LEAST_MOVE),
+        looks_differ(before, after),
     ]
     checks += sight(before.metrics, after.metrics)
     chosen, rejected = falls(before.logps, after.logps)
@@ -49,6 +49,10 @@ def compare_looks(
         longer = abs(after.metrics["mean_length"] / before.metrics["mean_length"] - 1)
         checks.append(at_most("change of generated answers' length", longer, MOST_LONGER, otherwise="warn"))
     return checks
+
+
+def looks_differ(before: Evaluation, after: Evaluation) -> Check:
+    return at_least("change of answers' log-probability, nats a token", moved(before.logps, after.logps), LEAST_MOVE)
 
 
 def moved(before: Logps, after: Logps) -> float:

@@ -1,4 +1,4 @@
-"""Answers as a person would get them: batched, greedy, ending at <end_of_utterance>."""
+"""Answers as a person would get them: batched, greedy or sampled, ending at <end_of_utterance>."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,35 +16,46 @@ def generate_answers(
     rows: Sequence[dict[str, Any]],
     batch_size: int,
     max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> list[str]:
-    """The model's greedy answer to each row's prompt.
+    """The model's answer to each row's prompt.
 
     Args:
         rows: each with `images` and `prompt` (messages), as data/preferences.py has them.
+        temperature: of sampling; 0: greedy.
+        seed: of sampling; the random state is afterwards what it was.
     """
     model.eval()
+    drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     # Prompts of like length share a batch, so that little is padded; the order is put back at the end.
     order = sorted(range(len(rows)), key=lambda i: [image.size for image in rows[i]["images"]])
     answers = [""] * len(rows)
     for start in range(0, len(order), batch_size):
         batch = order[start : start + batch_size]
-        texts = [processor.apply_chat_template(rows[i]["prompt"], add_generation_prompt=True) for i in batch]
-        inputs = processor(
-            text=texts,
-            images=[rows[i]["images"] for i in batch],
-            padding=True,
-            padding_side="left",  # the answer must follow its prompt directly
-            add_special_tokens=False,
-            return_tensors="pt",
-        ).to(model.device)
-        ids = model.generate(  # type: ignore[operator]
-            **inputs,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>"),
-            pad_token_id=processor.tokenizer.pad_token_id,
-        )
+        inputs = prompts(processor, [rows[i] for i in batch]).to(model.device)
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed + start)
+            ids = model.generate(  # type: ignore[operator]
+                **inputs,
+                **drawn,
+                max_new_tokens=max_new_tokens,
+                eos_token_id=processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>"),
+                pad_token_id=processor.tokenizer.pad_token_id,
+            )
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         for i, text in zip(batch, texts, strict=True):
             answers[i] = text.strip()
     return answers
+
+
+def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
+    """What the model's `generate` reads, padded on the left: an answer must follow its prompt directly."""
+    return processor(
+        text=[processor.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows],
+        images=[row["images"] for row in rows],
+        padding=True,
+        padding_side="left",
+        add_special_tokens=False,
+        return_tensors="pt",
+    )

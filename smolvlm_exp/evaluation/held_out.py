@@ -47,12 +47,19 @@ def evaluate(
     max_length: int | None = None,
     reference: Logps | None = None,
     beta: float = 1.0,
+    temperature: float = 0.0,
+    seed: int = 0,
 ) -> Evaluation:
-    """Metrics as summary.json has them; `reference` is what the base model's evaluation found."""
+    """Metrics as summary.json has them.
+
+    Args:
+        reference: what the base model's evaluation found; beta: DPO's.
+        temperature: of generated answers, 0: greedy; seed: of theirs.
+    """
     logps = answer_logps(model, processor, rows, batch_size, max_length)
     known = "truth" in rows.column_names
     asked = rows if known else rows.select(range(min(SAMPLES, len(rows))))
-    answers = generate_answers(model, processor, list(asked), 4 * batch_size)
+    answers = generate_answers(model, processor, list(asked), 4 * batch_size, temperature=temperature, seed=seed)
     ratios = preference_metrics(logps, reference, beta)
     if known:
         ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]])

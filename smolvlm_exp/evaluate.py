@@ -1,0 +1,71 @@
+"""task=evaluate: a model on held-out rows and, where it is tuned, its base on the same rows; nothing is trained."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from smolvlm_exp.adapter import put_on, saved_adapter
+from smolvlm_exp.config import Config
+from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.evaluation.checks import looks_differ, sight
+from smolvlm_exp.evaluation.held_out import evaluate as look
+from smolvlm_exp.evaluation.speed import generation_speed
+from smolvlm_exp.findings import findings, samples, show
+from smolvlm_exp.model import load_model, load_processor, resolve_dtype
+from smolvlm_exp.quant import quantization_config
+from smolvlm_exp.report import write_report
+from smolvlm_exp.result import versions, write_summary
+from smolvlm_exp.runs import as_typed, choices
+
+
+def evaluate(config: Config, folder: Path) -> dict[str, Any]:
+    """Base and, with `model.adapter`, the tuned model; written into `folder` as a run's result is.
+
+    Returns:
+        what summary.json holds: `before` is the base.
+
+    Raises:
+        RequestError: something was asked for that cannot be done here.
+    """
+    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
+    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
+    model: Any = load_model(config.model, quantization, config.seed)
+    processor = load_processor(config.model)
+    rows = load_preferences(config.data, processor, folder, splits=("test",)).test
+    batch_size = config.trainer.per_device_eval_batch_size
+    how: dict[str, Any] = {
+        "max_length": config.data.max_length,
+        "temperature": config.task.temperature,
+        "seed": config.seed,
+    }
+
+    before = look(model, processor, rows, batch_size, **how)
+    speed = {"base": generation_speed(model, processor, rows, (1, batch_size))}
+    after, checks = None, []
+    if adapter:
+        tuned: Any = put_on(model, adapter, config.adapter.target).eval()
+        beta = getattr(config.trainer, "beta", 1.0)
+        after = look(tuned, processor, rows, batch_size, reference=before.logps, beta=beta, **how)
+        speed["tuned"] = generation_speed(tuned, processor, rows, (1, batch_size))
+        checks = [looks_differ(before, after), *sight(before.metrics, after.metrics)]
+
+    summary = {
+        "status": "done",
+        "seed": config.seed,
+        "settings": choices(folder),
+        **findings(before, after),
+        "speed": {name: [asdict(each) for each in measured] for name, measured in speed.items()},
+        "checks": [asdict(check) for check in checks],
+        "versions": versions(),
+    }
+    write_summary(folder, summary)
+    write_report(folder, summary, asdict(config), samples(rows, before.answers, (after or before).answers))
+    console = Console()
+    show(console, summary, checks)
+    for name, measured in speed.items():
+        for each in measured:
+            console.print(f"{name}: {each.in_words()}", highlight=False, soft_wrap=True)
+    console.print(f"{as_typed(folder)}/report.html", highlight=False, soft_wrap=True)
+    return summary
