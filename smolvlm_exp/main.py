@@ -19,7 +19,7 @@ from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError, refuse
 from smolvlm_exp.quiet import hush
-from smolvlm_exp.runs import as_typed, resume_command, run_command
+from smolvlm_exp.runs import any_run, as_typed, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
 
 
@@ -30,9 +30,10 @@ def job(composed: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     try:
         if config.task.name == "doctor":
+            from smolvlm_exp.advice import tell
             from smolvlm_exp.doctor import doctor
 
-            sys.exit(doctor(Path("outputs")))
+            sys.exit(tell(any_run(config.run)) if config.run else doctor(Path("outputs")))
         if config.task.name == "plan":
             from smolvlm_exp.plan import plan
 

@@ -93,7 +93,7 @@ def write_report(folder: Path, summary: dict[str, Any], config: dict[str, Any], 
     events = read_events(folder / "metrics.jsonl")
     sections = [
         ("results", "Before and after", results(*(_dict(summary, key) for key in ("before", "after", "changes")))),
-        ("checks", "Checks", _checks(summary.get("checks") or [])),
+        ("checks", "Checks", _checks(summary.get("checks") or []) + _advice(summary.get("advice") or [])),
         ("curves", "Curves", _charts(CURVES, events)),
         ("samples", "Samples", _samples(samples)),
         ("speed", "Memory and speed", _train_facts(_dict(summary, "train"))),
@@ -174,6 +174,10 @@ def _checks(checks: Iterable[Any]) -> str:
     if not rows:
         return empty("No checks were part of this run.")
     return table("checks", ["Verdict", "Check", "Value", "Threshold"], rows)
+
+
+def _advice(told: Iterable[Any]) -> str:
+    return "".join(f'<p class="advice">{html.escape(str(each))}</p>' for each in told)
 
 
 def _detail(text: Any) -> str:

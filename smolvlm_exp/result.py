@@ -3,6 +3,7 @@
 import contextlib
 import json
 import platform
+import sys
 import time
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -13,6 +14,7 @@ from typing import Any
 from rich.console import Console
 
 from smolvlm_exp.adapter import is_pissa, save_tuned
+from smolvlm_exp.advice import advise
 from smolvlm_exp.checks import Check
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences
@@ -20,7 +22,7 @@ from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.findings import findings, samples, show
-from smolvlm_exp.report import write_report
+from smolvlm_exp.report import read_events, write_report
 from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
 from smolvlm_exp.sweep.record import place_of
 from smolvlm_exp.tracking import Tracker
@@ -65,8 +67,10 @@ class Result:
             pruned = isinstance(error, Pruned)
             self.summary["status"] = "pruned" if pruned else "failed"
             self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
+            self.summary["advice"] = self.advice()
             self.write()
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
+            print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
 
     def save(self, trainer: Any, stopped: bool) -> None:
         """Write everything down; a stopped run leaves out what only a whole one has."""
@@ -80,11 +84,15 @@ class Result:
             "checks": [asdict(check) for check in self.checks],
             "seconds": time.perf_counter() - self.began,
         }
+        self.summary["advice"] = self.advice()
         shown = samples(self.preferences.test, self.before.answers, self.after.answers) if self.after else []
         self.write()
         write_report(self.folder, self.summary, asdict(self.config), shown)
         self.tracker.finish(self.summary, shown)
         self.print()
+
+    def advice(self) -> list[str]:
+        return advise(self.summary, asdict(self.config), read_events(self.folder / "metrics.jsonl"))
 
     def saved(self, trainer: Any) -> list[Check]:
         """Whether the saved adapter is the tuned one, where it can be read into the model as it is."""
@@ -116,6 +124,7 @@ class Result:
             "memory_peak_gib": memory()["memory_peak_gib"],
             "first_loss": history[0]["loss"] if history else None,
             "last_loss": history[-1]["loss"] if history else None,
+            "out_of_memory": getattr(trainer, "out_of_memory", 0),
             "trainable_parameters": trainable,
             "total_parameters": total,
             **({"resumed_at": self.begun} if self.begun else {}),  # seconds are of the steps since
@@ -128,6 +137,8 @@ class Result:
         """The final table, the checks, and where everything lies."""
         console = Console()
         show(console, self.summary, self.checks)
+        for told in self.summary["advice"]:
+            console.print(f"advice: {told}", highlight=False, soft_wrap=True, markup=False)
         train = self.summary["train"]
         console.print(
             f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "

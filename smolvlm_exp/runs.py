@@ -75,6 +75,8 @@ def run_command(argv: list[str], args: Any) -> list[str]:
     task = next((o.partition("=")[2] for o in args.overrides if o.startswith("task=")), "train")
     if task == "train":
         raise RequestError(f"run={asked} is what another task works on: add task=evaluate (to go on with it, resume=).")
+    if task == "doctor":
+        return argv
     folder = finished_run(asked)
     given = {key_of(override) for override in args.overrides} | {"task", "resume", "sweep", "run"}
     # A group that the command chooses anew takes none of the settings that went with the run's choice.
@@ -85,6 +87,22 @@ def run_command(argv: list[str], args: Any) -> list[str]:
     own = [override for override in tuned if key_of(override) not in given]
     kept = [override for override in kept if key_of(override) not in map(key_of, own)]
     return [*(a for a in argv if not a.startswith("run=")), *kept, *own, f"run={folder}"]
+
+
+def any_run(name: str, root: Path = OUTPUTS) -> Path:
+    """The run folder that `name` (a path, or `last`) means, whatever became of the run.
+
+    Raises:
+        RequestError: there is none that has come to an end, good or bad.
+    """
+    if name == "last":
+        ended = [path for pattern in ("*/*", "sweeps/*/*/*") for path in root.glob(f"{pattern}/summary.json")]
+        if not ended:
+            raise RequestError(f"run=last: no run under {root}/ has ended yet.")
+        return max(ended, key=lambda path: path.stat().st_mtime).parent
+    if not (Path(name) / "summary.json").is_file():
+        raise RequestError(f"run={name}: there is no summary.json in it: no run has ended there.")
+    return Path(name)
 
 
 def finished_run(name: str, root: Path = OUTPUTS) -> Path:

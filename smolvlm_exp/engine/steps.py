@@ -61,6 +61,7 @@ class PackedSteps(Trainer):
         self.micro_batch = micro_batch or unit
         self.eval_micro_batch = args.per_device_eval_batch_size
         self.whole = whole
+        self.out_of_memory = 0  # how often
         self.shares: dict[str, list[float]] = defaultdict(list)
         self.source: Any = None
         if whole and self.micro_batch % unit:
@@ -229,6 +230,7 @@ class PackedSteps(Trainer):
         if not smaller:
             raise RuntimeError(self.too_large(step)) from error
         self.micro_batch = smaller
+        self.out_of_memory += 1
         print(f"out of memory with {failed} pairs at a time: this step again, and all after it, with {smaller}")
 
     def too_large(self, step: Step) -> str:

@@ -1,0 +1,145 @@
+"""After a run: the signs of the usual troubles in its own figures, and which setting to change. No sign, no advice.
+
+Out of memory, unstable training, slow convergence, waiting for data, learning by heart, unlearning.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from smolvlm_exp.report import read_events
+
+Events = list[dict[str, float]]  # of metrics.jsonl
+
+ENOUGH = 5  # logged events before a course can be judged
+SPIKE = 10.0  # gradient norms over the median, losses over the one before
+LEARNT = 0.6  # reward accuracy in training that is more than chance and its noise
+WAITED = 0.2  # share of time without a batch
+RISE = 0.05  # of the held-out loss over its lowest, while the training loss falls on
+
+
+def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> list[str]:
+    """A sentence with the figures seen and one with the setting to change, for each sign that is there.
+
+    Args:
+        summary: what summary.json holds; config: the whole resolved config; events: metrics.jsonl's.
+    """
+    signs = (out_of_memory, not_finite, spikes, slow, waiting, by_heart, unlearning, blind)
+    return [told for sign in signs for told in sign(summary, config, events)]
+
+
+def tell(run: Path) -> int:
+    """The advice on a run, for `task=doctor run=...`. Returns 0."""
+    print(*of_folder(run) or [f"{run}: none of the known troubles shows."], sep="\n\n")
+    return 0
+
+
+def of_folder(folder: Path) -> list[str]:
+    """The advice on a run, from its folder alone."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    return advise(summary, config, read_events(folder / "metrics.jsonl"))
+
+
+def out_of_memory(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    again = summary.get("train", {}).get("out_of_memory", 0)
+    if again:
+        yield (
+            f"memory ran out {again} times, and steps were done again in smaller parts.\n"
+            f"trainer.memory_budget={config['trainer']['memory_budget']} was too much beside what else uses the GPU: "
+            "name a size, as 6GiB."
+        )
+    reason = str(summary.get("reason", ""))
+    if "out of memory" in reason.lower() or "OutOfMemory" in reason:
+        trainer, less = config["trainer"], []
+        if trainer.get("engine") == "stock":
+            less += ["trainer.engine=shared", "trainer.gradient_checkpointing=true"]
+        if config["quant"].get("load_in_4bit") is not True:
+            less.append("quant=nf4")
+        if config["adapter"].get("target") != "text":
+            less.append("adapter.target=text")
+        less.append(f"data.max_edge={config['data']['max_edge'] // 2} (fewer tiles a picture)")
+        yield f"memory ran out for good.\nWhat takes less, in this order: {', '.join(less)}; task=plan says how much."
+
+
+def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    broken = next((e["step"] for e in events for key in ("loss", "grad_norm") if e.get(key, 0) != e.get(key, 0)), None)
+    if broken is not None:
+        rate = config["trainer"]["learning_rate"]
+        yield f"from step {broken} on the loss or its gradient is no number.\nTry trainer.learning_rate={rate / 4:g}."
+
+
+def spikes(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    norms = [(e["grad_norm"], e["step"]) for e in events if e.get("grad_norm", float("nan")) >= 0]
+    if len(norms) < ENOUGH:
+        return
+    usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
+    if largest > SPIKE * usual > 0:
+        trainer = config["trainer"]
+        yield (
+            f"unstable: the gradient's norm reached {largest:.3g} at step {step}, where {usual:.3g} is usual.\n"
+            f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warm-up (trainer.warmup_steps=0.1), or "
+            f"trainer.learning_rate={trainer['learning_rate'] / 2:g}."
+        )
+
+
+def slow(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    accuracies = [e["rewards/accuracies"] for e in events if "rewards/accuracies" in e]
+    margins = [e["rewards/margins"] for e in events if "rewards/margins" in e]
+    late = accuracies[-ENOUGH:]
+    if len(accuracies) >= 2 * ENOUGH and sum(late) / ENOUGH < LEARNT:
+        steps, rate = events[-1]["step"], config["trainer"]["learning_rate"]
+        yield (
+            f"slow: after {steps} steps at a rate of {rate:g} the policy prefers the chosen answer in "
+            f"{sum(late) / ENOUGH:.0%} of training pairs, by a margin of {margins[-1]:.2g}.\n"
+            f"Try trainer.learning_rate={10 * rate:g}, then more epochs (trainer.num_train_epochs)."
+        )
+
+
+def waiting(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    waits = [e["data_wait"] for e in events if "data_wait" in e][1:]  # the first counts the start of the workers
+    share = sum(waits) / len(waits) if waits else 0.0
+    if share > WAITED:
+        workers = config["trainer"]["dataloader_num_workers"]
+        yield (
+            f"training waited for its batches {share:.0%} of the time.\n"
+            f"Try trainer.dataloader_num_workers={max(4, 2 * workers)}, or a larger trainer.cache_ram (it is "
+            f"{config['trainer']['cache_ram']})."
+        )
+
+
+def by_heart(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    held_out = [(e["eval_loss"], e["step"]) for e in events if "eval_loss" in e]
+    if len(held_out) >= 3 and held_out[-1][0] > (1 + RISE) * min(held_out)[0]:
+        (lowest, step), (last, _) = min(held_out), held_out[-1]
+        yield (
+            f"learning by heart: the held-out loss was lowest at step {step} ({lowest:.4g}) and is {last:.4g} now.\n"
+            f"Stop there with trainer.max_steps={int(step)}, or add rows."
+        )
+
+
+def unlearning(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    for check in summary.get("checks", []):
+        if check["verdict"] == "warn" and check["name"].startswith("fall of chosen answers"):
+            losses = config["trainer"].get("loss_type") or ["sigmoid"]
+            how = f"trainer.loss_type=[{','.join([*losses, 'sft'])}] trainer.loss_weights=[{'1,' * len(losses)}1], or "
+            how = "" if "sft" in losses else how
+            beta, rate = config["trainer"].get("beta", 0.1), config["trainer"]["learning_rate"]
+            yield (
+                f"unlearning: chosen answers lost {check['value']:.2g} nats a token.\n"
+                f"Try {how}trainer.beta={3 * beta:g}, or trainer.learning_rate={rate / 2:g}."
+            )
+
+
+def blind(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    for check in summary.get("checks", []):
+        if check["verdict"] == "warn" and check["name"] == "share of it that is left after tuning":
+            yield (
+                f"the picture does {check['value']:.0%} of what it did for the answers before tuning.\n"
+                "Prefer pairs that differ in what is seen, not in style; lower trainer.learning_rate="
+                f"{config['trainer']['learning_rate'] / 2:g}."
+            )
