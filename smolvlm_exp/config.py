@@ -29,8 +29,12 @@ CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir(
 
 @dataclass
 class TaskConfig(PlanConfig):
-    name: str = one_of("train", "evaluate", "doctor", "plan")
-    temperature: float = at_least(0, 0.0)  # of answers that task=evaluate generates; 0: greedy
+    name: str = one_of("train", "evaluate", "generate", "doctor", "plan")
+    temperature: float = at_least(0, 0.0)  # of answers that task=evaluate and task=generate give; 0: greedy
+    images: str | None = None  # task=generate: the folder that pictures lie in
+    question: str = "Describe the picture."  # asked about each of them
+    questions: str | None = None  # or a JSONL file with `image` and `question` a line
+    answers: str | None = None  # the JSONL file to write, or to complete; null: answers.jsonl in the run's folder
 
 
 @dataclass

@@ -49,6 +49,11 @@ def job(composed: DictConfig) -> float | None:
 
             evaluate(config, folder)
             return None
+        if config.task.name == "generate":
+            from smolvlm_exp.answer import answer
+
+            answer(config, folder)
+            return None
         from smolvlm_exp.pipeline import train
 
         summary = train(config, folder)

@@ -1,0 +1,138 @@
+"""task=generate: answers about pictures, base and tuned side by side, as JSONL that a second run completes."""
+
+import io
+import json
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.adapter import put_on, saved_adapter
+from smolvlm_exp.config import Config
+from smolvlm_exp.data.images import PictureError, prepare_image
+from smolvlm_exp.data.preferences import user
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.model import load_model, load_processor, resolve_dtype
+from smolvlm_exp.quant import quantization_config
+from smolvlm_exp.runs import as_typed
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+@dataclass(frozen=True)
+class Asked:
+    image: str  # as the file with the questions names it, or its path below the folder
+    question: str
+
+
+def answer(config: Config, folder: Path) -> Path:
+    """Answer all questions that the file of answers has not; a line each, on disk batch by batch.
+
+    Returns:
+        The file: {"image", "question", "answer"} a line; with `model.adapter`, "base" and "tuned" in place of "answer";
+        "problem" in their place for a picture that cannot be read.
+
+    Raises:
+        RequestError: nothing was asked, or a file or folder is not there.
+    """
+    pictures, asked = questions(config)
+    path = Path(config.task.answers) if config.task.answers else folder / "answers.jsonl"
+    left = [each for each in asked if each not in answered(path)]
+    print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {as_typed(path)}")
+    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
+    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
+    model: Any = load_model(config.model, quantization, config.seed)
+    if adapter:
+        model = put_on(model, adapter, config.adapter.target).eval()
+    models = {"base": model.disable_adapter, "tuned": nullcontext} if adapter else {"answer": nullcontext}
+    processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(left), size):
+            batch, rows = left[start : start + size], []
+            lines: list[dict[str, Any]] = [vars(each).copy() for each in batch]
+            for line in lines:
+                try:
+                    rows.append(row_of(pictures / line["image"], line["question"], config.data.max_edge))
+                except PictureError as error:
+                    line["problem"] = f"the picture {error}"
+            for name, mode in models.items():
+                with mode():
+                    found = generate_answers(
+                        model, processor, rows, size, temperature=config.task.temperature, seed=config.seed + start
+                    )
+                for line, text in zip((line for line in lines if "problem" not in line), found, strict=True):
+                    line[name] = text
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+    print(as_typed(path))
+    return path
+
+
+def questions(config: Config) -> tuple[Path, list[Asked]]:
+    """The folder that pictures count from, and what is asked, in order.
+
+    Raises:
+        RequestError: see `answer`.
+    """
+    task = config.task
+    if task.questions:
+        file = Path(task.questions)
+        if not file.is_file():
+            raise RequestError(f"task.questions={task.questions}: there is no such file.")
+        folder = Path(task.images) if task.images else file.parent
+        return folder, list(dict.fromkeys(from_lines(file)))
+    if not task.images:
+        raise RequestError(
+            "task=generate needs pictures: task.images=FOLDER, or task.questions=FILE (a line each, "
+            '{"image": "cat.jpg", "question": "What is it?"}).'
+        )
+    folder = Path(task.images)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise RequestError(f"task.images={task.images}: no picture is there ({', '.join(PICTURES)}).")
+    return folder, [Asked(str(path.relative_to(folder)), task.question) for path in found]
+
+
+def from_lines(file: Path) -> Iterator[Asked]:
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            yield Asked(str(entry["image"]), str(entry["question"]))
+        except (ValueError, KeyError, TypeError):
+            raise RequestError(
+                f'{file}, line {number}: expected {{"image": "cat.jpg", "question": "What is it?"}}.'
+            ) from None
+
+
+def answered(path: Path) -> set[Asked]:
+    """What the file of answers has; half a line at its end, as a killed run leaves it, is cut off."""
+    if not path.is_file():
+        return set()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    lines = [json.loads(line) for line in whole.splitlines()]
+    return {Asked(line["image"], line["question"]) for line in lines}
+
+
+def row_of(path: Path, question: str, max_edge: int) -> dict[str, Any]:
+    """What `generate_answers` reads.
+
+    Raises:
+        PictureError: what is wrong with the picture.
+    """
+    from PIL import Image
+
+    try:
+        data, _ = prepare_image(path.read_bytes(), max_edge)
+    except OSError as error:
+        raise PictureError(f"cannot be read: {error.strerror}") from error
+    return {"images": [Image.open(io.BytesIO(data))], "prompt": [user(question)]}

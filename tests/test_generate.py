@@ -1,0 +1,75 @@
+"""task=generate as people type it: a folder, a file of questions, a picture that is none, a second run."""
+
+import json
+import shutil
+
+import pytest
+
+from smolvlm_exp.config import PACKAGE
+
+PHOTOS = PACKAGE / "assets" / "photos"
+PLAIN = ("task=generate", "quant=none", "tracker=none", "hydra.run.dir=out")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    shutil.copy(PHOTOS / "cat.jpg", folder / "cat.jpg")
+    shutil.copy(PHOTOS / "horse.jpg", folder / "more" / "horse.jpg")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_a_folder_of_pictures(command, tmp_path, pictures):
+    done = command(*PLAIN, "task.images=pictures", "task.question=What is in this picture?")
+    assert done.returncode == 0, done.stderr
+    broken, cat, horse = lines(tmp_path / "out" / "answers.jsonl")
+    assert (broken["image"], cat["image"], horse["image"]) == ("broken.png", "cat.jpg", "more/horse.jpg")
+    assert "cannot be decoded" in broken["problem"]
+    assert cat["question"] == horse["question"] == "What is in this picture?"
+    assert cat["answer"].endswith(".")
+
+
+def test_base_and_tuned_and_a_second_run(command, tmp_path, pictures, quick):
+    from smolvlm_exp.pipeline import train
+
+    (tmp_path / "run").mkdir()
+    train(quick("quant=none", "trainer.learning_rate=2e-2"), tmp_path / "run")
+    asked = [{"image": "cat.jpg", "question": q} for q in ("What do you see?", "Is there a star in the picture?")]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    arguments = (
+        *PLAIN,
+        "model.adapter=run",
+        "task.questions=asked.jsonl",
+        "task.images=pictures",
+        "task.answers=a.jsonl",
+    )
+    done = command(*arguments)
+    assert done.returncode == 0, done.stderr
+    first = lines(tmp_path / "a.jsonl")
+    assert [{key: each[key] for key in ("image", "question")} for each in first] == asked
+    assert first[0]["base"] != first[0]["tuned"]
+    text = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text(text[0] + "\n" + text[1][:20])  # as a killed run leaves it
+    done = command(*arguments)
+    assert "2 questions, 1 of them answered" in done.stdout
+    assert lines(tmp_path / "a.jsonl") == first
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "task=generate needs pictures: task.images=FOLDER"),
+        (["task.images=nowhere"], "task.images=nowhere: no picture is there"),
+        (["task.questions=asked.jsonl"], 'asked.jsonl, line 2: expected {"image"'),
+    ],
+)
+def test_what_cannot_be_asked(command, tmp_path, arguments, message):
+    (tmp_path / "asked.jsonl").write_text('{"image": "a.jpg", "question": "b"}\n{"image": "a.jpg"}\n')
+    done = command(*PLAIN, *arguments)
+    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
