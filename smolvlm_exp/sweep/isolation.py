@@ -94,6 +94,7 @@ def ended_by(exit_code: int) -> str:
 
 def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
     """What the child does. Its exit code: 0 done or someone else's, 1 failed, 75 stopped after saving."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's is not for its jobs
     os.chdir(home)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
