@@ -17,8 +17,11 @@ def test_a_spawned_job_runs_and_tells(quick, tmp_path, monkeypatch):
     assert summary["status"] == "done"
     assert summary == json.loads((folder / "summary.json").read_text())
     assert "step 3/3" in (folder / "output.log").read_text()
-    failed = isolation.run_apart(quick("adapter.target=nothing_like_it"), tmp_path / "0" / "..", Path.cwd(), at_once=1)
+    other = tmp_path / "1"
+    other.mkdir()
+    failed = isolation.run_apart(quick("adapter.target=nothing_like_it"), other, Path.cwd(), at_once=1)
     assert failed["exit_code"] == 1
+    assert "matches no linear layer" in failed["reason"]
 
 
 @pytest.mark.parametrize(
