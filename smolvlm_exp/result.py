@@ -45,7 +45,7 @@ class Result:
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
         self.began = time.perf_counter()
-        self.begun = int(last_checkpoint(Path(config.resume)).name[11:]) if config.resume else 0  # a step
+        self.resumed_at = int(last_checkpoint(Path(config.resume)).name[11:]) if config.resume else 0  # a step
         self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
             "status": "failed",
@@ -120,14 +120,14 @@ class Result:
         return {
             "steps": trainer.state.global_step,
             "seconds": seconds,
-            "pairs_per_second": (trainer.state.global_step - self.begun) * batch / seconds,
+            "pairs_per_second": (trainer.state.global_step - self.resumed_at) * batch / seconds,
             "memory_peak_gib": memory()["memory_peak_gib"],
             "first_loss": history[0]["loss"] if history else None,
             "last_loss": history[-1]["loss"] if history else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
             "trainable_parameters": trainable,
             "total_parameters": total,
-            **({"resumed_at": self.begun} if self.begun else {}),  # seconds are of the steps since
+            **({"resumed_at": self.resumed_at} if self.resumed_at else {}),  # seconds are of the steps since
         }
 
     def write(self) -> None:

@@ -109,7 +109,7 @@ def uploading(*folders: Path) -> str:
 
 def track_sweep(config: TrackerConfig, folder: Path, group: str, rows: list[dict[str, Any]]) -> None:
     """The whole sweep as one more run of its group: the table, and an artifact with sweep.csv and sweep.html."""
-    if config.type == "none":
+    if config.type == "none" or not rows:
         return
     import wandb
 

@@ -33,7 +33,6 @@ from smolvlm_exp.sweep.share import share_of_machine
 STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
 STOPPED = 75  # exit code of a job that was stopped after saving
 PATIENCE = 30.0  # seconds for a job whose sweep was killed a moment ago to save and let go of its folder
-KEPT = (".hydra", ".lock", "output.log", "wandb", "trial.json")  # what stays when a failed job starts anew
 
 
 def run_apart(config: Config, folder: Path, home: Path, at_once: int) -> dict[str, Any]:
@@ -94,6 +93,7 @@ def ended_by(exit_code: int) -> str:
 
 def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
     """What the child does. Its exit code: 0 done or someone else's, 1 failed, 75 stopped after saving."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's is not for its jobs
     os.chdir(home)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
@@ -141,10 +141,10 @@ def stop_with_parent() -> None:
 
 
 def clear(folder: Path, all_of_it: bool) -> None:
-    """Take an earlier try's verdict away, and all that it wrote where this one starts anew."""
-    for path in folder.iterdir():
-        if path.name == "summary.json" or (all_of_it and path.name not in KEPT):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Take an earlier try's verdict away, and what it logged and saved where this one starts anew."""
+    for name in ("summary.json", *(("metrics.jsonl", "checkpoints") if all_of_it else ())):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def record_failure(config: Config, folder: Path, reason: str, exit_code: int) -> None:

@@ -51,7 +51,10 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     folder = Path(sweeper.config.hydra.sweep.dir)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
-    command = [o.input_line or "" for o in last.values() if not is_view(o.input_line or "")]
+    command = [
+        f"metric={config.metric}",
+        *(o.input_line or "" for o in last.values() if not is_view(o.input_line or "")),
+    ]
     study = open_study(folder, options, GOALS[config.metric], command)
     with Stop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)

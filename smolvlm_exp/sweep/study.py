@@ -88,7 +88,7 @@ def open_study(folder: Path, options: Options, goal: int, command: Sequence[str]
 
     Args:
         goal: 1 where more of the metric is better, -1 where less is.
-        command: the fixed overrides and the space.
+        command: the metric, the fixed overrides and the space.
 
     Raises:
         RequestError: it was begun by another command.
@@ -104,7 +104,7 @@ def open_study(folder: Path, options: Options, goal: int, command: Sequence[str]
         storage=storage, study_name=name, direction=direction, load_if_exists=True, pruner=prune
     )
     begun = study.user_attrs.get(COMMAND)
-    if begun is not None and begun != list(command):
+    if begun is not None and set(begun) != set(command):
         here, there = ", ".join(set(command) - set(begun)), ", ".join(set(begun) - set(command))
         raise RequestError(f"sweep={folder}: that search was another: {here or 'less'} here, {there or 'less'} there.")
     study.set_user_attr(COMMAND, list(command))

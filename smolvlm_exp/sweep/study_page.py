@@ -1,5 +1,6 @@
 """What a search's page shows in place of main effects: which settings matter, and how the best value came about."""
 
+import warnings
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.charts import bar_chart, line_chart
@@ -29,4 +30,6 @@ def importance(study: "Study") -> dict[str, float]:
     """Setting -> its share in what tells good trials from others; the shares add up to 1."""
     from optuna.importance import get_param_importances
 
-    return get_param_importances(study)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that trials which are all alike make all settings alike
+        return get_param_importances(study)

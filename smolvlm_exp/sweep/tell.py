@@ -3,6 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
+from textwrap import shorten
 
 from rich.console import Console
 from rich.table import Table
@@ -76,7 +77,8 @@ def show(found: Outcome) -> None:
     best = found.best
     for row in found.rows:
         values = [row.value(metric) for metric in heads]
-        state = "best" if row is best else "" if row.status == "done" else " ".join((row.status, row.reason)).strip()
+        why = f" {shorten(row.reason, 60)}" if row.status == "failed" else ""
+        state = "best" if row is best else "" if row.status == "done" else f"{row.status}{why}"
         cells = ["" if value is None else f"{value:.3g}" for value in values]
         shown.add_row(str(row.job.number), *(brief(row.job.settings.get(key, "")) for key in found.keys), *cells, state)
     Console().print(shown)
