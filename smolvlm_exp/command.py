@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -91,7 +91,8 @@ def register_schemas() -> None:
     store, root = ConfigStore.instance(), {}
     for setting in fields(Config):
         kind = get_type_hints(Config)[setting.name]
-        root[setting.name] = kind if is_dataclass(kind) else setting.default
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        root[setting.name] = kind if is_dataclass(kind) else default
     for group, folder in POLYMORPHIC.items():
         root[group] = {}
         for name in own_configs(folder):

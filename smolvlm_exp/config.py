@@ -3,7 +3,7 @@
 import difflib
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir(
 
 @dataclass
 class TaskConfig(PlanConfig):
-    name: str = one_of("train", "evaluate", "generate", "doctor", "plan")
+    name: str = one_of("train", "evaluate", "generate", "compare", "doctor", "plan")
     temperature: float = at_least(0, 0.0)  # of answers that task=evaluate and task=generate give; 0: greedy
     images: str | None = None  # task=generate: the folder that pictures lie in
     question: str = "Describe the picture."  # asked about each of them
@@ -52,6 +52,7 @@ class Config:
     name: str | None = None
     resume: str | None = None
     run: str | None = None
+    runs: list[str] = field(default_factory=list)
     sweep: str | None = None
     keep: str = one_of("best", "last", "all")
     metric: str = one_of(*GOALS)

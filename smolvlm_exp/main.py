@@ -7,6 +7,7 @@ saving, go on with resume=last or, with -m, sweep=last.
 """
 
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from smolvlm_exp.errors import RequestError, refuse
 from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import any_run, as_typed, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
+
+OTHERS = {"evaluate": "evaluate", "generate": "answer", "compare": "compare"}  # task -> module, and function in it
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -44,15 +47,9 @@ def job(composed: DictConfig) -> float | None:
             own = HydraConfig.get()
             return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         hush()
-        if config.task.name == "evaluate":
-            from smolvlm_exp.evaluate import evaluate
-
-            evaluate(config, folder)
-            return None
-        if config.task.name == "generate":
-            from smolvlm_exp.answer import answer
-
-            answer(config, folder)
+        if config.task.name in OTHERS:
+            name = OTHERS[config.task.name]
+            getattr(import_module(f"smolvlm_exp.{name}"), name)(config, folder)
             return None
         from smolvlm_exp.pipeline import train
 

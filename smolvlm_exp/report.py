@@ -187,14 +187,14 @@ def _detail(text: Any) -> str:
 def _charts(curves: Curves, events: list[dict[str, Any]]) -> str:
     drawn = []
     for title, keys, options in curves:
-        series = {name: _series(events, key) for name, key in keys.items()}
+        series = {name: points_of(events, key) for name, key in keys.items()}
         drawn.append(line_chart(series, title, **options))
     if any(drawn):
         return f'<div class="charts">{"".join(drawn)}</div>'
     return empty("No training log was written.")
 
 
-def _series(events: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+def points_of(events: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """A key's points; where a resumed run logged a step again, the later one counts."""
     at = {float(e["step"]): value for e in events if (value := real(e.get(key))) is not None}
     return list(at.items())
