@@ -1,7 +1,6 @@
 """Where jobs run: every option composes, and the same small sweep on each that this machine can have."""
 
 import csv
-import os
 import shutil
 import subprocess
 import sys
