@@ -31,6 +31,7 @@ def job(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep, which returns its `metric` to the sweeper."""
     config = parse(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
+    many = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
     try:
         if config.task.name == "doctor":
             from smolvlm_exp.advice import tell
@@ -41,7 +42,7 @@ def job(composed: DictConfig) -> float | None:
             from smolvlm_exp.plan import plan
 
             sys.exit(plan(config))
-        if HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN:
+        if many and (folder.parent / "sweep.json").is_file():  # a sweep of ours; others run their jobs right here
             from smolvlm_exp.sweep.turn import take_turn
 
             own = HydraConfig.get()
@@ -55,11 +56,14 @@ def job(composed: DictConfig) -> float | None:
 
         summary = train(config, folder)
     except RequestError as error:
+        if many:
+            raise  # the other jobs go on, and Hydra reports this one
         refuse(error)
     if summary["status"] == "stopped":
         print(f"stopped after saving; go on with: python -m smolvlm_exp resume={as_typed(folder)}", file=sys.stderr)
         sys.exit(75)
-    return None
+    part, _, key = config.metric.partition(".")
+    return summary[part].get(key)
 
 
 def main() -> None:

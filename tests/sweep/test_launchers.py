@@ -1,11 +1,10 @@
 """Where jobs run: every option composes, and the same small sweep on each that this machine can have."""
 
 import csv
-import os
 import shutil
 import subprocess
 import sys
-import time
+import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,7 +73,7 @@ def test_jobs_run_on_a_ray_that_is_there(command, tmp_path):
     ray = str(Path(sys.executable).parent / "ray")
     away = tmp_path / "away"
     away.mkdir()
-    temporary = Path("/tmp") / f"ray-{os.getpid()}-{time.time_ns()}"  # its sockets' names must be short
+    temporary = tempfile.mkdtemp(prefix="ray-")  # not tmp_path: its sockets' names must be short
     head = [
         ray,
         "start",
