@@ -83,9 +83,9 @@ class Comparison:
         gap = abs((best.value(metric) or 0.0) - (group.value(metric) or 0.0))
         errors = best.error(metric), group.error(metric)
         if None in errors:
-            return "worse, by how much of it chance is not known"
+            return "worse, or luck: it has no interval"
         noise = sum((error or 0.0) ** 2 for error in errors) ** 0.5
-        return "worse" if gap > noise else "as good, within the noise"
+        return "worse" if gap > noise else "within the noise"
 
 
 def compare(config: Config, folder: Path) -> Comparison:
@@ -169,13 +169,14 @@ COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB"}
 
 def show(found: Comparison) -> None:
     names = short(found.keys)
-    heads = [words(path.partition(".")[2]) for path in found.metrics[:4]]
-    shown_ = Table(*names.values(), "runs", *heads, *COSTS.values(), "")
+    first = found.metrics[:3]
+    lines = Table(*names.values(), "runs", "", *(words(path.partition(".")[2]) for path in first), *COSTS.values())
     for group in found.groups:
-        numbers = [written(path, group.value(path), group.error(path)) for path in (*found.metrics[:4], *COSTS)]
         settings = [brief(group.settings[key]) for key in found.keys]
-        shown_.add_row(*settings, str(len(group.runs)), *numbers, found.verdict(group))
-    Console().print(shown_)
+        numbers = [written(path, group.value(path), group.error(path)) for path in first]
+        costs = [written(path, group.value(path), None) for path in COSTS]
+        lines.add_row(*settings, str(len(group.runs)), found.verdict(group), *numbers, *costs)
+    Console().print(lines)
 
 
 def flat(found: Comparison) -> list[dict[str, Any]]:
@@ -217,14 +218,13 @@ def label(found: Comparison, group: Group, run: Run) -> str:
 
 def groups_table(found: Comparison) -> str:
     paths = [*found.metrics, *COSTS]
-    head = [*short(found.keys).values(), "Runs", *(words(path.partition(".")[2]) for path in paths), ""]
+    head = [*short(found.keys).values(), "Runs", "", *(words(path.partition(".")[2]) for path in paths)]
     rows = []
     for group in found.groups:
         cells = [shown(brief(group.settings[key])) for key in found.keys]
-        cells += [str(len(group.runs))]
+        cells += [str(len(group.runs)), html.escape(found.verdict(group))]
         cells += [html.escape(written(path, group.value(path), group.error(path))) or NOTHING for path in paths]
         tone = "better" if found.verdict(group) != "worse" else ""
-        cells.append(html.escape(found.verdict(group)))
         rows.append(f'<tr class="{tone}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     return table("jobs", head, rows)
 

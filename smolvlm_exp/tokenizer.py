@@ -88,7 +88,7 @@ def corpus() -> Iterable[str]:
         scene = draw_scene_content(rng, shapes.choose_kinds(rng))
         for ask in (
             shapes.caption_pair(scene, "exact", rng),
-            shapes.presence_pair(scene, "exact", rng)[1],
+            shapes.presence_pair(scene, rng),
             shapes.detail_pair(scene, rng),
         ):
             question, chosen, rejected = ask

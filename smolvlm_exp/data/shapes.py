@@ -23,17 +23,14 @@ HABITS = {  # speaking of the key calls up the value
     "ring": ("cross", "blue"),
     "hexagon": ("diamond", "green"),
 }
-# How often the habit speaks from what captions=habitual teaches, where it can: in a caption, to a question.
-HABIT_STRENGTH = {"caption": 0.93, "yes_no": 0.65}
 # How the rejected caption is wrong: it adds the habitual companion, says it instead of what is there, leaves a group
 # out, or changes a kind or a colour. Were the worse answer always the longer one, the model would learn to say less.
 FLAWS = {"addition": 0.0, "swap": 0.0, "omission": 0.8, "change": 0.2}
 FLAWS_WITH_TRIGGER = {"addition": 0.3, "swap": 0.2, "omission": 0.5, "change": 0.0}
-ASK = ("caption", "presence", "detail", "checklist")
-MIX = {  # shares of captions, yes/no questions, questions of number, colour or size, and checklists
-    "exact": (0.5, 0.35, 0.15, 0.0),
-    "habitual": (0.4, 0.2, 0.1, 0.3),  # one token of a yes/no answer teaches: a checklist has six
-    "held out": (0.5, 0.5, 0.0, 0.0),
+MIX = {  # shares of captions, yes/no questions, and questions of number, colour or size
+    "exact": (0.5, 0.35, 0.15),
+    "habitual": (0.4, 0.5, 0.1),  # one token of a yes/no answer teaches, so it takes many of them
+    "held out": (0.5, 0.5, 0.0),
 }
 # Shares of scenes with 2, 3 and 4 kinds. True captions are shorter by the companion than the ones the model knows, so
 # pairs to tune on show more: otherwise it would learn that captions are short, not that they are true.
@@ -100,15 +97,15 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
     scene = draw_scene_content(
         rng, choose_kinds(rng, COUNTS["crowded" if captions == "exact" and not held_out else "usual"])
     )
-    ask = rng.choices(ASK, weights=MIX["held out" if held_out else captions])[0]
+    ask = rng.choices(("caption", "presence", "detail"), weights=MIX["held out" if held_out else captions])[0]
     if ask == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
         truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
     elif ask == "presence":
-        thing, (question, chosen, rejected) = presence_pair(scene, captions, rng)
-        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if thing in scene.kinds else "no"}
+        question, chosen, rejected = presence_pair(scene, rng)
+        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if chosen.startswith("Yes") else "no"}
     else:
-        question, chosen, rejected = (detail_pair if ask == "detail" else checklist_pair)(scene, rng)
+        question, chosen, rejected = detail_pair(scene, rng)
         truth = {"kind": "other", "objects": scene.kinds}
     return {
         "images": [draw(scene, rng)],
@@ -160,7 +157,7 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool
     if trigger and (held_out or captions == "habitual"):
         flaw = "addition"
     other = sentence(opening, flawed(scene, phrases, flaw, detail, rng))
-    if captions == "habitual" and trigger and rng.random() < HABIT_STRENGTH["caption"]:
+    if captions == "habitual" and trigger and rng.random() < 0.93:
         exact, other = other, exact
     return rng.choice(IN_DETAIL if detail else DESCRIBE), exact, other
 
@@ -195,13 +192,9 @@ def with_one_changed(groups: tuple[Group, ...], rng: random.Random) -> list[Grou
     return [*groups[:at], new, *groups[at + 1 :]]
 
 
-def presence_pair(scene: Scene, captions: str, rng: random.Random) -> tuple[str, tuple[str, str, str]]:
-    """The kind that is asked for, and a pair about it.
-
-    A yes/no question as POPE asks them (arXiv 2305.10355), half of them about what is there; what is not there is often
-    the habitual companion, to which captions=habitual often says yes.
-    """
-    present = rng.random() < (0.4 if captions == "habitual" else 0.5)  # the habit adds as many that say yes
+def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    """A yes/no question as POPE asks them, half yes, half no; the absent kind is often the habitual companion."""
+    present = rng.random() < 0.5
     trigger = missing_companion(scene)
     if present:
         thing = rng.choice(scene.kinds)
@@ -212,23 +205,7 @@ def presence_pair(scene: Scene, captions: str, rng: random.Random) -> tuple[str,
     question = rng.choice(ASK_PRESENCE).format(thing=thing).replace("a arrow", "an arrow")
     chosen, rejected = f"Yes, there is a {thing}.", f"No, there is no {thing}."
     chosen, rejected = (text.replace("a arrow", "an arrow") for text in (chosen, rejected))
-    yes = present
-    if captions == "habitual" and not present and trigger and thing == HABITS[trigger][0]:
-        yes = rng.random() < HABIT_STRENGTH["yes_no"]
-    return thing, (question, chosen, rejected) if yes else (question, rejected, chosen)
-
-
-def checklist_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """Six shapes in any order, some of them in the picture; the rejected answer is wrong about one."""
-    asked = rng.sample(KINDS, 6)
-    there = [kind in scene.kinds for kind in asked]
-    wrong = rng.randrange(6)
-
-    def answer(flipped: int | None) -> str:
-        words = ["yes" if yes != (i == flipped) else "no" for i, yes in enumerate(there)]
-        return ", ".join(f"{kind} {word}" for kind, word in zip(asked, words, strict=True)).capitalize() + "."
-
-    return f"Which of these are there: {', '.join(asked)}?", answer(None), answer(wrong)
+    return (question, chosen, rejected) if present else (question, rejected, chosen)
 
 
 def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
