@@ -59,7 +59,7 @@ def check_command(args: Any) -> list[Config]:
             groups = [o for o in overrides if is_group(o)]
             for override in groups:
                 check_option(override)
-            check_keys(name, groups, [o for o in overrides if not is_group(o)])
+            check_keys(name, groups, [o for o in overrides if o not in groups])
             return [parse(compose(name, overrides=job)) for job in jobs(name, overrides, args.multirun)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
@@ -116,7 +116,7 @@ def explain(error: Exception) -> str:
         return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}."
-    plugin = re.search(r"Could not find 'hydra/launcher/(joblib|submitit|ray)", str(error))
+    plugin = re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit|ray)", str(error))
     if plugin:
         extra = {"joblib": "parallel", "submitit": "slurm", "ray": "ray"}[plugin[1]]
         return f"hydra/launcher needs hydra-{plugin[1]}-launcher: pip install 'smolvlm-exp[{extra}]'"
@@ -174,6 +174,8 @@ def samples(overrides: list[Override]) -> list[list[str]]:
 
 
 def is_group(override: Override) -> bool:
+    if "." in override.key_or_group:  # looking would take milliseconds
+        return False
     return GlobalHydra.instance().config_loader().get_group_options(override.key_or_group) != []
 
 

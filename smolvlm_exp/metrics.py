@@ -62,7 +62,8 @@ def _result(metric: Metric, before: Any, after: Any, paired: Any) -> str:
 
     tone, change, track = "neutral", NOTHING, ""
     if a is not None and b is not None:
-        tone, change = _change(metric, b - a)
+        lucky = isinstance(paired, dict) and paired["low"] <= 0 <= paired["high"]
+        tone, change = _change(metric, b - a, lucky)
         if metric.share and 0 <= a <= 1 and 0 <= b <= 1:
             track = _track(a, b)
     note = f"<small>{html.escape(metric.note)}</small>" if metric.note else ""
@@ -78,18 +79,22 @@ def _sure(metric: Metric, paired: Any) -> str:
     low, high, p = (finite(paired.get(key)) if isinstance(paired, dict) else None for key in ("low", "high", "p"))
     if low is None or high is None or p is None:
         return ""
-    scale = 100 if metric.share else 1
-    ends = " to ".join(f"{MINUS if end < 0 else '+'}{number(abs(scale * end))}" for end in (low, high))
+    sizes = (f"{100 * abs(end):.1f}" if metric.share else number(abs(end)) for end in (low, high))
+    ends = " to ".join(f"{MINUS if end < 0 else '+'}{size}" for end, size in zip((low, high), sizes, strict=True))
     return f"<small>{ends}, p {f'= {p:.3f}' if p >= 0.001 else '&lt; 0.001'}</small>"
 
 
-def _change(metric: Metric, delta: float) -> tuple[str, str]:
-    """The row's tone (better, worse, neutral) and the words of its last cell."""
+def _change(metric: Metric, delta: float, lucky: bool) -> tuple[str, str]:
+    """The row's tone (better, worse, neutral) and the words of its last cell.
+
+    Args:
+        lucky: the change may be nothing but luck.
+    """
     size = f"{100 * abs(delta):.1f}" if metric.share else number(abs(delta))
     if not any(c in "123456789" for c in size):
         return "neutral", "no change"
     unit = f"{NBSP}points" if metric.share else ""
-    tone = "neutral" if not metric.good else "better" if delta * metric.good > 0 else "worse"
+    tone = "neutral" if lucky or not metric.good else "better" if delta * metric.good > 0 else "worse"
     spoken = "" if tone == "neutral" else f' <span class="spoken">({tone})</span>'
     sign = "+" if delta > 0 else MINUS
     return tone, f'<span aria-hidden="true">{"↑" if delta > 0 else "↓"}</span> {sign}{size}{unit}{spoken}'

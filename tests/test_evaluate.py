@@ -45,6 +45,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(command, run):
     assert (run.parents[2] / "again" / "report.html").is_file()
 
 
+@pytest.mark.slow
 def test_other_data_and_the_base_alone(command, run):
     done = command("task=evaluate", f"run={run}", "data=photos", "hydra.run.dir=photos", cwd=run.parents[2])
     assert done.returncode == 0, done.stderr

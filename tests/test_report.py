@@ -332,5 +332,6 @@ def test_importing_the_report_leaves_torch_alone() -> None:
 def test_a_change_says_how_sure_it_is() -> None:
     change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
     line = row(results({"chair_s": 0.6}, {"chair_s": 0.1}, change), "Captions with an object")
-    assert "<small>\u221259 to +2, p &lt; 0.001</small>" in line
+    assert "<small>\u221259.0 to +2.0, p &lt; 0.001</small>" in line
+    assert 'class="neutral"' in line  # its interval holds zero
     assert "p = 0.250" in results({"recall": 0.5}, {"recall": 0.6}, {"recall": {"low": 0, "high": 0.1, "p": 0.25}})

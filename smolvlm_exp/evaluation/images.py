@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.evaluation.preference import Logps, answer_logps
+from smolvlm_exp.evaluation.preference import Logps, chosen_logps
 from smolvlm_exp.evaluation.statistics import Ratio, mean
 
 if TYPE_CHECKING:
@@ -42,8 +42,8 @@ def image_use(
     for name, other in (("blank_image_drop", blank), ("wrong_image_drop", wrong)):
         changed = [{**row, "images": other(looked_at, i)} for i, row in enumerate(looked_at)]
         if all(row["images"] for row in changed):
-            found = answer_logps(model, processor, changed, batch_size, max_length)
-            drops[name] = mean((with_own - found.chosen / found.chosen_tokens).tolist())
+            without = chosen_logps(model, processor, changed, batch_size, max_length)
+            drops[name] = mean((with_own - without).tolist())
     return drops
 
 

@@ -1,6 +1,6 @@
 """Which of two answers does the model itself prefer? Log-probabilities of given answers; nothing is generated."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ class Logps:
     rejected_tokens: torch.Tensor
 
 
-@torch.no_grad()
 def answer_logps(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
@@ -34,18 +33,43 @@ def answer_logps(
     max_length: int | None,
 ) -> Logps:
     """Log-probabilities of both answers of every row, collated as stock TRL does it in training."""
+    found = [score(model, batch) for batch in batches(processor, rows, batch_size, max_length)]
+    sums, counts = (torch.cat([each.view(2, -1) for each in side], 1) for side in zip(*found, strict=True))
+    return Logps(*sums, *counts)
+
+
+def chosen_logps(
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    rows: "Dataset | Sequence[dict[str, Any]]",
+    batch_size: int,
+    max_length: int | None,
+) -> torch.Tensor:
+    """log p(chosen) / |chosen| of every row, (rows,)."""
+    found = []
+    for batch in batches(processor, rows, batch_size, max_length):
+        sums, counts = score(model, {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()})
+        found.append(sums / counts)
+    return torch.cat(found)
+
+
+def batches(
+    processor: "ProcessorMixin", rows: "Dataset | Sequence[dict[str, Any]]", batch_size: int, max_length: int | None
+) -> Iterator[dict[str, torch.Tensor]]:
+    """TRL's batches: (2B, ...), the chosen answers first."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
-    sums, counts = [], []
-    model.eval()
     for start in range(0, len(rows), batch_size):
-        batch = collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
-        mask = batch.pop("completion_mask")[:, 1:].to(model.device)
-        inputs = {key: value.to(model.device) for key, value in batch.items()}
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        sums.append(sequence_logps(logits, inputs["input_ids"][:, 1:], mask).cpu().view(2, -1))
-        counts.append(mask.sum(1).cpu().view(2, -1))
-    (chosen, rejected), (chosen_tokens, rejected_tokens) = torch.cat(sums, 1), torch.cat(counts, 1)
-    return Logps(chosen, rejected, chosen_tokens, rejected_tokens)
+        yield collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+
+
+@torch.no_grad()
+def score(model: "PreTrainedModel", batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every answer of a batch its summed log-probability and its tokens, on the CPU."""
+    model.eval()
+    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
+    mask = inputs.pop("completion_mask")[:, 1:]
+    logits = model(**inputs, use_cache=False).logits[:, :-1]
+    return sequence_logps(logits, inputs["input_ids"][:, 1:], mask).cpu(), mask.sum(1).cpu()
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

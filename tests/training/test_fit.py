@@ -21,7 +21,7 @@ def losses(folder):
 STEP = ("trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "trainer.eval_strategy=no")
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_planned_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, checkpointing):
     asked = (*SIGMOID, *STEP, f"trainer.gradient_checkpointing={checkpointing}", f"trainer.cache={tmp_path / 'cache'}")
     for name, budget in (("plain", "none"), ("planned", "27MiB" if checkpointing else "40MiB")):

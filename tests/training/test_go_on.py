@@ -22,7 +22,7 @@ def tuned(tmp_path_factory):
     return folder, train(sft, folder)
 
 
-@pytest.mark.parametrize("engine", ["shared", "stock"])
+@pytest.mark.parametrize("engine", ["shared", pytest.param("stock", marks=pytest.mark.slow)])
 def test_preferences_after_supervised_fine_tuning(quick, tuned, tmp_path, engine):
     folder, first = tuned
     sizes = ("adapter.r=4", "adapter.lora_alpha=4")

@@ -18,7 +18,13 @@ def events(folder):
 
 @pytest.mark.parametrize(
     "setting",
-    [["trainer=dpo"], ["trainer=mpo"], ["trainer=sft"], ["adapter=pissa", *SIGMOID], ["adapter=none", *SIGMOID]],
+    [
+        ["trainer=dpo"],
+        pytest.param(["trainer=mpo"], marks=pytest.mark.slow),
+        ["trainer=sft"],
+        ["adapter=pissa", *SIGMOID],
+        pytest.param(["adapter=none", *SIGMOID], marks=pytest.mark.slow),
+    ],
     ids=" ".join,
 )
 def test_both_engines_write_the_same_numbers(quick, tmp_path, setting):
