@@ -64,6 +64,8 @@ class Tracker:
         for part in ("before", "after", "train"):
             for key, value in summary.get(part, {}).items():
                 self.run.summary[f"{part}/{key}"] = value
+        for check in summary["checks"]:
+            self.run.summary[f"checks/{check['name']}"] = check["verdict"]
         self.run.summary["status"] = summary["status"]
         if samples:
             columns: list[str | int] = ["image", "question", "before", "after", "chosen", "rejected"]

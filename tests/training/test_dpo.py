@@ -24,15 +24,15 @@ def verdicts(summary):
     [
         ["adapter=dora", "quant=nf4"],
         ["adapter=lora", "quant=none"],
-        ["adapter=lora", "quant=int8"],
+        pytest.param(["adapter=lora", "quant=int8"], marks=pytest.mark.slow),
         ["adapter=dora", "quant=int8"],
-        ["adapter=rslora", "quant=fp4"],
+        pytest.param(["adapter=rslora", "quant=fp4"], marks=pytest.mark.slow),
         ["adapter=pissa", "quant=none"],  # its start is taken out of the base: the reference must be a copy
         ["adapter=none", "quant=none", "trainer.learning_rate=1e-4"],
         ["adapter=dora", "adapter.target=recipe"],
-        ["adapter=dora", "adapter.target=all"],
+        pytest.param(["adapter=dora", "adapter.target=all"], marks=pytest.mark.slow),
         ["adapter=dora", "adapter.target=.*connector.*"],
-        ["adapter=lora", "+adapter.extra.bias=lora_only", "quant=none"],
+        pytest.param(["adapter=lora", "+adapter.extra.bias=lora_only", "quant=none"], marks=pytest.mark.slow),
     ],
     ids=" ".join,
 )
