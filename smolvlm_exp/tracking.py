@@ -64,7 +64,7 @@ class Tracker:
         for part in ("before", "after", "train"):
             for key, value in summary.get(part, {}).items():
                 self.run.summary[f"{part}/{key}"] = value
-        for check in summary["checks"]:
+        for check in summary.get("checks", []):
             self.run.summary[f"checks/{check['name']}"] = check["verdict"]
         self.run.summary["status"] = summary["status"]
         if samples:
