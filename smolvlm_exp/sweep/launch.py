@@ -1,7 +1,6 @@
 """Jobs to Hydra's launcher, whichever it is, and one way to stop them all: a file that each of them looks for."""
 
 import os
-import signal
 import sys
 import time
 import traceback
@@ -9,38 +8,26 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smolvlm_exp.stop import StopRequest
 from smolvlm_exp.sweep.isolation import STOP
 from smolvlm_exp.sweep.jobs import Job
 
 
-class Stop:
+class Stop(StopRequest):
     """Ctrl-C and SIGTERM make a file that every job's parent looks for, on whatever machine it waits.
 
     A job that runs saves and ends, one that has not begun does not begin. A second signal leaves at once.
     """
 
     def __init__(self, folder: Path) -> None:
+        super().__init__()
         self.file = folder / f".stop-{os.getpid()}-{time.time_ns()}"
-        self.asked, self.first = False, 0.0
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "Stop":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self.ask)
-        return self
 
     def __exit__(self, *exc: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
+        super().__exit__(*exc)
         self.file.unlink(missing_ok=True)
 
-    def ask(self, number: int, frame: Any) -> None:
-        now = time.monotonic()
-        if self.asked and now - self.first < 1:
-            return  # one request often comes twice: to the process, and to its group
-        if self.asked:
-            sys.exit(128 + number)
-        self.asked, self.first = True, now
+    def heard(self) -> None:
         self.file.touch()
         print("\nstopping the sweep: what runs saves first; once more to leave at once", file=sys.stderr, flush=True)
 

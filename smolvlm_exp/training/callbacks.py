@@ -2,8 +2,6 @@
 
 import json
 import math
-import os
-import signal
 import sys
 import time
 from pathlib import Path
@@ -12,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from smolvlm_exp.stop import StopRequest
 
 if TYPE_CHECKING:
     from smolvlm_exp.tracking import Tracker
@@ -151,32 +151,10 @@ class Progress(ProgressCallback):
             (self.training_bar.write if self.training_bar is not None else print)(line)
 
 
-class StopCallback(TrainerCallback):
+class StopCallback(StopRequest, TrainerCallback):
     """On SIGTERM or Ctrl-C: finish the step, save, stop. A second signal leaves at once."""
 
-    def __init__(self) -> None:
-        self.asked, self.first = False, 0.0
-        self.owner = os.getpid()
-        self.previous: dict[int, Any] = {}
-
-    def __enter__(self) -> "StopCallback":
-        for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self.ask)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self.previous.items():
-            signal.signal(number, handler)
-
-    def ask(self, number: int, frame: Any) -> None:
-        if os.getpid() != self.owner:
-            return  # a data worker: Ctrl-C reaches the whole group, and the trainer still wants its batches
-        now = time.monotonic()
-        if self.asked and now - self.first < 1:
-            return  # one request often comes twice: to the process, and to its group
-        if self.asked:
-            sys.exit(128 + number)
-        self.asked, self.first = True, now
+    def heard(self) -> None:
         print("\nstopping at the end of this step, after saving; once more to leave at once", file=sys.stderr)
 
     def on_step_end(
