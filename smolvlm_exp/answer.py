@@ -40,7 +40,8 @@ def answer(config: Config, folder: Path) -> Path:
     """
     pictures, asked = questions(config)
     path = Path(config.task.answers) if config.task.answers else folder / "answers.jsonl"
-    left = [each for each in asked if each not in answered(path)]
+    done = answered(path)
+    left = [each for each in asked if each not in done]
     print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {as_typed(path)}")
     adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
