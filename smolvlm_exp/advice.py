@@ -11,15 +11,16 @@ from typing import Any
 
 import yaml
 
+from smolvlm_exp.checks import FALL, SIGHT_LEFT
 from smolvlm_exp.report import read_events
 
 Events = list[dict[str, float]]  # of metrics.jsonl
 
 ENOUGH = 5  # logged events before a course can be judged
-SPIKE = 10.0  # gradient norms over the median, losses over the one before
+SPIKE = 10.0  # gradient norms over the median
 LEARNT = 0.6  # reward accuracy in training that is more than chance and its noise
 WAITED = 0.2  # share of time without a batch
-RISE = 0.05  # of the held-out loss over its lowest, while the training loss falls on
+RISE = 0.05  # of the held-out loss over its lowest
 
 
 def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> list[str]:
@@ -124,7 +125,7 @@ def by_heart(summary: dict[str, Any], config: dict[str, Any], events: Events) ->
 
 def unlearning(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     for check in summary.get("checks", []):
-        if check["verdict"] == "warn" and check["name"].startswith("fall of chosen answers"):
+        if check["verdict"] == "warn" and check["name"] == FALL:
             losses = config["trainer"].get("loss_type") or ["sigmoid"]
             how = f"trainer.loss_type=[{','.join([*losses, 'sft'])}] trainer.loss_weights=[{'1,' * len(losses)}1], or "
             how = "" if "sft" in losses else how
@@ -137,7 +138,7 @@ def unlearning(summary: dict[str, Any], config: dict[str, Any], events: Events) 
 
 def blind(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     for check in summary.get("checks", []):
-        if check["verdict"] == "warn" and check["name"] == "share of it that is left after tuning":
+        if check["verdict"] == "warn" and check["name"] == SIGHT_LEFT:
             yield (
                 f"the picture does {check['value']:.0%} of what it did for the answers before tuning.\n"
                 "Prefer pairs that differ in what is seen, not in style; lower trainer.learning_rate="

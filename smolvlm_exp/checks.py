@@ -2,6 +2,10 @@
 
 from dataclasses import dataclass
 
+# Names of checks on which there is advice.
+FALL = "fall of chosen answers' log-probability, nats a token"
+SIGHT_LEFT = "share of it that is left after tuning"
+
 
 @dataclass(frozen=True)
 class Check:

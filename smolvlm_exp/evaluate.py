@@ -16,8 +16,9 @@ from smolvlm_exp.findings import findings, samples, show
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.report import write_report
-from smolvlm_exp.result import versions, write_summary
+from smolvlm_exp.result import versions
 from smolvlm_exp.runs import as_typed, choices
+from smolvlm_exp.sweep.record import write_json
 
 
 def evaluate(config: Config, folder: Path) -> dict[str, Any]:
@@ -60,7 +61,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "checks": [asdict(check) for check in checks],
         "versions": versions(),
     }
-    write_summary(folder, summary)
+    write_json(folder / "summary.json", summary)
     write_report(folder, summary, asdict(config), samples(rows, before.answers, (after or before).answers))
     console = Console()
     show(console, summary, checks)

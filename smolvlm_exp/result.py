@@ -1,7 +1,6 @@
 """What a run leaves behind: summary.json, the adapter, the report, the final table, the tracker's summary."""
 
 import contextlib
-import json
 import platform
 import sys
 import time
@@ -24,7 +23,7 @@ from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.findings import findings, samples, show
 from smolvlm_exp.report import read_events, write_report
 from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
-from smolvlm_exp.sweep.record import place_of
+from smolvlm_exp.sweep.record import place_of, write_json
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
 
@@ -131,7 +130,7 @@ class Result:
         }
 
     def write(self) -> None:
-        write_summary(self.folder, self.summary)
+        write_json(self.folder / "summary.json", self.summary)
 
     def print(self) -> None:
         """The final table, the checks, and where everything lies."""
@@ -147,11 +146,6 @@ class Result:
             highlight=False,
         )
         console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
-
-
-def write_summary(folder: Path, summary: dict[str, Any]) -> None:
-    text = json.dumps(summary, indent=2, ensure_ascii=False)
-    (folder / "summary.json").write_text(text + "\n", encoding="utf-8")
 
 
 def tracker_of(config: Config, folder: Path) -> Tracker:

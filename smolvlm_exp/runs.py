@@ -50,7 +50,7 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
 
     The run's `.hydra` stays as it was, so that it still replays the whole run.
     """
-    asked = next((o.partition("=")[2] for o in args.overrides if o.startswith("resume=")), "null")
+    asked = given_value(args, "resume", "null")
     if asked in ("", "null"):
         return argv
     if args.multirun:
@@ -69,10 +69,10 @@ def run_command(argv: list[str], args: Any) -> list[str]:
     Raises:
         RequestError: there is no such run, it is not at its end, or the task is to train.
     """
-    asked = next((o.partition("=")[2] for o in args.overrides if o.startswith("run=")), "null")
+    asked = given_value(args, "run", "null")
     if asked in ("", "null"):
         return argv
-    task = next((o.partition("=")[2] for o in args.overrides if o.startswith("task=")), "train")
+    task = given_value(args, "task", "train")
     if task == "train":
         raise RequestError(f"run={asked} is what another task works on: add task=evaluate (to go on with it, resume=).")
     if task == "doctor":
@@ -140,6 +140,11 @@ def replayed(folder: Path) -> Path | None:
     runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
     origin = next((Path(s["path"]) for s in runtime["config_sources"] if s["provider"] == "main"), folder)
     return origin.parent if origin.name == ".hydra" and origin.parent != folder else None
+
+
+def given_value(args: Any, key: str, otherwise: str) -> str:
+    """What a command line says of `key`."""
+    return next((o.partition("=")[2] for o in args.overrides if o.startswith(f"{key}=")), otherwise)
 
 
 def key_of(override: str) -> str:

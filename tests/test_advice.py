@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from smolvlm_exp.advice import advise
+from smolvlm_exp.checks import FALL, SIGHT_LEFT
 from smolvlm_exp.pipeline import train
 from tests.conftest import compose
 
@@ -48,9 +49,9 @@ def test_a_good_run_gets_none():
         ({}, {}, course(data_wait=lambda i: 0.9 if i == 0 else 0.4), ["waited for its batches 40%", "num_workers=4"]),
         ({}, {}, course(eval_loss=lambda i: 0.6 - 0.02 * i if i < 5 else 0.5 + 0.02 * i),
          ["lowest at step 50 (0.52) and is 0.72", "max_steps=50"]),
-        ({"checks": [{"name": "fall of chosen answers' log-probability", "verdict": "warn", "value": 0.4}]}, {},
+        ({"checks": [{"name": FALL, "verdict": "warn", "value": 0.4}]}, {},
          course(), ["lost 0.4 nats", "loss_type=[sigmoid,sft] trainer.loss_weights=[1,1], or trainer.beta=0.3"]),
-        ({"checks": [{"name": "share of it that is left after tuning", "verdict": "warn", "value": 0.31}]}, {},
+        ({"checks": [{"name": SIGHT_LEFT, "verdict": "warn", "value": 0.31}]}, {},
          course(), ["does 31% of what it did"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value and isinstance(value[0], str) else "",

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.checks import Check, above, at_least, at_most
+from smolvlm_exp.checks import FALL, SIGHT_LEFT, Check, above, at_least, at_most
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps
 
@@ -35,8 +35,8 @@ def compare_looks(
     ]
     checks += sight(before.metrics, after.metrics)
     chosen, rejected = falls(before.logps, after.logps)
-    name, detail = "fall of chosen answers' log-probability, nats a token", f"rejected answers fell by {rejected:.2g}"
-    checks.append(at_most(name, chosen, MOST_FALL, otherwise="warn", detail=detail))
+    detail = f"rejected answers fell by {rejected:.2g}"
+    checks.append(at_most(FALL, chosen, MOST_FALL, otherwise="warn", detail=detail))
     margin = (after.logps.chosen - before.logps.chosen) - (after.logps.rejected - before.logps.rejected)
     if len(margin) >= FEWEST:
         share = explained(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
@@ -69,7 +69,7 @@ def sight(before: dict[str, float], after: dict[str, float]) -> list[Check]:
     checks = [above("what the picture does for the answer, nats a token", abs(after[name]), 0)]
     if before[name] > NOTICED:
         share = after[name] / before[name]
-        checks.append(at_least("share of it that is left after tuning", share, LEAST_SIGHT, otherwise="warn"))
+        checks.append(at_least(SIGHT_LEFT, share, LEAST_SIGHT, otherwise="warn"))
     return checks
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import yaml
 
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.runs import key_of
+from smolvlm_exp.runs import given_value, key_of
 from smolvlm_exp.sweep.record import find_sweep
 
 OWN = ("hydra.sweep.dir", "hydra.mode", "sweep")  # of one command, not of the sweep
@@ -14,7 +14,7 @@ OWN = ("hydra.sweep.dir", "hydra.mode", "sweep")  # of one command, not of the s
 
 def sweep_command(argv: list[str], args: Any) -> list[str]:
     """For `sweep=...`: the sweep's own overrides, those of the command over them, writing into the sweep's folder."""
-    asked = next((o.partition("=")[2] for o in args.overrides if o.startswith("sweep=")), "null")
+    asked = given_value(args, "sweep", "null")
     if asked in ("", "null"):
         return argv
     if not args.multirun:
