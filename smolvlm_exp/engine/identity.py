@@ -34,18 +34,18 @@ def weights_key(model: nn.Module, adapter: str | None = None) -> str:
         adapter: None for the model with its adapters off; else the adapter that counts in.
     """
     model = base_of(model)
-    names, hashes = [], []
+    names, tensors = [], []
     for name, value in contents(model, adapter):
         if isinstance(value, torch.Tensor):
             names.append([name, str(value.dtype), list(value.shape)])
-            hashes.append(content_hash(value).cpu())
+            tensors.append(value)
         else:
             names.append([name, str(value)])
     config: Any = getattr(model, "config", None)
     found = hashlib.sha256(
         json.dumps([type(model).__name__, plain(config.to_dict() if config else {}), names], sort_keys=True).encode()
     )
-    found.update(torch.cat(hashes).numpy().tobytes() if hashes else b"")
+    found.update(content_hash(tensors).numpy().tobytes())
     return found.hexdigest()
 
 
@@ -88,15 +88,38 @@ def quantisation(tensor: Any, module: Any) -> Iterator[tuple[str, Any]]:
 
 
 @torch.no_grad()
-def content_hash(tensor: Any) -> torch.Tensor:
-    """One int64 for each `WORDS` words of a tensor's bytes, on its device."""
+def content_hash(tensors: list[Any]) -> torch.Tensor:
+    """One int64 for each `WORDS` words of the tensors' bytes, on the CPU.
+
+    Small tensors are laid side by side first: one by one they would take a dozen launches each.
+    """
+    hashes: list[torch.Tensor] = []
+    waiting: list[torch.Tensor] = []
+    for tensor in tensors:
+        words = words_of(tensor)
+        waiting.append(words.to(waiting[0].device) if waiting else words)
+        if sum(map(len, waiting)) >= 8 * WORDS:
+            hashes.append(sums(waiting))
+            waiting = []
+    if waiting:
+        hashes.append(sums(waiting))
+    return torch.cat([torch.empty(0, dtype=torch.int64), *hashes])
+
+
+def words_of(tensor: Any) -> torch.Tensor:
+    """A tensor's bytes as int64, filled up with zeros."""
     if hasattr(tensor, "full_tensor"):  # sharded
         tensor = tensor.full_tensor()
     data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
     if len(data) % 8 or data.storage_offset() % 8:
         data = F.pad(data, (0, -len(data) % 8)).clone()
-    words = data.view(torch.int64)
-    return torch.stack([mixed(words[i : i + WORDS]) for i in range(0, max(len(words), 1), WORDS)])
+    return data.view(torch.int64)
+
+
+def sums(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One int64 for each `WORDS` words of the parts side by side, on the CPU."""
+    words = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.stack([mixed(words[i : i + WORDS]) for i in range(0, max(len(words), 1), WORDS)]).cpu()
 
 
 def mixed(words: torch.Tensor) -> torch.Tensor:

@@ -413,4 +413,4 @@ def test_a_step_does_not_wait_for_the_device(bench):
 
     trainer.training_step = watched
     trainer.train()
-    assert len(losses(trainer)) == 2
+    assert trainer.state.global_step == 3
