@@ -53,7 +53,7 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
 
     budget = held_to(config.trainer.memory_budget)
     with budget, Result(config, folder, preferences) as result, StopCallback() as stop:
-        held_out = preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
+        held_out = preferences, config.trainer.per_device_eval_batch_size, config.data.max_length
         result.before = evaluate(model, processor, *held_out)
 
         callbacks = [MetricsCallback(folder, result.tracker), stop, *watchers]

@@ -53,6 +53,7 @@ class Sample:
     after: str  # the tuned model's
     hallucinated_before: list[str]  # words to mark, empty where the truth is unknown
     hallucinated_after: list[str]
+    truth: str = ""  # in place of chosen and rejected, where there are none
 
 
 HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy")
@@ -217,6 +218,7 @@ def _card(s: Sample) -> str:
         ("Chosen", html.escape(s.chosen), "label"),
         ("Rejected", html.escape(s.rejected), "label"),
     ]
+    rows = [*rows[:2], ("Truth", html.escape(s.truth), "label")] if s.truth else rows
     lines = "".join(
         f'<div class="{kind}"><dt>{name}</dt><dd>{text if text.strip() else "(empty)"}</dd></div>'
         for name, text, kind in rows

@@ -84,7 +84,7 @@ class Result:
             "seconds": time.perf_counter() - self.began,
         }
         self.summary["advice"] = self.advice()
-        shown = samples(self.preferences.test, self.before.answers, self.after.answers) if self.after else []
+        shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
         self.write()
         write_report(self.folder, self.summary, asdict(self.config), shown)
         self.tracker.finish(self.summary, shown)
@@ -101,6 +101,7 @@ class Result:
         if not isinstance(model, PeftModel) or is_pissa(config.adapter) or trainer.is_fsdp_enabled:
             return []  # PiSSA's is saved for the untouched base
         assert self.after is not None
+        assert self.after.logps is not None
         batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
         held_out = self.preferences.test, batch_size, max_length
         return [read_back(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
