@@ -11,7 +11,7 @@ from smolvlm_exp.checks import Check
 from smolvlm_exp.data.preferences import Preferences, text_of
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change
-from smolvlm_exp.report import Sample
+from smolvlm_exp.report import Course, Sample
 
 
 def findings(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
@@ -70,6 +70,23 @@ def samples(preferences: Preferences, before: list[str], after: list[str]) -> li
                 truth="" if "chosen" in row else in_short(json.loads(row["truth"])),
             )
         )
+    return made
+
+
+def courses(preferences: Preferences, events: list[dict[str, Any]]) -> list[Course]:
+    """The first held-out rows with their answers while the model was tuned.
+
+    Args:
+        events: of samples.jsonl, by step; where a resumed run answered again, the later answers count.
+    """
+    at: dict[int, list[str]] = {event["step"]: event["answers"] for event in events}
+    made = []
+    for i in range(min(map(len, at.values()), default=0)):
+        row = preferences.test[i]
+        answers = [
+            (step, said[i], hallucinated(said[i], row.get("truth"), preferences.words)) for step, said in at.items()
+        ]
+        made.append(Course(row["images"][0], text_of(row["prompt"]), answers))
     return made
 
 

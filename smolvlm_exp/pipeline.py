@@ -18,6 +18,7 @@ from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.checks import Watch
 from smolvlm_exp.training.common import Parts, Run
 from smolvlm_exp.training.fit import held_to
+from smolvlm_exp.training.samples import SamplesCallback
 from smolvlm_exp.training.shared import check_features, check_request
 
 if TYPE_CHECKING:
@@ -56,7 +57,9 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
         held_out = preferences, config.trainer.per_device_eval_batch_size, config.data.max_length
         result.before = evaluate(model, processor, *held_out)
 
-        callbacks = [MetricsCallback(folder, result.tracker), stop, *watchers]
+        metrics = MetricsCallback(folder, result.tracker)
+        shown = SamplesCallback(config.trainer.sample_steps, processor, preferences, result.before.answers, metrics)
+        callbacks = [metrics, shown, stop, *watchers]
         parts = Parts(model, processor, peft_config, preferences, callbacks, folder)
         trainer = algorithm.build_trainer(config.trainer, arguments, parts)
         watch = Watch(trainer.model)

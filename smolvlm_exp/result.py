@@ -20,12 +20,13 @@ from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.read_back import read_back
-from smolvlm_exp.findings import findings, samples, show
+from smolvlm_exp.findings import courses, findings, samples, show
 from smolvlm_exp.report import read_events, write_report
 from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
 from smolvlm_exp.sweep.record import place_of, write_json
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
+from smolvlm_exp.training.samples import FILE as SAMPLES
 
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
@@ -86,7 +87,8 @@ class Result:
         self.summary["advice"] = self.advice()
         shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
         self.write()
-        write_report(self.folder, self.summary, asdict(self.config), shown)
+        between = courses(self.preferences, read_events(self.folder / SAMPLES))
+        write_report(self.folder, self.summary, asdict(self.config), shown, between)
         self.tracker.finish(self.summary, shown)
         self.print()
 

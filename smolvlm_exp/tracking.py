@@ -5,11 +5,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.preferences import text_of
+from smolvlm_exp.page import SMALL_EDGE
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.schema import one_of
 from smolvlm_exp.sweep.jobs import typed
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from wandb import Run
 
     from smolvlm_exp.report import Sample
@@ -55,6 +58,19 @@ class Tracker:
         if self.run:
             self.run.log(values, step=step)
 
+    def show_samples(self, rows: list[dict[str, Any]], answers: list[str], step: int) -> None:
+        """A table of held-out rows of the normal form, with their answers at this step."""
+        if not self.run:
+            return
+        import wandb
+
+        columns: list[str | int] = ["image", "question", "answer", "chosen"]
+        data = [
+            [wandb.Image(small(row["images"][0])), text_of(row["prompt"]), answer, text_of(row["chosen"])]
+            for row, answer in zip(rows, answers, strict=True)
+        ]
+        self.log({"samples": wandb.Table(columns=columns, data=data)}, step)
+
     def finish(self, summary: dict[str, Any], samples: "list[Sample]", exit_code: int = 0) -> None:
         """Hand over the result: the summary flat, and a table of pictures with the answers before and after."""
         if not self.run:
@@ -74,6 +90,13 @@ class Tracker:
             ]  # fmt: skip
             self.run.log({"answers": wandb.Table(columns=columns, data=rows)})
         self.run.finish(exit_code=exit_code)
+
+
+def small(image: "Image") -> "Image":
+    """A copy, for a table that is uploaded again and again."""
+    copy = image.copy()
+    copy.thumbnail((SMALL_EDGE, SMALL_EDGE))
+    return copy
 
 
 def start(

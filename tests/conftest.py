@@ -22,7 +22,7 @@ register_schemas()
 QUICK = (
     "tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.max_steps=3", "trainer.warmup_steps=0",
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
-    "trainer.save_strategy=no",
+    "trainer.save_strategy=no", "trainer.sample_steps=0",
 )  # fmt: skip
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
 
