@@ -22,7 +22,7 @@ from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.findings import courses, findings, samples, show
 from smolvlm_exp.report import read_events, write_report
-from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
+from smolvlm_exp.runs import BESIDE, as_typed, choices, key_of, last_checkpoint, run_name
 from smolvlm_exp.sweep.record import place_of, write_json
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
@@ -156,7 +156,9 @@ def tracker_of(config: Config, folder: Path) -> Tracker:
     group, differs = place_of(folder) or (None, {})
     told = " ".join(f"{key}={value}" for key, value in differs.items())
     name = " ".join(filter(None, (config.name, told))) or run_name(folder)
-    return Tracker(config.tracker, asdict(config), folder, name, group, differs)
+    parts = (told or run_name(folder)).split()
+    without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in BESIDE)
+    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed)
 
 
 def versions() -> dict[str, str]:

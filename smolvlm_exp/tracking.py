@@ -37,12 +37,14 @@ class Tracker:
         name: str,
         group: str | None = None,
         differs: dict[str, str] | None = None,
+        without_seed: str = "",
     ) -> None:
         """
         Args:
             settings: the whole configuration.
             group: the sweep's name.
             differs: what tells this run from the sweep's others; it becomes tags, and flat numbers in W&B's config.
+            without_seed: the same in a line, its seed left out: W&B's table grouped by it has task=compare's groups.
         """
         self.run = None
         if config.type == "none":
@@ -50,7 +52,7 @@ class Tracker:
         differs = differs or {}
         flat = {key: typed(value) for key, value in differs.items()}
         tags = [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())]  # W&B's limit
-        self.run = start(config, folder, name, group, "train", tags, settings | flat)
+        self.run = start(config, folder, name, group, "train", tags, settings | flat | {"without_seed": without_seed})
         if group is None:
             print(uploading(Path(self.run.dir).parent))
 
@@ -72,7 +74,7 @@ class Tracker:
         self.log({"samples": wandb.Table(columns=columns, data=data)}, step)
 
     def finish(self, summary: dict[str, Any], samples: "list[Sample]", exit_code: int = 0) -> None:
-        """Hand over the result: the summary flat, and a table of pictures with the answers before and after."""
+        """Hand over the result: the summary flat, with intervals, and pictures with the answers before and after."""
         if not self.run:
             return
         import wandb
@@ -80,6 +82,10 @@ class Tracker:
         for part in ("before", "after", "train"):
             for key, value in summary.get(part, {}).items():
                 self.run.summary[f"{part}/{key}"] = value
+        for key, (low, high) in summary.get("intervals", {}).get("after", {}).items():
+            self.run.summary.update({f"after/{key}/low": low, f"after/{key}/high": high})
+        for key, change in summary.get("changes", {}).items():
+            self.run.summary.update({f"change/{key}": change["difference"], f"change/{key}/p": change["p"]})
         for check in summary.get("checks", []):
             self.run.summary[f"checks/{check['name']}"] = check["verdict"]
         self.run.summary["status"] = summary["status"]
@@ -134,21 +140,29 @@ def uploading(*folders: Path) -> str:
 
 def track_sweep(config: TrackerConfig, folder: Path, group: str, rows: list[dict[str, Any]]) -> None:
     """The whole sweep as one more run of its group: the table, and an artifact with sweep.csv and sweep.html."""
+    statuses = [row["status"] for row in rows]
+    track_table(config, folder, "sweep", group, rows, {status: statuses.count(status) for status in statuses})
+    if config.type == "wandb" and rows:
+        print(uploading(folder / "wandb" / "offline-run-*", folder / "*" / "wandb" / "offline-run-*"))
+
+
+def track_table(
+    config: TrackerConfig, folder: Path, kind: str, group: str, rows: list[dict[str, Any]], numbers: dict[str, Any]
+) -> None:
+    """Many runs as one: a table, and an artifact with `<kind>.csv` and `<kind>.html`."""
     if config.type == "none" or not rows:
         return
     import wandb
 
-    run = start(config, folder, "table", group, "sweep", config.tags, {})
+    run = start(config, folder, "table", group, kind, config.tags, {})
     values: list[list[Any]] = [list(row.values()) for row in rows]
-    run.log({"sweep": wandb.Table(columns=list(rows[0]), data=values, allow_mixed_types=True)})
-    artifact = wandb.Artifact(group.replace(" ", "-"), type="sweep")
-    for name in ("sweep.csv", "sweep.html"):
+    run.log({kind: wandb.Table(columns=list(rows[0]), data=values, allow_mixed_types=True)})
+    artifact = wandb.Artifact(group.replace(" ", "-"), type=kind)
+    for name in (f"{kind}.csv", f"{kind}.html"):
         artifact.add_file(str(folder / name))
     run.log_artifact(artifact)
-    statuses = [row["status"] for row in rows]
-    run.summary.update({status: statuses.count(status) for status in statuses})
+    run.summary.update(numbers)
     run.finish()
-    print(uploading(folder / "wandb" / "offline-run-*", folder / "*" / "wandb" / "offline-run-*"))
 
 
 def has_account() -> bool:

@@ -82,7 +82,7 @@ def test_wandb_offline_without_an_account(command, tmp_path, monkeypatch):
     env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     monkeypatch.delenv("WANDB_MODE", raising=False)
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
-    done = command("-m", *QUICK[1:], "tracker=wandb", "adapter.r=2", env=env)
+    done = command("-m", *QUICK[1:], "tracker=wandb", "adapter.r=2", "seed=3", "trainer.sample_steps=2", env=env)
     assert done.returncode == 0, done.stderr
     assert "wandb: offline" in done.stdout
     (run,) = tmp_path.glob("outputs/sweeps/*/*/0/wandb/offline-run-*")
@@ -93,7 +93,12 @@ def test_wandb_offline_without_an_account(command, tmp_path, monkeypatch):
     assert json.dumps(header).count("sweep ") >= 1
     assert "after/preference_accuracy" in read
     assert "rewards/margins" in read
+    assert "after/preference_accuracy/low" in read
+    assert "change/preference_accuracy/p" in read
     assert list(run.glob("files/media/table/answers*.table.json"))
+    shown = [json.loads(path.read_text()) for path in sorted(run.glob("files/media/table/samples*.table.json"))]
+    assert len(shown) == 2  # before the first step, and after the second of three
+    assert {len(table["data"]) for table in shown} == {4}
 
 
 @pytest.mark.parametrize("data", ["photos", "files"])

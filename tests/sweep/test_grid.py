@@ -139,6 +139,8 @@ def test_wandb_reads_back_a_group_with_names_tags_and_a_table(whole):
     names = {f"r={r} seed={seed}" for r in (2, 4) for seed in (0, 1)}
     assert {next(name for name in names if f'"{name}"' in t) for t in jobs} == names
     assert all('"r=2"' in t or '"r=4"' in t for t in jobs)
+    alike = [h["run"]["config"]["update"]["without_seed"] for h in headers if '"train"' in json.dumps(h)]
+    assert sorted(alike) == ["r=2", "r=2", "r=4", "r=4"]  # task=compare's groups
     assert list(sweep.glob("wandb/offline-run-*/files/media/table/sweep*.table.json"))
 
 
