@@ -80,9 +80,15 @@ class Run:
 
 
 def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) -> dict[str, Any]:
-    """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`."""
+    """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`.
+
+    Raises:
+        RequestError: a length by which rows would be cut after they were checked.
+    """
     import torch
 
+    if "max_length" in config.extra:
+        raise RequestError("trainer.extra.max_length: give data.max_length, by which rows are checked before.")
     shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in NOT_UPSTREAMS]
     on_gpu = torch.cuda.is_available()
     return {
