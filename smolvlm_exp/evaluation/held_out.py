@@ -8,7 +8,7 @@ from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.evaluation.hallucination import Words, chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.images import image_use
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
-from smolvlm_exp.evaluation.statistics import Change, Ratio, compare, interval
+from smolvlm_exp.evaluation.statistics import Change, Ratio, changes, intervals
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -30,13 +30,11 @@ class Evaluation:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Of each metric, at 95 %."""
-        return {name: interval(ratio) for name, ratio in self.ratios.items()}
+        return intervals(self.ratios)
 
     def changes(self, before: "Evaluation") -> dict[str, Change]:
         """What became of the metrics that both evaluations of the same rows have."""
-        return {
-            name: compare(before.ratios[name], ratio) for name, ratio in self.ratios.items() if name in before.ratios
-        }
+        return changes(before.ratios, self.ratios)
 
 
 def evaluate(
