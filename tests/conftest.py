@@ -43,6 +43,25 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
 
 
 @pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that only train: they are not evaluated before and after, which takes most of a short run's time."""
+    import torch
+
+    from smolvlm_exp.evaluation.held_out import Evaluation
+    from smolvlm_exp.evaluation.preference import Logps
+
+    looks: list[Evaluation] = []
+
+    def look(*args, **kwargs):
+        sides = torch.tensor([[-1.0], [-2.0]]) * (1 + len(looks))  # an adapter that is on moves what it says
+        looks.append(Evaluation({}, Logps(*sides, *torch.full((2, 1), 50.0)), ["A star."] * 4))
+        return looks[-1]
+
+    monkeypatch.setattr("smolvlm_exp.pipeline.evaluate", look)
+    monkeypatch.setattr("smolvlm_exp.result.Result.saved", lambda *args: [])
+
+
+@pytest.fixture
 def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """`python -m smolvlm_exp ...`, typed in an empty folder."""
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from smolvlm_exp.data.preferences import Preferences
 
 SHOWN = 4  # held-out rows
+MOST_TOKENS = 128  # of an answer: training waits
 FILE = "samples.jsonl"  # in the run folder: {"step": 20, "answers": [...]} a line
 
 
@@ -50,7 +51,7 @@ class SamplesCallback(TrainerCallback):
             return
         model = kwargs["model"]
         modes = [(module, module.training) for module in model.modules()]
-        answers = generate_answers(model, self.processor, self.rows, len(self.rows))
+        answers = generate_answers(model, self.processor, self.rows, len(self.rows), MOST_TOKENS)
         for module, training in modes:
             module.training = training
         self.keep(state, answers)

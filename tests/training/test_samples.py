@@ -19,6 +19,7 @@ def numbers(folder):
     return [{key: event.get(key) for key in keys} for event in read_events(folder / "metrics.jsonl")]
 
 
+@pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("engine", ["shared", pytest.param("stock", marks=pytest.mark.slow)])
 def test_looking_changes_no_bit_and_a_resumed_run_goes_on(quick, tmp_path, engine):
     asked = (*LONG, *NOISY, f"trainer.engine={engine}")
