@@ -86,11 +86,15 @@ class Tracker:
             self.run.summary.update({f"after/{key}/low": low, f"after/{key}/high": high})
         for key, change in summary.get("changes", {}).items():
             self.run.summary.update({f"change/{key}": change["difference"], f"change/{key}/p": change["p"]})
-        for check in summary.get("checks", []):
+        checks = summary.get("checks", [])
+        for check in checks:
             self.run.summary[f"checks/{check['name']}"] = check["verdict"]
+        if checks:
+            columns: list[str | int] = list(checks[0])
+            self.run.log({"checks": wandb.Table(columns=columns, data=[list(check.values()) for check in checks])})
         self.run.summary["status"] = summary["status"]
         if samples:
-            columns: list[str | int] = ["image", "question", "before", "after", "chosen", "rejected"]
+            columns = ["image", "question", "before", "after", "chosen", "rejected"]
             rows = [
                 [wandb.Image(s.image), s.question, s.before, s.after, s.chosen, s.rejected] for s in samples
             ]  # fmt: skip

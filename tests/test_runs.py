@@ -53,7 +53,13 @@ def test_a_run_leaves_what_it_promises_and_replays(command, tmp_path):
 
 def test_ctrl_c_saves_and_resume_goes_on_exactly(command, tmp_path):
     """Stopped by SIGINT at some step and resumed, the losses are those of a run that was left alone."""
-    long = [*QUICK, "data.test_rows=2", "trainer.max_steps=10", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"]
+    long = [
+        *QUICK,
+        "data.test_rows=2",
+        "trainer.max_steps=10",
+        "adapter.lora_dropout=0.1",
+        "trainer.disable_dropout=false",
+    ]
     assert command(*long, "hydra.run.dir=whole").returncode == 0
     folder = tmp_path / "outputs" / "a" / "b"
     running = subprocess.Popen(
@@ -85,7 +91,7 @@ def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):
     env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    train(quick("tracker=wandb", "adapter.r=2", "trainer.sample_steps=2"), tmp_path)
+    summary = train(quick("tracker=wandb", "adapter.r=2", "trainer.sample_steps=2"), tmp_path)
     assert "wandb: offline" in capsys.readouterr().out
     (run,) = tmp_path.glob("wandb/offline-run-*")
     inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
@@ -94,6 +100,8 @@ def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):
     for key in ("after/preference_accuracy", "after/preference_accuracy/low", "change/preference_accuracy/p"):
         assert f'"{key}"' in read
     assert list(run.glob("files/media/table/answers*.table.json"))
+    (told,) = (json.loads(path.read_text()) for path in run.glob("files/media/table/checks*.table.json"))
+    assert [dict(zip(told["columns"], row, strict=True)) for row in told["data"]] == summary["checks"]
     shown = [json.loads(path.read_text()) for path in sorted(run.glob("files/media/table/samples*.table.json"))]
     assert len(shown) == 2  # before the first step, and after the second of three
     assert {len(table["data"]) for table in shown} == {4}

@@ -6,6 +6,7 @@ from functools import wraps
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from smolvlm_exp.data import shapes
 from smolvlm_exp.data.overlap import overlap
@@ -16,6 +17,7 @@ from smolvlm_exp.evaluation.preference import Logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.pipeline import train
 from smolvlm_exp.training import checks as training_checks
+from tests.conftest import SIGMOID
 
 APART = {"test": {"also_in_train": 0}}
 
@@ -170,6 +172,7 @@ def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
         evaluate(config, tmp_path)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_a_wrong_reference(quick, tmp_path, monkeypatch):
     from smolvlm_exp.engine.trainer import SharedPrefixTrainer
 
@@ -177,10 +180,25 @@ def test_a_wrong_reference(quick, tmp_path, monkeypatch):
 
     def shifted(self, *args):
         ordinary(self, *args)
-        self.collator.rows.reference = tuple(logps + 1 for logps in self.collator.rows.reference)
+        chosen, rejected = self.collator.rows.reference
+        self.collator.rows.reference = chosen + 1, rejected
 
     monkeypatch.setattr(SharedPrefixTrainer, "score_references", shifted)
-    assert of(train(quick(), tmp_path), "policy minus reference at step 1")["verdict"] == "fail"
+    summary = train(quick(*SIGMOID), tmp_path)
+    assert of(summary, "policy minus reference at step 1")["verdict"] == "fail"
+    assert of(summary, "first loss minus ln 2")["verdict"] == "fail"
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_base_that_is_changed(quick, tmp_path):
+    class Tamper(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                model.get_base_model().get_input_embeddings().weight[5, 7] += 1e-3
+
+    summary = train(quick(), tmp_path, watchers=[Tamper()])
+    assert of(summary, "frozen weights unchanged")["verdict"] == "fail"
+    assert of(summary, "trainable tensors that moved")["verdict"] == "ok"
 
 
 def test_a_tensor_without_gradient():
