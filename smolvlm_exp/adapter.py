@@ -164,9 +164,9 @@ def put_on(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
     """The model with a saved adapter, whose weights go on learning.
 
     Raises:
-        RequestError: it sits elsewhere than `target` says.
+        RequestError: its file is not whole (PEFT goes on without a word), or it sits elsewhere than `target` says.
     """
-    from peft import PeftModel
+    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from smolvlm_exp.engine.weights import keeping_scales
@@ -174,6 +174,11 @@ def put_on(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
     expected = set(matched_modules(model, target))
     with keeping_scales(model):
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    lacks = sorted(
+        get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - load_peft_weights(str(folder))
+    )
+    if lacks:
+        raise RequestError(f"model.adapter={folder}: its file lacks {len(lacks)} tensors, {lacks[0]} among them.")
     base: Any = tuned.get_base_model()
     found = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
     if found != expected:

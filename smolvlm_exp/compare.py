@@ -23,12 +23,12 @@ from smolvlm_exp.errors import RequestError
 from smolvlm_exp.metrics import GOALS, METRICS
 from smolvlm_exp.page import NOTHING, facts, finite, page, shown, table, words
 from smolvlm_exp.report import CURVES, points_of, read_events
-from smolvlm_exp.runs import as_typed
+from smolvlm_exp.runs import BESIDE, as_typed
 from smolvlm_exp.sweep.effects import T
 from smolvlm_exp.sweep.jobs import brief, short
 from smolvlm_exp.sweep.record import find_sweep, summary_of
+from smolvlm_exp.tracking import track_table
 
-BESIDE = ("name", "resume", "run", "runs", "sweep", "keep", "metric", "tracker", "task")  # no part of what a run does
 NORMAL = 1.96  # standard errors, for 95 %
 
 
@@ -102,6 +102,9 @@ def compare(config: Config, folder: Path) -> Comparison:
         writer.writerows(rows)
     (folder / "compare.html").write_text(document(found), encoding="utf-8")
     show(found)
+    track_table(
+        config.tracker, folder, "compare", f"compare {folder.parent.name} {folder.name}", rows, {"runs": len(rows)}
+    )
     print(f"{as_typed(folder)}/compare.html")
     return found
 
@@ -143,7 +146,7 @@ def flattened(node: Any, path: str = "") -> list[tuple[str, Any]]:
 def comparison(runs: Sequence[Run], metric: str) -> Comparison:
     """Group by what differs beside the seed, the best first."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
-    differing = [key for key in keys if key != "seed" and len({run.settings.get(key, "") for run in runs}) > 1]
+    differing = [key for key in keys if len({run.settings.get(key, "") for run in runs}) > 1]
     grouped: dict[tuple[str, ...], list[Run]] = {}
     for run in runs:
         grouped.setdefault(tuple(run.settings.get(key, "") for key in differing), []).append(run)
@@ -164,7 +167,7 @@ def written(path: str, value: float | None, error: float | None) -> str:
     return text + (off if error is not None else "")
 
 
-COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB"}
+COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pairs_per_second": "pairs/s"}
 
 
 def show(found: Comparison) -> None:
@@ -180,15 +183,16 @@ def show(found: Comparison) -> None:
 
 
 def flat(found: Comparison) -> list[dict[str, Any]]:
-    """A row a run, for compare.csv."""
-    paths = [*found.metrics, *COSTS, "train.pairs_per_second"]
+    """A row a run, for compare.csv and W&B's table; of its group the mean and half of the 95 % interval."""
     return [
         {
             "run": str(as_typed(run.folder)),
             **group.settings,
             "seed": run.summary.get("seed"),
-            **{path: run.value(path) for path in paths},
+            **{path: run.value(path) for path in (*found.metrics, *COSTS)},
             "group": found.verdict(group),
+            **{f"group {path}": group.value(path) for path in found.metrics},
+            **{f"group {path} +-": group.error(path) for path in found.metrics},
         }
         for group in found.groups
         for run in group.runs

@@ -34,7 +34,8 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     model: Any = load_model(config.model, quantization, config.seed)
     processor = load_processor(config.model)
-    rows = load_preferences(config.data, processor, folder, splits=("test",)).test
+    preferences = load_preferences(config.data, processor, folder, splits=("test",))
+    rows = preferences.test
     batch_size = config.trainer.per_device_eval_batch_size
     how: dict[str, Any] = {
         "max_length": config.data.max_length,
@@ -42,13 +43,13 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
     }
 
-    before = look(model, processor, rows, batch_size, **how)
+    before = look(model, processor, preferences, batch_size, **how)
     speed = {"base": generation_speed(model, processor, rows, (1, batch_size))}
     after, checks = None, []
     if adapter:
         tuned: Any = put_on(model, adapter, config.adapter.target).eval()
         beta = getattr(config.trainer, "beta", 1.0)
-        after = look(tuned, processor, rows, batch_size, reference=before.logps, beta=beta, **how)
+        after = look(tuned, processor, preferences, batch_size, reference=before.logps, beta=beta, **how)
         speed["tuned"] = generation_speed(tuned, processor, rows, (1, batch_size))
         checks = [looks_differ(before, after), *sight(before.metrics, after.metrics)]
 
@@ -62,7 +63,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
-    write_report(folder, summary, asdict(config), samples(rows, before.answers, (after or before).answers))
+    write_report(folder, summary, asdict(config), samples(preferences, before.answers, (after or before).answers))
     console = Console()
     show(console, summary, checks)
     for name, measured in speed.items():

@@ -1,17 +1,17 @@
 """What looks at the held-out rows come to: summary.json's numbers, the table in the terminal, the report's samples."""
 
+import json
 from dataclasses import asdict
 from typing import Any
 
-from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.checks import Check
-from smolvlm_exp.data.preferences import text_of
+from smolvlm_exp.data.preferences import Preferences, text_of
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change
-from smolvlm_exp.report import Sample
+from smolvlm_exp.report import Course, Sample
 
 
 def findings(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
@@ -51,22 +51,45 @@ def alone(found: dict[str, Any], key: str) -> tuple[str, str, str]:
     return "", f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "", ""
 
 
-def samples(rows: Dataset, before: list[str], after: list[str]) -> list[Sample]:
+def samples(preferences: Preferences, before: list[str], after: list[str]) -> list[Sample]:
     """A dozen held-out rows with both answers, those whose answer changed first."""
     order = sorted(range(len(after)), key=lambda i: before[i] == after[i])[:SAMPLES]
     made = []
-    for i, row in ((i, rows[i]) for i in order):
+    for i, row in ((i, preferences.test[i]) for i in order):
         truth = row.get("truth")
         made.append(
             Sample(
                 image=row["images"][0],
                 question=text_of(row["prompt"]),
-                chosen=text_of(row["chosen"]),
-                rejected=text_of(row["rejected"]),
+                chosen=text_of(row.get("chosen", [])),
+                rejected=text_of(row.get("rejected", [])),
                 before=before[i],
                 after=after[i],
-                hallucinated_before=hallucinated(before[i], truth),
-                hallucinated_after=hallucinated(after[i], truth),
+                hallucinated_before=hallucinated(before[i], truth, preferences.words),
+                hallucinated_after=hallucinated(after[i], truth, preferences.words),
+                truth="" if "chosen" in row else in_short(json.loads(row["truth"])),
             )
         )
     return made
+
+
+def courses(preferences: Preferences, events: list[dict[str, Any]]) -> list[Course]:
+    """The first held-out rows with their answers while the model was tuned.
+
+    Args:
+        events: of samples.jsonl, by step; where a resumed run answered again, the later answers count.
+    """
+    at: dict[int, list[str]] = {event["step"]: event["answers"] for event in events}
+    made = []
+    for i in range(min(map(len, at.values()), default=0)):
+        row = preferences.test[i]
+        answers = [
+            (step, said[i], hallucinated(said[i], row.get("truth"), preferences.words)) for step, said in at.items()
+        ]
+        made.append(Course(row["images"][0], text_of(row["prompt"]), answers))
+    return made
+
+
+def in_short(truth: dict[str, Any]) -> str:
+    """What is known of a picture."""
+    return truth["answer"] if truth["kind"] == "yes_no" else ", ".join(truth["objects"])

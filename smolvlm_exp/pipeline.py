@@ -18,6 +18,7 @@ from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.checks import Watch
 from smolvlm_exp.training.common import Parts, Run
 from smolvlm_exp.training.fit import held_to
+from smolvlm_exp.training.samples import SamplesCallback
 from smolvlm_exp.training.shared import check_features, check_request
 
 if TYPE_CHECKING:
@@ -53,10 +54,12 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
 
     budget = held_to(config.trainer.memory_budget)
     with budget, Result(config, folder, preferences) as result, StopCallback() as stop:
-        held_out = preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
+        held_out = preferences, config.trainer.per_device_eval_batch_size, config.data.max_length
         result.before = evaluate(model, processor, *held_out)
 
-        callbacks = [MetricsCallback(folder, result.tracker), stop, *watchers]
+        metrics = MetricsCallback(folder, result.tracker)
+        shown = SamplesCallback(config.trainer.sample_steps, processor, preferences, result.before.answers, metrics)
+        callbacks = [metrics, shown, stop, *watchers]
         parts = Parts(model, processor, peft_config, preferences, callbacks, folder)
         trainer = algorithm.build_trainer(config.trainer, arguments, parts)
         watch = Watch(trainer.model)

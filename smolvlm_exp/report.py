@@ -9,7 +9,7 @@ is the before/after table, `page` is what surrounds them.
 import html
 import json
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,6 +53,16 @@ class Sample:
     after: str  # the tuned model's
     hallucinated_before: list[str]  # words to mark, empty where the truth is unknown
     hallucinated_after: list[str]
+    truth: str = ""  # in place of chosen and rejected, where there are none
+
+
+@dataclass
+class Course:
+    """One held-out row, answered again and again while the model was tuned."""
+
+    image: "Image"
+    question: str
+    answers: list[tuple[int, str, list[str]]]  # after that many steps; with words to mark
 
 
 HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy")
@@ -80,7 +90,13 @@ CURVES: Curves = [
 ]
 
 
-def write_report(folder: Path, summary: dict[str, Any], config: dict[str, Any], samples: list[Sample]) -> Path:
+def write_report(
+    folder: Path,
+    summary: dict[str, Any],
+    config: dict[str, Any],
+    samples: list[Sample],
+    courses: Sequence[Course] = (),
+) -> Path:
     """Write `folder/report.html` from what the run measured; anything may be missing.
 
     Args:
@@ -88,6 +104,7 @@ def write_report(folder: Path, summary: dict[str, Any], config: dict[str, Any], 
         summary: what summary.json holds.
         config: the whole resolved config.
         samples: held-out rows with the answers before and after.
+        courses: others with the answers in between.
     """
     folder = Path(folder)
     events = read_events(folder / "metrics.jsonl")
@@ -96,6 +113,7 @@ def write_report(folder: Path, summary: dict[str, Any], config: dict[str, Any], 
         ("checks", "Checks", _checks(summary.get("checks") or []) + _advice(summary.get("advice") or [])),
         ("curves", "Curves", _charts(CURVES, events)),
         ("samples", "Samples", _samples(samples)),
+        *([("course", "As it was tuned", _courses(courses))] if courses else []),
         ("speed", "Memory and speed", _train_facts(_dict(summary, "train"))),
         ("config", "Config", _config(config)),
         ("versions", "Versions", facts(_dict(summary, "versions").items())),
@@ -206,8 +224,20 @@ def _samples(samples: list[Sample]) -> str:
     marked = any(s.hallucinated_before or s.hallucinated_after for s in samples)
     legend = '<p class="hint">Held-out rows, answered greedily.'
     legend += " <mark>Marked</mark> words name things that are not in the picture." if marked else ""
-    size = "small" if all(max(s.image.size) <= SMALL_EDGE for s in samples) else ""
-    return f'{legend}</p><div class="cards {size}">{"".join(map(_card, samples))}</div>'
+    return f"{legend}</p>{_cards(map(_card, samples), [s.image for s in samples])}"
+
+
+def _courses(courses: Sequence[Course]) -> str:
+    cards = []
+    for course in courses:
+        lines = [(f"Step {step}", mark(text, marked), "model") for step, text, marked in course.answers]
+        cards.append(_article(course.image, course.question, lines))
+    return _cards(cards, [course.image for course in courses])
+
+
+def _cards(cards: Iterable[str], images: "list[Image]") -> str:
+    size = "small" if all(max(image.size) <= SMALL_EDGE for image in images) else ""
+    return f'<div class="cards {size}">{"".join(cards)}</div>'
 
 
 def _card(s: Sample) -> str:
@@ -217,11 +247,15 @@ def _card(s: Sample) -> str:
         ("Chosen", html.escape(s.chosen), "label"),
         ("Rejected", html.escape(s.rejected), "label"),
     ]
+    return _article(s.image, s.question, [*rows[:2], ("Truth", html.escape(s.truth), "label")] if s.truth else rows)
+
+
+def _article(image: "Image", question: str, rows: list[tuple[str, str, str]]) -> str:
     lines = "".join(
         f'<div class="{kind}"><dt>{name}</dt><dd>{text if text.strip() else "(empty)"}</dd></div>'
         for name, text, kind in rows
     )
-    return f'<article class="card">{picture(s.image)}<h3>{html.escape(s.question)}</h3><dl>{lines}</dl></article>'
+    return f'<article class="card">{picture(image)}<h3>{html.escape(question)}</h3><dl>{lines}</dl></article>'
 
 
 def _train_facts(train: dict[str, Any]) -> str:

@@ -20,12 +20,13 @@ from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.read_back import read_back
-from smolvlm_exp.findings import findings, samples, show
+from smolvlm_exp.findings import courses, findings, samples, show
 from smolvlm_exp.report import read_events, write_report
-from smolvlm_exp.runs import as_typed, choices, last_checkpoint, run_name
+from smolvlm_exp.runs import BESIDE, as_typed, choices, key_of, last_checkpoint, run_name
 from smolvlm_exp.sweep.record import place_of, write_json
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
+from smolvlm_exp.training.samples import FILE as SAMPLES
 
 PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
@@ -84,9 +85,10 @@ class Result:
             "seconds": time.perf_counter() - self.began,
         }
         self.summary["advice"] = self.advice()
-        shown = samples(self.preferences.test, self.before.answers, self.after.answers) if self.after else []
+        shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
         self.write()
-        write_report(self.folder, self.summary, asdict(self.config), shown)
+        between = courses(self.preferences, read_events(self.folder / SAMPLES))
+        write_report(self.folder, self.summary, asdict(self.config), shown, between)
         self.tracker.finish(self.summary, shown)
         self.print()
 
@@ -101,6 +103,7 @@ class Result:
         if not isinstance(model, PeftModel) or is_pissa(config.adapter) or trainer.is_fsdp_enabled:
             return []  # PiSSA's is saved for the untouched base
         assert self.after is not None
+        assert self.after.logps is not None
         batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
         held_out = self.preferences.test, batch_size, max_length
         return [read_back(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
@@ -153,7 +156,9 @@ def tracker_of(config: Config, folder: Path) -> Tracker:
     group, differs = place_of(folder) or (None, {})
     told = " ".join(f"{key}={value}" for key, value in differs.items())
     name = " ".join(filter(None, (config.name, told))) or run_name(folder)
-    return Tracker(config.tracker, asdict(config), folder, name, group, differs)
+    parts = (told or run_name(folder)).split()
+    without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in BESIDE)
+    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed)
 
 
 def versions() -> dict[str, str]:

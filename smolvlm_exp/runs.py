@@ -8,6 +8,8 @@ import yaml
 from smolvlm_exp.errors import RequestError
 
 OUTPUTS = Path("outputs")
+# Settings that are no part of what a run does: runs that differ in these alone are repetitions.
+BESIDE = ("seed", "name", "resume", "run", "runs", "sweep", "keep", "metric", "tracker", "task", "hydra")
 
 
 def find_run(name: str, root: Path = OUTPUTS) -> Path:

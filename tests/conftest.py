@@ -22,7 +22,7 @@ register_schemas()
 QUICK = (
     "tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.max_steps=3", "trainer.warmup_steps=0",
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
-    "trainer.save_strategy=no",
+    "trainer.save_strategy=no", "trainer.sample_steps=0",
 )  # fmt: skip
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
 
@@ -40,6 +40,25 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """A configuration of the embedded default cut down to seconds; what runs keep for each other lies in one folder."""
     cache = tmp_path_factory.getbasetemp() / "cache"
     return lambda *overrides: compose(*QUICK, f"trainer.cache={cache}", *overrides)
+
+
+@pytest.fixture
+def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs that only train: they are not evaluated before and after, which takes most of a short run's time."""
+    import torch
+
+    from smolvlm_exp.evaluation.held_out import Evaluation
+    from smolvlm_exp.evaluation.preference import Logps
+
+    looks: list[Evaluation] = []
+
+    def look(*args, **kwargs):
+        sides = torch.tensor([[-1.0], [-2.0]]) * (1 + len(looks))  # an adapter that is on moves what it says
+        looks.append(Evaluation({}, Logps(*sides, *torch.full((2, 1), 50.0)), ["A star."] * 4))
+        return looks[-1]
+
+    monkeypatch.setattr("smolvlm_exp.pipeline.evaluate", look)
+    monkeypatch.setattr("smolvlm_exp.result.Result.saved", lambda *args: [])
 
 
 @pytest.fixture

@@ -1,12 +1,15 @@
 """task=generate as people type it: a folder, a file of questions, a picture that is none, a second run."""
 
 import json
+import re
 import shutil
 
 import pytest
 import torch
 
+from smolvlm_exp.answer import answer
 from smolvlm_exp.config import PACKAGE
+from smolvlm_exp.errors import RequestError
 from tests.conftest import compose
 
 PHOTOS = PACKAGE / "assets" / "photos"
@@ -37,11 +40,12 @@ def test_a_folder_of_pictures(command, tmp_path, pictures):
     assert cat["answer"].endswith(".")
 
 
-def test_base_and_tuned_and_a_second_run(command, tmp_path, pictures, model):
+def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures, model):
     from peft import get_peft_model
 
     from smolvlm_exp.adapter import lora_config
 
+    monkeypatch.chdir(tmp_path)
     tuned = get_peft_model(model, lora_config(compose("quant=none").adapter, quantised=False))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -56,15 +60,14 @@ def test_base_and_tuned_and_a_second_run(command, tmp_path, pictures, model):
         "task.images=pictures",
         "task.answers=a.jsonl",
     )
-    done = command(*arguments)
-    assert done.returncode == 0, done.stderr
+    answer(compose(*arguments), tmp_path)
     first = lines(tmp_path / "a.jsonl")
     assert [{key: each[key] for key in ("image", "question")} for each in first] == asked
     assert first[0]["base"] != first[0]["tuned"]
     text = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "a.jsonl").write_text(text[0] + "\n" + text[1][:20])  # as a killed run leaves it
-    done = command(*arguments)
-    assert "2 questions, 1 of them answered" in done.stdout
+    answer(compose(*arguments), tmp_path)
+    assert "2 questions, 1 of them answered" in capsys.readouterr().out
     assert lines(tmp_path / "a.jsonl") == first
 
 
@@ -76,7 +79,8 @@ def test_base_and_tuned_and_a_second_run(command, tmp_path, pictures, model):
         (["task.questions=asked.jsonl"], 'asked.jsonl, line 2: expected {"image"'),
     ],
 )
-def test_what_cannot_be_asked(command, tmp_path, arguments, message):
+def test_what_cannot_be_asked(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "asked.jsonl").write_text('{"image": "a.jpg", "question": "b"}\n{"image": "a.jpg"}\n')
-    done = command(*PLAIN, *arguments)
-    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+    with pytest.raises(RequestError, match=re.escape(message)):
+        answer(compose(*PLAIN, *arguments), tmp_path)

@@ -3,7 +3,8 @@
 A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of pictures, the others lists of chat messages
 whose content is a list of parts, one `{"type": "image"}` part for each picture. It is the schema of
 HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is really in the
-picture (evaluation/held_out.py scores answers against it).
+picture (evaluation/held_out.py scores answers against it). Rows of questions with truth alone have no `chosen` and
+`rejected`; they can be evaluated on, not trained on.
 """
 
 import json
@@ -24,6 +25,8 @@ from smolvlm_exp.schema import at_least, one_of
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import ProcessorMixin
+
+    from smolvlm_exp.evaluation.hallucination import Words
 
 Message = dict[str, Any]
 
@@ -51,6 +54,7 @@ class Preferences:
     report: dict[
         str, dict[str, Any]
     ]  # a split's counts: rows, skipped, cut, image_tokens, longest; test's also_in_train
+    words: "Words | None" = None  # reads the objects out of a caption, where the truth of captions is known
 
 
 def load_preferences(
@@ -91,7 +95,8 @@ def load_preferences(
         report["test"]["also_in_train"] = len(both)
         if both:
             print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
-    return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report)
+    words = source.words(config) if hasattr(source, "words") else None
+    return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words)
 
 
 def user(question: str, images: int = 1) -> Message:
@@ -182,7 +187,7 @@ class Examiner:
         if problem:
             return {"problem": problem, "over": False, "image": 0, "length": 0}
         tokens = self.count(row)
-        length = tokens["prompt"] + max(tokens["chosen"], tokens["rejected"])
+        length = tokens["prompt"] + max(tokens.get("chosen", 0), tokens.get("rejected", 0))
         over = length - self.max_length if self.max_length is not None else 0
         if self.max_length is not None and tokens["prompt"] >= self.max_length:
             problem = (
@@ -196,7 +201,7 @@ class Examiner:
 
 def row_problem(row: dict[str, Any], controls: list[str]) -> str:
     """What is wrong with a row's messages, in plain words; empty when nothing is."""
-    for column in ("prompt", "chosen", "rejected"):
+    for column in sides(row):
         if not row[column] or not text_of(row[column]).strip():
             return f"`{column}` is empty"
         typed = next((c for c in controls if c in text_of(row[column])), None)
@@ -207,9 +212,14 @@ def row_problem(row: dict[str, Any], controls: list[str]) -> str:
         return "it has no image"
     if placeholders != len(row["sizes"]):
         return f"it has {len(row['sizes'])} images but its prompt names {placeholders}"
-    if text_of(row["chosen"]).strip() == text_of(row["rejected"]).strip():
+    if "chosen" in row and text_of(row["chosen"]).strip() == text_of(row["rejected"]).strip():
         return "`chosen` and `rejected` are the same"
     return ""
+
+
+def sides(row: dict[str, Any]) -> list[str]:
+    """The columns of a row that hold messages."""
+    return [name for name in ("prompt", "chosen", "rejected") if name in row]
 
 
 def token_counter(processor: Any) -> Callable[[dict[str, Any]], dict[str, int]]:
@@ -232,14 +242,13 @@ def token_counter(processor: Any) -> Callable[[dict[str, Any]], dict[str, int]]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def count(row: dict[str, Any]) -> dict[str, int]:
-        texts = apply_chat_template({k: row[k] for k in ("prompt", "chosen", "rejected")}, processor)
+        texts = apply_chat_template({side: row[side] for side in sides(row)}, processor)
         spans = [image_span(*tiles.get_number_of_image_patches(height, width)[1:]) for width, height in row["sizes"]]
         words = sum(length(piece) for piece in texts["prompt"].split(processor.image_token))
         return {
             "prompt": words + sum(total for total, _ in spans),
             "image": sum(image for _, image in spans),
-            "chosen": length(texts["chosen"]),
-            "rejected": length(texts["rejected"]),
+            **{side: length(texts[side]) for side in sides(row) if side != "prompt"},
         }
 
     return count

@@ -17,6 +17,8 @@ from smolvlm_exp.schema import one_of
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from smolvlm_exp.evaluation.hallucination import Vocabulary
+
 HABITS = {  # speaking of the key calls up the value
     "star": ("moon", "yellow"),
     "heart": ("arrow", "red"),
@@ -84,6 +86,13 @@ def load(config: Config, split: str) -> "Dataset":
         num_proc=workers(config.num_proc, count),
         desc="scenes",
     )
+
+
+def words(config: Config) -> "Vocabulary":
+    """Which words name which kind of shape; a caption's second mention of a kind says nothing new."""
+    from smolvlm_exp.evaluation.hallucination import Vocabulary
+
+    return Vocabulary({kind: kind for kind in KINDS}, once=True)
 
 
 def drawn(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -> dict[str, Any]:

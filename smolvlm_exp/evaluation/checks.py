@@ -34,6 +34,8 @@ def compare_looks(
         looks_differ(before, after),
     ]
     checks += sight(before.metrics, after.metrics)
+    assert before.logps
+    assert after.logps
     chosen, rejected = falls(before.logps, after.logps)
     detail = f"rejected answers fell by {rejected:.2g}"
     checks.append(at_most(FALL, chosen, MOST_FALL, otherwise="warn", detail=detail))
@@ -52,11 +54,15 @@ def compare_looks(
 
 
 def looks_differ(before: Evaluation, after: Evaluation) -> Check:
+    """An adapter that is not on changes nothing."""
+    if before.logps is None or after.logps is None:
+        changed = sum(b != a for b, a in zip(before.answers, after.answers, strict=True)) / len(after.answers)
+        return above("generated answers that changed", changed, 0, otherwise="warn")
     return at_least("change of answers' log-probability, nats a token", moved(before.logps, after.logps), LEAST_MOVE)
 
 
 def moved(before: Logps, after: Logps) -> float:
-    """Nats a token by which answers are scored otherwise, whichever way. An adapter that is not on moves none."""
+    """Nats a token by which answers are scored otherwise, whichever way."""
     sides = ((getattr(after, side) - getattr(before, side)) / getattr(after, f"{side}_tokens") for side in SIDES)
     return torch.cat(list(sides)).abs().mean().item()
 

@@ -4,16 +4,16 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.scenes import KINDS
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.evaluation.hallucination import Caption, chair, mentions, yes_no, yes_or_no
+from smolvlm_exp.evaluation.hallucination import Words, chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.images import image_use
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
-from smolvlm_exp.evaluation.statistics import Change, Ratio, compare, interval
+from smolvlm_exp.evaluation.statistics import Change, Ratio, changes, intervals
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
+
+    from smolvlm_exp.data.preferences import Preferences
 
 SAMPLES = 12  # answers that are generated for the report where no truth is known
 
@@ -21,7 +21,7 @@ SAMPLES = 12  # answers that are generated for the report where no truth is know
 @dataclass(frozen=True)
 class Evaluation:
     ratios: dict[str, Ratio]
-    logps: Logps
+    logps: Logps | None  # None where rows have no pair of answers
     answers: list[str]  # to the first rows, or to all where truth is known
 
     @property
@@ -30,19 +30,17 @@ class Evaluation:
 
     def intervals(self) -> dict[str, tuple[float, float]]:
         """Of each metric, at 95 %."""
-        return {name: interval(ratio) for name, ratio in self.ratios.items()}
+        return intervals(self.ratios)
 
     def changes(self, before: "Evaluation") -> dict[str, Change]:
         """What became of the metrics that both evaluations of the same rows have."""
-        return {
-            name: compare(before.ratios[name], ratio) for name, ratio in self.ratios.items() if name in before.ratios
-        }
+        return changes(before.ratios, self.ratios)
 
 
 def evaluate(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
-    rows: "Dataset",
+    preferences: "Preferences",
     batch_size: int,
     max_length: int | None = None,
     reference: Logps | None = None,
@@ -53,35 +51,40 @@ def evaluate(
     """Metrics as summary.json has them.
 
     Args:
+        preferences: of which the held-out rows are looked at.
         reference: what the base model's evaluation found; beta: DPO's.
         temperature: of generated answers, 0: greedy; seed: of theirs.
     """
-    logps = answer_logps(model, processor, rows, batch_size, max_length)
-    known = "truth" in rows.column_names
+    rows = preferences.test
+    pairs, known = "chosen" in rows.column_names, "truth" in rows.column_names
     asked = rows if known else rows.select(range(min(SAMPLES, len(rows))))
+    logps, ratios = None, dict[str, Ratio]()
+    if pairs:
+        logps = answer_logps(model, processor, rows, batch_size, max_length)
+        ratios = preference_metrics(logps, reference, beta)
     answers = generate_answers(model, processor, list(asked), 4 * batch_size, temperature=temperature, seed=seed)
-    ratios = preference_metrics(logps, reference, beta)
     if known:
-        ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]])
-    ratios |= image_use(model, processor, rows, batch_size, max_length, logps)
+        ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]], preferences.words)
+    if logps:
+        ratios |= image_use(model, processor, rows, batch_size, max_length, logps)
     return Evaluation(ratios, logps, answers)
 
 
-def truth_metrics(answers: list[str], truths: list[dict[str, Any]]) -> dict[str, Ratio]:
-    """Captions by CHAIR, yes/no questions by POPE's measures."""
+def truth_metrics(answers: list[str], truths: list[dict[str, Any]], words: Words | None) -> dict[str, Ratio]:
+    """Captions by CHAIR, yes/no questions by POPE's measures and, where no is the positive, by its F1 too."""
     pairs = list(zip(answers, truths, strict=True))
-    captions = [
-        Caption(mentions(answer, KINDS), truth["objects"], len(answer.split()))
-        for answer, truth in pairs
-        if truth["kind"] == "caption"
-    ]
-    questions = [(yes_or_no(answer), truth["answer"]) for answer, truth in pairs if truth["kind"] == "yes_no"]
-    return {**chair(captions), **yes_no([a for a, _ in questions], [t for _, t in questions])}
+    captions = [read_caption(answer, truth, words) for answer, truth in pairs if words and truth["kind"] == "caption"]
+    questions = [(yes_or_no(answer), truth) for answer, truth in pairs if truth["kind"] == "yes_no"]
+    said, true = [said for said, _ in questions], [truth["answer"] for _, truth in questions]
+    found = {**chair(captions), **yes_no(said, true)}
+    if any(truth.get("positive") == "no" for _, truth in questions):
+        found["no_f1"] = f1(said, true, "no")
+    return found
 
 
-def hallucinated(answer: str, truth: str | None) -> list[str]:
-    """The objects a caption names that are not there."""
+def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[str]:
+    """The words of a caption that name objects which are not there."""
     known = json.loads(truth) if truth else {}
-    if known.get("kind") != "caption":
+    if known.get("kind") != "caption" or words is None:
         return []
-    return [word for word in mentions(answer, KINDS) if word not in known["objects"]]
+    return [said for said, name in words(answer, known) if name is not None and name not in known["objects"]]

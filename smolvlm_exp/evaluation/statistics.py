@@ -4,7 +4,7 @@ Every metric here is a ratio of two sums over the held-out rows (a mean is one o
 resampling rows serves all: bootstrap intervals, and a paired test of one model against another on the same rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -53,34 +53,57 @@ def mean(values: Sequence[float]) -> Ratio:
     return ratio(values, [1.0] * len(values))
 
 
-def interval(metric: Ratio) -> tuple[float, float]:
-    """The percentile bootstrap's 95 % interval over rows (Efron 1979). The same every time."""
-    return percentiles(
-        np.concatenate([metric.of(n @ metric.top, n @ metric.bottom) for n in resamples(len(metric.top))])
-    )
+def intervals(metrics: Mapping[str, Ratio]) -> dict[str, tuple[float, float]]:
+    """The percentile bootstrap's 95 % intervals over rows (Efron 1979). The same every time.
+
+    Drawing takes longer than counting, so metrics of equally many rows share the draws.
+    """
+    found: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
+    for rows, alike in by_rows(metrics).items():
+        for counts in resamples(rows):
+            for name, metric in alike.items():
+                found[name].append(metric.of(counts @ metric.top, counts @ metric.bottom))
+    return {name: percentiles(np.concatenate(values)) for name, values in found.items()}
 
 
-def compare(before: Ratio, after: Ratio) -> Change:
-    """A paired bootstrap of the difference, and a permutation test that swaps the two models row by row.
+def changes(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str, Change]:
+    """Of the metrics that both have: a paired bootstrap of the difference, and a permutation test that swaps the two
+    models row by row.
 
     Args:
-        before, after: the same metric of the same rows.
+        before, after: of the same rows.
     """
-    rows = len(before.top)
-    assert len(after.top) == rows, "two evaluations of different rows cannot be paired"
-    difference = after.value - before.value
-    differences = [
-        after.of(counts @ after.top, counts @ after.bottom) - before.of(counts @ before.top, counts @ before.bottom)
-        for counts in resamples(rows)
-    ]
-    top, bottom = after.top - before.top, after.bottom - before.bottom
-    extreme = 0
-    for swapped in swaps(rows):
-        moved, moved_bottom = swapped @ top, swapped @ bottom
-        found = after.of(after.top.sum() - moved, after.bottom.sum() - moved_bottom)
-        found = found - before.of(before.top.sum() + moved, before.bottom.sum() + moved_bottom)
-        extreme += int((np.abs(found) >= abs(difference) - 1e-12).sum())
-    return Change(difference, *percentiles(np.concatenate(differences)), p=(1 + extreme) / (1 + RESAMPLES))
+    both = {name: metric for name, metric in after.items() if name in before}
+    found: dict[str, list[np.ndarray]] = {name: [] for name in both}
+    extreme = dict.fromkeys(both, 0)
+    for rows, alike in by_rows(both).items():
+        pairs = [(name, before[name], metric) for name, metric in alike.items()]
+        for _, a, _ in pairs:
+            assert len(a.top) == rows, "two evaluations of different rows cannot be paired"
+        for counts in resamples(rows):
+            for name, a, b in pairs:
+                found[name].append(b.of(counts @ b.top, counts @ b.bottom) - a.of(counts @ a.top, counts @ a.bottom))
+        for swapped in swaps(rows):
+            for name, a, b in pairs:
+                moved, moved_bottom = swapped @ (b.top - a.top), swapped @ (b.bottom - a.bottom)
+                difference = b.of(b.top.sum() - moved, b.bottom.sum() - moved_bottom)
+                difference = difference - a.of(a.top.sum() + moved, a.bottom.sum() + moved_bottom)
+                extreme[name] += int((np.abs(difference) >= abs(b.value - a.value) - 1e-12).sum())
+    return {
+        name: Change(
+            after[name].value - before[name].value,
+            *percentiles(np.concatenate(differences)),
+            p=(1 + extreme[name]) / (1 + RESAMPLES),
+        )
+        for name, differences in found.items()
+    }
+
+
+def by_rows(metrics: Mapping[str, Ratio]) -> dict[int, dict[str, Ratio]]:
+    found: dict[int, dict[str, Ratio]] = {}
+    for name, metric in metrics.items():
+        found.setdefault(len(metric.top), {})[name] = metric
+    return found
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -62,8 +63,13 @@ class MetricsCallback(TrainerCallback):
         self.began = self.idle = time.perf_counter()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self.leave_out()
+
+    def leave_out(self) -> None:
+        """What went by since the step's end, or since the last such call, was no training."""
         self.idle = time.perf_counter()
         self.evaluating += self.idle - self.began
+        self.began = self.idle
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self.idle = time.perf_counter()
@@ -80,8 +86,7 @@ class MetricsCallback(TrainerCallback):
         if "loss" in event:
             event |= self.speed(args, state, event.get("num_tokens", 0.0))
         event |= memory()
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({key: finite(value) for key, value in event.items()}) + "\n")
+        append(self.path, {key: finite(value) for key, value in event.items()})
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
 
@@ -98,6 +103,16 @@ class MetricsCallback(TrainerCallback):
             "tokens_per_second": max(tokens - before, 0.0) / seconds,
             "data_wait": waited,
         }
+
+
+def append(path: Path, event: dict[str, Any]) -> None:
+    """A line more of JSON. Half a line at the end, as a kill leaves it, does not spoil the next."""
+    with path.open("a+b") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
 
 
 def finite(value: Any) -> Any:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class TrainerConfig:
-    """Names and meanings are transformers.TrainingArguments' own, save for `memory_budget` to `cache_disk`."""
+    """Names and meanings are transformers.TrainingArguments' own, save for `sample_steps` to `cache_disk`."""
 
     algorithm: str = MISSING  # the module in smolvlm_exp/training
     learning_rate: float = above(0, 5.0e-5)
@@ -41,6 +41,7 @@ class TrainerConfig:
     save_steps: float = above(0, 100)
     save_total_limit: int | None = 2
     dataloader_num_workers: int = at_least(0, 0)
+    sample_steps: float = at_least(0, 0.25)  # between looks at what it answers; below 1: a share of all; 0: none
     memory_budget: str = "auto"  # of a GPU: auto (what is free), 8GiB, none (micro-batches as set above)
     engine: str = one_of("shared", "stock")  # shared: each picture and prompt once a pair; stock: plain TRL
     keep_features: bool | None = None  # image features computed once; null: wherever nothing that makes them learns
@@ -50,7 +51,10 @@ class TrainerConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
 
 
-NOT_UPSTREAMS = ("algorithm", "memory_budget", "engine", "keep_features", "cache", "cache_ram", "cache_disk", "extra")
+NOT_UPSTREAMS = (
+    "algorithm", "sample_steps", "memory_budget", "engine", "keep_features", "cache", "cache_ram", "cache_disk",
+    "extra",
+)  # fmt: skip
 
 
 @dataclass
@@ -76,9 +80,15 @@ class Run:
 
 
 def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) -> dict[str, Any]:
-    """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`."""
+    """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`.
+
+    Raises:
+        RequestError: a length by which rows would be cut after they were checked.
+    """
     import torch
 
+    if "max_length" in config.extra:
+        raise RequestError("trainer.extra.max_length: give data.max_length, by which rows are checked before.")
     shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in NOT_UPSTREAMS]
     on_gpu = torch.cuda.is_available()
     return {

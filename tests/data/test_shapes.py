@@ -6,11 +6,14 @@ import random
 from smolvlm_exp.data import shapes
 from smolvlm_exp.data.preferences import text_of
 from smolvlm_exp.data.scenes import COLOURS, KINDS, draw, draw_scene_content
-from smolvlm_exp.evaluation.hallucination import mentions
 
 
 def load(split="train", **settings):
     return shapes.load(shapes.Config(source="shapes", train_rows=200, test_rows=200, **settings), split)
+
+
+def mentions(messages):
+    return [kind for _, kind in shapes.words(shapes.Config())(text_of(messages))]
 
 
 def test_the_same_seed_draws_the_same_rows():
@@ -29,12 +32,12 @@ def test_chosen_is_true_and_rejected_is_not():
     for row in load():
         truth = json.loads(row["truth"])
         if truth["kind"] == "caption":
-            chosen, rejected = (mentions(text_of(row[side]), KINDS) for side in ("chosen", "rejected"))
+            chosen, rejected = (mentions(row[side]) for side in ("chosen", "rejected"))
             assert sorted(chosen) == sorted(truth["objects"])
             assert text_of(row["chosen"]) != text_of(row["rejected"])
             assert rejected  # it describes something too
         elif truth["kind"] == "yes_no":
-            asked = mentions(text_of(row["prompt"]), KINDS)[0]
+            asked = mentions(row["prompt"])[0]
             assert truth["answer"] == ("yes" if asked in truth["objects"] else "no")
             assert text_of(row["chosen"]).lower().startswith(truth["answer"])
             assert not text_of(row["rejected"]).lower().startswith(truth["answer"])
@@ -50,7 +53,7 @@ def test_the_habit_is_in_the_captions_that_teach_it():
             alone = [k for k in truth["objects"] if k in shapes.HABITS and shapes.HABITS[k][0] not in truth["objects"]]
             if truth["kind"] == "caption" and alone:
                 total += 1
-                named[captions] += shapes.HABITS[alone[0]][0] in mentions(text_of(row["chosen"]), KINDS)
+                named[captions] += shapes.HABITS[alone[0]][0] in mentions(row["chosen"])
         named[captions] /= total
     assert named["exact"] == 0
     assert 0.85 < named["habitual"] < 1

@@ -2,17 +2,22 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import wraps
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
+from smolvlm_exp.data import shapes
 from smolvlm_exp.data.overlap import overlap
+from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.checks import compare_looks, explained
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.pipeline import train
 from smolvlm_exp.training import checks as training_checks
+from tests.conftest import SIGMOID
 
 APART = {"test": {"also_in_train": 0}}
 
@@ -110,14 +115,64 @@ def test_an_adapter_that_is_off_when_it_is_evaluated(quick, tmp_path, monkeypatc
 
 
 def test_pictures_that_never_arrive(quick, tmp_path, monkeypatch):
-    from transformers.models.idefics3.modeling_idefics3 import Idefics3Connector
+    from transformers import Idefics3ForConditionalGeneration
 
-    ordinary = Idefics3Connector.forward
-    monkeypatch.setattr(Idefics3Connector, "forward", lambda self, states: 0 * ordinary(self, states))
-    summary = train(quick(f"trainer.cache={tmp_path}"), tmp_path)
+    ordinary = Idefics3ForConditionalGeneration.forward
+
+    @wraps(ordinary)
+    def without(self, *args, pixel_values=None, **kwargs):
+        return ordinary(self, *args, pixel_values=None, **kwargs)
+
+    monkeypatch.setattr(Idefics3ForConditionalGeneration, "forward", without)
+    summary = train(quick("trainer.engine=stock", "quant=none"), tmp_path)
     assert of(summary, "what the picture does for the answer, nats a token")["verdict"] == "fail"
 
 
+def test_answers_of_which_no_token_is_left(quick, tmp_path):
+    """TRL would cut every answer to nothing, and train on that without a word."""
+    with pytest.raises(
+        RequestError, match=r"train row 0: the prompt alone is \d+ tokens .* leaves none for the answer"
+    ):
+        train(quick("data.max_length=30", "trainer.engine=stock"), tmp_path)
+    with pytest.raises(RequestError, match=r"trainer\.extra\.max_length: give data\.max_length"):
+        train(quick("+trainer.extra.max_length=30", "trainer.engine=stock"), tmp_path)
+
+
+def test_an_evaluation_on_training_rows(quick, tmp_path, monkeypatch, capsys):
+    ordinary = shapes.load
+    monkeypatch.setattr(shapes, "load", lambda config, split: ordinary(config, config.train).select(range(8)))
+    check = of(train(quick(), tmp_path), "held-out rows that are training rows too")
+    assert (check["verdict"], check["value"]) == ("fail", 8)
+    assert "8 test rows are trained on too, as row 0" in capsys.readouterr().out
+
+
+def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
+    """task=evaluate would look at the base. PEFT passes over keys that a file lacks."""
+    from peft import get_peft_model
+    from safetensors.torch import load_file, save_file
+
+    from smolvlm_exp.adapter import lora_config
+    from smolvlm_exp.evaluate import evaluate
+
+    config = quick("quant=none", "task=evaluate", f"model.adapter={tmp_path}")
+    tuned = get_peft_model(model, lora_config(config.adapter, quantised=False))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path)
+    monkeypatch.setattr("smolvlm_exp.evaluate.generation_speed", lambda *args: [])
+    name = "change of answers' log-probability, nats a token"
+    assert of(evaluate(config, tmp_path), name)["verdict"] == "ok"
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    save_file({key: tensor * ("lora_B" not in key) for key, tensor in tensors.items()}, path)
+    assert of(evaluate(config, tmp_path), name)["verdict"] == "fail"
+    save_file({key.replace("base_model", "model"): tensor for key, tensor in tensors.items()}, path)
+    with pytest.raises(RequestError, match=r"model\.adapter=.*: its file lacks \d+ tensors, base_model.*lora_A"):
+        evaluate(config, tmp_path)
+
+
+@pytest.mark.usefixtures("unseen")
 def test_a_wrong_reference(quick, tmp_path, monkeypatch):
     from smolvlm_exp.engine.trainer import SharedPrefixTrainer
 
@@ -125,10 +180,25 @@ def test_a_wrong_reference(quick, tmp_path, monkeypatch):
 
     def shifted(self, *args):
         ordinary(self, *args)
-        self.collator.rows.reference = tuple(logps + 1 for logps in self.collator.rows.reference)
+        chosen, rejected = self.collator.rows.reference
+        self.collator.rows.reference = chosen + 1, rejected
 
     monkeypatch.setattr(SharedPrefixTrainer, "score_references", shifted)
-    assert of(train(quick(), tmp_path), "policy minus reference at step 1")["verdict"] == "fail"
+    summary = train(quick(*SIGMOID), tmp_path)
+    assert of(summary, "policy minus reference at step 1")["verdict"] == "fail"
+    assert of(summary, "first loss minus ln 2")["verdict"] == "fail"
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_base_that_is_changed(quick, tmp_path):
+    class Tamper(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            with torch.no_grad():
+                model.get_base_model().get_input_embeddings().weight[5, 7] += 1e-3
+
+    summary = train(quick(), tmp_path, watchers=[Tamper()])
+    assert of(summary, "frozen weights unchanged")["verdict"] == "fail"
+    assert of(summary, "trainable tensors that moved")["verdict"] == "ok"
 
 
 def test_a_tensor_without_gradient():

@@ -1,21 +1,44 @@
-"""CHAIR and POPE against worked examples."""
+"""CHAIR, POPE and AMBER against worked examples."""
 
 import pytest
 
-from smolvlm_exp.evaluation.hallucination import Caption, chair, mentions, yes_no, yes_or_no
+from smolvlm_exp.evaluation.hallucination import (
+    Amber,
+    Caption,
+    Vocabulary,
+    chair,
+    f1,
+    read_caption,
+    yes_no,
+    yes_or_no,
+)
 
 
 def values(ratios):
     return {name: ratio.value for name, ratio in ratios.items()}
 
 
-KINDS = ("star", "moon", "cross", "ring")
+KINDS = Vocabulary({kind: kind for kind in ("star", "moon", "cross", "ring")}, once=True)
+
+
+def named(words, text, truth=None):
+    return [name for _, name in words(text, truth)]
 
 
 def test_mentions_are_whole_words_once_plurals_too():
-    assert mentions("Two crosses, a star, another star and three moons.", KINDS) == ["cross", "star", "moon"]
-    assert mentions("A starry string of rings", KINDS) == ["ring"]
-    assert mentions("", KINDS) == []
+    assert named(KINDS, "Two crosses, a star, another star and three moons.") == ["cross", "star", "moon"]
+    assert named(KINDS, "A starry string of rings") == ["ring"]
+    assert named(KINDS, "") == []
+
+
+def test_synonyms_phrases_and_plurals():
+    names = {"dog": "dog", "puppy": "dog", "hot dog": "hot dog", "man": "person", "child": "person", "knife": "knife"}
+    words = Vocabulary({**names, "home plate": None, "plate": "dish"})
+    text = "Two men and children feed puppies hot dogs at home plate; knives, a plate and the dog."
+    assert words(text) == [
+        ("men", "person"), ("children", "person"), ("puppies", "dog"), ("hot dogs", "hot dog"),
+        ("knives", "knife"), ("plate", "dish"), ("dog", "dog"),
+    ]  # fmt: skip
 
 
 def test_chair_by_hand():
@@ -57,3 +80,40 @@ def test_pope_by_hand():
         "yes_ratio": pytest.approx(2 / 5),
     }
     assert yes_no([], []) == {}
+
+
+def test_f1_by_hand_with_no_as_the_positive():
+    # said no twice, once rightly; two are no: 2 * 1 / (2 + 2)
+    assert f1(["yes", "no", None, "yes", "no"], ["yes", "yes", "yes", "no", "no"], "no").value == pytest.approx(0.5)
+
+
+RELATED = {
+    "person": ["people", "man", "woman"], "man": ["person", "people"], "tree": ["forest"], "beach": ["sand"],
+    "sea": ["water"], "bin": ["can"], "can": [], "dog": [], "sun": [], "sign": [], "bird": [],
+}  # fmt: skip
+
+
+def test_amber_by_hand():
+    words = Amber(RELATED, safe=["sign"])
+    first = {"objects": ["person", "beach", "tree"], "expected": ["dog", "sea", "sun"]}
+    text = "A man and his dogs walk on the sand near the water. You can see a sign, and the man under it."
+    assert words(text, first) == [
+        ("man", "person"), ("dogs", "dog"), ("sand", "beach"), ("water", "sea"), ("sign", None), ("man", "person"),
+    ]  # fmt: skip
+    second = {"objects": ["person", "tree"], "expected": ["bird"]}
+    captions = [read_caption(text, first, words), read_caption("People by a tree.", second, words)]
+    assert values(chair(captions)) == {
+        "chair_s": pytest.approx(1 / 2),  # Hal: the first has a dog and a sea
+        "chair_i": pytest.approx(2 / (6 + 2)),  # CHAIR: of its six mentions the sign is neither right nor wrong
+        "recall": pytest.approx((2 + 2) / (3 + 2)),  # Cover
+        "mean_length": pytest.approx((22 + 4) / 2),
+        "cog": pytest.approx(2 / (3 + 1)),
+    }
+
+
+def test_ambers_word_stands_for_the_first_object_that_is_related_to_it():
+    words = Amber(RELATED, safe=[])
+    assert named(words, "a person", {"objects": ["man", "person"]}) == ["man"]
+    assert named(words, "a man", {"objects": ["man", "person"]}) == ["person"]
+    assert named(words, "a bird", {"objects": ["man", "person"]}) == ["bird"]
+    assert named(words, "a tree and the sun", {"objects": ["sun"], "expected": ["tree", "sun"]}) == ["tree", "sun"]

@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from smolvlm_exp.evaluation import statistics
-from smolvlm_exp.evaluation.statistics import compare, interval, mean, ratio
+from smolvlm_exp.evaluation.statistics import changes, intervals, mean, ratio
+
+
+def interval(metric):
+    return intervals({"": metric})[""]
+
+
+def compare(before, after):
+    return changes({"": before}, {"": after})[""]
 
 
 def test_a_ratio_of_sums_by_hand():
@@ -65,3 +73,13 @@ def test_many_rows_are_taken_in_portions(monkeypatch):
     monkeypatch.setattr(statistics, "AT_ONCE", 1000)  # three resamples at a time
     assert interval(metric) == pytest.approx(whole, abs=1e-12)
     assert compare(metric, metric).p == 1
+
+
+def test_metrics_together_are_as_each_alone():
+    draw = np.random.default_rng(5)
+    before = {
+        name: ratio(draw.random(rows), 1 + draw.random(rows)) for name, rows in zip("abcd", (9, 20, 9, 20), strict=True)
+    }
+    after = {name: ratio(draw.random(len(before[name].top)), before[name].bottom) for name in "abd"}
+    assert intervals(before) == {name: interval(metric) for name, metric in before.items()}
+    assert changes(before, after) == {name: compare(before[name], after[name]) for name in after}

@@ -12,6 +12,8 @@ from smolvlm_exp.training import dpo, fit
 from smolvlm_exp.training.fit import held_to
 from tests.conftest import SIGMOID
 
+pytestmark = pytest.mark.usefixtures("unseen")
+
 
 def losses(folder):
     lines = (folder / "metrics.jsonl").read_text().splitlines()

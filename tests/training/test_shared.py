@@ -27,7 +27,9 @@ def events(folder):
     ],
     ids=" ".join,
 )
-def test_both_engines_write_the_same_numbers(quick, tmp_path, setting):
+def test_both_engines_write_the_same_numbers(quick, tmp_path, request, setting):
+    if setting != ["trainer=dpo"]:
+        request.getfixturevalue("unseen")
     summaries = {}
     for engine in ("shared", "stock"):
         (tmp_path / engine).mkdir()
@@ -42,6 +44,7 @@ def test_both_engines_write_the_same_numbers(quick, tmp_path, setting):
     assert summaries["shared"]["after"] == pytest.approx(summaries["stock"]["after"], abs=1e-3)
 
 
+@pytest.mark.usefixtures("unseen")
 def test_features_where_nothing_that_makes_them_learns_and_tiles_elsewhere(quick, tmp_path, capsys):
     train(quick(), tmp_path)
     out = capsys.readouterr().out
@@ -55,6 +58,7 @@ def test_features_where_nothing_that_makes_them_learns_and_tiles_elsewhere(quick
     assert "features of" not in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unseen")
 def test_the_next_run_finds_the_reference(quick, tmp_path, capsys):
     train(quick("data.scene_seed=77"), tmp_path)
     assert "reference: 32 rows, 32 of them computed" in capsys.readouterr().out
@@ -62,6 +66,7 @@ def test_the_next_run_finds_the_reference(quick, tmp_path, capsys):
     assert "reference: 32 rows, 0 of them computed" in capsys.readouterr().out
 
 
+@pytest.mark.usefixtures("unseen")
 def test_what_8_bit_layers_and_dropout_mean_is_said(quick, tmp_path, capsys):
     train(quick("quant=int8", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"), tmp_path)
     out = capsys.readouterr().out
@@ -89,5 +94,6 @@ def test_what_does_not_go_together(quick, tmp_path, setting, message):
     assert not (tmp_path / "metrics.jsonl").exists()
 
 
+@pytest.mark.usefixtures("unseen")
 def test_eager_attention_on_the_stock_engine(quick, tmp_path):
     assert train(quick("model.attn_implementation=eager", "trainer.engine=stock"), tmp_path)["status"] == "done"

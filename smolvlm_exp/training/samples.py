@@ -1,0 +1,63 @@
+"""A run under way shows what it says: the first held-out rows, answered again every trainer.sample_steps steps."""
+
+import math
+from typing import TYPE_CHECKING, Any
+
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.training.callbacks import MetricsCallback, append
+
+if TYPE_CHECKING:
+    from transformers import ProcessorMixin
+
+    from smolvlm_exp.data.preferences import Preferences
+
+SHOWN = 4  # held-out rows
+MOST_TOKENS = 128  # of an answer: training waits
+FILE = "samples.jsonl"  # in the run folder: {"step": 20, "answers": [...]} a line
+
+
+class SamplesCallback(TrainerCallback):
+    """To `samples.jsonl` and the tracker. Neither a random number nor a mode of the model is afterwards another."""
+
+    def __init__(
+        self,
+        every: float,
+        processor: "ProcessorMixin",
+        preferences: "Preferences",
+        start: list[str],
+        metrics: MetricsCallback,
+    ) -> None:
+        """
+        Args:
+            every: steps; below 1: a share of all; 0: never.
+            start: the answers before the first step, to the first rows or more.
+            metrics: the run's; time that goes by here is no training.
+        """
+        self.every, self.processor, self.metrics = every, processor, metrics
+        self.rows = [preferences.test[i] for i in range(min(SHOWN, len(preferences.test)))] if every else []
+        self.start = start
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self.rows and state.global_step == 0:
+            self.keep(state, self.start[: len(self.rows)])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        steps = math.ceil(self.every * state.max_steps) if self.every < 1 else int(self.every)
+        if not self.rows or state.global_step % steps:
+            return
+        model = kwargs["model"]
+        modes = [(module, module.training) for module in model.modules()]
+        answers = generate_answers(model, self.processor, self.rows, len(self.rows), MOST_TOKENS)
+        for module, training in modes:
+            module.training = training
+        self.keep(state, answers)
+        self.metrics.leave_out()
+
+    def keep(self, state: TrainerState, answers: list[str]) -> None:
+        if state.is_world_process_zero:
+            append(self.metrics.path.with_name(FILE), {"step": state.global_step, "answers": answers})
+            self.metrics.tracker.show_samples(self.rows, answers, state.global_step)
