@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -50,6 +51,8 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step:
+            cut(self.path, state.global_step)
         self.idle = time.perf_counter()
         self.since = (self.idle, state.global_step, 0.0)
 
@@ -82,6 +85,8 @@ class MetricsCallback(TrainerCallback):
         event |= memory()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: finite(value) for key, value in event.items()}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())  # a checkpoint that is there never knows more than this file
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
 
@@ -98,6 +103,20 @@ class MetricsCallback(TrainerCallback):
             "tokens_per_second": max(tokens - before, 0.0) / seconds,
             "data_wait": waited,
         }
+
+
+def cut(path: Path, step: int) -> None:
+    """Take away what was logged after `step`, which is done again now, and the half line that a kill left."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
 
 
 def finite(value: Any) -> Any:
@@ -160,7 +179,7 @@ class StopCallback(StopRequest, TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.asked and state.global_step < state.max_steps:
+        if self.asked:
             control.should_save = True
             control.should_training_stop = True
         return control
