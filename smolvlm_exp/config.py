@@ -51,6 +51,7 @@ class Config:
     seed: int = 0
     name: str | None = None
     resume: str | None = None
+    resume_allow: list[str] = field(default_factory=list)
     run: str | None = None
     runs: list[str] = field(default_factory=list)
     sweep: str | None = None

@@ -1,4 +1,4 @@
-"""The one error that people are meant to read, and the one end of a run that is none."""
+"""The errors that people are meant to read, and the one end of a run that is none."""
 
 import sys
 from typing import NoReturn
@@ -11,10 +11,17 @@ class RequestError(ValueError):
     """
 
 
+class RunError(RuntimeError):
+    """A run that had begun cannot go on. The message says why, what is kept, and how to go on.
+
+    `main` prints it without a traceback and exits with code 1.
+    """
+
+
 class Pruned(Exception):
     """A search ended this run early, in favour of better ones."""
 
 
-def refuse(error: RequestError) -> NoReturn:
+def refuse(error: RequestError | RunError) -> NoReturn:
     print(f"smolvlm_exp: {error}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(2 if isinstance(error, RequestError) else 1)

@@ -16,9 +16,9 @@ from smolvlm_exp.findings import findings, samples, show
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.report import write_report
-from smolvlm_exp.result import versions
 from smolvlm_exp.runs import as_typed, choices
 from smolvlm_exp.sweep.record import write_json
+from smolvlm_exp.versions import versions
 
 
 def evaluate(config: Config, folder: Path) -> dict[str, Any]:

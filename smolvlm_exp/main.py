@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 
 from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
-from smolvlm_exp.errors import RequestError, refuse
+from smolvlm_exp.errors import RequestError, RunError, refuse
 from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import any_run, as_typed, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
@@ -55,7 +55,7 @@ def job(composed: DictConfig) -> float | None:
         from smolvlm_exp.pipeline import train
 
         summary = train(config, folder)
-    except RequestError as error:
+    except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs go on, and Hydra reports this one
         refuse(error)

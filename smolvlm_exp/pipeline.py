@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.adapter import aim, lora_config, put_on, saved_adapter
+from smolvlm_exp.checkpoint import newest
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.checks import compare_looks
@@ -13,7 +14,7 @@ from smolvlm_exp.evaluation.held_out import evaluate
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.result import Result
-from smolvlm_exp.runs import last_checkpoint
+from smolvlm_exp.same_run import same_run
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.checks import Watch
 from smolvlm_exp.training.common import Parts, Run
@@ -39,7 +40,8 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     peft_config = lora_config(config.adapter, quantised=quantization is not None)
     start = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     check_request(config)
-    checkpoint = last_checkpoint(Path(config.resume)) if config.resume else None
+    checkpoint = newest(Path(config.resume)) if config.resume else None
+    same_run(config, checkpoint)
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
     arguments = algorithm.build_arguments(config.trainer, Run(folder, config.seed, dtype, config.data.max_length))
 
@@ -51,6 +53,7 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     elif peft_config:
         aim(peft_config, model, config.adapter.target)
     preferences = load_preferences(config.data, processor, folder)
+    identity = same_run(config, checkpoint, preferences)
 
     budget = held_to(config.trainer.memory_budget)
     with budget, Result(config, folder, preferences) as result, StopCallback() as stop:
@@ -62,14 +65,16 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
         callbacks = [metrics, shown, stop, *watchers]
         parts = Parts(model, processor, peft_config, preferences, callbacks, folder)
         trainer = algorithm.build_trainer(config.trainer, arguments, parts)
+        trainer.identity = identity
         watch = Watch(trainer.model)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result.checks = watch.checks(trainer)
 
-        if not stop.asked:
+        stopped = stop.asked  # after this there is nothing left to save for later
+        if not stopped:
             tuned = trainer.accelerator.unwrap_model(trainer.model)
             beta = getattr(config.trainer, "beta", 1.0)
             result.after = evaluate(tuned, processor, *held_out, reference=result.before.logps, beta=beta)
             result.checks += compare_looks(result.before, result.after, trainer.state.log_history, preferences.report)
-        result.save(trainer, stopped=stop.asked)
+        result.save(trainer, stopped)
     return result.summary

@@ -1,11 +1,8 @@
 """What a run leaves behind: summary.json, the adapter, the report, the final table, the tracker's summary."""
 
-import contextlib
-import platform
 import sys
 import time
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -22,16 +19,12 @@ from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.findings import courses, findings, samples, show
 from smolvlm_exp.report import read_events, write_report
-from smolvlm_exp.runs import BESIDE, as_typed, choices, key_of, last_checkpoint, run_name
+from smolvlm_exp.runs import BESIDE, as_typed, choices, key_of, run_name
 from smolvlm_exp.sweep.record import place_of, write_json
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
 from smolvlm_exp.training.samples import FILE as SAMPLES
-
-PACKAGES = (
-    "torch", "transformers", "trl", "peft", "bitsandbytes", "datasets",
-    "accelerate", "hydra-core", "omegaconf", "wandb", "pillow",
-)  # fmt: skip
+from smolvlm_exp.versions import versions
 
 
 class Result:
@@ -45,7 +38,6 @@ class Result:
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
         self.began = time.perf_counter()
-        self.resumed_at = int(last_checkpoint(Path(config.resume)).name[11:]) if config.resume else 0  # a step
         self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
             "status": "failed",
@@ -122,14 +114,15 @@ class Result:
         return {
             "steps": trainer.state.global_step,
             "seconds": seconds,
-            "pairs_per_second": (trainer.state.global_step - self.resumed_at) * batch / seconds,
+            "pairs_per_second": (trainer.state.global_step - trainer.resumed_at) * batch / seconds,
             "memory_peak_gib": memory()["memory_peak_gib"],
             "first_loss": history[0]["loss"] if history else None,
             "last_loss": history[-1]["loss"] if history else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
+            "not_finite": trainer.guard.left_out,  # steps that changed nothing
             "trainable_parameters": trainable,
             "total_parameters": total,
-            **({"resumed_at": self.resumed_at} if self.resumed_at else {}),  # seconds are of the steps since
+            **({"resumed_at": trainer.resumed_at} if trainer.resumed_at else {}),  # seconds are of the steps since
         }
 
     def write(self) -> None:
@@ -159,11 +152,3 @@ def tracker_of(config: Config, folder: Path) -> Tracker:
     parts = (told or run_name(folder)).split()
     without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in BESIDE)
     return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed)
-
-
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):  # wandb is not needed with tracker=none
-            found[package] = version(package)
-    return found

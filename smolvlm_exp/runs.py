@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from smolvlm_exp.checkpoint import numbered
 from smolvlm_exp.errors import RequestError
 
 OUTPUTS = Path("outputs")
@@ -29,24 +30,6 @@ def find_run(name: str, root: Path = OUTPUTS) -> Path:
     return folder
 
 
-def last_checkpoint(folder: Path) -> Path:
-    """The newest checkpoint of a run.
-
-    Raises:
-        RequestError: it has none.
-    """
-    found = checkpoints(folder)
-    if not found:
-        raise RequestError(f"resume={folder}: it has saved no checkpoint yet, so there is nothing to go on from.")
-    return found[-1]
-
-
-def checkpoints(folder: Path) -> list[Path]:
-    """A run's whole checkpoints, the newest last. What the Trainer writes last tells a whole one from a kill's rest."""
-    found = [path.parent for path in (folder / "checkpoints").glob("checkpoint-*/trainer_state.json")]
-    return sorted((path for path in found if path.name[11:].isdigit()), key=lambda path: int(path.name[11:]))
-
-
 def resume_command(argv: list[str], args: Any) -> list[str]:
     """For `resume=...`: the run's own settings, those of the command over them, writing into the run's folder.
 
@@ -58,7 +41,8 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
     if args.multirun:
         raise RequestError("resume=... goes on with one run; it does not go with -m.")
     folder = find_run(asked)
-    last_checkpoint(folder)
+    if not numbered(folder):
+        raise RequestError(f"resume={folder}: it has saved no checkpoint yet, so there is nothing to go on from.")
     given = {key_of(override) for override in args.overrides}
     kept = [override for override in overrides_of(folder) if key_of(override) not in given]
     own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]

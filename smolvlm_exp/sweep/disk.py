@@ -2,7 +2,7 @@
 
 import shutil
 
-from smolvlm_exp.runs import checkpoints
+from smolvlm_exp.checkpoint import checkpoints
 from smolvlm_exp.sweep.outcome import Outcome
 from smolvlm_exp.sweep.record import ENDED
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smolvlm_exp.checkpoint import checkpoints
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.runs import OUTPUTS, checkpoints
+from smolvlm_exp.runs import OUTPUTS
 from smolvlm_exp.sweep.jobs import VIEWS, Job, brief, short
 
 ENDED = ("done", "pruned")  # nothing is left to do

@@ -51,6 +51,8 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if state.global_step:
+            cut(self.path, state.global_step)
         self.idle = time.perf_counter()
         self.since = (self.idle, state.global_step, 0.0)
 
@@ -113,6 +115,22 @@ def append(path: Path, event: dict[str, Any]) -> None:
             if file.read(1) != b"\n":
                 file.write(b"\n")
         file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
+        file.flush()
+        os.fsync(file.fileno())  # a checkpoint that is there never knows more than this file
+
+
+def cut(path: Path, step: int) -> None:
+    """Take away what was logged after `step`, which is done again now, and the half line that a kill left."""
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    part = path.with_name(f".{path.name}.part")
+    part.write_text("".join(kept), encoding="utf-8")
+    part.replace(path)
 
 
 def finite(value: Any) -> Any:
@@ -175,7 +193,7 @@ class StopCallback(StopRequest, TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.asked and state.global_step < state.max_steps:
+        if self.asked:
             control.should_save = True
             control.should_training_stop = True
         return control

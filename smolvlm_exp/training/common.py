@@ -43,6 +43,7 @@ class TrainerConfig:
     dataloader_num_workers: int = at_least(0, 0)
     sample_steps: float = at_least(0, 0.25)  # between looks at what it answers; below 1: a share of all; 0: none
     memory_budget: str = "auto"  # of a GPU: auto (what is free), 8GiB, none (micro-batches as set above)
+    not_finite_limit: int = at_least(1, 3)  # steps in a row whose loss or gradient is no number: then the run stops
     engine: str = one_of("shared", "stock")  # shared: each picture and prompt once a pair; stock: plain TRL
     keep_features: bool | None = None  # image features computed once; null: wherever nothing that makes them learns
     cache: str = "outputs/cache"  # where tiles, features and reference values are kept, by content, for all runs
@@ -52,7 +53,8 @@ class TrainerConfig:
 
 
 NOT_UPSTREAMS = (
-    "algorithm", "sample_steps", "memory_budget", "engine", "keep_features", "cache", "cache_ram", "cache_disk",
+    "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features", "cache", "cache_ram",
+    "cache_disk",
     "extra",
 )  # fmt: skip
 
@@ -95,6 +97,8 @@ def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) ->
         **{name: getattr(config, name) for name in (*shared, *own)},
         "output_dir": str(run.folder / "checkpoints"),
         "max_length": run.max_length,
+        # The same in one kernel, which can leave out a step without anyone waiting; see finite.py.
+        "optim": "adamw_torch_fused" if on_gpu and config.optim == "adamw_torch" else config.optim,
         "seed": run.seed,
         "bf16": run.dtype is torch.bfloat16,
         "use_cpu": not on_gpu,
@@ -128,7 +132,7 @@ def with_pissa(parts: Parts, seed: int) -> "tuple[Any, LoraConfig | None]":
     return attach_pissa(parts.model, parts.peft_config, parts.folder, seed), None
 
 
-def settle(trainer: Any) -> Any:
+def settle(trainer: Any, config: TrainerConfig) -> Any:
     """What both of TRL's trainers need once they are built."""
     from transformers import PrinterCallback, ProgressCallback
 
@@ -137,6 +141,7 @@ def settle(trainer: Any) -> Any:
     for stock in (PrinterCallback, ProgressCallback):
         trainer.remove_callback(stock)
     trainer.add_callback(Progress)
+    trainer.guard.limit = config.not_finite_limit
     if not trainer.args.bf16:
         # TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 has no use for.
         for parameter in trainer.model.parameters():

@@ -58,7 +58,7 @@ def build_shared(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTr
     trainer = build(SharedPrefixTrainer, Rows, config, arguments, parts)
     trainer.score_references(store(config), arguments.per_device_eval_batch_size)
     fit(config, trainer)
-    return settle(trainer)
+    return settle(trainer, config)
 
 
 def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
@@ -66,11 +66,13 @@ def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTra
     from peft import PeftModel
     from trl import DPOTrainer
 
+    from smolvlm_exp.training.reliable import reliable
+
     model, peft_config = with_pissa(parts, arguments.seed)
     adapted = isinstance(model, PeftModel)
     # Where the adapter is on already, TRL keeps a second, frozen copy of it as the reference.
     with plain_initialisation(model) if adapted else contextlib.nullcontext():
-        trainer = DPOTrainer(
+        trainer = reliable(DPOTrainer)(
             model=model,
             ref_model=None if adapted or peft_config else copy.deepcopy(model),
             args=arguments,
@@ -80,4 +82,4 @@ def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTra
             peft_config=peft_config,
             callbacks=parts.callbacks,
         )
-    return settle(trainer)
+    return settle(trainer, config)

@@ -35,16 +35,18 @@ def build_shared(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTr
 
     trainer = build(SharedPrefixSFTTrainer, ChosenRows, config, arguments, parts)
     fit(config, trainer, pairs=False)
-    return settle(trainer)
+    return settle(trainer, config)
 
 
 def build_stock(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
     """As it is."""
     from trl import SFTTrainer
 
+    from smolvlm_exp.training.reliable import reliable
+
     model, peft_config = with_pissa(parts, arguments.seed)
     return settle(
-        SFTTrainer(
+        reliable(SFTTrainer)(
             model=model,
             args=arguments,
             train_dataset=completions(parts.preferences.train),
@@ -52,7 +54,8 @@ def build_stock(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTra
             processing_class=parts.processor,
             peft_config=peft_config,
             callbacks=parts.callbacks,
-        )
+        ),
+        config,
     )
 
 

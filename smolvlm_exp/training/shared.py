@@ -100,10 +100,11 @@ def collators(
 def build(kind: Any, rows: "type[Rows]", config: TrainerConfig, arguments: Any, parts: Parts) -> Any:
     """A trainer of engine/trainer.py over `rows`, its pictures ready."""
     from smolvlm_exp.engine.tiles import pixels
+    from smolvlm_exp.training.reliable import reliable
 
     model, peft_config = with_pissa(parts, arguments.seed)
     collator, eval_collator = collators(config, parts, arguments.max_length, rows)
-    trainer = kind(
+    trainer = reliable(kind)(
         model=model,
         normalise=pixels(parts.processor),
         peft_config=peft_config,

@@ -1,0 +1,135 @@
+"""What the promises are tried on: small runs of the real trainers, in this process and in forks of it.
+
+A fork has torch and the rows already, so that a run of eight steps that is killed and goes on costs a second.
+"""
+
+import contextlib
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from smolvlm_exp.adapter import lora_config
+from smolvlm_exp.checkpoint import newest, numbered
+from smolvlm_exp.model import load_model
+from smolvlm_exp.quant import quantization_config
+from smolvlm_exp.same_run import same_run
+from smolvlm_exp.training import dpo
+from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
+from smolvlm_exp.training.common import Parts, Run
+from tests.conftest import SIGMOID, compose
+
+# Two epochs of four steps; DoRA with dropout on, checkpointing, a window of two steps a log, a checkpoint every third.
+LONG = (
+    *SIGMOID, "tracker=none", "data.train_rows=16", "data.test_rows=4", "trainer.max_steps=8",
+    "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.warmup_steps=2",
+    "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=2", "trainer.eval_steps=2", "trainer.save_steps=3",
+    "adapter.r=2", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false", "trainer.learning_rate=1e-3",
+    "trainer.extra.disable_tqdm=true",
+)  # fmt: skip
+CLOCKS = ("runtime", "per_second", "total_flos", "gib", "data_wait")
+
+
+class Bench:
+    """Runs of `LONG` with changes, from the rows on: no model is looked at before or after training."""
+
+    def __init__(self, processor: Any, preferences: Any, cache: Path) -> None:
+        self.processor, self.preferences, self.cache = processor, preferences, cache
+
+    def config(self, *overrides: str) -> Any:
+        plus = [f"+{o}" if ".extra." in o else o for o in (*LONG, *overrides)]
+        return compose(*plus, f"trainer.cache={self.cache}", "trainer.cache_ram=0MiB")
+
+    def trainer(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
+        config = self.config(*overrides)
+        quantization = quantization_config(config.quant, torch.float32)
+        arguments = dpo.build_arguments(config.trainer, Run(folder, config.seed, torch.float32, None))
+        tracker = SimpleNamespace(log=lambda values, step: None)
+        parts = Parts(
+            load_model(config.model, quantization, config.seed), self.processor,
+            lora_config(config.adapter, quantised=quantization is not None), self.preferences,
+            [MetricsCallback(folder, tracker), *callbacks], folder,
+        )  # fmt: skip
+        parts.peft_config.target_modules = r".*text_model\.layers\.[01]\.self_attn\.(q|v)_proj"
+        trainer = dpo.build_trainer(config.trainer, arguments, parts)
+        trainer.identity = same_run(config, None, self.preferences)
+        return trainer
+
+    def moved(self, trainer: Any, folder: Path) -> Any:
+        """A trainer that has not begun, to another folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer.args.output_dir = str(folder / "checkpoints")
+        metrics = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MetricsCallback))
+        metrics.path = folder / "metrics.jsonl"
+        return trainer
+
+    def run(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
+        """Train to the end, from the newest whole checkpoint where there is one."""
+        folder.mkdir(parents=True, exist_ok=True)
+        trainer = self.trainer(folder, *overrides, callbacks=callbacks)
+        checkpoint = str(newest(folder)) if numbered(folder) else None
+        trainer.train(resume_from_checkpoint=checkpoint)
+        return trainer
+
+    def stoppable(self, folder: Path, *overrides: str) -> tuple[Any, StopCallback]:
+        """As `run`, with signals heard."""
+        with StopCallback() as stop:
+            return self.run(folder, *overrides, callbacks=(stop,)), stop
+
+
+@pytest.fixture(scope="session")
+def bench(processor, tmp_path_factory):
+    from smolvlm_exp.data.preferences import load_preferences
+
+    preferences = load_preferences(compose(*LONG[:5]).data, processor, tmp_path_factory.mktemp("rows"))
+    return Bench(processor, preferences, tmp_path_factory.mktemp("cache"))
+
+
+def logged(folder: Path) -> list[dict[str, Any]]:
+    """The events of metrics.jsonl, save clocks and memory."""
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in e.items() if not any(c in k for c in CLOCKS)} for e in events if "train_loss" not in e]
+
+
+def learnt(trainer: Any) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def forked(job: Callable[[], Any], log: Path) -> int:
+    """Run `job` in a fork of this process; returns its process id."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        os.setsid()  # its data workers die with it
+        number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(number, 1)
+        os.dup2(number, 2)
+        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        torch.set_num_threads(1)
+        job()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def kill(child: int) -> None:
+    """kill -9, to a fork and what it started."""
+    with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
+        os.killpg(child, signal.SIGKILL)
+    os.kill(child, signal.SIGKILL)

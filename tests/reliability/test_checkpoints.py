@@ -1,0 +1,257 @@
+"""P2, P3, P4, P11: a checkpoint is whole and verified, or invisible; a full disk costs no checkpoint."""
+
+import json
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from smolvlm_exp import checkpoint as files
+from smolvlm_exp.checkpoint import SAVING, checkpoints, damage, newest, numbered
+from smolvlm_exp.errors import RequestError, RunError
+from smolvlm_exp.pipeline import train
+from smolvlm_exp.training.trees import load_tree, save_tree
+from tests.reliability.conftest import forked, learnt
+
+TWO = ("trainer.max_steps=2", "trainer.save_steps=1", "trainer.eval_strategy=no", "trainer.logging_steps=1")
+
+
+@pytest.fixture(scope="module")
+def two(bench, tmp_path_factory):
+    """A run with two checkpoints."""
+    folder = tmp_path_factory.mktemp("two")
+    bench.run(folder, *TWO)
+    assert [path.name for path in checkpoints(folder)] == ["checkpoint-1", "checkpoint-2"]
+    return folder
+
+
+@pytest.fixture
+def run(two, tmp_path):
+    """A copy of it to break."""
+    return Path(shutil.copytree(two, tmp_path / "run"))
+
+
+def test_checkpoints_hold_safetensors_and_json_alone(two):
+    names = {path.name for path in checkpoints(two)[-1].rglob("*")}
+    assert {Path(name).suffix for name in names} <= {".safetensors", ".json", ".md"}
+    assert {"optimizer.safetensors", "scheduler.safetensors", "process-0.safetensors", "run.json"} <= names
+    assert all(damage(path) == "" for path in checkpoints(two))
+    assert not (two / "checkpoints" / SAVING).exists()
+
+
+def test_any_optimizer_state_comes_back_to_the_bit(tmp_path):
+    generator = torch.random.get_rng_state()
+    tree = {
+        "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3), "qmap": torch.arange(4).byte()}},
+        "param_groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 0.999), "params": [0, 1], "foreach": None, "fused": True}],
+        "half": torch.randn(5).bfloat16(), "python": (3, (1, 2**32 - 1), None), "nan": float("nan"), "word": "a",
+        "generator": generator,
+    }  # fmt: skip
+    save_tree(tmp_path / "tree.safetensors", tree)
+    found = load_tree(tmp_path / "tree.safetensors")
+    assert repr(found) == repr(tree)
+    assert found["state"][0]["exp_avg"].equal(tree["state"][0]["exp_avg"])
+    assert found["generator"].equal(generator)
+    with pytest.raises(TypeError, match="cannot hold function"):
+        save_tree(tmp_path / "tree.safetensors", {"hook": newest_file})
+
+
+def newest_file(folder):
+    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None)
+
+
+def die_at(event_number, folder):
+    """kill -9 at the n-th time a file under `folder` is opened, renamed or removed; the file before it is then half."""
+    seen = 0
+
+    def watch(event, arguments):
+        nonlocal seen
+        if event not in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir", "shutil.rmtree"):
+            return
+        if not str(arguments[0]).startswith(str(folder)):
+            return
+        seen += 1
+        if seen == event_number:
+            written = newest_file(folder / SAVING)
+            if written is not None:
+                os.truncate(written, written.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+
+
+def test_a_kill_at_any_point_of_a_save(bench, tmp_path, capsys):
+    """At step 2 the save is tried again and again, killed one event later each time."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    trainer = bench.trainer(run, *TWO)
+    run.mkdir(exist_ok=True)
+    real, kills, states = trainer._save_checkpoint, 0, set()
+
+    def save(model, trial):
+        nonlocal kills
+        status = trainer.state.global_step - 1  # step 1 is saved as ever
+        while status:
+            folder = run / "checkpoints"
+
+            def job():
+                die_at(kills + 1, folder)
+                real(model, trial)
+
+            _, status = os.waitpid(forked(job, log), 0)
+            if not status:
+                return
+            assert os.WTERMSIG(status) == signal.SIGKILL, log.read_text()[-2000:]
+            kills += 1
+            renamed = (folder / "checkpoint-2").exists()
+            states.add(renamed)
+            capsys.readouterr()
+            assert newest(run).name == ("checkpoint-2" if renamed else "checkpoint-1")
+            assert damage(newest(run)) == ""
+            assert "was cut short" in capsys.readouterr().out or not (folder / SAVING).exists()
+            shutil.rmtree(folder / "checkpoint-2", ignore_errors=True)
+        real(model, trial)
+
+    trainer._save_checkpoint = save
+    trainer.train()
+    assert newest(run).name == "checkpoint-2"
+    assert states == {True, False}
+    assert kills >= 20
+    print(f"{kills} kills within one save")
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+DAMAGES = {"truncated": truncate, "empty": lambda path: os.truncate(path, 0), "missing": Path.unlink, "flipped": flip}
+NAMES = (
+    "README.md", "adapter_config.json", "adapter_model.safetensors", "manifest.json", "optimizer.safetensors",
+    "process-0.safetensors", "run.json", "scheduler.safetensors", "trainer_state.json",
+)  # fmt: skip
+
+
+def test_every_file_and_every_damage(run, capsys):
+    first, second = checkpoints(run)
+    assert sorted(path.name for path in second.iterdir()) == sorted(NAMES)
+    tried = 0
+    for name in NAMES:
+        for harm in DAMAGES.values():
+            whole = [(each / name).read_bytes() for each in (first, second)]
+            harm(second / name)
+            assert newest(run) == first
+            told = capsys.readouterr().out
+            assert "checkpoint-2 is not used: " in told
+            assert name in told or name == "manifest.json"  # a flipped digest is another file's
+            assert "checkpoint-1 is whole" in told
+            harm(first / name)
+            with pytest.raises(RequestError, match=r"none of its checkpoints is whole[\s\S]*checkpoint-1 is not used"):
+                newest(run)
+            for each, data in zip((first, second), whole, strict=True):
+                (each / name).write_bytes(data)
+            tried += 2
+    assert newest(run) == second
+    assert tried == 2 * len(NAMES) * len(DAMAGES)
+    (second / "optimizer.pt").write_bytes(b"anything")
+    assert newest(run) == first
+    assert "optimizer.pt is not one of its files" in capsys.readouterr().out
+
+
+def test_no_whole_checkpoint_is_refused_before_anything_is_loaded(bench, run, monkeypatch):
+    for path in checkpoints(run):
+        flip(path / "optimizer.safetensors")
+    monkeypatch.setattr("smolvlm_exp.pipeline.load_model", lambda *a: pytest.fail("the model was loaded"))
+    with pytest.raises(RequestError, match=r"resume=.*run: none of its checkpoints is whole, so nothing was started"):
+        train(bench.config(f"resume={run}"), run)
+
+
+def test_a_damaged_checkpoint_of_a_later_step_costs_no_good_one(bench, run):
+    """Saved over when its step comes again, and not counted among those that are kept."""
+    flip(run / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+    bench.run(run, *TWO, "trainer.save_total_limit=1")
+    assert [path.name for path in numbered(run)] == ["checkpoint-2"]
+    assert damage(run / "checkpoints" / "checkpoint-2") == ""
+
+
+# A full disk
+
+
+def test_a_full_disk_is_one_error_and_costs_nothing(bench, tmp_path):
+    """A tmpfs that holds one checkpoint and a part of the next; the run goes on when there is room."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=160k", "tmpfs", str(disk)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("no tmpfs can be mounted here")
+    try:
+        with pytest.raises(RunError, match=r"no room for a checkpoint.*(No space left|os error 28)[\s\S]*checkpoint-1 is"):
+            bench.run(disk / "run", *TWO)
+        assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
+        assert damage(newest(disk / "run")) == ""
+        subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
+        again = bench.run(disk / "run", *TWO)
+        assert newest(disk / "run").name == "checkpoint-2"
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
+    compare_with_whole(bench, again, tmp_path)
+
+
+def test_a_limit_on_file_sizes_is_one_error_and_costs_nothing(bench, tmp_path):
+    run, before = tmp_path / "run", resource.getrlimit(resource.RLIMIT_FSIZE)
+    bench.run(run, *TWO, "trainer.max_steps=1")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # the optimizer's state is larger
+    try:
+        with pytest.raises(RunError, match=r"no room for a checkpoint.*(too large|os error 27)[\s\S]*checkpoint-1 is"):
+            bench.run(run, *TWO, "trainer.optim=adamw_torch")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-1"]
+    compare_with_whole(bench, bench.run(run, *TWO), tmp_path)
+
+
+def compare_with_whole(bench, trainer, tmp_path):
+    whole = learnt(bench.run(tmp_path / "whole", *TWO))
+    assert all(parameter.equal(whole[name]) for name, parameter in learnt(trainer).items())
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(122, "Disk quota exceeded"),
+        Exception("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+    ],
+)
+def test_the_guises_of_a_full_disk(error):
+    assert files.is_full(error)
+    assert not files.is_full(OSError(2, "No such file or directory"))
+    assert not files.is_full(RuntimeError("size mismatch"))
+
+
+def test_what_is_no_full_disk_stays_what_it_is(tmp_path):
+    with pytest.raises(KeyError), files.one_error(tmp_path):
+        raise KeyError("a mistake of ours")
+
+
+# Another run's checkpoint
+
+
+def test_run_json_says_what_the_run_was(two):
+    told = json.loads((checkpoints(two)[0] / "run.json").read_text())
+    assert told["adapter.r"] == 2
+    assert told["trainer.learning_rate"] == 1e-3
+    assert "versions.torch" in told
+    assert len(told["data.rows"]) == 32
+    assert "tracker.type" not in told
