@@ -217,7 +217,17 @@ def plain_initialisation(model: Any) -> Iterator[None]:
 def save_tuned(model: Any, config: AdapterConfig, folder: Path) -> None:
     """Write `adapter/`, an ordinary PEFT adapter for the untouched base, or `model/` where every weight was trained."""
     if config.type == "none":
-        model.save_pretrained(str(folder / "model"))
+        model.save_pretrained(str(folder / "model"), state_dict=gathered(model.state_dict()))
         return
+    learnt = gathered({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
-    model.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], **conversion)
+    model.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], state_dict=learnt, **conversion)
+
+
+def gathered(state: dict[str, Any]) -> dict[str, Any] | None:
+    """Sharded weights whole again, by all processes together; None where none is sharded."""
+    from smolvlm_exp.engine.group import is_sharded, whole
+
+    if not any(map(is_sharded, state.values())):
+        return None
+    return {name: whole(tensor) for name, tensor in state.items()}

@@ -65,6 +65,14 @@ def check_command(args: Any) -> list[Config]:
         raise RequestError(explain(error)) from error
 
 
+def folder_of(args: Any) -> str:
+    """Where the one run of a command, which `check_command` has read, will write."""
+    folder = Path(args.config_path).resolve() if args.config_path else CONF
+    with search_path(folder, args.config_dir):
+        composed = compose(args.config_name or "config", overrides=args.overrides, return_hydra_config=True)
+        return str(composed.hydra.run.dir)
+
+
 @contextmanager
 def search_path(folder: Path, own: str | None) -> Iterator[None]:
     """Hydra set up as its command line does it: `folder`, and before it a person's `own` (--config-dir)."""

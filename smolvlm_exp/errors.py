@@ -1,5 +1,6 @@
 """The errors that people are meant to read, and the one end of a run that is none."""
 
+import os
 import sys
 from typing import NoReturn
 
@@ -23,5 +24,6 @@ class Pruned(Exception):
 
 
 def refuse(error: RequestError | RunError) -> NoReturn:
-    print(f"smolvlm_exp: {error}", file=sys.stderr)
+    if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # of several processes all refuse alike
+        print(f"smolvlm_exp: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, RequestError) else 1)

@@ -16,6 +16,7 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from smolvlm_exp import launch
 from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError, RunError, refuse
@@ -76,10 +77,15 @@ def main() -> None:
             for completed in (resume_command, run_command, sweep_command):
                 argv = completed(argv, args)
             sys.argv[1:] = argv
-            check_command(get_args_parser().parse_args())
+            args = get_args_parser().parse_args()
+            check_command(args)
+            if launch.several():
+                sys.argv[1:] = launch.join(argv, args)
         except RequestError as error:
             refuse(error)
     job()
+    if launch.several():
+        launch.leave()
 
 
 def absolute(argv: list[str], args: Any) -> list[str]:

@@ -78,14 +78,13 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     Raises:
         RequestError: it cannot be had: no such folder, no way to the hub, or no shape for random weights.
     """
-    import torch
     from transformers import AutoModelForImageTextToText
 
     kwargs = {
         "dtype": resolve_dtype(config.dtype),
         "attn_implementation": resolve_attention(config.attn_implementation),
         "quantization_config": quantization_config,
-        "device_map": config.device_map if torch.cuda.is_available() else None,
+        "device_map": device_map(config.device_map),
         **config.extra,
     }
     if config.weights == "random":
@@ -95,6 +94,17 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     with readable_loading(config):
         model = AutoModelForImageTextToText.from_pretrained(source(config), revision=config.revision, **kwargs)
     return freeze_layout(model.eval())
+
+
+def device_map(asked: str | None) -> Any:
+    """One of several processes has one GPU, the whole model on it."""
+    import torch
+
+    from smolvlm_exp.engine.group import place
+
+    if not torch.cuda.is_available():
+        return None
+    return {"": torch.cuda.current_device()} if asked == "auto" and place()[1] > 1 else asked
 
 
 def load_processor(config: ModelConfig) -> "ProcessorMixin":
@@ -137,10 +147,10 @@ def readable_loading(config: ModelConfig):
 
 def with_random_weights(architecture: "PretrainedConfig", kwargs: dict[str, Any], seed: int) -> "PreTrainedModel":
     """Random weights in a real shape. To be quantised they take the loader's own way, through a temporary folder."""
-    import tempfile
-
     import torch
     from transformers import AutoModelForImageTextToText
+
+    from smolvlm_exp.engine.group import shared_folder
 
     torch.manual_seed(seed)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -150,8 +160,7 @@ def with_random_weights(architecture: "PretrainedConfig", kwargs: dict[str, Any]
         )
     if kwargs["quantization_config"] is None:
         return model.eval()
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
+    with shared_folder(model.save_pretrained) as folder:
         del model
         return freeze_layout(AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval())
 

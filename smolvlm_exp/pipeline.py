@@ -9,6 +9,7 @@ from smolvlm_exp.adapter import aim, lora_config, put_on, saved_adapter
 from smolvlm_exp.checkpoint import newest
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.engine.group import from_first
 from smolvlm_exp.evaluation.checks import compare_looks
 from smolvlm_exp.evaluation.held_out import evaluate
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
@@ -43,7 +44,8 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     checkpoint = newest(Path(config.resume)) if config.resume else None
     same_run(config, checkpoint)
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
-    arguments = algorithm.build_arguments(config.trainer, Run(folder, config.seed, dtype, config.data.max_length))
+    shared = from_first(lambda: folder)  # by all processes, where there are several
+    arguments = algorithm.build_arguments(config.trainer, Run(shared, config.seed, dtype, config.data.max_length))
 
     model: Any = load_model(config.model, quantization, config.seed)
     processor = load_processor(config.model)
@@ -70,7 +72,7 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result.checks = watch.checks(trainer)
 
-        stopped = stop.asked  # after this there is nothing left to save for later
+        stopped = stop.agreed()  # after this there is nothing left to save for later
         if not stopped:
             tuned = trainer.accelerator.unwrap_model(trainer.model)
             beta = getattr(config.trainer, "beta", 1.0)

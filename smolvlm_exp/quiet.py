@@ -8,6 +8,7 @@ import warnings
 def hush() -> None:
     """Silence upstream's notes to its own developers; errors and our own lines stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # we change no layer's output in place
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         import datasets

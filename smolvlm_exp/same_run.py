@@ -1,12 +1,14 @@
 """What a checkpoint says of the run that made it, and whether the run that would go on from it is the same."""
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.checkpoint import step_of
+from smolvlm_exp.engine.group import place
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.versions import versions
 
@@ -25,6 +27,7 @@ FREE = (
     "trainer.memory_budget", "trainer.not_finite_limit", "trainer.save_steps", "trainer.save_strategy",
     "trainer.save_total_limit",
 )  # fmt: skip
+SHARED_OUT = ("processes", "trainer.gradient_accumulation_steps")  # their product is what counts
 DECIDE = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pillow")  # packages that do
 
 
@@ -43,14 +46,23 @@ def same_run(config: "Config", checkpoint: Path | None, preferences: "Preference
     here = flat({key: value for key, value in asdict(config).items() if key not in FREE})
     here = {key: value for key, value in here.items() if key not in FREE}
     here |= {f"versions.{name}": version for name, version in versions().items() if name in DECIDE}
+    here["processes"] = place()[1]
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if preferences is not None:
         here[ROWS] = digest(preferences.train)
     if checkpoint is not None:
         there = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
-        differ = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key)]
+        free = SHARED_OUT if goes_on_alike(there, here) else ()
+        differ = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key) and key not in free]
         refuse_change(checkpoint, {key: (there, here) for key in differ if key != ROWS or ROWS in here}, config)
     return here
+
+
+def goes_on_alike(there: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether another number of processes takes the same rows a step, and none of them draws random numbers."""
+    before, now = (math.prod(side.get(key, 1) for key in SHARED_OUT) for side in (there, here))
+    dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
+    return before == now and not dropout
 
 
 def refuse_change(checkpoint: Path, differ: Mapping[str, tuple[dict, dict]], config: "Config") -> None:
@@ -60,10 +72,20 @@ def refuse_change(checkpoint: Path, differ: Mapping[str, tuple[dict, dict]], con
         print(f"resume: {in_words(key, *differ[key])}, as resume_allow says")
     if changed:
         told = "\n".join(f"  {in_words(key, *differ[key])}" for key in changed)
+        if "processes" in changed:
+            told += f"\n{same_rows(*differ['processes'])}"
         raise RequestError(
             f"resume={config.resume}: this is not the run that was saved at step {step_of(checkpoint)}.\n{told}\n"
             f"Take that back, or go on all the same with 'resume_allow=[{','.join(changed)}]'."
         )
+
+
+def same_rows(there: dict[str, Any], here: dict[str, Any]) -> str:
+    """How another number of processes can go on."""
+    steps, left = divmod(math.prod(there.get(key, 1) for key in SHARED_OUT), here["processes"])
+    if left:
+        return f"A step's rows cannot be shared out among {here['processes']} processes."
+    return f"With trainer.gradient_accumulation_steps={steps}, and without dropout, a step has the same rows here."
 
 
 def in_words(key: str, there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -10,12 +10,12 @@ from typing import Any, cast
 import torch
 from peft import PeftModel
 from torch import nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.engine.attention import Layout, use_shared_prefix
+from smolvlm_exp.engine.group import whole
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, S, S) uint8 -> what the vision tower reads, on its device
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # ChunkedLogProbFunction's order
@@ -56,7 +56,7 @@ def score_pairs(
         labels: (2B, L), TRL's: -100 outside the answers.
     """
     head: Any = model.get_output_embeddings()
-    weight, bias = (each.full_tensor() if isinstance(each, DTensor) else each for each in (head.weight, head.bias))
+    weight, bias = (whole(each) for each in (head.weight, head.bias))
     found = ChunkedLogProbFunction.apply(
         answer_states(model, packed, pixels),
         weight, bias, packed["labels"], 1.0, VOCABULARY_CHUNK, None, 1.0, statistics,

@@ -1,9 +1,18 @@
 """The processes of one torch.distributed group, or the only process there is."""
 
-from collections.abc import Callable
-from typing import Any
+import contextlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+S = TypeVar("S")
+T = TypeVar("T")
+TOGETHER = 2**26  # bytes of gradients in one message
 
 
 def place() -> tuple[int, int]:
@@ -42,6 +51,77 @@ def all_of(flag: bool) -> bool:
     return all(gather(flag))
 
 
+@contextlib.contextmanager
+def shared_folder(fill: Callable[[str], Any]) -> Iterator[str]:
+    """A temporary folder of this machine that the first process fills, and removes when all are done with it."""
+    with tempfile.TemporaryDirectory() as own:
+        folder = from_first(lambda: fill(own) or own)
+        del fill  # it may hold what it has written
+        yield folder
+        all_of(True)
+
+
 def share(count: int, rank: int, processes: int) -> range:
     """A rank's share of `count` things, in one piece."""
     return range(count * rank // processes, count * (rank + 1) // processes)
+
+
+def whole(tensor: Any) -> torch.Tensor:
+    """A sharded tensor, gathered by all processes together; any other as it is."""
+    found: torch.Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
+    return found
+
+
+def is_sharded(tensor: Any) -> bool:
+    return hasattr(tensor, "full_tensor")
+
+
+def spread(items: Sequence[S], work: Callable[[S], T], model: nn.Module) -> list[T]:
+    """work(item) of every item, each done by one process of the group; all of them in every process.
+
+    Args:
+        model: what `work` runs. Where its weights are sharded, processes fetch them together, so each does everything.
+    """
+    rank, processes = place()
+    if processes == 1 or any(map(is_sharded, model.parameters())):
+        return [work(item) for item in items]
+    found = {
+        i: result
+        for part in gather({i: work(items[i]) for i in range(rank, len(items), processes)})
+        for i, result in part.items()
+    }
+    return [found[i] for i in range(len(items))]
+
+
+def average(tensors: Sequence[torch.Tensor]) -> None:
+    """Put the mean over all processes into each tensor; a few large messages."""
+    waiting: dict[torch.dtype, list[torch.Tensor]] = {}
+    for tensor in tensors:
+        part = waiting.setdefault(tensor.dtype, [])
+        part.append(tensor)
+        if sum(each.nbytes for each in part) >= TOGETHER:
+            average_part(waiting.pop(tensor.dtype))
+    for part in waiting.values():
+        average_part(part)
+
+
+def average_part(tensors: list[torch.Tensor]) -> None:
+    whole = _flatten_dense_tensors(tensors)
+    dist.all_reduce(whole)
+    whole /= place()[1]
+    torch._foreach_copy_(tensors, list(_unflatten_dense_tensors(whole, tensors)))
+
+
+@contextlib.contextmanager
+def by_itself(accelerator: Any) -> Iterator[None]:
+    """Within, what accelerate would gather is this process's own.
+
+    TRL's loss code gathers a dozen metrics, and processes whose micro-batches differ would wait for each other forever.
+    """
+    own = {name: lambda value, *_, **__: value for name in ("gather", "gather_for_metrics")}
+    vars(accelerator).update(own)
+    try:
+        yield
+    finally:
+        for name in own:
+            delattr(accelerator, name)

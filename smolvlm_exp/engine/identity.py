@@ -18,6 +18,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smolvlm_exp.engine.forward import base_of
+from smolvlm_exp.engine.group import whole
 
 WORDS = 2**20  # 8-byte words under one sum
 FACTORS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)  # MurmurHash3's, as signed numbers
@@ -108,9 +109,7 @@ def content_hash(tensors: list[Any]) -> torch.Tensor:
 
 def words_of(tensor: Any) -> torch.Tensor:
     """A tensor's bytes as int64, filled up with zeros."""
-    if hasattr(tensor, "full_tensor"):  # sharded
-        tensor = tensor.full_tensor()
-    data = tensor.detach().reshape(-1).contiguous().view(torch.uint8)
+    data = whole(tensor).detach().reshape(-1).contiguous().view(torch.uint8)
     if len(data) % 8 or data.storage_offset() % 8:
         data = F.pad(data, (0, -len(data) % 8)).clone()
     return data.view(torch.int64)

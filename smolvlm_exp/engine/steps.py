@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from smolvlm_exp.engine.batches import (
@@ -32,6 +33,7 @@ from smolvlm_exp.engine.batches import (
 )
 from smolvlm_exp.engine.deferred import Deferred, settle
 from smolvlm_exp.engine.feed import Collator
+from smolvlm_exp.engine.group import average, by_itself, gather
 from smolvlm_exp.engine.probe import out_of_memory
 from smolvlm_exp.engine.schedule import Micro, Step, StepSampler, split
 
@@ -130,10 +132,39 @@ class PackedSteps(Trainer):
         return [*idle, {"step": step}], self._get_num_items_in_batch(step.batches, device)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
-        """Forward and backward passes of a whole optimiser step."""
+        """Forward and backward passes of a whole optimiser step.
+
+        Processes meet once a step, when each has its gradients: how many micro-batches that takes is their own affair.
+        Sharded weights (FSDP) are fetched by all processes together, layer by layer, so there it is not.
+        """
         if "step" not in inputs:
             return torch.zeros((), device=self.args.device)
-        step: Step = inputs["step"]
+        tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
+        own = model.module if isinstance(model, DistributedDataParallel) else model
+        loss = self.whole_step(own, inputs["step"], num_items_in_batch)
+        if self.accelerator.num_processes > 1:
+            self.meet(own if own is not model else None, tokens)
+        return loss
+
+    def meet(self, model: nn.Module | None, tokens: Any) -> None:
+        """Gradients become the mean of all processes', and the tokens of this step are all processes'.
+
+        Args:
+            model: None where its gradients have met already.
+            tokens: trained on before this step.
+        """
+        if model is not None:
+            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in learning:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            average([parameter.grad for parameter in learning if parameter.grad is not None])
+        mine = torch.as_tensor(self._total_train_tokens - tokens, device=self.args.device)
+        self._total_train_tokens = tokens + self.accelerator.reduce(mine)
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def whole_step(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
+        """The step's loss in this process, detached; in smaller micro-batches where memory runs out."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
@@ -180,7 +211,7 @@ class PackedSteps(Trainer):
             weight = len(segment) / pairs if num_items_in_batch is None else 1.0  # TRL has divided by it already
             self.shares["train"].append(share)
             mine, answers = (pairs_of(each, part, len(micro.rows)) for each in (fields, outputs))
-            with Deferred():
+            with Deferred(), by_itself(self.accelerator):
                 loss += weight * self.loss_of(answers, mine, num_items_in_batch)
         return loss
 
@@ -222,9 +253,10 @@ class PackedSteps(Trainer):
         failed = len(step.running.rows)
         unit = self.args.per_device_train_batch_size if self.whole else 1
         smaller = failed // 2 // unit * unit
-        if self.accelerator.num_processes > 1:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RuntimeError(
-                f"out of memory with {failed} pairs at a time; the other processes cannot follow.\n"
+                f"out of memory with {failed} pairs at a time; weights are sharded, so all processes would have to "
+                "follow.\n"
                 "Lower trainer.memory_budget, so that smaller micro-batches are planned."
             ) from error
         if not smaller:
@@ -293,5 +325,10 @@ class PackedSteps(Trainer):
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
         settle(self._metrics[mode], self.shares[mode])
+        if self.accelerator.num_processes > 1:
+            everyone = gather(dict(self._metrics[mode]))
+            for name in self._metrics[mode]:
+                columns = zip(*(each[name] for each in everyone), strict=True)
+                self._metrics[mode][name] = [sum(column) / len(column) for column in columns]
         self.shares[mode].clear()
         super().log(logs, start_time)

@@ -1,9 +1,12 @@
 """Answers as a person would get them: batched, greedy or sampled, ending at <end_of_utterance>."""
 
 from collections.abc import Sequence
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from smolvlm_exp.engine.group import spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -30,8 +33,9 @@ def generate_answers(
     drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
     # Prompts of like length share a batch, so that little is padded; the order is put back at the end.
     order = sorted(range(len(rows)), key=lambda i: [image.size for image in rows[i]["images"]])
-    answers = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
+    starts = range(0, len(order), batch_size)
+
+    def answer(start: int) -> list[str]:
         batch = order[start : start + batch_size]
         inputs = prompts(processor, [rows[i] for i in batch]).to(model.device)
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
@@ -44,9 +48,10 @@ def generate_answers(
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        for i, text in zip(batch, texts, strict=True):
-            answers[i] = text.strip()
-    return answers
+        return [text.strip() for text in texts]
+
+    found = dict(zip(order, chain(*spread(starts, answer, model)), strict=True))
+    return [found[i] for i in range(len(rows))]
 
 
 def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:

@@ -1,18 +1,21 @@
 """Which of two answers does the model itself prefer? Log-probabilities of given answers; nothing is generated."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.nn.functional as F
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from smolvlm_exp.engine.group import spread
 from smolvlm_exp.evaluation.statistics import Ratio, mean
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ def answer_logps(
     max_length: int | None,
 ) -> Logps:
     """Log-probabilities of both answers of every row, collated as stock TRL does it in training."""
-    found = [score(model, batch) for batch in batches(processor, rows, batch_size, max_length)]
+    found = of_batches(model, processor, rows, batch_size, max_length, lambda batch: score(model, batch))
     sums, counts = (torch.cat([each.view(2, -1) for each in side], 1) for side in zip(*found, strict=True))
     return Logps(*sums, *counts)
 
@@ -46,20 +49,26 @@ def chosen_logps(
     max_length: int | None,
 ) -> torch.Tensor:
     """log p(chosen) / |chosen| of every row, (rows,)."""
-    found = []
-    for batch in batches(processor, rows, batch_size, max_length):
+
+    def mean_logps(batch: dict[str, torch.Tensor]) -> torch.Tensor:
         sums, counts = score(model, {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()})
-        found.append(sums / counts)
-    return torch.cat(found)
+        return sums / counts
+
+    return torch.cat(of_batches(model, processor, rows, batch_size, max_length, mean_logps))
 
 
-def batches(
-    processor: "ProcessorMixin", rows: "Dataset | Sequence[dict[str, Any]]", batch_size: int, max_length: int | None
-) -> Iterator[dict[str, torch.Tensor]]:
-    """TRL's batches: (2B, ...), the chosen answers first."""
+def of_batches(
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    rows: "Dataset | Sequence[dict[str, Any]]",
+    batch_size: int,
+    max_length: int | None,
+    work: Callable[[dict[str, torch.Tensor]], T],
+) -> list[T]:
+    """`work` of each of TRL's batches: (2B, ...), the chosen answers first."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
-    for start in range(0, len(rows), batch_size):
-        yield collator([rows[i] for i in range(start, min(start + batch_size, len(rows)))])
+    parts = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    return spread(parts, lambda part: work(collator([rows[i] for i in part])), model)
 
 
 @torch.no_grad()

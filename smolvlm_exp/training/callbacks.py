@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from smolvlm_exp.engine.group import gather
 from smolvlm_exp.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -187,13 +188,17 @@ class Progress(ProgressCallback):
 class StopCallback(StopRequest, TrainerCallback):
     """On SIGTERM or Ctrl-C: finish the step, save, stop. A second signal leaves at once."""
 
+    def agreed(self) -> bool:
+        """Whether any process of the run was asked: all of them stop at the same step."""
+        return any(gather(self.asked))
+
     def heard(self) -> None:
         print("\nstopping at the end of this step, after saving; once more to leave at once", file=sys.stderr)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        if self.asked:
+        if self.agreed():
             control.should_save = True
             control.should_training_stop = True
         return control

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from smolvlm_exp.checks import Check, at_least, at_most
+from smolvlm_exp.engine.group import whole
 
 LN2 = math.log(2)
 NAMED = 3  # tensors that a check names
@@ -17,12 +18,12 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.start = {n: p.detach().float().cpu().clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.start = {n: on_host(p).clone() for n, p in model.named_parameters() if p.requires_grad}
         self.base = checksum(model)
 
     def checks(self, trainer: Any) -> list[Check]:
         learnt = {name: parameter for name, parameter in self.model.named_parameters() if name in self.start}
-        still = [name for name, p in learnt.items() if torch.equal(self.start[name], p.detach().float().cpu())]
+        still = [name for name, p in learnt.items() if torch.equal(self.start[name], on_host(p))]
         checks = [all_of("trainable tensors that moved", still, len(learnt))]
         magnitudes = [name for name in learnt if "magnitude" in name]
         if magnitudes:
@@ -33,6 +34,10 @@ class Watch:
             checks.append(all_of("trainable tensors that got a gradient", without, len(learnt)))
         checks.append(at_least("frozen weights unchanged", float(checksum(self.model) == self.base), 1))
         return [*checks, *at_the_start(trainer)]
+
+
+def on_host(parameter: torch.Tensor) -> torch.Tensor:
+    return whole(parameter).detach().float().cpu()
 
 
 def all_of(name: str, missing: list[str], count: int) -> Check:
@@ -46,7 +51,7 @@ def without_gradient(learnt: dict[str, Any], optimizer: Any) -> list[str] | None
     moments = {name: states.get(parameter, {}).get("exp_avg_sq") for name, parameter in learnt.items()}
     if not any(isinstance(each, torch.Tensor) for each in moments.values()):
         return None
-    return [name for name, each in moments.items() if each is None or not each.any()]
+    return [name for name, each in moments.items() if each is None or not whole(each).any()]
 
 
 def at_the_start(trainer: Any) -> list[Check]:
@@ -66,6 +71,6 @@ def checksum(model: nn.Module) -> int:
     total = 0
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            flat = parameter.detach().contiguous().view(torch.uint8).flatten()
+            flat = whole(parameter).detach().contiguous().view(torch.uint8).flatten()
             total += int(flat.sum(dtype=torch.int64))
     return total

@@ -15,7 +15,7 @@ from torch import nn
 from transformers import Trainer
 
 from smolvlm_exp.checkpoint import SAVING, keep_last, one_error, seal
-from smolvlm_exp.errors import RunError
+from smolvlm_exp.engine.group import whole
 from smolvlm_exp.same_run import IDENTITY
 from smolvlm_exp.sweep.record import write_json
 from smolvlm_exp.training.finite import FiniteGuard
@@ -68,7 +68,7 @@ class Reliable(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last thing before `optimizer.step()`, which does nothing where the norm or the loss is not finite."""
-        norm = super()._get_grad_norm(model, grad_norm)
+        norm = whole(super()._get_grad_norm(model, grad_norm))
         finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device) + self.step_loss)
         finite = self.accelerator.gather(finite[None]).all()  # a loss may differ between processes
         self.step_loss = 0.0
@@ -163,7 +163,10 @@ class Reliable(Trainer):
         """Called once, right before the first step."""
         if checkpoint is None:
             return
-        states = load_tree(self.own_file(checkpoint))
+        mine = self.own_file(checkpoint)
+        if not mine.is_file():  # it was made by fewer processes: same_run.goes_on_alike
+            mine = mine.with_name("process-0.safetensors")
+        states = load_tree(mine)
         set_random_states(states["random"], self.args.device)
         self.count_on(states["counters"])
 
