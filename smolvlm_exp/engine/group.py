@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -52,12 +53,12 @@ def all_of(flag: bool) -> bool:
 
 
 @contextlib.contextmanager
-def shared_folder(fill: Callable[[str], Any]) -> Iterator[str]:
+def shared_folder(fill: Callable[[str], None]) -> Iterator[str]:
     """A temporary folder of this machine that the first process fills, and removes when all are done with it."""
     with tempfile.TemporaryDirectory() as own:
-        folder = from_first(lambda: fill(own) or own)
+        from_first(partial(fill, own))
         del fill  # it may hold what it has written
-        yield folder
+        yield from_first(lambda: own)
         all_of(True)
 
 
