@@ -14,6 +14,8 @@ def patch() -> None:
         plugin = inspect.signature(plain).bind(self, *args, **kwargs).arguments.get("fsdp_plugin")
         if plugin is not None and self.distributed_type is DistributedType.MULTI_CPU:
             self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+            if self._mixed_precision != "no":
+                plugin.set_mixed_precision(self._mixed_precision)
             self.fsdp_plugin = plugin
 
     AcceleratorState.__init__ = patched

@@ -80,6 +80,8 @@ class PackedSteps(Trainer):
             eval_dataset=numbered(len(eval_collator.rows)) if eval_collator else None,
             **trl,
         )
+        if self.is_fsdp_enabled:  # accelerate would have what learns rounded to bfloat16 in every forward pass
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.into_micros)
         numbers: Any = range(len(collator.rows))
         self.batches: Any = torch.utils.data.DataLoader(
