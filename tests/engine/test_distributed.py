@@ -1,6 +1,7 @@
 """Two processes on one machine's CPU (gloo), started as people start them, give one process's losses."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -54,6 +55,15 @@ def test_two_processes_are_one(tmp_path, engine, env):
     # SFT's evaluation loss is a mean of the processes' means over tokens.
     without = (*COUNTS, "eval_loss") if engine == "shared_sft" else COUNTS
     compare(two["events"], one["events"], without=without, tolerance=2e-5)
+
+
+def test_sharded_adapters_are_not_rounded(tmp_path):
+    """accelerate would have FSDP2 turn them to bfloat16, and the policy would not start as its reference."""
+    found, _ = train(
+        tmp_path / "run", 2, env=FSDP, bf16=True, per_device_train_batch_size=2, gradient_accumulation_steps=3,
+        max_steps=1, ddp_backend="gloo",
+    )  # fmt: skip
+    assert found["events"][0]["loss"] == pytest.approx(math.log(2), abs=5e-4)
 
 
 SIX_PAIRS = {
