@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from wandb import Run
 
-    from smolvlm_exp.report import Sample
+    from smolvlm_exp.cards import Sample
 
 
 @dataclass
