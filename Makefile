@@ -13,10 +13,10 @@ run: .venv/ready
 	$(BIN)/python -m smolvlm_exp
 
 test: .venv/ready
-	$(BIN)/python -m pytest -n logical
+	$(BIN)/python -m pytest -n logical --dist loadgroup
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest -n logical -m 'not gpu'
+	$(BIN)/python -m pytest -n logical --dist loadgroup -m 'not gpu'
 
 lint: .venv/ready
 	$(BIN)/ruff check .

@@ -174,9 +174,8 @@ def put_on(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
     expected = set(matched_modules(model, target))
     with keeping_scales(model):
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    lacks = sorted(
-        get_peft_model_state_dict(tuned, save_embedding_layers=False).keys() - load_peft_weights(str(folder))
-    )
+    whole = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    lacks = sorted(whole.keys() - load_peft_weights(str(folder), device="cpu").keys())
     if lacks:
         raise RequestError(f"model.adapter={folder}: its file lacks {len(lacks)} tensors, {lacks[0]} among them.")
     base: Any = tuned.get_base_model()

@@ -172,8 +172,10 @@ COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pair
 
 def show(found: Comparison) -> None:
     names = short(found.keys)
-    first = found.metrics[:3]
+    first = found.metrics[:2]  # 80 columns hold no more
     lines = Table(*names.values(), "runs", "", *(words(path.partition(".")[2]) for path in first), *COSTS.values())
+    for column in lines.columns:
+        column.overflow = "fold"
     for group in found.groups:
         settings = [brief(group.settings[key]) for key in found.keys]
         numbers = [written(path, group.value(path), group.error(path)) for path in first]
@@ -221,7 +223,7 @@ def label(found: Comparison, group: Group, run: Run) -> str:
 
 
 def groups_table(found: Comparison) -> str:
-    paths = [*found.metrics, *COSTS]
+    paths = [*found.metrics[:3], *COSTS, *found.metrics[3:]]  # what decides is in sight before anything is scrolled
     head = [*short(found.keys).values(), "Runs", "", *(words(path.partition(".")[2]) for path in paths)]
     rows = []
     for group in found.groups:

@@ -7,11 +7,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from smolvlm_exp.cards import Course, Sample
 from smolvlm_exp.checks import Check
 from smolvlm_exp.data.preferences import Preferences, text_of
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change
-from smolvlm_exp.report import Course, Sample
 
 
 def findings(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:

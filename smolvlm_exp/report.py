@@ -3,30 +3,27 @@
     write_report(folder, summary, config, samples)
 
 Anything may be missing: a run that failed early still gets its page. The parts are next door: `charts` draws, `metrics`
-is the before/after table, `page` is what surrounds them.
+is the before/after table, `cards` shows rows, `page` is what surrounds them.
 """
 
 import html
 import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+from smolvlm_exp.cards import Course, Sample, course_cards, sample_cards
 from smolvlm_exp.charts import line_chart, number, percent
 from smolvlm_exp.metrics import METRICS, results
 from smolvlm_exp.page import (
-    SMALL_EDGE,
     duration,
     empty,
     facts,
     finite,
-    mark,
     page,
-    picture,
     pill,
     real,
     shown,
@@ -35,35 +32,7 @@ from smolvlm_exp.page import (
 )
 from smolvlm_exp.runs import as_typed
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
 Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key of metrics.jsonl}, how to draw
-
-
-@dataclass
-class Sample:
-    """One held-out row, answered before and after."""
-
-    image: "Image"
-    question: str
-    chosen: str
-    rejected: str
-    before: str  # the base model's greedy answer
-    after: str  # the tuned model's
-    hallucinated_before: list[str]  # words to mark, empty where the truth is unknown
-    hallucinated_after: list[str]
-    truth: str = ""  # in place of chosen and rejected, where there are none
-
-
-@dataclass
-class Course:
-    """One held-out row, answered again and again while the model was tuned."""
-
-    image: "Image"
-    question: str
-    answers: list[tuple[int, str, list[str]]]  # after that many steps; with words to mark
-
 
 HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy")
 
@@ -112,8 +81,8 @@ def write_report(
         ("results", "Before and after", results(*(_dict(summary, key) for key in ("before", "after", "changes")))),
         ("checks", "Checks", _checks(summary.get("checks") or []) + _advice(summary.get("advice") or [])),
         ("curves", "Curves", _charts(CURVES, events)),
-        ("samples", "Samples", _samples(samples)),
-        *([("course", "As it was tuned", _courses(courses))] if courses else []),
+        ("samples", "Samples", sample_cards(samples)),
+        *([("course", "As it was tuned", course_cards(courses))] if courses else []),
         ("speed", "Memory and speed", _train_facts(_dict(summary, "train"))),
         ("config", "Config", _config(config)),
         ("versions", "Versions", facts(_dict(summary, "versions").items())),
@@ -216,46 +185,6 @@ def points_of(events: list[dict[str, Any]], key: str) -> list[tuple[float, float
     """A key's points; where a resumed run logged a step again, the later one counts."""
     at = {float(e["step"]): value for e in events if (value := real(e.get(key))) is not None}
     return list(at.items())
-
-
-def _samples(samples: list[Sample]) -> str:
-    if not samples:
-        return empty("No samples were kept.")
-    marked = any(s.hallucinated_before or s.hallucinated_after for s in samples)
-    legend = '<p class="hint">Held-out rows, answered greedily.'
-    legend += " <mark>Marked</mark> words name things that are not in the picture." if marked else ""
-    return f"{legend}</p>{_cards(map(_card, samples), [s.image for s in samples])}"
-
-
-def _courses(courses: Sequence[Course]) -> str:
-    cards = []
-    for course in courses:
-        lines = [(f"Step {step}", mark(text, marked), "model") for step, text, marked in course.answers]
-        cards.append(_article(course.image, course.question, lines))
-    return _cards(cards, [course.image for course in courses])
-
-
-def _cards(cards: Iterable[str], images: "list[Image]") -> str:
-    size = "small" if all(max(image.size) <= SMALL_EDGE for image in images) else ""
-    return f'<div class="cards {size}">{"".join(cards)}</div>'
-
-
-def _card(s: Sample) -> str:
-    rows = [
-        ("Before", mark(s.before, s.hallucinated_before), "model"),
-        ("After", mark(s.after, s.hallucinated_after), "model"),
-        ("Chosen", html.escape(s.chosen), "label"),
-        ("Rejected", html.escape(s.rejected), "label"),
-    ]
-    return _article(s.image, s.question, [*rows[:2], ("Truth", html.escape(s.truth), "label")] if s.truth else rows)
-
-
-def _article(image: "Image", question: str, rows: list[tuple[str, str, str]]) -> str:
-    lines = "".join(
-        f'<div class="{kind}"><dt>{name}</dt><dd>{text if text.strip() else "(empty)"}</dd></div>'
-        for name, text, kind in rows
-    )
-    return f'<article class="card">{picture(image)}<h3>{html.escape(question)}</h3><dl>{lines}</dl></article>'
 
 
 def _train_facts(train: dict[str, Any]) -> str:

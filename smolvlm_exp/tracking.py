@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from wandb import Run
 
-    from smolvlm_exp.report import Sample
+    from smolvlm_exp.cards import Sample
 
 
 @dataclass
@@ -145,15 +145,25 @@ def uploading(*folders: Path) -> str:
 def track_sweep(config: TrackerConfig, folder: Path, group: str, rows: list[dict[str, Any]]) -> None:
     """The whole sweep as one more run of its group: the table, and an artifact with sweep.csv and sweep.html."""
     statuses = [row["status"] for row in rows]
-    track_table(config, folder, "sweep", group, rows, {status: statuses.count(status) for status in statuses})
-    if config.type == "wandb" and rows:
-        print(uploading(folder / "wandb" / "offline-run-*", folder / "*" / "wandb" / "offline-run-*"))
+    numbers = {status: statuses.count(status) for status in statuses}
+    track_table(config, folder, "sweep", group, rows, numbers, folder / "*" / "wandb" / "offline-run-*")
 
 
 def track_table(
-    config: TrackerConfig, folder: Path, kind: str, group: str, rows: list[dict[str, Any]], numbers: dict[str, Any]
+    config: TrackerConfig,
+    folder: Path,
+    kind: str,
+    group: str,
+    rows: list[dict[str, Any]],
+    numbers: dict[str, Any],
+    *others: Path,
 ) -> None:
-    """Many runs as one: a table, and an artifact with `<kind>.csv` and `<kind>.html`."""
+    """Many runs as one: a table, and an artifact with `<kind>.csv` and `<kind>.html`.
+
+    Args:
+        numbers: for the run's summary.
+        others: patterns of runs that may be uploaded with it.
+    """
     if config.type == "none" or not rows:
         return
     import wandb
@@ -167,6 +177,7 @@ def track_table(
     run.log_artifact(artifact)
     run.summary.update(numbers)
     run.finish()
+    print(uploading(folder / "wandb" / "offline-run-*", *others))
 
 
 def has_account() -> bool:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import hydra
 import pytest
 
-from smolvlm_exp.command import check_command, register_schemas
-from smolvlm_exp.config import Config
+from smolvlm_exp.command import check_command, register_schemas, search_path
+from smolvlm_exp.config import CONF, Config, parse
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: one process a core is faster than two threads in one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -24,7 +25,15 @@ QUICK = (
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
     "trainer.save_strategy=no", "trainer.sample_steps=0",
 )  # fmt: skip
+MADE_ONCE = {"whole", "run", "tuned"}  # fixtures of many seconds
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests over one of `MADE_ONCE` stay in one of xdist's processes (--dist loadgroup), or each would make its own."""
+    for item in items:
+        for name in MADE_ONCE & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(name))
 
 
 def compose(*overrides: str, multirun: bool = False) -> Config:
@@ -39,7 +48,12 @@ def compose(*overrides: str, multirun: bool = False) -> Config:
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """A configuration of the embedded default cut down to seconds; what runs keep for each other lies in one folder."""
     cache = tmp_path_factory.getbasetemp() / "cache"
-    return lambda *overrides: compose(*QUICK, f"trainer.cache={cache}", *overrides)
+
+    def composed(*overrides: str) -> Config:
+        with search_path(CONF, None):  # once, where a command is composed three times to tell its mistakes
+            return parse(hydra.compose("config", overrides=[*QUICK, f"trainer.cache={cache}", *overrides]))
+
+    return composed
 
 
 @pytest.fixture

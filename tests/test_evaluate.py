@@ -4,6 +4,10 @@ import json
 
 import pytest
 
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.evaluate import evaluate
+from tests.conftest import compose
+
 QUICK = (
     "tracker=none", "data.train_rows=32", "data.test_rows=12", "trainer.max_steps=3", "trainer.warmup_steps=0",
     "trainer.learning_rate=3e-3", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
@@ -66,15 +70,19 @@ def test_other_data_and_the_base_alone(command, run):
     [
         (["run=last"], "run=last is what another task works on: add task=evaluate"),
         (["task=evaluate", "run=nowhere"], "run=nowhere: that is no run folder"),
-        (["task=evaluate", "model.adapter=nowhere"], "model.adapter=nowhere: there is no adapter_config.json"),
     ],
 )
-def test_what_cannot_be_evaluated(command, run, arguments, message):
-    done = command(*arguments, cwd=run.parents[2])
+def test_what_cannot_be_evaluated(command, arguments, message):
+    done = command(*arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
 
 
-def test_a_run_without_its_end(command, run, tmp_path):
+def test_an_adapter_that_is_not_there(tmp_path):
+    with pytest.raises(RequestError, match=r"model\.adapter=nowhere: there is no adapter_config\.json"):
+        evaluate(compose("task=evaluate", "model.adapter=nowhere"), tmp_path)
+
+
+def test_a_run_without_its_end(command, tmp_path):
     (tmp_path / "outputs").mkdir()
     done = command("task=evaluate", "run=last")
     assert (done.returncode, "no run under outputs/ is at its end yet" in done.stderr) == (2, True)

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from smolvlm_exp.cards import Sample
 from smolvlm_exp.charts import line_chart, number, percent, thin, ticks
 from smolvlm_exp.metrics import results
 from smolvlm_exp.page import finite, mark
-from smolvlm_exp.report import Sample, headline, read_events, write_report
+from smolvlm_exp.report import headline, read_events, write_report
 
 SUMMARY: dict[str, Any] = {
     "status": "done",

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from smolvlm_exp.pipeline import train
-from tests.conftest import QUICK
+from tests.conftest import QUICK, compose
 
 ROOT = Path(__file__).parent.parent
 
@@ -108,7 +108,7 @@ def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("data", ["photos", "files"])
-def test_real_pictures_run_end_to_end(command, tmp_path, data):
+def test_real_pictures_run_end_to_end(tmp_path, data):
     extra = []
     if data == "files":
         from PIL import Image
@@ -129,9 +129,8 @@ def test_real_pictures_run_end_to_end(command, tmp_path, data):
         (folder / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         extra = [f"data.folder={folder}", "data.test_fraction=0.3"]
     settings = [s for s in QUICK if not s.startswith("data.")]
-    done = command(f"data={data}", *extra, *settings, "hydra.run.dir=run", "trainer.per_device_train_batch_size=2")
-    assert done.returncode == 0, done.stderr
-    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    settings += [f"trainer.cache={tmp_path}", "trainer.per_device_train_batch_size=2"]
+    summary = train(compose(f"data={data}", *extra, *settings), tmp_path)
     assert summary["status"] == "done"
     assert "chair_s" not in summary["before"]  # no truth is known, so none is claimed
     assert summary["data"]["train"]["rows"] >= 7
@@ -151,7 +150,7 @@ SMALL_COPY = [
 ]
 
 
-def test_the_recipe_dry_runs_on_a_small_copy_of_its_shape(command, tmp_path):
+def test_the_recipe_dry_runs_on_a_small_copy_of_its_shape(tmp_path, capsys):
     local = [
         "data=photos",
         "data.train=train",
@@ -159,7 +158,7 @@ def test_the_recipe_dry_runs_on_a_small_copy_of_its_shape(command, tmp_path):
         "trainer.sample_steps=0",  # random weights never end an answer
         "data.num_proc=1",
         "tracker=none",
-        "hydra.run.dir=run",
+        f"trainer.cache={tmp_path}",
     ]
     short = [
         "trainer.max_steps=2",
@@ -167,10 +166,9 @@ def test_the_recipe_dry_runs_on_a_small_copy_of_its_shape(command, tmp_path):
         "trainer.logging_steps=1",
         "trainer.eval_steps=1",
     ]
-    done = command("experiment=cookbook", "model.weights=random", *SMALL_COPY, *local, *short)
-    assert done.returncode == 0, done.stderr
-    assert "in the vision tower (1 k_proj, 1 q_proj, 1 v_proj)" in done.stdout
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["train"]["steps"] == 2
+    summary = train(compose("experiment=cookbook", "model.weights=random", *SMALL_COPY, *local, *short), tmp_path)
+    assert "in the vision tower (1 k_proj, 1 q_proj, 1 v_proj)" in capsys.readouterr().out
+    assert summary["train"]["steps"] == 2
 
 
 @pytest.mark.slow

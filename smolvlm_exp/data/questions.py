@@ -32,7 +32,7 @@ def rows_of(questions: list[Question], images: str, split: str) -> "Dataset":
     """Rows in the normal form, without answers. A picture that is not there is its row's problem, not an error here.
 
     Raises:
-        RequestError: there is no such folder, no question, or the split is none of `test`.
+        RequestError: there is no such folder, or the split is none of `test`.
     """
     from datasets import Dataset, Features, Value
 

@@ -45,3 +45,12 @@ def test_answers_do_not_depend_on_the_batch(model, processor, rows):
     together = generate_answers(model, processor, few, 8, max_new_tokens=40)
     assert together == [generate_answers(model, processor, [row], 1, max_new_tokens=40)[0] for row in few]
     assert all(answer.endswith(".") for answer in together)  # each stopped by itself at <end_of_utterance>
+
+
+def test_sampled_answers_are_the_seeds_and_leave_the_random_state(model, processor, rows):
+    few = [rows.test[i] for i in range(4)]
+    state = torch.get_rng_state()
+    drawn = [generate_answers(model, processor, few, 4, 30, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+    assert drawn[0] != generate_answers(model, processor, few, 4, 30)
+    assert torch.equal(torch.get_rng_state(), state)

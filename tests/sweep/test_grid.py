@@ -147,7 +147,7 @@ def test_wandb_reads_back_a_group_with_names_tags_and_a_table(whole):
 
 def records(run: Path) -> list[dict]:
     """What W&B's own command finds in an offline run."""
-    read = subprocess.run([WANDB, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, timeout=60)
+    read = subprocess.run([WANDB, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, timeout=180)
     return [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
 
 
