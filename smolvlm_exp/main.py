@@ -59,6 +59,9 @@ def job(composed: DictConfig) -> float | None:
         if many:
             raise  # the other jobs go on, and Hydra reports this one
         refuse(error)
+    except KeyboardInterrupt:  # while the model or the rows were loaded; once a run has begun, it saves first
+        print("\nstopped before anything was trained", file=sys.stderr)
+        sys.exit(130)
     if summary["status"] == "stopped":
         print(f"stopped after saving; go on with: python -m smolvlm_exp resume={as_typed(folder)}", file=sys.stderr)
         sys.exit(75)

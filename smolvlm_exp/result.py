@@ -25,6 +25,7 @@ from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
 from smolvlm_exp.versions import versions
 
+
 class Result:
     """Collects a run's findings and writes them, whether the run ends well, is stopped or fails."""
 

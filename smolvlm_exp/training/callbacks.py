@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from smolvlm_exp.checks import spike
 from smolvlm_exp.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -82,6 +83,9 @@ class MetricsCallback(TrainerCallback):
         event = {"step": state.global_step, **(logs or {})}
         if "loss" in event:
             event |= self.speed(args, state, event.get("num_tokens", 0.0))
+            usual = spike([e["loss"] for e in state.log_history if "loss" in e])
+            if usual is not None:
+                print(f"step {state.global_step}: the loss jumped to {event['loss']:.3g}, where {usual:.3g} is usual")
         event |= memory()
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: finite(value) for key, value in event.items()}) + "\n")

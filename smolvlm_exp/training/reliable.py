@@ -52,7 +52,8 @@ class Reliable(Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()
-        loader.generator = torch.Generator()
+        for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's wrapper, and what it wraps
+            each.generator = torch.Generator()
         return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -150,6 +151,18 @@ class Reliable(Trainer):
         save_tree(self.own_file(output_dir), states)
 
     # Going on
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Raises:
+        RunError: the weights are of another shape (what `resume_allow` let through), or some are missing.
+        """
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{resume_from_checkpoint} does not fit this model: {str(error).splitlines()[0]}\n"
+                "resume_allow cannot make it: go on with the adapter and model that the run had."
+            ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.sharded:

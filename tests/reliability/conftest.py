@@ -31,7 +31,7 @@ from tests.conftest import SIGMOID, compose
 LONG = (
     *SIGMOID, "tracker=none", "data.train_rows=16", "data.test_rows=4", "trainer.max_steps=8",
     "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.warmup_steps=2",
-    "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=2", "trainer.eval_steps=2", "trainer.save_steps=3",
+    "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=2", "trainer.eval_strategy=steps", "trainer.eval_steps=2", "trainer.save_steps=3",
     "adapter.r=2", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false", "trainer.learning_rate=1e-3",
     "trainer.extra.disable_tqdm=true",
 )  # fmt: skip
@@ -71,18 +71,20 @@ class Bench:
         metrics.path = folder / "metrics.jsonl"
         return trainer
 
-    def run(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
+    def run(self, folder: Path, *overrides: str, callbacks: tuple = (), prepare: Any = None) -> Any:
         """Train to the end, from the newest whole checkpoint where there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         trainer = self.trainer(folder, *overrides, callbacks=callbacks)
+        if prepare:
+            prepare(trainer)
         checkpoint = str(newest(folder)) if numbered(folder) else None
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
-    def stoppable(self, folder: Path, *overrides: str) -> tuple[Any, StopCallback]:
+    def stoppable(self, folder: Path, *overrides: str, prepare: Any = None) -> tuple[Any, StopCallback]:
         """As `run`, with signals heard."""
         with StopCallback() as stop:
-            return self.run(folder, *overrides, callbacks=(stop,)), stop
+            return self.run(folder, *overrides, callbacks=(stop,), prepare=prepare), stop
 
 
 @pytest.fixture(scope="session")

@@ -63,7 +63,9 @@ def test_any_optimizer_state_comes_back_to_the_bit(tmp_path):
 
 
 def newest_file(folder):
-    return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None)
+    return max(
+        (path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_mtime_ns, default=None
+    )
 
 
 def die_at(event_number, folder):
@@ -195,7 +197,9 @@ def test_a_full_disk_is_one_error_and_costs_nothing(bench, tmp_path):
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        with pytest.raises(RunError, match=r"no room for a checkpoint.*(No space left|os error 28)[\s\S]*checkpoint-1 is"):
+        with pytest.raises(
+            RunError, match=r"no room for a checkpoint.*(No space left|os error 28)[\s\S]*checkpoint-1 is"
+        ):
             bench.run(disk / "run", *TWO)
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
         assert damage(newest(disk / "run")) == ""
