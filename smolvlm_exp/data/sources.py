@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.images import PictureError
 from smolvlm_exp.data.spellings import VERSION, features
 from smolvlm_exp.errors import RequestError
 
@@ -66,6 +67,18 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
         return None
     saved = load_from_disk(folder)
     return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+
+
+def embedded(images: list[Any]) -> list[Any]:
+    """Pictures that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is.
+
+    Raises:
+        PictureError: one does not.
+    """
+    for image in images:
+        if not isinstance(image, dict) or not image.get("bytes"):
+            raise PictureError("is not in the data set, which only names it; data=files reads pictures beside rows")
+    return images
 
 
 def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], **kwargs: Any) -> "Dataset":
