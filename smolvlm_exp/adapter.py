@@ -150,6 +150,8 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
         raise RequestError(f"model.adapter={name}: there is no adapter_config.json in it or in its adapter/.")
     if config.type == "none":
         raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise RequestError(f"model.adapter={name}: there is no adapter_model.safetensors in {folder}; no pickle is read.")
     saved: Any = PeftConfig.from_pretrained(str(folder))
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         if getattr(saved, key) != getattr(config, key):

@@ -19,8 +19,9 @@ from omegaconf import DictConfig
 from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError, RunError, refuse
+from smolvlm_exp.folder import check_unused, claimed
 from smolvlm_exp.quiet import hush
-from smolvlm_exp.runs import any_run, as_typed, resume_command, run_command
+from smolvlm_exp.runs import any_run, as_typed, given_value, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
 
 OTHERS = {"evaluate": "evaluate", "generate": "answer", "compare": "compare"}  # task -> module, and function in it
@@ -54,7 +55,8 @@ def job(composed: DictConfig) -> float | None:
             return None
         from smolvlm_exp.pipeline import train
 
-        summary = train(config, folder)
+        with claimed(folder):
+            summary = train(config, folder)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs go on, and Hydra reports this one
@@ -79,7 +81,11 @@ def main() -> None:
             for completed in (resume_command, run_command, sweep_command):
                 argv = completed(argv, args)
             sys.argv[1:] = argv
-            check_command(get_args_parser().parse_args())
+            args = get_args_parser().parse_args()
+            check_command(args)
+            typed = given_value(args, "hydra.run.dir", "")
+            if typed and not given_value(args, "resume", "") and given_value(args, "task", "train") == "train":
+                check_unused(Path(typed))
         except RequestError as error:
             refuse(error)
     job()

@@ -40,7 +40,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
             rows = load_dataset(str(folder), split=split)
         else:
             rows = load_dataset(id, revision=revision, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which nobody runs
         if isinstance(error, RequestError):
             raise
         hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."

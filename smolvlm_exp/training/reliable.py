@@ -22,6 +22,9 @@ from smolvlm_exp.training.finite import FiniteGuard
 from smolvlm_exp.training.trees import load_tree, save_tree
 
 
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
 def reliable(kind: Any) -> Any:
     """A trainer class with `Reliable` before it."""
     return type(kind.__name__, (Reliable, kind), {})
@@ -154,8 +157,11 @@ class Reliable(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Raises:
-        RunError: the weights are of another shape (what `resume_allow` let through), or some are missing.
+        RunError: there is a pickle, or the weights are others than the model's (what `resume_allow` let through).
         """
+        found = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
+        if found and not self.sharded:
+            raise RunError(f"{resume_from_checkpoint} holds {found}: no checkpoint of ours does, and no pickle is read.")
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (RuntimeError, ValueError, KeyError) as error:
