@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.checkpoint import whole
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import at_least, one_of
 
@@ -214,7 +215,9 @@ def plain_initialisation(model: Any) -> Iterator[None]:
 def save_tuned(model: Any, config: AdapterConfig, folder: Path) -> None:
     """Write `adapter/`, an ordinary PEFT adapter for the untouched base, or `model/` where every weight was trained."""
     if config.type == "none":
-        model.save_pretrained(str(folder / "model"))
+        with whole(folder / "model") as staging:
+            model.save_pretrained(str(staging))
         return
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
-    model.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], **conversion)
+    with whole(folder / "adapter") as staging:
+        model.save_pretrained(str(staging), selected_adapters=["default"], **conversion)

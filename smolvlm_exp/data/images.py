@@ -69,8 +69,8 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
         PictureError: it is no picture, not one of `FORMATS`, damaged, or too large to unpack.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # odd EXIF and the like: the picture itself decides below
+        # No word of odd EXIF and the like: the picture itself decides below.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
             frames = getattr(image, "n_frames", 1)

@@ -12,6 +12,7 @@ import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from smolvlm_exp.checkpoint import one_error
 from smolvlm_exp.checks import spike
 from smolvlm_exp.stop import StopRequest
 
@@ -87,7 +88,7 @@ class MetricsCallback(TrainerCallback):
             if usual is not None:
                 print(f"step {state.global_step}: the loss jumped to {event['loss']:.3g}, where {usual:.3g} is usual")
         event |= memory()
-        with self.path.open("a", encoding="utf-8") as file:
+        with one_error(self.path.parent), self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: finite(value) for key, value in event.items()}) + "\n")
             file.flush()
             os.fsync(file.fileno())  # a checkpoint that is there never knows more than this file

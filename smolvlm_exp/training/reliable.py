@@ -1,4 +1,4 @@
-"""What any of the trainers gets so that nothing is lost: checkpoints that are whole, counters that go on, a finite step.
+"""What each of the trainers gets so that nothing is lost: whole checkpoints, counters that go on, finite steps.
 
 A checkpoint holds safetensors and JSON alone, so that reading one runs no code, and no training arguments, which hold
 tokens in clear. transformers writes it, into a folder that is not yet called a checkpoint; see checkpoint.py.
@@ -109,26 +109,31 @@ class Reliable(Trainer):
         folder = Path(super()._get_output_dir(trial))
         final = folder / f"checkpoint-{self.state.global_step}"
         staging = folder / SAVING / final.name
-        with one_error(folder):
-            if self.args.should_save:
-                shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a save that was cut short
-                staging.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.saving = staging.parent
-            try:
+        try:
+            with one_error(folder.parent):
+                if self.args.should_save:
+                    shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a save that was cut short
+                    staging.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
+                self.saving = staging.parent
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.saving = None
-            self.accelerator.wait_for_everyone()
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.finish(staging, final)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.saving = None
             if self.args.should_save:
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
-                    self.state.save_to_json(str(staging / "trainer_state.json"))
-                write_json(staging / IDENTITY, self.identity)
-                seal(staging, final)
-                keep_last(final, self.args.save_total_limit, self.state.best_model_checkpoint)
-                shutil.rmtree(folder / SAVING)
-            self.accelerator.wait_for_everyone()
+                shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+    def finish(self, staging: Path, final: Path) -> None:
+        """What transformers wrote becomes a checkpoint, and those that are too many go."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        write_json(staging / IDENTITY, self.identity)
+        seal(staging, final)
+        keep_last(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving) if self.saving else super()._get_output_dir(trial)
