@@ -152,7 +152,9 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
     if config.type == "none":
         raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise RequestError(f"model.adapter={name}: there is no adapter_model.safetensors in {folder}; no pickle is read.")
+        raise RequestError(
+            f"model.adapter={name}: there is no adapter_model.safetensors in {folder}; no pickle is read."
+        )
     saved: Any = PeftConfig.from_pretrained(str(folder))
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         if getattr(saved, key) != getattr(config, key):

@@ -55,7 +55,7 @@ def check_command(args: Any) -> list[Config]:
         with search_path(folder, args.config_dir):
             overrides = parsed(args.overrides)
             for override in overrides:
-                check_setting(override.key_or_group, override.input_line.partition("=")[2])
+                check_setting(override.key_or_group, (override.input_line or "").partition("=")[2])
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")

@@ -105,7 +105,9 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
 
     if config.weights == "random" and config.id != "embedded":
         with contextlib.suppress(OSError, ValueError):
-            return AutoProcessor.from_pretrained(config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PILLOW)
+            return AutoProcessor.from_pretrained(
+                config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PILLOW
+            )
         from smolvlm_exp.tokenizer import stand_in
 
         assert config.shape is not None  # load_model has refused this already

@@ -32,7 +32,9 @@ def check_setting(key: str, value: Any) -> None:
     last = key.rpartition(".")[2]
     loads = ".env_set." in key and LOADED.search(last)
     if loads or last in CODE or (last == "attn_implementation" and "/" in str(value)):
-        raise RequestError(f"{key}: this does not exist here: no code runs that a setting, a model or data brings along.")
+        raise RequestError(
+            f"{key}: this does not exist here: no code runs that a setting, a model or data brings along."
+        )
     text = str(value)
     if value not in (None, "", False) and (NAMES.search(last) or VALUES.search(text) or is_held(text)):
         raise RequestError(

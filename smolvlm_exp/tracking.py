@@ -57,9 +57,7 @@ class Tracker:
         flat = {key: typed(value) for key, value in differs.items()}
         tags = [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())]  # W&B's limit
         own = identity(folder)
-        self.line = Background(
-            "wandb", lambda: start(config, folder, name, group, "train", tags, settings | flat, own)
-        )
+        self.line = Background("wandb", lambda: start(config, folder, name, group, "train", tags, settings | flat, own))
         if group is None:
             self.line.put(lambda run: print(uploading(not run.offline, Path(run.dir).parent), flush=True))
 

@@ -1,7 +1,7 @@
 """Control tokens that a person types are text: `<image>` or `<end_of_utterance>` in a question steers nothing.
 
-Tokenizers find control tokens wherever a text spells them, and processors count `<image>` in the text. So a word joiner,
-which has no width, goes behind the first character of each: people read the same, and no tokenizer finds it.
+Tokenizers find control tokens wherever a text spells them, and processors count `<image>` in the text. So a word
+joiner, which has no width, goes behind the first character of each: people read the same, and no tokenizer finds it.
 """
 
 import re

@@ -26,7 +26,7 @@ Entry = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}, as `datas
 
 @dataclass(frozen=True)
 class Limits:
-    """What a picture may cost, looked at before it is decoded; data.max_pixels, data.max_image_mib, data.first_frame."""
+    """What a picture may cost, looked at before it is decoded; each is a setting of `data` by the same name."""
 
     max_pixels: int = 100_000_000  # 17 KB of PNG can say that they are ten times as many
     max_image_mib: int = 64  # of its file
@@ -85,7 +85,9 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
     except UnidentifiedImageError:
         raise PictureError(f"cannot be decoded: it is none of {', '.join(FORMATS)}, or is damaged") from None
     except Image.DecompressionBombError:
-        raise PictureError(f"cannot be decoded: it unpacks to more than data.max_pixels={limits.max_pixels:,} pixels") from None
+        raise PictureError(
+            f"cannot be decoded: it unpacks to more than data.max_pixels={limits.max_pixels:,} pixels"
+        ) from None
     except Exception as error:  # decoders raise whatever they trip over: OSError, SyntaxError, struct.error, zlib.error
         raise PictureError(f"cannot be decoded: {error or type(error).__name__}") from error
 

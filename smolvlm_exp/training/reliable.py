@@ -21,7 +21,6 @@ from smolvlm_exp.sweep.record import write_json
 from smolvlm_exp.training.finite import FiniteGuard
 from smolvlm_exp.training.trees import load_tree, save_tree
 
-
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -87,7 +86,7 @@ class Reliable(Trainer):
 
     def rows_of(self, step: int) -> list[int]:
         """The row numbers of an optimiser step, in this process; steps count from 1."""
-        loader: Any = self.callback_handler.train_dataloader  # type: ignore[attr-defined]
+        loader: Any = self.callback_handler.train_dataloader
         batches, accumulate = copy.deepcopy(loader.batch_sampler), self.args.gradient_accumulation_steps
         epoch, at = divmod(step - 1, math.ceil(len(batches) / accumulate))
         if hasattr(batches.sampler, "set_epoch"):
@@ -166,7 +165,9 @@ class Reliable(Trainer):
         """
         found = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
         if found and not self.sharded:
-            raise RunError(f"{resume_from_checkpoint} holds {found}: no checkpoint of ours does, and no pickle is read.")
+            raise RunError(
+                f"{resume_from_checkpoint} holds {found}: no checkpoint of ours does, and no pickle is read."
+            )
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (RuntimeError, ValueError, KeyError) as error:

@@ -1,4 +1,4 @@
-"""P8: bad rows are found before training, and named by index, file and reason: each kind of defect once, in real files."""
+"""P8: bad rows are found before training, and named by index, file and reason: each kind of defect, in real files."""
 
 import io
 import json

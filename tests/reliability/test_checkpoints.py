@@ -101,8 +101,8 @@ def test_a_kill_at_any_point_of_a_save(bench, tmp_path, capsys):
         while status:
             folder = run / "checkpoints"
 
-            def job():
-                die_at(kills + 1, folder)
+            def job(number=kills + 1, folder=folder):
+                die_at(number, folder)
                 real(model, trial)
 
             _, status = os.waitpid(forked(job, log), 0)
@@ -197,9 +197,7 @@ def test_a_full_disk_is_one_error_and_costs_nothing(bench, two, tmp_path):
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        with pytest.raises(
-            RunError, match=r"no room left in.*(No space left|os error 28)[\s\S]*checkpoint-1 is"
-        ):
+        with pytest.raises(RunError, match=r"no room left in.*(No space left|os error 28)[\s\S]*checkpoint-1 is"):
             bench.run(disk / "run", *TWO)
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
         assert damage(newest(disk / "run")) == ""
@@ -252,10 +250,14 @@ def test_what_is_no_full_disk_stays_what_it_is(tmp_path):
 
 
 def test_a_result_is_whole_or_not_there(tmp_path):
-    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
-        with pytest.raises((RunError, KeyboardInterrupt)), files.whole(tmp_path / "adapter") as staging:
+    def half(error):
+        with files.whole(tmp_path / "adapter") as staging:
             (staging / "adapter_model.safetensors").write_bytes(b"half")
             raise error
+
+    for error in (OSError(28, "No space left on device"), KeyboardInterrupt()):
+        with pytest.raises((RunError, KeyboardInterrupt)):
+            half(error)
         assert list(tmp_path.iterdir()) == []
     with files.whole(tmp_path / "adapter") as staging:
         (staging / "adapter_model.safetensors").write_bytes(b"all")

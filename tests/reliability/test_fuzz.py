@@ -25,12 +25,13 @@ WORDS = st.sampled_from(
      "system", "role", "from", "content", "value", "type", "text", "user", "assistant", "gpt", "<image>", "good.png",
      "<end_of_utterance>", "..", "http://a/b", "path", "bytes", "\ud800", "\0"]
 )  # fmt: skip
-LEAVES = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.text(max_size=8), st.binary(max_size=4))
+LEAVES = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), WORDS, st.text(max_size=8), st.binary(max_size=4)
+)
 VALUES = st.recursive(LEAVES, lambda c: st.lists(c, max_size=3) | st.dictionaries(WORDS, c, max_size=4), max_leaves=8)
-ROWS = st.fixed_dictionaries(
-    {}, optional={name: VALUES | st.just("good.png") | st.text(max_size=9) for name in
-                  ("image", "images", "question", "prompt", "chosen", "rejected", "messages", "conversations", "system")}
-)  # fmt: skip
+COLUMNS = ("image", "images", "question", "prompt", "chosen", "rejected", "messages", "conversations", "system")
+CELLS = VALUES | st.just("good.png") | st.text(max_size=9)
+ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(COLUMNS, CELLS))
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +123,9 @@ def damage(examples):
 
 KEYS = every_key()
 SAID = st.one_of(
-    st.sampled_from(["null", "true", "[]", "{}", "[1,2]", "{a: 1}", "???", "nan", "inf", "-1", "0", "1e400", "''", "$", "a b"]),
+    st.sampled_from(
+        ["null", "true", "[]", "{}", "[1,2]", "{a: 1}", "???", "nan", "inf", "-1", "0", "1e400", "''", "$", "a b"]
+    ),
     st.integers().map(str),
     st.floats().map(lambda x: "nan" if math.isnan(x) else repr(x)),
     st.text(max_size=12),

@@ -164,7 +164,7 @@ def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     rows = bench.preferences.train
     for others in (rows.select(range(15)), rows.select([1, 0, *range(2, 16)])):
         other = type(bench.preferences)(others, bench.preferences.test, {})
-        with pytest.raises(RequestError, match="data.rows: the training rows or their pictures are others"):
+        with pytest.raises(RequestError, match=r"data\.rows: the training rows or their pictures are others"):
             same_run(config, saved, other)
         same_run(bench.config("resume=it", "resume_allow=[data.rows]"), saved, other)
     monkeypatch.setattr(same, "versions", lambda: {"torch": "9.9", "transformers": "9.9"})
@@ -185,7 +185,7 @@ def test_what_changes_no_number_may_change(bench, saved):
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):
     monkeypatch.setattr("smolvlm_exp.pipeline.load_model", lambda *a: pytest.fail("the model was loaded"))
     run = saved.parent.parent
-    with pytest.raises(RequestError, match="adapter.r was 2 and is 4"):
+    with pytest.raises(RequestError, match=r"adapter\.r was 2 and is 4"):
         train(bench.config(f"resume={run}", "adapter.r=4"), run)
 
 

@@ -100,7 +100,7 @@ def typed(*overrides, **options):
     ],
 )
 def test_no_setting_makes_code_run(override):
-    with pytest.raises(RequestError, match="no code runs|would run code|does not exist here"):
+    with pytest.raises(RequestError, match=r"no code runs|would run code|does not exist here"):
         typed(override)
 
 
@@ -134,7 +134,7 @@ def test_a_model_folder_brings_no_code(marker, tmp_path):
         except RequestError as error:
             print(error)
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
-    with pytest.raises(RequestError, match="model.id="):
+    with pytest.raises(RequestError, match=r"model\.id="):
         load_model(model)
 
 
@@ -142,7 +142,7 @@ def test_weights_that_are_a_pickle_are_refused(marker, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     torch.save({"weight": Payload(marker)}, folder / "pytorch_model.bin")
-    with pytest.raises(RequestError, match="model.id="):
+    with pytest.raises(RequestError, match=r"model\.id="):
         load_model(compose(f"model.id={folder}").model)
     adapter = tmp_path / "adapter"
     adapter.mkdir()
@@ -209,7 +209,12 @@ def test_nothing_outside_is_reached(processor, tmp_path, monkeypatch):
     message = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}]
     answers = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ("A star.", "A moon.")]
     rows = [
-        {"images": [{"bytes": data, "path": str(outside)}], "prompt": message, "chosen": answers[0], "rejected": answers[1]}
+        {
+            "images": [{"bytes": data, "path": str(outside)}],
+            "prompt": message,
+            "chosen": answers[0],
+            "rejected": answers[1],
+        }
         for data in (encoded("PNG"), None)
     ]
     Dataset.from_list(rows, features=columns).save_to_disk(tmp_path / "saved")

@@ -1,4 +1,4 @@
-"""P11: checkpoints of an earlier release resume. `release_0_1` is a run of this one, stopped at its fourth step of eight.
+"""P11: checkpoints of an earlier release resume. `release_0_1` is a run of this one at its fourth step.
 
 Another release makes a folder of its own beside it: `python -m tests.reliability.test_release FOLDER`.
 """

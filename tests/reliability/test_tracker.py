@@ -1,4 +1,4 @@
-"""P9: W&B down, slow, logged out or failing half-way never stops or slows a run; a resumed run is the same run there."""
+"""P9: W&B down, slow, logged out or failing half-way never stops or slows a run; a resumed one goes on there."""
 
 import os
 import socket
