@@ -29,8 +29,9 @@ from tests.conftest import SIGMOID, compose
 
 # Two epochs of four steps; DoRA with dropout on, checkpointing, a window of two steps a log, a checkpoint every third.
 LONG = (
-    *SIGMOID, "tracker=none", "data.train_rows=16", "data.test_rows=4", "trainer.max_steps=8", "trainer.eval_strategy=steps",
+    *SIGMOID, "tracker=none", "data.train_rows=16", "data.test_rows=4", "trainer.max_steps=8",
     "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.warmup_steps=2",
+    "trainer.eval_strategy=steps",
     "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=2", "trainer.eval_steps=2", "trainer.save_steps=3",
     "adapter.r=2", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false", "trainer.learning_rate=1e-3",
     "trainer.extra.disable_tqdm=true",
