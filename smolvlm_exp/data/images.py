@@ -187,6 +187,8 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     if isinstance(entry, bytes):
         return {"bytes": entry, "path": None}
     if isinstance(entry, dict) and entry.get("bytes"):
+        if not isinstance(entry["bytes"], bytes):
+            raise PictureError(f"has {type(entry['bytes']).__name__} where its bytes should be")
         return {"bytes": entry["bytes"], "path": None}
     name = entry.get("path") if isinstance(entry, dict) else entry
     if not name or not isinstance(name, str):

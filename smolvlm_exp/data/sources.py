@@ -76,7 +76,7 @@ def embedded(images: list[Any]) -> list[Any]:
         PictureError: one does not.
     """
     for image in images:
-        if not isinstance(image, dict) or not image.get("bytes"):
+        if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
             raise PictureError("is not in the data set, which only names it; data=files reads pictures beside rows")
     return images
 

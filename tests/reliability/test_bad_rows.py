@@ -89,6 +89,7 @@ ROWS = [  # what may be wrong with the rest of a row
     ({"image": 7}, "image 1 is empty"),
     ({"image": []}, "it has no image"),
     ({"image": {"path": None}}, "image 1 is empty"),
+    ({"image": {"bytes": [1, 2]}}, "has list where its bytes should be"),
     ({"image": ["good.png", None]}, "image 2 is empty"),
     ({"image": ["good.png", "good.png"], "question": "<image> What?"}, "2 images but its prompt names 1"),
     ({"question": "<image><image> What?"}, "1 images but its prompt names 2"),

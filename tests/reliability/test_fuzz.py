@@ -45,7 +45,7 @@ def test_any_row(examiner, tmp_path_factory):
 
 @pytest.mark.slow
 def test_very_many_rows(examiner, tmp_path_factory):
-    tries(examiner, tmp_path_factory.mktemp("rows"), 2_000)
+    tries(examiner, tmp_path_factory.mktemp("rows"), 1_000)
 
 
 def tries(examiner, folder, examples):
