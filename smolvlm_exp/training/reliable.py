@@ -118,14 +118,14 @@ class Reliable(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self.finish(staging, final)
+                    self.seal_checkpoint(staging, final)
                 self.accelerator.wait_for_everyone()
         finally:
             self.saving = None
             if self.args.should_save:
                 shutil.rmtree(folder / SAVING, ignore_errors=True)
 
-    def finish(self, staging: Path, final: Path) -> None:
+    def seal_checkpoint(self, staging: Path, final: Path) -> None:
         """What transformers wrote becomes a checkpoint, and those that are too many go."""
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))

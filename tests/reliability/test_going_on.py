@@ -14,7 +14,7 @@ from smolvlm_exp.same_run import same_run
 from smolvlm_exp.training import reliable
 from smolvlm_exp.training.callbacks import StopCallback
 from tests.conftest import compose
-from tests.reliability.conftest import LONG, learnt, logged
+from tests.reliability.conftest import LONG, forked, learnt, logged
 
 
 def signalled(trainer, where, step, number):
@@ -82,22 +82,24 @@ def test_a_signal_in_the_last_step_loses_nothing(bench, tmp_path):
 
 
 def test_a_second_signal_leaves_at_once(bench, tmp_path):
-    def twice(trainer):
-        forward = trainer.model.forward
+    def job():
+        def twice(trainer):
+            forward = trainer.model.forward
 
-        def call(*args, **kwargs):
-            if trainer.state.global_step == 2 and trainer.model.training:
-                os.kill(os.getpid(), signal.SIGINT)
-                stop.first -= 2  # two seconds later
-                os.kill(os.getpid(), signal.SIGINT)
-            return forward(*args, **kwargs)
+            def call(*args, **kwargs):
+                if trainer.state.global_step == 2 and trainer.model.training:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    stop.first -= 2  # two seconds later
+                    os.kill(os.getpid(), signal.SIGINT)
+                return forward(*args, **kwargs)
 
-        trainer.model.forward = call
+            trainer.model.forward = call
 
-    stop = StopCallback()
-    with stop, pytest.raises(SystemExit) as left:
-        bench.run(tmp_path, "trainer.save_steps=1", callbacks=(stop,), prepare=twice)
-    assert left.value.code == 128 + signal.SIGINT
+        with StopCallback() as stop:
+            bench.run(tmp_path, "trainer.save_steps=1", callbacks=(stop,), prepare=twice)
+
+    _, status = os.waitpid(forked(job, tmp_path / "log"), 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT, (tmp_path / "log").read_text()[-2000:]
     assert newest(tmp_path).name == "checkpoint-2"
 
 
