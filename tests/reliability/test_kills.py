@@ -49,8 +49,8 @@ def killed_until_done(bench, trainer, folder, kills, rng, span):
 @pytest.mark.parametrize(
     ("engine", "kills"),
     [
-        ("shared", 5),
-        ("stock", 2),
+        ("shared", 4),
+        ("stock", 1),
         pytest.param("shared", 100, marks=pytest.mark.slow),
         pytest.param("stock", 50, marks=pytest.mark.slow),
     ],
