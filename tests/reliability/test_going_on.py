@@ -43,6 +43,7 @@ def signalled(trainer, where, step, number):
         setattr(owner, name, at(getattr(owner, name)))
 
 
+SELDOM = "trainer.eval_steps=6"
 PLACES = (
     ("data loading", signal.SIGINT, 1),
     ("a save", signal.SIGTERM, 3),
@@ -55,17 +56,17 @@ PLACES = (
 def test_a_signal_anywhere_saves_and_the_run_goes_on_exactly(bench, tmp_path, monkeypatch, capsys):
     """One run that is stopped in five places, and goes on after each."""
     monkeypatch.setattr(reliable, "seal", reliable.seal)
-    whole = bench.run(tmp_path / "whole")
+    whole = bench.run(tmp_path / "whole", SELDOM)
     run, stops = tmp_path / "run", []
     for where, number, step in PLACES:
-        trainer, stop = bench.stoppable(run, prepare=lambda t, w=where, s=step, n=number: signalled(t, w, s, n))
+        trainer, stop = bench.stoppable(run, SELDOM, prepare=lambda t, w=where, s=step, n=number: signalled(t, w, s, n))
         assert stop.asked, where
         assert damage(newest(run)) == ""
         assert newest(run).name == f"checkpoint-{trainer.state.global_step}"
         stops.append(trainer.state.global_step)
         assert "once more to leave at once" in capsys.readouterr().err
     assert stops == [1, 4, 5, 7, 8]
-    trainer = bench.run(run)
+    trainer = bench.run(run, SELDOM)
     assert logged(run) == logged(tmp_path / "whole")
     assert all(p.equal(learnt(whole)[name]) for name, p in learnt(trainer).items())
 
