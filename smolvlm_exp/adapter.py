@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.checkpoint import whole
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import at_least, one_of
 
@@ -150,6 +151,10 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
         raise RequestError(f"model.adapter={name}: there is no adapter_config.json in it or in its adapter/.")
     if config.type == "none":
         raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise RequestError(
+            f"model.adapter={name}: there is no adapter_model.safetensors in {folder}; no pickle is read."
+        )
     saved: Any = PeftConfig.from_pretrained(str(folder))
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         if getattr(saved, key) != getattr(config, key):
@@ -216,17 +221,19 @@ def plain_initialisation(model: Any) -> Iterator[None]:
 def save_tuned(model: Any, config: AdapterConfig, folder: Path) -> None:
     """Write `adapter/`, an ordinary PEFT adapter for the untouched base, or `model/` where every weight was trained."""
     if config.type == "none":
-        model.save_pretrained(str(folder / "model"), state_dict=gathered(model.state_dict()))
+        with whole(folder / "model") as staging:
+            model.save_pretrained(str(staging), state_dict=gathered(model.state_dict()))
         return
     learnt = gathered({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
-    model.save_pretrained(str(folder / "adapter"), selected_adapters=["default"], state_dict=learnt, **conversion)
+    with whole(folder / "adapter") as staging:
+        model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=learnt, **conversion)
 
 
 def gathered(state: dict[str, Any]) -> dict[str, Any] | None:
     """Sharded weights whole again, by all processes together; None where none is sharded."""
-    from smolvlm_exp.engine.group import is_sharded, whole
+    from smolvlm_exp.engine import group
 
-    if not any(map(is_sharded, state.values())):
+    if not any(map(group.is_sharded, state.values())):
         return None
-    return {name: whole(tensor) for name, tensor in state.items()}
+    return {name: group.whole(tensor) for name, tensor in state.items()}

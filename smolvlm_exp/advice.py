@@ -68,10 +68,15 @@ def out_of_memory(summary: dict[str, Any], config: dict[str, Any], events: Event
 
 
 def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
-    broken = next((e["step"] for e in events for key in ("loss", "grad_norm") if e.get(key, 0) != e.get(key, 0)), None)
-    if broken is not None:
+    broken = [e["step"] for e in events for key in ("loss", "grad_norm") if e.get(key, 0) != e.get(key, 0)]
+    left_out = summary.get("train", {}).get("not_finite") or sorted(set(broken))
+    if left_out:
         rate = config["trainer"]["learning_rate"]
-        yield f"from step {broken} on the loss or its gradient is no number.\nTry trainer.learning_rate={rate / 4:g}."
+        steps = ", ".join(map(str, left_out[:8])) + (" ..." if len(left_out) > 8 else "")
+        yield (
+            f"the loss or its gradient was no number at step {steps}: nothing was learnt there.\n"
+            f"Look at the rows that were named; if they are fine, try trainer.learning_rate={rate / 4:g}."
+        )
 
 
 def spikes(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:

@@ -24,7 +24,7 @@ FULL_WORDS = ("no space left", "os error 28", "file too large", "os error 27", "
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """A run's checkpoints that were written to the end, the newest last; whether they are sound is `newest`'s to say."""
+    """A run's checkpoints that were written to the end, the newest last; whether they are sound says `newest`."""
     return [path for path in numbered(run) if (path / MANIFEST).is_file()]
 
 
@@ -46,7 +46,7 @@ def newest(run: Path) -> Path:
     """
     if (run / "checkpoints" / SAVING).exists():
         print(f"checkpoint: a save in {run} was cut short; what it left is not used")
-    problems = []
+    problems: list[str] = []
     for checkpoint in reversed(numbered(run)):
         problem = damage(checkpoint)
         if not problem:
@@ -96,25 +96,43 @@ def damage(checkpoint: Path) -> str:
 
 
 @contextlib.contextmanager
-def one_error(folder: Path) -> Iterator[None]:
-    """Within, a disk that is full ends the run with one error that says so; nothing half-written stays.
+def one_error(run: Path) -> Iterator[None]:
+    """Within, a disk that is full ends the run with one error that says so and how to go on.
 
     Raises:
-        RunError: the disk, or a limit of the system, is full.
+        RunError: the disk, a quota, or a limit on the sizes of files.
     """
     try:
         yield
     except Exception as error:
-        shutil.rmtree(folder / SAVING, ignore_errors=True)
         if not is_full(error):
             raise
-        left = [path for path in numbered(folder.parent) if (path / MANIFEST).is_file()]
-        kept = f"{left[-1].name} is whole, and resume={folder.parent} goes on from it" if left else "none was saved yet"
-        free = shutil.disk_usage(folder if folder.exists() else folder.parent).free
+        left = checkpoints(run)
+        kept = f"{left[-1].name} is whole, and resume={run} goes on from it" if left else "no checkpoint was saved yet"
+        free = shutil.disk_usage(run).free / 2**20
         raise RunError(
-            f"no room for a checkpoint in {folder}: {str(error).splitlines()[0]} ({free / 2**20:,.0f} MiB free).\n"
+            f"no room left in {run}: {str(error).splitlines()[0]} ({free:,.0f} MiB free).\n"
             f"Free some and go on: {kept}. trainer.save_total_limit=1 keeps fewer."
         ) from error
+
+
+@contextlib.contextmanager
+def whole(final: Path) -> Iterator[Path]:
+    """A folder to fill that gets the name `final` once all of it is on the disk; nothing is left of one that fails."""
+    staging = final.with_name(f".{final.name}.part")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        with one_error(final.parent):
+            yield staging
+            for path in (*staging.rglob("*"), staging):
+                sync(path)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    shutil.rmtree(final, ignore_errors=True)
+    staging.rename(final)
+    sync(final.parent)
 
 
 def is_full(error: BaseException) -> bool:

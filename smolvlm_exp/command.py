@@ -35,6 +35,7 @@ from smolvlm_exp.config import (
     unknown_keys,
 )
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.private import check_hydra, check_setting
 
 
 def check_command(args: Any) -> list[Config]:
@@ -53,6 +54,8 @@ def check_command(args: Any) -> list[Config]:
     try:
         with search_path(folder, args.config_dir):
             overrides = parsed(args.overrides)
+            for override in overrides:
+                check_setting(override.key_or_group, (override.input_line or "").partition("=")[2])
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
@@ -200,6 +203,7 @@ def check_option(override: Override) -> None:
 def check_keys(name: str, groups: list[Override], values: list[Override]) -> None:
     """Unknown keys in the files that the command chooses, then on the command line itself."""
     composed = compose(name, overrides=combinations(groups)[0], return_hydra_config=True)
+    check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
     expected = schema(composed)
     known = list(key_paths(expected))
     plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])

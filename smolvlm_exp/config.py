@@ -17,6 +17,7 @@ from smolvlm_exp.errors import RequestError
 from smolvlm_exp.lengths import PlanConfig
 from smolvlm_exp.metrics import GOALS
 from smolvlm_exp.model import ModelConfig, Shape
+from smolvlm_exp.private import check_setting
 from smolvlm_exp.quant import QuantConfig
 from smolvlm_exp.schema import at_least, one_of
 from smolvlm_exp.tracking import TrackerConfig
@@ -105,6 +106,7 @@ def parse(composed: DictConfig) -> Config:
     except OmegaConfBaseException as error:
         raise RequestError(f"{error.full_key}: {(error.msg or str(error)).splitlines()[0]}.") from error
     for key, setting, value in settings(config):
+        check_setting(key, value)
         check_value(key, setting, value)
     return config
 

@@ -107,7 +107,9 @@ def header(data: bytes) -> tuple[int, int]:
     """Width and height of a picture."""
     from PIL import Image
 
-    with Image.open(io.BytesIO(data)) as image:
+    from smolvlm_exp.data.images import FORMATS
+
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
         return image.size
 
 

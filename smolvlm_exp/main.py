@@ -20,8 +20,9 @@ from smolvlm_exp import launch
 from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError, RunError, refuse
+from smolvlm_exp.folder import check_unused, claimed
 from smolvlm_exp.quiet import hush
-from smolvlm_exp.runs import any_run, as_typed, resume_command, run_command
+from smolvlm_exp.runs import any_run, as_typed, given_value, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
 
 OTHERS = {"evaluate": "evaluate", "generate": "answer", "compare": "compare"}  # task -> module, and function in it
@@ -55,11 +56,15 @@ def job(composed: DictConfig) -> float | None:
             return None
         from smolvlm_exp.pipeline import train
 
-        summary = train(config, folder)
+        with claimed(folder):
+            summary = train(config, folder)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs go on, and Hydra reports this one
         refuse(error)
+    except KeyboardInterrupt:  # while the model or the rows were loaded; once a run has begun, it saves first
+        print("\nstopped before anything was trained", file=sys.stderr)
+        sys.exit(130)
     if summary["status"] == "stopped":
         print(f"stopped after saving; go on with: python -m smolvlm_exp resume={as_typed(folder)}", file=sys.stderr)
         sys.exit(75)
@@ -79,6 +84,9 @@ def main() -> None:
             sys.argv[1:] = argv
             args = get_args_parser().parse_args()
             check_command(args)
+            typed = given_value(args, "hydra.run.dir", "")
+            if typed and not given_value(args, "resume", "") and given_value(args, "task", "train") == "train":
+                check_unused(Path(typed))
             if launch.several():
                 sys.argv[1:] = launch.join(argv, args)
         except RequestError as error:

@@ -86,6 +86,8 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
         "quantization_config": quantization_config,
         "device_map": device_map(config.device_map),
         **config.extra,
+        "trust_remote_code": False,  # None would ask on a terminal
+        "use_safetensors": True,  # no pickles
     }
     if config.weights == "random":
         if config.shape is None:
@@ -113,7 +115,9 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
 
     if config.weights == "random" and config.id != "embedded":
         with contextlib.suppress(OSError, ValueError):
-            return AutoProcessor.from_pretrained(config.id, revision=config.revision, local_files_only=True, **PILLOW)
+            return AutoProcessor.from_pretrained(
+                config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PILLOW
+            )
         from smolvlm_exp.tokenizer import stand_in
 
         assert config.shape is not None  # load_model has refused this already
@@ -122,7 +126,9 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
         )
         return make_processor(config.shape, stand_in(config.shape))
     with readable_loading(config):
-        return AutoProcessor.from_pretrained(source(config), revision=config.revision, **PILLOW)
+        return AutoProcessor.from_pretrained(
+            source(config), revision=config.revision, trust_remote_code=False, **PILLOW
+        )
 
 
 def source(config: ModelConfig) -> str:

@@ -1,5 +1,6 @@
 """What a run leaves behind: summary.json, the adapter, the report, the final table, the tracker's summary."""
 
+import contextlib
 import sys
 import time
 from dataclasses import asdict
@@ -60,7 +61,8 @@ class Result:
             self.summary["status"] = "pruned" if pruned else "failed"
             self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
             self.summary["advice"] = self.advice()
-            self.write()
+            with contextlib.suppress(OSError):  # a full disk may be what ended the run
+                self.write()
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
             print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
 

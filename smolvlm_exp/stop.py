@@ -35,9 +35,13 @@ class StopRequest:
         if self.asked and now - self.first < 1:
             return  # one request often comes twice: to the process, and to its group
         if self.asked:
-            sys.exit(128 + number)
+            self.leave(128 + number)
         self.asked, self.first = True, now
         self.heard()
+
+    def leave(self, code: int) -> None:
+        """What a second signal does."""
+        sys.exit(code)
 
     def heard(self) -> None:
         """What is to be done at once; called in the signal's handler."""

@@ -1,12 +1,15 @@
 """What only a CUDA device can show. `pytest -m gpu` there; skipped elsewhere by the marker."""
 
 import json
+import random
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.reliability.test_kills import command_killed, numbers
 
 pytestmark = pytest.mark.gpu
 
@@ -72,3 +75,29 @@ def test_out_of_memory_is_recovered_from(tmp_path):
     assert "out of memory" not in free
     assert "out of memory with 8 pairs at a time: this step again, and all after it, with 4" in capped
     assert losses == pytest.approx(wanted, abs=2e-2)  # bfloat16 adds up in another order
+
+
+def test_killed_and_resumed_in_bf16_on_nf4(tmp_path):
+    """Three kill -9 and a resume after each, beside two runs left alone, which say what this card repeats."""
+    settings = [
+        "tracker=none", *REAL_SHAPE, "quant=nf4", "adapter=dora", "trainer.max_steps=8", "trainer.save_steps=1",
+        "trainer.dataloader_num_workers=1", "trainer.disable_dropout=false", "adapter.lora_dropout=0.1",
+        f"trainer.cache={tmp_path / 'cache'}", "trainer.memory_budget=none",
+    ]  # fmt: skip
+    folders = [tmp_path / name for name in ("whole", "again", "killed")]
+    kills = [command_killed(f, settings, 3 * (f.name == "killed"), random.Random(1), 0.5, tmp_path) for f in folders]
+    whole, again, killed = map(numbers, folders)
+    assert len(kills[-1]) == 3
+    assert [e["step"] for e in killed] == [e["step"] for e in whole]
+    for name in ("num_tokens", "learning_rate"):
+        assert [e[name] for e in killed] == [e[name] for e in whole]
+
+    def apart(mine):
+        pairs = list(zip(mine, whole, strict=True))
+        return {name: max(abs(a[name] - b[name]) for a, b in pairs) for name in ("loss", "grad_norm")}
+
+    off, noise = apart(killed), apart(again)
+    print(f"killed at steps {kills[-1]}; off by {off}, where a second run left alone is off by {noise}")
+    if noise["loss"] == 0 == noise["grad_norm"]:
+        assert off == noise  # a card that repeats itself repeats a resumed run too
+    assert off["loss"] <= max(3 * noise["loss"], 1e-2)

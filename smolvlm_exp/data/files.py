@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 Rows = list[dict[str, Any]]
+ORIGIN = "origin"  # the column that says where a row was read
 
 
 @dataclass
@@ -77,7 +78,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
 def from_files(files: list[Path], folder: Path) -> "Dataset":
     """The rows of one split's files, in the normal form."""
-    from datasets import Dataset, load_dataset
+    from datasets import Dataset, Features, Value, load_dataset
     from datasets.exceptions import DatasetsError
 
     where = ", ".join(path.name for path in files)
@@ -88,9 +89,10 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
             raise RequestError(f"{where} cannot be read as Parquet: {first_line(error)}") from error
         return from_table(table, folder, where)
     rows = [row for path in files for row in parse(path)]
-    require({key for row in rows for key in row}, where)
+    require({key for row in rows for key in row} - {ORIGIN}, where)
     kwargs = {"rows": rows, "folder": folder, "stamp": f"{VERSION} {stamp(map(pictures, rows), folder)}"}
-    return Dataset.from_generator(generate, features=features(), gen_kwargs=kwargs)
+    columns = Features({**features(), ORIGIN: Value("string")})
+    return Dataset.from_generator(generate, features=columns, gen_kwargs=kwargs)
 
 
 def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
@@ -98,7 +100,8 @@ def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
     require(set(table.column_names), where)
     columns = [name for name in ("image", "images") if name in table.column_names]
     seen = stamp((pictures(row) for row in undecoded(table, columns)), folder)
-    return convert(table, to_row, folder=folder, stamp=seen)
+    rows = convert(table, to_row, folder=folder, stamp=seen)
+    return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
 
 
 def require(columns: set[str], where: str) -> None:
@@ -111,7 +114,7 @@ def require(columns: set[str], where: str) -> None:
 def generate(rows: Rows, folder: Path, stamp: str) -> Iterator[dict[str, Any]]:
     """Rows in the normal form, one by one, as `Dataset.from_generator` stores them."""
     for row in rows:
-        yield to_row(row, folder, stamp)
+        yield {**to_row(row, folder, stamp), ORIGIN: row[ORIGIN]}
 
 
 def to_row(row: dict[str, Any], folder: Path, stamp: str) -> dict[str, Any]:
@@ -119,11 +122,18 @@ def to_row(row: dict[str, Any], folder: Path, stamp: str) -> dict[str, Any]:
 
     `stamp` is unused here: `datasets` keys its cache by the arguments, and must notice a picture that was replaced.
     """
-    found = pictures(row)
     try:
-        return {"images": located(found, folder), **conversation(row, len(found)), "problem": ""}
+        found = pictures(row)
+        made = {"images": located(found, folder), **conversation(row, len(found)), "problem": ""}
+        json.dumps(made, ensure_ascii=False, default=repr).encode()
+        return made
+    except UnicodeEncodeError:
+        problem = "its text holds half a character (a lone surrogate), which no UTF-8 text can"
     except ValueError as error:  # PictureError is one
-        return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": str(error)}
+        problem = str(error).encode(errors="replace").decode()
+    except (TypeError, AttributeError, KeyError) as error:  # rows are other people's: whatever has an unknown form
+        problem = f"it has a form that is not known ({type(error).__name__}: {error})"
+    return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": problem}
 
 
 def located(entries: list[Any], folder: Path) -> list[Entry]:
@@ -190,7 +200,7 @@ def parse_lines(text: str, name: str) -> Rows:
             raise RequestError(
                 f"{name} line {number} is {type(row).__name__}, not an object {{...}} with a row's columns."
             )
-        rows.append(row)
+        rows.append({**row, ORIGIN: f"{name} line {number}"})
     return rows
 
 
@@ -203,7 +213,7 @@ def parse_json(text: str, name: str) -> Rows:
     strange = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
     if strange is not None:
         raise RequestError(f"{name}: item {strange} of the list is not an object {{...}} with a row's columns.")
-    return rows
+    return [{**row, ORIGIN: f"{name} item {index}"} for index, row in enumerate(rows)]
 
 
 def parse_csv(text: str, name: str) -> Rows:
@@ -217,7 +227,7 @@ def parse_csv(text: str, name: str) -> Rows:
                     f"{name} line {reader.line_num} has not as many fields as its header; "
                     "put answers that hold commas or line breaks in double quotes."
                 )
-            rows.append(dict(row))
+            rows.append({**row, ORIGIN: f"{name} line {reader.line_num}"})
     except csv.Error as error:
         raise RequestError(f"{name} is not CSV after line {reader.line_num}: {error}") from error
     return rows

@@ -7,15 +7,14 @@ plain words and the caller decides (`data.on_bad_row`).
 import io
 import re
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-VERSION = 1  # raise when prepared pictures change: it is part of the key under which `datasets` keeps them
-
-MAX_PIXELS = 178_956_970  # Pillow's own limit; beyond it a small file can unpack to gigabytes
+VERSION = 2  # raise when prepared pictures change: it is part of the key under which `datasets` keeps them
 
 # Pillow also opens EPS (it runs Ghostscript) and scientific containers: none of them is a photograph.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -25,11 +24,20 @@ FULL_SCALES = (1.0, 255.0, 65_535.0)  # white, in a picture whose pixels are flo
 Entry = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}, as `datasets.Image(decode=False)` gives it
 
 
+@dataclass(frozen=True)
+class Limits:
+    """What a picture may cost, looked at before it is decoded; each is a setting of `data` by the same name."""
+
+    max_pixels: int = 100_000_000  # 17 KB of PNG can say that they are ten times as many
+    max_image_mib: int = 64  # of its file
+    first_frame: bool = False  # of several; else such a picture is a problem
+
+
 class PictureError(ValueError):
     """What is wrong with one picture, worded to follow "image 1 "."""
 
 
-def prepare_images(row: dict[str, Any], max_edge: int, version: int) -> dict[str, Any]:
+def prepare_images(row: dict[str, Any], max_edge: int, version: int, limits: Limits = Limits()) -> dict[str, Any]:
     """Prepare one row's pictures. Bytes that are fine already are kept as they are.
 
     Args:
@@ -46,7 +54,7 @@ def prepare_images(row: dict[str, Any], max_edge: int, version: int) -> dict[str
     images, sizes = [], []
     for number, entry in enumerate(row["images"] or [], start=1):
         try:
-            data, size = prepare_image(read(entry), max_edge)
+            data, size = prepare_image(read(entry, limits), max_edge, limits)
         except PictureError as error:
             return {"images": [], "sizes": [], "problem": f"image {number} {error}"}
         images.append({"bytes": data, "path": None})
@@ -54,25 +62,32 @@ def prepare_images(row: dict[str, Any], max_edge: int, version: int) -> dict[str
     return {"images": images, "sizes": sizes, "problem": ""}
 
 
-def prepare_image(data: bytes, max_edge: int) -> tuple[bytes, tuple[int, int]]:
+def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tuple[bytes, tuple[int, int]]:
     """One picture's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge.
 
     Raises:
         PictureError: it is no picture, not one of `FORMATS`, damaged, or too large to unpack.
     """
     try:
-        with warnings.catch_warnings(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            warnings.simplefilter("ignore")  # odd EXIF and the like: the picture itself decides below
-            if image.width * image.height > MAX_PIXELS:
+        # No word of odd EXIF and the like: the picture itself decides below.
+        with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
+            frames = getattr(image, "n_frames", 1)
+            if frames > 1 and not limits.first_frame:
+                raise PictureError(f"has {frames} frames; data.first_frame=true takes the first of such pictures")
             image.load()
             prepared = shrink(to_rgb(image), max_edge)
             untouched = image.mode == "RGB" and prepared is image and image.format in ("JPEG", "PNG")
             return (data if untouched else as_png(prepared)), prepared.size
+    except PictureError:
+        raise
     except UnidentifiedImageError:
         raise PictureError(f"cannot be decoded: it is none of {', '.join(FORMATS)}, or is damaged") from None
     except Image.DecompressionBombError:
-        raise PictureError(f"cannot be decoded: it unpacks to more than {MAX_PIXELS:,} pixels") from None
+        raise PictureError(
+            f"cannot be decoded: it unpacks to more than data.max_pixels={limits.max_pixels:,} pixels"
+        ) from None
     except Exception as error:  # decoders raise whatever they trip over: OSError, SyntaxError, struct.error, zlib.error
         raise PictureError(f"cannot be decoded: {error or type(error).__name__}") from error
 
@@ -86,8 +101,9 @@ def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith(("I", "F")):  # I;16, I;16B, I, F
         return from_wide_pixels(image)
     if image.has_transparency_data:  # also a palette, grey or RGB picture with one colour declared transparent
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), layer).convert("RGB")
+        layer, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
+        white.paste(layer, mask=layer.getchannel("A"))
+        return white
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
@@ -131,14 +147,14 @@ def as_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def read(entry: Entry | None) -> bytes:
+def read(entry: Entry | None, limits: Limits = Limits()) -> bytes:
     """A picture's bytes, from the row itself or from a local file; nothing is ever fetched.
 
     Raises:
-        PictureError: there are no bytes and no local file.
+        PictureError: there are no bytes and no local file, or more bytes than are allowed.
     """
     if entry and entry["bytes"]:
-        return entry["bytes"]
+        return not_too_large(entry["bytes"], len(entry["bytes"]), limits)
     path = entry["path"] if entry else None
     if not path:
         raise PictureError("is empty")
@@ -146,10 +162,17 @@ def read(entry: Entry | None) -> bytes:
         raise PictureError(f"is a URL; download it first: {path}")
     try:
         if Path(path).is_file():  # neither a folder, nor a device or pipe that would never end
+            not_too_large(b"", Path(path).stat().st_size, limits)
             return Path(path).read_bytes()
     except OSError as error:
         raise PictureError(f"cannot be read: {error}") from error
     raise PictureError(f"is not there: {path}")
+
+
+def not_too_large(data: bytes, size: int, limits: Limits) -> bytes:
+    if size > limits.max_image_mib * 2**20:
+        raise PictureError(f"is {size / 2**20:,.0f} MiB, more than data.max_image_mib={limits.max_image_mib}")
+    return data
 
 
 def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
@@ -164,6 +187,8 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     if isinstance(entry, bytes):
         return {"bytes": entry, "path": None}
     if isinstance(entry, dict) and entry.get("bytes"):
+        if not isinstance(entry["bytes"], bytes):
+            raise PictureError(f"has {type(entry['bytes']).__name__} where its bytes should be")
         return {"bytes": entry["bytes"], "path": None}
     name = entry.get("path") if isinstance(entry, dict) else entry
     if not name or not isinstance(name, str):

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from smolvlm_exp.data.controls import as_text, control_tokens
 from smolvlm_exp.data.overlap import overlap
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import at_least, one_of
@@ -43,6 +44,10 @@ class DataConfig:
     max_length: int | None = None  # tokens in prompt plus answer; null: no limit. Image tokens are never cut
     on_long_answer: str = one_of("cut", "report")  # an answer that runs past max_length is shortened, or is a bad row
     on_bad_row: str = one_of("error", "skip")
+    max_bad_rows: float = at_least(0, 0.2)  # with skip: the share of a split that may be bad before the run stops
+    max_pixels: int = at_least(1, 100_000_000)  # of a picture, looked at before it is decoded
+    max_image_mib: int = at_least(1, 64)  # of a picture's file
+    first_frame: bool = False  # take the first frame of animations and of TIFFs with several pages
 
 
 @dataclass
@@ -68,12 +73,12 @@ def load_preferences(
     source = import_module(f"smolvlm_exp.data.{config.source}")
     checked, report, bad = {}, {}, []
     for split in splits:
-        rows = prepare(source.load(config, getattr(config, split)), config)
+        rows = prepare(source.load(config, getattr(config, split)), config, control_tokens(processor))
         good, report[split], problems = check(rows, processor, config)
-        bad += [{"split": split, "row": index, "reason": reason} for index, reason in problems]
+        bad += [{"split": split, "row": i, **origin(rows, i), "reason": reason} for i, reason in problems]
         checked[split] = rows if len(good) == len(rows) else rows.select(good)
     if bad and config.on_bad_row == "error":
-        listed = "\n".join(f"  {b['split']} row {b['row']}: {b['reason']}" for b in bad[:10])
+        listed = "\n".join(f"  {b['split']} row {b['row']}{where(b)}: {b['reason']}" for b in bad[:10])
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise RequestError(
             f"{len(bad)} bad rows in data={config.source}:\n{listed}{more}\n"
@@ -82,6 +87,7 @@ def load_preferences(
     if bad:
         lines = "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
         (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")
+        refuse_many(report, config)
     for split, rows in checked.items():
         if not len(rows):
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
@@ -97,6 +103,28 @@ def load_preferences(
             print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
     words = source.words(config) if hasattr(source, "words") else None
     return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words)
+
+
+def origin(rows: "Dataset", index: int) -> dict[str, str]:
+    """Where a row was read, as `pairs.jsonl line 12`, where its source says so."""
+    return {"from": rows[index : index + 1]["origin"][0]} if "origin" in rows.column_names else {}
+
+
+def where(bad: dict[str, Any]) -> str:
+    return f" ({bad['from']})" if "from" in bad else ""
+
+
+def refuse_many(report: dict[str, dict[str, Any]], config: DataConfig) -> None:
+    """Raises:
+    RequestError: so many rows of a split are bad that something is wrong with all of it.
+    """
+    for split, counts in report.items():
+        bad, rows = counts["skipped"], counts["skipped"] + counts["rows"]
+        if counts["rows"] and bad > config.max_bad_rows * rows:
+            raise RequestError(
+                f"{bad} of {rows} {split} rows are bad, more than data.max_bad_rows={config.max_bad_rows:g} of them: "
+                "they are listed in skipped_rows.jsonl in the run's folder.\nMend them, or raise data.max_bad_rows."
+            )
 
 
 def user(question: str, images: int = 1) -> Message:
@@ -115,26 +143,40 @@ def text_of(messages: list[Message]) -> str:
     return "\n".join(p["text"] for m in messages for p in m["content"] if p["type"] == "text" and p["text"])
 
 
-def prepare(rows: "Dataset", config: DataConfig) -> "Dataset":
+def prepare(rows: "Dataset", config: DataConfig, controls: Sequence[str] = ()) -> "Dataset":
     """Bring the pictures into shape, in parallel; adds `sizes` [[width, height], ...] and `problem` (empty when fine).
+
+    Control tokens that a prompt's text spells become text; see controls.py.
 
     `datasets` keeps the result on disk by content, so a second run over stored rows does not decode them again.
     """
 
     from datasets import Features, Image, List, Value
 
-    from smolvlm_exp.data.images import VERSION, prepare_images
+    from smolvlm_exp.data.images import VERSION, Limits
 
     plain = Image(decode=False)
     undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
     added = {"images": List(Image()), "sizes": List(List(Value("int32"))), "problem": Value("string")}
     return undecoded.map(
-        prepare_images,
-        fn_kwargs={"max_edge": config.max_edge, "version": VERSION},
+        prepare_row,
+        fn_kwargs={
+            "max_edge": config.max_edge,
+            "version": VERSION,
+            "limits": Limits(config.max_pixels, config.max_image_mib, config.first_frame),
+            "controls": list(controls),
+        },
         features=Features({**undecoded.features, **added}),  # not inferred: a first batch may hold bad rows alone
         num_proc=workers(config.num_proc, len(rows)),
         desc="pictures",
     )
+
+
+def prepare_row(row: dict[str, Any], controls: Sequence[str], **kwargs: Any) -> dict[str, Any]:
+    """See `prepare`."""
+    from smolvlm_exp.data.images import prepare_images
+
+    return {**prepare_images(row, **kwargs), "prompt": as_text(row["prompt"] or [], controls)}
 
 
 def workers(asked: int | None, rows: int) -> int | None:
@@ -173,7 +215,7 @@ class Examiner:
 
     def __init__(self, processor: Any, max_length: int | None, on_long_answer: str) -> None:
         self.processor, self.max_length, self.on_long_answer = processor, max_length, on_long_answer
-        self.controls = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
+        self.controls = control_tokens(processor)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name != "count"}
@@ -207,6 +249,13 @@ def row_problem(row: dict[str, Any], controls: list[str]) -> str:
         typed = next((c for c in controls if c in text_of(row[column])), None)
         if typed:
             return f"`{column}` contains {typed}, which the model would read as a control token"
+        if column != "prompt" and any(p["type"] == "image" for m in row[column] for p in m["content"]):
+            return f"`{column}` has a picture, or <image>, in it: an answer is text"
+        said = {message["role"] for message in row[column]}
+        if column != "prompt" and said != {"assistant"}:
+            return f"`{column}` is said by {' and '.join(sorted(said))}: an answer is the assistant's"
+    if row["prompt"][-1]["role"] != "user":
+        return f"`prompt` ends with a turn of the {row['prompt'][-1]['role']}: the last is the user's"
     placeholders = sum(p["type"] == "image" for m in row["prompt"] for p in m["content"])
     if not row["sizes"]:
         return "it has no image"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.preferences import DataConfig
-from smolvlm_exp.data.sources import convert, fetch
+from smolvlm_exp.data.sources import convert, embedded, fetch
 from smolvlm_exp.data.spellings import conversation
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ def first_image(row: dict[str, Any]) -> dict[str, Any]:
     """Drop every picture but the first, and its part in the prompt."""
     try:
         words = conversation(row, images=1)
+        images = embedded((row["images"] or [])[:1])
     except ValueError as error:
         return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": str(error)}
     prompt, seen = [], False
@@ -42,4 +43,4 @@ def first_image(row: dict[str, Any]) -> dict[str, Any]:
                 content.append(part)
             seen = seen or is_image
         prompt.append({**message, "content": content})
-    return {**words, "images": (row["images"] or [])[:1], "prompt": prompt, "problem": ""}
+    return {**words, "images": images, "prompt": prompt, "problem": ""}

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.images import PictureError
 from smolvlm_exp.data.preferences import DataConfig, assistant, user
-from smolvlm_exp.data.sources import convert, fetch
+from smolvlm_exp.data.sources import convert, embedded, fetch
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -30,13 +31,16 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
     """{image, text: a JSON string {question, chosen, rejected}} -> the normal form."""
     try:
         text = json.loads(row["text"])
-        question, chosen, rejected = (text[key] for key in ("question", "chosen", "rejected"))
+        question, chosen, rejected = (str(text[key]) for key in ("question", "chosen", "rejected"))
+        images = embedded([row["image"]] if row["image"] else [])
         problem = ""
+    except PictureError as error:
+        images, question, chosen, rejected, problem = [], "", "", "", f"image 1 {error}"
     except (ValueError, KeyError, TypeError):
-        question = chosen = rejected = ""
+        images, question, chosen, rejected = [], "", "", ""
         problem = "`text` is not a JSON object with question, chosen and rejected"
     return {
-        "images": [row["image"]] if row["image"] else [],
+        "images": images,
         "prompt": [user(question)],
         "chosen": [assistant(chosen)],
         "rejected": [assistant(rejected)],

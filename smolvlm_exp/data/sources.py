@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.images import PictureError
 from smolvlm_exp.data.spellings import VERSION, features
 from smolvlm_exp.errors import RequestError
 
@@ -39,7 +40,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
             rows = load_dataset(str(folder), split=split)
         else:
             rows = load_dataset(id, revision=revision, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which nobody runs
         if isinstance(error, RequestError):
             raise
         hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
@@ -66,6 +67,18 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
         return None
     saved = load_from_disk(folder)
     return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+
+
+def embedded(images: list[Any]) -> list[Any]:
+    """Pictures that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is.
+
+    Raises:
+        PictureError: one does not.
+    """
+    for image in images:
+        if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
+            raise PictureError("is not in the data set, which only names it; data=files reads pictures beside rows")
+    return images
 
 
 def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], **kwargs: Any) -> "Dataset":

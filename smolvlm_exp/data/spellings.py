@@ -15,7 +15,7 @@ from smolvlm_exp.data.preferences import Message
 if TYPE_CHECKING:
     from datasets import Features
 
-VERSION = 1  # raise when rows come out differently: it is part of the key under which `datasets` keeps them
+VERSION = 2  # raise when rows come out differently: it is part of the key under which `datasets` keeps them
 
 PLACEHOLDER = "<image>"  # where a picture stands in a text, in LLaMA-Factory, ms-swift and MMPR
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smolvlm_exp.data.controls import as_text, control_tokens
 from smolvlm_exp.engine.group import spread
 
 if TYPE_CHECKING:
@@ -55,9 +56,14 @@ def generate_answers(
 
 
 def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
-    """What the model's `generate` reads, padded on the left: an answer must follow its prompt directly."""
+    """What the model's `generate` reads, padded on the left: an answer must follow its prompt directly.
+
+    Control tokens that a prompt spells are text; see data/controls.py.
+    """
+    controls = control_tokens(processor)
+    asked = [as_text(row["prompt"], controls) for row in rows]
     return processor(
-        text=[processor.apply_chat_template(row["prompt"], add_generation_prompt=True) for row in rows],
+        text=[processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in asked],
         images=[row["images"] for row in rows],
         padding=True,
         padding_side="left",

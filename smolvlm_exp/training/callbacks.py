@@ -12,6 +12,8 @@ import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from smolvlm_exp.checkpoint import one_error
+from smolvlm_exp.checks import spike
 from smolvlm_exp.engine.group import gather
 from smolvlm_exp.stop import StopRequest
 
@@ -88,8 +90,12 @@ class MetricsCallback(TrainerCallback):
         event = {"step": state.global_step, **(logs or {})}
         if "loss" in event:
             event |= self.speed(args, state, event.get("num_tokens", 0.0))
+            usual = spike([e["loss"] for e in state.log_history if "loss" in e])
+            if usual is not None:
+                print(f"step {state.global_step}: the loss jumped to {event['loss']:.3g}, where {usual:.3g} is usual")
         event |= memory()
-        append(self.path, {key: finite(value) for key, value in event.items()})
+        with one_error(self.path.parent):
+            append(self.path, {key: finite(value) for key, value in event.items()})
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
 
@@ -194,6 +200,12 @@ class StopCallback(StopRequest, TrainerCallback):
 
     def heard(self) -> None:
         print("\nstopping at the end of this step, after saving; once more to leave at once", file=sys.stderr)
+
+    def leave(self, code: int) -> None:
+        """At once: a tracker or a worker that hangs holds nobody up, and kill -9 loses nothing either."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -84,5 +84,5 @@ class FiniteGuard:
             f"run is stopped.\nStep {steps[-1]}: {self.rows(steps[-1])}. The weights are as after step "
             f"{steps[0] - 1}, and every checkpoint is from before.\n"
             "Look at these rows; a lower trainer.learning_rate, a longer trainer.warmup_steps or model.dtype=float32 "
-            "help where the rows are fine. trainer.max_steps_not_finite says how many in a row are borne."
+            "help where the rows are fine. trainer.not_finite_limit says how many in a row are borne."
         )

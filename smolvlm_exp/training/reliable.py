@@ -1,4 +1,4 @@
-"""What any of the trainers gets so that nothing is lost: checkpoints that are whole, counters that go on, a finite step.
+"""What each of the trainers gets so that nothing is lost: whole checkpoints, counters that go on, finite steps.
 
 A checkpoint holds safetensors and JSON alone, so that reading one runs no code, and no training arguments, which hold
 tokens in clear. transformers writes it, into a folder that is not yet called a checkpoint; see checkpoint.py.
@@ -16,10 +16,13 @@ from transformers import Trainer
 
 from smolvlm_exp.checkpoint import SAVING, keep_last, one_error, seal
 from smolvlm_exp.engine.group import whole
+from smolvlm_exp.errors import RunError
 from smolvlm_exp.same_run import IDENTITY
 from smolvlm_exp.sweep.record import write_json
 from smolvlm_exp.training.finite import FiniteGuard
 from smolvlm_exp.training.trees import load_tree, save_tree
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 def reliable(kind: Any) -> Any:
@@ -52,7 +55,8 @@ class Reliable(Trainer):
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()
-        loader.generator = torch.Generator()
+        for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's wrapper, and what it wraps
+            each.generator = torch.Generator()
         return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -83,7 +87,7 @@ class Reliable(Trainer):
 
     def rows_of(self, step: int) -> list[int]:
         """The row numbers of an optimiser step, in this process; steps count from 1."""
-        loader: Any = self.callback_handler.train_dataloader  # type: ignore[attr-defined]
+        loader: Any = self.callback_handler.train_dataloader
         batches, accumulate = copy.deepcopy(loader.batch_sampler), self.args.gradient_accumulation_steps
         epoch, at = divmod(step - 1, math.ceil(len(batches) / accumulate))
         if hasattr(batches.sampler, "set_epoch"):
@@ -105,26 +109,31 @@ class Reliable(Trainer):
         folder = Path(super()._get_output_dir(trial))
         final = folder / f"checkpoint-{self.state.global_step}"
         staging = folder / SAVING / final.name
-        with one_error(folder):
-            if self.args.should_save:
-                shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a save that was cut short
-                staging.mkdir(parents=True)
-            self.accelerator.wait_for_everyone()
-            self.saving = staging.parent
-            try:
+        try:
+            with one_error(folder.parent):
+                if self.args.should_save:
+                    shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a save that was cut short
+                    staging.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
+                self.saving = staging.parent
                 super()._save_checkpoint(model, trial)
-            finally:
-                self.saving = None
-            self.accelerator.wait_for_everyone()
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.seal_checkpoint(staging, final)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.saving = None
             if self.args.should_save:
-                if self.state.best_global_step:
-                    self.state.best_model_checkpoint = str(folder / f"checkpoint-{self.state.best_global_step}")
-                    self.state.save_to_json(str(staging / "trainer_state.json"))
-                write_json(staging / IDENTITY, self.identity)
-                seal(staging, final)
-                keep_last(final, self.args.save_total_limit, self.state.best_model_checkpoint)
-                shutil.rmtree(folder / SAVING)
-            self.accelerator.wait_for_everyone()
+                shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+    def seal_checkpoint(self, staging: Path, final: Path) -> None:
+        """What transformers wrote becomes a checkpoint, and those that are too many go."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        write_json(staging / IDENTITY, self.identity)
+        seal(staging, final)
+        keep_last(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving) if self.saving else super()._get_output_dir(trial)
@@ -150,6 +159,23 @@ class Reliable(Trainer):
         save_tree(self.own_file(output_dir), states)
 
     # Going on
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Raises:
+        RunError: there is a pickle, or the weights are others than the model's (what `resume_allow` let through).
+        """
+        found = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
+        if found and not self.sharded:
+            raise RunError(
+                f"{resume_from_checkpoint} holds {found}: no checkpoint of ours does, and no pickle is read."
+            )
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{resume_from_checkpoint} does not fit this model: {str(error).splitlines()[0]}\n"
+                "resume_allow cannot make it: go on with the adapter and model that the run had."
+            ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.sharded:

@@ -37,7 +37,7 @@ def row(**changes):
         ({"rejected": [assistant("A star. ")]}, "are the same"),
         ({"images": [], "sizes": []}, "has no image"),
         ({"prompt": [user("What?", images=2)]}, "1 images but its prompt names 2"),
-        ({"prompt": [user("What <image> is it?")]}, "contains <image>"),
+        ({"chosen": [assistant("A <image> star.")]}, "contains <image>"),
         ({"chosen": [assistant("A star.<end_of_utterance>")]}, "contains <end_of_utterance>"),
         ({"problem": "image 1 cannot be decoded"}, "cannot be decoded"),
     ],
@@ -65,7 +65,7 @@ def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "load", load)
     with pytest.raises(RequestError, match=r"train row 1: `rejected` is empty[\s\S]*data.on_bad_row=skip"):
         load_preferences(Config(source="shapes"), processor, tmp_path)
-    kept = load_preferences(Config(source="shapes", on_bad_row="skip"), processor, tmp_path)
+    kept = load_preferences(Config(source="shapes", on_bad_row="skip", max_bad_rows=0.5), processor, tmp_path)
     assert len(kept.train) == len(kept.test) == 1
     assert '"row": 1' in (Path(tmp_path) / "skipped_rows.jsonl").read_text()
 

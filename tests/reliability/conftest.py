@@ -31,6 +31,7 @@ from tests.conftest import SIGMOID, compose
 LONG = (
     *SIGMOID, "tracker=none", "data.train_rows=16", "data.test_rows=4", "trainer.max_steps=8",
     "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.warmup_steps=2",
+    "trainer.eval_strategy=steps",
     "trainer.per_device_eval_batch_size=4", "trainer.logging_steps=2", "trainer.eval_steps=2", "trainer.save_steps=3",
     "adapter.r=2", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false", "trainer.learning_rate=1e-3",
     "trainer.extra.disable_tqdm=true",
@@ -71,18 +72,20 @@ class Bench:
         metrics.path = folder / "metrics.jsonl"
         return trainer
 
-    def run(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
+    def run(self, folder: Path, *overrides: str, callbacks: tuple = (), prepare: Any = None) -> Any:
         """Train to the end, from the newest whole checkpoint where there is one."""
         folder.mkdir(parents=True, exist_ok=True)
         trainer = self.trainer(folder, *overrides, callbacks=callbacks)
+        if prepare:
+            prepare(trainer)
         checkpoint = str(newest(folder)) if numbered(folder) else None
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 
-    def stoppable(self, folder: Path, *overrides: str) -> tuple[Any, StopCallback]:
+    def stoppable(self, folder: Path, *overrides: str, prepare: Any = None) -> tuple[Any, StopCallback]:
         """As `run`, with signals heard."""
         with StopCallback() as stop:
-            return self.run(folder, *overrides, callbacks=(stop,)), stop
+            return self.run(folder, *overrides, callbacks=(stop,), prepare=prepare), stop
 
 
 @pytest.fixture(scope="session")
@@ -116,7 +119,7 @@ def forked(job: Callable[[], Any], log: Path) -> int:
         number = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(number, 1)
         os.dup2(number, 2)
-        sys.stdout, sys.stderr = open(1, "w", closefd=False), open(2, "w", closefd=False)
+        sys.stdout = sys.stderr = os.fdopen(number, "w")
         torch.set_num_threads(1)
         job()
         code = 0

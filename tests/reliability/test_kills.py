@@ -1,13 +1,19 @@
 """P1: kill -9 at any moment, then the same again: every logged number and the adapter are those of a run left alone."""
 
+import contextlib
+import json
 import os
 import random
+import shutil
+import signal
+import subprocess
+import sys
 import time
 
 import pytest
 from safetensors.torch import load_file
 
-from smolvlm_exp.checkpoint import checkpoints, newest
+from smolvlm_exp.checkpoint import checkpoints, newest, step_of
 from tests.reliability.conftest import forked, kill, logged
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "scheduler.safetensors")
@@ -40,18 +46,21 @@ def killed_until_done(bench, trainer, folder, kills, rng, span):
         return survived
 
 
+SHORT = ("trainer.max_steps=5", "trainer.eval_strategy=no")  # still over the end of an epoch
+
+
 @pytest.mark.parametrize(
-    ("engine", "kills"),
+    ("engine", "kills", "changes"),
     [
-        ("shared", 6),
-        ("stock", 3),
-        pytest.param("shared", 100, marks=pytest.mark.slow),
-        pytest.param("stock", 50, marks=pytest.mark.slow),
+        ("shared", 3, ()),
+        ("stock", 1, SHORT),
+        pytest.param("shared", 100, (), marks=pytest.mark.slow),
+        pytest.param("stock", 50, (), marks=pytest.mark.slow),
     ],
 )
-def test_kill_9_at_any_moment(bench, tmp_path, engine, kills):
+def test_kill_9_at_any_moment(bench, tmp_path, engine, kills, changes):
     """DoRA with dropout, a data worker, two epochs, checkpointing; logs of two steps that a kill may halve."""
-    often = ("trainer.save_steps=1", "trainer.dataloader_num_workers=1")
+    often = ("trainer.save_steps=1", "trainer.dataloader_num_workers=1", *changes)
     trainer = bench.trainer(tmp_path / "built", f"trainer.engine={engine}", *often)
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     began = time.monotonic()
@@ -64,8 +73,66 @@ def test_kill_9_at_any_moment(bench, tmp_path, engine, kills):
         runs += 1
         assert logged(folder) == logged(whole)
         for name in FILES:
-            mine, theirs = (load_file(each / "checkpoints" / "checkpoint-8" / name) for each in (folder, whole))
+            mine, theirs = (load_file(newest(each) / name) for each in (folder, whole))
             assert mine.keys() == theirs.keys()
             assert all(mine[key].equal(theirs[key]) for key in theirs)
     assert {event["num_tokens"] for event in logged(whole) if "num_tokens" in event}
     print(f"{engine}: {survived} kills survived in {runs} runs")
+
+
+def command_killed(folder, settings, kills, rng, span, cwd):
+    """The command people type, killed with all it started, then the same with resume, until it is done.
+
+    Returns:
+        the steps that its checkpoints had reached at each kill.
+    """
+    reached, resume = [], []
+    while True:
+        command = [sys.executable, "-m", "smolvlm_exp", *settings, *(resume or [f"hydra.run.dir={folder}"])]
+        running = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True, start_new_session=True)
+        while len(reached) < kills and running.poll() is None and not began(folder, reached):
+            time.sleep(0.05)
+        if len(reached) < kills:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                running.wait(rng.uniform(0, span))
+        if len(reached) == kills or running.poll() is not None:
+            _, told = running.communicate(timeout=600)
+            assert running.returncode == 0, told[-3000:]
+            return reached
+        os.killpg(running.pid, signal.SIGKILL)
+        running.communicate()
+        reached.append(max((step_of(path) for path in checkpoints(folder)), default=0))
+        resume = [f"resume={folder}"] if checkpoints(folder) else []
+        if not resume:
+            shutil.rmtree(folder)  # killed before there was anything to go on from: it starts again
+
+
+def began(folder, reached):
+    """Whether a run has taken a step since the last kill."""
+    path = folder / "metrics.jsonl"
+    steps = [json.loads(line)["step"] for line in path.read_text().splitlines()[:-1]] if path.exists() else []
+    return max(steps, default=0) > (reached[-1] if reached else 0)
+
+
+def numbers(folder):
+    events = [{k: v for k, v in event.items() if k != "epoch"} for event in logged(folder)]
+    return [event for event in events if "loss" in event or "eval_loss" in event]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["shared", "stock"])
+def test_the_command_is_killed_until_it_is_done(tmp_path, engine):
+    settings = [
+        "tracker=none", "data.train_rows=64", "data.test_rows=8", "trainer.max_steps=24", "trainer.logging_steps=1",
+        "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.save_steps=1",
+        "trainer.eval_strategy=steps", "trainer.eval_steps=5", "trainer.dataloader_num_workers=1",
+        "trainer.disable_dropout=false", "adapter.lora_dropout=0.1", f"trainer.engine={engine}",
+        f"trainer.cache={tmp_path / 'cache'}",
+    ]  # fmt: skip
+    whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(7)
+    assert command_killed(whole, settings, 0, rng, 0, tmp_path) == []
+    reached = command_killed(killed, settings, 20, rng, 1.0, tmp_path)
+    assert numbers(killed) == numbers(whole)
+    mine, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (killed, whole))
+    assert all(mine[name].equal(theirs[name]) for name in theirs)
+    print(f"{engine}: {len(reached)} kills of the command, at steps {reached}")

@@ -1,0 +1,31 @@
+"""Control tokens that a person types are text: `<image>` or `<end_of_utterance>` in a question steers nothing.
+
+Tokenizers find control tokens wherever a text spells them, and processors count `<image>` in the text. So a word
+joiner, which has no width, goes behind the first character of each: people read the same, and no tokenizer finds it.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+WORD_JOINER = "\u2060"
+
+
+def control_tokens(processor: Any) -> list[str]:
+    """All that the processor's tokenizer reads as one control token."""
+    return sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
+
+
+def as_text(messages: Sequence[dict[str, Any]], controls: Sequence[str]) -> list[dict[str, Any]]:
+    """The messages with every control token in their text parts made text; the `{"type": "image"}` parts stay."""
+    return [{**m, "content": [{**p, "text": spelt(p.get("text"), controls)} for p in m["content"]]} for m in messages]
+
+
+def spelt(text: str | None, controls: Sequence[str]) -> str | None:
+    """One text, its control tokens made text."""
+    if not text or not controls or not any(control in text for control in controls):
+        return text
+    found = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+    while found.search(text):  # taking one apart must not make another
+        text = found.sub(lambda match: match[0][0] + WORD_JOINER + match[0][1:], text)
+    return text

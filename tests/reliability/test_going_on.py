@@ -1,0 +1,198 @@
+"""P5 and P10: a run that is asked to stop saves and goes on exactly; another run's checkpoint is refused."""
+
+import copy
+import os
+import signal
+
+import pytest
+
+from smolvlm_exp import same_run as same
+from smolvlm_exp.checkpoint import damage, newest
+from smolvlm_exp.errors import RequestError, RunError
+from smolvlm_exp.pipeline import train
+from smolvlm_exp.same_run import same_run
+from smolvlm_exp.training import reliable
+from smolvlm_exp.training.callbacks import StopCallback
+from tests.conftest import compose
+from tests.reliability.conftest import LONG, forked, learnt, logged
+
+
+def signalled(trainer, where, step, number):
+    """Send a signal to this process at the first call of `where` in this step or a later one."""
+
+    def at(function):
+        def call(*args, **kwargs):
+            nonlocal done
+            if not done and trainer.state.global_step + 1 >= step:
+                done = True
+                os.kill(os.getpid(), number)
+            return function(*args, **kwargs)
+
+        return call
+
+    done = False
+    if where == "a save":
+        reliable.seal = at(reliable.seal)  # undone by the fixture
+    else:
+        owner, name = {
+            "data loading": (trainer.batches, "collate_fn"),
+            "forward": (trainer.model, "forward"),
+            "between micro-batches": (trainer.accelerator, "backward"),
+            "evaluation": (trainer, "prediction_step"),
+        }[where]
+        setattr(owner, name, at(getattr(owner, name)))
+
+
+SELDOM = "trainer.eval_steps=6"
+PLACES = (
+    ("data loading", signal.SIGINT, 1),
+    ("a save", signal.SIGTERM, 3),
+    ("forward", signal.SIGINT, 5),
+    ("evaluation", signal.SIGTERM, 6),
+    ("between micro-batches", signal.SIGINT, 8),
+)
+
+
+def test_a_signal_anywhere_saves_and_the_run_goes_on_exactly(bench, tmp_path, monkeypatch, capsys):
+    """One run that is stopped in five places, and goes on after each."""
+    monkeypatch.setattr(reliable, "seal", reliable.seal)
+    whole = bench.run(tmp_path / "whole", SELDOM)
+    run, stops = tmp_path / "run", []
+    for where, number, step in PLACES:
+        trainer, stop = bench.stoppable(run, SELDOM, prepare=lambda t, w=where, s=step, n=number: signalled(t, w, s, n))
+        assert stop.asked, where
+        assert damage(newest(run)) == ""
+        assert newest(run).name == f"checkpoint-{trainer.state.global_step}"
+        stops.append(trainer.state.global_step)
+        assert "once more to leave at once" in capsys.readouterr().err
+    assert stops == [1, 4, 5, 7, 8]
+    trainer = bench.run(run, SELDOM)
+    assert logged(run) == logged(tmp_path / "whole")
+    assert all(p.equal(learnt(whole)[name]) for name, p in learnt(trainer).items())
+
+
+def test_a_signal_in_the_last_step_loses_nothing(bench, tmp_path):
+    """Even where nothing is to be saved on the way: what was stopped is saved, and its end is reached from there."""
+    short = ("trainer.max_steps=2", "trainer.save_strategy=no", "trainer.eval_strategy=no")
+    trainer, stop = bench.stoppable(tmp_path, *short, prepare=lambda t: signalled(t, "forward", 2, signal.SIGINT))
+    assert stop.asked
+    assert newest(tmp_path).name == "checkpoint-2"
+    again = bench.run(tmp_path, *short)
+    assert again.state.global_step == 2  # and not one step more
+    assert all(p.equal(learnt(trainer)[name]) for name, p in learnt(again).items())
+
+
+def test_a_second_signal_leaves_at_once(bench, tmp_path):
+    def job():
+        def twice(trainer):
+            forward = trainer.model.forward
+
+            def call(*args, **kwargs):
+                if trainer.state.global_step == 2 and trainer.model.training:
+                    os.kill(os.getpid(), signal.SIGINT)
+                    stop.first -= 2  # two seconds later
+                    os.kill(os.getpid(), signal.SIGINT)
+                return forward(*args, **kwargs)
+
+            trainer.model.forward = call
+
+        with StopCallback() as stop:
+            bench.run(tmp_path, "trainer.save_steps=1", callbacks=(stop,), prepare=twice)
+
+    _, status = os.waitpid(forked(job, tmp_path / "log"), 0)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT, (tmp_path / "log").read_text()[-2000:]
+    assert newest(tmp_path).name == "checkpoint-2"
+
+
+# Another run's checkpoint
+
+CHANGES = {
+    "adapter.r": (4, "was 2 and is 4"),
+    "adapter.target": ("recipe", 'was "text" and is "recipe"'),
+    "adapter.use_dora": (False, "was true and is false"),
+    "adapter.lora_dropout": (0.0, "was 0.1 and is 0.0"),
+    "quant.load_in_4bit": (False, "was true and is false"),
+    "trainer.optim": ("sgd", 'was "adamw_torch" and is "sgd"'),
+    "trainer.learning_rate": (1e-4, "was 0.001 and is 0.0001"),
+    "trainer.per_device_train_batch_size": (4, "was 2 and is 4"),
+    "trainer.gradient_accumulation_steps": (4, "was 2 and is 4"),
+    "trainer.max_steps": (9, "was 8 and is 9"),
+    "trainer.lr_scheduler_type": ("constant", 'was "cosine" and is "constant"'),
+    "trainer.engine": ("stock", 'was "shared" and is "stock"'),
+    "trainer.beta": (0.2, "was 0.1 and is 0.2"),
+    "trainer.extra": ({"adam_beta2": 0.9}, "trainer.extra.adam_beta2 was not there and is 0.9"),
+    "data.train_rows": (20, "was 16 and is 20"),
+    "data.max_edge": (64, "was 512 and is 64"),
+    "model.id": ("elsewhere", 'was "embedded" and is "elsewhere"'),
+    "seed": (1, "was 0 and is 1"),
+}
+
+
+def changed(config, key, value, allow=()):
+    """A copy of a configuration with another value, as it is when a command resumes."""
+    config = copy.deepcopy(config)
+    config.resume, config.resume_allow = "it", list(allow)
+    part, _, name = key.rpartition(".")
+    setattr(getattr(config, part) if part else config, name, value)
+    return config
+
+
+@pytest.fixture(scope="module")
+def saved(bench, tmp_path_factory):
+    """A checkpoint of LONG at its first step."""
+    folder = tmp_path_factory.mktemp("saved")
+    stop = StopCallback()
+    stop.asked = True
+    bench.run(folder, callbacks=(stop,))
+    return newest(folder)
+
+
+def test_a_changed_setting_is_refused_unless_it_is_named(bench, saved, capsys):
+    config = bench.config()
+    same_run(config, saved)
+    for key, (value, said) in CHANGES.items():
+        with pytest.raises(RequestError) as refusal:
+            same_run(changed(config, key, value), saved)
+        told = str(refusal.value)
+        assert "not the run that was saved at step 1" in told
+        assert said in told
+        assert key in told.rpartition("resume_allow=[")[2]
+        same_run(changed(config, key, value, allow=[key]), saved)
+        assert said in capsys.readouterr().out
+
+
+def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
+    config = bench.config("resume=it")
+    same_run(config, saved, bench.preferences)
+    rows = bench.preferences.train
+    for others in (rows.select(range(15)), rows.select([1, 0, *range(2, 16)])):
+        other = type(bench.preferences)(others, bench.preferences.test, {})
+        with pytest.raises(RequestError, match=r"data\.rows: the training rows or their pictures are others"):
+            same_run(config, saved, other)
+        same_run(bench.config("resume=it", "resume_allow=[data.rows]"), saved, other)
+    monkeypatch.setattr(same, "versions", lambda: {"torch": "9.9", "transformers": "9.9"})
+    with pytest.raises(RequestError, match=r'versions.torch was ".*" and is "9.9"'):
+        same_run(config, saved)
+    same_run(bench.config("resume=it", "resume_allow=[versions]"), saved)
+
+
+def test_what_changes_no_number_may_change(bench, saved):
+    free = (
+        "tracker.project=another", "name=other", "trainer.save_steps=5", "trainer.save_total_limit=1", "keep=all",
+        "trainer.dataloader_num_workers=2", "trainer.memory_budget=none", "trainer.cache=elsewhere", "data.num_proc=2",
+    )  # fmt: skip
+    config = compose(*[f"+{o}" if ".extra." in o else o for o in LONG], *free, "resume=it")
+    same_run(config, saved, bench.preferences)
+
+
+def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.pipeline.load_model", lambda *a: pytest.fail("the model was loaded"))
+    run = saved.parent.parent
+    with pytest.raises(RequestError, match=r"adapter\.r was 2 and is 4"):
+        train(bench.config(f"resume={run}", "adapter.r=4"), run)
+
+
+def test_what_is_allowed_and_cannot_be_is_one_error(bench, saved, tmp_path):
+    trainer = bench.trainer(tmp_path, "adapter.r=4")
+    with pytest.raises(RunError, match="does not fit this model: "):
+        trainer.train(resume_from_checkpoint=str(saved))

@@ -1,0 +1,309 @@
+"""P12, secrets and folders: nothing that comes along runs, nothing outside is reached, nothing private gets out."""
+
+import json
+import os
+import pickle
+import shutil
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset, Features, List, Value
+
+from smolvlm_exp import folder as folders
+from smolvlm_exp.adapter import AdapterConfig, saved_adapter
+from smolvlm_exp.checkpoint import MANIFEST, checkpoints, newest, sha256
+from smolvlm_exp.command import check_command
+from smolvlm_exp.data.images import PictureError, prepare_image
+from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.errors import RequestError, RunError
+from smolvlm_exp.folder import check_unused, claimed
+from smolvlm_exp.model import EMBEDDED, load_model, load_processor
+from tests.conftest import compose
+from tests.reliability.conftest import forked
+from tests.reliability.test_bad_rows import GOOD, PATHS, config, encoded, write
+from tests.reliability.test_checkpoints import TWO
+
+TOKEN = "hf_" + "aB3" * 11  # the form of one
+
+
+class Payload:
+    """What a pickle runs when it is read."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.marker}",)
+
+
+@pytest.fixture
+def marker(tmp_path):
+    """A file that is there once a payload ran."""
+    path = tmp_path / "ran"
+    yield path
+    assert not path.exists(), "a payload ran"
+
+
+def test_the_payload_is_one(tmp_path):
+    pickle.loads(pickle.dumps(Payload(tmp_path / "ran")))
+    assert (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "training_args.bin", "pytorch_model.bin", "rng_state.pth"])
+def test_a_pickle_in_a_checkpoint_is_not_read(spare, built, marker, tmp_path, name):
+    """Even where whoever put it there made the manifest fit."""
+    run = Path(shutil.copytree(built, tmp_path / "run"))
+    (checkpoint,) = checkpoints(run)[-1:]
+    torch.save({"state": Payload(marker)}, checkpoint / name)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    manifest["files"][name] = [(checkpoint / name).stat().st_size, sha256(checkpoint / name)]
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert newest(run) == checkpoint
+    with pytest.raises(RunError, match="no pickle is read"):
+        spare.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.fixture(scope="module")
+def spare(bench, tmp_path_factory):
+    """A trainer that never gets to train."""
+    return bench.trainer(tmp_path_factory.mktemp("spare"), *TWO)
+
+
+@pytest.fixture(scope="module")
+def built(bench, tmp_path_factory):
+    """A run with one checkpoint, made where the environment holds secrets."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+            patch.setenv(name, TOKEN)
+        bench.run(folder, *TWO, "trainer.max_steps=1")
+    return folder
+
+
+def typed(*overrides, **options):
+    given = {"multirun": False, "config_path": None, "config_name": None, "config_dir": None, **options}
+    return check_command(SimpleNamespace(overrides=list(overrides), **given))
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "+trainer.extra._target_=os.system",
+        "+model.extra.trust_remote_code=true",
+        "+model.extra.attn_implementation=kernels-community/flash-attn",
+        "+model.extra.use_kernels=true",
+        "+hydra.callbacks.evil._target_=os.system",
+        "hydra.launcher._target_=os.system",
+        "+hydra.job.env_set.LD_PRELOAD=evil.so",
+        "+adapter.extra._target_=os.system",
+        "+quant.extra.trust_remote_code=true",
+    ],
+)
+def test_no_setting_makes_code_run(override):
+    with pytest.raises(RequestError, match=r"no code runs|would run code|does not exist here"):
+        typed(override)
+
+
+@pytest.mark.parametrize("group", ["hydra", "trainer", "evil"])
+def test_no_config_file_makes_code_run(group, marker, tmp_path):
+    """A folder as a run leaves it, that somebody else wrote: --config-path FOLDER."""
+    call = f"{{_target_: os.system, _args_: ['touch {marker}']}}"
+    lines = {
+        "hydra": f"hydra: {{callbacks: {{evil: {call}}}}}",
+        "trainer": f"trainer: {{extra: {call}}}",
+        "evil": f"evil: {call}",
+    }[group]
+    (tmp_path / "config.yaml").write_text(f"defaults: [schema, {{model: tiny}}]\n{lines}\n")
+    with pytest.raises(RequestError):
+        typed(config_path=str(tmp_path), config_name="config")
+
+
+def test_a_model_folder_brings_no_code(marker, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder)
+    (folder / "evil.py").write_text(f"import os\nos.system('touch {marker}')\nclass Evil: pass\n")
+    for name in ("config.json", "processor_config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        path = folder / name
+        told = json.loads(path.read_text()) if path.exists() else {}
+        kinds = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor", "AutoTokenizer")
+        path.write_text(json.dumps({**told, "auto_map": dict.fromkeys(kinds, "evil.Evil")}))
+    model = compose(f"model.id={folder}").model
+    for load in (load_model, load_processor):
+        try:
+            load(model)
+        except RequestError as error:
+            print(error)
+    (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
+    with pytest.raises(RequestError, match=r"model\.id="):
+        load_model(model)
+
+
+def test_weights_that_are_a_pickle_are_refused(marker, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(EMBEDDED, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    torch.save({"weight": Payload(marker)}, folder / "pytorch_model.bin")
+    with pytest.raises(RequestError, match=r"model\.id="):
+        load_model(compose(f"model.id={folder}").model)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
+    torch.save({"weight": Payload(marker)}, adapter / "adapter_model.bin")
+    with pytest.raises(RequestError, match=r"no adapter_model\.safetensors"):
+        saved_adapter(AdapterConfig(), str(adapter))
+
+
+def test_a_data_set_brings_no_code(marker, tmp_path, processor):
+    folder = tmp_path / "evil"
+    folder.mkdir()
+    (folder / "evil.py").write_text(f"import os\nos.system('touch {marker}')\n")
+    (folder / "dataset_infos.json").write_text("{}")
+    with pytest.raises(RequestError, match=r"data\.id="):
+        load_preferences(compose("data=rlaif_v", f"data.id={folder}").data, processor, tmp_path)
+
+
+def test_pictures_start_nothing(marker, tmp_path, monkeypatch):
+    """A Ghostscript that tells when it is called; documents that would call it, or fetch something."""
+    fake = tmp_path / "bin" / "gs"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\ntouch {marker}\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    eps = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%touch {marker}) (w) file\nshowpage\n"
+    svg = f'<!DOCTYPE s [<!ENTITY x SYSTEM "file://{marker}">]><svg xmlns="http://www.w3.org/2000/svg">&x;</svg>'
+    for data in (eps.encode(), svg.encode(), b"push graphic-context\nviewbox 0 0 9 9\nimage over 0,0 0,0 '|touch x'\n"):
+        with pytest.raises(PictureError, match="none of JPEG"):
+            prepare_image(data, 512)
+
+
+def test_a_bomb_is_refused_in_no_time():
+    data = encoded("PNG", (11_000, 11_000), "1")
+    assert len(data) < 2**16
+    began = time.monotonic()
+    with pytest.raises(PictureError, match=r"more than data\.max_pixels"):
+        prepare_image(data, 512)
+    assert time.monotonic() - began < 0.5
+
+
+def test_nothing_outside_is_reached(processor, tmp_path, monkeypatch):
+    """Rows that name files outside, links, URLs: no connection is tried, no such file is opened."""
+    reached = []
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: reached.append(address))
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *a, **k: reached.append(a))
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "good.png").write_bytes(encoded("PNG"))
+    outside = tmp_path / "outside.png"
+    outside.write_bytes(encoded("PNG"))
+    (mine / "link.png").symlink_to(outside)
+    named = {str(outside), "/etc/hostname"}
+    sys.addaudithook(lambda event, a: reached.append(a[0]) if event == "open" and str(a[0]) in named else None)
+    bad = [{**GOOD, "image": path} for path in (*PATHS, str(outside), "link.png", "../outside.png")]
+    questions = [{**GOOD, "question": f"What is at {path}?"} for path in PATHS if path and "\0" not in path][:5]
+    write(mine, [GOOD, *questions, *bad])
+    found = load_preferences(config(mine, on_bad_row="skip", max_bad_rows=1.0), processor, tmp_path)
+    assert len(found.train) == 1 + len(questions)
+    assert reached == []
+    words = List({"role": Value("string"), "content": List({"type": Value("string"), "text": Value("string")})})
+    picture = {"bytes": Value("binary"), "path": Value("string")}
+    columns = Features(images=List(picture), prompt=words, chosen=words, rejected=words)
+    message = [{"role": "user", "content": [{"type": "image", "text": None}, {"type": "text", "text": "What?"}]}]
+    answers = [[{"role": "assistant", "content": [{"type": "text", "text": text}]}] for text in ("A star.", "A moon.")]
+    rows = [
+        {
+            "images": [{"bytes": data, "path": str(outside)}],
+            "prompt": message,
+            "chosen": answers[0],
+            "rejected": answers[1],
+        }
+        for data in (encoded("PNG"), None)
+    ]
+    Dataset.from_list(rows, features=columns).save_to_disk(tmp_path / "saved")
+    hub = compose(
+        "data=rlaif_v", f"data.id={tmp_path / 'saved'}", "data.train=train", "data.test=train",
+        "data.on_bad_row=skip", "data.max_bad_rows=0.5",
+    )  # fmt: skip
+    assert len(load_preferences(hub.data, processor, tmp_path).train) == 1
+    assert "only names it" in (tmp_path / "skipped_rows.jsonl").read_text()
+    assert reached == []
+
+
+# Secrets
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        f"+trainer.extra.hub_token={TOKEN}",
+        "+trainer.extra.hub_token=whatever",
+        f"name={TOKEN}",
+        "+model.extra.token=abc",
+        "+hydra.job.env_set.WANDB_API_KEY=abc",
+        "name=${oc.env:WANDB_API_KEY}",
+        "name='https://me:secret@example.com/x'",
+        "tracker.tags=[held-by-the-environment-0123]",
+    ],
+)
+def test_a_secret_in_a_setting_is_refused(override, monkeypatch):
+    monkeypatch.setenv("WANDB_API_KEY", "held-by-the-environment-0123")
+    with pytest.raises(RequestError, match="is a secret") as refusal:
+        typed(override)
+    assert TOKEN not in str(refusal.value)
+    assert "0123" not in str(refusal.value)
+
+
+def test_what_only_looks_like_one_is_not():
+    typed("model.revision=0123456789abcdef0123456789abcdef01234567", "name=hf_small")
+
+
+def test_no_secret_of_the_environment_is_in_a_run(built):
+    files = [path for path in built.rglob("*") if path.is_file()]
+    assert len(files) >= 10
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
+
+
+# Folders
+
+
+def test_a_folder_is_one_process_at_a_time(tmp_path, monkeypatch):
+    monkeypatch.setattr(folders, "PATIENCE", 0.2)
+    ready = tmp_path / "ready"
+
+    def hold():
+        with claimed(tmp_path):
+            ready.touch()
+            time.sleep(60)
+
+    child = forked(hold, tmp_path / "log")
+    while not ready.exists():
+        time.sleep(0.01)
+    with pytest.raises(RequestError, match="is in use: another process"), claimed(tmp_path):
+        pass
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    with claimed(tmp_path):  # whoever dies lets go
+        pass
+
+
+@pytest.mark.parametrize("name", folders.LEFT)
+def test_another_runs_folder_is_refused(tmp_path, name):
+    (tmp_path / name).touch()
+    with pytest.raises(RequestError, match=f"there is a run in it already \\({name}\\)"):
+        check_unused(tmp_path)
+    check_unused(tmp_path / "new" / "one")
+
+
+def test_the_command_leaves_another_runs_folder_as_it_was(command, tmp_path):
+    run = tmp_path / "run"
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "config.yaml").write_text("as it was")
+    (run / "metrics.jsonl").write_text("{}\n")
+    done = command("tracker=none", "hydra.run.dir=run")
+    assert done.returncode == 2
+    assert "there is a run in it already" in done.stderr
+    assert (run / ".hydra" / "config.yaml").read_text() == "as it was"

@@ -1,0 +1,199 @@
+"""P6: a loss or gradient that is not finite never reaches weights or optimizer state."""
+
+import copy
+import json
+import math
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from smolvlm_exp.checkpoint import checkpoints, damage, newest
+from smolvlm_exp.checks import spike
+from smolvlm_exp.errors import RunError
+from smolvlm_exp.training.finite import FiniteGuard
+from tests.reliability.conftest import learnt
+
+FOUR = ("trainer.max_steps=5", "trainer.eval_strategy=no", "trainer.logging_steps=1", "trainer.save_strategy=no")
+BAD = float("nan")
+
+
+class Recorder(TrainerCallback):
+    """Weights and optimizer state after every step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_end(self, args, state, control, model=None, optimizer=None, **kwargs):
+        weights = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+        self.states.append((weights, copy.deepcopy(optimizer.state_dict()["state"])))
+
+
+def same(one, other):
+    return all(one[0][name].equal(other[0][name]) for name in other[0]) and repr(one[1]) == repr(other[1])
+
+
+def into_loss(trainer, steps, value):
+    """The loss of these steps becomes `value`, and so does what flows back from it."""
+    real = trainer._compute_loss
+
+    def compute(*args, **kwargs):
+        loss = real(*args, **kwargs)
+        return loss * value if trainer.state.global_step + 1 in steps and trainer.model.training else loss
+
+    trainer._compute_loss = compute
+
+
+def into_gradient(trainer, steps, value):
+    """One number of one gradient becomes `value`; the loss stays what it was."""
+    parameter = next(p for p in trainer.model.parameters() if p.requires_grad)
+
+    def hook(gradient):
+        if trainer.state.global_step + 1 in steps:
+            gradient = gradient.clone()
+            gradient.view(-1)[0] = value
+        return gradient
+
+    parameter.register_hook(hook)
+
+
+@pytest.mark.parametrize(
+    ("inject", "value"),
+    [
+        (into_loss, BAD),
+        (into_gradient, math.inf),
+        pytest.param(into_loss, math.inf, marks=pytest.mark.slow),
+        pytest.param(into_gradient, BAD, marks=pytest.mark.slow),
+    ],
+)
+def test_a_bad_step_changes_nothing(bench, tmp_path, capsys, inject, value):
+    recorder = Recorder()
+    trainer = bench.trainer(tmp_path, *FOUR, callbacks=(recorder,))
+    inject(trainer, {3}, value)
+    trainer.train()
+    before, bad, after = recorder.states[1:4]
+    assert same(bad, before)
+    assert not same(after, bad)
+    assert all(torch.isfinite(p).all() for p in learnt(trainer).values())
+    assert trainer.guard.left_out == [3]
+    rows = ", ".join(map(str, sorted(trainer.rows_of(3))))
+    assert (
+        f"step 3: its loss or gradient is not finite, so it changes nothing; train rows {rows}"
+        in capsys.readouterr().out
+    )
+    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    logged = {event["step"]: event for event in events if "grad_norm" in event}
+    assert logged[3]["loss" if inject is into_loss else "grad_norm"] is None  # told as it is, not as 0.0
+    assert all(math.isfinite(logged[step]["loss"]) for step in (1, 2, 4, 5))
+
+
+def test_stock_trl_is_guarded_too_and_its_rows_are_named(bench, tmp_path, capsys):
+    recorder = Recorder()
+    trainer = bench.trainer(tmp_path, *FOUR, "trainer.engine=stock", callbacks=(recorder,))
+    seen = []
+    collate = trainer.data_collator
+
+    def collating(examples):
+        seen.extend((e["prompt"], e["chosen"]) for e in examples)
+        return collate(examples)
+
+    trainer.data_collator = collating
+    into_loss(trainer, {2}, BAD)
+    trainer.train()
+    assert same(recorder.states[1], recorder.states[0])
+    assert trainer.guard.left_out == [2]
+    rows = [bench.preferences.train[row] for row in trainer.rows_of(2)]
+    assert [(row["prompt"], row["chosen"]) for row in rows] == seen[4:8]
+
+
+def test_an_input_that_is_not_finite_is_named_by_its_row(bench, tmp_path, capsys):
+    """One picture's features are spoilt, as a failing disk would: the step that has it is left out, and only that."""
+    trainer = bench.trainer(tmp_path, *FOUR)
+    rows = trainer.collator.rows
+    features = torch.cat([rows.features[i : i + 1] for i in range(rows.spans[-1])])
+    (picture,) = rows.pictures[5]
+    features[rows.spans[picture]] = BAD
+    rows.features = features
+    trainer.train()
+    (step,) = {step for step in range(1, 6) if 5 in trainer.rows_of(step)} & set(range(1, 5))
+    assert trainer.guard.left_out[0] == step
+    assert 5 in trainer.rows_of(step)
+    assert all(torch.isfinite(p).all() for p in learnt(trainer).values())
+
+
+def test_several_in_a_row_end_the_run_and_the_last_finite_checkpoint_stays(bench, tmp_path):
+    recorder = Recorder()
+    run = tmp_path / "run"
+    run.mkdir()
+    saving = ("trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.not_finite_limit=2")
+    trainer = bench.trainer(run, *FOUR, *saving, callbacks=(recorder,))
+    into_loss(trainer, {3, 4}, BAD)
+    with pytest.raises(RunError, match=r"steps 3 to 4, 2 in a row[\s\S]*train rows \d+[\s\S]*as after step 2"):
+        trainer.train()
+    assert [path.name for path in checkpoints(run)] == ["checkpoint-2"]
+    assert damage(newest(run)) == ""
+    assert same((learnt(trainer), recorder.states[-1][1]), recorder.states[1])
+
+
+def test_single_bad_steps_apart_do_not_end_it():
+    guard = FiniteGuard(2, lambda step: [step])
+    model, good, bad = torch.nn.Linear(1, 1), torch.tensor(True), torch.tensor(False)
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step, finite in enumerate([bad, good, bad, good], start=1):
+        guard.judge(step, finite, model, optimizer)
+    assert guard.left_out == [1, 3]
+    with pytest.raises(RunError, match="steps 5 to 6"):
+        [guard.judge(step, bad, model, optimizer) for step in (5, 6)]
+
+
+@pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
+def test_whichever_the_optimizer(optim, tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model = torch.nn.Linear(4, 2)
+    arguments = TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True, report_to="none")
+    optimizer = Trainer(model, arguments).create_optimizer()
+    guard = FiniteGuard(3, lambda step: [])
+    states = []
+    for step, finite in enumerate([True, False, True], start=1):
+        model(torch.ones(1, 4) * (1.0 if finite else math.inf)).sum().backward()
+        guard.judge(step, torch.tensor(finite), model, optimizer)
+        optimizer.step()
+        model.zero_grad()
+        states.append(
+            ({n: p.detach().clone() for n, p in model.named_parameters()}, copy.deepcopy(optimizer.state_dict()))
+        )
+    assert same(states[1], states[0])
+    assert not same(states[2], states[1])
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_a_bad_step_is_left_out_without_waiting():
+    model = torch.nn.Linear(4, 2, device="cuda")
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    guard = FiniteGuard(3, lambda step: [])
+    states = []
+    for step, value in enumerate([1.0, math.nan, 1.0], start=1):
+        model(torch.full((1, 4), value, device="cuda")).sum().backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            guard.judge(step, torch.isfinite(norm), model, optimizer)
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        model.zero_grad()
+        states.append(
+            ({n: p.detach().clone() for n, p in model.named_parameters()}, copy.deepcopy(optimizer.state_dict()))
+        )
+    guard.hear(wait=True)
+    assert guard.left_out == [2]
+    assert same(states[1], states[0])
+    assert not same(states[2], states[1])
+
+
+def test_a_spike_is_told_when_it_is_seen():
+    usual = [0.69, 0.66, 0.68, 0.64, 0.65, 0.66, 0.62, 0.63]
+    assert spike([*usual, 0.7]) is None
+    assert spike([*usual, 3.1]) == pytest.approx(0.655)
+    assert spike([*usual[:3], 3.1]) is None  # too early to say what is usual

@@ -1,0 +1,131 @@
+"""P9: W&B down, slow, logged out or failing half-way never stops or slows a run; a resumed one goes on there."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from smolvlm_exp import tracking
+from smolvlm_exp.tracking import Tracker, TrackerConfig, identity
+
+DONE = {"status": "done", "before": {}, "after": {"recall": 1.0}, "train": {}, "checks": []}
+
+
+class Client:
+    """W&B's run, as far as it is used; it fails, or takes its time, where it is told to."""
+
+    offline = False
+    dir = "somewhere/files"
+
+    def __init__(self, fails_at=None, seconds=0.0):
+        self.fails_at, self.seconds, self.logged, self.summary, self.ended = fails_at, seconds, [], {}, None
+
+    def log(self, values, step=None):
+        time.sleep(self.seconds)
+        if len(self.logged) == self.fails_at:
+            raise ConnectionError("the network went away")
+        self.logged.append((step, values))
+
+    def finish(self, exit_code=0):
+        self.ended = exit_code
+
+
+def track(monkeypatch, folder, open, patience=5.0, steps=50):
+    """A run of so many steps with that W&B: seconds of the steps, seconds of the end."""
+    monkeypatch.setattr(tracking, "start", open)
+    monkeypatch.setattr(tracking, "PATIENCE", patience)
+    tracker = Tracker(TrackerConfig(), {}, folder, "a run")
+    began = time.monotonic()
+    for step in range(steps):
+        tracker.log({"loss": 1.0 / (step + 1)}, step)
+    took = time.monotonic() - began
+    tracker.finish(DONE, [])
+    return took, time.monotonic() - began - took
+
+
+def test_all_is_handed_over_in_its_order(monkeypatch, tmp_path):
+    client = Client()
+    track(monkeypatch, tmp_path, lambda *a: client)
+    assert [step for step, _ in client.logged] == list(range(50))
+    assert client.summary == {"after/recall": 1.0, "status": "done"}
+    assert client.ended == 0
+
+
+def test_a_client_that_fails_half_way(monkeypatch, tmp_path, capsys):
+    client = Client(fails_at=20)
+    took, ended = track(monkeypatch, tmp_path, lambda *a: client)
+    assert len(client.logged) == 20
+    assert took + ended < 1
+    assert capsys.readouterr().out.count("no more is sent (the network went away); the run goes on") == 1
+
+
+def test_a_client_that_is_slow(monkeypatch, tmp_path, capsys):
+    took, ended = track(monkeypatch, tmp_path, lambda *a: Client(seconds=0.2), patience=0.5)
+    assert took < 0.1
+    assert 0.4 < ended < 2
+    assert "does not answer, so it is left behind" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("no way"), KeyError("x")])
+def test_one_that_cannot_begin(monkeypatch, tmp_path, capsys, error):
+    def failing(*args):
+        raise error
+
+    took, ended = track(monkeypatch, tmp_path, failing)
+    assert took + ended < 1
+    assert "no more is sent" in capsys.readouterr().out
+
+
+def test_one_that_never_begins(monkeypatch, tmp_path, capsys):
+    took, ended = track(monkeypatch, tmp_path, lambda *a: time.sleep(60), patience=0.3)
+    assert took < 0.1
+    assert ended < 2
+
+
+def test_a_resumed_run_goes_on_with_the_same_run(monkeypatch, tmp_path):
+    asked = []
+    for _ in range(2):
+        track(monkeypatch, tmp_path, lambda *a: asked.append(a[-1]) or Client(), steps=1)
+    assert asked[0] == asked[1] == identity(tmp_path)
+    assert identity(tmp_path / "another") != asked[0]
+    given = {}
+    monkeypatch.undo()
+    monkeypatch.setattr("wandb.init", lambda **kwargs: given.update(kwargs))
+    tracking.start(TrackerConfig(), tmp_path, "a run", None, "train", [], {}, asked[0])
+    assert (given["id"], given["resume"]) == (asked[0], "allow")
+
+
+SCRIPT = """
+import sys, time
+from pathlib import Path
+from smolvlm_exp import tracking
+tracking.ANSWERS, tracking.PATIENCE = 5.0, 20.0
+tracker = tracking.Tracker(tracking.TrackerConfig(), {}, Path(sys.argv[1]), "a run")
+began = time.monotonic()
+for step in range(50):
+    tracker.log({"loss": 1.0 / (step + 1)}, step)
+print("took", time.monotonic() - began)
+tracker.finish({"status": "done"}, [])
+"""
+
+
+@pytest.mark.parametrize("server", ["closed", pytest.param("hanging", marks=pytest.mark.slow)])
+def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
+    """Nothing is lost: what could not be sent lies in an offline run beside the run's own files."""
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        if server == "hanging":
+            listening.listen(50)
+        address = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        env = {**os.environ, "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
+        began = time.monotonic()
+        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout.split("took ")[1].split()[0]) < 0.1
+    assert "wandb: offline, because" in done.stdout
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert time.monotonic() - began < 60
