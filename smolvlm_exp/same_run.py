@@ -24,7 +24,7 @@ ROWS = "data.rows"  # the key of the training rows' digest
 FREE = (
     "task", "tracker", "name", "keep", "metric", "resume", "resume_allow", "run", "runs", "sweep", "data.num_proc",
     "trainer.cache", "trainer.cache_disk", "trainer.cache_ram", "trainer.dataloader_num_workers",
-    "trainer.memory_budget", "trainer.not_finite_limit", "trainer.save_steps", "trainer.save_strategy",
+    "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps", "trainer.save_steps", "trainer.save_strategy",
     "trainer.save_total_limit",
 )  # fmt: skip
 SHARED_OUT = ("processes", "trainer.gradient_accumulation_steps")  # their product is what counts

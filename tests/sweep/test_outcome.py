@@ -110,7 +110,7 @@ def test_what_is_kept_of_checkpoints(tmp_path, keep, left):
         for step in steps:
             checkpoint = tmp_path / job / "checkpoints" / f"checkpoint-{step}"
             checkpoint.mkdir(parents=True)
-            (checkpoint / "trainer_state.json").write_text("{}")
+            (checkpoint / "manifest.json").write_text("{}")
     tidy(found, keep)
     assert [len(list((tmp_path / job / "checkpoints").iterdir())) for job in "012"] == left
     assert goes_on(tmp_path / "2")
@@ -123,7 +123,7 @@ def test_the_state_of_a_job_is_in_its_files(tmp_path):
     checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
     assert state(tmp_path) == "missing", "the checkpoint was never finished"
-    (checkpoint / "trainer_state.json").write_text("{}")
+    (checkpoint / "manifest.json").write_text("{}")
     assert state(tmp_path) == "cut"
     (tmp_path / "summary.json").write_text('{"status": "fai')
     assert state(tmp_path) == "cut"
