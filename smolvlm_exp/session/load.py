@@ -1,0 +1,60 @@
+"""Which model a session talks to, and what runs it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
+from smolvlm_exp.schema import at_least, one_of
+
+
+@dataclass
+class SessionConfig:
+    """task=chat and task=serve."""
+
+    precision: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]  # of an exported model; null: as exported
+    max_new_tokens: int = at_least(1, 256)
+    keep: str = "1GiB"  # what is kept between turns, of all conversations together
+
+
+def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
+    """A session's model and processor.
+
+    Raises:
+        RequestError: no model is there, or not in that precision.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from smolvlm_exp.model import PILLOW
+    from smolvlm_exp.session.onnx_model import OnnxModel
+    from smolvlm_exp.session.torch_model import TorchModel
+
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{folder}: there is no model in it (no config.json).")
+    processor = AutoProcessor.from_pretrained(folder, **PILLOW)
+    if is_onnx(folder):
+        return OnnxModel(folder, exported_precisions(folder, precision)), processor
+    return TorchModel(AutoModelForImageTextToText.from_pretrained(folder)), processor
+
+
+def is_onnx(folder: Path) -> bool:
+    return (folder / "onnx").is_dir()
+
+
+def exported_precisions(folder: Path, asked: str | None) -> dict[str, str]:
+    """Each part's: as asked; else as the export says; else as the one decoder's that is there.
+
+    Raises:
+        RequestError: several are there, and nothing says which is meant.
+    """
+    if asked:
+        return dict.fromkeys(PARTS, asked)
+    record = folder / "export.json"
+    if record.is_file():
+        return json.loads(record.read_text(encoding="utf-8"))["precisions"]
+    found = [name for name, suffix in SUFFIXES.items() if (folder / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
+    if len(found) != 1:
+        raise RequestError(f"{folder}/onnx has a decoder in {', '.join(found) or 'none'} of these: give session.precision.")
+    return dict.fromkeys(PARTS, found[0])
