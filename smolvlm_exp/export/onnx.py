@@ -39,8 +39,10 @@ class Graphs:
 
     def place(self, target: Path, precisions: dict[str, str]) -> None:
         """All but the graphs in other precisions, into `target`."""
-        shutil.copytree(self.folder, target, ignore=lambda *_: {"onnx"}, dirs_exist_ok=True)
-        (target / "onnx").mkdir(exist_ok=True)
+        (target / "onnx").mkdir()
+        for file in self.folder.iterdir():
+            if file.is_file():
+                shutil.copy(file, target / file.name)
         for file in self.files(precisions):
             for each in with_data(file):
                 os.link(each, target / "onnx" / each.name)

@@ -3,11 +3,17 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.export.folder import RECORD
 from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
 from smolvlm_exp.schema import at_least, one_of
+from smolvlm_exp.training.fit import SIZES, size_of
+
+if TYPE_CHECKING:
+    from smolvlm_exp.config import Config
+    from smolvlm_exp.session.session import SmolVLMSession
 
 
 @dataclass
@@ -27,7 +33,7 @@ def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from smolvlm_exp.model import PILLOW
+    from smolvlm_exp.model import PILLOW, resolve_dtype
     from smolvlm_exp.session.onnx_model import OnnxModel
     from smolvlm_exp.session.torch_model import TorchModel
 
@@ -36,7 +42,7 @@ def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
     processor = AutoProcessor.from_pretrained(folder, **PILLOW)
     if is_onnx(folder):
         return OnnxModel(folder, exported_precisions(folder, precision)), processor
-    return TorchModel(AutoModelForImageTextToText.from_pretrained(folder)), processor
+    return TorchModel(AutoModelForImageTextToText.from_pretrained(folder, dtype=resolve_dtype("auto"))), processor
 
 
 def is_onnx(folder: Path) -> bool:
@@ -51,10 +57,36 @@ def exported_precisions(folder: Path, asked: str | None) -> dict[str, str]:
     """
     if asked:
         return dict.fromkeys(PARTS, asked)
-    record = folder / "export.json"
+    record = folder / RECORD
     if record.is_file():
         return json.loads(record.read_text(encoding="utf-8"))["precisions"]
     found = [name for name, suffix in SUFFIXES.items() if (folder / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
     if len(found) != 1:
         raise RequestError(f"{folder}/onnx has a decoder in {', '.join(found) or 'none'} of these: give session.precision.")
     return dict.fromkeys(PARTS, found[0])
+
+
+def load_session(config: "Config") -> "SmolVLMSession":
+    """What task=chat and task=serve talk to: a base, a tuned model, or an export, which runs as it was written.
+
+    Raises:
+        RequestError: there is no such model, or a setting does not go with it.
+    """
+    from smolvlm_exp.export.merge import load_tuned
+    from smolvlm_exp.model import load_processor
+    from smolvlm_exp.session.session import SmolVLMSession
+    from smolvlm_exp.session.torch_model import TorchModel
+
+    own, folder = config.session, Path(config.model.id)
+    budget = size_of(own.keep, SIZES)
+    if budget is None:
+        raise RequestError(f"session.keep={own.keep} is no size; write 1GiB, 512MiB or 0MiB.")
+    if is_onnx(folder) or (folder / RECORD).is_file():
+        if config.model.adapter:
+            raise RequestError(f"model.id={folder} has its adapter merged already: leave run= and model.adapter= out.")
+        parts = load_folder(folder, own.precision)
+    elif own.precision:
+        raise RequestError(f"session.precision={own.precision} is an export's, and model.id={folder} is none.")
+    else:
+        parts = TorchModel(load_tuned(config)), load_processor(config.model)
+    return SmolVLMSession(*parts, budget=budget, max_edge=config.data.max_edge)

@@ -4,14 +4,16 @@ The pieces between control tokens are tokenised apart, which gives the ids that 
 """
 
 import hashlib
+import io
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import PIL.Image
 import torch
 from PIL.Image import Image
 
-from smolvlm_exp.data.images import shrink, to_rgb
+from smolvlm_exp.data.images import prepare_image, shrink, to_rgb
 from smolvlm_exp.errors import RequestError
 
 
@@ -117,3 +119,12 @@ class Writer:
             typed = next((c for c in self.controls if c in (part.get("text") or "")), None)
             if typed:
                 raise RequestError(f"the text contains {typed}, which the model would read as a control token.")
+
+
+def open_picture(data: bytes, max_edge: int) -> Image:
+    """A picture's file, from whoever it comes.
+
+    Raises:
+        PictureError: what is wrong with it.
+    """
+    return PIL.Image.open(io.BytesIO(prepare_image(data, max_edge)[0]))
