@@ -1,6 +1,6 @@
 """task=chat: a conversation in the terminal, with pictures; whatever runs the model.
 
-    python -m smolvlm_exp task=chat run=last
+python -m smolvlm_exp task=chat run=last
 """
 
 import contextlib
@@ -34,8 +34,12 @@ def converse(config: Config, folder: Path) -> None:
     """
     with contextlib.suppress(ImportError):  # editing and the lines before, where there is a terminal for it
         import readline  # noqa: F401
-    chat = Chat(load_session(config), Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed))
-    print(f"chat with {config.model.id}{f' and {config.model.adapter}' if config.model.adapter else ''}; /help tells more")
+    chat = Chat(
+        load_session(config), Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed)
+    )
+    print(
+        f"chat with {config.model.id}{f' and {config.model.adapter}' if config.model.adapter else ''}; /help tells more"
+    )
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()

@@ -1,6 +1,6 @@
 """task=export: a run's adapter as something that runs elsewhere, measured by what runs it before it is handed over.
 
-    python -m smolvlm_exp task=export run=last export.format=onnx export.precision=int8
+python -m smolvlm_exp task=export run=last export.format=onnx export.precision=int8
 """
 
 import os
@@ -161,9 +161,7 @@ class Delivery:
                     os.link(file, staging / "onnx" / file.name)
         self.conclude(staging, "onnx", chosen, self.look(OnnxModel(staging, chosen)), weights=weights)
 
-    def conclude(
-        self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **further: Any
-    ) -> None:
+    def conclude(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **further: Any) -> None:
         """Tell how good it is, hold it back where that is not enough, and write its card and its record."""
         config, found = self.config.export, parity(self.tuned, exported, self.effect)
         changes = exported.changes(self.tuned)
@@ -173,8 +171,8 @@ class Delivery:
         if not passes(checks):
             if config.on_fail == "refuse":
                 print(
-                    f"smolvlm_exp: the gate holds export.format={form} back, and nothing of it was written: see `fail` above. "
-                    "Use another precision, export.search=true, or export.on_fail=mark.",
+                    f"smolvlm_exp: the gate holds export.format={form} back, and nothing of it was written: see `fail` "
+                    "above. Use another precision, export.search=true, or export.on_fail=mark.",
                     file=sys.stderr,
                 )
                 sys.exit(1)

@@ -51,12 +51,18 @@ def how(config: Config) -> str:
     if not config.model.adapter:
         return "every weight"
     kind = "DoRA" if config.adapter.use_dora else "LoRA"
-    width = " on a 4-bit base" if config.quant.load_in_4bit else " on an 8-bit base" if config.quant.load_in_8bit else ""
+    width = (
+        " on a 4-bit base" if config.quant.load_in_4bit else " on an 8-bit base" if config.quant.load_in_8bit else ""
+    )
     return f"{kind}, r = {config.adapter.r}{width}"
 
 
 def told_precisions(export: dict[str, Any]) -> str:
-    return f" ({', '.join(f'{part} {kind}' for part, kind in export['precisions'].items())})" if export["precisions"] else ""
+    return (
+        f" ({', '.join(f'{part} {kind}' for part, kind in export['precisions'].items())})"
+        if export["precisions"]
+        else ""
+    )
 
 
 def quality(export: dict[str, Any], run: dict[str, Any]) -> list[str]:
@@ -77,8 +83,8 @@ def quality(export: dict[str, Any], run: dict[str, Any]) -> list[str]:
     return [
         "## Quality",
         "\n".join(lines),
-        f"{parity['rows']} held-out rows, 95 % intervals over rows. Exported against tuned: answers' log-probability off by "
-        f"{parity['error']:.2g} nats a token on average.",
+        f"{parity['rows']} held-out rows, 95 % intervals over rows. Exported against tuned: answers' log-probability "
+        f"off by {parity['error']:.2g} nats a token on average.",
     ]  # fmt: skip
 
 
@@ -107,9 +113,10 @@ def settings(config: Config) -> str:
 
 
 def limits(config: Config) -> str:
-    return (
-        "## Limits\n\nIt was tuned to prefer answers like those it was shown, and measured on held-out rows of the same "
-        f"data ({config.data.source}): elsewhere it may be no better than its base, or worse. It may name what is not in a "
-        "picture. Do not let it decide about people, health, law or money.\n\nThe base model's licence and that of the data "
-        "apply to what was made of them."
-    )
+    return f"""## Limits
+
+It was tuned to prefer answers like those it was shown, and measured on held-out rows of the same data
+({config.data.source}): elsewhere it may be no better than its base, or worse. It may name what is not in a picture. Do
+not let it decide about people, health, law or money.
+
+The base model's licence and that of the data apply to what was made of them."""

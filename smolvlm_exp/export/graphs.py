@@ -1,6 +1,6 @@
 """SmolVLM as three ONNX graphs: names, inputs and outputs as the ONNX community's exports of it have them.
 
-    onnx/vision_encoder.onnx         pixel_values (batch, tiles, 3, S, S), pixel_attention_mask (batch, tiles, S, S) bool
+    onnx/vision_encoder.onnx         pixel_values (batch, tiles, 3, S, S), pixel_attention_mask (batch, tiles, S, S)
                                      -> image_features (tiles that are not all zeros, tokens a tile, hidden)
     onnx/embed_tokens.onnx           input_ids (batch, length) -> inputs_embeds (batch, length, hidden)
     onnx/decoder_model_merged.onnx   inputs_embeds, attention_mask (batch, past + length), position_ids (batch, length),
@@ -11,6 +11,8 @@ One decoder serves the prompt (past = 0) and every token after it. Batches, numb
 `attention_mask` may be shorter than past + length, as clients of those exports pass it: what it leaves out is seen.
 """
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -150,7 +152,7 @@ def export_graphs(model: Any, folder: Path, fuse: bool) -> None:
     import onnx_ir
     from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    with sdpa(model):
+    with sdpa(model), quiet():
         for name, graph in graphs(model.config).items():
             program: Any = torch.onnx.export(
                 graph.module(model).eval(),
@@ -162,8 +164,8 @@ def export_graphs(model: Any, folder: Path, fuse: bool) -> None:
                 dynamo=True,
                 verbose=False,
             )
-            made = optimize_for_ort(program.model)[0] if fuse and name != "embed_tokens" else program.model
-            weights = sum(value.const_value.nbytes for value in made.graph.initializers.values())
+            made: Any = optimize_for_ort(program.model)[0] if fuse and name != "embed_tokens" else program.model
+            weights = sum(each.const_value.nbytes for each in made.graph.initializers.values() if each.const_value)
             onnx_ir.save(
                 made,
                 folder / f"{name}.onnx",
@@ -180,3 +182,15 @@ def sdpa(model: Any) -> Iterator[None]:
         yield
     finally:
         model.set_attn_implementation(kept)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without what the exporter and the quantisers tell their own developers, a line a node."""
+    logging.disable(logging.WARNING)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            logging.disable(logging.NOTSET)

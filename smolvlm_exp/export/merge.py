@@ -1,8 +1,8 @@
 """The adapter folded into the base weights.
 
 An adapter learned what the weights it sat on lack. Those of a 4-bit run are the rounded ones, so they are what it is
-merged into by default: dequantised to float32 first, because PEFT's own merge into 4-bit layers rounds the sum again and
-loses half of what was learned, and the float base was never seen by the adapter. Measured: benchmarks/RESULTS.md.
+merged into by default, dequantised to float32 first: PEFT's own merge into 4-bit layers rounds the sum again and loses
+half of what was learned, and the adapter never saw the float base. Measured: benchmarks/RESULTS.md.
 """
 
 from pathlib import Path
@@ -59,7 +59,7 @@ def is_quantised(config: Config) -> bool:
     return config.quant.load_in_4bit or config.quant.load_in_8bit
 
 
-def save_merged(model: "PreTrainedModel", processor: Any, folder: Path, precision: str) -> None:
+def save_merged(model: Any, processor: Any, folder: Path, precision: str) -> None:
     """Write a folder that `from_pretrained` loads, and converters read.
 
     Args:

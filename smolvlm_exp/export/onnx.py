@@ -55,7 +55,7 @@ def with_data(file: Path) -> list[Path]:
 
 
 def save_beside(folder: Path, model: Any, processor: Any) -> None:
-    """What clients read beside the graphs: configuration, tokenizer, processor, chat template, each where each looks."""
+    """What clients read beside the graphs: configuration, tokenizer, processor, chat template."""
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)

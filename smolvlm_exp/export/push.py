@@ -30,5 +30,7 @@ def push(folder: Path, repository: str, private: bool) -> str:
 
     hub = HfApi()
     address = hub.create_repo(repository, private=private, exist_ok=True)
-    hub.upload_folder(repo_id=repository, folder_path=folder, ignore_patterns=NEVER, commit_message="Upload of smolvlm_exp")
+    hub.upload_folder(
+        repo_id=repository, folder_path=folder, ignore_patterns=NEVER, commit_message="Upload of smolvlm_exp"
+    )
     return str(address)

@@ -4,14 +4,11 @@ int8: products compute in integers, weights with a scale a column, activations q
 table has one scale. int4: weights alone, a scale for every 32 of them (MatMulNBits, GatherBlockQuantized).
 """
 
-import logging
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.export.graphs import LARGEST
+from smolvlm_exp.export.graphs import LARGEST, quiet
 
 BLOCK = 32  # weights that share a scale in blocks
 ALIKE = 4  # MatMulNBits' accuracy level: products in int8
@@ -62,13 +59,3 @@ def in_blocks(model: Any) -> Any:
     )
     made.process()
     return made.model.model
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Without the tools' line a node."""
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(logging.NOTSET)

@@ -62,7 +62,8 @@ def exported_precisions(folder: Path, asked: str | None) -> dict[str, str]:
         return json.loads(record.read_text(encoding="utf-8"))["precisions"]
     found = [name for name, suffix in SUFFIXES.items() if (folder / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
     if len(found) != 1:
-        raise RequestError(f"{folder}/onnx has a decoder in {', '.join(found) or 'none'} of these: give session.precision.")
+        listed = ", ".join(found) or "no precision"
+        raise RequestError(f"{folder}/onnx has a decoder in {listed}: give session.precision.")
     return dict.fromkeys(PARTS, found[0])
 
 

@@ -7,14 +7,14 @@
     print(chat.say("And what colour is it?").finish())
 
 What a model has read is kept as its raw ids with their keys and values, within a budget of bytes, the least used going
-first. A prompt goes on from the longest start that any of them shares with it, in whole pictures. Answers equal those of
-a model that reads everything anew.
+first. A prompt goes on from the longest start that it shares with any of them, in whole pictures. Answers equal those
+of a model that reads everything anew.
 """
 
 import itertools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -123,7 +123,7 @@ class SmolVLMSession:
         return found
 
     def longest(self, prompt: Prompt) -> tuple[Any, int]:
-        """Of what is kept, that which shares the longest start with the prompt, cut to it; its last token is read anew."""
+        """What is kept of the longest start that anything shares with the prompt. Its last token is left to read."""
         best, length = None, 0
         for key, found in self.kept.items():
             if key[0] != "turn" or key[1] != self.model.identity():  # type: ignore[index]
@@ -143,7 +143,8 @@ class SmolVLMSession:
         """Remember what was read; `past` lacks the last token of an answer."""
         with self.turns:
             length = self.model.length(past)
-            self.kept.put(("turn", self.model.identity(), next(self.numbers)), (keys[:length], past), self.model.size(past))
+            key = "turn", self.model.identity(), next(self.numbers)
+            self.kept.put(key, (keys[:length], past), self.model.size(past))
 
 
 class Answer:
@@ -158,8 +159,8 @@ class Answer:
 
     def __init__(self, session: SmolVLMSession, prompt: Prompt, sampling: Sampling) -> None:
         self.session, self.prompt, self.sampling = session, prompt, sampling
-        self.text, self.ids, self.ended_by, self.known, self.first_token = "", [], "stopped", 0, 0.0  # type: ignore[var-annotated]
-        self.prompt_tokens = len(prompt.ids)
+        self.text, self.ended_by, self.ids = "", "stopped", list[int]()
+        self.prompt_tokens, self.known, self.first_token = len(prompt.ids), 0, 0.0
         self.stopping = session.stopping
         self.pieces = self.run()
 
@@ -196,7 +197,7 @@ class Answer:
         finally:
             tokens.close()
 
-    def tokens(self, begun: float) -> "Iterator[int] | Any":
+    def tokens(self, begun: float) -> Generator[int, None, None]:
         """The answer's tokens, with its end; what was read is kept, however it ends."""
         session, sampling = self.session, self.sampling
         draw = torch.Generator().manual_seed(sampling.seed)
