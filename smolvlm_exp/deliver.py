@@ -141,7 +141,7 @@ class Delivery:
         from smolvlm_exp.session.onnx_model import OnnxModel
 
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".graphs.") as work:
-            graphs = Graphs(Path(work), self.merged, self.processor, self.config.export.fuse)
+            graphs = Graphs(Path(work), self.merged, self.processor)
 
             def holds(tried: dict[str, str]) -> bool:
                 found = self.parity(OnnxModel(graphs.folder, tried))

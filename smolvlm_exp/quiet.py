@@ -8,7 +8,8 @@ import warnings
 def hush() -> None:
     """Silence upstream's notes to its own developers; errors and our own lines stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):  # both of torchao's import
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         import datasets
         import transformers

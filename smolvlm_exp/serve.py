@@ -9,6 +9,7 @@ from pathlib import Path
 
 from smolvlm_exp.config import Config
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.export.folder import read_record
 from smolvlm_exp.session.load import load_session
 
 
@@ -33,7 +34,8 @@ def serve(config: Config, folder: Path) -> None:
             f"serve.host={own.host} serve.port={own.port}: {error.strerror}. Try another port."
         ) from error
     with listening:
-        app = build_app(load_session(config), own, Path(config.model.id).name)
+        name = config.name or read_record(Path(config.model.id)).get("model", config.model.id)
+        app = build_app(load_session(config), own, name)
         port = listening.getsockname()[1]
         print(
             f"http://{own.host}:{port} is the page, and http://{own.host}:{port}/v1 what OpenAI's clients take",

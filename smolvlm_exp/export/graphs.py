@@ -9,6 +9,9 @@
 
 One decoder serves the prompt (past = 0) and every token after it. Batches, numbers of tiles and lengths are free.
 `attention_mask` may be shorter than past + length, as clients of those exports pass it: what it leaves out is seen.
+
+Operators are ONNX's own, so that browsers' runtimes have them. ONNX Runtime's fused ones were measured and do not pay
+over `grouped_attention`, which does (benchmarks/RESULTS.md).
 """
 
 import logging
@@ -21,6 +24,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import AttentionInterface
 
 OPSET = 18  # what the browsers' runtimes have had since 2023
 LARGEST = 1_800_000_000  # bytes in one file: protobuf ends at 2 GiB, beyond it weights lie in <file>_data
@@ -142,17 +146,15 @@ def graphs(config: Any) -> dict[str, Graph]:
 
 
 @torch.no_grad()
-def export_graphs(model: Any, folder: Path, fuse: bool) -> None:
+def export_graphs(model: Any, folder: Path) -> None:
     """Write the three graphs in float32 into `folder`.
 
     Args:
         model: float32, without adapters or quantised layers.
-        fuse: attention, normalisation and rotary positions become ONNX Runtime's own operators.
     """
     import onnx_ir
-    from onnxscript.rewriter.ort_fusions import optimize_for_ort
 
-    with sdpa(model), quiet():
+    with exportable(model), quiet():
         for name, graph in graphs(model.config).items():
             program: Any = torch.onnx.export(
                 graph.module(model).eval(),
@@ -164,20 +166,40 @@ def export_graphs(model: Any, folder: Path, fuse: bool) -> None:
                 dynamo=True,
                 verbose=False,
             )
-            made: Any = optimize_for_ort(program.model)[0] if fuse and name != "embed_tokens" else program.model
-            weights = sum(each.const_value.nbytes for each in made.graph.initializers.values() if each.const_value)
-            onnx_ir.save(
-                made,
-                folder / f"{name}.onnx",
-                external_data=f"{name}.onnx_data" if weights > LARGEST else None,
-            )
+            weights = sum(each.const_value.nbytes for each in program.model.graph.initializers.values())
+            apart = f"{name}.onnx_data" if weights > LARGEST else None
+            onnx_ir.save(program.model, folder / f"{name}.onnx", external_data=apart)
+
+
+def grouped_attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor,
+    scaling: float,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention whose queries go to the keys they share, where others copy keys and values once for each of them.
+
+    Args:
+        query: (batch, heads, new, size); key and value: (batch, kv heads, old + new, size).
+        attention_mask: what is added to the scores.
+    """
+    batch, heads, new, size = query.shape
+    together = (batch, key.shape[1], heads // key.shape[1] * new)
+    scores = (query * scaling).reshape(*together, size) @ key.transpose(2, 3)
+    weights = (scores.reshape(batch, heads, new, -1) + attention_mask).softmax(-1)
+    found = weights.reshape(*together, -1) @ value
+    return found.reshape(batch, heads, new, size).transpose(1, 2), None
 
 
 @contextmanager
-def sdpa(model: Any) -> Iterator[None]:
-    """Attention as the exporter and the fusions know it."""
+def exportable(model: Any) -> Iterator[None]:
+    """The model with `grouped_attention`."""
+    AttentionInterface.register("grouped", grouped_attention)
     kept = model.config._attn_implementation
-    model.set_attn_implementation("sdpa")
+    model.set_attn_implementation("grouped")
     try:
         yield
     finally:

@@ -17,11 +17,11 @@ SMALLEST_FIRST = ("int4", "int8")
 class Graphs:
     """A folder with the three graphs in float32, and in other precisions once they are asked for."""
 
-    def __init__(self, folder: Path, model: Any, processor: Any, fuse: bool) -> None:
+    def __init__(self, folder: Path, model: Any, processor: Any) -> None:
         self.folder = folder
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
         save_beside(folder, model, processor)
-        export_graphs(model, folder / "onnx", fuse)
+        export_graphs(model, folder / "onnx")
 
     def file(self, part: str, precision: str) -> Path:
         """The part's graph, made where it is not there yet."""
