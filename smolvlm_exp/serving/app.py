@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -44,6 +45,10 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
         return problem(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def failed(_: Request, error: HTTPException) -> JSONResponse:
+        return problem(error.status_code, str(error.detail))
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -160,14 +165,7 @@ class BodyLimit:
             message = await receive()
             came += len(message.get("body", b""))
             if came > self.most:
-                raise TooLarge
+                raise HTTPException(413, f"a request may have {self.most:,} bytes.")
             return message
 
-        try:
-            await self.app(scope, counted, send)
-        except TooLarge:
-            await problem(413, f"a request may have {self.most:,} bytes.")(scope, receive, send)
-
-
-class TooLarge(Exception):
-    pass
+        await self.app(scope, counted, send)
