@@ -1,7 +1,6 @@
 """The folder of an export: whole or not at all, and nobody else's files are touched."""
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -10,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.sweep.record import read_json, write_json
 
 RECORD = "export.json"  # in every export: what it was made of, how good it is, and its files
 
 
 def read_record(folder: Path) -> dict[str, Any]:
     """What an export of ours says of itself; empty where there is none."""
-    try:
-        return json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
+    return read_json(folder / RECORD)
 
 
 def check_free(folder: Path) -> None:
@@ -62,7 +59,7 @@ def staged(folder: Path) -> Iterator[Path]:
 def record(folder: Path, content: dict[str, Any]) -> None:
     """Write RECORD, with the files that `folder` has; it is the last of them."""
     whole = {"written_by": "smolvlm_exp", **content, "files": files_in(folder)}
-    (folder / RECORD).write_text(json.dumps(whole, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / RECORD, whole)
 
 
 def digest(model: Any) -> str:

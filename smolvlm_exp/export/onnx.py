@@ -9,6 +9,7 @@ from typing import Any
 from smolvlm_exp.export.graphs import export_graphs
 from smolvlm_exp.export.parts import DECODER, EMBEDDING, SUFFIXES, VISION
 from smolvlm_exp.export.quantize import quantize
+from smolvlm_exp.sweep.record import read_json, write_json
 
 LARGEST_FIRST = (DECODER, VISION, EMBEDDING)  # of the smaller SmolVLMs; the order in which a search gives bits up
 SMALLEST_FIRST = ("int4", "int8")
@@ -59,7 +60,11 @@ def save_beside(folder: Path, model: Any, processor: Any) -> None:
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)  # preprocessor_config.json: JavaScript clients read no other
+    # transformers.js looks for these two where transformers 4 wrote them, and stops without them.
+    images = {**processor.image_processor.to_dict(), "processor_class": type(processor).__name__}
+    write_json(folder / "preprocessor_config.json", images)
+    words = {**read_json(folder / "tokenizer_config.json"), "chat_template": processor.chat_template}
+    write_json(folder / "tokenizer_config.json", words)
 
 
 def search(graphs: Graphs, holds: Callable[[dict[str, str]], bool]) -> dict[str, str]:

@@ -1,12 +1,11 @@
 """Which model a session talks to, and what runs it."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.export.folder import RECORD
+from smolvlm_exp.export.folder import RECORD, read_record
 from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
 from smolvlm_exp.schema import at_least, one_of
 from smolvlm_exp.training.fit import SIZES, size_of
@@ -57,9 +56,9 @@ def exported_precisions(folder: Path, asked: str | None) -> dict[str, str]:
     """
     if asked:
         return dict.fromkeys(PARTS, asked)
-    record = folder / RECORD
-    if record.is_file():
-        return json.loads(record.read_text(encoding="utf-8"))["precisions"]
+    recorded = read_record(folder).get("precisions")
+    if recorded:
+        return recorded
     found = [name for name, suffix in SUFFIXES.items() if (folder / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
     if len(found) != 1:
         listed = ", ".join(found) or "no precision"

@@ -10,6 +10,7 @@ from smolvlm_exp.evaluation.generate import generate_answers, prompts
 from smolvlm_exp.export.parts import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
 from smolvlm_exp.session.load import load_folder
 from smolvlm_exp.session.onnx_model import OnnxModel
+from smolvlm_exp.sweep.record import read_json
 
 QUESTIONS = (
     "What do you see?",
@@ -78,8 +79,11 @@ def test_names_are_the_communitys(graphs, exported, torch_model):
         ["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{name}" for name in past)],
         ["logits", *(f"present.{name}" for name in past)],
     ]
-    for name in ("config.json", "generation_config.json", "tokenizer.json", "preprocessor_config.json"):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "processor_config.json"):
         assert (graphs / name).is_file(), name
+    # Without these transformers.js makes no processor, and no prompt.
+    assert read_json(graphs / "preprocessor_config.json")["processor_class"] == "Idefics3Processor"
+    assert "<end_of_utterance>" in read_json(graphs / "tokenizer_config.json")["chat_template"]
 
 
 def test_a_client_as_the_model_cards_publish_it(graphs, torch_model, processor, rows):
