@@ -3,7 +3,7 @@
 python -m smolvlm_exp task=export run=last export.format=onnx export.precision=int8
 """
 
-import os
+import shutil
 import sys
 import tempfile
 from dataclasses import asdict
@@ -34,7 +34,7 @@ from smolvlm_exp.result import versions
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.sweep.record import summary_of
 
-NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "int8": ("torchao",)}
+NEEDS = {"export": ("onnx", "onnxscript", "onnxruntime"), "int8": ("torchao",)}  # by the extra that has them
 
 
 def deliver(config: Config, folder: Path) -> dict[str, Path]:
@@ -69,12 +69,17 @@ def deliver(config: Config, folder: Path) -> dict[str, Path]:
 
 
 def require_packages(config: Config, wanted: tuple[str, ...]) -> None:
-    needed = [*(NEEDS["onnx"] if "onnx" in wanted else ())]
-    if "merged" in wanted and merged_precision(config.export) == "int8":
-        needed += NEEDS["int8"]
-    missing = next((name for name in needed if find_spec(name) is None), None)
-    if missing:
-        raise RequestError(f"task=export needs {missing}, which is not installed: pip install 'smolvlm-exp[export]'")
+    """
+    Raises:
+        RequestError: one is missing.
+    """
+    in_8_bits = "merged" in wanted and merged_precision(config.export) == "int8"
+    for extra, names in NEEDS.items():
+        missing = next((name for name in names if find_spec(name) is None), None)
+        if missing and (in_8_bits if extra == "int8" else "onnx" in wanted):
+            raise RequestError(
+                f"task=export needs {missing}, which is not installed: pip install 'smolvlm-exp[{extra}]'"
+            )
 
 
 class Delivery:
@@ -118,8 +123,6 @@ class Delivery:
 
     def write_adapter(self, staging: Path, target: Path) -> None:
         """As PEFT reads it; it was read back for `tuned`, so that its parity is what loading it gave."""
-        import shutil
-
         assert self.config.model.adapter is not None
         source = saved_adapter(self.config.adapter, self.config.model.adapter)
         for name in ("adapter_config.json", "adapter_model.safetensors"):
@@ -141,7 +144,7 @@ class Delivery:
         from smolvlm_exp.session.onnx_model import OnnxModel
 
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".graphs.") as work:
-            graphs = Graphs(Path(work), self.merged, self.processor)
+            graphs = Graphs(Path(work), self.merged.cpu(), self.processor)
 
             def holds(tried: dict[str, str]) -> bool:
                 found = self.parity(OnnxModel(graphs.folder, tried))
@@ -158,7 +161,7 @@ class Delivery:
         if before.get("weights") == weights:  # the same model in other precisions: they stay beside
             for file in (target / "onnx").iterdir():
                 if not (staging / "onnx" / file.name).exists():
-                    os.link(file, staging / "onnx" / file.name)
+                    shutil.copy(file, staging / "onnx" / file.name)
         self.conclude(staging, "onnx", chosen, self.look(OnnxModel(staging, chosen)), weights=weights)
 
     def conclude(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **further: Any) -> None:
@@ -167,7 +170,7 @@ class Delivery:
         changes = exported.changes(self.tuned)
         checks = gate(config, found, changes)
         print(f"{form}{''.join(f', {part} {kind}' for part, kind in chosen.items())}: {found.in_words()}")
-        show(Console(), findings(self.tuned, exported), checks)
+        show(Console(), findings(self.tuned, exported), checks, names=("tuned", "exported"))
         if not passes(checks):
             if config.on_fail == "refuse":
                 print(

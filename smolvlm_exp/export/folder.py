@@ -67,5 +67,5 @@ def digest(model: Any) -> str:
     found = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         found.update(name.encode())
-        found.update(tensor.detach().float().contiguous().numpy().tobytes())
+        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
     return found.hexdigest()

@@ -55,10 +55,6 @@ def load_base(config: Config, onto: str) -> Any:
     return model.float().eval()
 
 
-def is_quantised(config: Config) -> bool:
-    return config.quant.load_in_4bit or config.quant.load_in_8bit
-
-
 def save_merged(model: Any, processor: Any, folder: Path, precision: str) -> None:
     """Write a folder that `from_pretrained` loads, and converters read.
 

@@ -1,6 +1,5 @@
 """An ONNX export in the precision that was asked for, or in the smallest that the gate lets pass."""
 
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +45,7 @@ class Graphs:
                 shutil.copy(file, target / file.name)
         for file in self.files(precisions):
             for each in with_data(file):
-                os.link(each, target / "onnx" / each.name)
+                shutil.copy(each, target / "onnx" / each.name)
 
 
 def with_data(file: Path) -> list[Path]:
@@ -75,7 +74,7 @@ def search(graphs: Graphs, holds: Callable[[dict[str, str]], bool]) -> dict[str,
     """
     chosen = dict.fromkeys(LARGEST_FIRST, "fp32")
     for part in LARGEST_FIRST:
-        sizes = {kind: graphs.file(part, kind).stat().st_size for kind in (*SMALLEST_FIRST, "fp32")}
+        sizes = {kind: graphs.size({part: kind}) for kind in (*SMALLEST_FIRST, "fp32")}
         for kind in SMALLEST_FIRST:
             tried = {**chosen, part: kind}
             if sizes[kind] < sizes["fp32"] and holds(tried):

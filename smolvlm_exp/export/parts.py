@@ -36,8 +36,10 @@ def formats(config: ExportConfig) -> tuple[str, ...]:
         RequestError: a format has no such precision, or a setting has no effect.
     """
     wanted = ("adapter", "merged", "onnx") if config.format == "all" else (config.format,)
-    if config.format == "onnx" and config.precision == "bf16":
-        raise RequestError("export.precision=bf16: ONNX Runtime has none on a CPU. Use fp32, int8 or int4.")
+    if "onnx" in wanted and config.precision == "bf16":
+        raise RequestError(
+            "export.precision=bf16: ONNX Runtime has none on a CPU. Use fp32, int8 or int4, or export.format=merged."
+        )
     if config.format == "merged" and config.precision == "int4":
         raise RequestError(
             "export.precision=int4: merged weights in 4 bits have no form that a CPU runs. Use fp32, bf16 or int8, "
@@ -54,8 +56,7 @@ def formats(config: ExportConfig) -> tuple[str, ...]:
 
 def precisions(config: ExportConfig) -> dict[str, str]:
     """Each ONNX part's own."""
-    whole = "fp32" if config.precision == "bf16" else config.precision
-    return {part: getattr(config, part) or whole for part in PARTS}
+    return {part: getattr(config, part) or config.precision for part in PARTS}
 
 
 def merged_precision(config: ExportConfig) -> str:

@@ -72,6 +72,7 @@ def load_session(config: "Config") -> "SmolVLMSession":
     Raises:
         RequestError: there is no such model, or a setting does not go with it.
     """
+    from smolvlm_exp.engine.dora import use_exact_dora
     from smolvlm_exp.export.merge import load_tuned
     from smolvlm_exp.model import load_processor
     from smolvlm_exp.session.session import SmolVLMSession
@@ -88,5 +89,7 @@ def load_session(config: "Config") -> "SmolVLMSession":
     elif own.precision:
         raise RequestError(f"session.precision={own.precision} is an export's, and model.id={folder} is none.")
     else:
-        parts = TorchModel(load_tuned(config)), load_processor(config.model)
+        model = load_tuned(config)
+        use_exact_dora(model)  # PEFT's own computes each layer's norm anew for every token
+        parts = TorchModel(model), load_processor(config.model)
     return SmolVLMSession(*parts, budget=budget, max_edge=config.data.max_edge)
