@@ -35,9 +35,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--longest-edge", type=int, help="of the processor, in place of the shape's own: fewer tiles")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    config = configured(arguments.model)
+    config = configured(arguments.model, arguments.longest_edge)
     model: Any = load_model(config.model).float()
     processor = load_processor(config.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -59,12 +60,13 @@ def main() -> None:
         turns(runners, processor, max(arguments.times // 2, 1))
 
 
-def configured(model: str) -> Any:
+def configured(model: str, longest_edge: int | None) -> Any:
     from types import SimpleNamespace
 
     register_schemas()
     weights = "pretrained" if model == "tiny" else "random"
     overrides = [f"model={model}", f"model.weights={weights}", "quant=none", "model.dtype=float32"]
+    overrides += [f"model.shape.longest_edge={longest_edge}"] if longest_edge else []
     given = SimpleNamespace(overrides=overrides, multirun=False, config_path=None, config_name=None, config_dir=None)
     return check_command(given)[0]
 

@@ -54,7 +54,7 @@ class SmolVLMSession:
         self.kept = Kept(budget)
         self.limit: int = model.config.text_config.max_position_embeddings
         self.numbers = itertools.count()
-        self.turns = threading.Lock()  # one step of the model at a time; answers take turns token by token
+        self.turns = threading.RLock()  # one step of the model at a time: answers take turns token by token
         self.stopping = threading.Event()
 
     @classmethod
