@@ -12,6 +12,7 @@ from smolvlm_exp.adapter import put_on, saved_adapter
 from smolvlm_exp.config import Config
 from smolvlm_exp.model import load_model, resolve_dtype
 from smolvlm_exp.quant import quantization_config
+from smolvlm_exp.sweep.record import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -63,11 +64,11 @@ def save_merged(model: Any, processor: Any, folder: Path, precision: str) -> Non
     """
     import torch
 
-    kept = model.dtype
-    whole = torch.float32 if precision == "fp32" else torch.bfloat16
-    model.to(dtype=whole).save_pretrained(folder)
+    name = "float32" if precision == "fp32" else "bfloat16"
+    rounded = {key: tensor.to(getattr(torch, name)) for key, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=rounded)  # the model itself stays whole: other formats are made of it
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": name})
     processor.save_pretrained(folder)
-    model.to(dtype=kept)
     if precision == "int8":
         quantise_in_place(folder)
 
@@ -77,8 +78,7 @@ def quantise_in_place(folder: Path) -> None:
     from torchao.quantization import Int8WeightOnlyConfig
     from transformers import AutoModelForImageTextToText, TorchAoConfig
 
-    skipped = ["lm_head"]
-    how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=skipped)
+    how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
     model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=how)
     for file in folder.glob("model*.safetensors*"):
         file.unlink()

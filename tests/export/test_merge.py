@@ -74,8 +74,9 @@ def test_dequantised_weights_are_the_4_bit_ones(processor, rows):
 @pytest.mark.parametrize(("precision", "most"), [("fp32", 1e-6), ("bf16", 0.05)])
 def test_saved_and_loaded(small, processor, rows, tmp_path, precision, most):
     model = load_folder(small, None)[0].model
-    save_merged(model, processor, tmp_path / precision, precision)
     wanted = answer_logps(model, processor, rows.test, 16, None)
+    save_merged(model, processor, tmp_path / precision, precision)
+    assert torch.equal(answer_logps(model, processor, rows.test, 16, None).chosen, wanted.chosen)  # still what it was
     found = answer_logps(load_folder(tmp_path / precision, None)[0].model, processor, rows.test, 16, None)
     assert moved(wanted, found) <= most
     size = sum(file.stat().st_size for file in (tmp_path / precision).glob("*.safetensors"))
