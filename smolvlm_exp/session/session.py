@@ -139,12 +139,15 @@ class SmolVLMSession:
         self.kept.drop(best)  # it grows: what comes of it takes its place
         return past, length
 
-    def keep(self, keys: list[int | str], past: Any) -> None:
-        """Remember what was read; `past` lacks the last token of an answer."""
+    def keep(self, keys: list[int | str], past: Any, identity: tuple[Any, ...]) -> None:
+        """Remember what was read; `past` lacks the last token of an answer.
+
+        Args:
+            identity: the model's, when it was read.
+        """
         with self.turns:
             length = self.model.length(past)
-            key = "turn", self.model.identity(), next(self.numbers)
-            self.kept.put(key, (keys[:length], past), self.model.size(past))
+            self.kept.put(("turn", identity, next(self.numbers)), (keys[:length], past), self.model.size(past))
 
 
 class Answer:
@@ -200,7 +203,7 @@ class Answer:
     def tokens(self, begun: float) -> Generator[int, None, None]:
         """The answer's tokens, with its end; what was read is kept, however it ends."""
         session, sampling = self.session, self.sampling
-        draw = torch.Generator().manual_seed(sampling.seed)
+        draw, identity = torch.Generator().manual_seed(sampling.seed), session.model.identity()
         logits, past, self.known = session.read(self.prompt)
         room = min(sampling.max_new_tokens, session.limit - self.prompt_tokens)
         try:
@@ -219,7 +222,7 @@ class Answer:
                 with session.turns:
                     logits, past = session.model.extend([token], [], [], past)
         finally:
-            session.keep(self.prompt.keys, past)
+            session.keep(self.prompt.keys, past, identity)
 
 
 class Conversation:
