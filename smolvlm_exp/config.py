@@ -14,12 +14,15 @@ from omegaconf.errors import OmegaConfBaseException
 from smolvlm_exp.adapter import AdapterConfig
 from smolvlm_exp.data.preferences import DataConfig
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.export.parts import ExportConfig
 from smolvlm_exp.lengths import PlanConfig
 from smolvlm_exp.metrics import GOALS
 from smolvlm_exp.model import ModelConfig, Shape
 from smolvlm_exp.private import check_setting
 from smolvlm_exp.quant import QuantConfig
 from smolvlm_exp.schema import at_least, one_of
+from smolvlm_exp.serving.limits import ServeConfig
+from smolvlm_exp.session.load import SessionConfig
 from smolvlm_exp.tracking import TrackerConfig
 from smolvlm_exp.training.common import TrainerConfig
 
@@ -30,7 +33,7 @@ CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir(
 
 @dataclass
 class TaskConfig(PlanConfig):
-    name: str = one_of("train", "evaluate", "generate", "compare", "doctor", "plan")
+    name: str = one_of("train", "evaluate", "generate", "compare", "export", "chat", "serve", "doctor", "plan")
     temperature: float = at_least(0, 0.0)  # of answers that task=evaluate and task=generate give; 0: greedy
     images: str | None = None  # task=generate: the folder that pictures lie in
     question: str = "Describe the picture."  # asked about each of them
@@ -49,6 +52,9 @@ class Config:
     data: DataConfig
     trainer: TrainerConfig
     tracker: TrackerConfig
+    export: ExportConfig = field(default_factory=ExportConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
     seed: int = 0
     name: str | None = None
     resume: str | None = None

@@ -25,9 +25,11 @@ def findings(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
     }
 
 
-def show(console: Console, found: dict[str, Any], checks: list[Check]) -> None:
+def show(
+    console: Console, found: dict[str, Any], checks: list[Check], names: tuple[str, str] = ("before", "after")
+) -> None:
     """The table of `findings`, and the checks beneath it."""
-    table = Table("held out", "before", "after", "change", "95 % interval", "p", title=None)
+    table = Table("held out", *names, "change", "95 % interval", "p", title=None)
     before, after, changes = found["before"], found["after"], found["changes"]
     for key in after or before:
         numbers = ["" if v is None else f"{v:.3f}" for v in (before.get(key), after.get(key))]

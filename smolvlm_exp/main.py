@@ -25,7 +25,10 @@ from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import any_run, as_typed, given_value, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
 
-OTHERS = {"evaluate": "evaluate", "generate": "answer", "compare": "compare"}  # task -> module, and function in it
+OTHERS = {  # task -> module, and function in it
+    "evaluate": "evaluate", "generate": "answer", "compare": "compare", "export": "deliver", "chat": "converse",
+    "serve": "serve",
+}  # fmt: skip
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

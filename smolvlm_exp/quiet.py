@@ -9,7 +9,8 @@ def hush() -> None:
     """Silence upstream's notes to its own developers; errors and our own lines stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # we change no layer's output in place
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):  # both of torchao's import
+        logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():
         import datasets
         import transformers

@@ -109,3 +109,39 @@ def rows(processor, tmp_path_factory):
 
     config = compose("data.train_rows=48", "data.test_rows=16").data
     return load_preferences(config, processor, tmp_path_factory.mktemp("rows"))
+
+
+@pytest.fixture(scope="session")
+def small(processor, tmp_path_factory) -> Path:
+    """A folder with the embedded model cut down to two layers and one: as ONNX it is written in seconds."""
+    from smolvlm_exp.model import load_model
+
+    model = load_model(compose().model)
+    core = model.model
+    core.text_model.layers = core.text_model.layers[:2]
+    core.vision_model.encoder.layers = core.vision_model.encoder.layers[:1]
+    model.config.text_config.num_hidden_layers, model.config.vision_config.num_hidden_layers = 2, 1
+    folder = tmp_path_factory.mktemp("small")
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def graphs(small, processor, tmp_path_factory):
+    """`small` as ONNX in float32, int8 and int4: made once for all processes of a test run."""
+    from filelock import FileLock
+
+    from smolvlm_exp.export.onnx import Graphs
+    from smolvlm_exp.export.parts import PARTS
+    from smolvlm_exp.session.load import load_folder
+
+    base = tmp_path_factory.getbasetemp()
+    root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    with FileLock(root / "graphs.lock"):
+        if not (root / "graphs" / "onnx").is_dir():
+            made = Graphs(root / "graphs.part", load_folder(small, None)[0].model, processor)
+            for precision in ("int8", "int4"):
+                made.files(dict.fromkeys(PARTS, precision))
+            (root / "graphs.part").rename(root / "graphs")
+    return root / "graphs"

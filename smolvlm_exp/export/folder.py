@@ -1,0 +1,71 @@
+"""The folder of an export: whole or not at all, and nobody else's files are touched."""
+
+import hashlib
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.sweep.record import read_json, write_json
+
+RECORD = "export.json"  # in every export: what it was made of, how good it is, and its files
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What an export of ours says of itself; empty where there is none."""
+    return read_json(folder / RECORD)
+
+
+def check_free(folder: Path) -> None:
+    """
+    Raises:
+        RequestError: there is something in `folder` that an export of ours did not put there.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder} is a file: give another export.folder.")
+    own = {RECORD, *read_record(folder).get("files", {})}
+    other = next((name for name in files_in(folder) if name not in own), None)
+    if other:
+        raise RequestError(f"{folder} has something else in it ({other}): give another export.folder, or move it away.")
+
+
+def files_in(folder: Path) -> dict[str, int]:
+    """Bytes of each file below, by its path from there."""
+    found = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
+
+
+@contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """An empty folder that takes the place of `folder` when all went well, and else is gone."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    before = folder.with_name(f".{folder.name}.{os.getpid()}.old")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    try:
+        yield staging
+        if folder.exists():
+            folder.rename(before)
+        staging.rename(folder)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def record(folder: Path, content: dict[str, Any]) -> None:
+    """Write RECORD, with the files that `folder` has; it is the last of them."""
+    whole = {"written_by": "smolvlm_exp", **content, "files": files_in(folder)}
+    write_json(folder / RECORD, whole)
+
+
+def digest(model: Any) -> str:
+    """Of a model's weights, whatever file they lie in."""
+    found = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        found.update(name.encode())
+        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
+    return found.hexdigest()

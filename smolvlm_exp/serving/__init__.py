@@ -1,0 +1,1 @@
+"""A small OpenAI-compatible endpoint and a page to try it: task=serve."""

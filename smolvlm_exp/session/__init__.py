@@ -1,0 +1,1 @@
+"""Talking to a model, whatever runs it: `SmolVLMSession` in session.py."""

@@ -1,0 +1,165 @@
+"""task=export: what is written, what is held back, what is refused, what is published."""
+
+import json
+import shutil
+
+import pytest
+
+from smolvlm_exp.deliver import deliver
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.export.folder import read_record
+from smolvlm_exp.export.parts import PARTS
+from smolvlm_exp.session.session import SmolVLMSession
+from tests.conftest import compose
+
+
+@pytest.fixture
+def export(small, graphs, tmp_path, monkeypatch):
+    """task=export of the small model, whose graphs in float32 are there already."""
+    from smolvlm_exp.export import onnx
+
+    def copied(model, folder):
+        for part in PARTS:
+            shutil.copy(graphs / "onnx" / f"{part}.onnx", folder)
+
+    monkeypatch.setattr(onnx, "export_graphs", copied)
+
+    def run(*overrides):
+        return deliver(
+            compose(
+                "task=export", f"model.id={small}", "quant=none", "data.test_rows=24",
+                "trainer.per_device_eval_batch_size=24", *overrides,
+            ),
+            tmp_path,
+        )  # fmt: skip
+
+    return run
+
+
+def files(folder):
+    return sorted(path.name for path in (folder / "onnx").iterdir())
+
+
+def test_onnx_in_8_bits_and_then_in_4_beside(export, capsys):
+    folder = export("export.precision=int8")["onnx"]
+    assert files(folder) == sorted(f"{part}_int8.onnx" for part in PARTS)
+    assert "preference accuracy" in capsys.readouterr().out
+    found = read_record(folder)
+    assert found["passes"]
+    assert found["parity"]["error"] < 0.2
+    assert found["exported"].keys() == found["tuned"].keys() >= {"preference_accuracy", "chair_s", "yes_no_accuracy"}
+    export("export.precision=int8", "export.embed_tokens=int4", "export.on_fail=mark", "export.max_drop=1")
+    assert files(folder) == sorted([*(f"{part}_int8.onnx" for part in PARTS), "embed_tokens_q4.onnx"])
+    session = SmolVLMSession.load(folder)
+    assert read_record(folder)["precisions"]["embed_tokens"] == "int4"
+    assert session.conversation().say("Describe the picture.").finish()
+
+
+def test_a_search_gives_up_the_bits_that_are_not_missed(export, capsys):
+    folder = export("export.search=true", "export.max_error=0.012", "export.max_drop=0.05", "export.on_fail=mark")[
+        "onnx"
+    ]
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("search: ")]
+    assert 3 <= len(told) <= 6, told
+    assert told[0].startswith("search: decoder_model_merged int4, vision_encoder fp32, embed_tokens fp32")
+    chosen = read_record(folder)["precisions"]
+    assert chosen["decoder_model_merged"] == "int8", told
+    last = [line for line in told if line.endswith("holds")][-1]
+    assert all(f"{part} {kind}" in last for part, kind in chosen.items())
+    assert read_record(folder)["parity"]["share"] <= 0.012
+
+
+def test_the_gate(export, tmp_path, capsys):
+    with pytest.raises(SystemExit) as held:
+        export("export.precision=int4", "export.max_error=0.001")
+    assert held.value.code == 1
+    assert "the gate holds export.format=onnx back" in capsys.readouterr().err
+    assert not list((tmp_path / "export").iterdir())
+    folder = export("export.precision=int4", "export.max_error=0.001", "export.on_fail=mark")["onnx"]
+    assert not read_record(folder)["passes"]
+    card = (folder / "README.md").read_text()
+    assert "DOES NOT DO WHAT THE TUNED MODEL DOES" in card
+    assert "THE GATE HOLDS onnx BACK" in capsys.readouterr().out
+
+
+def test_merged_and_its_card(export, tmp_path):
+    (tmp_path / "training_args.bin").write_text("a token in clear")
+    folder = export("export.format=merged", "export.precision=fp32", "export.license=apache-2.0")["merged"]
+    found = read_record(folder)
+    assert found["parity"]["error"] < 1e-6
+    assert "training_args.bin" not in found["files"]
+    card = (folder / "README.md").read_text()
+    for expected in ("license: apache-2.0", "| held out | tuned | exported |", "data.source: shapes", "## Limits"):
+        assert expected in card
+    assert str(tmp_path) not in card
+    low, high = found["intervals"]["exported"]["preference_accuracy"]
+    assert f"({low:.3f} to {high:.3f})" in card
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["export.format=merged", "export.precision=int4"], "merged weights in 4 bits have no form that a CPU runs"),
+        (["export.precision=bf16"], "ONNX Runtime has none on a CPU"),
+        (["export.format=adapter"], "there is no adapter; give run=FOLDER"),
+        (["export.format=merged", "export.search=true"], "export.search is about ONNX"),
+        (["export.search=true", "export.embed_tokens=int8"], "looks for export.embed_tokens itself"),
+        (["export.push_to_hub=me/it"], "export.push_to_hub=me/it: "),
+    ],
+)
+def test_what_cannot_be_exported(export, tmp_path, overrides, message):
+    with pytest.raises(RequestError, match=message):
+        export(*overrides)
+    assert not (tmp_path / "export").exists()
+
+
+def test_a_folder_with_something_else_in_it(export, tmp_path):
+    (tmp_path / "export" / "onnx").mkdir(parents=True)
+    (tmp_path / "export" / "onnx" / "thesis.txt").write_text("")
+    with pytest.raises(RequestError, match="thesis"):
+        export()
+
+
+def test_what_is_published(export, monkeypatch):
+    import huggingface_hub
+
+    class Hub:
+        calls: list = []  # noqa: RUF012
+
+        def whoami(self):
+            return {"name": "me"}
+
+        def create_repo(self, name, private, exist_ok):
+            self.calls.append((name, private, exist_ok))
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
+            self.calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()), ignore_patterns))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    export("export.format=merged", "export.precision=fp32", "export.push_to_hub=me/it")
+    (created, (name, sent, never)) = Hub.calls
+    assert created == ("me/it", True, True)
+    assert name == "me/it"
+    assert {"README.md", "model.safetensors", "export.json"} <= set(sent)
+    assert {"training_args.bin", "**/training_args.bin"} <= set(never)
+
+
+@pytest.mark.slow
+def test_a_run_the_whole_way(command, tmp_path):
+    """A run, its four-bit DoRA in all forms, evaluated by ONNX Runtime, talked to."""
+    from tests.test_evaluate import QUICK
+
+    quick = (*QUICK, "trainer.max_steps=20", "data.train_rows=256", "data.test_rows=24", "hydra.run.dir=outputs/a/run")
+    assert command(*quick).returncode == 0
+    exported = ("task=export", "run=last", "export.format=all", "export.precision=int8", "export.max_drop=0.1")
+    done = command(*exported, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "merged into the dequantised base: answers' log-probability off by" in done.stdout
+    root = tmp_path / "outputs" / "a" / "run" / "export"
+    assert {path.name for path in root.iterdir()} == {"adapter", "merged", "onnx"}
+    record = json.loads((root / "onnx" / "export.json").read_text())
+    assert record["parity"]["share"] < 0.5
+    for name in ("merged", "onnx"):
+        spoken = command("task=chat", f"model.id={root / name}")
+        assert spoken.returncode == 0, spoken.stderr
