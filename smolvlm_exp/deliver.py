@@ -88,7 +88,8 @@ class Delivery:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config = config
         self.processor = load_processor(config.model)
-        self.rows = load_preferences(config.data, self.processor, folder, splits=("test",)).test
+        self.held_out = load_preferences(config.data, self.processor, folder, splits=("test",))
+        self.rows = self.held_out.test
         self.batch_size, self.max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
         self.run = summary_of(Path(config.run)) if config.run else {}
         self.tuned, self.effect = self.look_at_tuned()
@@ -97,13 +98,14 @@ class Delivery:
         """What the tuned model says of the held-out rows, and by how much its adapter changed that."""
         model = load_tuned(self.config)
         tuned = self.look(model)
+        assert tuned.logps is not None
         if not self.config.model.adapter:
             return tuned, None
         with model.disable_adapter():
             return tuned, moved(self.score(model), tuned.logps)
 
     def look(self, model: Any) -> Evaluation:
-        return look(model, self.processor, self.rows, self.batch_size, self.max_length, seed=self.config.seed)
+        return look(model, self.processor, self.held_out, self.batch_size, self.max_length, seed=self.config.seed)
 
     def score(self, model: Any) -> Logps:
         return answer_logps(model, self.processor, self.rows, self.batch_size, self.max_length)

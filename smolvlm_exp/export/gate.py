@@ -35,6 +35,8 @@ class Parity:
 
 
 def parity(tuned: Evaluation, exported: Evaluation, effect: float | None) -> Parity:
+    assert tuned.logps is not None
+    assert exported.logps is not None
     accuracies = (each.metrics["preference_accuracy"] for each in (tuned, exported))
     return Parity(len(tuned.logps.chosen), moved(tuned.logps, exported.logps), effect, *accuracies)
 
