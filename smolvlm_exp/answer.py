@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.adapter import put_on, saved_adapter
+from smolvlm_exp.adapter import load_tuned
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.images import PictureError, prepare_image
 from smolvlm_exp.data.preferences import user
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.model import load_model, load_processor, resolve_dtype
-from smolvlm_exp.quant import quantization_config
+from smolvlm_exp.model import load_processor
 from smolvlm_exp.runs import as_typed
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
@@ -43,12 +42,9 @@ def answer(config: Config, folder: Path) -> Path:
     done = answered(path)
     left = [each for each in asked if each not in done]
     print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {as_typed(path)}")
-    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
-    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
-    model: Any = load_model(config.model, quantization, config.seed)
-    if adapter:
-        model = put_on(model, adapter, config.adapter.target).eval()
-    models = {"base": model.disable_adapter, "tuned": nullcontext} if adapter else {"answer": nullcontext}
+    model = load_tuned(config)
+    tuned = bool(config.model.adapter)
+    models = {"base": model.disable_adapter, "tuned": nullcontext} if tuned else {"answer": nullcontext}
     processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:

@@ -14,7 +14,7 @@ from typing import Any
 
 from rich.console import Console
 
-from smolvlm_exp.adapter import saved_adapter
+from smolvlm_exp.adapter import load_tuned, saved_adapter
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.errors import RequestError
@@ -23,16 +23,16 @@ from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
 from smolvlm_exp.export.card import model_card
-from smolvlm_exp.export.folder import check_free, digest, read_record, record, staged
+from smolvlm_exp.export.folder import check_free, read_record, record, staged
 from smolvlm_exp.export.gate import Parity, facts, gate, parity, passes
-from smolvlm_exp.export.merge import load_merged, load_tuned, save_merged
+from smolvlm_exp.export.merge import load_merged, save_merged
 from smolvlm_exp.export.parts import formats, merged_precision, precisions
 from smolvlm_exp.export.push import check_account, push
 from smolvlm_exp.findings import findings, show
 from smolvlm_exp.model import load_processor
-from smolvlm_exp.result import versions
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.sweep.record import summary_of
+from smolvlm_exp.versions import versions
 
 NEEDS = {"export": ("onnx", "onnxscript", "onnxruntime"), "int8": ("torchao",)}  # by the extra that has them
 
@@ -90,6 +90,10 @@ class Delivery:
         self.processor = load_processor(config.model)
         self.held_out = load_preferences(config.data, self.processor, folder, splits=("test",))
         self.rows = self.held_out.test
+        if "chosen" not in self.rows.column_names:
+            raise RequestError(
+                f"task=export compares given answers, and data={config.data.source} gives none: use a source of pairs."
+            )
         self.batch_size, self.max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
         self.run = summary_of(Path(config.run)) if config.run else {}
         self.tuned, self.effect = self.look_at_tuned()
@@ -142,6 +146,7 @@ class Delivery:
         self.conclude(staging, "merged", {"model": precision}, self.look(load_folder(staging, None)[0].model))
 
     def write_onnx(self, staging: Path, target: Path) -> None:
+        from smolvlm_exp.engine.identity import weights_key
         from smolvlm_exp.export.onnx import Graphs, search
         from smolvlm_exp.session.onnx_model import OnnxModel
 
@@ -158,7 +163,7 @@ class Delivery:
 
             chosen = search(graphs, holds) if self.config.export.search else precisions(self.config.export)
             graphs.place(staging, chosen)
-        weights = digest(self.merged)
+        weights = weights_key(self.merged)
         before = read_record(target)
         if before.get("weights") == weights:  # the same model in other precisions: they stay beside
             for file in (target / "onnx").iterdir():

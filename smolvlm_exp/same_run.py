@@ -22,11 +22,10 @@ IDENTITY = "run.json"  # in a checkpoint
 ROWS = "data.rows"  # the key of the training rows' digest
 # Settings that change no number that is learnt: where things lie, what is kept, who is told, how many help.
 FREE = (
-    "task", "export", "session", "serve", "tracker", "name", "keep", "metric", "resume", "resume_allow", "run",
-    "runs", "sweep", "data.num_proc",
-    "trainer.cache", "trainer.cache_disk", "trainer.cache_ram", "trainer.dataloader_num_workers",
-    "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps", "trainer.save_steps",
-    "trainer.save_strategy", "trainer.save_total_limit",
+    "task", "export", "session", "serve", "tracker", "name", "keep", "metric", "resume", "resume_allow", "run", "runs",
+    "sweep", "data.num_proc", "trainer.cache", "trainer.cache_disk", "trainer.cache_ram",
+    "trainer.dataloader_num_workers", "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps",
+    "trainer.save_steps", "trainer.save_strategy", "trainer.save_total_limit",
 )  # fmt: skip
 SHARED_OUT = ("processes", "trainer.gradient_accumulation_steps")  # their product is what counts
 DECIDE = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pillow")  # packages that do

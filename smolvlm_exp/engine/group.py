@@ -86,12 +86,8 @@ def spread(items: Sequence[S], work: Callable[[S], T], model: nn.Module) -> list
     rank, processes = place()
     if processes == 1 or any(map(is_sharded, model.parameters())):
         return [work(item) for item in items]
-    found = {
-        i: result
-        for part in gather({i: work(items[i]) for i in range(rank, len(items), processes)})
-        for i, result in part.items()
-    }
-    return [found[i] for i in range(len(items))]
+    parts = gather([work(item) for item in items[rank::processes]])
+    return [parts[i % processes][i // processes] for i in range(len(items))]
 
 
 def average(tensors: Sequence[torch.Tensor]) -> None:
@@ -107,10 +103,10 @@ def average(tensors: Sequence[torch.Tensor]) -> None:
 
 
 def average_part(tensors: list[torch.Tensor]) -> None:
-    whole = _flatten_dense_tensors(tensors)
-    dist.all_reduce(whole)
-    whole /= place()[1]
-    torch._foreach_copy_(tensors, list(_unflatten_dense_tensors(whole, tensors)))
+    message = _flatten_dense_tensors(tensors)
+    dist.all_reduce(message)
+    message /= place()[1]
+    torch._foreach_copy_(tensors, list(_unflatten_dense_tensors(message, tensors)))
 
 
 @contextlib.contextmanager

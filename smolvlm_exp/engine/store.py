@@ -25,6 +25,7 @@ import torch
 import xxhash
 from filelock import FileLock, Timeout
 
+from smolvlm_exp.checkpoint import sync
 from smolvlm_exp.engine.group import all_of, from_first, place
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # what an entry holds: name -> dtype and shape
@@ -279,15 +280,6 @@ def damage(path: Path) -> str:
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return "its checksums differ"
-
-
-def sync(path: Path) -> None:
-    """What was written to a file or folder reaches the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)
 
 
 def gib(size: int) -> str:

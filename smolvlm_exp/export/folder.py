@@ -1,6 +1,5 @@
 """The folder of an export: whole or not at all, and nobody else's files are touched."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Iterator
@@ -60,12 +59,3 @@ def record(folder: Path, content: dict[str, Any]) -> None:
     """Write RECORD, with the files that `folder` has; it is the last of them."""
     whole = {"written_by": "smolvlm_exp", **content, "files": files_in(folder)}
     write_json(folder / RECORD, whole)
-
-
-def digest(model: Any) -> str:
-    """Of a model's weights, whatever file they lie in."""
-    found = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        found.update(name.encode())
-        found.update(tensor.detach().float().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()

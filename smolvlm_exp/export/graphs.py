@@ -26,6 +26,8 @@ import torch
 from torch import nn
 from transformers import AttentionInterface
 
+from smolvlm_exp.export.parts import DECODER, EMBEDDING, VISION
+
 OPSET = 18  # what the browsers' runtimes have had since 2023
 LARGEST = 1_800_000_000  # bytes in one file: protobuf ends at 2 GiB, beyond it weights lie in <file>_data
 
@@ -111,21 +113,21 @@ def graphs(config: Any) -> dict[str, Graph]:
     cache = [(torch.randn(2, heads, 5, size), torch.randn(2, heads, 5, size)) for _ in range(layers)]
     names = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
     return {
-        "vision_encoder": Graph(
+        VISION: Graph(
             module=lambda model: VisionEncoder(model.model),
             inputs=["pixel_values", "pixel_attention_mask"],
             outputs=["image_features"],
             example=(tiles, torch.ones(2, 3, side, side, dtype=torch.bool)),
             dynamic=({0: batch, 1: images}, {0: batch, 1: images}),
         ),
-        "embed_tokens": Graph(
+        EMBEDDING: Graph(
             module=lambda model: model.get_input_embeddings(),
             inputs=["input_ids"],
             outputs=["inputs_embeds"],
             example=(torch.ones(2, 3, dtype=torch.long),),
             dynamic=({0: batch, 1: length},),
         ),
-        "decoder_model_merged": Graph(
+        DECODER: Graph(
             module=Decoder,
             inputs=["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
             outputs=["logits", *(f"present.{n}" for n in names)],

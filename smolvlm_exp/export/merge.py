@@ -8,7 +8,7 @@ half of what was learned, and the adapter never saw the float base. Measured: be
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.adapter import put_on, saved_adapter
+from smolvlm_exp.adapter import saved_adapter
 from smolvlm_exp.config import Config
 from smolvlm_exp.model import load_model, resolve_dtype
 from smolvlm_exp.quant import quantization_config
@@ -16,14 +16,6 @@ from smolvlm_exp.sweep.record import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-def load_tuned(config: Config) -> Any:
-    """The model as the run trained it: its base in its quantisation, with its adapter where there is one."""
-    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
-    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
-    model: Any = load_model(config.model, quantization, config.seed)
-    return put_on(model, adapter, config.adapter.target).eval() if adapter else model
 
 
 def load_merged(config: Config, onto: str) -> "PreTrainedModel":

@@ -72,8 +72,8 @@ def load_session(config: "Config") -> "SmolVLMSession":
     Raises:
         RequestError: there is no such model, or a setting does not go with it.
     """
+    from smolvlm_exp.adapter import load_tuned
     from smolvlm_exp.engine.dora import use_exact_dora
-    from smolvlm_exp.export.merge import load_tuned
     from smolvlm_exp.model import load_processor
     from smolvlm_exp.session.session import SmolVLMSession
     from smolvlm_exp.session.torch_model import TorchModel

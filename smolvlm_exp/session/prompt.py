@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 from PIL.Image import Image
 
+from smolvlm_exp.data.controls import control_tokens
 from smolvlm_exp.data.images import prepare_image, shrink, to_rgb
 from smolvlm_exp.errors import RequestError
 
@@ -66,7 +67,7 @@ class Writer:
 
     @cached_property
     def controls(self) -> list[str]:
-        return sorted(str(token) for token in self.tokenizer.added_tokens_decoder.values())
+        return control_tokens(self.processor)
 
     def prompt(self, messages: list[dict[str, Any]], pictures: list[Picture]) -> Prompt:
         """

@@ -58,6 +58,5 @@ class SamplesCallback(TrainerCallback):
         self.metrics.leave_out()
 
     def keep(self, state: TrainerState, answers: list[str]) -> None:
-        if state.is_world_process_zero:
-            append(self.metrics.path.with_name(FILE), {"step": state.global_step, "answers": answers})
-            self.metrics.tracker.show_samples(self.rows, answers, state.global_step)
+        append(self.metrics.path.with_name(FILE), {"step": state.global_step, "answers": answers})
+        self.metrics.tracker.show_samples(self.rows, answers, state.global_step)

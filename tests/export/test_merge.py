@@ -4,10 +4,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from smolvlm_exp.adapter import lora_config
+from smolvlm_exp.adapter import load_tuned, lora_config
 from smolvlm_exp.evaluation.checks import moved
 from smolvlm_exp.evaluation.preference import answer_logps
-from smolvlm_exp.export.merge import load_base, load_merged, load_tuned, save_merged
+from smolvlm_exp.export.merge import load_base, load_merged, save_merged
 from smolvlm_exp.session.load import load_folder
 from tests.conftest import compose
 
