@@ -10,6 +10,7 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.images import as_png
 from smolvlm_exp.data.preferences import DataConfig, assistant, user, workers
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 from smolvlm_exp.schema import one_of
@@ -117,7 +118,7 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
         question, chosen, rejected = detail_pair(scene, rng)
         truth = {"kind": "other", "objects": scene.kinds}
     return {
-        "images": [draw(scene, rng)],
+        "images": [{"bytes": as_png(draw(scene, rng)), "path": None}],
         "prompt": [user(question)],
         "chosen": [assistant(chosen)],
         "rejected": [assistant(rejected)],

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +49,13 @@ class Rows(torch.utils.data.Dataset):
         reference: None, or two of (rows,) float32, chosen and rejected; see reference.py.
     """
 
-    def __init__(self, rows: datasets.Dataset, processor: Any, max_length: int | None) -> None:
+    def __init__(self, rows: datasets.Dataset, processor: Any, max_length: int | None, num_proc: int = 0) -> None:
         """Tokenises all rows; opens no picture beyond its header.
 
         Args:
             rows: columns `images`, `prompt`, `chosen`, `rejected`; see data/preferences.py.
             max_length: tokens in prompt plus answer; an answer that runs past it is cut. None: no limit.
+            num_proc: processes that tokenise; 0: this one.
 
         Raises:
             ValueError: a prompt leaves no room for an answer, or names more or fewer pictures than its row has.
@@ -65,7 +66,7 @@ class Rows(torch.utils.data.Dataset):
         self.reference: tuple[torch.Tensor, torch.Tensor] | None = None
         self.files = rows.select_columns(["images"]).with_format("arrow")  # their stored bytes: nothing is decoded
         grids = self.look_at_pictures(processor)
-        self.ids, self.offsets = tokenise(rows, processor, grids, max_length)
+        self.ids, self.offsets = tokenise(rows, processor, grids, max_length, num_proc)
 
     def look_at_pictures(self, processor: Any) -> list[list[tuple[int, int]]]:
         """Find the distinct pictures. For each row's pictures: (rows, columns) of tiles, (0, 0) for a single one."""
@@ -232,33 +233,54 @@ def joined(parts: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
 
 
 def tokenise(
-    rows: datasets.Dataset, processor: Any, grids: list[list[tuple[int, int]]], max_length: int | None
+    rows: datasets.Dataset,
+    processor: Any,
+    grids: list[list[tuple[int, int]]],
+    max_length: int | None,
+    num_proc: int = 0,
 ) -> tuple[torch.Tensor, np.ndarray]:
     """All rows' tokens in one line, (T,) int32: prompt, chosen, rejected of the first row, then of the second, ...
 
     Returns:
         the tokens; (3 rows + 1,) int64, where each part begins.
     """
-    texts = rows.select_columns(list(SIDES)).with_format(None)
-    pieces, lengths = [], []
-    for start in range(0, len(texts), TOGETHER):
-        flat = []
-        for i in range(start, min(start + TOGETHER, len(texts))):
-            flat += row_texts(texts[i], processor, grids[i], i)
-        found = processor.tokenizer(flat, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        for k in range(0, len(found), 3):
-            prompt, room = found[k], None if max_length is None else max_length - len(found[k])
-            answers = [ids[:room] for ids in found[k + 1 : k + 3]]
-            if (room is not None and room <= 0) or not all(answers):
+    loader = torch.utils.data.DataLoader(
+        Texts(rows.select_columns(list(SIDES)).with_format(None), processor, grids, max_length),
+        batch_size=None,
+        sampler=range(0, len(rows), TOGETHER),
+        num_workers=min(num_proc, len(rows) // (4 * TOGETHER)),  # to begin one costs what a thousand rows do
+        collate_fn=as_it_is,
+        generator=torch.Generator(),
+    )
+    ids, lengths = [np.empty(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
+    for tokens, parts in loader:
+        ids.append(tokens)
+        lengths.append(parts)
+    return torch.from_numpy(np.concatenate(ids)), np.cumsum(np.concatenate(lengths))
+
+
+@dataclass
+class Texts(torch.utils.data.Dataset):
+    """`TOGETHER` rows from `start` on: their tokens, (T,) int32, and how many each part has, (3 rows,) int64."""
+
+    rows: datasets.Dataset
+    processor: Any
+    grids: list[list[tuple[int, int]]]
+    max_length: int | None
+
+    def __getitem__(self, start: int) -> tuple[np.ndarray, np.ndarray]:
+        numbers = range(start, min(start + TOGETHER, len(self.rows)))
+        texts = [text for i in numbers for text in row_texts(self.rows[i], self.processor, self.grids[i], i)]
+        found = self.processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        for k, number in zip(range(0, len(found), 3), numbers, strict=True):
+            room = None if self.max_length is None else self.max_length - len(found[k])
+            found[k + 1 : k + 3] = [ids[:room] for ids in found[k + 1 : k + 3]]
+            if (room is not None and room <= 0) or not all(found[k + 1 : k + 3]):
                 raise ValueError(
-                    f"row {start + k // 3}: its prompt is {len(prompt)} tokens and data.max_length={max_length} leaves "
+                    f"row {number}: its prompt is {len(found[k])} tokens and data.max_length={self.max_length} leaves "
                     "none of an answer. Raise it, or leave such rows out with data.on_bad_row=skip."
                 )
-            for ids in (prompt, *answers):
-                pieces.append(np.asarray(ids, dtype=np.int32))
-                lengths.append(len(ids))
-    ids = torch.from_numpy(np.concatenate(pieces)) if pieces else torch.empty(0, dtype=torch.int32)
-    return ids, np.cumsum([0, *lengths], dtype=np.int64)
+        return np.fromiter(chain.from_iterable(found), dtype=np.int32), np.array([len(ids) for ids in found])
 
 
 def row_texts(row: dict[str, Any], processor: Any, grids: list[tuple[int, int]], number: int) -> list[str]:

@@ -29,7 +29,9 @@ def height_and_width(data: bytes) -> tuple[int, int]:
     """A picture's size as `decode` will give it, from its header alone."""
     with PIL.Image.open(io.BytesIO(data)) as image:
         width, height = image.size
-        return (width, height) if image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
+        # A PNG may say how it lies behind its pixels, so that Pillow unpacks all of them to look there.
+        plain = image.format == "PNG" and not any(word in data for word in (b"eXIf", b"exif", b"Orientation"))
+        return (width, height) if not plain and image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
 
 
 def decode(entry: dict[str, Any]) -> PIL.Image.Image:

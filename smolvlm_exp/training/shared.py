@@ -93,7 +93,8 @@ def collators(
     splits = [parts.preferences.train, *([parts.preferences.test] if config.eval_strategy != "no" else [])]
     processor: Any = parts.processor
     pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
-    made = [Collator(kind(rows, processor, max_length), pad, image) for rows in splits]
+    workers = config.dataloader_num_workers
+    made = [Collator(kind(rows, processor, max_length, workers), pad, image) for rows in splits]
     return made[0], made[1] if len(made) > 1 else None
 
 
