@@ -66,7 +66,7 @@ def evaluate(
     if known:
         ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]], preferences.words)
     if logps:
-        ratios |= image_use(model, processor, rows, batch_size, max_length, logps)
+        ratios |= image_use(model, processor, rows, batch_size, max_length)
     return Evaluation(ratios, logps, answers)
 
 

@@ -128,6 +128,25 @@ def test_pictures_that_never_arrive(quick, tmp_path, monkeypatch):
     assert of(summary, "what the picture does for the answer, nats a token")["verdict"] == "fail"
 
 
+def test_rounding_is_not_taken_for_looking(model, processor, rows, monkeypatch):
+    """On a GPU a row's numbers depend a little on the batch it is in, which is no sign that a picture arrived."""
+    from transformers import Idefics3ForConditionalGeneration
+
+    from smolvlm_exp.evaluation.images import image_use
+
+    ordinary = Idefics3ForConditionalGeneration.forward
+
+    @wraps(ordinary)
+    def without(self, *args, pixel_values=None, **kwargs):
+        output = ordinary(self, *args, pixel_values=None, **kwargs)
+        output.logits = output.logits * (1 + 1e-4 * len(output.logits))
+        return output
+
+    assert image_use(model, processor, rows.test, 8, None)["blank_image_drop"].value > 0.5
+    monkeypatch.setattr(Idefics3ForConditionalGeneration, "forward", without)
+    assert {drop.value for drop in image_use(model, processor, rows.test, 8, None).values()} == {0.0}
+
+
 def test_answers_of_which_no_token_is_left(quick, tmp_path):
     """TRL would cut every answer to nothing, and train on that without a word."""
     with pytest.raises(
@@ -199,6 +218,29 @@ def test_a_base_that_is_changed(quick, tmp_path):
     summary = train(quick(), tmp_path, watchers=[Tamper()])
     assert of(summary, "frozen weights unchanged")["verdict"] == "fail"
     assert of(summary, "trainable tensors that moved")["verdict"] == "ok"
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(("part", "share"), [("magnitude", 2 / 3), ("", 0)])
+def test_an_adapter_that_is_frozen(quick, tmp_path, monkeypatch, part, share):
+    """As PEFT gives back what it loads, save that it is asked otherwise: nothing learns, and nothing complains."""
+    from smolvlm_exp.training import dpo
+
+    ordinary = dpo.build_trainer
+
+    def frozen(*args):
+        trainer = ordinary(*args)
+        adapter = [p for name, p in trainer.model.named_parameters() if "lora_" in name and part in name]
+        for parameter in adapter:
+            parameter.requires_grad_(False)
+        trainer.model.lm_head.weight.requires_grad_(not part)  # something has to learn
+        return trainer
+
+    monkeypatch.setattr(dpo, "build_trainer", frozen)
+    summary = train(quick("quant=none", "trainer.engine=stock"), tmp_path)
+    for name in ("trainable tensors that moved", "trainable tensors that got a gradient"):
+        assert (of(summary, name)["verdict"], of(summary, name)["value"]) == ("fail", pytest.approx(share, abs=0.01))
+    assert of(summary, "DoRA magnitudes that moved")["value"] == 0
 
 
 def test_a_tensor_without_gradient():
