@@ -96,7 +96,7 @@ def spikes(summary: dict[str, Any], config: dict[str, Any], events: Events) -> I
 
 
 def slow(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
-    """Not better than chance, or hardly moved: a tiny step the right way wins most pairs too. What broke is not slow."""
+    """Not better than chance, or hardly moved: a tiny step the right way wins most pairs too. What broke isn't slow."""
     accuracies = [e["rewards/accuracies"] for e in events if "rewards/accuracies" in e]
     margins = [e["rewards/margins"] for e in events if "rewards/margins" in e]
     if len(margins) < 2 * ENOUGH or any(list(sign(summary, config, events)) for sign in (not_finite, spikes)):

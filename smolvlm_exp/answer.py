@@ -37,8 +37,9 @@ def answer(config: Config, folder: Path) -> Path:
     Raises:
         RequestError: nothing was asked, or a file or folder is not there.
     """
+    task = config.task
     pictures, asked = questions(config)
-    path = Path(config.task.answers) if config.task.answers else folder / "answers.jsonl"
+    path = Path(task.answers) if task.answers else folder / "answers.jsonl"
     names = ("base", "tuned") if config.model.adapter else ("answer",)
     done = answered(path, names)
     left = [each for each in asked if each not in done]
@@ -59,7 +60,7 @@ def answer(config: Config, folder: Path) -> Path:
             for name, mode in models.items():
                 with mode():
                     found = generate_answers(
-                        model, processor, rows, size, temperature=config.task.temperature, seed=config.seed + start
+                        model, processor, rows, size, task.max_new_tokens, task.temperature, config.seed + start
                     )
                 for line, text in zip((line for line in lines if "problem" not in line), found, strict=True):
                     line[name] = text

@@ -9,6 +9,7 @@ from rich.console import Console
 from smolvlm_exp.adapter import put_on, saved_adapter
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.checks import looks_differ, sight
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.speed import generation_speed
@@ -30,6 +31,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     Raises:
         RequestError: something was asked for that cannot be done here.
     """
+    sizes = tuple(config.task.batch_sizes) or (1, config.trainer.per_device_eval_batch_size)
+    if min(sizes) < 1:
+        raise RequestError(f"task.batch_sizes={list(sizes)}: 1 is the least.")
     quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
     adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     model: Any = load_model(config.model, quantization, config.seed)
@@ -40,17 +44,18 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     how: dict[str, Any] = {
         "max_length": config.data.max_length,
         "temperature": config.task.temperature,
+        "max_new_tokens": config.task.max_new_tokens,
         "seed": config.seed,
     }
 
     before = look(model, processor, preferences, batch_size, **how)
-    speed = {"base": generation_speed(model, processor, rows, (1, batch_size))}
+    speed = {"base": generation_speed(model, processor, rows, sizes)}
     after, checks = None, []
     if adapter:
         tuned: Any = put_on(model, adapter, config.adapter.target).eval()
         beta = getattr(config.trainer, "beta", 1.0)
         after = look(tuned, processor, preferences, batch_size, reference=before.logps, beta=beta, **how)
-        speed["tuned"] = generation_speed(tuned, processor, rows, (1, batch_size))
+        speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
         checks = [looks_differ(before, after), *sight(before.metrics, after.metrics)]
 
     summary = {
@@ -65,7 +70,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     write_json(folder / "summary.json", summary)
     write_report(folder, summary, asdict(config), samples(preferences, before.answers, (after or before).answers))
     console = Console()
-    show(console, summary, checks)
+    show(console, summary, checks, ("base", "tuned"))
     for name, measured in speed.items():
         for each in measured:
             console.print(f"{name}: {each.in_words()}", highlight=False, soft_wrap=True)

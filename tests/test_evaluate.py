@@ -3,7 +3,9 @@
 import json
 
 import pytest
+import torch
 
+from smolvlm_exp.charts import number
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluate import evaluate
 from tests.conftest import compose
@@ -36,7 +38,8 @@ def summary(folder):
 
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(command, run):
-    done = command("task=evaluate", "run=last", "hydra.run.dir=again", cwd=run.parents[2])
+    sizes = "task.batch_sizes=[4,1,12]"
+    done = command("task=evaluate", "run=last", sizes, "hydra.run.dir=again", cwd=run.parents[2])
     assert done.returncode == 0, done.stderr
     found, wanted = summary(run.parents[2] / "again"), summary(run)
     for part in ("before", "after"):
@@ -44,9 +47,13 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(command, run):
             assert found[part][name] == pytest.approx(wanted[part][name], abs=1e-5), (part, name)
     assert found["changes"].keys() == wanted["changes"].keys()
     assert {check["verdict"] for check in found["checks"]} == {"ok"}
-    assert found["speed"]["tuned"][0]["tokens_per_second"] > 0
-    assert "8 at a time: first token after" in done.stdout
-    assert (run.parents[2] / "again" / "report.html").is_file()
+    for name in ("base", "tuned"):
+        assert [each["batch_size"] for each in found["speed"][name]] == [1, 4, 12]
+        assert all(each["first_token"] > 0 and each["tokens_per_second"] > 0 for each in found["speed"][name])
+        assert f"{name}: 12 at a time: first token after" in done.stdout
+    page = (run.parents[2] / "again" / "report.html").read_text()
+    assert page.count('<th scope="row">tuned</th>') == 3
+    assert number(found["speed"]["tuned"][2]["tokens_per_second"]) in page
 
 
 @pytest.mark.slow
@@ -70,11 +77,32 @@ def test_other_data_and_the_base_alone(command, run):
     [
         (["run=last"], "run=last is what another task works on: add task=evaluate"),
         (["task=evaluate", "run=nowhere"], "run=nowhere: that is no run folder"),
+        (["task=evaluate", "task.batch_sizes=[0,4]"], "task.batch_sizes=[0, 4]: 1 is the least"),
     ],
 )
 def test_what_cannot_be_evaluated(command, arguments, message):
     done = command(*arguments)
     assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+
+
+def test_speed_is_by_hand(monkeypatch):
+    """Two answers, 0.5 s to the first token, 0.1 s a token: 2 x 31 tokens in 3.1 s; slow first calls are not timed."""
+    from types import SimpleNamespace
+
+    from smolvlm_exp.evaluation import speed
+
+    clock, calls = [0.0], []
+
+    def generate(max_new_tokens, **kwargs):
+        calls.append((max_new_tokens, kwargs["min_new_tokens"]))
+        warm = calls.count(calls[-1]) > 1
+        clock[0] += 0.5 + 0.1 * (max_new_tokens - 1) + (0 if warm else 7)
+
+    model = SimpleNamespace(device=torch.device("cpu"), generate=generate)
+    monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
+    found = speed.of_batch(model, {}, 2)
+    assert found == speed.Speed(2, pytest.approx(0.5), pytest.approx(2 * 31 / 3.1), None)
+    assert calls == [(1, 1), (1, 1), (32, 32), (32, 32)]
 
 
 def test_an_adapter_that_is_not_there(tmp_path):

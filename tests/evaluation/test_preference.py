@@ -54,3 +54,17 @@ def test_sampled_answers_are_the_seeds_and_leave_the_random_state(model, process
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] != generate_answers(model, processor, few, 4, 30)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_are_drawn_from_all_of_the_vocabulary(model, processor, rows):
+    """Nearly uniform at this temperature: 160 first tokens, which upstream's default would draw from 50."""
+    ordinary, seen = model.generate, []
+
+    def generate(**kwargs):
+        ids = ordinary(**kwargs)
+        seen.extend(ids[:, kwargs["input_ids"].shape[1]].tolist())
+        return ids
+
+    model.generate = generate
+    generate_answers(model, processor, [rows.test[0]] * 160, 160, 1, temperature=1e4)
+    assert len(set(seen)) > 100
