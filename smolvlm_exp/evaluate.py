@@ -4,14 +4,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from smolvlm_exp.adapter import put_on, saved_adapter
+from smolvlm_exp.checks import BOTH, at_most
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.checks import looks_differ, sight
 from smolvlm_exp.evaluation.held_out import evaluate as look
+from smolvlm_exp.evaluation.kept import kept, short
 from smolvlm_exp.evaluation.speed import generation_speed
 from smolvlm_exp.findings import findings, samples, show
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
@@ -57,6 +60,10 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         after = look(tuned, processor, preferences, batch_size, reference=before.logps, beta=beta, **how)
         speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
         checks = [looks_differ(before, after), *sight(before.metrics, after.metrics)]
+        trained = kept(adapter.parent)
+        if trained:
+            seen = int(np.isin(short(preferences.prints["test"]), trained.train).sum())
+            checks.append(at_most(BOTH, seen, 0))
 
     summary = {
         "status": "done",

@@ -17,6 +17,7 @@ from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import Evaluation
+from smolvlm_exp.evaluation.kept import keep
 from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.findings import courses, findings, samples, show
 from smolvlm_exp.report import read_events, write_report
@@ -81,6 +82,8 @@ class Result:
         self.summary["advice"] = self.advice()
         shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
         self.write()
+        if self.after:
+            keep(self.folder, self.preferences.prints, self.after.ratios)
         between = courses(self.preferences, read_events(self.folder / SAMPLES))
         write_report(self.folder, self.summary, asdict(self.config), shown, between)
         self.tracker.finish(self.summary, shown)
