@@ -150,7 +150,7 @@ def flat(found: Comparison) -> list[dict[str, Any]]:
             **{path: run.value(path) for path in (*found.metrics, *COSTS)},
             "group": found.verdict(group),
             "from the best": found.gaps[number].difference,
-            "from the best +-": found.gaps[number].noise,
+            "from the best +-": found.gaps[number].noise if number else None,
             **{f"group {path}": group.value(path) for path in found.metrics},
             **{f"group {path} +-": group.error(path) for path in found.metrics},
         }
