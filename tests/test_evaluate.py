@@ -72,6 +72,24 @@ def test_other_data_and_the_base_alone(command, run):
     assert low <= base["before"]["preference_accuracy"] <= high
 
 
+@pytest.mark.slow
+def test_an_adapter_folder_and_a_merged_model_say_what_the_run_says(command, run):
+    merged = run / "export" / "merged"
+    done = command("task=export", f"run={run}", "export.format=merged", cwd=run.parents[2])
+    assert (done.returncode, merged.is_dir()) == (0, True), done.stderr
+    asked = {
+        "adapter": ("after", [f"model.adapter={run}/adapter"]),
+        "merged": ("before", [f"model.id={merged}", "model.weights=pretrained", "quant=none"]),
+    }
+    for name, (part, which) in asked.items():
+        done = command("task=evaluate", *QUICK, *which, f"hydra.run.dir={name}", cwd=run.parents[2])
+        assert done.returncode == 0, done.stderr
+        found = summary(run.parents[2] / name)
+        assert bool(found["after"]) == (name == "adapter")
+        for key in ("preference_accuracy", "chair_s", "chair_i", "recall", "yes_no_f1", "wrong_image_drop"):
+            assert found[part][key] == pytest.approx(summary(run)["after"][key], abs=1e-4), (name, key)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
