@@ -4,6 +4,7 @@ Out of memory, unstable training, slow convergence, waiting for data, learning b
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -18,6 +19,7 @@ Events = list[dict[str, float]]  # of metrics.jsonl
 
 ENOUGH = 5  # logged events before a course can be judged
 SPIKE = 10.0  # gradient norms over the median
+RISEN = 1.5  # of the loss over its first
 LEARNT = 0.6  # reward accuracy in training that is more than chance and its noise
 MOVED = 0.5  # nats that a chosen answer gains over its rejected one before a policy has moved: 1.6 times as likely
 WAITED = 0.2  # share of time without a batch
@@ -30,7 +32,7 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
     Args:
         summary: what summary.json holds; config: the whole resolved config; events: metrics.jsonl's.
     """
-    signs = (out_of_memory, not_finite, spikes, slow, waiting, by_heart, unlearning, blind)
+    signs = (out_of_memory, not_finite, unstable, slow, waiting, by_heart, unlearning, blind)
     return [told for sign in signs for told in sign(summary, config, events)]
 
 
@@ -81,17 +83,26 @@ def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) 
         )
 
 
-def spikes(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    """One large gradient, or a loss that rose and stayed up for three logged events."""
     norms = [(e["grad_norm"], e["step"]) for e in events if e.get("grad_norm", float("nan")) >= 0]
-    if len(norms) < ENOUGH:
-        return
-    usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
-    if largest > SPIKE * usual > 0:
-        trainer = config["trainer"]
+    losses = [(e["loss"], e["step"]) for e in events if math.isfinite(e.get("loss", math.nan))]
+    rate = config["trainer"]["learning_rate"]
+    if len(norms) >= ENOUGH:
+        usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
+        if largest > SPIKE * usual > 0:
+            yield (
+                f"unstable: the gradient's norm reached {largest:.3g} at step {step}, where {usual:.3g} is usual.\n"
+                f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warm-up (trainer.warmup_steps=0.1), or "
+                f"trainer.learning_rate={rate / 2:g}."
+            )
+            return
+    threes = zip(losses, losses[1:], losses[2:], strict=False)
+    risen = max(((min(three)[0], three[1][1]) for three in threes), default=None)
+    if len(losses) >= ENOUGH and risen and risen[0] > RISEN * losses[0][0] > 0:
         yield (
-            f"unstable: the gradient's norm reached {largest:.3g} at step {step}, where {usual:.3g} is usual.\n"
-            f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warm-up (trainer.warmup_steps=0.1), or "
-            f"trainer.learning_rate={trainer['learning_rate'] / 2:g}."
+            f"unstable: the loss was {losses[0][0]:.3g} at first and rose to {risen[0]:.3g} and more around step {risen[1]}.\n"
+            f"Try trainer.learning_rate={rate / 4:g}, or a longer warm-up (trainer.warmup_steps=0.1)."
         )
 
 
@@ -99,7 +110,7 @@ def slow(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Ite
     """Not better than chance, or hardly moved: a tiny step the right way wins most pairs too. What broke isn't slow."""
     accuracies = [e["rewards/accuracies"] for e in events if "rewards/accuracies" in e]
     margins = [e["rewards/margins"] for e in events if "rewards/margins" in e]
-    if len(margins) < 2 * ENOUGH or any(list(sign(summary, config, events)) for sign in (not_finite, spikes)):
+    if len(margins) < 2 * ENOUGH or any(list(sign(summary, config, events)) for sign in (not_finite, unstable)):
         return
     trainer = config["trainer"]
     accuracy, margin = sum(accuracies[-ENOUGH:]) / ENOUGH, sum(margins[-ENOUGH:]) / ENOUGH

@@ -44,6 +44,8 @@ def test_a_good_run_gets_none():
         ({}, {}, course(loss=lambda i: float("nan") if i > 3 else 0.7), ["at step 50, 60, 70", "rate=2.5e-05"]),
         ({}, {}, course(grad_norm=lambda i: 40.0 if i == 7 else 2.0),
          ["reached 40 at step 80, where 2 is usual", "max_grad_norm=4,", "learning_rate=5e-05"]),
+        ({}, {"learning_rate": 0.03}, course(loss=lambda i: (1.1, 1.4, 2.5, 2.7, 3.0, 2.4)[min(i, 5)]),
+         ["the loss was 1.1 at first and rose to 2.5 and more around step 40", "learning_rate=0.0075,"]),
         ({}, {"learning_rate": 1e-6}, course(**{"rewards/accuracies": 0.52, "rewards/margins": 0.01}),
          ["after 120 steps at a rate of 1e-06", "52% of training pairs, by a margin of 0.01", "learning_rate=1e-05"]),
         # A step the right way, however small, wins most pairs: it is the margin that tells.
@@ -64,6 +66,10 @@ def test_each_sign_is_told_with_its_figures(summary, trainer, events, words):
     sign, change = told.split("\n")
     assert all(word in told for word in words), told
     assert (sign[-1], change[-1]) == (".", ".")
+
+
+def test_one_bad_batch_is_not_unstable():
+    assert advise({}, config(), course(loss=lambda i: 2.0 if i == 6 else 0.6)) == []
 
 
 def test_what_broke_is_not_told_to_go_faster():
