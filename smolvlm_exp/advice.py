@@ -101,7 +101,8 @@ def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) ->
     risen = max(((min(three)[0], three[1][1]) for three in threes), default=None)
     if len(losses) >= ENOUGH and risen and risen[0] > RISEN * losses[0][0] > 0:
         yield (
-            f"unstable: the loss was {losses[0][0]:.3g} at first and rose to {risen[0]:.3g} and more around step {risen[1]}.\n"
+            f"unstable: the loss was {losses[0][0]:.3g} at first and rose to {risen[0]:.3g} and more around step "
+            f"{risen[1]}.\n"
             f"Try trainer.learning_rate={rate / 4:g}, or a longer warm-up (trainer.warmup_steps=0.1)."
         )
 

@@ -20,6 +20,7 @@ from smolvlm_exp.findings import findings, samples, show
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.report import write_report
+from smolvlm_exp.result import tracker_of
 from smolvlm_exp.runs import as_typed, choices
 from smolvlm_exp.sweep.record import write_json
 from smolvlm_exp.versions import versions
@@ -75,7 +76,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
-    write_report(folder, summary, asdict(config), samples(preferences, before.answers, (after or before).answers))
+    shown = samples(preferences, before.answers, (after or before).answers)
+    write_report(folder, summary, asdict(config), shown)
+    tracker_of(config, folder, "evaluate").finish(summary, shown)
     console = Console()
     show(console, summary, checks, ("base", "tuned"))
     for name, measured in speed.items():

@@ -149,11 +149,11 @@ class Result:
         console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
 
 
-def tracker_of(config: Config, folder: Path) -> Tracker:
+def tracker_of(config: Config, folder: Path, kind: str = "train") -> Tracker:
     """A run's line to W&B, named by what tells the run from its sweep's others, or by what it sets."""
     group, differs = place_of(folder) or (None, {})
     told = " ".join(f"{key}={value}" for key, value in differs.items())
     name = " ".join(filter(None, (config.name, told))) or run_name(folder)
     parts = (told or run_name(folder)).split()
     without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in BESIDE)
-    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed)
+    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed, kind)

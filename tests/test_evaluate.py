@@ -39,7 +39,10 @@ def summary(folder):
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(command, run):
     sizes = "task.batch_sizes=[4,1,12]"
-    done = command("task=evaluate", "run=last", sizes, "hydra.run.dir=again", cwd=run.parents[2])
+    offline = {"WANDB_MODE": "offline"}
+    done = command(
+        "task=evaluate", "run=last", sizes, "tracker=wandb", "hydra.run.dir=again", cwd=run.parents[2], env=offline
+    )
     assert done.returncode == 0, done.stderr
     found, wanted = summary(run.parents[2] / "again"), summary(run)
     for part in ("before", "after"):
@@ -51,6 +54,9 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(command, run):
         assert [each["batch_size"] for each in found["speed"][name]] == [1, 4, 12]
         assert all(each["first_token"] > 0 and each["tokens_per_second"] > 0 for each in found["speed"][name])
         assert f"{name}: 12 at a time: first token after" in done.stdout
+    (told,) = run.parents[2].glob("again/wandb/offline-run-*/files/media/table/checks*.table.json")
+    columns = json.loads(told.read_text())
+    assert [dict(zip(columns["columns"], row, strict=True)) for row in columns["data"]] == found["checks"]
     page = (run.parents[2] / "again" / "report.html").read_text()
     assert page.count('<th scope="row">tuned</th>') == 3
     assert number(found["speed"]["tuned"][2]["tokens_per_second"]) in page
