@@ -4,6 +4,7 @@ Out of memory, unstable training, slow convergence, waiting for data, learning b
 """
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
@@ -18,7 +19,9 @@ Events = list[dict[str, float]]  # of metrics.jsonl
 
 ENOUGH = 5  # logged events before a course can be judged
 SPIKE = 10.0  # gradient norms over the median
+RISEN = 1.5  # of the loss over its first
 LEARNT = 0.6  # reward accuracy in training that is more than chance and its noise
+MOVED = 0.5  # nats that a chosen answer gains over its rejected one before a policy has moved: 1.6 times as likely
 WAITED = 0.2  # share of time without a batch
 RISE = 0.05  # of the held-out loss over its lowest
 
@@ -29,7 +32,7 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
     Args:
         summary: what summary.json holds; config: the whole resolved config; events: metrics.jsonl's.
     """
-    signs = (out_of_memory, not_finite, spikes, slow, waiting, by_heart, unlearning, blind)
+    signs = (out_of_memory, not_finite, unstable, slow, waiting, by_heart, unlearning, blind)
     return [told for sign in signs for told in sign(summary, config, events)]
 
 
@@ -49,8 +52,9 @@ def of_folder(folder: Path) -> list[str]:
 def out_of_memory(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     again = summary.get("train", {}).get("out_of_memory", 0)
     if again:
+        times = "once" if again == 1 else f"{again} times"
         yield (
-            f"memory ran out {again} times, and steps were done again in smaller parts.\n"
+            f"memory ran out {times}, and steps were done again in smaller parts.\n"
             f"trainer.memory_budget={config['trainer']['memory_budget']} was too much beside what else uses the GPU: "
             "name a size, as 6GiB."
         )
@@ -79,30 +83,45 @@ def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) 
         )
 
 
-def spikes(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    """One large gradient, or a loss that rose and stayed up for three logged events."""
     norms = [(e["grad_norm"], e["step"]) for e in events if e.get("grad_norm", float("nan")) >= 0]
-    if len(norms) < ENOUGH:
-        return
-    usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
-    if largest > SPIKE * usual > 0:
-        trainer = config["trainer"]
+    losses = [(e["loss"], e["step"]) for e in events if math.isfinite(e.get("loss", math.nan))]
+    rate = config["trainer"]["learning_rate"]
+    if len(norms) >= ENOUGH:
+        usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
+        if largest > SPIKE * usual > 0:
+            yield (
+                f"unstable: the gradient's norm reached {largest:.3g} at step {step}, where {usual:.3g} is usual.\n"
+                f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warm-up (trainer.warmup_steps=0.1), or "
+                f"trainer.learning_rate={rate / 2:g}."
+            )
+            return
+    threes = zip(losses, losses[1:], losses[2:], strict=False)
+    risen = max(((min(three)[0], three[1][1]) for three in threes), default=None)
+    if len(losses) >= ENOUGH and risen and risen[0] > RISEN * losses[0][0] > 0:
         yield (
-            f"unstable: the gradient's norm reached {largest:.3g} at step {step}, where {usual:.3g} is usual.\n"
-            f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warm-up (trainer.warmup_steps=0.1), or "
-            f"trainer.learning_rate={trainer['learning_rate'] / 2:g}."
+            f"unstable: the loss was {losses[0][0]:.3g} at first and rose to {risen[0]:.3g} and more around step "
+            f"{risen[1]}.\n"
+            f"Try trainer.learning_rate={rate / 4:g}, or a longer warm-up (trainer.warmup_steps=0.1)."
         )
 
 
 def slow(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    """Not better than chance, or hardly moved: a tiny step the right way wins most pairs too. What broke isn't slow."""
     accuracies = [e["rewards/accuracies"] for e in events if "rewards/accuracies" in e]
     margins = [e["rewards/margins"] for e in events if "rewards/margins" in e]
-    late = accuracies[-ENOUGH:]
-    if len(accuracies) >= 2 * ENOUGH and sum(late) / ENOUGH < LEARNT:
-        steps, rate = events[-1]["step"], config["trainer"]["learning_rate"]
+    if len(margins) < 2 * ENOUGH or any(list(sign(summary, config, events)) for sign in (not_finite, unstable)):
+        return
+    trainer = config["trainer"]
+    accuracy, margin = sum(accuracies[-ENOUGH:]) / ENOUGH, sum(margins[-ENOUGH:]) / ENOUGH
+    least = MOVED * trainer.get("beta", 0.1)
+    if -least < margin and (accuracy < LEARNT or margin < least):
         yield (
-            f"slow: after {steps} steps at a rate of {rate:g} the policy prefers the chosen answer in "
-            f"{sum(late) / ENOUGH:.0%} of training pairs, by a margin of {margins[-1]:.2g}.\n"
-            f"Try trainer.learning_rate={10 * rate:g}, then more epochs (trainer.num_train_epochs)."
+            f"slow: after {events[-1]['step']} steps at a rate of {trainer['learning_rate']:g} the policy prefers the "
+            f"chosen answer in {accuracy:.0%} of training pairs, by a margin of {margin:.2g}.\n"
+            f"Try trainer.learning_rate={10 * trainer['learning_rate']:g}, then more epochs "
+            "(trainer.num_train_epochs)."
         )
 
 
@@ -145,7 +164,7 @@ def blind(summary: dict[str, Any], config: dict[str, Any], events: Events) -> It
     for check in summary.get("checks", []):
         if check["verdict"] == "warn" and check["name"] == SIGHT_LEFT:
             yield (
-                f"the picture does {check['value']:.0%} of what it did for the answers before tuning.\n"
+                f"the picture does {max(check['value'], 0):.0%} of what it did for the answers before tuning.\n"
                 "Prefer pairs that differ in what is seen, not in style; lower trainer.learning_rate="
                 f"{config['trainer']['learning_rate'] / 2:g}."
             )

@@ -37,14 +37,15 @@ def answer(config: Config, folder: Path) -> Path:
     Raises:
         RequestError: nothing was asked, or a file or folder is not there.
     """
+    task = config.task
     pictures, asked = questions(config)
-    path = Path(config.task.answers) if config.task.answers else folder / "answers.jsonl"
-    done = answered(path)
+    path = Path(task.answers) if task.answers else folder / "answers.jsonl"
+    names = ("base", "tuned") if config.model.adapter else ("answer",)
+    done = answered(path, names)
     left = [each for each in asked if each not in done]
     print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {as_typed(path)}")
     model = load_tuned(config)
-    tuned = bool(config.model.adapter)
-    models = {"base": model.disable_adapter, "tuned": nullcontext} if tuned else {"answer": nullcontext}
+    models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
     processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
@@ -59,7 +60,7 @@ def answer(config: Config, folder: Path) -> Path:
             for name, mode in models.items():
                 with mode():
                     found = generate_answers(
-                        model, processor, rows, size, temperature=config.task.temperature, seed=config.seed + start
+                        model, processor, rows, size, task.max_new_tokens, task.temperature, config.seed + start
                     )
                 for line, text in zip((line for line in lines if "problem" not in line), found, strict=True):
                     line[name] = text
@@ -96,7 +97,8 @@ def questions(config: Config) -> tuple[Path, list[Asked]]:
 
 
 def from_lines(file: Path) -> Iterator[Asked]:
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    # not splitlines: U+2028 may stand inside a string
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
         if not line.strip():
             continue
         try:
@@ -108,16 +110,35 @@ def from_lines(file: Path) -> Iterator[Asked]:
             ) from None
 
 
-def answered(path: Path) -> set[Asked]:
-    """What the file of answers has; half a line at its end, as a killed run leaves it, is cut off."""
+def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
+    """What the file of answers has; half a line at its end, as a killed run leaves it, is cut off.
+
+    Args:
+        names: under which an answer of this command stands.
+
+    Raises:
+        RequestError: it is no file of answers, or has those of other models.
+    """
     if not path.is_file():
         return set()
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
+    found = set()
+    for number, line in enumerate(whole.split("\n")[:-1], start=1):  # not splitlines: see from_lines
+        try:
+            entry = json.loads(line)
+            found.add(Asked(entry["image"], entry["question"]))
+        except (ValueError, KeyError, TypeError):
+            raise RequestError(f"{path}, line {number}: this is no file of answers; name another.") from None
+        if "problem" not in entry and not all(name in entry for name in names):
+            has = ", ".join(key for key in entry if key not in ("image", "question"))
+            raise RequestError(
+                f"{path}, line {number} has {has}, and this command writes {', '.join(names)}: these are answers of "
+                "other models. Name another file in task.answers."
+            )
     if whole != text:
         path.write_text(whole, encoding="utf-8")
-    lines = [json.loads(line) for line in whole.splitlines()]
-    return {Asked(line["image"], line["question"]) for line in lines}
+    return found
 
 
 def row_of(path: Path, question: str, max_edge: int) -> dict[str, Any]:

@@ -82,6 +82,7 @@ def line_chart(
     bounds: tuple[float, float] | None = None,
     zero: bool = False,
     reference: tuple[str, float] | None = None,
+    alike: Mapping[str, str] | None = None,
 ) -> str:
     """One figure: title, legend, axes, a line a series. Returns "" where there is nothing to draw.
 
@@ -91,6 +92,7 @@ def line_chart(
         bounds: fixes the y axis (an accuracy: (0, 1)).
         zero: the y axis starts at zero at the latest.
         reference: a dashed horizontal line and its name.
+        alike: series -> what it is one of; those have one colour, and one place in the legend.
     """
     drawable = {name: _drawable(points) for name, points in series.items()}
     lost = sum(len(points) for points in series.values()) - sum(len(points) for points in drawable.values())
@@ -122,12 +124,15 @@ def line_chart(
         body.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
         name = html.escape(reference[0])
         body.append(f'<text class="note" x="{WIDTH - RIGHT - 2}" y="{y - 5:.1f}" text-anchor="end">{name}</text>')
-    body += [_line(points, i, px, py) for i, points in enumerate(clean.values())]
-    body.append(_hover(clean, px, py, x_label, show))
+    kinds = {name: (alike or {}).get(name, name) for name in clean}
+    names = list(dict.fromkeys(kinds.values()))
+    colours = {name: names.index(kind) for name, kind in kinds.items()}
+    body += [_line(points, colours[name], px, py) for name, points in clean.items()]
+    body.append(_hover(clean, colours, px, py, x_label, show))
     label = html.escape(f"{title}: {'; '.join(_spoken(n, p, x_label, show) for n, p in clean.items())}")
     return (
         f'<figure class="chart"><figcaption><span class="title">{html.escape(title)}</span>'
-        f"{_lost(lost)}{_legend(clean)}</figcaption>"
+        f"{_lost(lost)}{_legend(names)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{label}">{"".join(body)}</svg></figure>'
     )
 
@@ -234,12 +239,19 @@ def _line(points: Points, i: int, px: Scale, py: Scale) -> str:
     return out
 
 
-def _hover(series: Mapping[str, Points], px: Scale, py: Scale, x_label: str, show: Callable[[float], str]) -> str:
+def _hover(
+    series: Mapping[str, Points],
+    colours: Mapping[str, int],
+    px: Scale,
+    py: Scale,
+    x_label: str,
+    show: Callable[[float], str],
+) -> str:
     """A band a step, reaching halfway to its neighbours."""
     at: dict[float, list[tuple[int, str, float]]] = {}
-    for i, (name, points) in enumerate(series.items()):
+    for name, points in series.items():
         for x, y in points:
-            at.setdefault(x, []).append((i, name, y))
+            at.setdefault(x, []).append((colours[name], name, y))
     xs = sorted(at)
     out = []
     for k, x in enumerate(xs):
@@ -265,10 +277,10 @@ def _lost(count: int) -> str:
     return f'<span class="lost">{count:,} not finite</span>' if count else ""
 
 
-def _legend(series: Mapping[str, Points]) -> str:
-    if len(series) < 2:
+def _legend(names: Sequence[str]) -> str:
+    if len(names) < 2:
         return ""
-    items = "".join(f'<li class="{_style(i)}">{html.escape(name)}</li>' for i, name in enumerate(series))
+    items = "".join(f'<li class="{_style(i)}">{html.escape(name)}</li>' for i, name in enumerate(names))
     return f'<ul class="legend">{items}</ul>'
 
 

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+BOTH = "held-out rows that are training rows too"
 # Names of checks on which there is advice.
 FALL = "fall of chosen answers' log-probability, nats a token"
 SIGHT_LEFT = "share of it that is left after tuning"

@@ -1,91 +1,34 @@
 """task=compare: finished runs beside each other, from their folders alone: what differs, what came of it, what is luck.
 
-Runs that differ in their seed alone are one line, their mean with Student's t interval; a single run has the interval
-that it measured over its held-out rows. A difference counts where it is larger than both together leave to chance.
+Runs that differ in their seed alone are one line. What a difference has to exceed is in comparison.py.
 """
 
 import csv
 import html
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
-from statistics import mean, stdev
 from typing import Any
+from urllib.parse import quote
 
 import yaml
 from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
-from smolvlm_exp.charts import line_chart, percent
+from smolvlm_exp.charts import MINUS, NBSP, line_chart, percent
+from smolvlm_exp.comparison import Comparison, Group, Run, comparison
 from smolvlm_exp.config import Config
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.evaluation.kept import kept
 from smolvlm_exp.metrics import GOALS, METRICS
-from smolvlm_exp.page import NOTHING, facts, finite, page, shown, table, words
+from smolvlm_exp.page import NOTHING, page, shown, table, words
 from smolvlm_exp.report import CURVES, points_of, read_events
 from smolvlm_exp.runs import BESIDE, as_typed
-from smolvlm_exp.sweep.effects import T
 from smolvlm_exp.sweep.jobs import brief, short
 from smolvlm_exp.sweep.record import find_sweep, summary_of
 from smolvlm_exp.tracking import track_table
-
-NORMAL = 1.96  # standard errors, for 95 %
-
-
-@dataclass(frozen=True)
-class Run:
-    folder: Path
-    settings: dict[str, str]  # the whole resolved configuration, flat, as text
-    summary: dict[str, Any]
-
-    def value(self, path: str) -> float | None:
-        part, _, key = path.partition(".")
-        return finite((self.summary.get(part) or {}).get(key))
-
-
-@dataclass(frozen=True)
-class Group:
-    """Runs that differ in nothing but their seed."""
-
-    settings: dict[str, str]  # what tells the group from the others
-    runs: list[Run]
-
-    def value(self, path: str) -> float | None:
-        found = [value for run in self.runs if (value := run.value(path)) is not None]
-        return mean(found) if found else None
-
-    def error(self, path: str) -> float | None:
-        """Half of the 95 % interval; None where none is known."""
-        found = [value for run in self.runs if (value := run.value(path)) is not None]
-        if len(found) > 1:
-            return T[min(len(found) - 1, len(T)) - 1] * stdev(found) / len(found) ** 0.5
-        ends = self.runs[0].summary.get("intervals", {}).get("after", {}).get(path.partition(".")[2])
-        return (ends[1] - ends[0]) / 2 if ends and path.startswith("after.") else None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    groups: list[Group]  # the best first
-    keys: list[str]  # the settings that differ, seed apart
-    metric: str
-
-    @property
-    def metrics(self) -> list[str]:
-        """What all evaluations have in common, the one that decides first."""
-        names = [f"after.{name}" for name in METRICS if all(g.value(f"after.{name}") is not None for g in self.groups)]
-        return list(dict.fromkeys([self.metric, *names]))
-
-    def verdict(self, group: Group) -> str:
-        """How a group stands to the best."""
-        best, metric = self.groups[0], self.metric
-        if group is best:
-            return "best"
-        gap = abs((best.value(metric) or 0.0) - (group.value(metric) or 0.0))
-        errors = best.error(metric), group.error(metric)
-        if None in errors:
-            return "worse, or luck: it has no interval"
-        noise = sum((error or 0.0) ** 2 for error in errors) ** 0.5
-        return "worse" if gap > noise else "within the noise"
 
 
 def compare(config: Config, folder: Path) -> Comparison:
@@ -100,7 +43,7 @@ def compare(config: Config, folder: Path) -> Comparison:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    (folder / "compare.html").write_text(document(found), encoding="utf-8")
+    (folder / "compare.html").write_text(document(found, folder), encoding="utf-8")
     show(found)
     track_table(
         config.tracker, folder, "compare", f"compare {folder.parent.name} {folder.name}", rows, {"runs": len(rows)}
@@ -117,14 +60,18 @@ def folders(named: Sequence[str]) -> list[Path]:
     """
     found: dict[Path, None] = {}
     for name in named:
-        paths = [find_sweep("last")] if name == "last" else sorted(Path().glob(name)) if "*" in name else [Path(name)]
+        paths = [find_sweep("last")] if name == "last" else matching(name) or [Path(name)]
         runs = [run for path in paths for run in (path, *sorted(path.glob("*"))) if ended(run)]
         if not runs:
             raise RequestError(f"runs: {name} names no finished run (status done in its summary.json).")
-        found |= dict.fromkeys(runs)
+        found |= dict.fromkeys(run.resolve() for run in runs)  # one run, however often it is named
     if len(found) < 2:
         raise RequestError("task=compare needs two finished runs or more: runs=[outputs/a,outputs/b], or runs=[last].")
     return list(found)
+
+
+def matching(pattern: str) -> list[Path]:
+    return [Path(found) for found in sorted(glob(str(Path(pattern).expanduser())))]
 
 
 def ended(folder: Path) -> bool:
@@ -134,26 +81,13 @@ def ended(folder: Path) -> bool:
 def read(folder: Path) -> Run:
     config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
     settings = {key: str(value) for key, value in flattened(config) if key.partition(".")[0] not in BESIDE}
-    return Run(folder, settings, summary_of(folder))
+    return Run(folder, settings, summary_of(folder), kept(folder))
 
 
 def flattened(node: Any, path: str = "") -> list[tuple[str, Any]]:
     if isinstance(node, dict) and node:
         return [pair for key, value in node.items() for pair in flattened(value, f"{path}.{key}" if path else str(key))]
     return [(path, OmegaConf.to_container(OmegaConf.create(node)) if isinstance(node, list) else node)]
-
-
-def comparison(runs: Sequence[Run], metric: str) -> Comparison:
-    """Group by what differs beside the seed, the best first."""
-    keys = dict.fromkeys(key for run in runs for key in run.settings)
-    differing = [key for key in keys if len({run.settings.get(key, "") for run in runs}) > 1]
-    grouped: dict[tuple[str, ...], list[Run]] = {}
-    for run in runs:
-        grouped.setdefault(tuple(run.settings.get(key, "") for key in differing), []).append(run)
-    groups = [Group(dict(zip(differing, values, strict=True)), members) for values, members in grouped.items()]
-    worst = -GOALS[metric] * float("inf")
-    groups.sort(key=lambda g: -GOALS[metric] * (worst if g.value(metric) is None else g.value(metric) or 0.0))
-    return Comparison(groups, differing, metric)
 
 
 def written(path: str, value: float | None, error: float | None) -> str:
@@ -167,20 +101,42 @@ def written(path: str, value: float | None, error: float | None) -> str:
     return text + (off if error is not None else "")
 
 
+POINTS = " points"
+NAMES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i", "cog": "Cog"}  # as the papers have them
+ARROWS = {1: "↑", -1: "↓", 0: ""}
 COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pairs_per_second": "pairs/s"}
+
+
+def headed(path: str) -> str:
+    """A column's name, with an arrow to where it is better."""
+    key = path.partition(".")[2]
+    return f"{NAMES.get(key, words(key))} {ARROWS[GOALS.get(path, 0)]}".strip()
+
+
+def apart(found: Comparison, group: Group) -> str:
+    """How far a group is from the best, and how far it may be by luck: `-5.6 ± 2.9 points`."""
+    if group is found.groups[0] or group.value(found.metric) is None:
+        return ""
+    gap, key = found.gaps[found.groups.index(group)], found.metric.partition(".")[2]
+    points = found.metric.startswith("after.") and METRICS[key].share
+    numbers = (f"{100 * n:.1f}" if points else f"{n:.3g}" for n in (abs(gap.difference), gap.noise or 0.0))
+    size, noise = numbers
+    off = "" if gap.noise is None else f" ± {noise}"
+    return f"{MINUS if gap.difference < 0 else '+'}{size}{off}{POINTS if points else ''}"
 
 
 def show(found: Comparison) -> None:
     names = short(found.keys)
     first = found.metrics[:2]  # 80 columns hold no more
-    lines = Table(*names.values(), "runs", "", *(words(path.partition(".")[2]) for path in first), *COSTS.values())
+    lines = Table(*names.values(), "runs", "", *map(headed, first), *COSTS.values())
     for column in lines.columns:
         column.overflow = "fold"
     for group in found.groups:
         settings = [brief(group.settings[key]) for key in found.keys]
         numbers = [written(path, group.value(path), group.error(path)) for path in first]
         costs = [written(path, group.value(path), None) for path in COSTS]
-        lines.add_row(*settings, str(len(group.runs)), found.verdict(group), *numbers, *costs)
+        verdict = f"{found.verdict(group)}\n{apart(found, group).removesuffix(POINTS)}".strip()
+        lines.add_row(*settings, str(len(group.runs)), verdict, *numbers, *costs)
     Console().print(lines)
 
 
@@ -193,54 +149,104 @@ def flat(found: Comparison) -> list[dict[str, Any]]:
             "seed": run.summary.get("seed"),
             **{path: run.value(path) for path in (*found.metrics, *COSTS)},
             "group": found.verdict(group),
+            "from the best": found.gaps[number].difference,
+            "from the best +-": found.gaps[number].noise if number else None,
             **{f"group {path}": group.value(path) for path in found.metrics},
             **{f"group {path} +-": group.error(path) for path in found.metrics},
         }
-        for group in found.groups
+        for number, group in enumerate(found.groups)
         for run in group.runs
     ]
 
 
-def document(found: Comparison) -> str:
-    """compare.html: the table, and the curves of all runs over each other."""
-    runs = [(label(found, group, run), run) for group in found.groups for run in group.runs]
+def document(found: Comparison, folder: Path) -> str:
+    """compare.html, in `folder`: the table, and the curves of all runs over each other."""
+    named = [(name_of(found, group, run), called(found, group), run) for group in found.groups for run in group.runs]
+    pages = [(name, run.folder, quote(os.path.relpath(run.folder / "report.html", folder))) for name, _, run in named]
+    links = "".join(
+        f'<div><dt>{html.escape(name)}</dt><dd><a href="{link}">{html.escape(str(as_typed(path)))}</a></dd></div>'
+        for name, path, link in pages
+    )
     sections = [
-        ("table", "The runs", groups_table(found)),
-        ("curves", "Curves", curves(runs)),
-        ("folders", "Where they are", facts((name, str(as_typed(run.folder))) for name, run in runs)),
+        ("table", "The runs", f'<p class="hint">{html.escape(HINT)}</p>{groups_table(found)}'),
+        ("curves", "Curves", curves(named)),
+        ("folders", "Their reports", f'<dl class="facts">{links}</dl>'),
     ]
-    lead = f"{len(runs)} runs, compared by {words(found.metric.partition('.')[2])}."
     header = (
-        f'<header><p class="eyebrow">smolvlm_exp</p><h1>Comparison</h1><p class="lead">{html.escape(lead)}</p></header>'
+        '<header><p class="eyebrow">smolvlm_exp</p><h1>Comparison</h1>'
+        f'<p class="lead">{html.escape(lead(found))}</p></header>'
     )
     return page("Comparison · smolvlm_exp", header, sections)
 
 
-def label(found: Comparison, group: Group, run: Run) -> str:
+HINT = (
+    "±: half of the 95 % interval, over other held-out rows and, where a line has several seeds, over other seeds. "
+    "From the best: the difference in the metric that decides; of the same held-out rows it is measured row by row, so "
+    "it may be surer than the two numbers beside it. Worse: it is larger than its ±."
+)
+
+
+def lead(found: Comparison) -> str:
+    """What came of it, in a sentence or three."""
+    best, metric = found.groups[0], found.metric
+    count = sum(len(group.runs) for group in found.groups)
+    told = [f"{count} runs, compared by {headed(metric)}."]
+    befores = {
+        run.summary.get("before", {}).get(metric.partition(".")[2]) for group in found.groups for run in group.runs
+    }
+    if metric.startswith("after.") and len(befores) == 1 and None not in befores:
+        told.append(f"Before tuning: {written(metric, befores.pop(), None)}.")
+    told.append(
+        f"Best: {called(found, best) or 'all alike'}, {written(metric, best.value(metric), best.error(metric))}."
+    )
+    if len(found.groups) > 1:
+        worse = [called(found, group) for group in found.groups if found.verdict(group) == "worse"]
+        alike = [called(found, group) for group in found.groups if found.verdict(group) == "within the noise"]
+        told += [f"Worse: {some(worse)}."] if worse else []
+        told += [f"Within the noise: {some(alike)}."] if alike else []
+    return " ".join(told)
+
+
+def some(names: list[str]) -> str:
+    return "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def called(found: Comparison, group: Group) -> str:
+    """What tells a group from the others: `r=8 learning_rate=0.001`."""
     names = short(found.keys)
-    told = " ".join(f"{names[key]}={brief(value)}" for key, value in group.settings.items())
-    return f"{told} seed={run.summary.get('seed')}".strip() if len(group.runs) > 1 else told or str(run.folder)
+    return " ".join(f"{names[key]}={brief(value)}" for key, value in group.settings.items())
+
+
+def name_of(found: Comparison, group: Group, run: Run) -> str:
+    """A run's: its group, and its seed or, where two have the same, its folder."""
+    seeds = [each.summary.get("seed") for each in group.runs]
+    own = f"seed={run.summary.get('seed')}" if seeds.count(run.summary.get("seed")) == 1 else str(as_typed(run.folder))
+    return f"{called(found, group)} {own}".strip() if len(seeds) > 1 else called(found, group) or own
 
 
 def groups_table(found: Comparison) -> str:
     paths = [*found.metrics[:3], *COSTS, *found.metrics[3:]]  # what decides is in sight before anything is scrolled
-    head = [*short(found.keys).values(), "Runs", "", *(words(path.partition(".")[2]) for path in paths)]
+    heads = (COSTS.get(path) or headed(path) for path in paths)
+    head = [*short(found.keys).values(), "Runs", "", "From the best", *heads]
     rows = []
     for group in found.groups:
         cells = [shown(brief(group.settings[key])) for key in found.keys]
-        cells += [str(len(group.runs)), html.escape(found.verdict(group))]
-        cells += [html.escape(written(path, group.value(path), group.error(path))) or NOTHING for path in paths]
-        tone = "better" if found.verdict(group) != "worse" else ""
+        texts = [str(len(group.runs)), found.verdict(group), apart(found, group)]
+        texts += [written(path, group.value(path), group.error(path)) for path in paths]
+        cells += [html.escape(text).replace(" ", NBSP) or NOTHING for text in texts]
+        tone = {"best": "better", "worse": "worse"}.get(found.verdict(group), "")
+        verdict = len(found.keys) + 1
+        cells[verdict] = f'<span class="change">{cells[verdict]}</span>'  # in the row's colour
         rows.append(f'<tr class="{tone}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
     return table("jobs", head, rows)
 
 
-def curves(runs: Sequence[tuple[str, Run]]) -> str:
-    """One chart a quantity, one line a run."""
-    drawn = []
-    events = {name: read_events(run.folder / "metrics.jsonl") for name, run in runs}
+def curves(named: Sequence[tuple[str, str, Run]]) -> str:
+    """One chart a quantity, one line a run, one colour a group."""
+    drawn, groups = [], {name: group or name for name, group, _ in named}
+    events = {name: read_events(run.folder / "metrics.jsonl") for name, _, run in named}
     for title, keys, options in CURVES:
         for kind, key in keys.items():
             series = {name: points_of(each, key) for name, each in events.items()}
-            drawn.append(line_chart(series, f"{title}, {kind}" if len(keys) > 1 else title, **options))
+            drawn.append(line_chart(series, f"{title}, {kind}" if len(keys) > 1 else title, alike=groups, **options))
     return f'<div class="charts">{"".join(drawn)}</div>'

@@ -4,18 +4,23 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.console import Console
 
 from smolvlm_exp.adapter import put_on, saved_adapter
+from smolvlm_exp.checks import BOTH, at_most
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.checks import looks_differ, sight
 from smolvlm_exp.evaluation.held_out import evaluate as look
+from smolvlm_exp.evaluation.kept import kept, short
 from smolvlm_exp.evaluation.speed import generation_speed
 from smolvlm_exp.findings import findings, samples, show
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.report import write_report
+from smolvlm_exp.result import tracker_of
 from smolvlm_exp.runs import as_typed, choices
 from smolvlm_exp.sweep.record import write_json
 from smolvlm_exp.versions import versions
@@ -30,6 +35,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     Raises:
         RequestError: something was asked for that cannot be done here.
     """
+    sizes = tuple(config.task.batch_sizes) or (1, config.trainer.per_device_eval_batch_size)
+    if min(sizes) < 1:
+        raise RequestError(f"task.batch_sizes={list(sizes)}: 1 is the least.")
     quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
     adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     model: Any = load_model(config.model, quantization, config.seed)
@@ -40,18 +48,23 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     how: dict[str, Any] = {
         "max_length": config.data.max_length,
         "temperature": config.task.temperature,
+        "max_new_tokens": config.task.max_new_tokens,
         "seed": config.seed,
     }
 
     before = look(model, processor, preferences, batch_size, **how)
-    speed = {"base": generation_speed(model, processor, rows, (1, batch_size))}
+    speed = {"base": generation_speed(model, processor, rows, sizes)}
     after, checks = None, []
     if adapter:
         tuned: Any = put_on(model, adapter, config.adapter.target).eval()
         beta = getattr(config.trainer, "beta", 1.0)
         after = look(tuned, processor, preferences, batch_size, reference=before.logps, beta=beta, **how)
-        speed["tuned"] = generation_speed(tuned, processor, rows, (1, batch_size))
+        speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
         checks = [looks_differ(before, after), *sight(before.metrics, after.metrics)]
+        trained = kept(adapter.parent)
+        if trained:
+            seen = int(np.isin(short(preferences.prints["test"]), trained.train).sum())
+            checks.append(at_most(BOTH, seen, 0))
 
     summary = {
         "status": "done",
@@ -63,9 +76,11 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
-    write_report(folder, summary, asdict(config), samples(preferences, before.answers, (after or before).answers))
+    shown = samples(preferences, before.answers, (after or before).answers)
+    write_report(folder, summary, asdict(config), shown)
+    tracker_of(config, folder, "evaluate").finish(summary, shown)
     console = Console()
-    show(console, summary, checks)
+    show(console, summary, checks, ("base", "tuned"))
     for name, measured in speed.items():
         for each in measured:
             console.print(f"{name}: {each.in_words()}", highlight=False, soft_wrap=True)

@@ -83,7 +83,7 @@ def write_report(
         ("curves", "Curves", _charts(CURVES, events)),
         ("samples", "Samples", sample_cards(samples)),
         *([("course", "As it was tuned", course_cards(courses))] if courses else []),
-        ("speed", "Memory and speed", _train_facts(_dict(summary, "train"))),
+        ("speed", "Memory and speed", _speeds(_dict(summary, "speed")) or _train_facts(_dict(summary, "train"))),
         ("config", "Config", _config(config)),
         ("versions", "Versions", facts(_dict(summary, "versions").items())),
         ("replay", "Run it again", _commands(folder, summary.get("status"))),
@@ -100,7 +100,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 may stand inside a string
         try:
             event = json.loads(line)
         except ValueError:
@@ -205,6 +205,19 @@ def _train_facts(train: dict[str, Any]) -> str:
         share = f" of {total:,.0f} ({percent(trainable / total, 2)})" if total else ""
         told.append(("trainable parameters", f"{trainable:,.0f}{share}"))
     return facts(told)
+
+
+def _speeds(speed: dict[str, Any]) -> str:
+    """What task=evaluate measured of generation; empty where it did not."""
+    rows = [
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{shown(each.get("batch_size"))}</td>'
+        f"<td>{shown(finite(each.get('first_token')))}</td><td>{shown(finite(each.get('tokens_per_second')))}</td>"
+        f"<td>{shown(finite(each.get('memory_peak_gib')))}</td></tr>"
+        for name, measured in speed.items()
+        for each in measured
+    ]
+    head = ["Model", "Answers at a time", "Seconds to the first token", "Tokens a second", "Peak GPU memory, GiB"]
+    return table("speed", head, rows) if rows else ""
 
 
 def _config(config: dict[str, Any]) -> str:

@@ -17,6 +17,7 @@ from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.errors import Pruned
 from smolvlm_exp.evaluation.held_out import Evaluation
+from smolvlm_exp.evaluation.kept import keep
 from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.findings import courses, findings, samples, show
 from smolvlm_exp.report import read_events, write_report
@@ -81,6 +82,8 @@ class Result:
         self.summary["advice"] = self.advice()
         shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
         self.write()
+        if self.after:
+            keep(self.folder, self.preferences.prints, self.after.ratios)
         between = courses(self.preferences, read_events(self.folder / SAMPLES))
         write_report(self.folder, self.summary, asdict(self.config), shown, between)
         self.tracker.finish(self.summary, shown)
@@ -146,11 +149,11 @@ class Result:
         console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
 
 
-def tracker_of(config: Config, folder: Path) -> Tracker:
+def tracker_of(config: Config, folder: Path, kind: str = "train") -> Tracker:
     """A run's line to W&B, named by what tells the run from its sweep's others, or by what it sets."""
     group, differs = place_of(folder) or (None, {})
     told = " ".join(f"{key}={value}" for key, value in differs.items())
     name = " ".join(filter(None, (config.name, told))) or run_name(folder)
     parts = (told or run_name(folder)).split()
     without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in BESIDE)
-    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed)
+    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed, kind)

@@ -47,6 +47,7 @@ class Tracker:
         group: str | None = None,
         differs: dict[str, str] | None = None,
         without_seed: str = "",
+        kind: str = "train",
     ) -> None:
         """
         Args:
@@ -54,6 +55,7 @@ class Tracker:
             group: the sweep's name.
             differs: what tells this run from the sweep's others; it becomes tags, and flat numbers in W&B's config.
             without_seed: the same in a line, its seed left out: W&B's table grouped by it has task=compare's groups.
+            kind: of job, as W&B's table can be filtered by.
         """
         self.folder, self.line = folder, None
         if config.type == "none":
@@ -62,7 +64,7 @@ class Tracker:
         flat = {key: typed(value) for key, value in differs.items()}
         tags = [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())]  # W&B's limit
         own, settings = identity(folder), settings | flat | {"without_seed": without_seed}
-        self.line = Background("wandb", lambda: start(config, folder, name, group, "train", tags, settings, own))
+        self.line = Background("wandb", lambda: start(config, folder, name, group, kind, tags, settings, own))
         if group is None:
             self.line.put(lambda run: print(uploading(not run.offline, Path(run.dir).parent), flush=True))
 
@@ -105,6 +107,9 @@ def hand_over(run: "Run", summary: dict[str, Any], samples: "list[Sample]", exit
         run.summary.update({f"after/{key}/low": low, f"after/{key}/high": high})
     for key, change in summary.get("changes", {}).items():
         run.summary.update({f"change/{key}": change["difference"], f"change/{key}/p": change["p"]})
+    for name, measured in summary.get("speed", {}).items():
+        for each in measured:
+            run.summary.update({f"speed/{name}/{each['batch_size']}/{key}": value for key, value in each.items()})
     checks = summary.get("checks", [])
     for check in checks:
         run.summary[f"checks/{check['name']}"] = check["verdict"]

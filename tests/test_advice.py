@@ -38,14 +38,19 @@ def test_a_good_run_gets_none():
 @pytest.mark.parametrize(
     ("summary", "trainer", "events", "words"),
     [
-        ({"train": {"out_of_memory": 2}}, {}, course(), ["ran out 2 times", "memory_budget=auto was too much"]),
+        ({"train": {"out_of_memory": 2}}, {}, course(), ["ran out 2 times, and", "memory_budget=auto was too much"]),
         ({"reason": "OutOfMemoryError: CUDA out of memory"}, {"engine": "stock"}, [],
          ["for good", "trainer.engine=shared, trainer.gradient_checkpointing=true, data.max_edge=256"]),
         ({}, {}, course(loss=lambda i: float("nan") if i > 3 else 0.7), ["at step 50, 60, 70", "rate=2.5e-05"]),
         ({}, {}, course(grad_norm=lambda i: 40.0 if i == 7 else 2.0),
          ["reached 40 at step 80, where 2 is usual", "max_grad_norm=4,", "learning_rate=5e-05"]),
+        ({}, {"learning_rate": 0.03}, course(loss=lambda i: (1.1, 1.4, 2.5, 2.7, 3.0, 2.4)[min(i, 5)]),
+         ["the loss was 1.1 at first and rose to 2.5 and more around step 40", "learning_rate=0.0075,"]),
         ({}, {"learning_rate": 1e-6}, course(**{"rewards/accuracies": 0.52, "rewards/margins": 0.01}),
          ["after 120 steps at a rate of 1e-06", "52% of training pairs, by a margin of 0.01", "learning_rate=1e-05"]),
+        # A step the right way, however small, wins most pairs: it is the margin that tells.
+        ({}, {"learning_rate": 1e-6}, course(**{"rewards/accuracies": 0.92, "rewards/margins": 6e-4}),
+         ["92% of training pairs, by a margin of 0.0006", "learning_rate=1e-05"]),
         ({}, {}, course(data_wait=lambda i: 0.9 if i == 0 else 0.4), ["waited for its batches 40%", "num_workers=4"]),
         ({}, {}, course(eval_loss=lambda i: 0.6 - 0.02 * i if i < 5 else 0.5 + 0.02 * i),
          ["lowest at step 50 (0.52) and is 0.72", "max_steps=50"]),
@@ -61,6 +66,17 @@ def test_each_sign_is_told_with_its_figures(summary, trainer, events, words):
     sign, change = told.split("\n")
     assert all(word in told for word in words), told
     assert (sign[-1], change[-1]) == (".", ".")
+
+
+def test_one_bad_batch_is_not_unstable():
+    assert advise({}, config(), course(loss=lambda i: 2.0 if i == 6 else 0.6)) == []
+
+
+def test_what_broke_is_not_told_to_go_faster():
+    worse = {"rewards/accuracies": 0.2, "rewards/margins": -0.8}
+    assert advise({}, config(), course(**worse)) == []  # the checks speak of it: answers fell
+    (told,) = advise({}, config(), course(**worse, grad_norm=lambda i: 300.0 if i == 1 else 0.3))
+    assert told.startswith("unstable")
 
 
 def test_a_run_that_runs_out_of_memory_says_what_helps(quick, tmp_path, monkeypatch, capsys):
@@ -84,7 +100,7 @@ def test_the_doctor_looks_at_a_run(command, tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in course()))
     done = command("task=doctor", "run=last")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("memory ran out 1 times")
+    assert done.stdout.startswith("memory ran out once, and")
     done = command("task=doctor", "run=nowhere")
     assert (done.returncode, "no run has ended there" in done.stderr) == (2, True)
     assert compose().task.name == "train"

@@ -69,6 +69,34 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
     answer(compose(*arguments), tmp_path)
     assert "2 questions, 1 of them answered" in capsys.readouterr().out
     assert lines(tmp_path / "a.jsonl") == first
+    with pytest.raises(RequestError, match=r"a\.jsonl, line 1 has base, tuned, and this command writes answer"):
+        answer(compose(*(each for each in arguments if each != "model.adapter=run")), tmp_path)
+
+
+def test_line_separators_inside_strings_end_no_line(tmp_path):
+    """json.dumps leaves U+2028 as it is, and str.splitlines parts lines at it."""
+    from smolvlm_exp.answer import Asked, answered, from_lines
+    from smolvlm_exp.report import read_events
+    from smolvlm_exp.training.callbacks import append, cut
+
+    path = tmp_path / "lines.jsonl"
+    append(path, {"image": "a.jpg", "question": "One\u2028two?", "answer": "Three\u0085four.", "step": 1})
+    append(path, {"image": "b.jpg", "question": "?", "answer": "\u2029", "step": 2})
+    both = [Asked("a.jpg", "One\u2028two?"), Asked("b.jpg", "?")]
+    assert list(from_lines(path)) == both
+    assert answered(path, ("answer",)) == set(both)
+    assert len(read_events(path)) == 2
+    cut(path, 1)
+    assert [event["answer"] for event in read_events(path)] == ["Three\u0085four."]
+
+
+def test_a_file_that_is_no_file_of_answers(tmp_path):
+    from smolvlm_exp.answer import answered
+
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"image": "a.jpg", "question": "?", "problem": "the picture is gone"}\n[1, 2]\n')
+    with pytest.raises(RequestError, match=r"notes\.jsonl, line 2: this is no file of answers; name another"):
+        answered(path, ("answer",))
 
 
 @pytest.mark.parametrize(

@@ -325,6 +325,13 @@ def test_charts_of_degenerate_series(points: list[tuple[float, float]]) -> None:
     assert line_chart({"a": [], "b": [(1, math.nan)]}, "t") == ""
 
 
+def test_lines_that_are_alike_have_one_colour_and_one_name() -> None:
+    points = {name: [(1, float(i)), (2, 5.0)] for i, name in enumerate(("r=4 seed=0", "r=4 seed=1", "r=8"))}
+    chart = line_chart(points, "t", alike={"r=4 seed=0": "r=4", "r=4 seed=1": "r=4"})
+    assert '<li class="s0">r=4</li><li class="s1">r=8</li></ul>' in chart
+    assert re.findall(r'polyline class="line (s\d)"', chart) == ["s0", "s0", "s1"]
+
+
 def test_importing_the_report_leaves_torch_alone() -> None:
     code = "import sys, smolvlm_exp.report; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

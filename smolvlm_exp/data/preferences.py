@@ -10,7 +10,7 @@ picture (evaluation/held_out.py scores answers against it). Rows of questions wi
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import import_module
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.controls import as_text, control_tokens
-from smolvlm_exp.data.overlap import overlap
+from smolvlm_exp.data.overlap import fingerprints, overlap
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.schema import at_least, one_of
 
@@ -60,6 +60,7 @@ class Preferences:
         str, dict[str, Any]
     ]  # a split's counts: rows, skipped, cut, image_tokens, longest; test's also_in_train
     words: "Words | None" = None  # reads the objects out of a caption, where the truth of captions is known
+    prints: dict[str, list[bytes]] = field(default_factory=dict)  # a split's rows by question and pictures
 
 
 def load_preferences(
@@ -96,13 +97,14 @@ def load_preferences(
             f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, "
             f"longest {counts['longest']}, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
         )
+    prints = {split: fingerprints(rows) for split, rows in checked.items()}
     if len(checked) > 1:
-        both = overlap(checked["train"], checked["test"])
+        both = overlap(prints["train"], prints["test"])
         report["test"]["also_in_train"] = len(both)
         if both:
             print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
     words = source.words(config) if hasattr(source, "words") else None
-    return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words)
+    return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words, prints)
 
 
 def origin(rows: "Dataset", index: int) -> dict[str, str]:

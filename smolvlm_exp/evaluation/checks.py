@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.checks import FALL, SIGHT_LEFT, Check, above, at_least, at_most
+from smolvlm_exp.checks import BOTH, FALL, SIGHT_LEFT, Check, above, at_least, at_most
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps
 
@@ -30,7 +30,7 @@ def compare_looks(
         data: Preferences.report.
     """
     checks = [
-        at_most("held-out rows that are training rows too", data["test"]["also_in_train"], 0),
+        at_most(BOTH, data["test"]["also_in_train"], 0),
         looks_differ(before, after),
     ]
     checks += sight(before.metrics, after.metrics)

@@ -31,7 +31,9 @@ def generate_answers(
         seed: of sampling; the random state is afterwards what it was.
     """
     model.eval()
-    drawn = {"do_sample": True, "temperature": temperature} if temperature else {"do_sample": False}
+    # From the whole of p(y): upstream's default is the 50 likeliest tokens.
+    whole = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    drawn = whole if temperature else {"do_sample": False}
     # Prompts of like length share a batch, so that little is padded; the order is put back at the end.
     order = sorted(range(len(rows)), key=lambda i: [image.size for image in rows[i]["images"]])
     starts = range(0, len(order), batch_size)

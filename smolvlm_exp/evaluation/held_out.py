@@ -47,13 +47,14 @@ def evaluate(
     beta: float = 1.0,
     temperature: float = 0.0,
     seed: int = 0,
+    max_new_tokens: int = 256,
 ) -> Evaluation:
     """Metrics as summary.json has them.
 
     Args:
         preferences: of which the held-out rows are looked at.
         reference: what the base model's evaluation found; beta: DPO's.
-        temperature: of generated answers, 0: greedy; seed: of theirs.
+        temperature: of generated answers, 0: greedy; seed: of theirs; max_new_tokens: at which they are cut.
     """
     rows = preferences.test
     pairs, known = "chosen" in rows.column_names, "truth" in rows.column_names
@@ -62,11 +63,11 @@ def evaluate(
     if pairs:
         logps = answer_logps(model, processor, rows, batch_size, max_length)
         ratios = preference_metrics(logps, reference, beta)
-    answers = generate_answers(model, processor, list(asked), 4 * batch_size, temperature=temperature, seed=seed)
+    answers = generate_answers(model, processor, list(asked), 4 * batch_size, max_new_tokens, temperature, seed)
     if known:
         ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]], preferences.words)
     if logps:
-        ratios |= image_use(model, processor, rows, batch_size, max_length, logps)
+        ratios |= image_use(model, processor, rows, batch_size, max_length)
     return Evaluation(ratios, logps, answers)
 
 

@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.evaluation.preference import Logps, chosen_logps
+from smolvlm_exp.evaluation.preference import chosen_logps
 from smolvlm_exp.evaluation.statistics import Ratio, mean
 
 if TYPE_CHECKING:
@@ -20,14 +20,11 @@ def image_use(
     rows: "Dataset",
     batch_size: int,
     max_length: int | None,
-    own: Logps,
 ) -> dict[str, Ratio]:
     """Nats a token that the chosen answer loses without its picture, averaged over the first LOOKED_AT rows.
 
-    Pictures keep their size, so that the prompt's tokens stay what they were. Zero means that the model does not look.
-
-    Args:
-        own: answer_logps of `rows`.
+    Pictures keep their size, so that the prompt's tokens stay what they were, and are scored in the same batches as the
+    rows' own: a model that does not look gets exactly zero, where other batches would leave rounding that looks alike.
 
     Returns:
         `blank_image_drop` and `wrong_image_drop`, another row's picture in place of the row's own, where rows have
@@ -36,8 +33,8 @@ def image_use(
     looked_at = [row for row in rows.select(range(min(LOOKED_AT, len(rows)))) if row["images"]]
     if len(looked_at) < min(LOOKED_AT, len(rows)):
         return {}
-    count = len(looked_at)
-    with_own = own.chosen[:count] / own.chosen_tokens[:count]
+    copies = [{**row} for row in looked_at]  # TRL's collator puts the pictures into the rows it is given
+    with_own = chosen_logps(model, processor, copies, batch_size, max_length)
     drops = {}
     for name, other in (("blank_image_drop", blank), ("wrong_image_drop", wrong)):
         changed = [{**row, "images": other(looked_at, i)} for i, row in enumerate(looked_at)]

@@ -129,7 +129,7 @@ def append(path: Path, event: dict[str, Any]) -> None:
 def cut(path: Path, step: int) -> None:
     """Take away what was logged after `step`, which is done again now, and the half line that a kill left."""
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
+    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # U+2028 may stand in a string
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")

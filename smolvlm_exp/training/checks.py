@@ -18,7 +18,7 @@ class Watch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.start = {n: on_host(p).clone() for n, p in model.named_parameters() if p.requires_grad}
+        self.start = {n: on_host(p).clone() for n, p in model.named_parameters() if p.requires_grad or of_adapter(n)}
         self.base = checksum(model)
 
     def checks(self, trainer: Any) -> list[Check]:
@@ -34,6 +34,11 @@ class Watch:
             checks.append(all_of("trainable tensors that got a gradient", without, len(learnt)))
         checks.append(at_least("frozen weights unchanged", float(checksum(self.model) == self.base), 1))
         return [*checks, *at_the_start(trainer)]
+
+
+def of_adapter(name: str) -> bool:
+    """Whether a tensor belongs to the adapter that is tuned: it has to move even where it was frozen by mistake."""
+    return "lora_" in name and ".default" in name  # TRL's copy of the start is ".ref"
 
 
 def on_host(parameter: torch.Tensor) -> torch.Tensor:

@@ -146,8 +146,8 @@ def test_answers_are_scored(files, name, monkeypatch):
     config.model.adapter = "run"
     ordinary, on = held_out.generate_answers, []
 
-    def said(model, processor, rows, *args, **kwargs):
-        assert len(ordinary(model, processor, rows, *args, **kwargs, max_new_tokens=2)) == len(rows)
+    def said(model, processor, rows, batch_size, *args):
+        assert len(ordinary(model, processor, rows, batch_size, 2)) == len(rows)
         on.append(hasattr(model, "peft_config"))
         captions = ("A dog on a couch.", "A cat on a sofa.")
         about = lambda row: row["prompt"][0]["content"][1]["text"]  # noqa: E731

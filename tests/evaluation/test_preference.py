@@ -44,7 +44,23 @@ def test_answers_do_not_depend_on_the_batch(model, processor, rows):
     few = [rows.test[i] for i in range(8)]
     together = generate_answers(model, processor, few, 8, max_new_tokens=40)
     assert together == [generate_answers(model, processor, [row], 1, max_new_tokens=40)[0] for row in few]
-    assert all(answer.endswith(".") for answer in together)  # each stopped by itself at <end_of_utterance>
+    assert all(answer.endswith(".") for answer in together)
+
+
+def test_an_answer_stops_at_end_of_utterance(model, processor, rows):
+    ordinary, end, seen = model.generate, processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>"), []
+
+    def generate(**kwargs):
+        ids = ordinary(**kwargs)
+        seen.extend(ids[:, kwargs["input_ids"].shape[1] :].tolist())
+        return ids
+
+    model.generate, few = generate, [rows.test[i] for i in range(8)]
+    answers = generate_answers(model, processor, few, 8, max_new_tokens=40)
+    assert len({len(answer) for answer in answers}) > 1
+    for said in seen:
+        assert 0 < said.index(end) < 39
+        assert set(said[said.index(end) + 1 :]) <= {processor.tokenizer.pad_token_id}
 
 
 def test_sampled_answers_are_the_seeds_and_leave_the_random_state(model, processor, rows):
@@ -54,3 +70,17 @@ def test_sampled_answers_are_the_seeds_and_leave_the_random_state(model, process
     assert drawn[0] == drawn[1] != drawn[2]
     assert drawn[0] != generate_answers(model, processor, few, 4, 30)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_samples_are_drawn_from_all_of_the_vocabulary(model, processor, rows):
+    """Nearly uniform at this temperature: 160 first tokens, which upstream's default would draw from 50."""
+    ordinary, seen = model.generate, []
+
+    def generate(**kwargs):
+        ids = ordinary(**kwargs)
+        seen.extend(ids[:, kwargs["input_ids"].shape[1]].tolist())
+        return ids
+
+    model.generate = generate
+    generate_answers(model, processor, [rows.test[0]] * 160, 160, 1, temperature=1e4)
+    assert len(set(seen)) > 100
