@@ -9,7 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,6 +31,11 @@ class Limits:
     max_pixels: int = 100_000_000  # 17 KB of PNG can say that they are ten times as many
     max_image_mib: int = 64  # of its file
     first_frame: bool = False  # of several; else such a picture is a problem
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Those of the group `data`."""
+        return cls(config.max_pixels, config.max_image_mib, config.first_frame)
 
 
 class PictureError(ValueError):

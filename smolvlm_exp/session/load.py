@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.images import Limits
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.export.folder import RECORD, read_record
 from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
@@ -92,4 +93,4 @@ def load_session(config: "Config") -> "SmolVLMSession":
         model = load_tuned(config)
         use_exact_dora(model)  # PEFT's own computes each layer's norm anew for every token
         parts = TorchModel(model), load_processor(config.model)
-    return SmolVLMSession(*parts, budget=budget, max_edge=config.data.max_edge)
+    return SmolVLMSession(*parts, budget=budget, max_edge=config.data.max_edge, limits=Limits.of(config.data))

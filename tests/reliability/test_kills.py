@@ -80,6 +80,18 @@ def test_kill_9_at_any_moment(bench, tmp_path, engine, kills, changes):
     print(f"{engine}: {survived} kills survived in {runs} runs")
 
 
+def test_what_was_logged_before_the_first_checkpoint_is_logged_once(bench, tmp_path):
+    """A kill between the first line of metrics.jsonl and the first checkpoint; it starts again in the same folder."""
+    brief = ("trainer.max_steps=2", "trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.logging_steps=1")
+    bench.run(tmp_path / "whole", *brief)
+    (tmp_path / "run").mkdir()
+    first = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0]
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{first}\n{first[:40]}")
+    bench.run(tmp_path / "run", *brief)
+    assert [event["step"] for event in logged(tmp_path / "run")] == [1, 2]
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
 def command_killed(folder, settings, kills, rng, span, cwd):
     """The command people type, killed with all it started, then the same with resume, until it is done.
 
