@@ -175,7 +175,7 @@ def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]
     sweeper = whole.hydra.sweeper
     params = sweeper.params or {}
     if not isinstance(params, DictConfig | dict):
-        raise RequestError(f"hydra.sweeper.params={params!r}: it is no list of settings by name.")
+        raise RequestError("hydra.sweeper.params is no list of settings by name.")
     own = parsed([f"{key}={value}" for key, value in params.items()])
     given = {o.key_or_group for o in overrides}
     if not multirun:
