@@ -174,7 +174,7 @@ def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]
     check_hydra(OmegaConf.to_container(whole.hydra, resolve=False))
     sweeper = whole.hydra.sweeper
     params = sweeper.params or {}
-    if not isinstance(params, DictConfig | dict):
+    if not hasattr(params, "items"):  # an interpolation can stand for anything
         raise RequestError("hydra.sweeper.params is no list of settings by name.")
     own = parsed([f"{key}={value}" for key, value in params.items()])
     given = {o.key_or_group for o in overrides}
