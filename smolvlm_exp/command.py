@@ -39,6 +39,9 @@ from smolvlm_exp.errors import RequestError
 from smolvlm_exp.private import check_hydra, check_search_path, check_setting
 
 
+NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
+
+
 def check_command(args: Any) -> list[Config]:
     """Compose and read strictly every job that a command line asks for.
 
@@ -170,10 +173,13 @@ def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]
         RequestError: an experiment that is a sweep is asked for as one run, or an interval of a grid.
     """
     plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    whole = compose(name, overrides=plain, return_hydra_config=True)
-    check_hydra(OmegaConf.to_container(whole.hydra, resolve=False))
-    sweeper = whole.hydra.sweeper
-    params = sweeper.params or {}
+    own_settings = compose(name, overrides=plain, return_hydra_config=True).hydra
+    check_hydra(OmegaConf.to_container(own_settings, resolve=False))
+    lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
+    if lost:
+        raise RequestError(f"hydra.{lost}: Hydra cannot do without it.")
+    sweeper = own_settings.sweeper
+    params = sweeper.get("params") or {}
     if not hasattr(params, "items"):  # an interpolation can stand for anything
         raise RequestError("hydra.sweeper.params is no list of settings by name.")
     own = parsed([f"{key}={value}" for key, value in params.items()])

@@ -85,3 +85,32 @@ def test_the_command_leaves_another_runs_folder_as_it_was(command, tmp_path):
     assert done.returncode == 2
     assert "there is a run in it already" in done.stderr
     assert (run / ".hydra" / "config.yaml").read_text() == "as it was"
+
+
+# What is stored
+
+KINDS = (".safetensors", ".json", ".jsonl", ".html", ".md", ".yaml", ".csv", ".txt", ".log", ".lock", ".onnx", ".wandb")
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # how they begin, in a zip or not
+
+
+@pytest.mark.slow
+def test_all_that_is_stored_is_plain_and_holds_no_secret(command, tmp_path):
+    """A sweep of two jobs with W&B and its cache, then an export in every format, where the environment has secrets."""
+    secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "WANDB_MODE": "offline"}
+    brief = ("trainer.max_steps=2", "trainer.save_steps=1", "data.train_rows=16", "data.test_rows=8")
+    done = command("-m", *brief, "adapter.r=2,4", "hydra.sweep.dir=sweep", "keep=all", env=secrets)
+    assert done.returncode == 0, done.stderr[-3000:]
+    asked = ("task=export", "run=sweep/0", "export.format=all", "export.precision=int8", "export.on_fail=mark")
+    exported = command(*asked, "hydra.run.dir=export", env=secrets)
+    assert exported.returncode == 0, exported.stderr[-3000:]
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {".safetensors", ".json", ".onnx", ".wandb"} <= {path.suffix for path in files}
+    assert len(list((tmp_path / "outputs" / "cache").rglob("*.safetensors"))) >= 1
+    assert [path for path in files if path.suffix not in KINDS and path.name != ".lock"] == []
+    for path in files:
+        data = path.read_bytes()
+        assert not data.startswith(PICKLES), path
+        assert not [name for name in ("HF_TOKEN", "WANDB_API_KEY") if secrets[name].encode() in data], path
+    for told in (done, exported):
+        assert TOKEN not in told.stdout + told.stderr
+    print(f"{len(files)} files looked through")
