@@ -38,7 +38,6 @@ from smolvlm_exp.config import (
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.private import check_hydra, check_search_path, check_setting
 
-
 NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
 
 

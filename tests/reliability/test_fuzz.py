@@ -141,7 +141,8 @@ def test_any_command():
 @pytest.mark.parametrize(
     "override",
     ["=null", "model=null", "+quant=null", "experiment=null", "model=[tiny,tiny]", "hydra.sweeper.params={a: 1}",
-     "hydra.sweeper.params=${oc.env:HOME}", "hydra/launcher=3", "hydra.sweeper=null", "~hydra.launcher", "hydra.run=null", "hydra.job=null"],
+     "hydra.sweeper.params=${oc.env:HOME}", "hydra/launcher=3", "hydra.sweeper=null",
+     "~hydra.launcher", "hydra.run=null", "hydra.job=null"],
 )  # fmt: skip
 def test_commands_that_hydra_trips_over(override):
     """Each was a traceback of Hydra's own once."""
