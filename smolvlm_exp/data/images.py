@@ -78,9 +78,8 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and not limits.first_frame:
-                raise PictureError(f"has {frames} frames; data.first_frame=true takes the first of such pictures")
+            if not limits.first_frame and has_several_frames(image):
+                raise PictureError("has several frames; data.first_frame=true takes the first of such pictures")
             image.load()
             prepared = shrink(to_rgb(image), max_edge)
             untouched = image.mode == "RGB" and prepared is image and image.format in ("JPEG", "PNG")
@@ -95,6 +94,11 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
         ) from None
     except Exception as error:  # decoders raise whatever they trip over: OSError, SyntaxError, struct.error, zlib.error
         raise PictureError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def has_several_frames(image: Image.Image) -> bool:
+    """Not how many: counting them reads each, and a file may have a hundred thousand."""
+    return image.is_animated if hasattr(image, "is_animated") else getattr(image, "n_frames", 1) > 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

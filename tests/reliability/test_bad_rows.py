@@ -65,9 +65,9 @@ FILES = {  # what a picture's file may be, and what is said of it
     "drawing.svg": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "none of JPEG"),
     "page.pdf": (b"%PDF-1.7\n1 0 obj\n", "none of JPEG"),
     "icon.ico": (encoded("ICO"), "none of JPEG"),
-    "moving.gif": (frames("GIF"), "has 3 frames; data.first_frame=true"),
-    "pages.tiff": (frames("TIFF"), "has 3 frames"),
-    "moving.webp": (frames("WEBP", "RGB"), "has 3 frames"),
+    "moving.gif": (frames("GIF"), "has several frames; data.first_frame=true"),
+    "pages.tiff": (frames("TIFF"), "has several frames"),
+    "moving.webp": (frames("WEBP", "RGB"), "has several frames"),
 }
 PATHS = {  # what may stand for a picture
     "nowhere.png": "is not there: nowhere.png",

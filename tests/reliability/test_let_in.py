@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 import socket
+import struct
 import sys
 import time
 from pathlib import Path
@@ -15,7 +16,7 @@ from datasets import Dataset, Features, List, Value
 
 from smolvlm_exp.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.checkpoint import MANIFEST, checkpoints, newest, sha256
-from smolvlm_exp.data.images import PictureError, prepare_image
+from smolvlm_exp.data.images import Limits, PictureError, prepare_image
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.errors import RequestError, RunError
 from smolvlm_exp.export.parts import PARTS
@@ -216,6 +217,23 @@ def test_a_bomb_is_refused_in_no_time():
     with pytest.raises(PictureError, match=r"more than data\.max_pixels"):
         prepare_image(data, 512)
     assert time.monotonic() - began < 0.5
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_tiff_of_very_many_pages_costs_no_time(first):
+    """Each page is a directory of its own that leads to the next; counting 20,000 of them takes Pillow 12 seconds."""
+    fields = [(256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 1), (278, 1), (279, 1)]
+    page = struct.pack("<H", len(fields)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+    size = len(page) + 4
+    pages = (page + struct.pack("<I", 8 + size * (n + 1) if n < 19_999 else 0) for n in range(20_000))
+    data = b"II*\0" + struct.pack("<I", 8) + b"".join(pages)
+    began = time.monotonic()
+    if first:
+        assert prepare_image(data, 512, Limits(first_frame=True))[1] == (1, 1)
+    else:
+        with pytest.raises(PictureError, match="has several frames"):
+            prepare_image(data, 512)
+    assert time.monotonic() - began < 1
 
 
 def test_nothing_outside_is_reached(processor, tmp_path, monkeypatch):
