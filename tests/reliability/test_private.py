@@ -89,7 +89,21 @@ def test_the_command_leaves_another_runs_folder_as_it_was(command, tmp_path):
 
 # What is stored
 
-KINDS = (".safetensors", ".json", ".jsonl", ".html", ".md", ".yaml", ".csv", ".txt", ".log", ".lock", ".onnx", ".wandb")
+KINDS = (
+    ".safetensors",
+    ".json",
+    ".jsonl",
+    ".html",
+    ".md",
+    ".yaml",
+    ".csv",
+    ".txt",
+    ".log",
+    ".lock",
+    ".onnx",
+    ".jinja",
+    ".wandb",
+)
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05", b"PK\x03\x04")  # how they begin, in a zip or not
 
 
