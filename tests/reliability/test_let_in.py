@@ -6,6 +6,7 @@ import pickle
 import shutil
 import socket
 import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -165,6 +166,22 @@ def test_an_export_brings_no_code(marker, tmp_path, small, kind):
         torch.save({"weight": Payload(marker)}, folder / "pytorch_model.bin")
         with pytest.raises(RequestError, match=r"model\.id="):
             load_folder(folder, None)
+
+
+def test_no_kernels_come_from_the_hub(marker, tmp_path):
+    """bitsandbytes asks `kernels`, where it is installed, for code from the Hub as soon as it is imported."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+    package = tmp_path / "installed" / "kernels"
+    told = package.with_name(f"kernels-{KERNELS_MIN_VERSION}.dist-info")
+    for folder in (package, told):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"open({str(marker)!r}, 'w')\n__getattr__ = lambda name: None\n")
+    (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = "import smolvlm_exp, bitsandbytes, peft, transformers.integrations.hub_kernels"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_what_is_hydras_own_runs():
