@@ -1,6 +1,5 @@
 """task=generate: answers about pictures, base and tuned side by side, as JSONL that a second run completes."""
 
-import io
 import json
 import os
 from collections.abc import Iterator
@@ -11,12 +10,13 @@ from typing import Any
 
 from smolvlm_exp.adapter import load_tuned
 from smolvlm_exp.config import Config
-from smolvlm_exp.data.images import PictureError, prepare_image
+from smolvlm_exp.data.images import Limits, PictureError, locate
 from smolvlm_exp.data.preferences import user
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.model import load_processor
 from smolvlm_exp.runs import as_typed
+from smolvlm_exp.session.prompt import open_picture
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -47,6 +47,7 @@ def answer(config: Config, folder: Path) -> Path:
     model = load_tuned(config)
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
     processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
+    max_edge, limits = config.data.max_edge, Limits.of(config.data)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(left), size):
@@ -54,7 +55,8 @@ def answer(config: Config, folder: Path) -> Path:
             lines: list[dict[str, Any]] = [vars(each).copy() for each in batch]
             for line in lines:
                 try:
-                    rows.append(row_of(pictures / line["image"], line["question"], config.data.max_edge))
+                    image = open_picture(locate(line["image"], pictures), max_edge, limits)
+                    rows.append({"images": [image], "prompt": [user(line["question"])]})
                 except PictureError as error:
                     line["problem"] = f"the picture {error}"
             for name, mode in models.items():
@@ -139,18 +141,3 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
     if whole != text:
         path.write_text(whole, encoding="utf-8")
     return found
-
-
-def row_of(path: Path, question: str, max_edge: int) -> dict[str, Any]:
-    """What `generate_answers` reads.
-
-    Raises:
-        PictureError: what is wrong with the picture.
-    """
-    from PIL import Image
-
-    try:
-        data, _ = prepare_image(path.read_bytes(), max_edge)
-    except OSError as error:
-        raise PictureError(f"cannot be read: {error.strerror}") from error
-    return {"images": [Image.open(io.BytesIO(data))], "prompt": [user(question)]}

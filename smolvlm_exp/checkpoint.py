@@ -108,31 +108,45 @@ def one_error(run: Path) -> Iterator[None]:
         if not is_full(error):
             raise
         left = checkpoints(run)
-        kept = f"{left[-1].name} is whole, and resume={run} goes on from it" if left else "no checkpoint was saved yet"
+        told = "Free some and give the command again: nothing half-written is left."
+        if left:
+            told = f"Free some and go on: {left[-1].name} is whole, and resume={run} goes on from it."
+        if (run / "checkpoints").exists():
+            told += " trainer.save_total_limit=1 keeps fewer."
         free = shutil.disk_usage(run).free / 2**20
         raise RunError(
-            f"no room left in {run}: {str(error).splitlines()[0]} ({free:,.0f} MiB free).\n"
-            f"Free some and go on: {kept}. trainer.save_total_limit=1 keeps fewer."
+            f"no room left in {run}: {str(error).splitlines()[0]} ({free:,.0f} MiB free).\n{told}"
         ) from error
 
 
 @contextlib.contextmanager
 def whole(final: Path) -> Iterator[Path]:
-    """A folder to fill that gets the name `final` once all of it is on the disk; nothing is left of one that fails."""
-    staging = final.with_name(f".{final.name}.part")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
+    """A folder to fill that takes the name `final` once all of it is on the disk; nothing is left of one that fails.
+
+    What had that name before stays until then. What a process that was killed left there is cleared up here: two at
+    once are kept apart by folder.claimed.
+    """
+    staging, before = (final.with_name(f".{final.name}.{end}") for end in ("part", "old"))
+
+    def clear() -> None:
+        if before.exists() and not final.exists():
+            before.rename(final)  # it ended between the two renames
+        for path in (staging, before):
+            shutil.rmtree(path, ignore_errors=True)
+
+    clear()
     try:
         with one_error(final.parent):
+            staging.mkdir(parents=True)
             yield staging
             for path in (*staging.rglob("*"), staging):
                 sync(path)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    shutil.rmtree(final, ignore_errors=True)
-    staging.rename(final)
-    sync(final.parent)
+            if final.exists():
+                final.rename(before)
+            staging.rename(final)
+            sync(final.parent)
+    finally:
+        clear()
 
 
 def is_full(error: BaseException) -> bool:

@@ -7,8 +7,9 @@ from dataclasses import MISSING, fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import hydra
 import yaml
-from hydra import compose, version
+from hydra import version
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
@@ -35,7 +36,9 @@ from smolvlm_exp.config import (
     unknown_keys,
 )
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.private import check_hydra, check_setting
+from smolvlm_exp.private import check_hydra, check_search_path, check_setting
+
+NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
 
 
 def check_command(args: Any) -> list[Config]:
@@ -51,11 +54,16 @@ def check_command(args: Any) -> list[Config]:
     if not folder.is_dir():
         raise RequestError(f"--config-path {args.config_path}: there is no such folder.")
     name = args.config_name or "config"
+    main = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if main.is_file():
+        check_search_path(main.read_text(encoding="utf-8", errors="replace"))
     try:
         with search_path(folder, args.config_dir):
             overrides = parsed(args.overrides)
             for override in overrides:
-                check_setting(override.key_or_group, (override.input_line or "").partition("=")[2])
+                given = (override.input_line or "").partition("=")[2]
+                check_setting(override.key_or_group, given)
+                check_search_path(given)
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
@@ -63,9 +71,16 @@ def check_command(args: Any) -> list[Config]:
             for override in groups:
                 check_option(override)
             check_keys(name, groups, [o for o in overrides if o not in groups])
-            return [parse(compose(name, overrides=job)) for job in jobs(name, overrides, args.multirun)]
+            return [read(name, job) for job in jobs(name, overrides, args.multirun)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
+
+
+def read(name: str, job: list[str]) -> Config:
+    """One job's settings, its own and Hydra's."""
+    composed = compose(name, overrides=job, return_hydra_config=True)
+    check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
+    return parse(composed)
 
 
 def folder_of(args: Any) -> str:
@@ -74,6 +89,21 @@ def folder_of(args: Any) -> str:
     with search_path(folder, args.config_dir):
         composed = compose(args.config_name or "config", overrides=args.overrides, return_hydra_config=True)
         return str(composed.hydra.run.dir)
+
+
+def compose(name: str, **asked: Any) -> DictConfig:
+    """Hydra's, whose errors for an odd command are not all of one family; without one it composes.
+
+    Raises:
+        RequestError: see `check_command`.
+    """
+    try:
+        return hydra.compose(name, **asked)
+    except (HydraException, OmegaConfBaseException):
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        given = " ".join(asked["overrides"])
+        raise RequestError(f"{given}: no such setting, or no such value ({str(error).splitlines()[0]}).") from error
 
 
 @contextmanager
@@ -142,8 +172,16 @@ def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]
         RequestError: an experiment that is a sweep is asked for as one run, or an interval of a grid.
     """
     plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    sweeper = compose(name, overrides=plain, return_hydra_config=True).hydra.sweeper
-    own = parsed([f"{key}={value}" for key, value in (sweeper.params or {}).items()])
+    own_settings = compose(name, overrides=plain, return_hydra_config=True).hydra
+    check_hydra(OmegaConf.to_container(own_settings, resolve=False))
+    lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
+    if lost:
+        raise RequestError(f"hydra.{lost}: Hydra cannot do without it.")
+    sweeper = own_settings.sweeper
+    params = sweeper.get("params") or {}
+    if not hasattr(params, "items"):  # an interpolation can stand for anything
+        raise RequestError("hydra.sweeper.params is no list of settings by name.")
+    own = parsed([f"{key}={value}" for key, value in params.items()])
     given = {o.key_or_group for o in overrides}
     if not multirun:
         lacking = [o.key_or_group for o in own if o.key_or_group not in given]
@@ -185,7 +223,7 @@ def samples(overrides: list[Override]) -> list[list[str]]:
 
 
 def is_group(override: Override) -> bool:
-    if "." in override.key_or_group:  # looking would take milliseconds
+    if not override.key_or_group or "." in override.key_or_group:  # looking would take milliseconds
         return False
     return GlobalHydra.instance().config_loader().get_group_options(override.key_or_group) != []
 
@@ -196,7 +234,7 @@ def check_option(override: Override) -> None:
     value = override.value()
     asked = override.sweep_string_iterator() if override.is_sweep_override() else [value]
     for option in asked:
-        if option is not None and str(option) not in known and str(option) != "null":
+        if str(option) not in known and not (option is None and override.is_delete()):
             raise RequestError(f"{override.key_or_group}={option}: no such option. {suggestion(str(option), known)}")
 
 

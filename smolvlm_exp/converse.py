@@ -14,7 +14,6 @@ from smolvlm_exp.config import Config
 from smolvlm_exp.data.images import PictureError
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.session.load import load_session
-from smolvlm_exp.session.prompt import open_picture
 from smolvlm_exp.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.stop import StopRequest
 
@@ -88,7 +87,7 @@ class Chat:
             print(f"! {error}")
 
     def ask(self, text: str) -> None:
-        images = [open_picture(path.read_bytes(), self.session.writer.max_edge) for path in self.waiting]
+        images = [self.session.writer.open(path) for path in self.waiting]
         answer = self.conversation.say(text, images, self.sampling)
         with StopAnswer(answer):
             for number, piece in enumerate(answer):
@@ -101,7 +100,7 @@ class Chat:
     def image(self, names: list[str]) -> None:
         paths = [Path(name).expanduser() for name in names]
         for path in paths:
-            open_picture(path.read_bytes(), self.session.writer.max_edge)  # told now, and not with the question
+            self.session.writer.open(path)  # told now, and not with the question
         self.waiting += paths
         print(f"{len(self.waiting)} for your next question")
 

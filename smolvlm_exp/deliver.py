@@ -15,6 +15,7 @@ from typing import Any
 from rich.console import Console
 
 from smolvlm_exp.adapter import load_tuned, saved_adapter
+from smolvlm_exp.checkpoint import whole
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.errors import RequestError
@@ -23,12 +24,13 @@ from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
 from smolvlm_exp.export.card import model_card
-from smolvlm_exp.export.folder import check_free, read_record, record, staged
+from smolvlm_exp.export.folder import check_free, read_record, record
 from smolvlm_exp.export.gate import Parity, facts, gate, parity, passes
 from smolvlm_exp.export.merge import load_merged, save_merged
 from smolvlm_exp.export.parts import formats, merged_precision, precisions
 from smolvlm_exp.export.push import check_account, push
 from smolvlm_exp.findings import findings, show
+from smolvlm_exp.folder import claimed
 from smolvlm_exp.model import load_processor
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.sweep.record import summary_of
@@ -58,11 +60,13 @@ def deliver(config: Config, folder: Path) -> dict[str, Path]:
     if config.export.push_to_hub:
         check_account(config.export.push_to_hub)
     delivery, written = Delivery(config, folder), {}
-    for name in wanted:
-        with staged(root / name) as staging:
-            getattr(delivery, f"write_{name}")(staging, root / name)
-        written[name] = root / name
-        print(as_typed(root / name))
+    root.mkdir(parents=True, exist_ok=True)
+    with claimed(root):
+        for name in wanted:
+            with whole(root / name) as staging:
+                getattr(delivery, f"write_{name}")(staging, root / name)
+            written[name] = root / name
+            print(as_typed(root / name))
     if config.export.push_to_hub:
         print(push(written[wanted[-1]], config.export.push_to_hub, config.export.private))
     return written

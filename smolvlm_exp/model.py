@@ -93,7 +93,7 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
         if config.shape is None:
             raise RequestError(f"model.weights=random needs model.shape, and model={config.id} gives none.")
         return with_random_weights(model_config(config.shape), kwargs, seed)
-    with readable_loading(config):
+    with readable_loading(config.id):
         model = AutoModelForImageTextToText.from_pretrained(source(config), revision=config.revision, **kwargs)
     return freeze_layout(model.eval())
 
@@ -125,7 +125,7 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
             f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {config.shape.vocab_size} tokens serves"
         )
         return make_processor(config.shape, stand_in(config.shape))
-    with readable_loading(config):
+    with readable_loading(config.id):
         return AutoProcessor.from_pretrained(
             source(config), revision=config.revision, trust_remote_code=False, **PILLOW
         )
@@ -136,17 +136,17 @@ def source(config: ModelConfig) -> str:
 
 
 @contextlib.contextmanager
-def readable_loading(config: ModelConfig):
+def readable_loading(name: str):
     """The hub's many errors, in two lines that say what to do."""
     try:
         yield
     except ImportError as error:
         first = str(error).strip().splitlines()[0]
-        raise RequestError(f"model.id={config.id}: {first}\nInstall what it needs: pip install '.[gpu]'") from error
+        raise RequestError(f"model.id={name}: {first}\nInstall what it needs: pip install '.[gpu]'") from error
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise RequestError(
-            f"model.id={config.id}: {first}\nGive a folder that holds the model, connect to the hub, "
+            f"model.id={name}: {first}\nGive a folder that holds the model, connect to the hub, "
             "or build the shape with model.weights=random."
         ) from error
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib import import_module
 from typing import Any
 
 from smolvlm_exp.errors import RequestError
@@ -13,7 +14,10 @@ VALUES = re.compile(
 HELD = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")  # names of environment variables whose values are secrets
 CODE = ("_target_", "trust_remote_code", "code_revision", "custom_generate", "use_kernels", "kernel_config")
 LOADED = re.compile(r"LD_|DYLD_|PYTHON|PATH$")  # environment variables by which a process loads others' code
-OWN = ("hydra.", "hydra_plugins.")
+OWN = ("hydra", "hydra_plugins", "logging")
+CALLS = ("_target_", "()", "class")  # what Hydra and `logging` call, by its name
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")  # `logging` imports whatever else stands behind ext://
+OUTPUT = "${hydra.runtime.output_dir}/"  # how Hydra's own log files begin; other interpolations could spell ext://
 
 
 def check_setting(key: str, value: Any) -> None:
@@ -53,12 +57,53 @@ def check_hydra(node: Any, path: str = "hydra") -> None:
     """Hydra's own settings, of which some are instantiated: by what is Hydra's own, and by nothing else.
 
     Raises:
-        RequestError: something else is to be called, or the environment is to load code.
+        RequestError: something else is to be called or imported, the environment is to load code or holds a secret.
     """
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in items:
         key = f"{path}.{name}"
-        foreign = name == "_target_" and not str(value).startswith(OWN)
-        if foreign or (path.endswith("env_set") and LOADED.search(str(name))):
+        if calls_others(key, value):
             raise RequestError(f"{key}={value}: refused, because it would run code that is no part of this program.")
+        if path.endswith("env_set"):
+            check_setting(key, value)
         check_hydra(value, key)
+
+
+def calls_others(key: str, value: Any) -> bool:
+    """Whether one of Hydra's settings has something called or imported that is neither Hydra's nor `logging`'s."""
+    path, _, name = key.rpartition(".")
+    if name in CALLS:
+        return not is_own(str(value))
+    if name == "env_set":
+        return isinstance(value, str)  # an interpolation: what it stands for could not be looked at
+    if path.endswith("env_set"):
+        return bool(LOADED.search(name))
+    if not isinstance(value, str) or "_logging" not in key:
+        return False
+    return ("ext://" in value and value not in STREAMS) or ("${" in value and not value.startswith(OUTPUT))
+
+
+def is_own(target: str) -> bool:
+    """Whether this names a class of Hydra's, of its plugins' or of `logging`'s, and not what their modules import."""
+    module, _, name = target.rpartition(".")
+    if module.partition(".")[0] not in OWN:
+        return False
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    return isinstance(found, type) and found.__module__.partition(".")[0] in OWN
+
+
+def check_search_path(text: str) -> None:
+    """
+    Args:
+        text: of a setting or file that may say where else Hydra looks for files.
+
+    Raises:
+        RequestError: in a Python package, which Hydra would import.
+    """
+    if "pkg://" in text:
+        raise RequestError(
+            "hydra.searchpath: pkg:// is refused, because it would run code that is no part of this program."
+        )

@@ -9,6 +9,7 @@ import pytest
 from smolvlm_exp.config import PACKAGE
 from smolvlm_exp.converse import Chat, converse
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.session.load import load_session
 from smolvlm_exp.session.session import Sampling, SmolVLMSession
 from tests.conftest import compose
 
@@ -35,6 +36,17 @@ def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, caps
     assert "never read" not in out
 
 
+def test_pictures_have_the_limits_of_data(chat, small, capsys):
+    """The size of a file is looked at before it is read, and its pixels before they are decoded."""
+    config = compose("task=chat", f"model.id={small}", "quant=none", "data.max_pixels=999", "data.max_image_mib=1")
+    chat.session.writer.limits = load_session(config).writer.limits
+    chat.handle(f"/image {CAT}")
+    assert "more than data.max_pixels=999" in capsys.readouterr().out
+    chat.handle("/image /dev/zero")
+    assert "is not there: /dev/zero" in capsys.readouterr().out
+    assert chat.waiting == []
+
+
 def test_commands(chat, capsys, tmp_path):
     (tmp_path / "a cat.jpg").write_bytes(CAT.read_bytes())
     chat.handle(f"/image '{tmp_path / 'a cat.jpg'}' {CAT}")
@@ -52,7 +64,7 @@ def test_commands(chat, capsys, tmp_path):
     [
         ("/image nowhere.png", "! "),
         (f"/image {__file__}", "cannot be decoded"),
-        ("a <end_of_utterance> b", "would read as a control token"),
+        ("a \udcff", "half a character"),
         ("/save", "/save FILE"),
         ("/sing", "there is no /sing"),
     ],

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -97,6 +98,27 @@ def test_a_file_that_is_no_file_of_answers(tmp_path):
     path.write_text('{"image": "a.jpg", "question": "?", "problem": "the picture is gone"}\n[1, 2]\n')
     with pytest.raises(RequestError, match=r"notes\.jsonl, line 2: this is no file of answers; name another"):
         answered(path, ("answer",))
+
+
+def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
+    """A file of questions that comes from others, and limits of pictures."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PHOTOS / "cat.jpg", tmp_path / "mine.jpg")
+    (pictures / "link.jpg").symlink_to(tmp_path / "mine.jpg")
+    names = ["../mine.jpg", str(tmp_path / "mine.jpg"), "link.jpg", "http://127.0.0.1/a.png", "cat.jpg"]
+    asked = [{"image": name, "question": "What?"} for name in names]
+    (pictures / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    arguments = (*PLAIN, "task.questions=pictures/asked.jsonl", "task.answers=a.jsonl")
+    opened = []
+    sys.addaudithook(lambda event, a: opened.append(a[0]) if event == "open" and "mine.jpg" in str(a[0]) else None)
+    answer(compose(*arguments), tmp_path)
+    found = lines(tmp_path / "a.jsonl")
+    assert ["lies outside the data's folder" in each["problem"] for each in found[:3]] == [True] * 3
+    assert "is a URL" in found[3]["problem"]
+    assert found[4]["answer"]
+    assert opened == []
+    answer(compose(*arguments, "task.answers=b.jsonl", "data.max_pixels=999"), tmp_path)
+    assert "more than data.max_pixels=999" in lines(tmp_path / "b.jsonl")[4]["problem"]
 
 
 @pytest.mark.parametrize(

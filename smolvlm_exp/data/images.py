@@ -9,7 +9,7 @@ import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -31,6 +31,11 @@ class Limits:
     max_pixels: int = 100_000_000  # 17 KB of PNG can say that they are ten times as many
     max_image_mib: int = 64  # of its file
     first_frame: bool = False  # of several; else such a picture is a problem
+
+    @classmethod
+    def of(cls, config: Any) -> Self:
+        """Those of the group `data`."""
+        return cls(config.max_pixels, config.max_image_mib, config.first_frame)
 
 
 class PictureError(ValueError):
@@ -73,9 +78,8 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
-            frames = getattr(image, "n_frames", 1)
-            if frames > 1 and not limits.first_frame:
-                raise PictureError(f"has {frames} frames; data.first_frame=true takes the first of such pictures")
+            if not limits.first_frame and has_several_frames(image):
+                raise PictureError("has several frames; data.first_frame=true takes the first of such pictures")
             image.load()
             prepared = shrink(to_rgb(image), max_edge)
             untouched = image.mode == "RGB" and prepared is image and image.format in ("JPEG", "PNG")
@@ -90,6 +94,11 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
         ) from None
     except Exception as error:  # decoders raise whatever they trip over: OSError, SyntaxError, struct.error, zlib.error
         raise PictureError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def has_several_frames(image: Image.Image) -> bool:
+    """Not how many: counting them reads each, and a file may have a hundred thousand."""
+    return image.is_animated if hasattr(image, "is_animated") else getattr(image, "n_frames", 1) > 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -165,7 +165,7 @@ def prepare(rows: "Dataset", config: DataConfig, controls: Sequence[str] = ()) -
         fn_kwargs={
             "max_edge": config.max_edge,
             "version": VERSION,
-            "limits": Limits(config.max_pixels, config.max_image_mib, config.first_frame),
+            "limits": Limits.of(config),
             "controls": list(controls),
         },
         features=Features({**undecoded.features, **added}),  # not inferred: a first batch may hold bad rows alone

@@ -73,7 +73,6 @@ class PackedSteps(Trainer):
             )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every row has a picture, so every parameter is used
-        args.logging_nan_inf_filter = False  # it looks at every loss as it comes, and hides those that are none
         super().__init__(
             data_collator=row_numbers,
             train_dataset=numbered(len(collator.rows)),

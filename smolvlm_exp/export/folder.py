@@ -1,9 +1,5 @@
-"""The folder of an export: whole or not at all, and nobody else's files are touched."""
+"""The folder of an export, which `checkpoint.whole` writes: nobody else's files are touched."""
 
-import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,24 +31,6 @@ def files_in(folder: Path) -> dict[str, int]:
     """Bytes of each file below, by its path from there."""
     found = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
-
-
-@contextmanager
-def staged(folder: Path) -> Iterator[Path]:
-    """An empty folder that takes the place of `folder` when all went well, and else is gone."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staging = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    before = folder.with_name(f".{folder.name}.{os.getpid()}.old")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
-    try:
-        yield staging
-        if folder.exists():
-            folder.rename(before)
-        staging.rename(folder)
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def record(folder: Path, content: dict[str, Any]) -> None:

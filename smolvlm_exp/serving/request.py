@@ -14,7 +14,7 @@ from pydantic import BaseModel, Field
 from smolvlm_exp.data.images import PictureError
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.serving.limits import ServeConfig
-from smolvlm_exp.session.prompt import Prompt, open_picture
+from smolvlm_exp.session.prompt import Prompt
 from smolvlm_exp.session.session import Sampling, SmolVLMSession
 
 MEGABYTE = 1_000_000
@@ -94,7 +94,7 @@ def picture(given: Url | None, session: SmolVLMSession, limits: ServeConfig) -> 
     if len(found[1]) * 3 / 4 > limits.max_image_megabytes * MEGABYTE:
         raise RequestError(f"a picture's file has more than {limits.max_image_megabytes:g} MB.")
     try:
-        return open_picture(base64.b64decode(found[1], validate=True), session.writer.max_edge)
+        return session.writer.open(base64.b64decode(found[1], validate=True))
     except binascii.Error as error:
         raise RequestError(f"a picture's data is no base64: {error}.") from error
     except PictureError as error:

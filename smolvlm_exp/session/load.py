@@ -4,11 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.images import Limits
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.export.folder import RECORD, read_record
 from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
 from smolvlm_exp.schema import at_least, one_of
-from smolvlm_exp.training.fit import SIZES, size_of
+from smolvlm_exp.sizes import bytes_of
 
 if TYPE_CHECKING:
     from smolvlm_exp.config import Config
@@ -32,16 +33,20 @@ def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
     """
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
-    from smolvlm_exp.model import PILLOW, resolve_dtype
+    from smolvlm_exp.model import PILLOW, readable_loading, resolve_dtype
     from smolvlm_exp.session.onnx_model import OnnxModel
     from smolvlm_exp.session.torch_model import TorchModel
 
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder}: there is no model in it (no config.json).")
-    processor = AutoProcessor.from_pretrained(folder, **PILLOW)
-    if is_onnx(folder):
-        return OnnxModel(folder, exported_precisions(folder, precision)), processor
-    return TorchModel(AutoModelForImageTextToText.from_pretrained(folder, dtype=resolve_dtype("auto"))), processor
+    with readable_loading(str(folder)):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **PILLOW)
+        if is_onnx(folder):
+            return OnnxModel(folder, exported_precisions(folder, precision)), processor
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
+        )
+    return TorchModel(model), processor
 
 
 def is_onnx(folder: Path) -> bool:
@@ -79,9 +84,7 @@ def load_session(config: "Config") -> "SmolVLMSession":
     from smolvlm_exp.session.torch_model import TorchModel
 
     own, folder = config.session, Path(config.model.id)
-    budget = size_of(own.keep, SIZES)
-    if budget is None:
-        raise RequestError(f"session.keep={own.keep} is no size; write 1GiB, 512MiB or 0MiB.")
+    budget = bytes_of("session.keep", own.keep)
     if is_onnx(folder) or (folder / RECORD).is_file():
         if config.model.adapter:
             raise RequestError(f"model.id={folder} has its adapter merged already: leave run= and model.adapter= out.")
@@ -92,4 +95,4 @@ def load_session(config: "Config") -> "SmolVLMSession":
         model = load_tuned(config)
         use_exact_dora(model)  # PEFT's own computes each layer's norm anew for every token
         parts = TorchModel(model), load_processor(config.model)
-    return SmolVLMSession(*parts, budget=budget, max_edge=config.data.max_edge)
+    return SmolVLMSession(*parts, budget=budget, max_edge=config.data.max_edge, limits=Limits.of(config.data))

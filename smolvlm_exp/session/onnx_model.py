@@ -36,7 +36,7 @@ class OnnxModel:
         if missing:
             there = ", ".join(sorted(file.name for file in missing.parent.glob("*.onnx"))) or "no graph"
             raise RequestError(f"{missing} is not there (there is {there}): export it, or give session.precision.")
-        self.config: Any = AutoConfig.from_pretrained(folder)
+        self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self.vision, self.embedding, self.decoder = (runtime(files[part]) for part in (VISION, EMBEDDING, DECODER))
         self.names = [each.name for each in self.decoder.get_inputs() if each.name.startswith("past_key_values.")]
         first = next(each for each in self.decoder.get_inputs() if each.name == self.names[0])

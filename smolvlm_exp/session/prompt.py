@@ -6,15 +6,15 @@ The pieces between control tokens are tokenised apart, which gives the ids that 
 import hashlib
 import io
 from dataclasses import dataclass, field
-from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
 import torch
 from PIL.Image import Image
 
-from smolvlm_exp.data.controls import control_tokens
-from smolvlm_exp.data.images import prepare_image, shrink, to_rgb
+from smolvlm_exp.data.controls import as_text, control_tokens
+from smolvlm_exp.data.images import Entry, Limits, prepare_image, read, shrink, to_rgb
 from smolvlm_exp.errors import RequestError
 
 
@@ -58,16 +58,14 @@ class Prompt:
 
 
 class Writer:
-    """Writes prompts as the model's chat template has them."""
+    """Writes prompts as the model's chat template has them. Control tokens that somebody typed are text."""
 
-    def __init__(self, processor: Any, max_edge: int) -> None:
-        self.processor, self.tokenizer, self.max_edge = processor, processor.tokenizer, max_edge
+    def __init__(self, processor: Any, max_edge: int, limits: Limits) -> None:
+        self.processor, self.tokenizer = processor, processor.tokenizer
+        self.max_edge, self.limits = max_edge, limits
+        self.controls = control_tokens(processor)
         self.end: int = self.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
         self.image_token: int = processor.image_token_id
-
-    @cached_property
-    def controls(self) -> list[str]:
-        return control_tokens(self.processor)
 
     def prompt(self, messages: list[dict[str, Any]], pictures: list[Picture]) -> Prompt:
         """
@@ -75,25 +73,33 @@ class Writer:
             messages: their content is a list of parts; an `image` part takes the next of `pictures`.
 
         Raises:
-            RequestError: there are not as many pictures as parts for them, or a text has a control token.
+            RequestError: there are not as many pictures as parts for them.
         """
-        for message in messages:
-            self.check(message["content"])
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
-        return self.write(Prompt(), text, pictures)
+        return self.write(Prompt(), self.template(messages), pictures)
 
     def turn(self, prompt: Prompt, question: str, pictures: list[Picture]) -> Prompt:
         """`prompt`, or a copy of it, with the user's next turn and the start of the answer."""
         content: list[dict[str, Any]] = [{"type": "image"} for _ in pictures]
         content.append({"type": "text", "text": question})
-        self.check(content)
-        messages = [{"role": "user", "content": content}]
-        text = self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        text = self.template([{"role": "user", "content": content}])
         if not prompt.ids:
             return self.write(prompt, text, pictures)
         if prompt.ids[-1] != self.end:  # an answer that was stopped
             prompt.add([self.end])
         return self.write(prompt, "\n" + text.removeprefix(self.tokenizer.bos_token), pictures)
+
+    def template(self, messages: list[dict[str, Any]]) -> str:
+        """The messages as one text, in which every control token is the template's; see data/controls.py.
+
+        Raises:
+            RequestError: it is no text that a tokenizer can read.
+        """
+        text = self.processor.apply_chat_template(as_text(messages, self.controls), add_generation_prompt=True)
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise RequestError("the text holds half a character (a lone surrogate), which no UTF-8 text can.") from None
+        return text
 
     def write(self, prompt: Prompt, text: str, pictures: list[Picture]) -> Prompt:
         pieces = text.split(self.processor.image_token)
@@ -115,17 +121,20 @@ class Writer:
         ids = self.tokenizer(span, add_special_tokens=False)["input_ids"]
         return Picture(key, ids, made["pixel_values"], made["pixel_attention_mask"])
 
-    def check(self, content: list[dict[str, Any]]) -> None:
-        for part in content:
-            typed = next((c for c in self.controls if c in (part.get("text") or "")), None)
-            if typed:
-                raise RequestError(f"the text contains {typed}, which the model would read as a control token.")
+    def open(self, given: bytes | Path) -> Image:
+        """A picture's file, from whoever it comes.
+
+        Raises:
+            PictureError: what is wrong with it.
+        """
+        here = isinstance(given, Path)
+        entry = {"bytes": None if here else given, "path": str(given) if here else None}
+        return open_picture(entry, self.max_edge, self.limits)
 
 
-def open_picture(data: bytes, max_edge: int) -> Image:
-    """A picture's file, from whoever it comes.
-
+def open_picture(entry: Entry, max_edge: int, limits: Limits) -> Image:
+    """
     Raises:
         PictureError: what is wrong with it.
     """
-    return PIL.Image.open(io.BytesIO(prepare_image(data, max_edge)[0]))
+    return PIL.Image.open(io.BytesIO(prepare_image(read(entry, limits), max_edge, limits)[0]))

@@ -23,6 +23,7 @@ import torch
 from PIL.Image import Image
 from tokenizers.decoders import DecodeStream
 
+from smolvlm_exp.data.images import Limits
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.session.kept import Kept
 from smolvlm_exp.session.prompt import Picture, Prompt, Writer
@@ -42,15 +43,18 @@ class Sampling:
 
 
 class SmolVLMSession:
-    def __init__(self, model: Any, processor: Any, budget: int = GIB, max_edge: int = 512) -> None:
+    def __init__(
+        self, model: Any, processor: Any, budget: int = GIB, max_edge: int = 512, limits: Limits | None = None
+    ) -> None:
         """
         Args:
             model: a TorchModel or an OnnxModel.
             budget: bytes for what is kept of conversations and pictures; 0 keeps nothing.
             max_edge: pixels; larger pictures are shrunk to it, as training did (data.max_edge).
+            limits: of pictures' files; None: the defaults of data.*.
         """
         self.model, self.processor = model, processor
-        self.writer = Writer(processor, max_edge)
+        self.writer = Writer(processor, max_edge, limits or Limits())
         self.kept = Kept(budget)
         self.limit: int = model.config.text_config.max_position_embeddings
         self.numbers = itertools.count()
@@ -235,7 +239,7 @@ class Conversation:
         """The answer to the user's next turn.
 
         Raises:
-            RequestError: the text has a control token, or the conversation is too long; it stays as it was.
+            RequestError: the conversation is too long; it stays as it was.
         """
         pictures = [self.session.writer.picture(image) for image in images]
         asked = self.session.writer.turn(self.so_far.copy(), text, pictures)

@@ -54,8 +54,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.global_step:
-            cut(self.path, state.global_step)
+        cut(self.path, state.global_step)
         self.idle = time.perf_counter()
         self.since = (self.idle, state.global_step, 0.0)
 
@@ -127,11 +126,16 @@ def append(path: Path, event: dict[str, Any]) -> None:
 
 
 def cut(path: Path, step: int) -> None:
-    """Take away what was logged after `step`, which is done again now, and the half line that a kill left."""
+    """Take away what was logged after `step`, which is done again now, and the half line that a kill left.
+
+    At step 0 that is all: a run that was killed before its first checkpoint may have logged already.
+    """
+    if not path.exists():
+        return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n") if path.exists() else []:  # U+2028 may stand in a string
+    for line in path.read_text(encoding="utf-8").split("\n"):  # U+2028 may stand in a string
         try:
-            if json.loads(line)["step"] <= step:
+            if json.loads(line)["step"] <= step and step:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue

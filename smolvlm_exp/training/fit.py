@@ -1,6 +1,5 @@
 """trainer.memory_budget: a run's micro-batch and what its layers keep, planned from shapes, measured, and told."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -8,13 +7,13 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.sizes import size_of
 from smolvlm_exp.training.common import TrainerConfig
 
 if TYPE_CHECKING:
     from smolvlm_exp.engine.footprint import Facts
     from smolvlm_exp.engine.memory import Plan
 
-SIZES = {"MB": 1e6, "MiB": 2**20, "GB": 1e9, "GiB": 2**30}
 HELP = (
     "What takes less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
     "`task=plan` with the same settings says which."
@@ -30,16 +29,10 @@ def budget_of(text: str) -> int | str:
     """
     if text in ("auto", "none"):
         return text
-    found = size_of(text, SIZES)
+    found = size_of(text)
     if not found:
         raise RequestError(f"trainer.memory_budget={text} is no size; write auto, none, 8GiB or 512MiB.")
     return found
-
-
-def size_of(text: str, units: dict[str, float]) -> int | None:
-    """Bytes that a text such as `1.5 GiB` names; None where it names none in `units`."""
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(units)})", text.strip())
-    return int(float(found[1]) * units[found[2]]) if found else None
 
 
 def pairs_together(config: TrainerConfig) -> int:

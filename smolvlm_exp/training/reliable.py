@@ -43,13 +43,14 @@ class Reliable(Trainer):
     _total_train_tokens: Any
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # transformers would look at every loss as it comes, wait for it, and hide those that are no number
+        kwargs["args"].logging_nan_inf_filter = False
         super().__init__(*args, **kwargs)
         self.identity: dict[str, Any] = {}
         self.resumed_at = 0
         self.saving: Path | None = None
         self.step_loss: Any = 0.0
         self.guard = FiniteGuard(3, self.rows_of)
-        self.args.logging_nan_inf_filter = False  # it looks at every loss as it comes, and hides those that are none
 
     # Random numbers: a resumed run makes its loaders anew, so none of them may draw from the run's own
 

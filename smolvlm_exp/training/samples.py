@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.training.callbacks import MetricsCallback, append
+from smolvlm_exp.training.callbacks import MetricsCallback, append, cut
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
@@ -37,11 +37,12 @@ class SamplesCallback(TrainerCallback):
         """
         self.every, self.processor, self.metrics = every, processor, metrics
         self.rows = [preferences.test[i] for i in range(min(SHOWN, len(preferences.test)))] if every else []
-        self.start = start
+        self.start, self.path = start, metrics.path.with_name(FILE)
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        cut(self.path, state.global_step)
         if self.rows and state.global_step == 0:
             self.keep(state, self.start[: len(self.rows)])
 
@@ -58,5 +59,5 @@ class SamplesCallback(TrainerCallback):
         self.metrics.leave_out()
 
     def keep(self, state: TrainerState, answers: list[str]) -> None:
-        append(self.metrics.path.with_name(FILE), {"step": state.global_step, "answers": answers})
+        append(self.path, {"step": state.global_step, "answers": answers})
         self.metrics.tracker.show_samples(self.rows, answers, state.global_step)

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.sizes import bytes_of
 from smolvlm_exp.training.common import Parts, TrainerConfig, with_pissa
-from smolvlm_exp.training.fit import budget_of, size_of
+from smolvlm_exp.training.fit import budget_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -20,7 +21,6 @@ STOCK_ALONE = (
     "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
     "torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
-UNITS: dict[str, float] = {"MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 FEATURE_TILES = 64  # tiles that go through the tower together where their features are kept
 
 
@@ -64,18 +64,6 @@ def check_features(config: "Config", model: "PreTrainedModel") -> None:
             f"trainer.keep_features=true: adapter.target={config.adapter.target} reaches {found}, so image features "
             "change at every step.\nUse adapter.target=text, or leave trainer.keep_features out."
         )
-
-
-def bytes_of(key: str, size: str) -> int:
-    """`8GiB` -> 8589934592.
-
-    Raises:
-        RequestError: it is no size.
-    """
-    found = size_of(size, UNITS)
-    if found is None:
-        raise RequestError(f"{key}={size} is no size; write it as 8GiB or 500MiB.")
-    return found
 
 
 def store(config: TrainerConfig) -> "Store":

@@ -1,13 +1,16 @@
 """An exported folder is whole or not there, and holds nothing of anybody else's."""
 
+import os
+
 import pytest
 
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.export.folder import check_free, read_record, record, staged
+from smolvlm_exp.checkpoint import whole
+from smolvlm_exp.errors import RequestError, RunError
+from smolvlm_exp.export.folder import check_free, read_record, record
 
 
 def write(folder, text):
-    with staged(folder) as staging:
+    with whole(folder) as staging:
         (staging / "weights").write_text(text)
         record(staging, {"format": "merged"})
 
@@ -28,7 +31,7 @@ def test_nothing_is_left_of_what_failed(tmp_path, error):
     write(folder, "one")
 
     def fail():
-        with staged(folder) as staging:
+        with whole(folder) as staging:
             (staging / "weights").write_text("half")
             raise error
 
@@ -36,6 +39,37 @@ def test_nothing_is_left_of_what_failed(tmp_path, error):
         fail()
     assert (folder / "weights").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+
+
+def test_a_kill_between_the_names_loses_neither(tmp_path, monkeypatch):
+    """The old folder has its name given up and the new one has none yet: whoever writes there next brings it back."""
+    folder = tmp_path / "merged"
+    write(folder, "one")
+
+    def cut(path, target):
+        os.rename(path, target)
+        if ".old" in str(target):
+            os._exit(9)
+
+    child = os.fork()
+    if not child:
+        monkeypatch.setattr(type(folder), "rename", cut)
+        write(folder, "two")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.old", ".merged.part"]
+    with pytest.raises(KeyError), whole(folder):
+        raise KeyError((folder / "weights").read_text())
+    assert (folder / "weights").read_text() == "one"
+    assert [path.name for path in tmp_path.iterdir()] == ["merged"]
+    write(folder, "three")
+    assert (folder / "weights").read_text() == "three"
+
+
+def test_a_full_disk_says_what_to_do(tmp_path):
+    again = r"no room left in[\s\S]*give the command again: nothing half-written is left"
+    with pytest.raises(RunError, match=again), whole(tmp_path / "merged"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_somebody_elses_files(tmp_path):

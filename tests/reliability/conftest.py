@@ -19,6 +19,7 @@ import torch
 
 from smolvlm_exp.adapter import lora_config
 from smolvlm_exp.checkpoint import newest, numbered
+from smolvlm_exp.command import check_command
 from smolvlm_exp.model import load_model
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.same_run import same_run
@@ -36,6 +37,8 @@ LONG = (
     "adapter.r=2", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false", "trainer.learning_rate=1e-3",
     "trainer.extra.disable_tqdm=true",
 )  # fmt: skip
+SHORTEST = ("trainer.max_steps=1", "trainer.save_steps=1", "trainer.eval_strategy=no", "trainer.logging_steps=1")
+TOKEN = "hf_" + "aB3" * 11  # the form of one
 CLOCKS = ("runtime", "per_second", "total_flos", "gib", "data_wait")
 
 
@@ -136,3 +139,19 @@ def kill(child: int) -> None:
     with contextlib.suppress(ProcessLookupError):  # it has no group of its own yet
         os.killpg(child, signal.SIGKILL)
     os.kill(child, signal.SIGKILL)
+
+
+@pytest.fixture(scope="session")
+def built(bench, tmp_path_factory):
+    """A run with one checkpoint, made where the environment holds secrets."""
+    folder = tmp_path_factory.mktemp("built")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
+            patch.setenv(name, TOKEN)
+        bench.run(folder, *SHORTEST)
+    return folder
+
+
+def typed(*overrides, **options):
+    given = {"multirun": False, "config_path": None, "config_name": None, "config_dir": None, **options}
+    return check_command(SimpleNamespace(overrides=list(overrides), **given))

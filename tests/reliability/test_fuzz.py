@@ -122,6 +122,8 @@ def damage(examples):
 
 
 KEYS = every_key()
+GROUPS = ["", "model", "data", "quant", "experiment", "tuned", "hydra/launcher", "hydra.sweeper", "hydra.callbacks"]
+MISSPELT = [key + "x" for key in KEYS[::5]]
 SAID = st.one_of(
     st.sampled_from(
         ["null", "true", "[]", "{}", "[1,2]", "{a: 1}", "???", "nan", "inf", "-1", "0", "1e400", "''", "$", "a b"]
@@ -136,6 +138,18 @@ def test_any_command():
     commands(8)
 
 
+@pytest.mark.parametrize(
+    "override",
+    ["=null", "model=null", "+quant=null", "experiment=null", "model=[tiny,tiny]", "hydra.sweeper.params={a: 1}",
+     "hydra.sweeper.params=${oc.env:HOME}", "hydra/launcher=3", "hydra.sweeper=null",
+     "~hydra.launcher", "hydra.run=null", "hydra.job=null"],
+)  # fmt: skip
+def test_commands_that_hydra_trips_over(override):
+    """Each was a traceback of Hydra's own once."""
+    with pytest.raises(RequestError, match=r"no such|is no list of settings|cannot do without it"):
+        compose(override)
+
+
 @pytest.mark.slow
 def test_very_many_commands():
     commands(300)
@@ -143,7 +157,7 @@ def test_very_many_commands():
 
 def commands(examples):
     seen = {"taken": 0, "refused": 0}
-    keys = st.sampled_from(KEYS) | st.sampled_from([k + "x" for k in KEYS[::5]]) | st.text(max_size=8)
+    keys = st.sampled_from(KEYS) | st.sampled_from(GROUPS) | st.sampled_from(MISSPELT) | st.text(max_size=8)
 
     @settings(max_examples=examples, **QUIET)
     @given(st.lists(st.tuples(st.sampled_from(["", "+", "++", "~"]), keys, SAID), min_size=1, max_size=3))

@@ -80,6 +80,18 @@ def test_kill_9_at_any_moment(bench, tmp_path, engine, kills, changes):
     print(f"{engine}: {survived} kills survived in {runs} runs")
 
 
+def test_what_was_logged_before_the_first_checkpoint_is_logged_once(bench, tmp_path):
+    """A kill between the first line of metrics.jsonl and the first checkpoint; it starts again in the same folder."""
+    brief = ("trainer.max_steps=2", "trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.logging_steps=1")
+    bench.run(tmp_path / "whole", *brief)
+    (tmp_path / "run").mkdir()
+    first = (tmp_path / "whole" / "metrics.jsonl").read_text().splitlines()[0]
+    (tmp_path / "run" / "metrics.jsonl").write_text(f"{first}\n{first[:40]}")
+    bench.run(tmp_path / "run", *brief)
+    assert [event["step"] for event in logged(tmp_path / "run")] == [1, 2]
+    assert logged(tmp_path / "run") == logged(tmp_path / "whole")
+
+
 def command_killed(folder, settings, kills, rng, span, cwd):
     """The command people type, killed with all it started, then the same with resume, until it is done.
 
@@ -89,8 +101,9 @@ def command_killed(folder, settings, kills, rng, span, cwd):
     reached, resume = [], []
     while True:
         command = [sys.executable, "-m", "smolvlm_exp", *settings, *(resume or [f"hydra.run.dir={folder}"])]
+        since = time.time_ns()
         running = subprocess.Popen(command, cwd=cwd, stderr=subprocess.PIPE, text=True, start_new_session=True)
-        while len(reached) < kills and running.poll() is None and not began(folder, reached):
+        while len(reached) < kills and running.poll() is None and not began(folder, reached, since):
             time.sleep(0.05)
         if len(reached) < kills:
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -107,9 +120,11 @@ def command_killed(folder, settings, kills, rng, span, cwd):
             shutil.rmtree(folder)  # killed before there was anything to go on from: it starts again
 
 
-def began(folder, reached):
-    """Whether a run has taken a step since the last kill."""
+def began(folder, reached, since):
+    """Whether a process that began at `since` has taken a step; what one before it logged is no sign of that."""
     path = folder / "metrics.jsonl"
+    if not path.exists() or path.stat().st_mtime_ns < since:
+        return False
     steps = [json.loads(line)["step"] for line in path.read_text().splitlines()[:-1]] if path.exists() else []
     return max(steps, default=0) > (reached[-1] if reached else 0)
 
@@ -123,7 +138,7 @@ def numbers(folder):
 @pytest.mark.parametrize("engine", ["shared", "stock"])
 def test_the_command_is_killed_until_it_is_done(tmp_path, engine):
     settings = [
-        "tracker=none", "data.train_rows=64", "data.test_rows=8", "trainer.max_steps=24", "trainer.logging_steps=1",
+        "tracker=none", "data.train_rows=64", "data.test_rows=8", "trainer.max_steps=80", "trainer.logging_steps=1",
         "trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.save_steps=1",
         "trainer.eval_strategy=steps", "trainer.eval_steps=5", "trainer.dataloader_num_workers=1",
         "trainer.disable_dropout=false", "adapter.lora_dropout=0.1", f"trainer.engine={engine}",
@@ -132,6 +147,8 @@ def test_the_command_is_killed_until_it_is_done(tmp_path, engine):
     whole, killed, rng = tmp_path / "whole", tmp_path / "killed", random.Random(7)
     assert command_killed(whole, settings, 0, rng, 0, tmp_path) == []
     reached = command_killed(killed, settings, 20, rng, 1.0, tmp_path)
+    assert len(reached) == 20
+    assert len(set(reached)) >= 10  # it was killed on its way, and not while it started
     assert numbers(killed) == numbers(whole)
     mine, theirs = (load_file(each / "adapter" / "adapter_model.safetensors") for each in (killed, whole))
     assert all(mine[name].equal(theirs[name]) for name in theirs)

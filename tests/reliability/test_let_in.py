@@ -1,35 +1,32 @@
-"""P12, secrets and folders: nothing that comes along runs, nothing outside is reached, nothing private gets out."""
+"""P12: nothing that comes along runs, and nothing outside is reached."""
 
 import json
 import os
 import pickle
 import shutil
-import signal
 import socket
+import struct
+import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 
-from smolvlm_exp import folder as folders
 from smolvlm_exp.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.checkpoint import MANIFEST, checkpoints, newest, sha256
-from smolvlm_exp.command import check_command
-from smolvlm_exp.data.images import PictureError, prepare_image
+from smolvlm_exp.data.images import Limits, PictureError, prepare_image
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.errors import RequestError, RunError
-from smolvlm_exp.folder import check_unused, claimed
+from smolvlm_exp.export.parts import PARTS
 from smolvlm_exp.model import EMBEDDED, load_model, load_processor
+from smolvlm_exp.session.load import load_folder
 from tests.conftest import compose
-from tests.reliability.conftest import forked
+from tests.reliability.conftest import typed
 from tests.reliability.test_bad_rows import GOOD, PATHS, config, encoded, write
 from tests.reliability.test_checkpoints import TWO
-
-TOKEN = "hf_" + "aB3" * 11  # the form of one
 
 
 class Payload:
@@ -75,22 +72,6 @@ def spare(bench, tmp_path_factory):
     return bench.trainer(tmp_path_factory.mktemp("spare"), *TWO)
 
 
-@pytest.fixture(scope="module")
-def built(bench, tmp_path_factory):
-    """A run with one checkpoint, made where the environment holds secrets."""
-    folder = tmp_path_factory.mktemp("built")
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "WANDB_API_KEY"):
-            patch.setenv(name, TOKEN)
-        bench.run(folder, *TWO, "trainer.max_steps=1")
-    return folder
-
-
-def typed(*overrides, **options):
-    given = {"multirun": False, "config_path": None, "config_name": None, "config_dir": None, **options}
-    return check_command(SimpleNamespace(overrides=list(overrides), **given))
-
-
 @pytest.mark.parametrize(
     "override",
     [
@@ -101,6 +82,21 @@ def typed(*overrides, **options):
         "+hydra.callbacks.evil._target_=os.system",
         "hydra.launcher._target_=os.system",
         "+hydra.job.env_set.LD_PRELOAD=evil.so",
+        "+hydra.job.env_set={LD_PRELOAD: evil.so}",
+        "+hydra.callbacks={evil: {_target_: os.system}}",
+        "+hydra.callbacks.evil={_target_: hydra._internal.utils.os.system}",
+        "hydra.launcher={_target_: os.system}",
+        "hydra.sweeper={_target_: hydra_plugins.smolvlm_exp.sys.exit}",
+        "hydra.searchpath=[pkg://evil]",
+        "+hydra.job_logging.handlers={evil: {class: subprocess.Popen, args: [touch, ran]}}",
+        "+hydra.job_logging.handlers={evil: {class: logging.os.system, command: touch ran}}",
+        "+hydra.job_logging.handlers={evil: {class: logging.StreamHandler, stream: 'ext://evil.module'}}",
+        "+hydra.job_logging.handlers={evil: {class: logging.StreamHandler, stream: '${name}://evil.module'}}",
+        "+trainer.extra.model_init_kwargs={trust_remote_code: true}",
+        "+trainer.extra={dataset_kwargs: {trust_remote_code: true}}",
+        "++data.trust_remote_code=true",
+        "+trust_remote_code=true",
+        "+model.extra.code_revision=main",
         "+adapter.extra._target_=os.system",
         "+quant.extra.trust_remote_code=true",
     ],
@@ -110,7 +106,7 @@ def test_no_setting_makes_code_run(override):
         typed(override)
 
 
-@pytest.mark.parametrize("group", ["hydra", "trainer", "evil"])
+@pytest.mark.parametrize("group", ["hydra", "trainer", "evil", "logging", "factory", "elsewhere", "package"])
 def test_no_config_file_makes_code_run(group, marker, tmp_path):
     """A folder as a run leaves it, that somebody else wrote: --config-path FOLDER."""
     call = f"{{_target_: os.system, _args_: ['touch {marker}']}}"
@@ -118,9 +114,13 @@ def test_no_config_file_makes_code_run(group, marker, tmp_path):
         "hydra": f"hydra: {{callbacks: {{evil: {call}}}}}",
         "trainer": f"trainer: {{extra: {call}}}",
         "evil": f"evil: {call}",
+        "logging": f"hydra: {{job_logging: {{handlers: {{a: {{class: subprocess.Popen, args: [touch, {marker}]}}}}}}}}",
+        "factory": f"hydra: {{job_logging: {{handlers: {{a: {{(): os.system, command: 'touch {marker}'}}}}}}}}",
+        "elsewhere": "hydra: {job: {env_set: '${trainer.extra}'}}",
+        "package": "hydra: {searchpath: [pkg://evil]}",
     }[group]
     (tmp_path / "config.yaml").write_text(f"defaults: [schema, {{model: tiny}}]\n{lines}\n")
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match=r"would run code|does not exist here|evil: no such setting"):
         typed(config_path=str(tmp_path), config_name="config")
 
 
@@ -142,6 +142,52 @@ def test_a_model_folder_brings_no_code(marker, tmp_path):
     (folder / "config.json").write_text(json.dumps({"model_type": "evil", "auto_map": {"AutoConfig": "evil.Evil"}}))
     with pytest.raises(RequestError, match=r"model\.id="):
         load_model(model)
+
+
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_an_export_brings_no_code(marker, tmp_path, small, kind):
+    """What chat and serve open: neither Python files nor pickles beside or in place of the weights."""
+    folder = tmp_path / "model"
+    shutil.copytree(small, folder)
+    (folder / "evil.py").write_text(f"import os\nos.system('touch {marker}')\nclass Evil: pass\n")
+    (folder / "export.json").write_text(json.dumps({"precisions": {}}))
+    told = json.loads((folder / "config.json").read_text())
+    told |= {"auto_map": {"AutoConfig": "evil.Evil", "AutoModelForImageTextToText": "evil.Evil"}, "model_type": "evil"}
+    (folder / "config.json").write_text(json.dumps(told))
+    if kind == "onnx":
+        (folder / "onnx").mkdir()
+        for part in PARTS:
+            (folder / "onnx" / f"{part}.onnx").write_bytes(b"")
+    with pytest.raises(RequestError, match=r"model\.id="):
+        load_folder(folder, "fp32" if kind == "onnx" else None)
+    if kind == "torch":
+        shutil.copy(small / "config.json", folder / "config.json")
+        (folder / "model.safetensors").unlink()
+        torch.save({"weight": Payload(marker)}, folder / "pytorch_model.bin")
+        with pytest.raises(RequestError, match=r"model\.id="):
+            load_folder(folder, None)
+
+
+def test_no_kernels_come_from_the_hub(marker, tmp_path):
+    """bitsandbytes asks `kernels`, where it is installed, for code from the Hub as soon as it is imported."""
+    from transformers.utils.import_utils import KERNELS_MIN_VERSION
+
+    package = tmp_path / "installed" / "kernels"
+    told = package.with_name(f"kernels-{KERNELS_MIN_VERSION}.dist-info")
+    for folder in (package, told):
+        folder.mkdir(parents=True)
+    (package / "__init__.py").write_text(f"open({str(marker)!r}, 'w')\n__getattr__ = lambda name: None\n")
+    (told / "METADATA").write_text(f"Metadata-Version: 2.1\nName: kernels\nVersion: {KERNELS_MIN_VERSION}\n")
+    path = os.pathsep.join([str(package.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code = "import smolvlm_exp, bitsandbytes, peft, transformers.integrations.hub_kernels"
+    done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_what_is_hydras_own_runs():
+    for override in ("hydra/launcher=parallel", "hydra/sweeper=search", "hydra/job_logging=default"):
+        typed(override)
+    typed("+hydra.job_logging.handlers={a: {class: logging.FileHandler, filename: a.log}}")
 
 
 def test_weights_that_are_a_pickle_are_refused(marker, tmp_path):
@@ -190,6 +236,23 @@ def test_a_bomb_is_refused_in_no_time():
     assert time.monotonic() - began < 0.5
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_tiff_of_very_many_pages_costs_no_time(first):
+    """Each page is a directory of its own that leads to the next; counting 20,000 of them takes Pillow 12 seconds."""
+    fields = [(256, 1), (257, 1), (258, 8), (259, 1), (262, 1), (273, 1), (278, 1), (279, 1)]
+    page = struct.pack("<H", len(fields)) + b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in fields)
+    size = len(page) + 4
+    pages = (page + struct.pack("<I", 8 + size * (n + 1) if n < 19_999 else 0) for n in range(20_000))
+    data = b"II*\0" + struct.pack("<I", 8) + b"".join(pages)
+    began = time.monotonic()
+    if first:
+        assert prepare_image(data, 512, Limits(first_frame=True))[1] == (1, 1)
+    else:
+        with pytest.raises(PictureError, match="has several frames"):
+            prepare_image(data, 512)
+    assert time.monotonic() - began < 1
+
+
 def test_nothing_outside_is_reached(processor, tmp_path, monkeypatch):
     """Rows that name files outside, links, URLs: no connection is tried, no such file is opened."""
     reached = []
@@ -231,79 +294,3 @@ def test_nothing_outside_is_reached(processor, tmp_path, monkeypatch):
     assert len(load_preferences(hub.data, processor, tmp_path).train) == 1
     assert "only names it" in (tmp_path / "skipped_rows.jsonl").read_text()
     assert reached == []
-
-
-# Secrets
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        f"+trainer.extra.hub_token={TOKEN}",
-        "+trainer.extra.hub_token=whatever",
-        f"name={TOKEN}",
-        "+model.extra.token=abc",
-        "+hydra.job.env_set.WANDB_API_KEY=abc",
-        "name=${oc.env:WANDB_API_KEY}",
-        "name='https://me:secret@example.com/x'",
-        "tracker.tags=[held-by-the-environment-0123]",
-    ],
-)
-def test_a_secret_in_a_setting_is_refused(override, monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "held-by-the-environment-0123")
-    with pytest.raises(RequestError, match="is a secret") as refusal:
-        typed(override)
-    assert TOKEN not in str(refusal.value)
-    assert "0123" not in str(refusal.value)
-
-
-def test_what_only_looks_like_one_is_not():
-    typed("model.revision=0123456789abcdef0123456789abcdef01234567", "name=hf_small")
-
-
-def test_no_secret_of_the_environment_is_in_a_run(built):
-    files = [path for path in built.rglob("*") if path.is_file()]
-    assert len(files) >= 10
-    assert not [path for path in files if TOKEN.encode() in path.read_bytes()]
-
-
-# Folders
-
-
-def test_a_folder_is_one_process_at_a_time(tmp_path, monkeypatch):
-    monkeypatch.setattr(folders, "PATIENCE", 0.2)
-    ready = tmp_path / "ready"
-
-    def hold():
-        with claimed(tmp_path):
-            ready.touch()
-            time.sleep(60)
-
-    child = forked(hold, tmp_path / "log")
-    while not ready.exists():
-        time.sleep(0.01)
-    with pytest.raises(RequestError, match="is in use: another process"), claimed(tmp_path):
-        pass
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    with claimed(tmp_path):  # whoever dies lets go
-        pass
-
-
-@pytest.mark.parametrize("name", folders.LEFT)
-def test_another_runs_folder_is_refused(tmp_path, name):
-    (tmp_path / name).touch()
-    with pytest.raises(RequestError, match=f"there is a run in it already \\({name}\\)"):
-        check_unused(tmp_path)
-    check_unused(tmp_path / "new" / "one")
-
-
-def test_the_command_leaves_another_runs_folder_as_it_was(command, tmp_path):
-    run = tmp_path / "run"
-    (run / ".hydra").mkdir(parents=True)
-    (run / ".hydra" / "config.yaml").write_text("as it was")
-    (run / "metrics.jsonl").write_text("{}\n")
-    done = command("tracker=none", "hydra.run.dir=run")
-    assert done.returncode == 2
-    assert "there is a run in it already" in done.stderr
-    assert (run / ".hydra" / "config.yaml").read_text() == "as it was"

@@ -1,0 +1,32 @@
+"""Sizes of settings: the same words for all of them."""
+
+import pytest
+
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.session.load import load_session
+from smolvlm_exp.sizes import bytes_of, size_of
+from smolvlm_exp.training.fit import budget_of
+from smolvlm_exp.training.shared import check_request
+from tests.conftest import compose
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("1MB", 10**6), ("1MiB", 2**20), ("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("1TB", 10**12), ("0MiB", 0)],
+)
+def test_every_unit(text, size):
+    assert size_of(text) == bytes_of("key", text) == size
+
+
+@pytest.mark.parametrize("text", ["", "1", "GiB", "1 gib", "-1GiB", "1e3MB", "1KiB", "1GiB "[:-2]])
+def test_what_is_no_size_names_the_key(text):
+    with pytest.raises(RequestError, match=rf"^the.key={text} is no size; write it as 8GiB or 500MB"):
+        bytes_of("the.key", text)
+
+
+@pytest.mark.parametrize("unit", ["MB", "MiB", "GB", "GiB"])
+def test_all_settings_take_all_units(unit, small):
+    check_request(compose(f"trainer.cache_ram=1{unit}", f"trainer.cache_disk=1{unit}"))
+    assert budget_of(f"1{unit}") == size_of(f"1{unit}")
+    session = load_session(compose("task=chat", f"model.id={small}", "quant=none", f"session.keep=1{unit}"))
+    assert session.kept.budget == size_of(f"1{unit}")
