@@ -9,11 +9,13 @@ import struct
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset, Features, List, Value
+from omegaconf import OmegaConf
 
 from smolvlm_exp.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.checkpoint import MANIFEST, checkpoints, newest, sha256
@@ -119,7 +121,8 @@ def test_no_config_file_makes_code_run(group, marker, tmp_path):
         "elsewhere": "hydra: {job: {env_set: '${trainer.extra}'}}",
         "package": "hydra: {searchpath: [pkg://evil]}",
     }[group]
-    (tmp_path / "config.yaml").write_text(f"defaults: [schema, {{model: tiny}}]\n{lines}\n")
+    whole = OmegaConf.merge(asdict(compose()), OmegaConf.create(lines))
+    (tmp_path / "config.yaml").write_text(f"defaults: [_self_]\n{OmegaConf.to_yaml(whole)}")
     with pytest.raises(RequestError, match=r"would run code|does not exist here|evil: no such setting"):
         typed(config_path=str(tmp_path), config_name="config")
 
