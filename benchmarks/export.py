@@ -24,6 +24,7 @@ from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.export.onnx import Graphs, with_data
 from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
 from smolvlm_exp.model import load_model, load_processor
+from smolvlm_exp.quiet import hush
 from smolvlm_exp.session.onnx_model import OnnxModel
 from smolvlm_exp.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.session.torch_model import TorchModel
@@ -61,6 +62,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     clock, threads = Clock(arguments.minutes), os.cpu_count() or 1
+    hush()
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # ONNX Runtime's sessions read it: as many as PyTorch has
     tell(f"{arguments.model}: {threads} cores, {load()}")
