@@ -236,7 +236,7 @@ def turns(runners: dict[str, Any], processor: Any, times: int, clock: Clock) -> 
 
 
 def conversation(runner: Any, processor: Any) -> Told:
-    """`TURNS` turns with what was read kept; and the last prompt, the same tokens, read by a session that keeps nothing."""
+    """`TURNS` turns with what was read kept; and the last prompt, the same ids, read where nothing is kept."""
     image = Image.linear_gradient("L").resize(PICTURE).convert("RGB")
     session = SmolVLMSession(runner, processor)
     talk, answers = session.conversation(), list[Answer]()
