@@ -1,15 +1,19 @@
 """What an export costs and gains on this machine, PyTorch against ONNX Runtime, and what a kept cache is worth.
 
     python -m benchmarks.export --model tiny            seconds
-    python -m benchmarks.export --model smolvlm_256m    minutes: random weights in the real shape
+    python -m benchmarks.export --model smolvlm_256m    random weights in the real shape, within --minutes (9)
 
-What is compared runs in one process, in turns, and the best of several counts: other processes only add time.
+What is compared runs in one process, in turns, and the best of several counts: other processes only add time. There are
+as many rounds as --minutes leaves room for, at least one; each row is printed when it is measured. What else the machine
+does is seen by the load it prints. Random shapes read a picture as one tile (--longest-edge).
 """
 
 import argparse
+import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +22,11 @@ from PIL import Image
 
 from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.export.onnx import Graphs, with_data
-from smolvlm_exp.export.parts import PARTS, SUFFIXES
+from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
 from smolvlm_exp.model import load_model, load_processor
+from smolvlm_exp.quiet import hush
 from smolvlm_exp.session.onnx_model import OnnxModel
-from smolvlm_exp.session.session import Sampling, SmolVLMSession
+from smolvlm_exp.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.session.torch_model import TorchModel
 
 MIB = 2**20
@@ -29,35 +34,60 @@ DEPTHS = (64, 1024)  # tokens that are there when the next one is timed
 TURNS = 5
 SAID = Sampling(max_new_tokens=16)
 PICTURE = (512, 384)
+ROWS = 8  # what --minutes is divided by: four rows of milliseconds, and conversations, which take as much again
+TORCH, INT8 = "PyTorch float32", "ONNX int8"
+
+
+class Clock:
+    """The time there is, dealt out a row at a time, so that the last row comes too."""
+
+    def __init__(self, minutes: float) -> None:
+        self.end, self.rows = time.perf_counter() + 60 * minutes, ROWS
+
+    def share(self, rows: int = 1) -> float:
+        """When the next `rows` rows must be done; what earlier ones left over is theirs."""
+        now = time.perf_counter()
+        share = max(self.end - now, 0) * rows / max(self.rows, 1)
+        self.rows -= rows
+        return now + share
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--model", default="tiny")
-    parser.add_argument("--times", type=int, default=5)
-    parser.add_argument("--longest-edge", type=int, help="of the processor, in place of the shape's own: fewer tiles")
+    parser.add_argument("--times", type=int, default=5, help="rounds, where there is time for them")
+    parser.add_argument("--minutes", type=float, default=9.0, help="for everything; at least one round is done")
+    parser.add_argument(
+        "--longest-edge", type=int, help="of the processor; default: the tiny model's own, one tile elsewhere"
+    )
     arguments = parser.parse_args()
-    torch.set_num_threads(2)
+    clock, threads = Clock(arguments.minutes), os.cpu_count() or 1
+    hush()
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)  # ONNX Runtime's sessions read it: as many as PyTorch has
+    tell(f"{arguments.model}: {threads} cores, {load()}")
     config = configured(arguments.model, arguments.longest_edge)
     model: Any = load_model(config.model).float()
     processor = load_processor(config.model)
     with tempfile.TemporaryDirectory() as folder:
-        begun = time.perf_counter()
-        graphs = Graphs(Path(folder), model, processor)
-        print(f"{arguments.model}: three graphs in float32 in {time.perf_counter() - begun:.0f} s")
-        for precision in ("int8", "int4"):
-            begun = time.perf_counter()
-            graphs.files(dict.fromkeys(PARTS, precision))
-            print(f"{precision}: {time.perf_counter() - begun:.0f} s more")
-        sizes(graphs)
-        runners = {"PyTorch float32": TorchModel(model)} | {
+        graphs = exported(Path(folder), model, processor)
+        runners = {TORCH: TorchModel(model)} | {
             f"ONNX {name}": OnnxModel(graphs.folder, dict.fromkeys(PARTS, name)) for name in SUFFIXES
         }
         if arguments.model != "tiny":  # bfloat16 on a CPU does not go with its narrow layers
             runners["PyTorch bfloat16"] = TorchModel(load_model(config.model).bfloat16())
         runners |= in_8_bits(config)
-        speed(runners, processor, arguments.times)
-        turns(runners, processor, max(arguments.times // 2, 1))
+        speed(runners, processor, arguments.times, clock)
+        turns(runners, processor, arguments.times, clock)
+    tell(f"\n{load()} at the end")
+
+
+def tell(line: str) -> None:
+    print(line, flush=True)
+
+
+def load() -> str:
+    return f"load {os.getloadavg()[0]:.1f}"
 
 
 def configured(model: str, longest_edge: int | None) -> Any:
@@ -66,9 +96,31 @@ def configured(model: str, longest_edge: int | None) -> Any:
     register_schemas()
     weights = "pretrained" if model == "tiny" else "random"
     overrides = [f"model={model}", f"model.weights={weights}", "quant=none", "model.dtype=float32"]
-    overrides += [f"model.shape.longest_edge={longest_edge}"] if longest_edge else []
     given = SimpleNamespace(overrides=overrides, multirun=False, config_path=None, config_name=None, config_dir=None)
-    return check_command(given)[0]
+    config = check_command(given)[0]
+    if config.model.shape is not None and (longest_edge or model != "tiny"):
+        config.model.shape.longest_edge = longest_edge or config.model.shape.image_size
+    return config
+
+
+def exported(folder: Path, model: Any, processor: Any) -> Graphs:
+    """The graphs in every precision, with how long they took and how large they are."""
+    begun = time.perf_counter()
+    graphs = Graphs(folder, model, processor)
+    tell(f"three graphs in float32 in {time.perf_counter() - begun:.0f} s")
+    for precision in ("int8", "int4"):
+        begun = time.perf_counter()
+        graphs.files(dict.fromkeys(PARTS, precision))
+        tell(f"{precision}: {time.perf_counter() - begun:.0f} s more")
+
+    def mib(part: str, name: str) -> float:
+        return sum(file.stat().st_size for file in with_data(graphs.file(part, name))) / MIB
+
+    tell(header("MiB", *SUFFIXES))
+    for part in PARTS:
+        tell(row(part, *(f"{mib(part, name):.1f}" for name in SUFFIXES)))
+    tell(f"\nint8 decoder: {mib(DECODER, 'int8') / mib(DECODER, 'fp32'):.1%} of float32's size")
+    return graphs
 
 
 def in_8_bits(config: Any) -> dict[str, TorchModel]:
@@ -82,70 +134,134 @@ def in_8_bits(config: Any) -> dict[str, TorchModel]:
     return {"PyTorch int8 (torchao)": TorchModel(model)}
 
 
-def sizes(graphs: Graphs) -> None:
-    print("\n| MiB | " + " | ".join(SUFFIXES) + " |\n|---|" + "---|" * len(SUFFIXES))
-    for part in PARTS:
-        cells = [sum(f.stat().st_size for f in with_data(graphs.file(part, name))) / MIB for name in SUFFIXES]
-        print(f"| {part} | " + " | ".join(f"{cell:.1f}" for cell in cells) + " |")
+def header(*cells: str) -> str:
+    return f"\n{row(*cells)}\n{'|---' * len(cells)}|"
 
 
-def best(runners: dict[str, Callable[[], Any]], times: int) -> dict[str, float]:
-    """Seconds of each, in turns, the best of `times`."""
+def row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def best(runners: dict[str, Callable[[], Any]], times: int, until: float) -> dict[str, float]:
+    """Seconds of each, in turns, the best of `times`; of fewer, but not of none, once it is `until`."""
     found = dict.fromkeys(runners, float("inf"))
-    for _ in range(times):
+    for count in range(times):
+        begun = time.perf_counter()
         for name, run in runners.items():
-            begun = time.perf_counter()
+            started = time.perf_counter()
             run()
-            found[name] = min(found[name], time.perf_counter() - begun)
+            found[name] = min(found[name], time.perf_counter() - started)
+        now = time.perf_counter()
+        if count + 1 < times and now + (now - begun) > until:  # another round would end too late
+            break
     return found
 
 
-def speed(runners: dict[str, Any], processor: Any, times: int) -> None:
-    """Milliseconds a token with little and with much before it, a prompt, and a tile."""
+def speed(runners: dict[str, Any], processor: Any, times: int, clock: Clock) -> None:
+    """Milliseconds a token with little and with much before it, a prompt, and a tile: a row for each."""
     tokens = [5] * max(DEPTHS)
-    picture = SmolVLMSession(next(iter(runners.values())), processor).writer.picture(Image.new("RGB", PICTURE, "teal"))
+    first = next(iter(runners.values()))
+    picture = SmolVLMSession(first, processor).writer.picture(Image.new("RGB", PICTURE, "teal"))
     pixels = picture.pixel_values[:, :1], picture.pixel_attention_mask[:, :1]
-    columns: dict[str, dict[str, float]] = {}
-    limit = next(iter(runners.values())).config.text_config.max_position_embeddings
-    for depth in (depth for depth in DEPTHS if depth < limit):
-        pasts = {name: runner.extend(tokens[:depth], [], [], ())[1] for name, runner in runners.items()}
+    tell(header("milliseconds", *runners, f"{INT8}, times {TORCH}"))
 
-        def token(runner: Any, past: Any) -> Callable[[], Any]:
-            return lambda: runner.extend([7], [], [], past)
-
-        steps = {name: token(runner, pasts[name]) for name, runner in runners.items()}
-        columns[f"a token after {depth}"] = best(steps, 4 * times)
+    def measured(what: str, runs: dict[str, Callable[[], Any]], times: int, until: float) -> None:
+        found = best(runs, times, until)
+        tell(row(what, *(f"{1000 * found[name]:.1f}" for name in runs), f"{found[TORCH] / found[INT8]:.1f} x"))
 
     def of(name: str, *given: Any) -> dict[str, Callable[[], Any]]:
         return {each: lambda runner=runner: getattr(runner, name)(*given) for each, runner in runners.items()}  # type: ignore[misc]
 
-    columns["a prompt of 512"] = best(of("extend", tokens[:512], [], [], ()), times)
-    columns["a tile"] = best(of("features", *pixels), times)
-    print("\n| milliseconds | " + " | ".join(columns) + " |\n|---|" + "---|" * len(columns))
-    for name in runners:
-        print(f"| {name} | " + " | ".join(f"{1000 * column[name]:.1f}" for column in columns.values()) + " |")
+    def token(runner: Any, past: Any) -> Callable[[], Any]:
+        return lambda: runner.extend([7], [], [], past)
+
+    for depth in (depth for depth in DEPTHS if depth < first.config.text_config.max_position_embeddings):
+        until = clock.share()
+        pasts = {name: runner.extend(tokens[:depth], [], [], ())[1] for name, runner in runners.items()}
+        steps = {name: token(runner, pasts[name]) for name, runner in runners.items()}
+        measured(f"a token after {depth}", steps, 4 * times, until)
+    measured("a prompt of 512", of("extend", tokens[:512], [], [], ()), times, clock.share())
+    measured("a tile", of("features", *pixels), times, clock.share())
 
 
-def turns(runners: dict[str, Any], processor: Any, times: int) -> None:
-    """Time to the first token and tokens a second in a conversation about one picture."""
-    print(f"\n| a picture of {PICTURE[0]}x{PICTURE[1]}, {SAID.max_new_tokens} tokens a turn | kept | prompt, turn 5 | "
-          "first token, turn 1, s | turn 5, s | tokens/s, turn 5 |\n|---|---|---|---|---|---|")  # fmt: skip
+@dataclass
+class Told:
+    """A conversation about one picture; a second figure is without anything kept."""
+
+    prompts: tuple[int, int]  # tokens, turns 1 and TURNS
+    first: float  # seconds to the first token of turn 1, when nothing is kept yet
+    last: tuple[float, float]  # of turn TURNS
+    speed: tuple[float, float]  # tokens a second after it
+
+    def better(self, other: "Told") -> "Told":
+        last = min(self.last[0], other.last[0]), min(self.last[1], other.last[1])
+        speed = max(self.speed[0], other.speed[0]), max(self.speed[1], other.speed[1])
+        return Told(self.prompts, min(self.first, other.first), last, speed)
+
+
+def turns(runners: dict[str, Any], processor: Any, times: int, clock: Clock) -> None:
+    """Time to the first token and tokens a second, a row for each runner when it is done."""
+    tell(
+        header(
+            f"a picture of {PICTURE[0]}x{PICTURE[1]}, {SAID.max_new_tokens} tokens a turn",
+            f"prompt, turns 1 and {TURNS}",
+            "first token, turn 1, s",
+            f"turn {TURNS}, kept, s",
+            f"turn {TURNS}, not kept, s",
+            "kept is faster",
+            f"tokens/s, turn {TURNS}, kept and not",
+        )
+    )
+    clock.rows = len(runners)
     for name, runner in runners.items():
-        for budget, kept in ((2**30, "yes"), (0, "no")):
-            told = [list(conversation(SmolVLMSession(runner, processor, budget))) for _ in range(times)]
-            first, last = (min(each[i] for each in told) for i in (0, -1))
-            print(f"| {name} | {kept} | {last[2]} | {first[0]:.3f} | {last[0]:.3f} | {last[1]:.1f} |", flush=True)
+        until, found = clock.share(), None
+        for _ in range(times):
+            begun = time.perf_counter()
+            told = conversation(runner, processor)
+            found = told.better(found) if found else told
+            now = time.perf_counter()
+            if now + (now - begun) > until:
+                break
+        assert found is not None
+        tell(
+            row(
+                name,
+                "{} and {}".format(*found.prompts),
+                f"{found.first:.3f}",
+                *(f"{each:.3f}" for each in found.last),
+                f"{found.last[1] / found.last[0]:.1f} x",
+                "{:.1f} and {:.1f}".format(*found.speed),
+            )
+        )
 
 
-def conversation(session: SmolVLMSession) -> Iterator[tuple[float, float, int]]:
-    """Of every turn: seconds to the first token, tokens a second after it, tokens of the prompt."""
-    talk, image = session.conversation(), Image.linear_gradient("L").resize(PICTURE).convert("RGB")
+def conversation(runner: Any, processor: Any) -> Told:
+    """`TURNS` turns with what was read kept; and the last prompt, the same ids, read where nothing is kept."""
+    image = Image.linear_gradient("L").resize(PICTURE).convert("RGB")
+    session = SmolVLMSession(runner, processor)
+    talk, answers = session.conversation(), list[Answer]()
+    speeds = list[float]()
     for turn in range(TURNS):
-        begun = time.perf_counter()
         answer = talk.say("What is next to it, and why?", [] if turn else [image], SAID)
-        answer.finish()
-        after = time.perf_counter() - begun - answer.first_token
-        yield answer.first_token, (len(answer.ids) - 1) / after, answer.prompt_tokens
+        asked = answer.prompt.copy()
+        speeds.append(finished(answer))
+        answers.append(answer)
+    anew = SmolVLMSession(runner, processor, budget=0).answer(asked, SAID)
+    speed = finished(anew)
+    assert anew.known == 0 < answers[-1].known
+    return Told(
+        (answers[0].prompt_tokens, anew.prompt_tokens),
+        answers[0].first_token,
+        (answers[-1].first_token, anew.first_token),
+        (speeds[-1], speed),
+    )
+
+
+def finished(answer: Answer) -> float:
+    """Tokens a second after the first."""
+    begun = time.perf_counter()
+    answer.finish()
+    return (len(answer.ids) - 1) / (time.perf_counter() - begun - answer.first_token)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from smolvlm_exp.versions import check_torchvision
+
 GIB = 1 << 30
 COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
 MATMUL_LIMIT = 1e-2  # float32 is off by 1e-7, TF32 by up to 1e-3, bfloat16 by 2e-3 to 3e-3
@@ -128,6 +130,7 @@ def check_packages() -> Finding:
 
 def check_imports() -> Finding:
     """Versions may agree and an import still break, as beside a torchvision that was built for another torch."""
+    check_torchvision()
     from peft import LoraConfig
     from transformers import Idefics3ForConditionalGeneration
     from trl import DPOTrainer

@@ -24,6 +24,7 @@ from smolvlm_exp.folder import check_unused, claimed
 from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import any_run, as_typed, given_value, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
+from smolvlm_exp.versions import check_torchvision
 
 OTHERS = {  # task -> module, and function in it
     "evaluate": "evaluate", "generate": "answer", "compare": "compare", "export": "deliver", "chat": "converse",
@@ -52,6 +53,7 @@ def job(composed: DictConfig) -> float | None:
 
             own = HydraConfig.get()
             return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
+        check_torchvision()
         hush()
         if config.task.name in OTHERS:
             name = OTHERS[config.task.name]

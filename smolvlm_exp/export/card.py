@@ -27,7 +27,7 @@ def model_card(config: Config, export: dict[str, Any], run: dict[str, Any]) -> s
     )
     sections = [f"---\n{data.to_yaml()}\n---", f"# {title(config)}", *warning(export)]
     sections += [
-        f"{base}, tuned with [smolvlm_exp]: {how(config)}. This folder holds it as `{export['format']}`"
+        f"{base}, tuned with smolvlm_exp: {how(config)}. This folder holds it as `{export['format']}`"
         f"{told_precisions(export)}.",
         *quality(export, run),
         data_section(config, run),

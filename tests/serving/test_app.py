@@ -171,6 +171,7 @@ def test_the_page_in_a_browser(address, session):
         page = driver.chromium.launch(executable_path=browser, args=["--no-sandbox"]).new_page()
         wrong = []
         page.on("pageerror", lambda error: wrong.append(error))
+        page.on("console", lambda told: wrong.append(told.text))  # a request that failed is told there
         page.goto(address)
         page.wait_for_function("document.querySelector('#model').textContent === 'tiny'")
         page.set_input_files("#file", CAT)
