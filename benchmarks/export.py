@@ -4,8 +4,8 @@
     python -m benchmarks.export --model smolvlm_256m    random weights in the real shape, within --minutes (9)
 
 What is compared runs in one process, in turns, and the best of several counts: other processes only add time. There are
-as many rounds as --minutes leaves room for, at least one; each row is printed when it is measured. What else the machine
-does is seen by the load it prints. Random shapes read a picture as one tile (--longest-edge).
+as many rounds as --minutes leaves room for, at least one; each row is printed when it is measured. The load it prints
+says what else the machine does. Random shapes read a picture as one tile (--longest-edge).
 """
 
 import argparse
