@@ -39,7 +39,7 @@ def losses(engine: str, micro: int, dtype: str, steps: int) -> list[float]:
     """The loss of each step of a run of its own."""
     from smolvlm_exp.adapter import aim, lora_config
     from smolvlm_exp.data.preferences import load_preferences
-    from smolvlm_exp.model import load_model, load_processor
+    from smolvlm_exp.model import load_model, load_processor, resolve_dtype
     from smolvlm_exp.quant import quantization_config
     from smolvlm_exp.training import dpo
     from smolvlm_exp.training.common import Parts, Run
@@ -50,8 +50,8 @@ def losses(engine: str, micro: int, dtype: str, steps: int) -> list[float]:
         *COMMON, f"model.dtype={dtype}", f"trainer.engine={engine}", f"trainer.max_steps={steps}",
         f"trainer.per_device_train_batch_size={micro}", f"trainer.gradient_accumulation_steps={16 // micro}",
     )  # fmt: skip
-    arguments = dpo.build_arguments(config.trainer, Run(folder, 0, getattr(torch, dtype), None))
-    model = load_model(config.model, quantization_config(config.quant, getattr(torch, dtype)))
+    arguments = dpo.build_arguments(config.trainer, Run(folder, 0, resolve_dtype(dtype), None))
+    model = load_model(config.model, quantization_config(config.quant, resolve_dtype(dtype)))
     processor, peft_config = load_processor(config.model), lora_config(config.adapter, quantised=True)
     assert peft_config is not None
     aim(peft_config, model, config.adapter.target)

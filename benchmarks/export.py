@@ -12,7 +12,7 @@ import argparse
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,16 +145,22 @@ def row(*cells: str) -> str:
 def best(runners: dict[str, Callable[[], Any]], times: int, until: float) -> dict[str, float]:
     """Seconds of each, in turns, the best of `times`; of fewer, but not of none, once it is `until`."""
     found = dict.fromkeys(runners, float("inf"))
-    for count in range(times):
-        begun = time.perf_counter()
+    for _ in rounds(times, until):
         for name, run in runners.items():
-            started = time.perf_counter()
+            begun = time.perf_counter()
             run()
-            found[name] = min(found[name], time.perf_counter() - started)
-        now = time.perf_counter()
-        if count + 1 < times and now + (now - begun) > until:  # another round would end too late
-            break
+            found[name] = min(found[name], time.perf_counter() - begun)
     return found
+
+
+def rounds(times: int, until: float) -> Iterator[None]:
+    """`times`, or fewer, but not none, where another that takes as long as the last would end after `until`."""
+    for _ in range(times):
+        begun = time.perf_counter()
+        yield
+        now = time.perf_counter()
+        if now + (now - begun) > until:
+            return
 
 
 def speed(runners: dict[str, Any], processor: Any, times: int, clock: Clock) -> None:
@@ -215,13 +221,9 @@ def turns(runners: dict[str, Any], processor: Any, times: int, clock: Clock) -> 
     clock.rows = len(runners)
     for name, runner in runners.items():
         until, found = clock.share(), None
-        for _ in range(times):
-            begun = time.perf_counter()
+        for _ in rounds(times, until):
             told = conversation(runner, processor)
             found = told.better(found) if found else told
-            now = time.perf_counter()
-            if now + (now - begun) > until:
-                break
         assert found is not None
         tell(
             row(

@@ -10,13 +10,12 @@ from typing import Any
 
 from smolvlm_exp.adapter import load_tuned
 from smolvlm_exp.config import Config
-from smolvlm_exp.data.images import Limits, PictureError, locate
+from smolvlm_exp.data.images import Limits, PictureError, locate, open_picture
 from smolvlm_exp.data.preferences import user
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.model import load_processor
 from smolvlm_exp.runs import as_typed
-from smolvlm_exp.session.prompt import open_picture
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 

@@ -117,10 +117,9 @@ def apart(found: Comparison, group: Group) -> str:
     """How far a group is from the best, and how far it may be by luck: `-5.6 ± 2.9 points`."""
     if group is found.groups[0] or group.value(found.metric) is None:
         return ""
-    gap, key = found.gaps[found.groups.index(group)], found.metric.partition(".")[2]
+    gap, key = found.gap(group), found.metric.partition(".")[2]
     points = found.metric.startswith("after.") and METRICS[key].share
-    numbers = (f"{100 * n:.1f}" if points else f"{n:.3g}" for n in (abs(gap.difference), gap.noise or 0.0))
-    size, noise = numbers
+    size, noise = (f"{100 * n:.1f}" if points else f"{n:.3g}" for n in (abs(gap.difference), gap.noise or 0.0))
     off = "" if gap.noise is None else f" ± {noise}"
     return f"{MINUS if gap.difference < 0 else '+'}{size}{off}{POINTS if points else ''}"
 

@@ -103,6 +103,9 @@ class Comparison:
         """Of each group."""
         return [self.between(self.groups[0], group) for group in self.groups]
 
+    def gap(self, group: Group) -> Gap:
+        return self.gaps[self.groups.index(group)]
+
     def between(self, best: Group, group: Group) -> Gap:
         metric = self.metric
         difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
@@ -121,7 +124,7 @@ class Comparison:
             return "not measured"
         if group is self.groups[0]:
             return "best"
-        gap = self.gaps[self.groups.index(group)]
+        gap = self.gap(group)
         if gap.noise is None:
             return "worse, or luck: it has no interval"
         return "worse" if abs(gap.difference) > gap.noise else "within the noise"

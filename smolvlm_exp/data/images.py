@@ -96,6 +96,15 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
         raise PictureError(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
+def open_picture(entry: Entry, max_edge: int, limits: Limits) -> Image.Image:
+    """A picture that no row holds, prepared as a row's.
+
+    Raises:
+        PictureError: what is wrong with it.
+    """
+    return Image.open(io.BytesIO(prepare_image(read(entry, limits), max_edge, limits)[0]))
+
+
 def has_several_frames(image: Image.Image) -> bool:
     """Not how many: counting them reads each, and a file may have a hundred thousand."""
     return image.is_animated if hasattr(image, "is_animated") else getattr(image, "n_frames", 1) > 1

@@ -8,7 +8,7 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
 from itertools import accumulate, chain
@@ -160,15 +160,8 @@ class Rows(torch.utils.data.Dataset):
         workers = min(num_proc, len(pictures)) if self.kept is None else 0  # else there is nothing left to do
         together = max(1, min(TRAVEL // self.largest, len(pictures) // (4 * workers))) if workers else 1
         chunks = [pictures[i : i + together] for i in range(0, len(pictures), together)]
-        loader = torch.utils.data.DataLoader(
-            Pictures(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest)),
-            batch_size=None,
-            sampler=chunks,
-            num_workers=workers,
-            collate_fn=as_it_is,
-            generator=torch.Generator(),  # or it would draw from the run's own
-        )
-        for chunk, tiles in zip(chunks, loader, strict=True):
+        made = Pictures(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest))
+        for chunk, tiles in zip(chunks, in_order(made, chunks, workers), strict=True):
             counts = [self.spans[picture + 1] - self.spans[picture] for picture in chunk]
             yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
 
@@ -201,6 +194,18 @@ class Pictures(torch.utils.data.Dataset):
     def __getitem__(self, pictures: Sequence[int]) -> Any:
         tiles = joined([self.rows.tiles(picture) for picture in pictures], self.rows.nothing)
         return tiles.numpy() if self.arrays else tiles
+
+
+def in_order(items: torch.utils.data.Dataset, keys: Sequence[Any], workers: int) -> Iterable[Any]:
+    """`items[key]` of each of `keys`, made by `workers` processes; 0: by this one."""
+    return torch.utils.data.DataLoader(
+        items,
+        batch_size=None,
+        sampler=keys,
+        num_workers=workers,
+        collate_fn=as_it_is,
+        generator=torch.Generator(),  # or it would draw from the run's own
+    )
 
 
 def as_it_is(item: Any) -> Any:
@@ -244,16 +249,10 @@ def tokenise(
     Returns:
         the tokens; (3 rows + 1,) int64, where each part begins.
     """
-    loader = torch.utils.data.DataLoader(
-        Texts(rows.select_columns(list(SIDES)).with_format(None), processor, grids, max_length),
-        batch_size=None,
-        sampler=range(0, len(rows), TOGETHER),
-        num_workers=min(num_proc, len(rows) // (4 * TOGETHER)),  # to begin one costs what a thousand rows do
-        collate_fn=as_it_is,
-        generator=torch.Generator(),
-    )
+    texts = Texts(rows.select_columns(list(SIDES)).with_format(None), processor, grids, max_length)
+    workers = min(num_proc, len(rows) // (4 * TOGETHER))  # to begin one costs what a thousand rows do
     ids, lengths = [np.empty(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
-    for tokens, parts in loader:
+    for tokens, parts in in_order(texts, range(0, len(rows), TOGETHER), workers):
         ids.append(tokens)
         lengths.append(parts)
     return torch.from_numpy(np.concatenate(ids)), np.cumsum(np.concatenate(lengths))

@@ -4,17 +4,15 @@ The pieces between control tokens are tokenised apart, which gives the ids that 
 """
 
 import hashlib
-import io
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import PIL.Image
 import torch
 from PIL.Image import Image
 
 from smolvlm_exp.data.controls import as_text, control_tokens
-from smolvlm_exp.data.images import Entry, Limits, prepare_image, read, shrink, to_rgb
+from smolvlm_exp.data.images import Limits, open_picture, shrink, to_rgb
 from smolvlm_exp.errors import RequestError
 
 
@@ -130,11 +128,3 @@ class Writer:
         here = isinstance(given, Path)
         entry = {"bytes": None if here else given, "path": str(given) if here else None}
         return open_picture(entry, self.max_edge, self.limits)
-
-
-def open_picture(entry: Entry, max_edge: int, limits: Limits) -> Image:
-    """
-    Raises:
-        PictureError: what is wrong with it.
-    """
-    return PIL.Image.open(io.BytesIO(prepare_image(read(entry, limits), max_edge, limits)[0]))

@@ -14,7 +14,7 @@ from smolvlm_exp.data.preferences import assistant, user
 from smolvlm_exp.engine import feed
 from smolvlm_exp.engine.feed import Collator, Rows
 from smolvlm_exp.engine.store import Store, key_of
-from smolvlm_exp.engine.tiles import pixels, tile
+from smolvlm_exp.engine.tiles import decode, height_and_width, pixels, tile
 
 PLENTY = 2**40
 
@@ -91,6 +91,32 @@ def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, split
         assert row["tiles"].dtype == torch.uint8
         assert torch.equal(row["tiles"], everything[i]["tiles"])
         torch.testing.assert_close(normalise(row["tiles"]), batch["pixel_values"][0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_proc", [0, 2])
+def test_tokens_are_the_same_serial_or_parallel(processor, mixed, monkeypatch, num_proc):
+    """Also where the last of the rows that go together are fewer."""
+    whole = Rows(mixed, processor, 200)
+    monkeypatch.setattr(feed, "TOGETHER", 1 if num_proc else len(mixed) - 1)
+    rows = Rows(mixed, processor, 200, num_proc)
+    assert torch.equal(rows.ids, whole.ids)
+    assert rows.offsets.tolist() == whole.offsets.tolist()
+    assert len(rows.offsets) == 3 * len(mixed) + 1
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_that_lies_on_its_side(behind):
+    """It may say so behind its pixels too, where Pillow finds it once it has unpacked them."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    entry = encoded(picture((100, 40)), exif=exif)
+    if behind:
+        data, at = entry["bytes"], entry["bytes"].index(b"eXIf") - 4
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        entry["bytes"] = data[:at] + data[end:-12] + data[at:end] + data[-12:]  # before IEND
+    assert decode(entry).size == (40, 100)
+    assert height_and_width(entry["bytes"]) == (100, 40)
+    assert height_and_width(encoded(picture((100, 40)))["bytes"]) == (40, 100)
 
 
 def test_collator_gives_the_batch_and_its_row_numbers(processor, mixed):
