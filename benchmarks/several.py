@@ -2,7 +2,7 @@
 
     python -m benchmarks.several --micro 8 --json one.json
     accelerate launch --num_processes 2 -m benchmarks.several --json two.json
-    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 ... -m benchmarks.several --json sharded.json
+    accelerate launch --num_processes 2 --use_fsdp --fsdp_version 2 ... -m benchmarks.several --targets text --pairs 32
     python -m benchmarks.several --compare one.json again.json two.json sharded.json
 
 SmolVLM-Instruct's shape with random weights, nf4, DoRA, the rows of benchmarks/dpo.py. `--compare` takes the first two
@@ -68,7 +68,7 @@ def measure(bench: Bench, target: str, pairs: int, asked: argparse.Namespace) ->
 
 
 def compare(files: list[str]) -> None:
-    """A line for each run: the ratio to the first one's speed, and how far its losses are from it."""
+    """A line for each run: the ratio to the first one's speed, and how far its losses are from it, step by step."""
     runs = [json.loads(Path(file).read_text(encoding="utf-8")) for file in files]
     for target in runs[0]:
         first = runs[0][target]
@@ -76,7 +76,8 @@ def compare(files: list[str]) -> None:
             if target not in run:
                 continue
             found = run[target]
-            off = (torch.tensor(found["loss"]) - torch.tensor(first["loss"])).abs()
+            mine, theirs = (torch.tensor(losses) for losses in zip(*zip(found["loss"], first["loss"], strict=False), strict=True))
+            off = (mine - theirs).abs()
             print(
                 f"{target:7} {Path(file).stem:10} {found['cards']}, {found['micro-batch']} pairs at a time, peak "
                 f"{found['peak']} GiB: {found['seconds a pair']:.4f} s a pair, "

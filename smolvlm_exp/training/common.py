@@ -112,15 +112,20 @@ def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) ->
 
 
 def upstream(cls: type, arguments: dict[str, Any]) -> Any:
-    """Upstream's configuration object; its own complaint is kept.
+    """Upstream's configuration object, for one GPU a process; its own complaint is kept.
 
     Raises:
         RequestError: an unknown argument, or a value that upstream refuses.
     """
     try:
-        return cls(**arguments)
+        found: Any = cls(**arguments)
     except (TypeError, ValueError) as error:
         raise RequestError(f"trainer: {error}") from error
+    if found.n_gpu > 1:
+        # Upstream would wrap the model in nn.DataParallel, which TRL refuses and the engine does not know.
+        print(f"gpu: one of {found.n_gpu} is used; accelerate launch --num_processes {found.n_gpu} -m smolvlm_exp: all")
+        found._n_gpu = 1
+    return found
 
 
 def with_pissa(parts: Parts, seed: int) -> "tuple[Any, LoraConfig | None]":

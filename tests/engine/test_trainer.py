@@ -7,6 +7,7 @@ from functools import cache
 import pytest
 import torch
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
@@ -15,6 +16,7 @@ from smolvlm_exp.adapter import TARGETS
 from smolvlm_exp.config import shape_of
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.engine.deferred import Deferred, settle
+from smolvlm_exp.engine.dora import exact
 from smolvlm_exp.engine.feed import Collator, Rows
 from smolvlm_exp.engine.schedule import split
 from smolvlm_exp.engine.tiles import pixels
@@ -339,6 +341,25 @@ def test_adapters_on_quantised_weights_are_float32(bench):
     for name, parameter in learnt(trainer).items():
         assert parameter.dtype is torch.float32
         assert torch.equal(parameter, learnt(plain)[name])
+
+
+@pytest.mark.parametrize("kind", [SharedPrefixTrainer, SharedPrefixSFTTrainer])
+def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, kind):
+    """PEFT takes the magnitude of a bfloat16 base in bfloat16; gains that are not 1 move the policy off its start."""
+    model = small_model().bfloat16()
+    model.is_loaded_in_4bit = True  # all that TRL looks at before it rounds
+    rows, arguments = (Rows, DPOConfig) if kind is SharedPrefixTrainer else (ChosenRows, SFTConfig)
+    collator, eval_collator = bench.collators(None, rows)
+    trainer = kind(
+        model, normalise=pixels(bench.processor), collator=collator, eval_collator=eval_collator,
+        peft_config=bench.adapter(use_dora=True), args=bench.arguments(arguments), processing_class=bench.processor,
+    )  # fmt: skip
+    layers = [layer for layer in trainer.model.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == 14
+    for layer in layers:
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        assert magnitude.dtype is torch.float32
+        assert torch.equal(magnitude / exact(layer, "default").norm(), torch.ones_like(magnitude))
 
 
 def test_no_second_model_and_no_second_adapter(bench):

@@ -172,3 +172,17 @@ def test_metrics_have_memory_and_speed(quick, tmp_path):
     assert step["memory_peak_gib"] >= step["memory_allocated_gib"] > 0.1
     assert any("eval_loss" in event for event in events)
     assert torch.isfinite(torch.tensor([event["step"] for event in events])).all()
+
+
+def test_one_gpu_a_process(capsys):
+    """Several visible GPUs would make upstream wrap the model in nn.DataParallel, which TRL refuses."""
+
+    class Arguments:
+        n_gpu = property(lambda self: self._n_gpu)
+
+        def __init__(self, gpus):
+            self._n_gpu = gpus
+
+    for gpus, left in ((0, 0), (1, 1), (4, 1)):
+        assert upstream(Arguments, {"gpus": gpus}).n_gpu == left
+        assert ("accelerate launch --num_processes 4" in capsys.readouterr().out) == (gpus == 4)
