@@ -67,7 +67,7 @@ class ModelConfig:
     )  # random: the real shape without its weights, for dry runs and benchmarks
     attn_implementation: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
     dtype: str = "auto"  # auto: bfloat16 on a GPU that has it, float32 otherwise
-    device_map: str | None = "auto"
+    device_map: str | None = "auto"  # auto: the whole model on one GPU, where upstream's would spread it over all
     shape: Shape | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of `from_pretrained`
 
@@ -99,14 +99,12 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
 
 
 def device_map(asked: str | None) -> Any:
-    """One of several processes has one GPU, the whole model on it."""
+    """What upstream is to be given for `model.device_map`."""
     import torch
-
-    from smolvlm_exp.engine.group import place
 
     if not torch.cuda.is_available():
         return None
-    return {"": torch.cuda.current_device()} if asked == "auto" and place()[1] > 1 else asked
+    return {"": torch.cuda.current_device()} if asked == "auto" else asked
 
 
 def load_processor(config: ModelConfig) -> "ProcessorMixin":

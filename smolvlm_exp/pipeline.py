@@ -21,7 +21,7 @@ from smolvlm_exp.training.checks import Watch
 from smolvlm_exp.training.common import Parts, Run
 from smolvlm_exp.training.fit import held_to
 from smolvlm_exp.training.samples import SamplesCallback
-from smolvlm_exp.training.shared import check_features, check_request
+from smolvlm_exp.training.shared import check_model, check_request
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -49,7 +49,7 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
 
     model: Any = load_model(config.model, quantization, config.seed)
     processor = load_processor(config.model)
-    check_features(config, model)
+    check_model(config, model)
     if start:
         model, peft_config = put_on(model, start, config.adapter.target), None
     elif peft_config:

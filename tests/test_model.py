@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smolvlm_exp.config import shape_of
-from smolvlm_exp.model import EMBEDDED, load_model, load_processor, make_processor, model_config
+from smolvlm_exp.model import EMBEDDED, device_map, load_model, load_processor, make_processor, model_config
 from smolvlm_exp.tokenizer import stand_in
 from tests.conftest import compose
 
@@ -91,3 +91,12 @@ def test_image_settings_are_smolvlms():
     assert images.size["longest_edge"] == 1536
     assert images.max_image_size["longest_edge"] == 384
     assert list(images.image_mean) == [0.5, 0.5, 0.5]
+
+
+def test_the_whole_model_is_on_one_gpu(monkeypatch):
+    """Upstream's "auto" would spread it over all that are visible."""
+    assert device_map("auto") is None
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert device_map("auto") == {"": 1}
+    assert device_map("balanced") == "balanced"

@@ -47,12 +47,18 @@ def check_request(config: "Config") -> None:
         print("engine: with dropout, both answers of a pair see the same noise on their prompt")
 
 
-def check_features(config: "Config", model: "PreTrainedModel") -> None:
+def check_model(config: "Config", model: "PreTrainedModel") -> None:
     """Raises:
-    RequestError: image features are to be kept though something that makes them learns.
+    RequestError: the engine is given a model in parts; image features are to be kept though what makes them learns.
     """
     from smolvlm_exp.adapter import matched_modules
 
+    devices = set((getattr(model, "hf_device_map", None) or {}).values())
+    if len(devices) > 1 and config.trainer.engine == "shared":
+        raise RequestError(
+            f"model.device_map={config.model.device_map} parts the model over {len(devices)} devices, which needs "
+            "trainer.engine=stock; with model.device_map=auto all of it is on one GPU."
+        )
     if not config.trainer.keep_features:
         return
     if config.adapter.type == "none":

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smolvlm_exp.pipeline import train
+from smolvlm_exp.training.common import upstream
 from smolvlm_exp.training.dpo import LOSSES
 from tests.conftest import SIGMOID
 
