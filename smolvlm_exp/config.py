@@ -35,7 +35,7 @@ CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir(
 class TaskConfig(PlanConfig):
     name: str = one_of("train", "evaluate", "generate", "compare", "export", "chat", "serve", "doctor", "plan")
     temperature: float = at_least(0, 0.0)  # of answers that task=evaluate and task=generate give; 0: greedy
-    max_new_tokens: int = at_least(1, 256)  # at which they are cut
+    max_new_tokens: int = at_least(1, 256)  # at which they, and those that a run or an export is judged by, are cut
     batch_sizes: list[int] = field(default_factory=list)  # that task=evaluate times; []: 1 and the evaluation's own
     images: str | None = None  # task=generate: the folder that pictures lie in
     question: str = "Describe the picture."  # asked about each of them

@@ -113,7 +113,10 @@ class Delivery:
             return tuned, moved(self.score(model), tuned.logps)
 
     def look(self, model: Any) -> Evaluation:
-        return look(model, self.processor, self.held_out, self.batch_size, self.max_length, seed=self.config.seed)
+        most, seed = self.config.task.max_new_tokens, self.config.seed
+        return look(
+            model, self.processor, self.held_out, self.batch_size, self.max_length, seed=seed, max_new_tokens=most
+        )
 
     def score(self, model: Any) -> Logps:
         return answer_logps(model, self.processor, self.rows, self.batch_size, self.max_length)

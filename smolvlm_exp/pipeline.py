@@ -1,6 +1,7 @@
 """The whole run on one screen: model, data, adapter, before, training, after, result."""
 
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -59,8 +60,11 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
 
     budget = held_to(config.trainer.memory_budget)
     with budget, Result(config, folder, preferences) as result, StopCallback() as stop:
-        held_out = preferences, config.trainer.per_device_eval_batch_size, config.data.max_length
-        result.before = evaluate(model, processor, *held_out)
+        look = partial(
+            evaluate, processor=processor, preferences=preferences, max_length=config.data.max_length,
+            batch_size=config.trainer.per_device_eval_batch_size, max_new_tokens=config.task.max_new_tokens,
+        )  # fmt: skip
+        result.before = look(model)
 
         metrics = MetricsCallback(folder, result.tracker)
         shown = SamplesCallback(config.trainer.sample_steps, processor, preferences, result.before.answers, metrics)
@@ -76,7 +80,7 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
         if not stopped:
             tuned = trainer.accelerator.unwrap_model(trainer.model)
             beta = getattr(config.trainer, "beta", 1.0)
-            result.after = evaluate(tuned, processor, *held_out, reference=result.before.logps, beta=beta)
+            result.after = look(tuned, reference=result.before.logps, beta=beta)
             result.checks += compare_looks(result.before, result.after, trainer.state.log_history, preferences.report)
         result.save(trainer, stopped)
     return result.summary
