@@ -76,8 +76,7 @@ def compare(files: list[str]) -> None:
             if target not in run:
                 continue
             found = run[target]
-            mine, theirs = (torch.tensor(losses) for losses in zip(*zip(found["loss"], first["loss"], strict=False), strict=True))
-            off = (mine - theirs).abs()
+            off = torch.tensor([abs(mine - one) for mine, one in zip(found["loss"], first["loss"], strict=False)])
             print(
                 f"{target:7} {Path(file).stem:10} {found['cards']}, {found['micro-batch']} pairs at a time, peak "
                 f"{found['peak']} GiB: {found['seconds a pair']:.4f} s a pair, "
