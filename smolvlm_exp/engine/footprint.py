@@ -12,7 +12,6 @@ from itertools import accumulate
 LEVELS = ("everything", "attention", "inputs")  # what a layer keeps for its backward pass; see layer.py
 CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
-PARTS, PART = 4, 400  # in how many parts a layer's MLP runs where its way in is not kept, and their least tokens
 UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
 STORED = {  # bytes a weight of the linear layers; 4 bits have a scale for each 64 weights, in 8 bits where doubled
     "4bit": 0.5 + 4 / 64,
@@ -170,51 +169,34 @@ def kept(stack: Stack, keep: str, element: int) -> float:
     return everything if keep == "everything" else everything - into
 
 
-def parts_of(tokens: int) -> int:
-    """Parts that the MLP's tokens are cut into."""
-    return max(1, min(PARTS, tokens // PART))
-
-
-def forward(stack: Stack, keep: str, parts: int) -> float:
-    """Numbers a token that one layer's forward pass takes at its worst moment, beside what it keeps."""
-    qkv, out, into, down = stack.widths
-    passing = {
-        "everything": 0,
-        "attention": into,
-        "inputs": qkv + stack.queries + out + (into + down) / parts,
-    }[keep]
-    inner = stack.intermediate + stack.tails[3]
-    return 2 * stack.hidden + passing + (inner / parts if keep == "inputs" else inner)
-
-
-def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool, parts: int = 1) -> float:
+def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) -> float:
     """Numbers a token that one layer's backward pass takes at its worst moment, beside what it kept.
 
     Args:
         spread: keys that attention reads, over tokens.
-        parts: that the MLP runs in where its way in is not kept.
     """
     qkv, _, into, _ = stack.widths
     hidden, inner, queries = stack.hidden, stack.intermediate, stack.queries
     adapted = [bool(tail) or gain for tail, gain in zip(stack.tails, stack.gains, strict=True)]
-    # Computed again: up to the hidden states after attention, and of the MLP.
-    again: float = qkv + queries + hidden + sum(stack.tails[:2]) if keep == "inputs" else 0
-    within = {"everything": 0, "attention": into, "inputs": into + hidden * adapted[3] + sum(stack.tails[2:])}[keep]
+    again: float = {
+        "everything": 0,
+        "attention": into,
+        "inputs": qkv + queries + hidden + into + hidden * adapted[3] + sum(stack.tails),
+    }[keep]
     if not stack.fused:
-        again, within = kept(stack, "everything", element) if keep == "inputs" else 0, 0
-    # The gradient of the result, the hidden states after attention and their gradient; du of the way out, its input's
-    # gradient, which the input itself then overwrites (but not in torch's code), then du of the way in.
-    within += (hidden + stack.tails[3]) * adapted[3] + inner + into + stack.tails[2]
-    mlp = again + 3 * hidden + within / (1 if keep == "everything" else parts)
+        again = kept(stack, "everything", element) if keep == "inputs" else 0
+    # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient and the
+    # input itself, then du of the way in.
+    mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + bool(stack.tails[3]))
+    mlp += into + stack.tails[2]
     # The same two gradients, du of the output product and its input's gradient; q, k, v and their gradients; then
     # either flash attention's float32 sums or du of q, k, v.
     rotated = queries + 2 * spread * stack.keys
     grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
-    attention = again + 2 * hidden + (hidden + stack.tails[1]) * adapted[1]
+    attention = max(again - into - hidden * adapted[3], 0) + 2 * hidden + (hidden + stack.tails[1]) * adapted[1]
     attention += queries + rotated + grads + max(qkv + stack.tails[0], queries * 4 / element)
     if not gpu:  # torch code instead of kernels, with copies between its operations: measured on the embedded model
-        copies = (4.5 if stack.gated else 6) * into + inner * bool(stack.tails[3])
-        mlp, attention = mlp + copies / (1 if keep == "everything" else parts), attention + 2 * rotated
+        mlp, attention = mlp + (9 if stack.gated else 6) * into, attention + 2 * rotated
     return max(mlp, attention)
 
 
@@ -229,18 +211,16 @@ def peak(facts: Facts, load: Load, keep: str, keep_vision: str) -> int:
     if vision.trained:  # post-layernorm and pixel shuffle
         states += load.tiles * facts.image_tokens * text.hidden + 3 * patches * vision.hidden
     whole = (text_kept + vision_kept + states) * element + pictures
-    logits = min(load.answers, TOKEN_CHUNK) * VOCABULARY_CHUNK * element  # however small the vocabulary
-    spread, parts = load.sources / line, parts_of(line)
+    logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, facts.vocabulary) * element
+    spread = load.sources / line
     worst = [
         2 * facts.trained_weights * facts.trained_element,  # AdamW's own intermediate results
         whole + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
-        whole + backward(text, keep, element, spread, facts.gpu, parts) * line * element * bool(text.trained),
-        whole + forward(text, keep, parts) * line * element * bool(text.trained),
+        whole + backward(text, keep, element, spread, facts.gpu) * line * element * bool(text.trained),
     ]
     if vision.trained:
-        late = backward(vision, keep_vision, element, 1.0, facts.gpu, parts_of(patches))
-        late = max(late, forward(vision, keep_vision, parts_of(patches)))
-        worst.append((vision_kept + late * patches) * element + pictures)
+        late = vision_kept + backward(vision, keep_vision, element, 1.0, facts.gpu) * patches
+        worst.append(late * element + pictures)
     elif not facts.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
         worst.append(layer * patches * element + 5 * pictures)

