@@ -95,6 +95,7 @@ def test_image_settings_are_smolvlms():
 
 def test_the_whole_model_is_on_one_gpu(monkeypatch):
     """Upstream's "auto" would spread it over all that are visible."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_map("auto") is None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

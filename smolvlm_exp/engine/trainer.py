@@ -45,9 +45,7 @@ class SharedPrefixTrainer(PackedSteps, DPOTrainer):
             trl: DPOTrainer's own arguments.
         """
         args = trl["args"]
-        model = with_adapter(model, peft_config, args.seed)
-        use_fused_layers(model, args)
-        masters = masters_of(model)
+        model, masters = prepared(model, peft_config, args)
         super().__init__(
             collator=collator,
             eval_collator=eval_collator,
@@ -140,9 +138,7 @@ class SharedPrefixSFTTrainer(PackedSteps, SFTTrainer):
         Args:
             as SharedPrefixTrainer's; the collators are of `ChosenRows`.
         """
-        model = with_adapter(model, peft_config, trl["args"].seed)
-        use_fused_layers(model, trl["args"])
-        masters = masters_of(model)
+        model, masters = prepared(model, peft_config, trl["args"])
         super().__init__(
             collator=collator, eval_collator=eval_collator, micro_batch=micro_batch, whole=False, model=model, **trl
         )
@@ -170,18 +166,17 @@ class NoReference(nn.Module):
         self.config = config
 
 
-def with_adapter(model: Any, peft_config: PeftConfig | None, seed: int) -> Any:
-    """The model with its adapter on."""
-    if peft_config is None:
-        return model
-    set_seed(seed)  # where TRL would, so that the adapter starts with the same numbers
-    with keeping_scales(model):
-        return get_peft_model(model, peft_config)
+def prepared(model: Any, peft_config: PeftConfig | None, args: Any) -> tuple[Any, list[Any]]:
+    """The model with its adapter on and its layers fused, and (parameter, its float32 numbers) of all that learns.
 
-
-def masters_of(model: Any) -> list[Any]:
-    """(parameter, its float32 numbers) of all that learns; once `fuse` has set the magnitudes of a fresh DoRA."""
-    return [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    In this order: fusing sets the magnitudes of a fresh DoRA.
+    """
+    if peft_config is not None:
+        set_seed(args.seed)  # where TRL would, so that the adapter starts with the same numbers
+        with keeping_scales(model):
+            model = get_peft_model(model, peft_config)
+    use_fused_layers(model, args)
+    return model, [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
 
 
 def use_fused_layers(model: Any, args: Any) -> None:

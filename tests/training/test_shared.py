@@ -1,12 +1,14 @@
 """trainer.engine=shared through the pipeline: against stock TRL, what it keeps, and what it refuses."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.pipeline import train
-from tests.conftest import SIGMOID
+from smolvlm_exp.training.shared import check_model
+from tests.conftest import SIGMOID, compose
 
 CLOCKS = ("second", "memory", "runtime", "data_wait", "total_flos")
 
@@ -97,3 +99,12 @@ def test_what_does_not_go_together(quick, tmp_path, setting, message):
 @pytest.mark.usefixtures("unseen")
 def test_eager_attention_on_the_stock_engine(quick, tmp_path):
     assert train(quick("model.attn_implementation=eager", "trainer.engine=stock"), tmp_path)["status"] == "done"
+
+
+def test_a_model_in_parts_is_refused():
+    parted = SimpleNamespace(hf_device_map={"model.text_model": 0, "lm_head": 1})
+    with pytest.raises(RequestError, match=r"parts the model over 2 devices, .* model\.device_map=auto"):
+        check_model(compose("model.device_map=balanced"), parted)
+    check_model(compose("model.device_map=balanced", "trainer.engine=stock"), parted)
+    parted.hf_device_map = {"": 1}
+    check_model(compose(), parted)
