@@ -101,7 +101,8 @@ def test_rows_are_kept_and_read(tmp_path):
     keep(tmp_path, prints, {"recall": mean([1, 0, 1])})
     rows = kept(tmp_path)
     assert (len(rows.train), len(set(rows.test.tolist())), rows.ratios["recall"].value) == (2, 1, pytest.approx(2 / 3))
-    (tmp_path / "rows.npz").write_bytes((tmp_path / "rows.npz").read_bytes()[:100])
+    file = tmp_path / "rows.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
     assert kept(tmp_path) is None
     assert kept(tmp_path / "nowhere") is None
 

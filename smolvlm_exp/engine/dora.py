@@ -5,8 +5,9 @@ DoRA divides each row of W + s B A by its norm. Written out (eq. 5's norm, squar
     ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 diag(B (A A^T) B^T)
 
 ||W||^2 never changes and W A^T is a product with r columns, so W + s B A is never formed; and as A and B change at an
-optimiser's step alone, the norm is computed once a step. Everything is float32, and a fresh adapter's magnitude is
-taken from the same formula: magnitude / norm is then exactly 1, and the policy starts at the reference in bfloat16 too.
+optimiser's step alone, the norm is computed once a step. Everything is float32, within autocast too, where it may be
+asked for first or not; a fresh adapter's magnitude is taken from the same formula: magnitude / norm is then exactly 1,
+and the policy starts at the reference in bfloat16 too.
 
 What is saved and loaded is PEFT's: an ordinary DoRA adapter.
 """
@@ -79,8 +80,9 @@ class ExactDora:
             weight = frozen_weight(base)
             if self.base_squares is None or self.base_squares.device != weight.device:
                 self.base_squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
-            weight_a = product_f32(weight, a.to(weight.dtype).T)
-            squares = squared_norm(self.base_squares, weight_a, a, b, self.layer.scaling[self.name])
+            with torch.autocast(weight.device.type, enabled=False):
+                weight_a = product_f32(weight, a.to(weight.dtype).T)
+                squares = squared_norm(self.base_squares, weight_a, a, b, self.layer.scaling[self.name])
             self.found = (now, squares.sqrt())
         assert self.found[1] is not None
         return self.found[1]

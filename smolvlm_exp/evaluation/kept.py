@@ -1,18 +1,19 @@
-"""rows.npz in a run's folder: which rows it was tuned and looked at with, and what each adds to each metric.
+"""rows.safetensors in a run's folder: which rows it was tuned and looked at with, and what each adds to each metric.
 
 By it task=compare pairs runs row by row, and task=evaluate knows the rows that a model was tuned on.
 """
 
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from smolvlm_exp.evaluation.statistics import Ratio
 
-FILE = "rows.npz"
+FILE = "rows.safetensors"
 
 
 @dataclass(frozen=True)
@@ -31,18 +32,17 @@ def keep(folder: Path, prints: Mapping[str, Sequence[bytes]], ratios: Mapping[st
     arrays = {split: short(found) for split, found in prints.items()}
     for name, each in ratios.items():
         arrays[f"metric {name}"] = np.stack([each.top, each.bottom, np.full(len(each.top), each.empty)])
-    np.savez_compressed(folder / FILE, **arrays)  # type: ignore[arg-type]
+    save_file(arrays, folder / FILE)
 
 
 def kept(folder: Path) -> Rows | None:
     """None where there are none, or not whole."""
     try:
-        with np.load(folder / FILE) as file:
-            arrays = dict(file)
+        arrays = load_file(folder / FILE)
         stored = {name.partition(" ")[2]: each for name, each in arrays.items() if name.startswith("metric ")}
         ratios = {name: Ratio(top, bottom, float(empty[0])) for name, (top, bottom, empty) in stored.items()}
         return Rows(arrays["train"], arrays["test"], ratios)
-    except (OSError, ValueError, KeyError, IndexError, EOFError, zipfile.BadZipFile):
+    except (OSError, ValueError, KeyError, IndexError, SafetensorError):
         return None
 
 

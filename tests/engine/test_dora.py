@@ -89,6 +89,22 @@ def test_the_norm_is_computed_once_until_something_changes(monkeypatch):
     assert len(made) == 1
 
 
+def test_the_norm_is_the_same_within_autocast():
+    torch.manual_seed(0)
+    tuned = adapted(Two())
+    use_exact_dora(tuned)
+    layer = tuned.base_model.model.with_bias
+    with torch.no_grad():
+        layer.lora_B["default"].weight.normal_()
+    expected = exact(layer, "default").norm()
+    with torch.no_grad():
+        layer.lora_B["default"].weight.mul_(1)
+    with torch.autocast("cpu", torch.bfloat16):
+        found = exact(layer, "default").norm()
+    assert found is not expected
+    assert torch.equal(found, expected)
+
+
 def test_it_saves_and_loads_as_pefts_own(tmp_path):
     torch.manual_seed(0)
     base = Two()
