@@ -23,20 +23,33 @@ from smolvlm_exp import launch
 from smolvlm_exp.engine.group import gather, place
 from smolvlm_exp.quiet import hush
 
+WARM = 3  # steps whose time does not count
 
-class Waits:
-    """Seconds that the step loop waited for its batches."""
+
+class Watch:
+    """How long the step loop waited for its batches, and each step's loss, which nobody waits for."""
 
     def __init__(self, trainer: Any) -> None:
-        self.seconds, self.plain = 0.0, trainer.get_batch_samples
-        trainer.get_batch_samples = self
+        self.waited, self.losses = 0.0, list[torch.Tensor]()
+        self.plain = trainer.get_batch_samples, trainer.training_step
+        trainer.get_batch_samples, trainer.training_step = self.batches, self.step
 
-    def __call__(self, *args: Any) -> Any:
+    def batches(self, *args: Any) -> Any:
         begun = time.perf_counter()
         try:
-            return self.plain(*args)
+            return self.plain[0](*args)
         finally:
-            self.seconds += time.perf_counter() - begun
+            self.waited += (time.perf_counter() - begun) * (len(self.losses) >= WARM)
+
+    def step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss: torch.Tensor = self.plain[1](model, inputs, num_items_in_batch)
+        if "step" in inputs:  # the others have nothing to do; see engine/steps.py
+            self.losses.append(loss)
+        return loss
+
+    def loss(self) -> list[float]:
+        """The mean over all processes, step by step."""
+        return torch.tensor(gather(torch.stack(self.losses).tolist())).mean(0).tolist()
 
 
 def measure(bench: Bench, target: str, pairs: int, asked: argparse.Namespace) -> dict[str, Any]:
@@ -46,21 +59,21 @@ def measure(bench: Bench, target: str, pairs: int, asked: argparse.Namespace) ->
         "trainer.per_device_train_batch_size=1", f"trainer.gradient_accumulation_steps={pairs // processes}",
         f"trainer.memory_budget={'none' if asked.micro else 'auto'}",
     )  # fmt: skip
-    trainer = bench.trainer(config, steps=asked.steps)
+    trainer = bench.trainer(config, asked.steps, WARM)
     if asked.micro:
         trainer.micro_batch = asked.micro
-    waits = Waits(trainer)
+    watch = Watch(trainer)
     trainer.train()
-    ends = trainer.clock.ends
+    seconds = trainer.clock.seconds
     found = {
         "cards": f"{processes} x {device_name()}",
         "sharded": trainer.is_fsdp_enabled,
         "pairs a step": pairs,
         "micro-batch": gather(trainer.micro_batch),
-        "seconds a pair": (ends[-1] - ends[2]) / (pairs * (len(ends) - 3)),
-        "wait for data": waits.seconds / (ends[-1] - ends[0]),
+        "seconds a pair": seconds / pairs,
+        "wait for data": watch.waited / (seconds * (asked.steps - WARM)),
         "peak": [round(peak, 2) for peak in gather(torch.cuda.max_memory_allocated() / GIB)],
-        "loss": [event["loss"] for event in trainer.state.log_history if "loss" in event],
+        "loss": watch.loss(),
     }
     if not trainer.is_fsdp_enabled:
         bench.release(trainer)
