@@ -82,15 +82,20 @@ class PackedSteps(Trainer):
         if self.is_fsdp_enabled:  # accelerate would have what learns rounded to bfloat16 in every forward pass
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.into_micros)
-        numbers: Any = range(len(collator.rows))
-        self.batches: Any = torch.utils.data.DataLoader(
+        self.batches = self.prepared()
+
+    def prepared(self) -> Any:
+        """A loader of whole steps' micro-batches, whose workers last until it is let go."""
+        numbers: Any = range(len(self.collator.rows))
+        args = self.args
+        return torch.utils.data.DataLoader(
             numbers,
             batch_sampler=self.sampler,
-            collate_fn=Numbers(collator),
+            collate_fn=Numbers(self.collator),
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_persistent_workers,
+            persistent_workers=args.dataloader_num_workers > 0,
             multiprocessing_context=args.dataloader_multiprocessing_context,
             generator=torch.Generator(),  # or it would draw from the run's own
         )
@@ -106,6 +111,13 @@ class PackedSteps(Trainer):
 
     def _set_signature_columns_if_needed(self) -> None:
         self._signature_columns = ["row"]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; the workers end with it: torch 2.11 waits five seconds for each at exit."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.batches, self.batches_left = self.prepared(), iter(())
 
     def get_train_dataloader(self) -> Any:
         """Of row numbers alone: `self.batches` has the workers."""

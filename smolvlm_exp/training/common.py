@@ -103,7 +103,6 @@ def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) ->
         "bf16": run.dtype is torch.bfloat16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
-        "dataloader_persistent_workers": config.dataloader_num_workers > 0,
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
         "logging_first_step": True,
         "remove_unused_columns": True,
