@@ -2,15 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from smolvlm_exp.engine import elementwise as ew
 from smolvlm_exp.engine.attend import attend_tiles, attend_tiles_backward
 from smolvlm_exp.engine.layer import FIRST, IN, FusedLayer, Kept, Pass, fuse_layers
-from smolvlm_exp.engine.linear import linear_obstacles
+from smolvlm_exp.engine.linear import ALIGNED, linear_obstacles
 
 
 @dataclass
@@ -80,3 +82,33 @@ def obstacles(layer: nn.Module) -> Iterator[str]:
     if type(mlp.activation_fn).__name__ != "GELUTanh":
         yield f"its activation is {type(mlp.activation_fn).__name__}, not GELU's tanh form"
     yield from linear_obstacles(layer)
+
+
+def use_patch_product(tower: Any) -> None:
+    """Let the tower cut its pictures into patches by `patch_product` on a GPU.
+
+    cuDNN computes 104 tiles by another algorithm than 52 and rounds otherwise, so that a policy would begin off a
+    reference that was computed with other pictures beside it. A product's rows do not depend on how many there are.
+    """
+    convolution = tower.embeddings.patch_embedding
+    if type(convolution) is nn.Conv2d:
+        convolution.forward = partial(cut, convolution)  # type: ignore[method-assign]
+
+
+def cut(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+    if pixel_values.is_cuda:
+        return patch_product(convolution, pixel_values)
+    return nn.Conv2d.forward(convolution, pixel_values)
+
+
+def patch_product(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+    """A convolution whose patches do not overlap, as one matrix product: (n, C, S, S) -> (n, H, S // p, S // p)."""
+    high, wide = convolution.kernel_size
+    rows, columns = pixel_values.shape[2] // high, pixel_values.shape[3] // wide  # 384 pixels are 27 patches of 14
+    whole = pixel_values[:, :, : rows * high, : columns * wide]
+    patches = whole.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    weight = convolution.weight.flatten(1)
+    spare = -weight.shape[1] % ALIGNED
+    if spare:
+        patches, weight = F.pad(patches, (0, spare)), F.pad(weight, (0, spare))
+    return F.linear(patches, weight, convolution.bias).permute(0, 3, 1, 2)

@@ -17,6 +17,7 @@ from smolvlm_exp.engine.group import share
 from smolvlm_exp.engine.identity import weights_key
 from smolvlm_exp.engine.store import Store, keep, key_of
 
+VERSION = 2  # raise when the numbers change for a reason that no part of the key tells
 Batches = Iterator[tuple[int, torch.Tensor]]  # where they begin among those of all, and tiles or their features
 
 
@@ -57,6 +58,7 @@ def keep_features(
         "dtype": str(example.dtype),
         "device": parameter.device.type,
         "torch": torch.__version__,
+        "version": VERSION,
     }
 
     def fill(tensors: Any, rank: int, processes: int) -> None:

@@ -15,6 +15,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.engine.attention import Layout, use_shared_prefix
+from smolvlm_exp.engine.encoder import use_patch_product
 from smolvlm_exp.engine.group import whole
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, S, S) uint8 -> what the vision tower reads, on its device
@@ -32,6 +33,7 @@ def add_pair_forward(model: PreTrainedModel, pixels: Pixels, statistics: tuple[s
     """
     ordinary, core = model.forward, cast(Any, model.base_model)
     use_shared_prefix(core.text_model)
+    use_patch_product(core.vision_model)
 
     @wraps(ordinary)
     def forward(*args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:

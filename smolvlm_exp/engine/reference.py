@@ -20,7 +20,7 @@ from smolvlm_exp.engine.store import Mapped, Store, key_of
 Score = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]  # a collated batch -> chosen, rejected, (B,) each
 Table = dict[bytes, tuple[float, float]]  # a row's key -> its two log-probabilities
 
-VERSION = 1  # raise when the numbers change for a reason that no part of the key tells
+VERSION = 2  # raise when the numbers change for a reason that no part of the key tells
 
 
 def reference_logps(

@@ -12,7 +12,7 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransfo
 from smolvlm_exp.engine import attention, pairs
 from smolvlm_exp.engine.decoder import FusedDecoderLayer, fuse_decoder_layers
 from smolvlm_exp.engine.dora import use_exact_dora
-from smolvlm_exp.engine.encoder import FusedEncoderLayer, fuse_encoder_layers
+from smolvlm_exp.engine.encoder import FusedEncoderLayer, fuse_encoder_layers, patch_product
 from smolvlm_exp.engine.footprint import LEVELS
 
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -183,3 +183,23 @@ def test_weights_that_train_are_told():
     assert "itself is trained" in fuse_decoder_layers(model, "everything")
     assert "itself is trained" in fuse_encoder_layers(tower, "everything")
     assert not isinstance(tower.encoder.layers[0].forward, FusedEncoderLayer)
+
+
+@pytest.mark.parametrize(("side", "patch"), [(32, 8), (31, 7)])  # 31: three pixels are left over, and rows are padded
+def test_patches_are_the_convolutions(side, patch):
+    convolution = torch.nn.Conv2d(3, 24, patch, patch, padding="valid")
+    pixels, upstream = torch.randn(5, 3, side, side), torch.randn(5, 24, side // patch, side // patch)
+    found = []
+    for result in (convolution(pixels), patch_product(convolution, pixels)):
+        found.append((result, *torch.autograd.grad(result, list(convolution.parameters()), upstream)))
+    for wanted, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+def test_a_tiles_patches_are_the_same_beside_any_others():
+    convolution = torch.nn.Conv2d(3, 1152, 14, 14, padding="valid").cuda().bfloat16()
+    pixels = torch.randn(208, 3, 384, 384, device="cuda").bfloat16()
+    whole = patch_product(convolution, pixels)
+    for tiles in (1, 13, 52, 104):
+        assert torch.equal(patch_product(convolution, pixels[:tiles]), whole[:tiles])
