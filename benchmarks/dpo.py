@@ -122,7 +122,7 @@ def stock(bench: Bench, settings: list[str]) -> None:
         bench.release(trainer)
 
 
-def engine(bench: Bench, parts: list[str]) -> None:
+def engine(bench: Bench, parts: list[str], steps: int) -> None:
     """What the engine does by hand and by plan, on one trainer."""
     from smolvlm_exp.training.fit import facts_of_model, fit
 
@@ -141,11 +141,11 @@ def engine(bench: Bench, parts: list[str]) -> None:
     if "hand" in parts:
         hand(bench, trainer, facts)
     if "caps" in parts:
-        caps(bench, trainer, config)
+        caps(bench, trainer, config, steps)
     bench.release(trainer)
     if "lora" in parts:
         config = bench.config("adapter=lora", adapter, *shared)
-        trainer = bench.trainer(config, steps=4)
+        trainer = bench.trainer(config, steps)
         fit(replace(config.trainer, memory_budget="auto"), trainer)
         bench.measure(trainer, engine="lora", target=bench.target, micro=trainer.micro_batch)
         bench.release(trainer)
@@ -168,10 +168,10 @@ def hand(bench: Bench, trainer: Any, facts: Facts) -> None:
                 break
 
 
-def caps(bench: Bench, trainer: Any, config: Any) -> None:
+def caps(bench: Bench, trainer: Any, config: Any, steps: int) -> None:
     from smolvlm_exp.training.fit import fit, held_to
 
-    trainer.args.max_steps = 4
+    trainer.args.max_steps = steps
     for cap in CAPS:
         with held_to(cap):
             fit(replace(config.trainer, memory_budget=cap), trainer)
@@ -230,6 +230,7 @@ def main() -> None:
     parser.add_argument("--target", default="recipe", choices=("recipe", "text"))
     parser.add_argument("--only", default="stock,hand,caps,lora")
     parser.add_argument("--rows", type=int, default=64, help="a multiple of 16, so that every step is full")
+    parser.add_argument("--steps", type=int, default=4, help="of caps and lora; more where a step is short")
     parser.add_argument("--json", default=None)
     parser.add_argument("--stock", default=",".join(STOCK), help="micro-batches; 4+: with checkpointing")
     asked = parser.parse_args()
@@ -238,7 +239,7 @@ def main() -> None:
     if "stock" in parts:
         stock(bench, asked.stock.split(","))
     if parts != ["stock"]:
-        engine(bench, parts)
+        engine(bench, parts, asked.steps)
     table(bench)
     if asked.json:
         Path(asked.json).write_text(json.dumps(bench.found, indent=1) + "\n", encoding="utf-8")

@@ -62,6 +62,7 @@ class FusedDecoderLayer(FusedLayer):
         assert kept.attended is not None
         rotated = self.rotated(kept, scene)
         grads = attend_backward(dattended, *rotated, kept.attended, kept.state, scene.layout, self.scaling)
+        del rotated
         u, turn = kept.result(IN), (scene.cos, scene.sin)
         return ew.rotary_backward(grads, u, scene.gain(IN), *turn, scene.layout, scene.tail(IN))
 

@@ -128,7 +128,7 @@ def swiglu(u: torch.Tensor, gain: Gain, tail: int = 0) -> torch.Tensor:
 def swiglu_backward(
     da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of `swiglu`: du (T, 2I + tail), its result (T, I) once `again`, the gain's gradient."""
+    """Of `swiglu`: du (T, 2I + tail), its result (T, I) once `again`, the gain's gradient. It may write over `da`."""
     if fused(da):
         return kernels.swiglu_backward(da, u, gain, tail, again)
     gate, up = scaled(u, gain, None).chunk(2, dim=-1)
@@ -151,7 +151,7 @@ def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int = 0) 
 def gelu_backward(
     da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of `gelu`: du (T, I + tail), its result (T, I) once `again`, the gain's gradient."""
+    """Of `gelu`: du (T, I + tail), its result (T, I) once `again`, the gain's gradient. It may write over `da`."""
     if fused(da):
         return kernels.gelu_backward(da, u, gain, bias, tail, again)
     with torch.enable_grad():

@@ -60,6 +60,7 @@ class FusedEncoderLayer(FusedLayer):
         assert kept.attended is not None
         inputs = self.queries_keys_values(kept, scene)
         parts = attend_tiles_backward(dattended, *inputs, kept.attended, kept.state, self.scaling)
+        del inputs
         return ew.scale_backward_parts(parts, kept.result(IN), scene.gain(IN), scene.tail(IN))
 
     def activated(self, u: torch.Tensor, scene: VisionPass, tail: int) -> torch.Tensor:

@@ -181,20 +181,21 @@ def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) ->
     again: float = {
         "everything": 0,
         "attention": into,
-        "inputs": qkv + queries + hidden + into + hidden * adapted[3] + sum(stack.tails),
+        "inputs": qkv + queries + hidden * stack.gains[1] + into + sum(stack.tails),
     }[keep]
     if not stack.fused:
         again = kept(stack, "everything", element) if keep == "inputs" else 0
-    # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient and the
-    # input itself, then du of the way in.
-    mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + bool(stack.tails[3]))
-    mlp += into + stack.tails[2]
-    # The same two gradients, du of the output product and its input's gradient; q, k, v and their gradients; then
-    # either flash attention's float32 sums or du of q, k, v.
+    # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
+    # the way in. A kernel writes the input itself over its gradient, or else du of the way in where that is as wide.
+    over = gpu and not (stack.gated or stack.tails[2] or stack.tails[3])
+    mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + (not gpu and bool(stack.tails[3])))
+    mlp += (into + stack.tails[2]) * (not over)
+    # The same two, the output product's input's gradient; q, k, v and their gradients beside flash attention's float32
+    # sums, then these gradients and du of q, k, v.
     rotated = queries + 2 * spread * stack.keys
     grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
-    attention = max(again - into - hidden * adapted[3], 0) + 2 * hidden + (hidden + stack.tails[1]) * adapted[1]
-    attention += queries + rotated + grads + max(qkv + stack.tails[0], queries * 4 / element)
+    attention = max(again - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
+    attention += max(rotated + queries * 4 / element, qkv + stack.tails[0])
     if not gpu:  # torch code instead of kernels, with copies between its operations: measured on the embedded model
         mlp, attention = mlp + (9 if stack.gated else 6) * into, attention + 2 * rotated
     return max(mlp, attention)
@@ -209,7 +210,7 @@ def peak(facts: Facts, load: Load, keep: str, keep_vision: str) -> int:
     pictures = load.tiles * (facts.image_tokens * text.hidden * element if facts.features else facts.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle
-        states += load.tiles * facts.image_tokens * text.hidden + 3 * patches * vision.hidden
+        states += load.tiles * facts.image_tokens * text.hidden + patches * vision.hidden
     whole = (text_kept + vision_kept + states) * element + pictures
     logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, facts.vocabulary) * element
     spread = load.sources / line

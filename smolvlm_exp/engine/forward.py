@@ -101,7 +101,11 @@ def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         whole = torch.ones(grid, dtype=torch.bool, device=pixel_values.device)
         hidden = tower.embeddings(pixel_values=pixel_values.to(tower.dtype), patch_attention_mask=whole)
         hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
-        return connector(tower.post_layernorm(hidden))
+        # Autocast would keep a float32 copy for the backward pass; the norm's own sums are float32 in any case.
+        copied = hidden.dtype is not tower.post_layernorm.weight.dtype
+        with torch.autocast(hidden.device.type, enabled=copied):
+            normed = tower.post_layernorm(hidden)
+        return connector(normed)
 
 
 def base_of(model: Any) -> Any:

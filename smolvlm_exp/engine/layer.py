@@ -156,12 +156,14 @@ class FusedLayer:
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients for the layer's input, and for the adapters."""
         middle = self.attention_half(kept, scene)
+        if scene.gain(OUT) is None:
+            kept.results[OUT] = None  # `middle` has it
         self.first(kept, middle, scene)
         gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
         if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
             self.second(kept, scene)
         dmiddle, mlp_grads = self.mlp_backward(kept, middle, scene, dy)
-        kept.results[FIRST] = kept.results[SECOND] = None
+        kept.results[FIRST] = None
         del middle
         dx, attention_grads = self.attention_half_backward(kept, scene, dmiddle, needs_input)
         return dx, [*attention_grads, *mlp_grads]
@@ -170,6 +172,7 @@ class FusedLayer:
         self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         du, dgain = ew.scale_backward(dy, kept.results[SECOND], scene.gain(SECOND), scene.tail(SECOND))
+        kept.results[SECOND] = None
         dinner = self.products[SECOND].backward(du, scene.adapters[SECOND])
         again = scene.adapters[SECOND] is not None
         du_first, inner, dgain_first = self.activated_backward(dinner, kept.result(FIRST), scene, again)
@@ -184,9 +187,11 @@ class FusedLayer:
         self, kept: Kept, scene: Pass, dy: torch.Tensor, needs_input: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         assert kept.attended is not None
-        du, dgain = ew.scale_backward(dy, kept.result(OUT), scene.gain(OUT), scene.tail(OUT))
+        du, dgain = ew.scale_backward(dy, kept.results[OUT], scene.gain(OUT), scene.tail(OUT))
         dattended = self.products[OUT].backward(du, scene.adapters[OUT]).view_as(kept.attended)
         out_grads = self.gradients(OUT, du, joined(kept.attended), kept, dgain, scene)
+        kept.results[OUT] = None
+        del du
         du, dgain = self.attend_backward(dattended, kept, scene)
         del dattended
         dx = None

@@ -19,15 +19,16 @@ from smolvlm_exp.quant import QuantConfig
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 H100 = Card("H100", 7.6e14)
 # benchmarks/step.py on one H100: SmolVLM-Instruct's shape, nf4, DoRA r=8, 13 tiles a pair. GiB of max_memory_allocated
-# in a step without an optimiser, and ms a pair where they were noted.
+# in a step without an optimiser, and ms a pair where the host does not decide them.
 MEASURED = [
-    ("text", "everything", 1, 3.80, 130), ("text", "everything", 4, 10.36, 34), ("text", "everything", 8, 19.23, 30),
-    ("text", "everything", 16, 36.1, 28.1), ("text", "attention", 4, 6.12, 44.6),
-    ("text", "attention", 16, 19.48, 33.6), ("text", "inputs", 4, 2.91, 48), ("text", "inputs", 16, 6.88, 38.7),
-    ("recipe", "inputs", 1, 2.53, 272), ("recipe", "inputs", 4, 5.4, 115), ("recipe", "inputs", 8, 9.02, 109.7),
-    ("recipe", "attention", 1, 6.06, None), ("recipe", "attention", 4, 19.5, None),
-    ("recipe", "attention", 8, 37.4, None), ("recipe", "everything", 1, 9.18, 220),
-    ("recipe", "everything", 4, 31.95, None), ("recipe", "everything", 8, 62.3, 84.7),
+    ("text", "everything", 1, 3.75, None), ("text", "everything", 4, 10.27, 34.2),
+    ("text", "everything", 8, 18.95, 29.2), ("text", "everything", 16, 35.74, 28.0),
+    ("text", "attention", 4, 6.03, 38.6), ("text", "attention", 16, 19.12, 31.8), ("text", "inputs", 1, 1.87, None),
+    ("text", "inputs", 4, 2.80, 46.0), ("text", "inputs", 8, 4.04, 40.0), ("text", "inputs", 16, 6.43, 38.6),
+    ("recipe", "inputs", 1, 2.48, None), ("recipe", "inputs", 4, 5.10, 111.8), ("recipe", "inputs", 8, 8.61, 108.4),
+    ("recipe", "attention", 1, 6.04, None), ("recipe", "attention", 4, 19.42, 95.6),
+    ("recipe", "attention", 8, 37.25, 92.1), ("recipe", "everything", 1, 9.17, None),
+    ("recipe", "everything", 4, 31.87, 86.5), ("recipe", "everything", 8, 62.11, 84.1),
 ]  # fmt: skip
 # Tokens of the prompts, the chosen and the rejected answers of the benchmark's rows, by their number.
 LENGTHS = {1: (1227, 112, 179), 4: (4901, 572, 566), 8: (9790, 1071, 1197), 16: (19574, 1945, 2182)}
@@ -53,13 +54,13 @@ LONG = Rows([(1225, 130, 130, 13)] * 64)
 def test_the_formula_predicts_the_measured_peak(target, keep, pairs, measured, _ms):
     each = facts(target)
     predicted = resident(each) - moments(each) + peak(each, benchmark_rows(pairs).longest(pairs), keep, keep)
-    assert predicted / GIB == pytest.approx(measured, rel=0.04)
+    assert predicted / GIB == pytest.approx(measured, rel=0.015)
 
 
 @pytest.mark.parametrize(("target", "keep", "pairs", "_gib", "ms"), [row for row in MEASURED if row[-1]])
 def test_the_formula_predicts_the_measured_speed(target, keep, pairs, _gib, ms):
     load = benchmark_rows(pairs).average(pairs)
-    assert 1e3 * seconds(facts(target), load, keep, keep, H100) / pairs == pytest.approx(ms, rel=0.1)
+    assert 1e3 * seconds(facts(target), load, keep, keep, H100) / pairs == pytest.approx(ms, rel=0.12)
 
 
 def test_names_and_numbers_are_those_of_the_code_they_describe():

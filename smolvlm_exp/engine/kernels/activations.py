@@ -36,7 +36,7 @@ def swiglu_backward(
     da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     rows, columns = da.shape
-    du, inner = da.new_empty(rows, 2 * columns + tail), torch.empty_like(da) if again else None
+    du, inner = da.new_empty(rows, 2 * columns + tail), da if again else None  # each number is read, then written
     chunks, size = split_rows(rows, columns)
     partial = torch.empty(chunks, 2 * columns, dtype=torch.float32, device=da.device) if gain is not None else None
     _swiglu_backward[(chunks, triton.cdiv(columns, BN))](
@@ -116,7 +116,8 @@ def gelu_backward(
     da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, again: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     rows, columns = da.shape
-    du, inner = da.new_empty(rows, columns + tail), torch.empty_like(da) if again else None
+    inner = da if again else None  # each number is read, then written
+    du = da.new_empty(rows, columns + tail) if again or tail else da
     chunks, size = split_rows(rows, columns)
     partial = torch.empty(chunks, columns, dtype=torch.float32, device=da.device) if gain is not None else None
     _gelu_backward[(chunks, triton.cdiv(columns, BN))](
