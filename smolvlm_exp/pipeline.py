@@ -56,7 +56,7 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     elif peft_config:
         aim(peft_config, model, config.adapter.target)
     preferences = load_preferences(config.data, processor, folder)
-    identity = same_run(config, checkpoint, preferences)
+    identity = same_run(config, checkpoint, preferences, model)
 
     budget = held_to(config.trainer.memory_budget)
     with budget, Result(config, folder, preferences) as result, StopCallback() as stop:

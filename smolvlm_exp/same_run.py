@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from smolvlm_exp.data.preferences import Preferences
 
 IDENTITY = "run.json"  # in a checkpoint
-ROWS = "data.rows"  # the key of the training rows' digest
+ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
 # Settings that change no number that is learnt: where things lie, what is kept, who is told, how many help.
 FREE = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "metric", "resume", "resume_allow", "run", "runs",
@@ -31,12 +31,15 @@ SHARED_OUT = ("processes", "trainer.gradient_accumulation_steps")  # their produ
 DECIDE = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pillow")  # packages that do
 
 
-def same_run(config: "Config", checkpoint: Path | None, preferences: "Preferences | None" = None) -> dict[str, Any]:
+def same_run(
+    config: "Config", checkpoint: Path | None, preferences: "Preferences | None" = None, model: Any = None
+) -> dict[str, Any]:
     """What a checkpoint of this run says of it, as full name -> value.
 
     Args:
         checkpoint: the one to go on from.
         preferences: None where the rows have not been read yet; they are then not compared.
+        model: as it was loaded, with the adapter that it starts from; None where it has not been: likewise.
 
     Raises:
         RequestError: the checkpoint is another run's; it says what differs.
@@ -50,11 +53,16 @@ def same_run(config: "Config", checkpoint: Path | None, preferences: "Preference
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if preferences is not None:
         here[ROWS] = digest(preferences.train)
+    if model is not None:
+        from smolvlm_exp.engine.identity import weights_key
+
+        here[BASE] = weights_key(model, "default" if config.model.adapter else None)
     if checkpoint is not None:
         there = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
         free = SHARED_OUT if goes_on_alike(there, here) else ()
         differ = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key) and key not in free]
-        refuse_change(checkpoint, {key: (there, here) for key in differ if key != ROWS or ROWS in here}, config)
+        known = [key for key in differ if key in here or key not in (ROWS, BASE)]
+        refuse_change(checkpoint, dict.fromkeys(known, (there, here)), config)
     return here
 
 
@@ -91,6 +99,8 @@ def same_rows(there: dict[str, Any], here: dict[str, Any]) -> str:
 def in_words(key: str, there: dict[str, Any], here: dict[str, Any]) -> str:
     if key == ROWS:
         return "data.rows: the training rows or their pictures are others"
+    if key == BASE:
+        return "model.base: the weights that the run begins with are others"
     was, now = (json.dumps(side[key]) if key in side else "not there" for side in (there, here))
     return f"{key} was {was} and is {now}"
 

@@ -57,14 +57,16 @@ class Bench:
         quantization = quantization_config(config.quant, torch.float32)
         arguments = dpo.build_arguments(config.trainer, Run(folder, config.seed, torch.float32, None))
         tracker = SimpleNamespace(log=lambda values, step: None)
+        model = load_model(config.model, quantization, config.seed)
+        identity = same_run(config, None, self.preferences, model)
         parts = Parts(
-            load_model(config.model, quantization, config.seed), self.processor,
+            model, self.processor,
             lora_config(config.adapter, quantised=quantization is not None), self.preferences,
             [MetricsCallback(folder, tracker), *callbacks], folder,
         )  # fmt: skip
         parts.peft_config.target_modules = r".*text_model\.layers\.[01]\.self_attn\.(q|v)_proj"
         trainer = dpo.build_trainer(config.trainer, arguments, parts)
-        trainer.identity = same_run(config, None, self.preferences)
+        trainer.identity = identity
         return trainer
 
     def moved(self, trainer: Any, folder: Path) -> Any:

@@ -5,11 +5,14 @@ import os
 import signal
 
 import pytest
+import torch
 
 from smolvlm_exp import same_run as same
 from smolvlm_exp.checkpoint import damage, newest
 from smolvlm_exp.errors import RequestError, RunError
+from smolvlm_exp.model import load_model
 from smolvlm_exp.pipeline import train
+from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.same_run import same_run
 from smolvlm_exp.training import reliable
 from smolvlm_exp.training.callbacks import StopCallback
@@ -174,6 +177,18 @@ def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     with pytest.raises(RequestError, match=r'versions.torch was ".*" and is "9.9"'):
         same_run(config, saved)
     same_run(bench.config("resume=it", "resume_allow=[versions]"), saved)
+
+
+def test_the_base_is_the_one_it_was(bench, saved):
+    """A folder's weights may be written over, a branch on the hub may move: their names would not tell."""
+    config = bench.config("resume=it")
+    model = load_model(config.model, quantization_config(config.quant, torch.float32), config.seed)
+    same_run(config, saved, bench.preferences, model)
+    with torch.no_grad():
+        model.get_output_embeddings().weight[0, 0] += 1e-3
+    with pytest.raises(RequestError, match=r"model\.base: the weights that the run begins with are others"):
+        same_run(config, saved, bench.preferences, model)
+    same_run(bench.config("resume=it", "resume_allow=[model.base]"), saved, bench.preferences, model)
 
 
 def test_what_changes_no_number_may_change(bench, saved):
