@@ -53,6 +53,8 @@ def test_at_any_micro_batch(bench, whole, tmp_path, capsys, call):
     assert trainer.out_of_memory == 1
     assert "this step again, and all after it, with 1" in capsys.readouterr().out
     for mine, theirs in zip(numbers(tmp_path), numbers(folder), strict=True):
+        if theirs["step"] <= 2:  # hardly anything has moved: which margin is above zero, rounding decides
+            del mine["rewards/accuracies"], theirs["rewards/accuracies"]
         assert mine == pytest.approx(theirs, rel=1e-5, abs=1e-6)
     assert [e["learning_rate"] for e in logged(tmp_path)] == [e["learning_rate"] for e in logged(folder)]
     assert [e["num_tokens"] for e in logged(tmp_path)] == [e["num_tokens"] for e in logged(folder)]
