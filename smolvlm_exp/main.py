@@ -21,6 +21,7 @@ from smolvlm_exp.command import check_command, register_schemas
 from smolvlm_exp.config import CONF, parse
 from smolvlm_exp.errors import RequestError, RunError, refuse
 from smolvlm_exp.folder import check_unused, claimed
+from smolvlm_exp.imports import uncollected
 from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs import any_run, as_typed, given_value, resume_command, run_command
 from smolvlm_exp.sweep.again import sweep_command
@@ -54,15 +55,15 @@ def job(composed: DictConfig) -> float | None:
             own = HydraConfig.get()
             return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         check_torchvision()
-        hush()
+        name = OTHERS.get(config.task.name, "pipeline")
+        with uncollected():
+            hush()
+            module = import_module(f"smolvlm_exp.{name}")
         if config.task.name in OTHERS:
-            name = OTHERS[config.task.name]
-            getattr(import_module(f"smolvlm_exp.{name}"), name)(config, folder)
+            getattr(module, name)(config, folder)
             return None
-        from smolvlm_exp.pipeline import train
-
         with claimed(folder):
-            summary = train(config, folder)
+            summary = module.train(config, folder)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs go on, and Hydra reports this one

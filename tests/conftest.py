@@ -1,5 +1,6 @@
 """What the tests share: composing a configuration, running the command people type, and the embedded model."""
 
+import gc
 import os
 import subprocess
 import sys
@@ -25,15 +26,20 @@ QUICK = (
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
     "trainer.save_strategy=no", "trainer.sample_steps=0",
 )  # fmt: skip
-MADE_ONCE = {"whole", "run", "tuned"}  # fixtures of many seconds
+MADE_ONCE = {"whole", "run", "tuned", "graphs"}  # fixtures of many seconds
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests over one of `MADE_ONCE` stay in one of xdist's processes (--dist loadgroup), or each would make its own."""
     for item in items:
         for name in MADE_ONCE & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.xdist_group(name))
+
+
+def pytest_collection_finish() -> None:
+    gc.freeze()  # torch and its kin are imported now and stay: collections need not look at them
 
 
 def compose(*overrides: str, multirun: bool = False) -> Config:
