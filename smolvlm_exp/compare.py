@@ -25,9 +25,9 @@ from smolvlm_exp.evaluation.kept import kept
 from smolvlm_exp.metrics import GOALS, METRICS
 from smolvlm_exp.page import NOTHING, page, shown, table, words
 from smolvlm_exp.report import CURVES, points_of, read_events
-from smolvlm_exp.runs import BESIDE, as_typed
+from smolvlm_exp.runs import BESIDE, as_typed, summary_of
 from smolvlm_exp.sweep.jobs import brief, short
-from smolvlm_exp.sweep.record import find_sweep, summary_of
+from smolvlm_exp.sweep.record import find_sweep
 from smolvlm_exp.tracking import track_table
 
 

@@ -32,8 +32,7 @@ from smolvlm_exp.export.push import check_account, push
 from smolvlm_exp.findings import findings, show
 from smolvlm_exp.folder import claimed
 from smolvlm_exp.model import load_processor
-from smolvlm_exp.runs import as_typed
-from smolvlm_exp.sweep.record import summary_of
+from smolvlm_exp.runs import as_typed, summary_of
 from smolvlm_exp.versions import versions
 
 NEEDS = {"export": ("onnx", "onnxscript", "onnxruntime"), "int8": ("torchao",)}  # by the extra that has them

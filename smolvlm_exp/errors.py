@@ -2,6 +2,7 @@
 
 import os
 import sys
+import time
 from typing import NoReturn
 
 
@@ -24,6 +25,7 @@ class Pruned(Exception):
 
 
 def refuse(error: RequestError | RunError) -> NoReturn:
-    if isinstance(error, RunError) or os.environ.get("RANK", "0") == "0":  # of several processes all refuse alike
-        print(f"smolvlm_exp: {error}", file=sys.stderr)
+    if isinstance(error, RequestError) and os.environ.get("RANK", "0") != "0":
+        time.sleep(10)  # of several processes all refuse alike: the first one speaks, and the launcher ends the others
+    print(f"smolvlm_exp: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, RequestError) else 1)

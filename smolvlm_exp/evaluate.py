@@ -17,12 +17,12 @@ from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.kept import kept, short
 from smolvlm_exp.evaluation.speed import generation_speed
 from smolvlm_exp.findings import findings, samples, show
+from smolvlm_exp.json_file import write_json
 from smolvlm_exp.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.report import write_report
 from smolvlm_exp.result import tracker_of
 from smolvlm_exp.runs import as_typed, choices
-from smolvlm_exp.sweep.record import write_json
 from smolvlm_exp.versions import versions
 
 

@@ -20,9 +20,10 @@ from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.kept import keep
 from smolvlm_exp.evaluation.read_back import read_back
 from smolvlm_exp.findings import courses, findings, samples, show
+from smolvlm_exp.json_file import write_json
 from smolvlm_exp.report import read_events, write_report
 from smolvlm_exp.runs import BESIDE, as_typed, choices, key_of, run_name
-from smolvlm_exp.sweep.record import place_of, write_json
+from smolvlm_exp.sweep.record import place_of
 from smolvlm_exp.tracking import Tracker
 from smolvlm_exp.training.callbacks import memory
 from smolvlm_exp.training.samples import FILE as SAMPLES

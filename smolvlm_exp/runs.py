@@ -7,8 +7,11 @@ import yaml
 
 from smolvlm_exp.checkpoint import numbered
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.json_file import read_json
 
 OUTPUTS = Path("outputs")
+PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
+JOBS = "sweeps/*/*/*"
 # Settings that are no part of what a run does: runs that differ in these alone are repetitions.
 BESIDE = ("seed", "name", "resume", "run", "runs", "sweep", "keep", "metric", "tracker", "task", "hydra")
 
@@ -20,14 +23,20 @@ def find_run(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none.
     """
     if name == "last":
-        saved = sorted(root.glob("*/*/checkpoints/checkpoint-*"), key=lambda path: path.stat().st_mtime)
+        saved = newest_of(root, "checkpoints/checkpoint-*")
         if not saved:
             raise RequestError(f"resume=last: no run under {root}/ has saved a checkpoint yet.")
-        return saved[-1].parent.parent
+        return saved.parent.parent
     folder = Path(name)
     if not (folder / ".hydra").is_dir():
         raise RequestError(f"resume={name}: that is no run folder (there is no .hydra in it).")
     return folder
+
+
+def newest_of(root: Path, *kinds: str, places: tuple[str, ...] = PLACES) -> Path | None:
+    """The latest written of what runs have by these names."""
+    found = [path for place in places for kind in kinds for path in root.glob(f"{place}/{kind}")]
+    return max(found, key=lambda path: path.stat().st_mtime, default=None)
 
 
 def resume_command(argv: list[str], args: Any) -> list[str]:
@@ -44,6 +53,11 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
     if not numbered(folder):
         raise RequestError(f"resume={folder}: it has saved no checkpoint yet, so there is nothing to go on from.")
     given = {key_of(override) for override in args.overrides}
+    if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):
+        raise RequestError(
+            f"resume={asked}: {folder} is at its end. To train it longer, add trainer.max_steps=... and "
+            "'resume_allow=[trainer.max_steps]'."
+        )
     kept = [override for override in overrides_of(folder) if key_of(override) not in given]
     own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
     return [*(a for a in argv if not a.startswith("resume=")), *kept, f"resume={folder}", *own]
@@ -82,10 +96,10 @@ def any_run(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none that has come to an end, good or bad.
     """
     if name == "last":
-        ended = [path for pattern in ("*/*", "sweeps/*/*/*") for path in root.glob(f"{pattern}/summary.json")]
+        ended = newest_of(root, "summary.json", places=(*PLACES, JOBS))
         if not ended:
             raise RequestError(f"run=last: no run under {root}/ has ended yet.")
-        return max(ended, key=lambda path: path.stat().st_mtime).parent
+        return ended.parent
     if not (Path(name) / "summary.json").is_file():
         raise RequestError(f"run={name}: there is no summary.json in it: no run has ended there.")
     return Path(name)
@@ -98,16 +112,21 @@ def finished_run(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none.
     """
     if name == "last":
-        saved = [path for kind in ("adapter", "model") for path in root.glob(f"*/*/{kind}")]
+        saved = newest_of(root, "adapter", "model")
         if not saved:
             raise RequestError(f"run=last: no run under {root}/ is at its end yet.")
-        return max(saved, key=lambda path: path.stat().st_mtime).parent
+        return saved.parent
     folder = Path(name)
     if not (folder / ".hydra").is_dir():
         raise RequestError(f"run={name}: that is no run folder (there is no .hydra in it).")
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
         raise RequestError(f"run={name}: it is not at its end (no adapter/ in it); go on with it by resume={name}.")
     return folder
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    """What a run found; nothing where it has not come so far."""
+    return read_json(folder / "summary.json")
 
 
 def overrides_of(folder: Path) -> list[str]:

@@ -11,11 +11,11 @@ from urllib.parse import urlsplit
 
 from smolvlm_exp.background import Background
 from smolvlm_exp.data.preferences import text_of
+from smolvlm_exp.json_file import read_json, write_json
 from smolvlm_exp.page import SMALL_EDGE
 from smolvlm_exp.runs import as_typed
 from smolvlm_exp.schema import one_of
 from smolvlm_exp.sweep.jobs import typed
-from smolvlm_exp.sweep.record import read_json, write_json
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import yaml
 
 from smolvlm_exp.pipeline import train
+from smolvlm_exp.runs import find_run
 from tests.conftest import QUICK, compose
 
 ROOT = Path(__file__).parent.parent
@@ -82,6 +84,20 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(command, tmp_path):
     assert losses(folder) == losses(tmp_path / "whole")
     assert json.loads((folder / "summary.json").read_text())["status"] == "done"
     assert "resume" not in " ".join(yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text()))
+
+    done = command("resume=last")  # whose work is done already: it would be measured again and its summary lost
+    assert done.returncode == 2
+    assert "outputs/a/b is at its end" in done.stderr
+
+
+def test_the_last_run_is_found_by_day_and_time_and_by_a_name(tmp_path):
+    for age, name in enumerate(["mine", "2026-11-27/08-00-00", "older"]):
+        checkpoint = tmp_path / name / "checkpoints" / "checkpoint-2"
+        checkpoint.mkdir(parents=True)
+        os.utime(checkpoint, (1e9 - age, 1e9 - age))
+    assert find_run("last", tmp_path) == tmp_path / "mine"
+    shutil.rmtree(tmp_path / "mine")
+    assert find_run("last", tmp_path) == tmp_path / "2026-11-27" / "08-00-00"
 
 
 def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.sweep.record import read_json, write_json
+from smolvlm_exp.json_file import read_json, write_json
 
 RECORD = "export.json"  # in every export: what it was made of, how good it is, and its files
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.adapter import saved_adapter
 from smolvlm_exp.config import Config
+from smolvlm_exp.json_file import read_json, write_json
 from smolvlm_exp.model import load_model, resolve_dtype
 from smolvlm_exp.quant import quantization_config
-from smolvlm_exp.sweep.record import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -8,7 +8,7 @@ from typing import Any
 from smolvlm_exp.export.graphs import export_graphs
 from smolvlm_exp.export.parts import DECODER, EMBEDDING, SUFFIXES, VISION
 from smolvlm_exp.export.quantize import quantize
-from smolvlm_exp.sweep.record import read_json, write_json
+from smolvlm_exp.json_file import read_json, write_json
 
 LARGEST_FIRST = (DECODER, VISION, EMBEDDING)  # of the smaller SmolVLMs; the order in which a search gives bits up
 SMALLEST_FIRST = ("int4", "int8")

@@ -10,8 +10,7 @@ from typing import Any
 import yaml
 
 from smolvlm_exp.config import Config
-from smolvlm_exp.runs import OUTPUTS, as_typed
-from smolvlm_exp.sweep.record import summary_of
+from smolvlm_exp.runs import JOBS, OUTPUTS, PLACES, as_typed, summary_of
 
 LATEST = 50  # earlier runs that are looked at
 
@@ -41,7 +40,7 @@ def seconds_of(folder: Path) -> float | None:
 @cache
 def earlier_runs() -> list[Path]:
     """Finished runs whose time is known, the newest first."""
-    found = [*OUTPUTS.glob("*/*/summary.json"), *OUTPUTS.glob("sweeps/*/*/*/summary.json")]
+    found = [path for place in (*PLACES, JOBS) for path in OUTPUTS.glob(f"{place}/summary.json")]
     newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:LATEST]
     return [path.parent for path in newest if seconds_of(path.parent)]
 

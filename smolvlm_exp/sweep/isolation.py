@@ -25,9 +25,10 @@ from filelock import FileLock, Timeout
 
 from smolvlm_exp.config import Config
 from smolvlm_exp.errors import Pruned
+from smolvlm_exp.json_file import write_json
 from smolvlm_exp.quiet import hush
-from smolvlm_exp.runs import choices
-from smolvlm_exp.sweep.record import ENDED, goes_on, state, summary_of, write_json
+from smolvlm_exp.runs import choices, summary_of
+from smolvlm_exp.sweep.record import ENDED, goes_on, state
 from smolvlm_exp.sweep.share import share_of_machine
 
 STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)

@@ -9,8 +9,9 @@ from typing import Any
 
 from smolvlm_exp.metrics import GOALS
 from smolvlm_exp.page import finite
+from smolvlm_exp.runs import summary_of
 from smolvlm_exp.sweep.jobs import Job, typed
-from smolvlm_exp.sweep.record import recorded, recorded_keys, state, summary_of
+from smolvlm_exp.sweep.record import recorded, recorded_keys, state
 
 COSTS = ("train.seconds", "train.memory_peak_gib")
 

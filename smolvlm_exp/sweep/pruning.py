@@ -6,7 +6,7 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smolvlm_exp.errors import Pruned, RequestError
-from smolvlm_exp.sweep.record import read_json
+from smolvlm_exp.json_file import read_json
 from smolvlm_exp.sweep.study import need_optuna, open_storage, pruner
 
 

@@ -1,32 +1,15 @@
 """What the disk knows of a sweep: its jobs in `sweep.json`, and each job's state by the files in its folder."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from smolvlm_exp.checkpoint import checkpoints
 from smolvlm_exp.errors import RequestError
-from smolvlm_exp.runs import OUTPUTS
+from smolvlm_exp.json_file import read_json, write_json
+from smolvlm_exp.runs import OUTPUTS, summary_of
 from smolvlm_exp.sweep.jobs import VIEWS, Job, brief, short
 
 ENDED = ("done", "pruned")  # nothing is left to do
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing where it is missing or was cut short by a kill."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-
-
-def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    part.replace(path)
 
 
 def recorded(folder: Path) -> list[Job]:
@@ -43,10 +26,6 @@ def record(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
 def recorded_keys(folder: Path) -> list[str]:
     """The keys of the settings that tell a sweep's jobs apart."""
     return read_json(folder / "sweep.json").get("keys", [])
-
-
-def summary_of(folder: Path) -> dict[str, Any]:
-    return read_json(folder / "summary.json")
 
 
 def state(folder: Path) -> str:

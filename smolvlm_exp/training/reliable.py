@@ -17,8 +17,8 @@ from transformers import Trainer
 from smolvlm_exp.checkpoint import SAVING, keep_last, one_error, seal
 from smolvlm_exp.engine.group import whole
 from smolvlm_exp.errors import RunError
+from smolvlm_exp.json_file import write_json
 from smolvlm_exp.same_run import IDENTITY
-from smolvlm_exp.sweep.record import write_json
 from smolvlm_exp.training.finite import FiniteGuard
 from smolvlm_exp.training.trees import load_tree, save_tree
 

@@ -123,6 +123,7 @@ def test_the_command_in_two_processes(tmp_path, sharded):
     if sharded:
         return
     (two / "checkpoints" / "checkpoint-4").rename(tmp_path / "away")
+    (two / "summary.json").unlink()
     refused = start(1, "smolvlm_exp", f"resume={two}")
     assert refused.returncode == 2
     assert "processes was 2 and is 1" in refused.stderr

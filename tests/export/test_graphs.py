@@ -8,9 +8,9 @@ import torch
 
 from smolvlm_exp.evaluation.generate import generate_answers, prompts
 from smolvlm_exp.export.parts import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
+from smolvlm_exp.json_file import read_json
 from smolvlm_exp.session.load import load_folder
 from smolvlm_exp.session.onnx_model import OnnxModel
-from smolvlm_exp.sweep.record import read_json
 
 QUESTIONS = (
     "What do you see?",
