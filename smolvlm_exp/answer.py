@@ -14,6 +14,7 @@ from smolvlm_exp.data.images import Limits, PictureError, locate, open_picture
 from smolvlm_exp.data.preferences import user
 from smolvlm_exp.errors import RequestError
 from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.json_file import json_lines
 from smolvlm_exp.model import load_processor
 from smolvlm_exp.runs import as_typed
 
@@ -98,10 +99,7 @@ def questions(config: Config) -> tuple[Path, list[Asked]]:
 
 
 def from_lines(file: Path) -> Iterator[Asked]:
-    # not splitlines: U+2028 may stand inside a string
-    for number, line in enumerate(file.read_text(encoding="utf-8-sig").split("\n"), start=1):
-        if not line.strip():
-            continue
+    for number, line in json_lines(file.read_text(encoding="utf-8-sig")):
         try:
             entry = json.loads(line)
             yield Asked(str(entry["image"]), str(entry["question"]))
@@ -125,7 +123,7 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     found = set()
-    for number, line in enumerate(whole.split("\n")[:-1], start=1):  # not splitlines: see from_lines
+    for number, line in json_lines(whole):
         try:
             entry = json.loads(line)
             found.add(Asked(entry["image"], entry["question"]))

@@ -1,7 +1,8 @@
-"""JSON files that a kill at any moment leaves whole, or not there."""
+"""JSON files, written so that a kill at any moment leaves them whole or not there, and JSON Lines."""
 
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,3 +20,8 @@ def write_json(path: Path, content: Any) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
+
+
+def json_lines(text: str) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of what is not empty in JSON Lines. Not splitlines: U+2028 may stand inside a string."""
+    return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())

@@ -17,6 +17,7 @@ import yaml
 
 from smolvlm_exp.cards import Course, Sample, course_cards, sample_cards
 from smolvlm_exp.charts import line_chart, number, percent
+from smolvlm_exp.json_file import json_lines
 from smolvlm_exp.metrics import METRICS, results
 from smolvlm_exp.page import (
     duration,
@@ -100,7 +101,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         return []
     events = []
-    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):  # U+2028 may stand inside a string
+    for _, line in json_lines(path.read_text(encoding="utf-8", errors="replace")):
         try:
             event = json.loads(line)
         except ValueError:

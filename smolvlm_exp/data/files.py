@@ -20,6 +20,7 @@ from smolvlm_exp.data.preferences import DataConfig
 from smolvlm_exp.data.sources import convert, first_line, hold_out, load_saved, sliced, undecoded
 from smolvlm_exp.data.spellings import EXPECTED, VERSION, conversation, features, is_known, pictures
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.json_file import json_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -189,9 +190,7 @@ def parse(path: Path) -> Rows:
 def parse_lines(text: str, name: str) -> Rows:
     """One JSON object a line; empty lines are passed over."""
     rows = []
-    for number, line in enumerate(text.split("\n"), start=1):  # not splitlines: U+2028 may stand inside a string
-        if not line.strip():
-            continue
+    for number, line in json_lines(text):
         try:
             row = json.loads(line)
         except ValueError as error:

@@ -19,6 +19,7 @@ from smolvlm_exp.data.preferences import user
 from smolvlm_exp.data.sources import sliced
 from smolvlm_exp.data.spellings import features
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.json_file import json_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -76,8 +77,7 @@ def entries(path: Path, key: str, columns: Mapping[str, type]) -> Iterator[tuple
     if text.lstrip().startswith("["):
         found = ((f"{path}, entry {number}", entry) for number, entry in enumerate(parsed(text, str(path)), start=1))
     else:
-        lines = enumerate(text.split("\n"), start=1)
-        found = ((f"{path}, line {n}", parsed(line, f"{path}, line {n}")) for n, line in lines if line.strip())
+        found = ((f"{path}, line {n}", parsed(line, f"{path}, line {n}")) for n, line in json_lines(text))
     empty = True
     for where, entry in found:
         empty = False

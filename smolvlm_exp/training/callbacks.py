@@ -15,6 +15,7 @@ from transformers import ProgressCallback, TrainerCallback, TrainerControl, Trai
 from smolvlm_exp.checkpoint import one_error
 from smolvlm_exp.checks import spike
 from smolvlm_exp.engine.group import gather
+from smolvlm_exp.json_file import json_lines
 from smolvlm_exp.stop import StopRequest
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def cut(path: Path, step: int) -> None:
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").split("\n"):  # U+2028 may stand in a string
+    for _, line in json_lines(path.read_text(encoding="utf-8")):
         try:
             if json.loads(line)["step"] <= step and step:
                 kept.append(line + "\n")
