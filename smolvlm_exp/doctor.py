@@ -12,7 +12,6 @@ import platform
 import shutil
 import sys
 import tempfile
-import threading
 import warnings
 from collections.abc import Callable
 from contextlib import redirect_stderr, suppress
@@ -22,6 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
+from smolvlm_exp.hub import answer
 from smolvlm_exp.versions import check_torchvision
 
 GIB = 1 << 30
@@ -259,24 +259,13 @@ def check_folder(name: str, folder: Path) -> Finding:
 
 
 def check_hub() -> Finding:
-    """One HEAD request by the client that downloads; in a thread, because looking a name up knows no time limit."""
-    from huggingface_hub import constants, get_session
+    """One HEAD request by the client that downloads."""
+    from huggingface_hub import constants
 
-    answers: list[str] = []
-
-    def ask() -> None:
-        try:
-            reply = get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS, follow_redirects=True)
-            answers.append(f"HTTP {reply.status_code}")
-        except Exception as error:  # only its kind is told: a proxy's address may hold a password
-            answers.append(type(error).__name__)
-
-    (thread := threading.Thread(target=ask, daemon=True)).start()
-    thread.join(HUB_SECONDS + 0.5)
-    answer = answers[0] if answers else f"no answer in {HUB_SECONDS:g} s"
+    found = answer(HUB_SECONDS)
     kept = sum(1 for _ in Path(constants.HF_HUB_CACHE).glob("models--*"))
     fix = "nothing for the embedded default, which needs no hub; what the cache holds can be used"
-    return judge("hub", answer.startswith(("HTTP 2", "HTTP 3")), f"{answer}; {kept} models in the cache", fix, "warn")
+    return judge("hub", found.startswith(("HTTP 2", "HTTP 3")), f"{found}; {kept} models in the cache", fix, "warn")
 
 
 def check_wandb() -> Finding:

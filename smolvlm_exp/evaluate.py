@@ -40,9 +40,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         raise RequestError(f"task.batch_sizes={list(sizes)}: 1 is the least.")
     quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
     adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
-    model: Any = load_model(config.model, quantization, config.seed)
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
+    model: Any = load_model(config.model, quantization, config.seed)
     rows = preferences.test
     batch_size = config.trainer.per_device_eval_batch_size
     how: dict[str, Any] = {

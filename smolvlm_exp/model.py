@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.hub import only_from_disk
 from smolvlm_exp.schema import one_of
 
 if TYPE_CHECKING:
@@ -90,11 +91,9 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
         "use_safetensors": True,  # no pickles
     }
     if config.weights == "random":
-        if config.shape is None:
-            raise RequestError(f"model.weights=random needs model.shape, and model={config.id} gives none.")
-        return with_random_weights(model_config(config.shape), kwargs, seed)
+        return with_random_weights(model_config(random_shape(config)), kwargs, seed)
     with readable_loading(config.id):
-        model = AutoModelForImageTextToText.from_pretrained(source(config), revision=config.revision, **kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(**where(config), **kwargs)
     return freeze_layout(model.eval())
 
 
@@ -118,19 +117,30 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
             )
         from smolvlm_exp.tokenizer import stand_in
 
-        assert config.shape is not None  # load_model has refused this already
-        print(
-            f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {config.shape.vocab_size} tokens serves"
-        )
-        return make_processor(config.shape, stand_in(config.shape))
+        shape = random_shape(config)
+        print(f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {shape.vocab_size} tokens serves")
+        return make_processor(shape, stand_in(shape))
     with readable_loading(config.id):
-        return AutoProcessor.from_pretrained(
-            source(config), revision=config.revision, trust_remote_code=False, **PILLOW
-        )
+        return AutoProcessor.from_pretrained(**where(config), trust_remote_code=False, **PILLOW)
 
 
-def source(config: ModelConfig) -> str:
-    return str(EMBEDDED) if config.id == "embedded" else config.id
+def random_shape(config: ModelConfig) -> Shape:
+    """Of random weights.
+
+    Raises:
+        RequestError: none is given.
+    """
+    if config.shape is None:
+        raise RequestError(f"model.weights=random needs model.shape, and model={config.id} gives none.")
+    return config.shape
+
+
+def where(config: ModelConfig) -> dict[str, Any]:
+    """What upstream's `from_pretrained` is told of the place of a model's files."""
+    name = str(EMBEDDED) if config.id == "embedded" else config.id
+    return {
+        "pretrained_model_name_or_path": name, "revision": config.revision, "local_files_only": only_from_disk(name)
+    }  # fmt: skip
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The whole run on one screen: model, data, adapter, before, training, after, result."""
+"""The whole run on one screen: data, model, adapter, before, training, after, result."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -48,14 +48,14 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     shared = from_first(lambda: folder)  # by all processes, where there are several
     arguments = algorithm.build_arguments(config.trainer, Run(shared, config.seed, dtype, config.data.max_length))
 
-    model: Any = load_model(config.model, quantization, config.seed)
     processor = load_processor(config.model)
+    preferences = load_preferences(config.data, processor, folder)
+    model: Any = load_model(config.model, quantization, config.seed)
     check_model(config, model)
     if start:
         model, peft_config = put_on(model, start, config.adapter.target), None
     elif peft_config:
         aim(peft_config, model, config.adapter.target)
-    preferences = load_preferences(config.data, processor, folder)
     identity = same_run(config, checkpoint, preferences, model)
 
     budget = held_to(config.trainer.memory_budget)

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 from smolvlm_exp.config import shape_of
+from smolvlm_exp.errors import RequestError
+from smolvlm_exp.hub import is_away
 from smolvlm_exp.model import EMBEDDED, device_map, load_model, load_processor, make_processor, model_config
 from smolvlm_exp.tokenizer import stand_in
 from tests.conftest import compose
@@ -101,3 +103,18 @@ def test_the_whole_model_is_on_one_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
     assert device_map("auto") == {"": 1}
     assert device_map("balanced") == "balanced"
+
+
+def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys):
+    """Upstream alone would try each of some six files six times."""
+    asked = []
+    monkeypatch.setattr("smolvlm_exp.hub.answer", lambda seconds: asked.append(seconds) or "ConnectError")
+    is_away.cache_clear()
+    config = compose("model=smolvlm").model
+    for load in (load_processor, load_model):
+        with pytest.raises(RequestError, match=r"(?s)model\.id=HuggingFaceTB/SmolVLM-Instruct.*Give a folder"):
+            load(config)
+    assert len(asked) == 1
+    assert capsys.readouterr().out.count("hub: ConnectError; models are taken from this disk") == 1
+    load_processor(compose().model)  # embedded: nothing to ask
+    is_away.cache_clear()

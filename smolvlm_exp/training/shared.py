@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.model import resolve_attention
 from smolvlm_exp.sizes import bytes_of
 from smolvlm_exp.training.common import Parts, TrainerConfig, with_pissa
 from smolvlm_exp.training.fit import budget_of
@@ -28,9 +29,10 @@ def check_request(config: "Config") -> None:
     """Before anything is loaded.
 
     Raises:
-        RequestError: the engine does not do what is asked for.
+        RequestError: the engine, or this machine, does not do what is asked for.
     """
     trainer = config.trainer
+    resolve_attention(config.model.attn_implementation)
     budget_of(trainer.memory_budget)
     bytes_of("trainer.cache_ram", trainer.cache_ram)
     bytes_of("trainer.cache_disk", trainer.cache_disk)
