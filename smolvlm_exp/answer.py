@@ -123,7 +123,7 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
     text = path.read_text(encoding="utf-8", errors="replace")
     whole = text[: text.rfind("\n") + 1]
     found = set()
-    for number, line in json_lines(whole):
+    for number, line in enumerate(whole.split("\n")[:-1], start=1):  # an empty line is no answer either
         try:
             entry = json.loads(line)
             found.add(Asked(entry["image"], entry["question"]))

@@ -4,7 +4,6 @@ python -m smolvlm_exp task=chat run=last
 """
 
 import contextlib
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from smolvlm_exp.config import Config
 from smolvlm_exp.data.images import PictureError
 from smolvlm_exp.errors import RequestError
+from smolvlm_exp.json_file import write_json
 from smolvlm_exp.session.load import load_session
 from smolvlm_exp.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.stop import StopRequest
@@ -108,9 +108,7 @@ class Chat:
         if len(names) != 1:
             raise RequestError("/save FILE")
         path = Path(names[0]).expanduser()
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(self.said, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
+        write_json(path, self.said)
         print(path)
 
     def reset(self) -> None:

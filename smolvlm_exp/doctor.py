@@ -21,7 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.hub import answer
+from smolvlm_exp.hub import ping
 from smolvlm_exp.versions import check_torchvision
 
 GIB = 1 << 30
@@ -262,7 +262,7 @@ def check_hub() -> Finding:
     """One HEAD request by the client that downloads."""
     from huggingface_hub import constants
 
-    found = answer(HUB_SECONDS)
+    found = ping(HUB_SECONDS)
     kept = sum(1 for _ in Path(constants.HF_HUB_CACHE).glob("models--*"))
     fix = "nothing for the embedded default, which needs no hub; what the cache holds can be used"
     return judge("hub", found.startswith(("HTTP 2", "HTTP 3")), f"{found}; {kept} models in the cache", fix, "warn")

@@ -18,7 +18,7 @@ from smolvlm_exp.evaluation.kept import kept, short
 from smolvlm_exp.evaluation.speed import generation_speed
 from smolvlm_exp.findings import findings, samples, show
 from smolvlm_exp.json_file import write_json
-from smolvlm_exp.model import load_model, load_processor, resolve_dtype
+from smolvlm_exp.model import load_model, load_processor, resolve_attention, resolve_dtype
 from smolvlm_exp.quant import quantization_config
 from smolvlm_exp.report import write_report
 from smolvlm_exp.result import tracker_of
@@ -39,6 +39,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     if min(sizes) < 1:
         raise RequestError(f"task.batch_sizes={list(sizes)}: 1 is the least.")
     quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
+    resolve_attention(config.model.attn_implementation)
     adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder, splits=("test",))

@@ -7,7 +7,7 @@ from pathlib import Path
 SECONDS = 10.0  # for an answer, before what is on this disk has to do
 
 
-def answer(seconds: float) -> str:
+def ping(seconds: float) -> str:
     """What one HEAD request by the client that downloads comes to: `HTTP 200`, or what went wrong.
 
     In a thread, because looking a name up knows no time limit.
@@ -36,7 +36,7 @@ def only_from_disk(name: str) -> bool:
 @cache
 def is_away() -> bool:
     """Asked and told once; whatever status the hub answers with, it is there."""
-    found = answer(SECONDS)
+    found = ping(SECONDS)
     away = not found.startswith("HTTP")
     if away:
         print(f"hub: {found}; models are taken from this disk")

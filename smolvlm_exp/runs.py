@@ -23,20 +23,20 @@ def find_run(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none.
     """
     if name == "last":
-        saved = newest_of(root, "checkpoints/checkpoint-*")
+        saved = newest_first(root, "checkpoints/checkpoint-*")
         if not saved:
             raise RequestError(f"resume=last: no run under {root}/ has saved a checkpoint yet.")
-        return saved.parent.parent
+        return saved[0].parent.parent
     folder = Path(name)
     if not (folder / ".hydra").is_dir():
         raise RequestError(f"resume={name}: that is no run folder (there is no .hydra in it).")
     return folder
 
 
-def newest_of(root: Path, *kinds: str, places: tuple[str, ...] = PLACES) -> Path | None:
-    """The latest written of what runs have by these names."""
-    found = [path for place in places for kind in kinds for path in root.glob(f"{place}/{kind}")]
-    return max(found, key=lambda path: path.stat().st_mtime, default=None)
+def newest_first(root: Path, *names: str, places: tuple[str, ...] = PLACES) -> list[Path]:
+    """What runs have by these names, by when it was written."""
+    found = [path for place in places for name in names for path in root.glob(f"{place}/{name}")]
+    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
 def resume_command(argv: list[str], args: Any) -> list[str]:
@@ -96,10 +96,10 @@ def any_run(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none that has come to an end, good or bad.
     """
     if name == "last":
-        ended = newest_of(root, "summary.json", places=(*PLACES, JOBS))
+        ended = newest_first(root, "summary.json", places=(*PLACES, JOBS))
         if not ended:
             raise RequestError(f"run=last: no run under {root}/ has ended yet.")
-        return ended.parent
+        return ended[0].parent
     if not (Path(name) / "summary.json").is_file():
         raise RequestError(f"run={name}: there is no summary.json in it: no run has ended there.")
     return Path(name)
@@ -112,10 +112,10 @@ def finished_run(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none.
     """
     if name == "last":
-        saved = newest_of(root, "adapter", "model")
+        saved = newest_first(root, "adapter", "model")
         if not saved:
             raise RequestError(f"run=last: no run under {root}/ is at its end yet.")
-        return saved.parent
+        return saved[0].parent
     folder = Path(name)
     if not (folder / ".hydra").is_dir():
         raise RequestError(f"run={name}: that is no run folder (there is no .hydra in it).")

@@ -108,7 +108,7 @@ def test_the_whole_model_is_on_one_gpu(monkeypatch):
 def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys):
     """Upstream alone would try each of some six files six times."""
     asked = []
-    monkeypatch.setattr("smolvlm_exp.hub.answer", lambda seconds: asked.append(seconds) or "ConnectError")
+    monkeypatch.setattr("smolvlm_exp.hub.ping", lambda seconds: asked.append(seconds) or "ConnectError")
     is_away.cache_clear()
     config = compose("model=smolvlm").model
     for load in (load_processor, load_model):

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from smolvlm_exp.config import Config
-from smolvlm_exp.runs import JOBS, OUTPUTS, PLACES, as_typed, summary_of
+from smolvlm_exp.runs import JOBS, OUTPUTS, PLACES, as_typed, newest_first, summary_of
 
 LATEST = 50  # earlier runs that are looked at
 
@@ -40,9 +40,8 @@ def seconds_of(folder: Path) -> float | None:
 @cache
 def earlier_runs() -> list[Path]:
     """Finished runs whose time is known, the newest first."""
-    found = [path for place in (*PLACES, JOBS) for path in OUTPUTS.glob(f"{place}/summary.json")]
-    newest = sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)[:LATEST]
-    return [path.parent for path in newest if seconds_of(path.parent)]
+    newest = newest_first(OUTPUTS, "summary.json", places=(*PLACES, JOBS))
+    return [path.parent for path in newest[:LATEST] if seconds_of(path.parent)]
 
 
 @cache
