@@ -5,7 +5,8 @@
 
 What autograd would do with the layer's some forty operations is done here with about twenty kernels a pass: products of
 several linear layers at once (linear.py), everything between two products in one pass over memory (elementwise.py), and
-nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept.
+nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept. The MLP's
+way in is by far a layer's widest tensor: where it is made again, that is for some tokens after the others.
 decoder.py and encoder.py say what norm, attention and activation are.
 """
 
@@ -17,6 +18,7 @@ import torch
 from torch import nn
 
 from smolvlm_exp.engine import elementwise as ew
+from smolvlm_exp.engine.footprint import parts_of
 from smolvlm_exp.engine.linear import Adapters, products_of
 
 IN, OUT, FIRST, SECOND = range(4)  # a layer's products
@@ -57,6 +59,11 @@ class Kept:
     @classmethod
     def nothing(cls, hidden: torch.Tensor) -> "Kept":
         return cls(hidden, [None] * 4, [None] * 4)
+
+    def part(self, tokens: slice) -> "Kept":
+        """What is kept of some tokens for the MLP."""
+        results, own = ([None if x is None else x[tokens] for x in each] for each in (self.results, self.own))
+        return Kept(self.hidden[tokens], results, own)
 
     def result(self, product: int) -> torch.Tensor:
         found = self.results[product]
@@ -140,6 +147,8 @@ class FusedLayer:
         """The layer's result, and what `keep` asks for."""
         kept = Kept.nothing(hidden)
         middle = self.attention_half(kept, scene)
+        if self.keep == "inputs":
+            kept = Kept.nothing(hidden)
         self.first(kept, middle, scene)
         self.second(kept, scene)
         result = ew.add(middle, kept.result(SECOND), scene.gain(SECOND), self.products[SECOND].bias)
@@ -158,10 +167,6 @@ class FusedLayer:
         middle = self.attention_half(kept, scene)
         if scene.gain(OUT) is None:
             kept.results[OUT] = None  # `middle` has it
-        self.first(kept, middle, scene)
-        gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
-        if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
-            self.second(kept, scene)
         dmiddle, mlp_grads = self.mlp_backward(kept, middle, scene, dy)
         kept.results[FIRST] = None
         del middle
@@ -171,6 +176,21 @@ class FusedLayer:
     def mlp_backward(
         self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        if kept.results[FIRST] is not None or not self.products[FIRST].by_token:
+            return self.mlp_part_backward(kept, middle, scene, dy)
+        dmiddle, grads = torch.empty_like(middle), list[torch.Tensor]()
+        for tokens in cut(len(middle)):
+            dmiddle[tokens], more = self.mlp_part_backward(kept.part(tokens), middle[tokens], scene, dy[tokens])
+            grads = [grad.add_(each) for grad, each in zip(grads, more, strict=True)] if grads else more
+        return dmiddle, grads
+
+    def mlp_part_backward(
+        self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        self.first(kept, middle, scene)
+        gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
+        if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
+            self.second(kept, scene)
         du, dgain = ew.scale_backward(dy, kept.results[SECOND], scene.gain(SECOND), scene.tail(SECOND))
         kept.results[SECOND] = None
         dinner = self.products[SECOND].backward(du, scene.adapters[SECOND])
@@ -230,6 +250,12 @@ class LayerFunction(torch.autograd.Function):
             dx, grads = ctx.layer.backward(kept, ctx.scene, dy.contiguous(), ctx.needs_input_grad[2])
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[3:], strict=True))
         return None, None, dx, *wanted
+
+
+def cut(tokens: int) -> list[slice]:
+    """Into as many parts as footprint.py counts on."""
+    size = -(-tokens // parts_of(tokens))
+    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def joined(x: torch.Tensor) -> torch.Tensor:

@@ -82,6 +82,7 @@ class Product:
             start += base.out_features
         self.width = start
         self.packed = all(is_4bit(base) for base in self.bases)
+        self.by_token = not any(is_8bit(base) for base in self.bases)  # these look for outliers among all tokens
         self.used: tuple[Any, Adapters | None] = (None, None)
         self.joined: tuple[Any, torch.Tensor | None] = (None, None)  # the biases end to end
 
