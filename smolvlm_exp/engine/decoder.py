@@ -70,9 +70,9 @@ class FusedDecoderLayer(FusedLayer):
         return ew.swiglu(u, scene.gain(FIRST), tail)
 
     def activated_backward(
-        self, da: torch.Tensor, u: torch.Tensor, scene: TextPass, again: bool
+        self, da: torch.Tensor, u: torch.Tensor, scene: TextPass, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        return ew.swiglu_backward(da, u, scene.gain(FIRST), scene.tail(FIRST), again)
+        return ew.swiglu_backward(da, u, scene.gain(FIRST), scene.tail(FIRST), again, over)
 
 
 def fuse_decoder_layers(text_model: Any, keep: str) -> str | None:

@@ -45,21 +45,13 @@ class Clock:
 register_optimizer_step_post_hook(Clock.tick)
 
 
-def squared_norm(
-    base: torch.Tensor, weight_a: torch.Tensor, a: torch.Tensor, b: torch.Tensor, scaling: float
-) -> torch.Tensor:
-    """||W + s B A||^2 of each row.
+def squared_norm(base: torch.Tensor, weight_a: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """||W + s B A||^2 of each row, (out,).
 
     Args:
-        base: (out,) ||W||^2; weight_a: (out, r) W A^T; a: (r, in); b: (out, r).
-
-    Returns:
-        (out,) float32.
+        base: (out,) ||W||^2; weight_a: (out, r) W A^T; a: (r, in); b: (out, r) s B; all float32.
     """
-    a, b, weight_a = a.float(), b.float(), weight_a.float()
-    cross = (weight_a * b).sum(1)
-    own = ((b @ (a @ a.T)) * b).sum(1)
-    return base + 2 * scaling * cross + scaling**2 * own
+    return base + (torch.addmm(weight_a, b, a @ a.T, beta=2) * b).sum(1)
 
 
 class ExactDora:
@@ -67,8 +59,16 @@ class ExactDora:
 
     def __init__(self, layer: Any, name: str) -> None:
         self.layer, self.name = layer, name
-        self.base_squares: torch.Tensor | None = None
+        self.squares: torch.Tensor | None = None
         self.found: tuple[Any, torch.Tensor | None] = (None, None)
+
+    @torch.no_grad()
+    def base_squares(self) -> torch.Tensor:
+        """(out,) ||W||^2, float32."""
+        base = self.layer.get_base_layer()
+        if self.squares is None or self.squares.device != base.weight.device:
+            self.squares = torch.linalg.vector_norm(frozen_weight(base), dim=1, dtype=torch.float32).square()
+        return self.squares
 
     @torch.no_grad()
     def norm(self) -> torch.Tensor:
@@ -76,13 +76,10 @@ class ExactDora:
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
         now = Clock.now(a, b)
         if self.found[0] != now or self.found[1] is None:
-            base = self.layer.get_base_layer()
-            weight = frozen_weight(base)
-            if self.base_squares is None or self.base_squares.device != weight.device:
-                self.base_squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+            weight, scaled = frozen_weight(self.layer.get_base_layer()), self.layer.scaling[self.name] * b.float()
             with torch.autocast(weight.device.type, enabled=False):
                 weight_a = product_f32(weight, a.to(weight.dtype).T)
-                squares = squared_norm(self.base_squares, weight_a, a, b, self.layer.scaling[self.name])
+                squares = squared_norm(self.base_squares(), weight_a, a.float(), scaled)
             self.found = (now, squares.sqrt())
         assert self.found[1] is not None
         return self.found[1]

@@ -126,11 +126,14 @@ def swiglu(u: torch.Tensor, gain: Gain, tail: int = 0) -> torch.Tensor:
 
 
 def swiglu_backward(
-    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool
+    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool, over: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of `swiglu`: du (T, 2I + tail), its result (T, I) once `again`, the gain's gradient. It may write over `da`."""
+    """Of `swiglu`: du (T, 2I + tail), its result (T, I) once `again`, the gain's gradient.
+
+    It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
+    """
     if fused(da):
-        return kernels.swiglu_backward(da, u, gain, tail, again)
+        return kernels.swiglu_backward(da, u, gain, tail, again, over)
     gate, up = scaled(u, gain, None).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
@@ -149,11 +152,20 @@ def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int = 0) 
 
 
 def gelu_backward(
-    da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, again: bool
+    da: torch.Tensor,
+    u: torch.Tensor,
+    gain: Gain,
+    bias: torch.Tensor | None,
+    tail: int,
+    again: bool,
+    over: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of `gelu`: du (T, I + tail), its result (T, I) once `again`, the gain's gradient. It may write over `da`."""
+    """Of `gelu`: du (T, I + tail), its result (T, I) once `again`, the gain's gradient.
+
+    It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
+    """
     if fused(da):
-        return kernels.gelu_backward(da, u, gain, bias, tail, again)
+        return kernels.gelu_backward(da, u, gain, bias, tail, again, over)
     with torch.enable_grad():
         value = scaled(u, gain, bias).detach().requires_grad_()
         result = F.gelu(value, approximate="tanh")

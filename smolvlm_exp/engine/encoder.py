@@ -67,9 +67,9 @@ class FusedEncoderLayer(FusedLayer):
         return ew.gelu(u, scene.gain(FIRST), self.products[FIRST].bias, tail)
 
     def activated_backward(
-        self, da: torch.Tensor, u: torch.Tensor, scene: VisionPass, again: bool
+        self, da: torch.Tensor, u: torch.Tensor, scene: VisionPass, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        return ew.gelu_backward(da, u, scene.gain(FIRST), self.products[FIRST].bias, scene.tail(FIRST), again)
+        return ew.gelu_backward(da, u, scene.gain(FIRST), self.products[FIRST].bias, scene.tail(FIRST), again, over)
 
 
 def fuse_encoder_layers(tower: Any, keep: str) -> str | None:

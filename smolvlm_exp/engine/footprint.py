@@ -12,7 +12,6 @@ from itertools import accumulate
 LEVELS = ("everything", "attention", "inputs")  # what a layer keeps for its backward pass; see layer.py
 CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
-PARTS, PART = 2, 600  # in how many parts the MLP's backward pass makes its way in again, and their least tokens
 UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
 STORED = {  # bytes a weight of the linear layers; 4 bits have a scale for each 64 weights, in 8 bits where doubled
     "4bit": 0.5 + 4 / 64,
@@ -73,10 +72,6 @@ class Facts:
     adapter: bool = True
     features: bool = False  # pictures come as features, computed before
     gpu: bool = True
-
-    def parts(self, keep: str, tokens: int) -> int:
-        """In which a layer's MLP runs backward; 8-bit layers look for outliers among all tokens."""
-        return 1 if keep == "everything" or self.weights == "8bit" else parts_of(tokens)
 
 
 @dataclass(frozen=True)
@@ -174,44 +169,36 @@ def kept(stack: Stack, keep: str, element: int) -> float:
     return everything if keep == "everything" else everything - into
 
 
-def parts_of(tokens: int) -> int:
-    """Parts into which the MLP's tokens are cut where its way in is made again."""
-    return max(1, min(PARTS, tokens // PART))
-
-
-def working(stack: Stack, keep: str, element: int, spread: float, gpu: bool, parts: int) -> float:
-    """Numbers a token that one layer takes at its passes' worst moment, beside what it kept.
+def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) -> float:
+    """Numbers a token that one layer's backward pass takes at its worst moment, beside what it kept.
 
     Args:
         spread: keys that attention reads, over tokens.
-        parts: see `parts_of`.
     """
     qkv, _, into, _ = stack.widths
     hidden, inner, queries = stack.hidden, stack.intermediate, stack.queries
     adapted = [bool(tail) or gain for tail, gain in zip(stack.tails, stack.gains, strict=True)]
-    # Made again: up to the hidden states after attention; of the MLP.
-    again: float = qkv + queries + hidden * stack.gains[1] + sum(stack.tails[:2]) if keep == "inputs" else 0
-    within: float = into + sum(stack.tails[2:]) * (keep == "inputs") if keep != "everything" else 0
+    again: float = {
+        "everything": 0,
+        "attention": into + stack.tails[2],
+        "inputs": qkv + queries + hidden * stack.gains[1] + into + sum(stack.tails),
+    }[keep]
     if not stack.fused:
-        again, within = kept(stack, "everything", element) if keep == "inputs" else 0, 0
-    # Forward: hidden states after attention and the result, the MLP's way in, the input of its way out.
-    forward = 2 * hidden + into * (keep != "everything") + inner
-    # The gradient of the result, the hidden states after attention; for a part of the tokens du of the way out, its
-    # input's gradient, then du of the way in. A kernel writes the input itself over its gradient, or else du of the way
-    # in where that is as wide.
-    over = gpu and not (stack.gated or stack.tails[2] or stack.tails[3])
-    within += (hidden + stack.tails[3]) * adapted[3] + inner * (1 + (not gpu and bool(stack.tails[3])))
-    within += (into + stack.tails[2]) * (not over)
+        again = kept(stack, "everything", element) if keep == "inputs" else 0
+    # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
+    # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was made again.
+    over = gpu and stack.fused and keep != "everything"
+    mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + (not gpu and bool(stack.tails[3])))
+    mlp += (into + stack.tails[2]) * (not over)
     # The same two, the output product's input's gradient; q, k, v and their gradients beside flash attention's float32
     # sums, then these gradients and du of q, k, v.
     rotated = queries + 2 * spread * stack.keys
     grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
-    attention = max(again - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
+    attention = max(again - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
     attention += max(rotated + queries * 4 / element, qkv + stack.tails[0])
     if not gpu:  # torch code instead of kernels, with copies between its operations: measured on the embedded model
-        within, attention = within + (9 if stack.gated else 6) * into, attention + 6 * rotated
-    mlp = again + (2 + (parts > 1)) * hidden + within / parts
-    return max(forward, mlp, attention)
+        mlp, attention = mlp + (9 if stack.gated else 6) * into, attention + 2 * rotated
+    return max(mlp, attention)
 
 
 def peak(facts: Facts, load: Load, keep: str, keep_vision: str) -> int:
@@ -226,15 +213,15 @@ def peak(facts: Facts, load: Load, keep: str, keep_vision: str) -> int:
         states += load.tiles * facts.image_tokens * text.hidden + patches * vision.hidden
     whole = (text_kept + vision_kept + states) * element + pictures
     logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, facts.vocabulary) * element
-    text_working = working(text, keep, element, load.sources / line, facts.gpu, facts.parts(keep, line))
+    spread = load.sources / line
     worst = [
         2 * facts.trained_weights * facts.trained_element,  # AdamW's own intermediate results
         whole + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
-        whole + text_working * line * element * bool(text.trained),
+        whole + backward(text, keep, element, spread, facts.gpu) * line * element * bool(text.trained),
     ]
     if vision.trained:
-        late = working(vision, keep_vision, element, 1.0, facts.gpu, facts.parts(keep_vision, patches)) * patches
-        worst.append((vision_kept + late) * element + pictures)
+        late = vision_kept + backward(vision, keep_vision, element, 1.0, facts.gpu) * patches
+        worst.append(late * element + pictures)
     elif not facts.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
         worst.append(layer * patches * element + 5 * pictures)

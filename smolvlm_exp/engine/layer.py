@@ -5,8 +5,7 @@
 
 What autograd would do with the layer's some forty operations is done here with about twenty kernels a pass: products of
 several linear layers at once (linear.py), everything between two products in one pass over memory (elementwise.py), and
-nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept. The MLP's
-way in is by far a layer's widest tensor: where it is made again, that is for some tokens after the others.
+nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept.
 decoder.py and encoder.py say what norm, attention and activation are.
 """
 
@@ -18,7 +17,6 @@ import torch
 from torch import nn
 
 from smolvlm_exp.engine import elementwise as ew
-from smolvlm_exp.engine.footprint import parts_of
 from smolvlm_exp.engine.linear import Adapters, products_of
 
 IN, OUT, FIRST, SECOND = range(4)  # a layer's products
@@ -39,7 +37,7 @@ class Pass:
         return adapters.tail if adapters else 0
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[torch.Tensor]:
         return [p for adapters in self.adapters if adapters for p in adapters.parameters]
 
 
@@ -59,11 +57,6 @@ class Kept:
     @classmethod
     def nothing(cls, hidden: torch.Tensor) -> "Kept":
         return cls(hidden, [None] * 4, [None] * 4)
-
-    def part(self, tokens: slice) -> "Kept":
-        """What is kept of some tokens for the MLP."""
-        results, own = ([None if x is None else x[tokens] for x in each] for each in (self.results, self.own))
-        return Kept(self.hidden[tokens], results, own)
 
     def result(self, product: int) -> torch.Tensor:
         found = self.results[product]
@@ -107,9 +100,12 @@ class FusedLayer:
         raise NotImplementedError
 
     def activated_backward(
-        self, da: torch.Tensor, u: torch.Tensor, scene: Any, again: bool
+        self, da: torch.Tensor, u: torch.Tensor, scene: Any, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """The gradient for FIRST's result with room for its adapters, SECOND's input once `again`, the gain's."""
+        """The gradient for FIRST's result with room for its adapters, SECOND's input once `again`, the gain's.
+
+        The first may be written over `u` where `over` says so.
+        """
         raise NotImplementedError
 
     def run(self, scene: Pass, hidden: torch.Tensor) -> torch.Tensor:
@@ -120,8 +116,8 @@ class FusedLayer:
         self.products = products_of(self.groups(), self.products)
         return [product.use(dtype) for product in self.products]
 
-    def product(self, which: int, x: torch.Tensor, kept: Kept, scene: Pass) -> None:
-        kept.results[which], kept.own[which] = self.products[which].forward(x, scene.adapters[which])
+    def product(self, which: int, x: torch.Tensor, kept: Kept, scene: Pass, spare: int = 0) -> None:
+        kept.results[which], kept.own[which] = self.products[which].forward(x, scene.adapters[which], spare)
 
     def room(self, which: int, scene: Pass) -> int:
         return self.products[which].room(scene.adapters[which])
@@ -136,9 +132,8 @@ class FusedLayer:
             self.product(OUT, joined(kept.attended), kept, scene)
         return ew.add(kept.hidden, kept.result(OUT), scene.gain(OUT), self.products[OUT].bias)
 
-    def first(self, kept: Kept, middle: torch.Tensor, scene: Pass) -> None:
-        if kept.results[FIRST] is None:
-            self.product(FIRST, self.normed(1, middle, self.room(FIRST, scene)), kept, scene)
+    def first(self, kept: Kept, middle: torch.Tensor, scene: Pass, spare: int = 0) -> None:
+        self.product(FIRST, self.normed(1, middle, self.room(FIRST, scene)), kept, scene, spare)
 
     def second(self, kept: Kept, scene: Pass) -> None:
         self.product(SECOND, self.activated(kept.result(FIRST), scene, self.room(SECOND, scene)), kept, scene)
@@ -147,8 +142,6 @@ class FusedLayer:
         """The layer's result, and what `keep` asks for."""
         kept = Kept.nothing(hidden)
         middle = self.attention_half(kept, scene)
-        if self.keep == "inputs":
-            kept = Kept.nothing(hidden)
         self.first(kept, middle, scene)
         self.second(kept, scene)
         result = ew.add(middle, kept.result(SECOND), scene.gain(SECOND), self.products[SECOND].bias)
@@ -167,35 +160,26 @@ class FusedLayer:
         middle = self.attention_half(kept, scene)
         if scene.gain(OUT) is None:
             kept.results[OUT] = None  # `middle` has it
-        dmiddle, mlp_grads = self.mlp_backward(kept, middle, scene, dy)
+        again = kept.results[FIRST] is None
+        if again:
+            self.first(kept, middle, scene, spare=scene.tail(FIRST))
+        gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
+        if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
+            self.second(kept, scene)
+        dmiddle, mlp_grads = self.mlp_backward(kept, middle, scene, dy, over=again)
         kept.results[FIRST] = None
         del middle
         dx, attention_grads = self.attention_half_backward(kept, scene, dmiddle, needs_input)
         return dx, [*attention_grads, *mlp_grads]
 
     def mlp_backward(
-        self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor
+        self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor, over: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        if kept.results[FIRST] is not None or not self.products[FIRST].by_token:
-            return self.mlp_part_backward(kept, middle, scene, dy)
-        dmiddle, grads = torch.empty_like(middle), list[torch.Tensor]()
-        for tokens in cut(len(middle)):
-            dmiddle[tokens], more = self.mlp_part_backward(kept.part(tokens), middle[tokens], scene, dy[tokens])
-            grads = [grad.add_(each) for grad, each in zip(grads, more, strict=True)] if grads else more
-        return dmiddle, grads
-
-    def mlp_part_backward(
-        self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor
-    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        self.first(kept, middle, scene)
-        gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
-        if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
-            self.second(kept, scene)
         du, dgain = ew.scale_backward(dy, kept.results[SECOND], scene.gain(SECOND), scene.tail(SECOND))
         kept.results[SECOND] = None
         dinner = self.products[SECOND].backward(du, scene.adapters[SECOND])
         again = scene.adapters[SECOND] is not None
-        du_first, inner, dgain_first = self.activated_backward(dinner, kept.result(FIRST), scene, again)
+        du_first, inner, dgain_first = self.activated_backward(dinner, kept.result(FIRST), scene, again, over)
         grads = self.gradients(SECOND, du, inner, kept, dgain, scene)
         del du, dinner, inner
         dx = self.products[FIRST].backward(du_first, scene.adapters[FIRST])
@@ -250,12 +234,6 @@ class LayerFunction(torch.autograd.Function):
             dx, grads = ctx.layer.backward(kept, ctx.scene, dy.contiguous(), ctx.needs_input_grad[2])
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[3:], strict=True))
         return None, None, dx, *wanted
-
-
-def cut(tokens: int) -> list[slice]:
-    """Into as many parts as footprint.py counts on."""
-    size = -(-tokens // parts_of(tokens))
-    return [slice(start, start + size) for start in range(0, tokens, size)]
 
 
 def joined(x: torch.Tensor) -> torch.Tensor:

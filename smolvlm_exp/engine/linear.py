@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from smolvlm_exp.engine.dora import Clock, exact
+from smolvlm_exp.engine.dora import Clock, exact, squared_norm
 from smolvlm_exp.engine.weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
 
 ALIGNED = 8  # columns: rows of a product then start on 16 bytes in bfloat16
@@ -35,14 +35,18 @@ class Adapter:
     """One layer's active adapter."""
 
     name: str
-    a: nn.Parameter  # (r, in)
-    b: nn.Parameter  # (out, r)
-    magnitude: nn.Parameter | None  # (out,), DoRA's
+    a: torch.Tensor  # (r, in)
+    b: torch.Tensor  # (out, r)
+    magnitude: torch.Tensor | None  # (out,), DoRA's
     scaling: float
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[torch.Tensor]:
         return [p for p in (self.a, self.b, self.magnitude) if p is not None]
+
+    @property
+    def scaled_b(self) -> torch.Tensor:
+        return self.b if self.scaling == 1 else self.scaling * self.b
 
 
 @dataclass
@@ -52,7 +56,7 @@ class Adapters:
     of_layer: list[Adapter | None]
     a: torch.Tensor  # (R, in): the layers' A under one another, then zeros up to a multiple of ALIGNED
     b: torch.Tensor  # (N, R): s B in blocks
-    scaling: torch.Tensor | None  # (R,) s of each column; None where all are 1
+    scaling: torch.Tensor | None = None  # (R,) s of each column; None where all are 1
     gain: torch.Tensor | None = None  # (N,) float32: magnitude / norm, 1 where there is no DoRA; None without any
     norm: torch.Tensor | None = None  # (N,) float32
 
@@ -62,7 +66,7 @@ class Adapters:
         return self.a.shape[0]
 
     @property
-    def parameters(self) -> list[nn.Parameter]:
+    def parameters(self) -> list[torch.Tensor]:
         return [p for adapter in self.of_layer if adapter for p in adapter.parameters]
 
 
@@ -82,7 +86,6 @@ class Product:
             start += base.out_features
         self.width = start
         self.packed = all(is_4bit(base) for base in self.bases)
-        self.by_token = not any(is_8bit(base) for base in self.bases)  # these look for outliers among all tokens
         self.used: tuple[Any, Adapters | None] = (None, None)
         self.joined: tuple[Any, torch.Tensor | None] = (None, None)  # the biases end to end
 
@@ -103,47 +106,56 @@ class Product:
         parameters = [p for adapter in active if adapter for p in adapter.parameters]
         key = (dtype, *Clock.now(*parameters))
         if self.used[0] != key:
-            with torch.no_grad():
-                self.used = (key, self.put_together(active, dtype) if parameters else None)
+            self.used = (key, self.put_together(active, dtype) if parameters else None)
         return self.used[1]
 
+    @torch.no_grad()
     def put_together(self, active: list[Adapter | None], dtype: torch.dtype) -> Adapters:
-        spans = rank_spans(active)
-        first = next(adapter for adapter in active if adapter)
-        columns = -(-spans[-1].stop // ALIGNED) * ALIGNED
-        a = torch.zeros(columns, first.a.shape[1], dtype=dtype, device=first.a.device)
-        b = torch.zeros(self.width, columns, dtype=dtype, device=first.a.device)
-        scaling = torch.ones(columns, dtype=torch.float32)
-        for adapter, rank, rows in zip(active, spans, self.rows, strict=True):
-            if adapter:
-                a[rank] = adapter.a
-                b[rows, rank] = adapter.scaling * adapter.b
-                scaling[rank] = adapter.scaling
-        same = bool((scaling == 1).all())
-        found = Adapters(active, a, b, None if same else scaling.to(a.device, non_blocking=True))
-        if any(adapter and adapter.magnitude is not None for adapter in active):
-            found.gain = torch.ones(self.width, dtype=torch.float32, device=a.device)
-            found.norm = torch.ones_like(found.gain)
-            for adapter, layer, rows in zip(active, self.layers, self.rows, strict=True):
-                if adapter and adapter.magnitude is not None:
-                    found.norm[rows] = exact(layer, adapter.name).norm()
-                    found.gain[rows] = adapter.magnitude / found.norm[rows]
+        used = next(filter(None, active))
+        parts = [adapter or absent(base, used.a) for adapter, base in zip(active, self.bases, strict=True)]
+        scaling = [s for each in parts for s in [each.scaling] * each.a.shape[0]]
+        spare = -len(scaling) % ALIGNED
+        a = torch.cat([*(each.a for each in parts), used.a.new_zeros(spare, used.a.shape[1])])
+        b = torch.block_diag(*(each.scaled_b for each in parts), used.b.new_zeros(0, spare))
+        found = Adapters(active, a.to(dtype), b.to(dtype))
+        if any(s != 1 for s in scaling):
+            found.scaling = torch.tensor([*scaling, *[1.0] * spare]).to(a.device, non_blocking=True)
+        if used.magnitude is not None:  # DoRA, and so are the others
+            magnitudes: list[Any] = [each.magnitude for each in parts]
+            squares = [
+                exact(layer, adapter.name).base_squares() if adapter else one
+                for layer, adapter, one in zip(self.layers, active, magnitudes, strict=True)
+            ]
+            with torch.autocast(a.device.type, enabled=False):
+                found.norm = squared_norm(torch.cat(squares), self.times(found.a), a.float(), b.float()).sqrt()
+            found.gain = torch.cat(magnitudes) / found.norm
         return found
+
+    def times(self, a: torch.Tensor) -> torch.Tensor:
+        """W A^T (N, R), float32."""
+        if self.packed:
+            whole = workspace(self.width, a.shape[1], a)
+            self.unpack_into(whole)
+            return product_f32(whole, a.T)
+        return torch.cat([product_f32(frozen_weight(base, a.dtype), a.T) for base in self.bases])
 
     def room(self, adapters: Adapters | None) -> int:
         """Columns that an input should have to spare, so that its product with A can stand beside it."""
         return adapters.tail if adapters and self.packed else 0
 
-    def forward(self, x: torch.Tensor, adapters: Adapters | None) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(
+        self, x: torch.Tensor, adapters: Adapters | None, spare: int = 0
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The layers' results (T, N), without bias and before their gains, and x A^T (T, R) for `adapter_gradients`.
 
         Args:
             x: (T, in), or (T, in + room): then [x | x A^T] [W | s B]^T is one product.
+            spare: columns to allocate beside the results.
         """
         columns = self.bases[0].in_features
         own = x[:, :columns] @ adapters.a.T if adapters else None
+        result = x.new_empty(x.shape[0], self.width + spare)[:, : self.width]
         if not self.packed:
-            result = x.new_empty(x.shape[0], self.width)
             for base, rows in zip(self.bases, self.rows, strict=True):
                 result[:, rows] = plain_product(base, x)
         else:
@@ -152,8 +164,8 @@ class Product:
             if adapters and own is not None and x.shape[1] > columns:
                 x[:, columns:] = own
                 whole[:, columns:] = adapters.b
-                return x @ whole.T, own
-            result = x @ whole.T
+                return torch.mm(x, whole.T, out=result), own
+            torch.mm(x, whole.T, out=result)
         if adapters and own is not None:
             result.addmm_(own, adapters.b.T)
         return result, own
@@ -244,6 +256,12 @@ def active_adapter(layer: Any) -> Adapter | None:
     found: Any = layer
     a, b, magnitudes = found.lora_A[name].weight, found.lora_B[name].weight, found.lora_magnitude_vector
     return Adapter(name, a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
+
+
+def absent(base: Any, like: torch.Tensor) -> Adapter:
+    """For a layer that has none: nothing is added, and its gain is 1."""
+    out = base.out_features
+    return Adapter("", like.new_zeros(0, base.in_features), like.new_zeros(out, 0), like.new_ones(out), 1.0)
 
 
 def linear_obstacles(layer: nn.Module) -> Iterator[str]:

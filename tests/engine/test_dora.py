@@ -14,7 +14,7 @@ from tests.conftest import compose
 def test_the_norm_is_that_of_the_merged_rows():
     torch.manual_seed(0)
     weight, a, b, scaling = torch.randn(7, 5), torch.randn(3, 5), torch.randn(7, 3), 0.7
-    found = squared_norm(weight.square().sum(1), weight @ a.T, a, b, scaling)
+    found = squared_norm(weight.square().sum(1), weight @ a.T, a, scaling * b)
     expected = (weight + scaling * b @ a).square().sum(1)
     torch.testing.assert_close(found, expected)
 
@@ -22,7 +22,7 @@ def test_the_norm_is_that_of_the_merged_rows():
 def test_a_norm_worked_out_by_hand():
     # W + 2 B A = [[3, 0], [0, 1]] + 2 [[1], [2]] [[0, 1]] = [[3, 2], [0, 5]]: squared norms 13 and 25.
     weight, a, b = torch.tensor([[3.0, 0.0], [0.0, 1.0]]), torch.tensor([[0.0, 1.0]]), torch.tensor([[1.0], [2.0]])
-    found = squared_norm(weight.square().sum(1), weight @ a.T, a, b, scaling=2.0)
+    found = squared_norm(weight.square().sum(1), weight @ a.T, a, 2 * b)
     assert found.tolist() == [13.0, 25.0]
 
 

@@ -14,6 +14,7 @@ from smolvlm_exp.engine import kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
+CASES = [(True, True), (True, False), (False, True), (False, False)]
 KINDS = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 
 
@@ -66,8 +67,8 @@ def test_norms(kind, rows, columns):
 @pytest.mark.parametrize("tail", [0, 8])
 def test_gains_and_activations(kind, gained, tail):
     rows, columns = 37, 136
-    product = draw(rows, columns + tail, kind=kind)
-    u, bias = product[:, :columns], draw(columns, kind=kind)
+    whole = draw(rows, columns + tail, kind=kind)
+    u, bias = whole[:, :columns], draw(columns, kind=kind)
     h, dy = (draw(rows, columns, kind=kind) for _ in range(2))
     gain = draw(columns) if gained else None
     for b in (bias, None):
@@ -75,8 +76,8 @@ def test_gains_and_activations(kind, gained, tail):
         near(kernels.scale(u, gain, b), meaning(ew.scale, u, gain, b))
         near(kernels.gelu(u, gain, b, tail)[:, :columns], meaning(ew.gelu, u, gain, b))
         expected = meaning(ew.gelu_backward, dy, u, gain, b, tail, True)
-        for again in (True, False):  # they may write over their first argument
-            found = kernels.gelu_backward(dy.clone(), u, gain, b, tail, again)
+        for again, over in CASES:  # they may write over their first argument, and over the second once `over`
+            found = kernels.gelu_backward(dy.clone(), whole.clone()[:, :columns], gain, b, tail, again, over)
             near(found[0][:, :columns], expected[0][:, :columns])
             near(found[1], expected[1] if again else None)
             near(found[2], expected[2])
@@ -94,8 +95,8 @@ def test_gains_and_activations(kind, gained, tail):
     half = dy[:, : columns // 2].contiguous()
     near(kernels.swiglu(u, gain, tail)[:, : columns // 2], meaning(ew.swiglu, u, gain))
     expected = meaning(ew.swiglu_backward, half, u, gain, tail, True)
-    for again in (True, False):
-        found = kernels.swiglu_backward(half.clone(), u, gain, tail, again)
+    for again, over in CASES:
+        found = kernels.swiglu_backward(half.clone(), whole.clone()[:, :columns], gain, tail, again, over)
         near(found[0][:, :columns], expected[0][:, :columns])
         near(found[1], expected[1] if again else None)
         near(found[2], expected[2])

@@ -9,12 +9,11 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
-from smolvlm_exp.engine import attention, footprint, pairs
+from smolvlm_exp.engine import attention, pairs
 from smolvlm_exp.engine.decoder import FusedDecoderLayer, fuse_decoder_layers
 from smolvlm_exp.engine.dora import use_exact_dora
 from smolvlm_exp.engine.encoder import FusedEncoderLayer, fuse_encoder_layers, patch_product
 from smolvlm_exp.engine.footprint import LEVELS
-from smolvlm_exp.engine.layer import cut
 
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VISION = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
@@ -115,26 +114,6 @@ def test_encoder_layers(keep, dora, targets):
     again = model(pixel_values=pixels).last_hidden_state
     assert_near({"result": again}, {"result": result})
     assert_near(gradients(tuned, again), expected)
-
-
-@pytest.mark.parametrize("keep", ["attention", "inputs"])
-@pytest.mark.parametrize("tokens", [12, 7, 1])
-def test_an_mlp_in_parts(keep, tokens, monkeypatch):
-    """Of which the last may be shorter; `tokens` are the least that a part has."""
-    torch.manual_seed(0)
-    model = text_model()
-    tuned, packed = adapted(model, TEXT, True), packed_rows()
-    embeddings, result = text_pass(model, tuned, packed)
-    expected, expected_input = gradients(tuned, result), embeddings.grad
-    monkeypatch.setattr(footprint, "PART", tokens)
-    parts = [len(range(*part.indices(embeddings.shape[1]))) for part in cut(embeddings.shape[1])]
-    assert sum(parts) == embeddings.shape[1]
-    assert len(parts) == min(footprint.PARTS, embeddings.shape[1] // tokens)
-    fuse_decoder_layers(model, keep)
-    embeddings, again = text_pass(model, tuned, packed)
-    assert_near({"result": again}, {"result": result})
-    assert_near(gradients(tuned, again), expected)
-    assert_near({"input": embeddings.grad}, {"input": expected_input})
 
 
 def test_an_adapter_switched_off_is_off():

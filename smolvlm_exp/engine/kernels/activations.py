@@ -10,6 +10,12 @@ import triton.language as tl
 from smolvlm_exp.engine.kernels.grid import BM, BN, WIDE, Gain, split_rows
 
 
+def with_spare(u: torch.Tensor, tail: int) -> torch.Tensor:
+    """`u` and `tail` columns that are allocated beside it."""
+    assert u.stride(0) >= u.shape[1] + tail
+    return u.as_strided((u.shape[0], u.shape[1] + tail), u.stride())
+
+
 def swiglu(u: torch.Tensor, gain: Gain, tail: int) -> torch.Tensor:
     rows, columns = u.shape[0], u.shape[1] // 2
     out = u.new_empty(rows, columns + tail)
@@ -33,14 +39,15 @@ def _swiglu(u, u_row, gain, out, out_row, columns, GAIN: tl.constexpr, BLOCK: tl
 
 
 def swiglu_backward(
-    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool
+    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool, over: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     rows, columns = da.shape
-    du, inner = da.new_empty(rows, 2 * columns + tail), da if again else None  # each number is read, then written
+    du = with_spare(u, tail) if over else da.new_empty(rows, 2 * columns + tail)  # each number is read, then written
+    inner = da if again else None
     chunks, size = split_rows(rows, columns)
     partial = torch.empty(chunks, 2 * columns, dtype=torch.float32, device=da.device) if gain is not None else None
     _swiglu_backward[(chunks, triton.cdiv(columns, BN))](
-        da, u, u.stride(0), da if gain is None else gain, du, 2 * columns + tail, da if inner is None else inner,
+        da, u, u.stride(0), da if gain is None else gain, du, du.stride(0), da if inner is None else inner,
         da if partial is None else partial, rows, columns, size, GAIN=gain is not None, AGAIN=again, BM=BM, BN=BN,
     )  # fmt: skip
     return du, inner, None if partial is None else partial.sum(0)
@@ -113,15 +120,15 @@ def _gelu(u, u_row, gain, bias, out, out_row, columns, GAIN: tl.constexpr, BIAS:
 
 
 def gelu_backward(
-    da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, again: bool
+    da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, again: bool, over: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     rows, columns = da.shape
-    inner = da if again else None  # each number is read, then written
-    du = da.new_empty(rows, columns + tail) if again or tail else da
+    du = with_spare(u, tail) if over else da.new_empty(rows, columns + tail)  # each number is read, then written
+    inner = da if again else None
     chunks, size = split_rows(rows, columns)
     partial = torch.empty(chunks, columns, dtype=torch.float32, device=da.device) if gain is not None else None
     _gelu_backward[(chunks, triton.cdiv(columns, BN))](
-        da, u, u.stride(0), da if gain is None else gain, da if bias is None else bias, du, columns + tail,
+        da, u, u.stride(0), da if gain is None else gain, da if bias is None else bias, du, du.stride(0),
         da if inner is None else inner, da if partial is None else partial, rows, columns, size,
         GAIN=gain is not None, BIAS=bias is not None, AGAIN=again, BM=BM, BN=BN,
     )  # fmt: skip
