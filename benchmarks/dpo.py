@@ -103,6 +103,8 @@ class Bench:
     def release(self, trainer: Any) -> None:
         self.base = trainer.model.unload()
         self.base.gradient_checkpointing_disable()
+        for module in self.base.modules():  # with checkpointing embeddings ask for gradients; upstream never undoes it
+            module._forward_hooks.clear()
         trainer.model = trainer.model_wrapped = trainer.optimizer = None
         empty_cache()
 
