@@ -14,7 +14,7 @@ from typing import Any
 import hydra
 from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp import launch
 from smolvlm_exp.command import check_command, register_schemas
@@ -80,6 +80,9 @@ def job(composed: DictConfig) -> float | None:
 
 def main() -> None:
     """The console script: refuse what cannot work, then let Hydra run the job or jobs."""
+    if sys.argv[1:] in (["--help"], ["-h"]):  # Hydra would first list every group of every plugin: seconds
+        print(OmegaConf.load(CONF / "config.yaml").hydra.help.template)
+        return
     register_schemas()
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):

@@ -67,6 +67,7 @@ def test_a_search_gives_up_the_bits_that_are_not_missed(export, capsys):
     last = [line for line in told if line.endswith("holds")][-1]
     assert all(f"{part} {kind}" in last for part, kind in chosen.items())
     assert read_record(folder)["parity"]["share"] <= 0.012
+    assert "x64quantprecision" in (folder / "README.md").read_text()  # int8 parts, and what they ask of others
 
 
 def test_the_gate(export, tmp_path, capsys):
@@ -79,6 +80,7 @@ def test_the_gate(export, tmp_path, capsys):
     assert not read_record(folder)["passes"]
     card = (folder / "README.md").read_text()
     assert "DOES NOT DO WHAT THE TUNED MODEL DOES" in card
+    assert "x64quantprecision" not in card
     assert "THE GATE HOLDS onnx BACK" in capsys.readouterr().out
 
 

@@ -29,6 +29,7 @@ def model_card(config: Config, export: dict[str, Any], run: dict[str, Any]) -> s
     sections += [
         f"{base}, tuned with smolvlm_exp: {how(config)}. This folder holds it as `{export['format']}`"
         f"{told_precisions(export)}.",
+        *exact_products(export),
         *quality(export, run),
         data_section(config, run),
         settings(config),
@@ -63,6 +64,16 @@ def told_precisions(export: dict[str, Any]) -> str:
         if export["precisions"]
         else ""
     )
+
+
+def exact_products(export: dict[str, Any]) -> list[str]:
+    """What another client must ask for to compute what was measured here."""
+    if export["format"] != "onnx" or "int8" not in export["precisions"].values():
+        return []
+    return [
+        "On an x86 processor without VNNI, set ONNX Runtime's session configuration entry `session.x64quantprecision` "
+        "to `1`: otherwise it clamps products in int8 there."
+    ]
 
 
 def quality(export: dict[str, Any], run: dict[str, Any]) -> list[str]:

@@ -146,6 +146,27 @@ def test_what_was_inferred_for_float32_does_not_mislead_the_quantisers(graphs, t
     onnxruntime.InferenceSession(tmp_path / "int8.onnx")
 
 
+def test_products_in_integers_are_exact_on_every_processor(tmp_path):
+    """Without VNNI, 255 * 127 + 255 * 127 is clamped to 32767 where nobody asks for more: half of what it should be."""
+    from smolvlm_exp.export.quantize import quantize
+    from smolvlm_exp.session.onnx_model import runtime
+
+    value, weights = onnx.helper.make_tensor_value_info, np.ones((64, 8), np.float32)
+    product = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
+    graph = onnx.helper.make_graph(
+        [product],
+        "product",
+        [value("x", onnx.TensorProto.FLOAT, ["rows", 64])],
+        [value("y", onnx.TensorProto.FLOAT, ["rows", 8])],
+        [onnx.numpy_helper.from_array(weights, "w")],
+    )
+    opset = [onnx.helper.make_opsetid("", 17)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "product.onnx")
+    quantize(tmp_path / "product.onnx", tmp_path / "int8.onnx", "int8")
+    x = np.ones((3, 64), np.float32)
+    assert np.allclose(runtime(tmp_path / "int8.onnx").run(None, {"x": x})[0], 64, rtol=0.01)
+
+
 @pytest.mark.slow
 def test_large_weights_lie_in_a_file_of_their_own(small, tmp_path, monkeypatch, processor, rows, torch_model):
     from smolvlm_exp.export import graphs as module
