@@ -151,7 +151,7 @@ def runtime(file: Path) -> Any:
         raise RequestError(f"{file} needs ONNX Runtime: pip install 'smolvlm-exp[export]'") from error
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    # Without VNNI (most x86 desktops before 2021) its fast int8 products overflow 16 bits and are clamped.
+    # On x86 without VNNI (AMD's before Zen 4, say) its fast int8 products overflow 16 bits and are clamped.
     options.add_session_config_entry("session.x64quantprecision", "1")
     if "OMP_NUM_THREADS" in os.environ:  # ONNX Runtime has threads of its own, and asks for none
         options.intra_op_num_threads = int(os.environ["OMP_NUM_THREADS"])
