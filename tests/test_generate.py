@@ -60,6 +60,7 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
         "task.questions=asked.jsonl",
         "task.images=pictures",
         "task.answers=a.jsonl",
+        "task.max_new_tokens=8",
     )
     answer(compose(*arguments), tmp_path)
     first = lines(tmp_path / "a.jsonl")
