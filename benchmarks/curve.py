@@ -38,12 +38,12 @@ SETTINGS = STOCK | {
 
 def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attention: str) -> list[float]:
     """The loss of each step of a run of its own."""
-    from smolvlm_exp.adapter import aim, lora_config
     from smolvlm_exp.data.preferences import load_preferences
-    from smolvlm_exp.model import load_model, load_processor, resolve_dtype
-    from smolvlm_exp.quant import quantization_config
+    from smolvlm_exp.models.adapter import aim, lora_config
+    from smolvlm_exp.models.model import load_model, load_processor, resolve_dtype
+    from smolvlm_exp.models.quant import quantization_config
     from smolvlm_exp.training import dpo
-    from smolvlm_exp.training.common import Parts, Run
+    from smolvlm_exp.training.arguments import Parts, Run
 
     folder = Path("outputs/benchmark")
     folder.mkdir(parents=True, exist_ok=True)

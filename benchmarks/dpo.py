@@ -27,7 +27,7 @@ from typing import Any
 import torch
 
 from benchmarks.setting import GIB, Clock, compose, device_name, empty_cache, matmul_rate, rows
-from smolvlm_exp.engine.footprint import LEVELS, Facts, Load, Rows
+from smolvlm_exp.engine.memory.footprint import LEVELS, Facts, Load, Rows
 from smolvlm_exp.quiet import hush
 
 CAPS = ("8GiB", "12GiB", "16GiB", "24GiB", "auto")
@@ -44,8 +44,8 @@ class Bench:
     """A base model and rows; trainers on them; what was measured."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        from smolvlm_exp.model import load_model, load_processor
-        from smolvlm_exp.quant import quantization_config
+        from smolvlm_exp.models.model import load_model, load_processor
+        from smolvlm_exp.models.quant import quantization_config
 
         self.target, self.common = asked.target, (f"model={asked.model}", *COMMON)
         config = self.config()
@@ -61,10 +61,10 @@ class Bench:
 
     def trainer(self, config: Any, steps: int, warm: int = 1) -> Any:
         """A trainer as the pipeline builds it, with a clock."""
-        from smolvlm_exp.adapter import aim, lora_config
         from smolvlm_exp.data.preferences import Preferences
+        from smolvlm_exp.models.adapter import aim, lora_config
         from smolvlm_exp.training import dpo
-        from smolvlm_exp.training.common import Parts, Run
+        from smolvlm_exp.training.arguments import Parts, Run
 
         folder = Path("outputs/benchmark")
         folder.mkdir(parents=True, exist_ok=True)
@@ -126,7 +126,7 @@ def stock(bench: Bench, settings: list[str]) -> None:
 
 def engine(bench: Bench, parts: list[str], steps: int) -> None:
     """What the engine does by hand and by plan, on one trainer."""
-    from smolvlm_exp.training.fit import facts_of_model, fit
+    from smolvlm_exp.training.memory_budget import facts_of_model, fit
 
     adapter = f"adapter.target={bench.target}"
     shared = (
@@ -154,7 +154,7 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
 
 
 def use(trainer: Any, facts: Facts, micro: int, keep: str) -> None:
-    from smolvlm_exp.engine.fused import fuse
+    from smolvlm_exp.engine.layers.fuse import fuse
 
     trainer.micro_batch = micro
     fuse(trainer.model, keep, keep if facts.vision.trained else "inputs")
@@ -171,7 +171,7 @@ def hand(bench: Bench, trainer: Any, facts: Facts) -> None:
 
 
 def caps(bench: Bench, trainer: Any, config: Any, steps: int) -> None:
-    from smolvlm_exp.training.fit import fit, held_to
+    from smolvlm_exp.training.memory_budget import fit, held_to
 
     trainer.args.max_steps = steps
     for cap in CAPS:
@@ -184,7 +184,7 @@ def caps(bench: Bench, trainer: Any, config: Any, steps: int) -> None:
 
 def reference_again(bench: Bench, trainer: Any, config: Any) -> None:
     """What a second run of a sweep waits for its reference; its adapter is fresh too."""
-    from smolvlm_exp.training.shared import store
+    from smolvlm_exp.training.engine_setup import store
 
     begun = time.perf_counter()
     trainer.score_references(store(config.trainer), 8)

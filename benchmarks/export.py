@@ -20,14 +20,14 @@ from typing import Any
 import torch
 from PIL import Image
 
-from smolvlm_exp.command import check_command, register_schemas
-from smolvlm_exp.export.onnx import Graphs, with_data
-from smolvlm_exp.export.parts import DECODER, PARTS, SUFFIXES
-from smolvlm_exp.model import load_model, load_processor
+from smolvlm_exp.config.compose import check_command, register_schemas
+from smolvlm_exp.deploy.export.onnx_export import Graphs, with_data
+from smolvlm_exp.deploy.export.options import DECODER, PARTS, SUFFIXES
+from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
+from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
+from smolvlm_exp.deploy.session.torch_backend import TorchModel
+from smolvlm_exp.models.model import load_model, load_processor
 from smolvlm_exp.quiet import hush
-from smolvlm_exp.session.onnx_model import OnnxModel
-from smolvlm_exp.session.session import Answer, Sampling, SmolVLMSession
-from smolvlm_exp.session.torch_model import TorchModel
 
 MIB = 2**20
 DEPTHS = (64, 1024)  # tokens that are there when the next one is timed

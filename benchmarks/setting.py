@@ -38,7 +38,7 @@ class Clock(TrainerCallback):
 
 def compose(*overrides: str) -> Any:
     """The configuration that `python -m smolvlm_exp` with these overrides would run."""
-    from smolvlm_exp.command import check_command, register_schemas
+    from smolvlm_exp.config.compose import check_command, register_schemas
 
     register_schemas()
     command = {"multirun": False, "config_path": None, "config_name": None, "config_dir": None}

@@ -19,9 +19,9 @@ import torch
 
 from benchmarks.dpo import Bench
 from benchmarks.setting import GIB, device_name
-from smolvlm_exp import launch
-from smolvlm_exp.engine.group import gather, place
+from smolvlm_exp.config import launch
 from smolvlm_exp.quiet import hush
+from smolvlm_exp.utils.distributed import gather, place
 
 WARM = 3  # steps whose time does not count
 

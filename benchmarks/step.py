@@ -9,20 +9,20 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.config import shape_of
-from smolvlm_exp.engine.decoder import fuse_decoder_layers
-from smolvlm_exp.engine.dora import use_exact_dora
-from smolvlm_exp.engine.encoder import fuse_encoder_layers
+from smolvlm_exp.config.schema import shape_of
 from smolvlm_exp.engine.forward import add_pair_forward
-from smolvlm_exp.engine.pairs import collate
+from smolvlm_exp.engine.inputs.packing import collate
+from smolvlm_exp.engine.layers.dora import use_exact_dora
+from smolvlm_exp.engine.layers.text_layer import fuse_decoder_layers
+from smolvlm_exp.engine.layers.vision_layer import fuse_encoder_layers
 
 
 def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:
     from peft import get_peft_model
 
-    from smolvlm_exp.adapter import AdapterConfig, lora_config
-    from smolvlm_exp.model import ModelConfig, load_model
-    from smolvlm_exp.quant import QuantConfig, quantization_config
+    from smolvlm_exp.models.adapter import AdapterConfig, lora_config
+    from smolvlm_exp.models.model import ModelConfig, load_model
+    from smolvlm_exp.models.quant import QuantConfig, quantization_config
 
     config = ModelConfig(id="random", weights="random", device_map="cuda", dtype="bfloat16", attn_implementation="sdpa")
     config.shape = shape_of(name)

@@ -11,7 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from smolvlm_exp.errors import RequestError, refuse
+from smolvlm_exp.utils.errors import RequestError, refuse
 
 
 @dataclass

@@ -16,18 +16,18 @@ from hydra._internal.utils import get_args_parser
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from smolvlm_exp import launch
-from smolvlm_exp.command import check_command, register_schemas
-from smolvlm_exp.config import CONF, parse
-from smolvlm_exp.errors import RequestError, RunError, refuse
-from smolvlm_exp.folder import check_unused, claimed
-from smolvlm_exp.imports import uncollected
+from smolvlm_exp.config import launch
+from smolvlm_exp.config.compose import check_command, register_schemas
+from smolvlm_exp.config.schema import CONF, parse
 from smolvlm_exp.quiet import hush
-from smolvlm_exp.runs import any_run, as_typed, given_value, resume_command, run_command
+from smolvlm_exp.runs.find import any_run, as_typed, given_value, resume_command, run_command
+from smolvlm_exp.runs.folder import check_unused, claimed
 from smolvlm_exp.sweep.again import sweep_command
-from smolvlm_exp.versions import check_torchvision
+from smolvlm_exp.utils.errors import RequestError, RunError, refuse
+from smolvlm_exp.utils.startup import uncollected
+from smolvlm_exp.utils.versions import check_torchvision
 
-OTHERS = {  # task -> module, and function in it
+OTHERS = {  # task -> function in its module
     "evaluate": "evaluate", "generate": "answer", "compare": "compare", "export": "deliver", "chat": "converse",
     "serve": "serve",
 }  # fmt: skip
@@ -41,26 +41,25 @@ def job(composed: DictConfig) -> float | None:
     many = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
     try:
         if config.task.name == "doctor":
-            from smolvlm_exp.advice import tell
-            from smolvlm_exp.doctor import doctor
+            from smolvlm_exp.reporting.advice import tell
+            from smolvlm_exp.tasks.doctor import doctor
 
             sys.exit(tell(any_run(config.run)) if config.run else doctor(Path("outputs")))
         if config.task.name == "plan":
-            from smolvlm_exp.plan import plan
+            from smolvlm_exp.tasks.plan import plan
 
             sys.exit(plan(config))
         if many and (folder.parent / "sweep.json").is_file():  # a sweep of ours; others run their jobs right here
-            from smolvlm_exp.sweep.turn import take_turn
+            from smolvlm_exp.sweep.run_job import take_turn
 
             own = HydraConfig.get()
             return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         check_torchvision()
-        name = OTHERS.get(config.task.name, "pipeline")
         with uncollected():
             hush()
-            module = import_module(f"smolvlm_exp.{name}")
+            module = import_module(f"smolvlm_exp.tasks.{config.task.name}")
         if config.task.name in OTHERS:
-            getattr(module, name)(config, folder)
+            getattr(module, OTHERS[config.task.name])(config, folder)
             return None
         with claimed(folder):
             summary = module.train(config, folder)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import hydra
 import pytest
 
-from smolvlm_exp.command import check_command, register_schemas, search_path
-from smolvlm_exp.config import CONF, Config, parse
+from smolvlm_exp.config.compose import check_command, register_schemas, search_path
+from smolvlm_exp.config.schema import CONF, Config, parse
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: one process a core is faster than two threads in one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -77,8 +77,8 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
         looks.append(Evaluation({}, Logps(*sides, *torch.full((2, 1), 50.0)), ["A star."] * 4))
         return looks[-1]
 
-    monkeypatch.setattr("smolvlm_exp.pipeline.evaluate", look)
-    monkeypatch.setattr("smolvlm_exp.result.Result.saved", lambda *args: [])
+    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", look)
+    monkeypatch.setattr("smolvlm_exp.tasks.result.Result.saved", lambda *args: [])
 
 
 @pytest.fixture
@@ -96,14 +96,14 @@ def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
 
 @pytest.fixture(scope="session")
 def processor():
-    from smolvlm_exp.model import load_processor
+    from smolvlm_exp.models.model import load_processor
 
     return load_processor(compose().model)
 
 
 @pytest.fixture
 def model():
-    from smolvlm_exp.model import load_model
+    from smolvlm_exp.models.model import load_model
 
     return load_model(compose().model)
 
@@ -120,7 +120,7 @@ def rows(processor, tmp_path_factory):
 @pytest.fixture(scope="session")
 def small(processor, tmp_path_factory) -> Path:
     """A folder with the embedded model cut down to two layers and one: as ONNX it is written in seconds."""
-    from smolvlm_exp.model import load_model
+    from smolvlm_exp.models.model import load_model
 
     model = load_model(compose().model)
     core = model.model
@@ -138,9 +138,9 @@ def graphs(small, processor, tmp_path_factory):
     """`small` as ONNX in float32, int8 and int4: made once for all processes of a test run."""
     from filelock import FileLock
 
-    from smolvlm_exp.export.onnx import Graphs
-    from smolvlm_exp.export.parts import PARTS
-    from smolvlm_exp.session.load import load_folder
+    from smolvlm_exp.deploy.export.onnx_export import Graphs
+    from smolvlm_exp.deploy.export.options import PARTS
+    from smolvlm_exp.deploy.session.load import load_folder
 
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

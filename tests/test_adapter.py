@@ -4,10 +4,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from smolvlm_exp.adapter import AdapterConfig, aim, describe_target, lora_config, matched_modules
-from smolvlm_exp.config import shape_of
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.model import model_config
+from smolvlm_exp.config.schema import shape_of
+from smolvlm_exp.models.adapter import AdapterConfig, aim, describe_target, lora_config, matched_modules
+from smolvlm_exp.models.model import model_config
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 

@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from smolvlm_exp.advice import advise
 from smolvlm_exp.checks import FALL, SIGHT_LEFT
-from smolvlm_exp.pipeline import train
+from smolvlm_exp.reporting.advice import advise
+from smolvlm_exp.tasks.train import train
 from tests.conftest import compose
 
 
@@ -80,7 +80,7 @@ def test_what_broke_is_not_told_to_go_faster():
 
 
 def test_a_run_that_runs_out_of_memory_says_what_helps(quick, tmp_path, monkeypatch, capsys):
-    from smolvlm_exp import pipeline
+    from smolvlm_exp.tasks import train as pipeline
 
     def out(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from smolvlm_exp.config import CONF
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.pipeline import train
+from smolvlm_exp.config.schema import CONF
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 GROUPS = ("task", "model", "quant", "adapter", "data", "trainer", "tracker")
@@ -103,7 +103,7 @@ def test_a_misspelt_file_is_named(command, tmp_path, file, text, key, fix):
 )
 def test_what_this_machine_cannot_do_is_refused(tmp_path, monkeypatch, arguments, said):
     """In this process, for speed; the refusal comes before the model's first answer."""
-    monkeypatch.setattr("smolvlm_exp.pipeline.evaluate", lambda *a, **k: pytest.fail("work was started"))
+    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", lambda *a, **k: pytest.fail("work was started"))
     with pytest.raises(RequestError, match=said):
         train(compose("data.train_rows=4", "data.test_rows=4", "tracker=none", *arguments), tmp_path)
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from smolvlm_exp.compare import apart, compare, folders, lead
-from smolvlm_exp.comparison import Run, comparison
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.evaluation.kept import Rows, keep, kept
+from smolvlm_exp.evaluation.comparison import Run, comparison
+from smolvlm_exp.evaluation.per_row import Rows, keep, kept
 from smolvlm_exp.evaluation.statistics import mean
+from smolvlm_exp.tasks.compare import apart, compare, folders, lead
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 

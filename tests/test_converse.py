@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from smolvlm_exp.config import PACKAGE
-from smolvlm_exp.converse import Chat, converse
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.session.load import load_session
-from smolvlm_exp.session.session import Sampling, SmolVLMSession
+from smolvlm_exp.config.schema import PACKAGE
+from smolvlm_exp.deploy.session.load import load_session
+from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession
+from smolvlm_exp.tasks.chat import Chat, converse
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
-CAT = PACKAGE / "assets" / "photos" / "cat.jpg"
+CAT = PACKAGE / "data" / "sources" / "photos" / "cat.jpg"
 
 
 @pytest.fixture

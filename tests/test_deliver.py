@@ -5,18 +5,18 @@ import shutil
 
 import pytest
 
-from smolvlm_exp.deliver import deliver
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.export.folder import read_record
-from smolvlm_exp.export.parts import PARTS
-from smolvlm_exp.session.session import SmolVLMSession
+from smolvlm_exp.deploy.export.options import PARTS
+from smolvlm_exp.deploy.export.record import read_record
+from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.tasks.export import deliver
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 
 @pytest.fixture
 def export(small, graphs, tmp_path, monkeypatch):
     """task=export of the small model, whose graphs in float32 are there already."""
-    from smolvlm_exp.export import onnx
+    from smolvlm_exp.deploy.export import onnx_export as onnx
 
     def copied(model, folder):
         for part in PARTS:

@@ -18,8 +18,8 @@ from huggingface_hub import constants
 from packaging.requirements import Requirement
 from wandb.sdk import wandb_setup
 
-from smolvlm_exp import doctor as module
-from smolvlm_exp.doctor import Finding, attempt, doctor, line
+from smolvlm_exp.tasks import doctor as module
+from smolvlm_exp.tasks.doctor import Finding, attempt, doctor, line
 
 KEY = "0123456789abcdef" * 3
 

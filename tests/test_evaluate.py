@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from smolvlm_exp.charts import number
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.evaluate import evaluate
+from smolvlm_exp.reporting.charts import number
+from smolvlm_exp.tasks.evaluate import evaluate
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 QUICK = (
@@ -113,7 +113,7 @@ def test_speed_is_by_hand(monkeypatch):
     """Two answers, 0.5 s to the first token, 0.1 s a token: 2 x 31 tokens in 3.1 s; slow first calls are not timed."""
     from types import SimpleNamespace
 
-    from smolvlm_exp.evaluation import speed
+    from smolvlm_exp.evaluation import generation_speed as speed
 
     clock, calls = [0.0], []
 

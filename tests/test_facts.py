@@ -4,13 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from smolvlm_exp.adapter import AdapterConfig, lora_config, matched_modules
-from smolvlm_exp.config import shape_of
-from smolvlm_exp.engine import footprint, linear
-from smolvlm_exp.engine.footprint import peak, resident
-from smolvlm_exp.facts import ALIGNED, linear_sizes
-from smolvlm_exp.model import model_config, shape_from
-from smolvlm_exp.quant import QuantConfig
+from smolvlm_exp.config.schema import shape_of
+from smolvlm_exp.engine.layers import linear
+from smolvlm_exp.engine.memory import footprint
+from smolvlm_exp.engine.memory.footprint import peak, resident
+from smolvlm_exp.models.adapter import AdapterConfig, lora_config, matched_modules
+from smolvlm_exp.models.model import model_config, shape_from
+from smolvlm_exp.models.quant import QuantConfig
+from smolvlm_exp.training.memory_spec import ALIGNED, linear_sizes
 from tests.engine.test_memory import LONG, facts
 
 

@@ -8,12 +8,12 @@ import sys
 import pytest
 import torch
 
-from smolvlm_exp.answer import answer
-from smolvlm_exp.config import PACKAGE
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.config.schema import PACKAGE
+from smolvlm_exp.tasks.generate import answer
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
-PHOTOS = PACKAGE / "assets" / "photos"
+PHOTOS = PACKAGE / "data" / "sources" / "photos"
 PLAIN = ("task=generate", "quant=none", "tracker=none", "hydra.run.dir=out")
 
 
@@ -44,7 +44,7 @@ def test_a_folder_of_pictures(command, tmp_path, pictures):
 def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures, model):
     from peft import get_peft_model
 
-    from smolvlm_exp.adapter import lora_config
+    from smolvlm_exp.models.adapter import lora_config
 
     monkeypatch.chdir(tmp_path)
     tuned = get_peft_model(model, lora_config(compose("quant=none").adapter, quantised=False))
@@ -77,8 +77,8 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
 
 def test_line_separators_inside_strings_end_no_line(tmp_path):
     """json.dumps leaves U+2028 as it is, and str.splitlines parts lines at it."""
-    from smolvlm_exp.answer import Asked, answered, from_lines
-    from smolvlm_exp.report import read_events
+    from smolvlm_exp.reporting.report import read_events
+    from smolvlm_exp.tasks.generate import Asked, answered, from_lines
     from smolvlm_exp.training.callbacks import append, cut
 
     path = tmp_path / "lines.jsonl"
@@ -93,7 +93,7 @@ def test_line_separators_inside_strings_end_no_line(tmp_path):
 
 
 def test_a_file_that_is_no_file_of_answers(tmp_path):
-    from smolvlm_exp.answer import answered
+    from smolvlm_exp.tasks.generate import answered
 
     path = tmp_path / "notes.jsonl"
     path.write_text('{"image": "a.jpg", "question": "?", "problem": "the picture is gone"}\n[1, 2]\n')

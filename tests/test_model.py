@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from smolvlm_exp.config import shape_of
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.hub import is_away
-from smolvlm_exp.model import EMBEDDED, device_map, load_model, load_processor, make_processor, model_config
-from smolvlm_exp.tokenizer import stand_in
+from smolvlm_exp.config.schema import shape_of
+from smolvlm_exp.models.hub import is_away
+from smolvlm_exp.models.model import EMBEDDED, device_map, load_model, load_processor, make_processor, model_config
+from smolvlm_exp.models.tokenizer import stand_in
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 PARAMETERS = {
@@ -108,7 +108,7 @@ def test_the_whole_model_is_on_one_gpu(monkeypatch):
 def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys):
     """Upstream alone would try each of some six files six times."""
     asked = []
-    monkeypatch.setattr("smolvlm_exp.hub.ping", lambda seconds: asked.append(seconds) or "ConnectError")
+    monkeypatch.setattr("smolvlm_exp.models.hub.ping", lambda seconds: asked.append(seconds) or "ConnectError")
     is_away.cache_clear()
     config = compose("model=smolvlm").model
     for load in (load_processor, load_model):

@@ -7,15 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from smolvlm_exp.config import shape_of
+from smolvlm_exp.config.schema import shape_of
 from smolvlm_exp.data.preferences import load_preferences, token_counter
-from smolvlm_exp.engine import trainer
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.lengths import lengths, span, tiles_of
-from smolvlm_exp.model import make_processor
-from smolvlm_exp.plan import plan
-from smolvlm_exp.tokenizer import stand_in
-from smolvlm_exp.training.fit import TOGETHER, budget_of
+from smolvlm_exp.engine import trainers as trainer
+from smolvlm_exp.models.model import make_processor
+from smolvlm_exp.models.tokenizer import stand_in
+from smolvlm_exp.tasks.plan import plan
+from smolvlm_exp.training.memory_budget import TOGETHER, budget_of
+from smolvlm_exp.training.row_lengths import lengths, span, tiles_of
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.model import load_model
-from smolvlm_exp.quant import QuantConfig, quantization_config
+from smolvlm_exp.models.model import load_model
+from smolvlm_exp.models.quant import QuantConfig, quantization_config
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from smolvlm_exp.cards import Sample
-from smolvlm_exp.charts import line_chart, number, percent, thin, ticks
-from smolvlm_exp.metrics import results
-from smolvlm_exp.page import finite, mark
-from smolvlm_exp.report import headline, read_events, write_report
+from smolvlm_exp.evaluation.metrics import results
+from smolvlm_exp.reporting.charts import line_chart, number, percent, thin, ticks
+from smolvlm_exp.reporting.html import finite, mark
+from smolvlm_exp.reporting.report import headline, read_events, write_report
+from smolvlm_exp.reporting.samples import Sample
 
 SUMMARY: dict[str, Any] = {
     "status": "done",

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from smolvlm_exp.pipeline import train
-from smolvlm_exp.runs import find_run
+from smolvlm_exp.runs.find import find_run
+from smolvlm_exp.tasks.train import train
 from tests.conftest import QUICK, compose
 
 ROOT = Path(__file__).parent.parent

@@ -2,11 +2,11 @@
 
 import pytest
 
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.session.load import load_session
-from smolvlm_exp.sizes import bytes_of, size_of
-from smolvlm_exp.training.fit import budget_of
-from smolvlm_exp.training.shared import check_request
+from smolvlm_exp.deploy.session.load import load_session
+from smolvlm_exp.training.engine_setup import check_request
+from smolvlm_exp.training.memory_budget import budget_of
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.units import bytes_of, size_of
 from tests.conftest import compose
 
 

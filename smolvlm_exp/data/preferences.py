@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from smolvlm_exp.data.controls import as_text, control_tokens
-from smolvlm_exp.data.overlap import fingerprints, overlap
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.schema import at_least, one_of
+from smolvlm_exp.data.control_tokens import as_text, control_tokens
+from smolvlm_exp.data.leakage import fingerprints, overlap
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.fields import at_least, one_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -71,7 +71,7 @@ def load_preferences(
     Raises:
         RequestError: a row is bad and `data.on_bad_row=error`, or no good row is left in a split.
     """
-    source = import_module(f"smolvlm_exp.data.{config.source}")
+    source = import_module(f"smolvlm_exp.data.sources.{config.source}")
     checked, report, bad = {}, {}, []
     for split in splits:
         rows = prepare(source.load(config, getattr(config, split)), config, control_tokens(processor))

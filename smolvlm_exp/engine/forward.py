@@ -14,9 +14,9 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from smolvlm_exp.engine.attention import Layout, use_shared_prefix
-from smolvlm_exp.engine.encoder import use_patch_product
-from smolvlm_exp.engine.group import whole
+from smolvlm_exp.engine.layers.shared_prefix_attention import Layout, use_shared_prefix
+from smolvlm_exp.engine.layers.vision_layer import use_patch_product
+from smolvlm_exp.utils.distributed import whole
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, S, S) uint8 -> what the vision tower reads, on its device
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # ChunkedLogProbFunction's order

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.data.controls import as_text, control_tokens
-from smolvlm_exp.engine.group import spread
+from smolvlm_exp.data.control_tokens import as_text, control_tokens
+from smolvlm_exp.utils.distributed import spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
-from smolvlm_exp.engine.group import spread
 from smolvlm_exp.evaluation.statistics import Ratio, mean
+from smolvlm_exp.utils.distributed import spread
 
 if TYPE_CHECKING:
     from datasets import Dataset

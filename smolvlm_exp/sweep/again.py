@@ -5,9 +5,9 @@ from typing import Any
 
 import yaml
 
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.runs import given_value, key_of
-from smolvlm_exp.sweep.record import find_sweep
+from smolvlm_exp.runs.find import given_value, key_of
+from smolvlm_exp.runs.sweep_record import find_sweep
+from smolvlm_exp.utils.errors import RequestError
 
 OWN = ("hydra.sweep.dir", "hydra.mode", "sweep")  # of one command, not of the sweep
 

@@ -2,9 +2,9 @@
 
 import shutil
 
-from smolvlm_exp.checkpoint import checkpoints
-from smolvlm_exp.sweep.outcome import Outcome
-from smolvlm_exp.sweep.record import ENDED
+from smolvlm_exp.runs.checkpoint import checkpoints
+from smolvlm_exp.runs.sweep_record import ENDED
+from smolvlm_exp.sweep.results import Outcome
 
 
 def tidy(found: Outcome, keep: str) -> None:

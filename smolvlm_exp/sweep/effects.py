@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from statistics import mean, stdev
 
-from smolvlm_exp.sweep.outcome import Outcome, Row
+from smolvlm_exp.sweep.results import Outcome, Row
 
 # The 97.5 % quantile of Student's t, for 1 to 30 degrees of freedom; beyond, the last one errs to the wide side.
 T = (

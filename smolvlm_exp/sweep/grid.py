@@ -6,13 +6,13 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from smolvlm_exp.command import combinations, parsed
-from smolvlm_exp.config import Config, parse
-from smolvlm_exp.sweep.isolation import STOPPED
+from smolvlm_exp.config.compose import combinations, parsed
+from smolvlm_exp.config.schema import Config, parse
+from smolvlm_exp.runs.sweep_record import ENDED, check_same, record, recorded, state
+from smolvlm_exp.sweep.console import announce, conclude
+from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.jobs import Job, differing
-from smolvlm_exp.sweep.launch import Stop, launch
-from smolvlm_exp.sweep.record import ENDED, check_same, record, recorded, state
-from smolvlm_exp.sweep.tell import announce, conclude
+from smolvlm_exp.sweep.launcher import Stop, launch
 
 
 def sweep_grid(sweeper: Any, arguments: list[str]) -> int:

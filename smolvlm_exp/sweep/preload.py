@@ -6,11 +6,18 @@ The jobs are then of one code, whatever is edited while the sweep runs.
 import signal
 from importlib import import_module
 
-from smolvlm_exp.imports import uncollected
 from smolvlm_exp.quiet import hush
+from smolvlm_exp.utils.startup import uncollected
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # said to a whole group, it is for the jobs, whose end the server tells
 with uncollected():
     hush()
-    for module in ("pipeline", "engine.trainer", "training.dpo", "training.sft", "sweep.isolation", "sweep.pruning"):
+    for module in (
+        "tasks.train",
+        "engine.trainers",
+        "training.dpo",
+        "training.sft",
+        "sweep.job_process",
+        "sweep.pruning_callback",
+    ):
         import_module(f"smolvlm_exp.{module}")

@@ -13,21 +13,21 @@ from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from smolvlm_exp.command import parsed
-from smolvlm_exp.config import Config
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.json_file import write_json
-from smolvlm_exp.metrics import GOALS
-from smolvlm_exp.runs import summary_of
+from smolvlm_exp.config.compose import parsed
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.evaluation.metrics import GOALS
+from smolvlm_exp.runs.find import summary_of
+from smolvlm_exp.runs.sweep_record import record, state
+from smolvlm_exp.sweep.console import announce, conclude
 from smolvlm_exp.sweep.grid import compose
-from smolvlm_exp.sweep.isolation import STOPPED
+from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.jobs import Job, is_view
-from smolvlm_exp.sweep.launch import Stop, launch
-from smolvlm_exp.sweep.outcome import Row
-from smolvlm_exp.sweep.record import record, state
-from smolvlm_exp.sweep.study import WORKER, Options, deserted, distribution, job_of, need_optuna, open_study
+from smolvlm_exp.sweep.launcher import Stop, launch
+from smolvlm_exp.sweep.optuna_study import WORKER, Options, deserted, distribution, job_of, need_optuna, open_study
+from smolvlm_exp.sweep.results import Row
 from smolvlm_exp.sweep.study_page import study_sections
-from smolvlm_exp.sweep.tell import announce, conclude
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import write_json
 
 if TYPE_CHECKING:
     from optuna import Study

@@ -3,9 +3,9 @@
 import warnings
 from typing import TYPE_CHECKING
 
-from smolvlm_exp.charts import bar_chart, line_chart
-from smolvlm_exp.page import empty
-from smolvlm_exp.sweep.page import Sections, paragraph, shower, title_of
+from smolvlm_exp.reporting.charts import bar_chart, line_chart
+from smolvlm_exp.reporting.html import empty
+from smolvlm_exp.sweep.sweep_page import Sections, paragraph, shower, title_of
 
 if TYPE_CHECKING:
     from optuna import Study

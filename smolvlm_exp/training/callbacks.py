@@ -12,14 +12,14 @@ import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smolvlm_exp.checkpoint import one_error
 from smolvlm_exp.checks import spike
-from smolvlm_exp.engine.group import gather
-from smolvlm_exp.json_file import json_lines
-from smolvlm_exp.stop import StopRequest
+from smolvlm_exp.runs.checkpoint import one_error
+from smolvlm_exp.utils.distributed import gather
+from smolvlm_exp.utils.files import json_lines
+from smolvlm_exp.utils.signals import StopRequest
 
 if TYPE_CHECKING:
-    from smolvlm_exp.tracking import Tracker
+    from smolvlm_exp.reporting.tracker import Tracker
 
 GIB = 2**30
 

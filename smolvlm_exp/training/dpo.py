@@ -5,11 +5,11 @@ import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from smolvlm_exp.adapter import plain_initialisation
-from smolvlm_exp.schema import above, at_least, one_of, some_of
-from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
-from smolvlm_exp.training.fit import fit
-from smolvlm_exp.training.shared import build, store
+from smolvlm_exp.models.adapter import plain_initialisation
+from smolvlm_exp.training.arguments import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
+from smolvlm_exp.training.engine_setup import build, store
+from smolvlm_exp.training.memory_budget import fit
+from smolvlm_exp.utils.fields import above, at_least, one_of, some_of
 
 if TYPE_CHECKING:
     from trl import DPOConfig, DPOTrainer
@@ -52,8 +52,8 @@ def build_trainer(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOT
 
 def build_shared(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
     """On the engine. The reference is the policy before its first step, once for all rows."""
-    from smolvlm_exp.engine.feed import Rows
-    from smolvlm_exp.engine.trainer import SharedPrefixTrainer
+    from smolvlm_exp.engine.inputs.dataset import Rows
+    from smolvlm_exp.engine.trainers import SharedPrefixTrainer
 
     trainer = build(SharedPrefixTrainer, Rows, config, arguments, parts)
     trainer.score_references(store(config), arguments.per_device_eval_batch_size)
@@ -66,7 +66,7 @@ def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTra
     from peft import PeftModel
     from trl import DPOTrainer
 
-    from smolvlm_exp.training.reliable import reliable
+    from smolvlm_exp.training.checkpointing import reliable
 
     model, peft_config = with_pissa(parts, arguments.seed)
     adapted = isinstance(model, PeftModel)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from smolvlm_exp.training.common import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
-from smolvlm_exp.training.fit import fit
-from smolvlm_exp.training.shared import build
+from smolvlm_exp.training.arguments import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
+from smolvlm_exp.training.engine_setup import build
+from smolvlm_exp.training.memory_budget import fit
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +31,7 @@ def build_trainer(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTT
 
 def build_shared(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
     """On the engine."""
-    from smolvlm_exp.engine.trainer import ChosenRows, SharedPrefixSFTTrainer
+    from smolvlm_exp.engine.trainers import ChosenRows, SharedPrefixSFTTrainer
 
     trainer = build(SharedPrefixSFTTrainer, ChosenRows, config, arguments, parts)
     fit(config, trainer, pairs=False)
@@ -42,7 +42,7 @@ def build_stock(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTra
     """As it is."""
     from trl import SFTTrainer
 
-    from smolvlm_exp.training.reliable import reliable
+    from smolvlm_exp.training.checkpointing import reliable
 
     model, peft_config = with_pissa(parts, arguments.seed)
     return settle(

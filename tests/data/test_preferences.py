@@ -7,13 +7,13 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from smolvlm_exp.config import shape_of
+from smolvlm_exp.config.schema import shape_of
 from smolvlm_exp.data import preferences
 from smolvlm_exp.data.preferences import assistant, check, load_preferences, token_counter, user
-from smolvlm_exp.data.shapes import Config
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.model import make_processor
-from smolvlm_exp.tokenizer import stand_in
+from smolvlm_exp.data.sources.shapes import Config
+from smolvlm_exp.models.model import make_processor
+from smolvlm_exp.models.tokenizer import stand_in
+from smolvlm_exp.utils.errors import RequestError
 
 
 def row(**changes):
@@ -53,7 +53,7 @@ def test_a_bad_row_is_named_with_its_reason(processor, changes, reason):
 
 
 def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
-    from smolvlm_exp.data import shapes
+    from smolvlm_exp.data.sources import shapes
 
     def load(config, split):
         rows = [

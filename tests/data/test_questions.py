@@ -6,12 +6,12 @@ from importlib import import_module
 
 import pytest
 
-from smolvlm_exp.config import PACKAGE
+from smolvlm_exp.config.schema import PACKAGE
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
-PHOTOS = PACKAGE / "assets" / "photos"
+PHOTOS = PACKAGE / "data" / "sources" / "photos"
 
 POPE = [
     {"question_id": 1, "image": "cat.jpg", "text": "Is there a cat in the image?", "label": "yes"},
@@ -64,14 +64,17 @@ ALL = {"synonyms": "synonyms.txt", "captions": "captions.json"}
 
 
 def data_of(name, **more):
-    return import_module(f"smolvlm_exp.data.{name}").Config(
+    return import_module(f"smolvlm_exp.data.sources.{name}").Config(
         **{"source": name, "images": "photos", **ASKED[name], **more}
     )
 
 
 def truths(name, **more):
     config = data_of(name, **more)
-    return [json.loads(truth) for truth in import_module(f"smolvlm_exp.data.{name}").load(config, config.test)["truth"]]
+    return [
+        json.loads(truth)
+        for truth in import_module(f"smolvlm_exp.data.sources.{name}").load(config, config.test)["truth"]
+    ]
 
 
 def test_what_is_asked_and_what_is_true(files):
@@ -120,7 +123,7 @@ def test_a_file_or_folder_that_is_not_there(files):
     with pytest.raises(RequestError, match=r"data\.images=nowhere: there is no such folder"):
         truths("pope", images="nowhere")
     with pytest.raises(RequestError, match="not to train on"):
-        import_module("smolvlm_exp.data.pope").load(data_of("pope"), "train")
+        import_module("smolvlm_exp.data.sources.pope").load(data_of("pope"), "train")
 
 
 @pytest.mark.parametrize("name", ASKED)
@@ -128,10 +131,10 @@ def test_answers_are_scored(files, name, monkeypatch):
     """The whole task; what the models say is made up, so that the numbers are known."""
     from peft import get_peft_model
 
-    from smolvlm_exp.adapter import lora_config
-    from smolvlm_exp.evaluate import evaluate
     from smolvlm_exp.evaluation import held_out
-    from smolvlm_exp.model import load_model
+    from smolvlm_exp.models.adapter import lora_config
+    from smolvlm_exp.models.model import load_model
+    from smolvlm_exp.tasks.evaluate import evaluate
 
     asked = {"images": "photos", **ASKED[name], **(ALL if name == "coco" else {})}
     config = compose(
@@ -154,7 +157,7 @@ def test_answers_are_scored(files, name, monkeypatch):
         return [captions[on[-1]] if about(row)[0] in "DP" else ("Yes.", "No.")[on[-1]] for row in rows]
 
     monkeypatch.setattr(held_out, "generate_answers", said)
-    monkeypatch.setattr("smolvlm_exp.evaluate.generation_speed", lambda *args: [])
+    monkeypatch.setattr("smolvlm_exp.tasks.evaluate.generation_speed", lambda *args: [])
     summary = evaluate(config, files)
     assert on == [False, True]
     before, after = summary["before"], summary["after"]

@@ -11,11 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from smolvlm_exp.data import files, mmpr, photos, rlaif_v, rlhf_v
+from smolvlm_exp.data.formats import conversation, features
+from smolvlm_exp.data.loading import hold_out, sliced
 from smolvlm_exp.data.preferences import DataConfig, assistant, prepare, text_of, user
-from smolvlm_exp.data.sources import hold_out, sliced
-from smolvlm_exp.data.spellings import conversation, features
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.data.sources import files, mmpr, photos, rlaif_v, rlhf_v
+from smolvlm_exp.utils.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
 RED = (255, 0, 0)

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolvlm_exp.engine.attention import PREFIX, Layout, shared_prefix_attention, use_shared_prefix
-from smolvlm_exp.engine.pairs import pack
+from smolvlm_exp.engine.inputs.packing import pack
+from smolvlm_exp.engine.layers.shared_prefix_attention import PREFIX, Layout, shared_prefix_attention, use_shared_prefix
 from tests.engine.stock import IMAGE, random_row, tiny_model
 
 LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))

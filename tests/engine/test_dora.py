@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from smolvlm_exp.engine.dora import exact, squared_norm, use_exact_dora
-from smolvlm_exp.model import load_model
-from smolvlm_exp.quant import quantization_config
+from smolvlm_exp.engine.layers.dora import exact, squared_norm, use_exact_dora
+from smolvlm_exp.models.model import load_model
+from smolvlm_exp.models.quant import quantization_config
 from tests.conftest import compose
 
 
@@ -80,7 +80,7 @@ def test_the_norm_is_computed_once_until_something_changes(monkeypatch):
     use_exact_dora(tuned)
     layer = tuned.base_model.model.without
     dora, made = exact(layer, "default"), []
-    monkeypatch.setattr("smolvlm_exp.engine.dora.squared_norm", lambda *a: made.append(1) or squared_norm(*a))
+    monkeypatch.setattr("smolvlm_exp.engine.layers.dora.squared_norm", lambda *a: made.append(1) or squared_norm(*a))
     first = dora.norm()
     assert dora.norm() is first
     with torch.no_grad():

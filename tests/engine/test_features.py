@@ -4,12 +4,12 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from smolvlm_exp.engine import features as module
-from smolvlm_exp.engine.features import keep_features
-from smolvlm_exp.engine.feed import Collator, Rows
+from smolvlm_exp.engine.disk_cache import Mapped, Store
 from smolvlm_exp.engine.forward import add_pair_forward, core_of, image_features
-from smolvlm_exp.engine.store import Mapped, Store
-from smolvlm_exp.engine.tiles import pixels
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.precompute import features as module
+from smolvlm_exp.engine.precompute.features import keep_features
 
 PLENTY = 2**40
 TEXT = r".*text_model.*\.(q|v)_proj"

@@ -11,10 +11,10 @@ from datasets import Dataset, Features, Image, List
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from smolvlm_exp.data.preferences import assistant, user
-from smolvlm_exp.engine import feed
-from smolvlm_exp.engine.feed import Collator, Rows
-from smolvlm_exp.engine.store import Store, key_of
-from smolvlm_exp.engine.tiles import decode, height_and_width, pixels, tile
+from smolvlm_exp.engine.disk_cache import Store, key_of
+from smolvlm_exp.engine.inputs import dataset as feed
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.tiles import decode, height_and_width, pixels, tile
 
 PLENTY = 2**40
 

@@ -11,13 +11,13 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smolvlm_exp.adapter import AdapterConfig, lora_config, matched_modules
-from smolvlm_exp.engine.footprint import LEVELS, Rows, peak
 from smolvlm_exp.engine.forward import add_pair_forward
-from smolvlm_exp.engine.fused import fuse
-from smolvlm_exp.engine.pairs import collate
-from smolvlm_exp.facts import Adapted, facts_of
-from smolvlm_exp.model import load_model, shape_from
+from smolvlm_exp.engine.inputs.packing import collate
+from smolvlm_exp.engine.layers.fuse import fuse
+from smolvlm_exp.engine.memory.footprint import LEVELS, Rows, peak
+from smolvlm_exp.models.adapter import AdapterConfig, lora_config, matched_modules
+from smolvlm_exp.models.model import load_model, shape_from
+from smolvlm_exp.training.memory_spec import Adapted, facts_of
 from tests.conftest import compose
 
 PAIRS, PROMPT, ANSWERS, TILES = 8, 90, (15, 11), 3

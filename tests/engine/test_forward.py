@@ -9,7 +9,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from smolvlm_exp.engine.forward import add_pair_forward, image_features
-from smolvlm_exp.engine.pairs import collate
+from smolvlm_exp.engine.inputs.packing import collate
 from tests.engine.stock import (
     DPO,
     IMAGE,

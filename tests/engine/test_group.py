@@ -12,13 +12,13 @@ from conftest import compose
 from peft import LoraConfig, get_peft_model
 from test_reference import PARTS, PLENTY, Count, collator, lengths
 
-from smolvlm_exp.engine.features import keep_features
-from smolvlm_exp.engine.feed import Rows
-from smolvlm_exp.engine.group import all_of, from_first, gather, share
-from smolvlm_exp.engine.reference import reference_logps
-from smolvlm_exp.engine.store import Store
-from smolvlm_exp.engine.tiles import pixels
-from smolvlm_exp.model import load_model
+from smolvlm_exp.engine.disk_cache import Store
+from smolvlm_exp.engine.inputs.dataset import Rows
+from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.precompute.features import keep_features
+from smolvlm_exp.engine.precompute.reference import reference_logps
+from smolvlm_exp.models.model import load_model
+from smolvlm_exp.utils.distributed import all_of, from_first, gather, share
 
 
 def member(rank, folder, work):

@@ -6,10 +6,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from smolvlm_exp.engine import elementwise as ew
+from smolvlm_exp.engine.layers import ops as ew
 
 pytest.importorskip("triton")
-from smolvlm_exp.engine import kernels
+from smolvlm_exp.engine.layers import kernels
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]

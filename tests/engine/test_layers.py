@@ -9,11 +9,12 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
-from smolvlm_exp.engine import attention, pairs
-from smolvlm_exp.engine.decoder import FusedDecoderLayer, fuse_decoder_layers
-from smolvlm_exp.engine.dora import use_exact_dora
-from smolvlm_exp.engine.encoder import FusedEncoderLayer, fuse_encoder_layers, patch_product
-from smolvlm_exp.engine.footprint import LEVELS
+from smolvlm_exp.engine.inputs import packing as pairs
+from smolvlm_exp.engine.layers import shared_prefix_attention as attention
+from smolvlm_exp.engine.layers.dora import use_exact_dora
+from smolvlm_exp.engine.layers.text_layer import FusedDecoderLayer, fuse_decoder_layers
+from smolvlm_exp.engine.layers.vision_layer import FusedEncoderLayer, fuse_encoder_layers, patch_product
+from smolvlm_exp.engine.memory.footprint import LEVELS
 
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 VISION = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]

@@ -7,14 +7,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from trl.kernels import chunked_logprob
 
-from smolvlm_exp.adapter import AdapterConfig, reached
-from smolvlm_exp.config import shape_of
-from smolvlm_exp.engine import footprint, forward
-from smolvlm_exp.engine.footprint import Rows, moments, peak, resident
-from smolvlm_exp.engine.memory import GIB, MARGIN, Card, DoesNotFit, plan, seconds
-from smolvlm_exp.engine.pairs import pack
-from smolvlm_exp.facts import Adapted, facts_of, linear_sizes, stored
-from smolvlm_exp.quant import QuantConfig
+from smolvlm_exp.config.schema import shape_of
+from smolvlm_exp.engine import forward
+from smolvlm_exp.engine.inputs.packing import pack
+from smolvlm_exp.engine.memory import footprint
+from smolvlm_exp.engine.memory.footprint import Rows, moments, peak, resident
+from smolvlm_exp.engine.memory.planner import GIB, MARGIN, Card, DoesNotFit, plan, seconds
+from smolvlm_exp.models.adapter import AdapterConfig, reached
+from smolvlm_exp.models.quant import QuantConfig
+from smolvlm_exp.training.memory_spec import Adapted, facts_of, linear_sizes, stored
 
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 H100 = Card("H100", 7.6e14)

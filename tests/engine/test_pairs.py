@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smolvlm_exp.engine.pairs import collate, pack
+from smolvlm_exp.engine.inputs.packing import collate, pack
 from tests.engine.stock import IMAGE, PAD, random_row, stock_batch
 
 

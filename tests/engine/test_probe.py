@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from smolvlm_exp.engine import probe as probe_module
-from smolvlm_exp.engine.footprint import peak, resident
-from smolvlm_exp.engine.memory import GIB, MARGIN, DoesNotFit, Plan, fits, proposals
-from smolvlm_exp.engine.probe import probe
+from smolvlm_exp.engine.memory import probe as probe_module
+from smolvlm_exp.engine.memory.footprint import peak, resident
+from smolvlm_exp.engine.memory.planner import GIB, MARGIN, DoesNotFit, Plan, fits, proposals
+from smolvlm_exp.engine.memory.probe import probe
 from tests.engine.test_memory import H100, LONG, facts
 
 RECIPE = facts("recipe")

@@ -14,14 +14,14 @@ from peft import LoraConfig, get_peft_model
 from test_feed import encoded, make, picture
 from transformers import BitsAndBytesConfig
 
-from smolvlm_exp.engine.feed import Collator, Rows
+from smolvlm_exp.engine.disk_cache import Store, key_of
+from smolvlm_exp.engine.fingerprint import content_hash, weights_key
 from smolvlm_exp.engine.forward import add_pair_forward
-from smolvlm_exp.engine.identity import content_hash, weights_key
-from smolvlm_exp.engine.reference import reference_logps, row_keys, tiling
-from smolvlm_exp.engine.store import Store, key_of
-from smolvlm_exp.engine.tiles import pixels
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys, tiling
 from smolvlm_exp.evaluation.preference import answer_logps
-from smolvlm_exp.model import load_model
+from smolvlm_exp.models.model import load_model
 
 PLENTY = 2**40
 PARTS = {"weights": "of the test", "dtype": "float32", "ld_alpha": None}

@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from smolvlm_exp.engine import store as module
-from smolvlm_exp.engine.store import Mapped, Store, keep, key_of
+from smolvlm_exp.engine import disk_cache as module
+from smolvlm_exp.engine.disk_cache import Mapped, Store, keep, key_of
 
 LAYOUT = {"numbers": (torch.float32, (3, 5)), "bytes": (torch.uint8, (7,)), "halves": (torch.bfloat16, (2, 2))}
 PLENTY = 2**40

@@ -13,16 +13,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
-from smolvlm_exp.adapter import TARGETS
-from smolvlm_exp.config import shape_of
+from smolvlm_exp.config.schema import shape_of
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.engine.deferred import Deferred, settle
-from smolvlm_exp.engine.dora import exact
-from smolvlm_exp.engine.feed import Collator, Rows
-from smolvlm_exp.engine.schedule import split
-from smolvlm_exp.engine.tiles import pixels
-from smolvlm_exp.engine.trainer import ChosenRows, SharedPrefixSFTTrainer, SharedPrefixTrainer
-from smolvlm_exp.model import load_processor
+from smolvlm_exp.engine.deferred_metrics import Deferred, settle
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.micro_batches import split
+from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.layers.dora import exact
+from smolvlm_exp.engine.trainers import ChosenRows, SharedPrefixSFTTrainer, SharedPrefixTrainer
+from smolvlm_exp.models.adapter import TARGETS
+from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.training.sft import completions
 from tests.conftest import compose
 from tests.engine.stock import DPO, Loss, random_model

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.model import load_processor
+from smolvlm_exp.models.model import load_processor
 from tests import fsdp_on_cpu
 from tests.engine.test_trainer import CONFIG, Bench, history, load_preferences
 

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from smolvlm_exp.data import shapes
-from smolvlm_exp.data.overlap import fingerprints, overlap
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.data.leakage import fingerprints, overlap
+from smolvlm_exp.data.sources import shapes
 from smolvlm_exp.evaluation.checks import compare_looks, explained
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import mean
-from smolvlm_exp.pipeline import train
-from smolvlm_exp.training import checks as training_checks
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training import sanity_checks as training_checks
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID
 
 APART = {"test": {"also_in_train": 0}}
@@ -102,7 +102,7 @@ def test_an_adapter_that_never_moves(quick, tmp_path, monkeypatch):
 
 
 def test_an_adapter_that_is_off_when_it_is_evaluated(quick, tmp_path, monkeypatch):
-    from smolvlm_exp import pipeline
+    from smolvlm_exp.tasks import train as pipeline
 
     ordinary = pipeline.evaluate
 
@@ -133,7 +133,7 @@ def test_rounding_is_not_taken_for_looking(model, processor, rows, monkeypatch):
     """On a GPU a row's numbers depend a little on the batch it is in, which is no sign that a picture arrived."""
     from transformers import Idefics3ForConditionalGeneration
 
-    from smolvlm_exp.evaluation.images import image_use
+    from smolvlm_exp.evaluation.image_ablation import image_use
 
     ordinary = Idefics3ForConditionalGeneration.forward
 
@@ -168,9 +168,9 @@ def test_an_evaluation_on_training_rows(quick, tmp_path, monkeypatch, capsys):
 
 def test_a_tuned_model_is_evaluated_on_what_it_was_tuned_on(quick, tmp_path, monkeypatch):
     """By task=evaluate, which has no training rows to look at but those that the run noted."""
-    from smolvlm_exp.evaluate import evaluate
+    from smolvlm_exp.tasks.evaluate import evaluate
 
-    monkeypatch.setattr("smolvlm_exp.evaluate.generation_speed", lambda *args: [])
+    monkeypatch.setattr("smolvlm_exp.tasks.evaluate.generation_speed", lambda *args: [])
     (tmp_path / "run").mkdir()
     train(quick("data.test_rows=2"), tmp_path / "run")
     config = quick(f"model.adapter={tmp_path}/run", "data.test_rows=4")
@@ -187,8 +187,8 @@ def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
     from peft import get_peft_model
     from safetensors.torch import load_file, save_file
 
-    from smolvlm_exp.adapter import lora_config
-    from smolvlm_exp.evaluate import evaluate
+    from smolvlm_exp.models.adapter import lora_config
+    from smolvlm_exp.tasks.evaluate import evaluate
 
     config = quick("quant=none", "task=evaluate", f"model.adapter={tmp_path}")
     tuned = get_peft_model(model, lora_config(config.adapter, quantised=False))
@@ -196,7 +196,7 @@ def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
     tuned.save_pretrained(tmp_path)
-    monkeypatch.setattr("smolvlm_exp.evaluate.generation_speed", lambda *args: [])
+    monkeypatch.setattr("smolvlm_exp.tasks.evaluate.generation_speed", lambda *args: [])
     name = "change of answers' log-probability, nats a token"
     assert of(evaluate(config, tmp_path), name)["verdict"] == "ok"
     path = tmp_path / "adapter_model.safetensors"
@@ -210,7 +210,7 @@ def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
 
 @pytest.mark.usefixtures("unseen")
 def test_a_wrong_reference(quick, tmp_path, monkeypatch):
-    from smolvlm_exp.engine.trainer import SharedPrefixTrainer
+    from smolvlm_exp.engine.trainers import SharedPrefixTrainer
 
     ordinary = SharedPrefixTrainer.score_references
 
@@ -274,7 +274,7 @@ def test_an_adapter_that_is_saved_in_part(quick, tmp_path, monkeypatch):
     """A key is missing from the file, which PEFT reads without a word."""
     from safetensors.torch import load_file, save_file
 
-    from smolvlm_exp import result
+    from smolvlm_exp.tasks import result
 
     ordinary = result.save_tuned
 

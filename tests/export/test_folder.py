@@ -4,9 +4,9 @@ import os
 
 import pytest
 
-from smolvlm_exp.checkpoint import whole
-from smolvlm_exp.errors import RequestError, RunError
-from smolvlm_exp.export.folder import check_free, read_record, record
+from smolvlm_exp.deploy.export.record import check_free, read_record, record
+from smolvlm_exp.runs.checkpoint import whole
+from smolvlm_exp.utils.errors import RequestError, RunError
 
 
 def write(folder, text):

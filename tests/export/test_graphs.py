@@ -6,11 +6,11 @@ import onnxruntime
 import pytest
 import torch
 
+from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
+from smolvlm_exp.deploy.session.load import load_folder
+from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
 from smolvlm_exp.evaluation.generate import generate_answers, prompts
-from smolvlm_exp.export.parts import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
-from smolvlm_exp.json_file import read_json
-from smolvlm_exp.session.load import load_folder
-from smolvlm_exp.session.onnx_model import OnnxModel
+from smolvlm_exp.utils.files import read_json
 
 QUESTIONS = (
     "What do you see?",
@@ -130,7 +130,7 @@ def test_sizes(graphs):
 
 
 def test_what_was_inferred_for_float32_does_not_mislead_the_quantisers(graphs, tmp_path):
-    from smolvlm_exp.export.quantize import quantize
+    from smolvlm_exp.deploy.export.onnx_quantize import quantize
 
     model = onnx.load(graphs / "onnx" / f"{DECODER}.onnx")
     products = {node.output[0] for node in model.graph.node if node.op_type == "MatMul"}
@@ -148,8 +148,8 @@ def test_what_was_inferred_for_float32_does_not_mislead_the_quantisers(graphs, t
 
 def test_products_in_integers_are_exact_on_every_processor(tmp_path):
     """Without VNNI, 255 * 127 + 255 * 127 is clamped to 32767 where nobody asks for more: half of what it should be."""
-    from smolvlm_exp.export.quantize import quantize
-    from smolvlm_exp.session.onnx_model import runtime
+    from smolvlm_exp.deploy.export.onnx_quantize import quantize
+    from smolvlm_exp.deploy.session.onnx_backend import runtime
 
     value, weights = onnx.helper.make_tensor_value_info, np.ones((64, 8), np.float32)
     product = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
@@ -169,9 +169,9 @@ def test_products_in_integers_are_exact_on_every_processor(tmp_path):
 
 @pytest.mark.slow
 def test_large_weights_lie_in_a_file_of_their_own(small, tmp_path, monkeypatch, processor, rows, torch_model):
-    from smolvlm_exp.export import graphs as module
-    from smolvlm_exp.export import quantize
-    from smolvlm_exp.export.onnx import Graphs
+    from smolvlm_exp.deploy.export import onnx_graphs as module
+    from smolvlm_exp.deploy.export import onnx_quantize as quantize
+    from smolvlm_exp.deploy.export.onnx_export import Graphs
 
     for each in (module, quantize):
         monkeypatch.setattr(each, "LARGEST", 100_000)

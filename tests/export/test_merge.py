@@ -4,11 +4,11 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from smolvlm_exp.adapter import load_tuned, lora_config
+from smolvlm_exp.deploy.export.merge import load_base, load_merged, save_merged
+from smolvlm_exp.deploy.session.load import load_folder
 from smolvlm_exp.evaluation.checks import moved
 from smolvlm_exp.evaluation.preference import answer_logps
-from smolvlm_exp.export.merge import load_base, load_merged, save_merged
-from smolvlm_exp.session.load import load_folder
+from smolvlm_exp.models.adapter import load_tuned, lora_config
 from tests.conftest import compose
 
 
@@ -57,9 +57,9 @@ def test_merged_by_peft_in_4_bits_loses_much(tuned, scored, processor, rows):
 
 def test_dequantised_weights_are_the_4_bit_ones(processor, rows):
     """Before a forward pass in evaluation mode and after it, on processors for which bitsandbytes repacks too."""
-    from smolvlm_exp.engine.weights import frozen_weight, is_4bit
-    from smolvlm_exp.model import load_model, resolve_dtype
-    from smolvlm_exp.quant import quantization_config
+    from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_4bit
+    from smolvlm_exp.models.model import load_model, resolve_dtype
+    from smolvlm_exp.models.quant import quantization_config
 
     config = compose()
     model = load_model(config.model, quantization_config(config.quant, resolve_dtype("float32")))

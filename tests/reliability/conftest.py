@@ -17,15 +17,15 @@ from typing import Any
 import pytest
 import torch
 
-from smolvlm_exp.adapter import lora_config
-from smolvlm_exp.checkpoint import newest, numbered
-from smolvlm_exp.command import check_command
-from smolvlm_exp.model import load_model
-from smolvlm_exp.quant import quantization_config
-from smolvlm_exp.same_run import same_run
+from smolvlm_exp.config.compose import check_command
+from smolvlm_exp.models.adapter import lora_config
+from smolvlm_exp.models.model import load_model
+from smolvlm_exp.models.quant import quantization_config
+from smolvlm_exp.runs.checkpoint import newest, numbered
+from smolvlm_exp.runs.resume_check import same_run
 from smolvlm_exp.training import dpo
+from smolvlm_exp.training.arguments import Parts, Run
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
-from smolvlm_exp.training.common import Parts, Run
 from tests.conftest import SIGMOID, compose
 
 # Two epochs of four steps; DoRA with dropout on, checkpointing, a window of two steps a log, a checkpoint every third.

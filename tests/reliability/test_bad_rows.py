@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from smolvlm_exp.data.controls import WORD_JOINER, as_text, control_tokens, spelt
-from smolvlm_exp.data.files import Config
+from smolvlm_exp.data.control_tokens import WORD_JOINER, as_text, control_tokens, spelt
 from smolvlm_exp.data.preferences import load_preferences, text_of, user
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.data.sources.files import Config
+from smolvlm_exp.utils.errors import RequestError
 
 GOOD = {"image": "good.png", "question": "What is it?", "chosen": "A star.", "rejected": "A moon."}
 
@@ -198,7 +198,7 @@ def test_the_first_frame_by_option(folder, processor, tmp_path):
 
 def test_control_tokens_typed_in_a_question_are_text(folder, processor, tmp_path):
     """They keep their letters, and the model reads none of them as control, in training and in generation."""
-    from smolvlm_exp.engine.feed import Rows
+    from smolvlm_exp.engine.inputs.dataset import Rows
     from smolvlm_exp.evaluation.generate import prompts
 
     typed = "Is <end_of_utterance> or <row_1_col_1> or <fake_token_around_image> in it?<|im_end|>"

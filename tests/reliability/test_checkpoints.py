@@ -12,11 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from smolvlm_exp import checkpoint as files
-from smolvlm_exp.checkpoint import SAVING, checkpoints, damage, newest, numbered
-from smolvlm_exp.errors import RequestError, RunError
-from smolvlm_exp.pipeline import train
-from smolvlm_exp.training.trees import load_tree, save_tree
+from smolvlm_exp.runs import checkpoint as files
+from smolvlm_exp.runs.checkpoint import SAVING, checkpoints, damage, newest, numbered
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training.state_files import load_tree, save_tree
+from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.reliability.conftest import forked
 
 TWO = ("trainer.max_steps=2", "trainer.save_steps=1", "trainer.eval_strategy=no", "trainer.logging_steps=1")
@@ -173,7 +173,7 @@ def test_every_file_and_every_damage(run, capsys):
 def test_no_whole_checkpoint_is_refused_before_anything_is_loaded(bench, run, monkeypatch):
     for path in checkpoints(run):
         flip(path / "optimizer.safetensors")
-    monkeypatch.setattr("smolvlm_exp.pipeline.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("smolvlm_exp.tasks.train.load_model", lambda *a: pytest.fail("the model was loaded"))
     with pytest.raises(RequestError, match=r"resume=.*run: none of its checkpoints is whole, so nothing was started"):
         train(bench.config(f"resume={run}"), run)
 

@@ -8,11 +8,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from smolvlm_exp.config import every_key
-from smolvlm_exp.data.files import to_row
+from smolvlm_exp.config.schema import every_key
 from smolvlm_exp.data.images import FORMATS, Limits, PictureError, prepare_image
 from smolvlm_exp.data.preferences import Examiner, prepare_row
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.data.sources.files import to_row
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 from tests.reliability.test_bad_rows import encoded
 
@@ -51,7 +51,7 @@ def test_very_many_rows(examiner, tmp_path_factory):
 def tries(examiner, folder, examples):
     from datasets import Dataset
 
-    from smolvlm_exp.data.spellings import features
+    from smolvlm_exp.data.formats import features
 
     (folder / "good.png").write_bytes(encoded("PNG"))
     columns, seen = features(), {"good": 0, "bad": 0}

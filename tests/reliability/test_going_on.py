@@ -7,15 +7,15 @@ import signal
 import pytest
 import torch
 
-from smolvlm_exp import same_run as same
-from smolvlm_exp.checkpoint import damage, newest
-from smolvlm_exp.errors import RequestError, RunError
-from smolvlm_exp.model import load_model
-from smolvlm_exp.pipeline import train
-from smolvlm_exp.quant import quantization_config
-from smolvlm_exp.same_run import same_run
-from smolvlm_exp.training import reliable
+from smolvlm_exp.models.model import load_model
+from smolvlm_exp.models.quant import quantization_config
+from smolvlm_exp.runs import resume_check as same
+from smolvlm_exp.runs.checkpoint import damage, newest
+from smolvlm_exp.runs.resume_check import same_run
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training import checkpointing as reliable
 from smolvlm_exp.training.callbacks import StopCallback
+from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.conftest import compose
 from tests.reliability.conftest import LONG, forked, learnt, logged
 
@@ -201,7 +201,7 @@ def test_what_changes_no_number_may_change(bench, saved):
 
 
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):
-    monkeypatch.setattr("smolvlm_exp.pipeline.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("smolvlm_exp.tasks.train.load_model", lambda *a: pytest.fail("the model was loaded"))
     run = saved.parent.parent
     with pytest.raises(RequestError, match=r"adapter\.r was 2 and is 4"):
         train(bench.config(f"resume={run}", "adapter.r=4"), run)

@@ -13,7 +13,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from smolvlm_exp.checkpoint import checkpoints, newest, step_of
+from smolvlm_exp.runs.checkpoint import checkpoints, newest, step_of
 from tests.reliability.conftest import forked, kill, logged
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "scheduler.safetensors")

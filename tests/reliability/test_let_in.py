@@ -17,14 +17,14 @@ import torch
 from datasets import Dataset, Features, List, Value
 from omegaconf import OmegaConf
 
-from smolvlm_exp.adapter import AdapterConfig, saved_adapter
-from smolvlm_exp.checkpoint import MANIFEST, checkpoints, newest, sha256
 from smolvlm_exp.data.images import Limits, PictureError, prepare_image
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.errors import RequestError, RunError
-from smolvlm_exp.export.parts import PARTS
-from smolvlm_exp.model import EMBEDDED, load_model, load_processor
-from smolvlm_exp.session.load import load_folder
+from smolvlm_exp.deploy.export.options import PARTS
+from smolvlm_exp.deploy.session.load import load_folder
+from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
+from smolvlm_exp.models.model import EMBEDDED, load_model, load_processor
+from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest, sha256
+from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.conftest import compose
 from tests.reliability.conftest import typed
 from tests.reliability.test_bad_rows import GOOD, PATHS, config, encoded, write

@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from smolvlm_exp.checkpoint import checkpoints, damage, newest
 from smolvlm_exp.checks import spike
-from smolvlm_exp.errors import RunError
-from smolvlm_exp.training.finite import FiniteGuard
+from smolvlm_exp.runs.checkpoint import checkpoints, damage, newest
+from smolvlm_exp.training.nan_guard import FiniteGuard
+from smolvlm_exp.utils.errors import RunError
 from tests.reliability.conftest import learnt
 
 FOUR = ("trainer.max_steps=5", "trainer.eval_strategy=no", "trainer.logging_steps=1", "trainer.save_strategy=no")

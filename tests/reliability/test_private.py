@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from smolvlm_exp import folder as folders
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.folder import check_unused, claimed
+from smolvlm_exp.runs import folder as folders
+from smolvlm_exp.runs.folder import check_unused, claimed
+from smolvlm_exp.utils.errors import RequestError
 from tests.reliability.conftest import TOKEN, forked, typed
 
 # Secrets

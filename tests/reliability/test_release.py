@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.checkpoint import MANIFEST, newest, sha256
-from smolvlm_exp.same_run import same_run
+from smolvlm_exp.runs.checkpoint import MANIFEST, newest, sha256
+from smolvlm_exp.runs.resume_check import same_run
 from tests.reliability.conftest import LONG, Bench, logged
 
 HERE = Path(__file__).parent
@@ -38,7 +38,7 @@ def test_a_checkpoint_of_an_earlier_release_resumes(bench, tmp_path, release):
 def make(folder: Path) -> None:
     """The fixture: the checkpoint of the fourth step, and what the whole run logged."""
     from smolvlm_exp.data.preferences import load_preferences
-    from smolvlm_exp.model import EMBEDDED, load_processor
+    from smolvlm_exp.models.model import EMBEDDED, load_processor
     from tests.conftest import compose
 
     processor = load_processor(compose().model)

@@ -8,8 +8,8 @@ import time
 
 import pytest
 
-from smolvlm_exp import tracking
-from smolvlm_exp.tracking import Tracker, TrackerConfig, identity
+from smolvlm_exp.reporting import tracker as tracking
+from smolvlm_exp.reporting.tracker import Tracker, TrackerConfig, identity
 
 DONE = {"status": "done", "before": {}, "after": {"recall": 1.0}, "train": {}, "checks": []}
 

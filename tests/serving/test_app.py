@@ -13,12 +13,12 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from smolvlm_exp.config import PACKAGE
-from smolvlm_exp.serving.app import build_app
-from smolvlm_exp.serving.limits import ServeConfig
-from smolvlm_exp.session.session import SmolVLMSession
+from smolvlm_exp.config.schema import PACKAGE
+from smolvlm_exp.deploy.server.app import build_app
+from smolvlm_exp.deploy.server.options import ServeConfig
+from smolvlm_exp.deploy.session.session import SmolVLMSession
 
-CAT = PACKAGE / "assets" / "photos" / "cat.jpg"
+CAT = PACKAGE / "data" / "sources" / "photos" / "cat.jpg"
 LIMITS = ServeConfig(max_image_megabytes=0.5, max_images=2, max_tokens=24, max_concurrency=2)
 
 

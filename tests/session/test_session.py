@@ -6,12 +6,12 @@ import pytest
 import torch
 from PIL import Image
 
-from smolvlm_exp.data.controls import WORD_JOINER
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.data.control_tokens import WORD_JOINER
+from smolvlm_exp.deploy.session.kv_cache import Kept
+from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession, choose
+from smolvlm_exp.deploy.session.torch_backend import TorchModel
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.session.kept import Kept
-from smolvlm_exp.session.session import Sampling, SmolVLMSession, choose
-from smolvlm_exp.session.torch_model import TorchModel
+from smolvlm_exp.utils.errors import RequestError
 
 QUESTIONS = ("What do you see?", "Is there a star in the picture?", "Describe the picture.", "How many moons?", "Why?")
 SHORT = Sampling(max_new_tokens=12)
@@ -157,7 +157,7 @@ def test_an_adapter_is_part_of_the_key(model, processor):
     """The same tokens under another adapter have other keys and values."""
     from peft import get_peft_model
 
-    from smolvlm_exp.adapter import lora_config
+    from smolvlm_exp.models.adapter import lora_config
     from tests.conftest import compose
 
     tuned = get_peft_model(model, lora_config(compose("quant=none").adapter, quantised=False))

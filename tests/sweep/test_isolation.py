@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.sweep import isolation
+from smolvlm_exp.sweep import job_process as isolation
 
 
 @pytest.mark.slow

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.errors import RequestError
+from smolvlm_exp.runs.sweep_record import check_same, goes_on, record, state
+from smolvlm_exp.sweep.devices import free_card, visible_cards
 from smolvlm_exp.sweep.disk import tidy
 from smolvlm_exp.sweep.effects import main_effects
-from smolvlm_exp.sweep.estimate import expected
 from smolvlm_exp.sweep.jobs import Job, differing, label, short
-from smolvlm_exp.sweep.outcome import outcome, table
-from smolvlm_exp.sweep.page import write_page
-from smolvlm_exp.sweep.record import check_same, goes_on, record, state
-from smolvlm_exp.sweep.share import free_card, visible_cards
+from smolvlm_exp.sweep.results import outcome, table
+from smolvlm_exp.sweep.sweep_page import write_page
+from smolvlm_exp.sweep.time_estimate import expected
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 METRIC = "after.preference_accuracy"
@@ -157,7 +157,7 @@ def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monke
 
     import yaml
 
-    from smolvlm_exp.sweep import estimate
+    from smolvlm_exp.sweep import time_estimate as estimate
 
     monkeypatch.setattr(estimate, "OUTPUTS", tmp_path)
     estimate.earlier_runs.cache_clear()

@@ -12,12 +12,12 @@ from types import SimpleNamespace
 import optuna
 import pytest
 
-from smolvlm_exp.command import parsed
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.sweep.launch import Stop
-from smolvlm_exp.sweep.record import recorded
+from smolvlm_exp.config.compose import parsed
+from smolvlm_exp.runs.sweep_record import recorded
+from smolvlm_exp.sweep.launcher import Stop
+from smolvlm_exp.sweep.optuna_study import Options, deserted, distribution, open_study
 from smolvlm_exp.sweep.search import Search
-from smolvlm_exp.sweep.study import Options, deserted, distribution, open_study
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import QUICK, compose
 
 SPACE = ["adapter.r=choice(4,8)", "trainer.learning_rate=tag(log,interval(1e-5,1e-3))"]
@@ -108,7 +108,7 @@ def test_hydras_sweep_syntax_is_the_space():
 
 
 def test_without_optuna_the_command_to_get_it_is_told(monkeypatch):
-    from smolvlm_exp.sweep.study import need_optuna
+    from smolvlm_exp.sweep.optuna_study import need_optuna
 
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(RequestError, match=r"pip install 'smolvlm-exp\[search\]'"):
@@ -117,8 +117,8 @@ def test_without_optuna_the_command_to_get_it_is_told(monkeypatch):
 
 def test_a_trial_that_falls_behind_is_pruned(tmp_path):
     """Five others reached 0.9 at step 10; 0.1 there ends a trial, 0.95 does not."""
-    from smolvlm_exp.errors import Pruned
-    from smolvlm_exp.sweep.pruning import pruning
+    from smolvlm_exp.sweep.pruning_callback import pruning
+    from smolvlm_exp.utils.errors import Pruned
 
     options = {**OPTIONS, "n_warmup_steps": 0, "prune": "eval_rewards/accuracies"}
     study = open_study(tmp_path, Options(**options), 1, SPACE)

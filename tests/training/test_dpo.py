@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
-from smolvlm_exp.pipeline import train
-from smolvlm_exp.training.common import upstream
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training.arguments import upstream
 from smolvlm_exp.training.dpo import LOSSES
 from tests.conftest import SIGMOID
 
@@ -60,7 +60,7 @@ def test_the_saved_adapter_gives_the_tuned_models_answers(quick, tmp_path, adapt
 
     from smolvlm_exp.data.preferences import load_preferences
     from smolvlm_exp.evaluation.preference import answer_logps, preference_metrics
-    from smolvlm_exp.model import load_model, load_processor
+    from smolvlm_exp.models.model import load_model, load_processor
 
     config = quick(f"adapter={adapter}", "quant=none", "trainer.learning_rate=2e-3")
     summary = train(config, tmp_path)

@@ -5,11 +5,13 @@ import json
 import pytest
 import torch
 
-from smolvlm_exp.engine import memory, probe
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.pipeline import train
-from smolvlm_exp.training import dpo, fit
-from smolvlm_exp.training.fit import held_to
+from smolvlm_exp.engine.memory import planner as memory
+from smolvlm_exp.engine.memory import probe
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training import dpo
+from smolvlm_exp.training import memory_budget as fit
+from smolvlm_exp.training.memory_budget import held_to
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID
 
 pytestmark = pytest.mark.usefixtures("unseen")
@@ -103,7 +105,7 @@ def test_too_small_a_budget_is_refused_with_what_helps(quick, tmp_path):
 
 
 def test_a_wrong_budget_is_refused_before_anything_is_loaded(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("smolvlm_exp.pipeline.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("smolvlm_exp.tasks.train.load_model", lambda *a: pytest.fail("the model was loaded"))
     with pytest.raises(RequestError, match=r"trainer\.memory_budget=lots is no size"):
         train(quick("trainer.memory_budget=lots"), tmp_path)
 

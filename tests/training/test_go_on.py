@@ -4,8 +4,8 @@ import math
 
 import pytest
 
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.pipeline import train
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID
 
 METRICS = ("preference_accuracy", "recall", "yes_no_accuracy", "wrong_image_drop")

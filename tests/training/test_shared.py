@@ -5,9 +5,9 @@ from types import SimpleNamespace
 
 import pytest
 
-from smolvlm_exp.errors import RequestError
-from smolvlm_exp.pipeline import train
-from smolvlm_exp.training.shared import check_model
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training.engine_setup import check_model
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID, compose
 
 CLOCKS = ("second", "memory", "runtime", "data_wait", "total_flos")

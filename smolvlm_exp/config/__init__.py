@@ -1,0 +1,1 @@
+"""From the words that were typed to one checked `Config`: composition, the schema, what no setting may hold."""

@@ -1,0 +1,274 @@
+"""A command, read to the end before Hydra runs it: every job composed and checked, mistakes told in a line or three."""
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import hydra
+import yaml
+from hydra import version
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException, OverrideParseException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from smolvlm_exp.config.schema import (
+    CONF,
+    POLYMORPHIC,
+    Config,
+    every_key,
+    key_paths,
+    own_config,
+    own_configs,
+    parse,
+    schema,
+    suggestion,
+    unknown_keys,
+)
+from smolvlm_exp.config.security import check_hydra, check_search_path, check_setting
+from smolvlm_exp.utils.errors import RequestError
+
+NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
+
+
+def check_command(args: Any) -> list[Config]:
+    """Compose and read strictly every job that a command line asks for.
+
+    Args:
+        args: Hydra's parsed command line (`overrides`, `multirun`, `config_path`, `config_name`, `config_dir`).
+
+    Raises:
+        RequestError: naming the key or the file, and the fix.
+    """
+    folder = Path(args.config_path).resolve() if args.config_path else CONF
+    if not folder.is_dir():
+        raise RequestError(f"--config-path {args.config_path}: there is no such folder.")
+    name = args.config_name or "config"
+    main = folder / f"{name.removesuffix('.yaml')}.yaml"
+    if main.is_file():
+        check_search_path(main.read_text(encoding="utf-8", errors="replace"))
+    try:
+        with search_path(folder, args.config_dir):
+            overrides = parsed(args.overrides)
+            for override in overrides:
+                given = (override.input_line or "").partition("=")[2]
+                check_setting(override.key_or_group, given)
+                check_search_path(given)
+            swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
+            if swept and not args.multirun:
+                raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
+            groups = [o for o in overrides if is_group(o)]
+            for override in groups:
+                check_option(override)
+            check_keys(name, groups, [o for o in overrides if o not in groups])
+            return [read(name, job) for job in jobs(name, overrides, args.multirun)]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise RequestError(explain(error)) from error
+
+
+def read(name: str, job: list[str]) -> Config:
+    """One job's settings, its own and Hydra's."""
+    composed = compose(name, overrides=job, return_hydra_config=True)
+    check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
+    return parse(composed)
+
+
+def folder_of(args: Any) -> str:
+    """Where the one run of a command, which `check_command` has read, will write."""
+    folder = Path(args.config_path).resolve() if args.config_path else CONF
+    with search_path(folder, args.config_dir):
+        composed = compose(args.config_name or "config", overrides=args.overrides, return_hydra_config=True)
+        return str(composed.hydra.run.dir)
+
+
+def compose(name: str, **asked: Any) -> DictConfig:
+    """Hydra's, whose errors for an odd command are not all of one family; without one it composes.
+
+    Raises:
+        RequestError: see `check_command`.
+    """
+    try:
+        return hydra.compose(name, **asked)
+    except (HydraException, OmegaConfBaseException):
+        raise
+    except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+        given = " ".join(asked["overrides"])
+        raise RequestError(f"{given}: no such setting, or no such value ({str(error).splitlines()[0]}).") from error
+
+
+@contextmanager
+def search_path(folder: Path, own: str | None) -> Iterator[None]:
+    """Hydra set up as its command line does it: `folder`, and before it a person's `own` (--config-dir)."""
+    if own and not Path(own).is_dir():
+        raise RequestError(f"--config-dir {own}: there is no such folder.")
+    path = create_config_search_path(str(folder))
+    if own:
+        path.prepend("command-line", f"file://{Path(own).resolve()}", anchor=SearchPathQuery(provider="schema"))
+    GlobalHydra.instance().clear()
+    version.setbase("1.3")
+    Hydra.create_main_hydra2(task_name="smolvlm_exp", config_search_path=path)
+    try:
+        yield
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def register_schemas() -> None:
+    """Tell Hydra every setting's default and type.
+
+    conf/config.yaml starts from `schema`; a file in conf/data or conf/trainer starts from its own, as
+    `/schema/data@_here_: shapes`.
+    """
+    store, root = ConfigStore.instance(), {}
+    for setting in fields(Config):
+        kind = get_type_hints(Config)[setting.name]
+        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
+        root[setting.name] = kind if is_dataclass(kind) else default
+    for group, folder in POLYMORPHIC.items():
+        root[group] = {}
+        for name in own_configs(folder):
+            store.store(group=f"schema/{group}", name=name, node=own_config(folder, name))
+    store.store(name="schema", node=root)
+
+
+def explain(error: Exception) -> str:
+    """Hydra's and OmegaConf's complaint in a line or three, with a guess at what was meant."""
+    inner: BaseException | None = error
+    while inner is not None and not isinstance(inner, OmegaConfBaseException):
+        inner = inner.__cause__ or inner.__context__
+    file = re.match(r"In '([\w/]+)'", str(error))
+    where = f"conf/{file.group(1)}.yaml: " if file else ""
+    if isinstance(inner, ConfigKeyError | ConfigAttributeError) and inner.full_key:
+        key = inner.full_key
+        if key.split(".")[0] not in get_type_hints(Config) and file:
+            key = f"{file.group(1).split('/')[0]}.{key}"
+        return f"{where}{key}: no such setting. {suggestion(key, every_key())}"
+    if isinstance(inner, OmegaConfBaseException) and inner.full_key:
+        return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override}: {str(error).splitlines()[0]}."
+    plugin = re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit|ray)", str(error))
+    if plugin:
+        extra = {"joblib": "parallel", "submitit": "slurm", "ray": "ray"}[plugin[1]]
+        return f"hydra/launcher needs hydra-{plugin[1]}-launcher: pip install 'smolvlm-exp[{extra}]'"
+    lines = [line for text in (str(error), str(error.__cause__ or "")) for line in text.strip().splitlines()[:2]]
+    return "\n".join(lines)
+
+
+def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]]:
+    """The override lists of a command's jobs; for a search, lists in which each value comes once.
+
+    Raises:
+        RequestError: an experiment that is a sweep is asked for as one run, or an interval of a grid.
+    """
+    plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
+    own_settings = compose(name, overrides=plain, return_hydra_config=True).hydra
+    check_hydra(OmegaConf.to_container(own_settings, resolve=False))
+    lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
+    if lost:
+        raise RequestError(f"hydra.{lost}: Hydra cannot do without it.")
+    sweeper = own_settings.sweeper
+    params = sweeper.get("params") or {}
+    if not hasattr(params, "items"):  # an interpolation can stand for anything
+        raise RequestError("hydra.sweeper.params is no list of settings by name.")
+    own = parsed([f"{key}={value}" for key, value in params.items()])
+    given = {o.key_or_group for o in overrides}
+    if not multirun:
+        lacking = [o.key_or_group for o in own if o.key_or_group not in given]
+        if lacking:
+            raise RequestError(f"this experiment is a sweep over {', '.join(lacking)}: add -m, or give each one value.")
+        return [plain]
+    both = [*own, *overrides]
+    if "n_trials" in sweeper:
+        return samples(both)
+    interval = next((o for o in both if isinstance(o.value(), IntervalSweep)), None)
+    if interval:
+        raise RequestError(f"{interval.input_line}: a grid takes values; intervals are for hydra/sweeper=search.")
+    return combinations(both)
+
+
+def parsed(overrides: list[str]) -> list[Override]:
+    return OverridesParser.create().parse_overrides(overrides)
+
+
+def combinations(overrides: list[Override]) -> list[list[str]]:
+    """The override lists of a grid's jobs, in the basic sweeper's order; one list where nothing is swept."""
+    return BasicSweeper.split_arguments(overrides, None)[0]
+
+
+def samples(overrides: list[Override]) -> list[list[str]]:
+    """Override lists in which each value that a search may take comes once, of an interval its ends."""
+    values: dict[str, list[str]] = {}
+    for override in overrides:
+        swept: Any = override.value()
+        if isinstance(swept, IntervalSweep):
+            found = [str(swept.start), str(swept.end)]
+        elif override.is_sweep_override():
+            found = list(override.sweep_string_iterator())
+        else:
+            found = [override.get_value_element_as_str()]
+        values[override.get_key_element()] = found
+    longest = max(map(len, values.values()), default=1)
+    return [[f"{key}={found[min(i, len(found) - 1)]}" for key, found in values.items()] for i in range(longest)]
+
+
+def is_group(override: Override) -> bool:
+    if not override.key_or_group or "." in override.key_or_group:  # looking would take milliseconds
+        return False
+    return GlobalHydra.instance().config_loader().get_group_options(override.key_or_group) != []
+
+
+def check_option(override: Override) -> None:
+    """Every option that is asked for must be in its group."""
+    known = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
+    value = override.value()
+    asked = override.sweep_string_iterator() if override.is_sweep_override() else [value]
+    for option in asked:
+        if str(option) not in known and not (option is None and override.is_delete()):
+            raise RequestError(f"{override.key_or_group}={option}: no such option. {suggestion(str(option), known)}")
+
+
+def check_keys(name: str, groups: list[Override], values: list[Override]) -> None:
+    """Unknown keys in the files that the command chooses, then on the command line itself."""
+    composed = compose(name, overrides=combinations(groups)[0], return_hydra_config=True)
+    check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
+    expected = schema(composed)
+    known = list(key_paths(expected))
+    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
+    for key in unknown_keys(plain, expected):
+        raise RequestError(f"{file_of(key, composed)}: {key}: no such setting. {suggestion(key, known)}")
+    for override in values:
+        key = override.key_or_group
+        free = ".extra." in key or key.startswith("hydra.")
+        if not free and not any(path == key or path.startswith(f"{key}.") for path in known):
+            options = GlobalHydra.instance().config_loader().list_groups("")
+            raise RequestError(f"{key}: no such setting. {suggestion(key, [*options, *known])}")
+        adds = override.is_add() or override.is_force_add()
+        if ".extra." in key and not adds and OmegaConf.select(composed, key) is None:
+            raise RequestError(f"{key}: further arguments are added with a plus: +{override.input_line}")
+
+
+def file_of(key: str, composed: DictConfig) -> str:
+    """The YAML file that set `key`, for an error message."""
+    choices = composed.hydra.runtime.choices
+    files = {f"experiment/{choices.get('experiment')}.yaml": "", "config.yaml": ""}
+    files |= {f"{group}/{option}.yaml": group for group, option in choices.items() if not group.startswith("hydra")}
+    for file, package in files.items():
+        path = CONF / file
+        inside = key.removeprefix(f"{package}.") if package else key
+        if (
+            path.is_file()
+            and OmegaConf.select(OmegaConf.create(yaml.safe_load(path.read_text()) or {}), inside) is not None
+        ):
+            return f"conf/{file}"
+    return "the configuration"

@@ -1,0 +1,210 @@
+"""The root schema, and the one strict reading of a composed configuration into plain dataclasses."""
+
+import difflib
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from smolvlm_exp.config.security import check_setting
+from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.deploy.export.options import ExportConfig
+from smolvlm_exp.deploy.server.options import ServeConfig
+from smolvlm_exp.deploy.session.load import SessionConfig
+from smolvlm_exp.evaluation.metrics import GOALS
+from smolvlm_exp.models.adapter import AdapterConfig
+from smolvlm_exp.models.model import ModelConfig, Shape
+from smolvlm_exp.models.quant import QuantConfig
+from smolvlm_exp.reporting.tracker import TrackerConfig
+from smolvlm_exp.training.arguments import TrainerConfig
+from smolvlm_exp.training.row_lengths import PlanConfig
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.fields import at_least, one_of
+
+PACKAGE = Path(__file__).parent.parent
+POLYMORPHIC = {
+    "data": "data/sources",
+    "trainer": "training",
+}  # groups whose schema goes with the option, and their folders
+CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir())
+
+
+@dataclass
+class TaskConfig(PlanConfig):
+    name: str = one_of("train", "evaluate", "generate", "compare", "export", "chat", "serve", "doctor", "plan")
+    temperature: float = at_least(0, 0.0)  # of answers that task=evaluate and task=generate give; 0: greedy
+    max_new_tokens: int = at_least(1, 256)  # at which they, and those that a run or an export is judged by, are cut
+    batch_sizes: list[int] = field(default_factory=list)  # that task=evaluate times; []: 1 and the evaluation's own
+    images: str | None = None  # task=generate: the folder that pictures lie in
+    question: str = "Describe the picture."  # asked about each of them
+    questions: str | None = None  # or a JSONL file with `image` and `question` a line
+    answers: str | None = None  # the JSONL file to write, or to complete; null: answers.jsonl in the run's folder
+
+
+@dataclass
+class Config:
+    """A whole run. `data` and `trainer` are the chosen source's and trainer's own `Config`."""
+
+    task: TaskConfig
+    model: ModelConfig
+    quant: QuantConfig
+    adapter: AdapterConfig
+    data: DataConfig
+    trainer: TrainerConfig
+    tracker: TrackerConfig
+    export: ExportConfig = field(default_factory=ExportConfig)
+    session: SessionConfig = field(default_factory=SessionConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    seed: int = 0
+    name: str | None = None
+    resume: str | None = None
+    resume_allow: list[str] = field(default_factory=list)
+    run: str | None = None
+    runs: list[str] = field(default_factory=list)
+    sweep: str | None = None
+    keep: str = one_of("best", "last", "all")
+    metric: str = one_of(*GOALS)
+
+
+def schema(composed: DictConfig) -> DictConfig:
+    """The schema of one run, with the chosen source's and trainer's own `Config` in their places."""
+    root = OmegaConf.structured(Config)
+    for name, kind in typing.get_type_hints(Config).items():
+        if is_dataclass(kind):
+            root[name] = OmegaConf.structured(kind)
+    for group, key in (("data", "source"), ("trainer", "algorithm")):
+        folder, name = POLYMORPHIC[group], OmegaConf.select(composed, f"{group}.{key}")
+        known = own_configs(folder)
+        if name not in known:
+            raise RequestError(f"{group}.{key}={name}: no such module. {suggestion(str(name), known)}")
+        root[group] = OmegaConf.structured(own_config(folder, name))
+    return root
+
+
+def own_configs(folder: str) -> list[str]:
+    """Modules of a folder that have a `Config`: adding one is all it takes to add a source or a trainer."""
+    files = sorted((PACKAGE / folder).glob("*.py"))
+    return [file.stem for file in files if "\nclass Config(" in file.read_text(encoding="utf-8")]
+
+
+def own_config(folder: str, name: str) -> type:
+    return import_module(f"smolvlm_exp.{folder.replace('/', '.')}.{name}").Config
+
+
+def parse(composed: DictConfig) -> Config:
+    """Read a composed configuration strictly.
+
+    Raises:
+        RequestError: an unknown key, a wrong type, a value outside a closed list or below a bound, a missing value.
+    """
+    composed = composed.copy()
+    with open_dict(composed):
+        composed.pop("hydra", None)
+    expected = schema(composed)
+    for key in unknown_keys(composed, expected):
+        raise RequestError(f"{key}: no such setting. {suggestion(key, list(key_paths(expected)))}")
+    try:
+        merged = OmegaConf.merge(expected, composed)
+        missing = sorted(OmegaConf.missing_keys(merged))
+        if missing:
+            raise RequestError(f"{missing[0]} has no value yet: give it one, as {missing[0]}=...")
+        config = typing.cast(Config, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise RequestError(f"{error.full_key}: {(error.msg or str(error)).splitlines()[0]}.") from error
+    for key, setting, value in settings(config):
+        check_setting(key, value)
+        check_value(key, setting, value)
+    return config
+
+
+def unknown_keys(node: Any, expected: Any, path: str = "") -> Iterator[str]:
+    """Keys of `node` that the schema does not have. A plain dict in the schema (`extra`) takes any."""
+    if not isinstance(node, DictConfig) or not isinstance(expected, DictConfig) or node._is_none():
+        return
+    if not is_dataclass(OmegaConf.get_type(expected)):
+        return
+    for key in map(str, node):
+        where = f"{path}{key}"
+        if key not in list(expected):  # `in` alone is false for a setting without a value yet
+            yield where
+        elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
+            yield from unknown_keys(node._get_node(key), child(expected, key), f"{where}.")
+
+
+def every_key() -> list[str]:
+    """The full names of all settings, whichever source and trainer are chosen."""
+    keys: set[str] = set()
+    for name, kind in typing.get_type_hints(Config).items():
+        kinds = (
+            [own_config(POLYMORPHIC[name], own) for own in own_configs(POLYMORPHIC[name])]
+            if name in POLYMORPHIC
+            else [kind]
+        )
+        for each in kinds:
+            keys |= set(key_paths(OmegaConf.structured(each), f"{name}.")) if is_dataclass(each) else {name}
+    return sorted(keys)
+
+
+def child(expected: DictConfig, key: Any) -> Any:
+    """The schema below `key`; that of an optional group that is null by default is filled in."""
+    node = expected._get_node(key)
+    if isinstance(node, DictConfig) and (node._is_none() or node._is_missing()):
+        kind = node._metadata.ref_type
+        return OmegaConf.structured(kind) if is_dataclass(kind) else node
+    return node
+
+
+def key_paths(expected: DictConfig, path: str = "") -> Iterator[str]:
+    """Every setting's full name, as `adapter.r`."""
+    for key in map(str, expected):
+        node = child(expected, key)
+        if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
+            yield from key_paths(node, f"{path}{key}.")
+        else:
+            yield f"{path}{key}"
+
+
+def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """(full name, dataclass field, value) of every setting."""
+    for setting in fields(config):
+        value = getattr(config, setting.name)
+        if is_dataclass(value):
+            yield from settings(value, f"{path}{setting.name}.")
+        else:
+            yield f"{path}{setting.name}", setting, value
+
+
+def check_value(key: str, setting: Any, value: Any) -> None:
+    """Hold a value against what its field says it takes (schema.py)."""
+    choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
+    for each in value if isinstance(value, list) else [value]:
+        if choices and each not in choices:
+            raise RequestError(f"{key}={each}: {suggestion(str(each), [str(choice) for choice in choices])}")
+    if low is not None and value is not None and value < low:
+        raise RequestError(f"{key}={value} is too small: {low} is the least.")
+    if floor is not None and value is not None and not value > floor:
+        raise RequestError(f"{key}={value}: it must be greater than {floor}.")
+
+
+def suggestion(wrong: str, known: list[str]) -> str:
+    """`Did you mean X?` where something is close (a whole name, or its last part), else the list where it is short."""
+    last = wrong.rsplit(".", 1)[-1]
+    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75) or [
+        tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
+    ]
+    guess = f"Did you mean {near[0]}? " if near else ""
+    return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")
+
+
+def shape_of(model: str) -> Shape:
+    """The dimensions in conf/model/<model>.yaml."""
+    loaded = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / "model" / f"{model}.yaml"))
+    shape = typing.cast(ModelConfig, OmegaConf.to_object(loaded)).shape
+    assert shape is not None
+    return shape

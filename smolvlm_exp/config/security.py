@@ -1,0 +1,109 @@
+"""What no setting may hold: secrets, which would end in W&B, reports and logs, and what makes others' code run."""
+
+import os
+import re
+from importlib import import_module
+from typing import Any
+
+from smolvlm_exp.utils.errors import RequestError
+
+NAMES = re.compile(r"(^|_)(token|api_?key|secret|password|passwd|credentials?)$", re.IGNORECASE)
+VALUES = re.compile(
+    r"hf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bAKIA[0-9A-Z]{16}|://[^/\s:@]+:[^/\s@]+@"
+)
+HELD = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")  # names of environment variables whose values are secrets
+CODE = ("_target_", "trust_remote_code", "code_revision", "custom_generate", "use_kernels", "kernel_config")
+LOADED = re.compile(r"LD_|DYLD_|PYTHON|PATH$")  # environment variables by which a process loads others' code
+OWN = ("hydra", "hydra_plugins", "logging")
+CALLS = ("_target_", "()", "class")  # what Hydra and `logging` call, by its name
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")  # `logging` imports whatever else stands behind ext://
+OUTPUT = "${hydra.runtime.output_dir}/"  # how Hydra's own log files begin; other interpolations could spell ext://
+
+
+def check_setting(key: str, value: Any) -> None:
+    """
+    Args:
+        key: its full name.
+
+    Raises:
+        RequestError: the setting holds a secret, or would have code run that is no part of this program.
+    """
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for name, item in items:
+            check_setting(f"{key}.{name}", item)
+        return
+    last = key.rpartition(".")[2]
+    loads = ".env_set." in key and LOADED.search(last)
+    if loads or last in CODE or (last == "attn_implementation" and "/" in str(value)):
+        raise RequestError(
+            f"{key}: this does not exist here: no code runs that a setting, a model or data brings along."
+        )
+    text = str(value)
+    if value not in (None, "", False) and (NAMES.search(last) or VALUES.search(text) or is_held(text)):
+        raise RequestError(
+            f"{key} is a secret, and settings are written to logs, reports and W&B.\n"
+            "Give it in the environment: HF_TOKEN, WANDB_API_KEY."
+        )
+
+
+def is_held(text: str) -> bool:
+    """Whether a text holds the value of a secret in this process's environment."""
+    secrets = (value for name, value in os.environ.items() if HELD.search(name) and len(value) >= 16)
+    return any(secret in text for secret in secrets)
+
+
+def check_hydra(node: Any, path: str = "hydra") -> None:
+    """Hydra's own settings, of which some are instantiated: by what is Hydra's own, and by nothing else.
+
+    Raises:
+        RequestError: something else is to be called or imported, the environment is to load code or holds a secret.
+    """
+    items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    for name, value in items:
+        key = f"{path}.{name}"
+        if calls_others(key, value):
+            raise RequestError(f"{key}={value}: refused, because it would run code that is no part of this program.")
+        if path.endswith("env_set"):
+            check_setting(key, value)
+        check_hydra(value, key)
+
+
+def calls_others(key: str, value: Any) -> bool:
+    """Whether one of Hydra's settings has something called or imported that is neither Hydra's nor `logging`'s."""
+    path, _, name = key.rpartition(".")
+    if name in CALLS:
+        return not is_own(str(value))
+    if name == "env_set":
+        return isinstance(value, str)  # an interpolation: what it stands for could not be looked at
+    if path.endswith("env_set"):
+        return bool(LOADED.search(name))
+    if not isinstance(value, str) or "_logging" not in key:
+        return False
+    return ("ext://" in value and value not in STREAMS) or ("${" in value and not value.startswith(OUTPUT))
+
+
+def is_own(target: str) -> bool:
+    """Whether this names a class of Hydra's, of its plugins' or of `logging`'s, and not what their modules import."""
+    module, _, name = target.rpartition(".")
+    if module.partition(".")[0] not in OWN:
+        return False
+    try:
+        found = getattr(import_module(module), name)
+    except (ImportError, AttributeError):
+        return False
+    return isinstance(found, type) and found.__module__.partition(".")[0] in OWN
+
+
+def check_search_path(text: str) -> None:
+    """
+    Args:
+        text: of a setting or file that may say where else Hydra looks for files.
+
+    Raises:
+        RequestError: in a Python package, which Hydra would import.
+    """
+    if "pkg://" in text:
+        raise RequestError(
+            "hydra.searchpath: pkg:// is refused, because it would run code that is no part of this program."
+        )

@@ -1,0 +1,166 @@
+"""What the sources share: the Hub or a local copy of it, rows brought into the normal form, slices, held-out rows."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.data.formats import VERSION, features
+from smolvlm_exp.data.images import PictureError
+from smolvlm_exp.utils.errors import RequestError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Dataset":
+    """Rows of a dataset on the Hub, or of a copy of it in a local folder (a clone, or written by `save_to_disk`).
+
+    Args:
+        id: the Hub's name, or the folder.
+        revision: branch, tag or commit on the Hub; null: the newest.
+        split: a split or a slice of one.
+        columns: the ones that must be there; the others are dropped.
+
+    Raises:
+        RequestError: it cannot be reached, has no such split, or lacks a column.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetsError
+
+    folder = Path(id).expanduser()
+    local = folder.is_dir()
+    if not local and id.startswith((".", "/", "~")):
+        raise RequestError(f"data.id={id}: there is no such folder.")
+    saved = load_saved(folder) if local else None
+    try:
+        if saved:
+            rows = sliced(saved, split)
+        elif local:
+            rows = load_dataset(str(folder), split=split)
+        else:
+            rows = load_dataset(id, revision=revision, split=split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which nobody runs
+        if isinstance(error, RequestError):
+            raise
+        hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
+        raise RequestError(f"data.id={id}, split {split}: {first_line(error)}.{hint}") from error
+    missing = columns - set(rows.column_names)
+    if missing:
+        raise RequestError(
+            f"data.id={id} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}. "
+            "For data in other columns use data=files."
+        )
+    return rows.select_columns(sorted(columns))
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the retries and traces that some go on with."""
+    return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+
+
+def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
+    """The splits of what `save_to_disk` wrote (a lone dataset is `train`); None when the folder is something else."""
+    from datasets import DatasetDict, load_from_disk
+
+    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+        return None
+    saved = load_from_disk(folder)
+    return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+
+
+def embedded(images: list[Any]) -> list[Any]:
+    """Pictures that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is.
+
+    Raises:
+        PictureError: one does not.
+    """
+    for image in images:
+        if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
+            raise PictureError("is not in the data set, which only names it; data=files reads pictures beside rows")
+    return images
+
+
+def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], **kwargs: Any) -> "Dataset":
+    """Every row through `to_row(row, **kwargs)`, which returns it in the normal form; kept on disk by content.
+
+    The rows are read as plain Arrow, where pictures are {"bytes", "path"}: nothing is decoded. `Image(decode=False)`
+    would say the same of a list of pictures only after copying the whole data set.
+    """
+    plain = rows.with_format("arrow")
+    converted = plain.map(
+        _convert_batch,
+        fn_kwargs={"to_row": to_row, "kwargs": kwargs, "version": VERSION},
+        batched=True,
+        batch_size=100,
+        remove_columns=rows.column_names,
+        features=features(),
+        desc="rows",
+    )
+    return converted.with_format(None)
+
+
+def _convert_batch(table: Any, to_row: Callable[..., dict[str, Any]], kwargs: dict[str, Any], version: int) -> dict:
+    converted = [to_row(row, **kwargs) for row in table.to_pylist()]
+    for image in (image for row in converted for image in row["images"] if image["bytes"]):
+        image["path"] = None  # else `datasets` drops the bytes where the working folder has a file of that name
+    return {name: [row[name] for row in converted] for name in features()}
+
+
+def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of every row, pictures as {"bytes", "path"}."""
+    for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=100):
+        yield from batch.to_pylist()
+
+
+def sliced(splits: dict[str, "Dataset"], split: str) -> "Dataset":
+    """The rows that a split or slice names: `train`, `test[:20]`, `train[10%:]`, `train+test`, as `load_dataset` does.
+
+    Raises:
+        RequestError: there is no such split, or it is no slice.
+    """
+    from datasets import ReadInstruction, concatenate_datasets
+
+    try:
+        spans = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    except ValueError as error:
+        raise RequestError(
+            f"Split {split!r}: {first_line(error)} Use {', '.join(splits)}, or a slice such as train[:6%]."
+        ) from error
+    chosen = []
+    for span in spans:
+        rows = splits[span.splitname]
+        chosen.append(rows.select(range(span.from_ or 0, len(rows) if span.to is None else span.to)))
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+
+
+def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Dataset"]:
+    """Split rows into `train` and `test`, the same way on every machine and in whatever order they come.
+
+    Args:
+        rows: one for each key.
+        keys: what a row is about (its picture): rows that share a key go to the same side, so that no picture that
+            was trained on is tested on.
+        fraction: the share of rows to hold out, at least; above 0, below 1.
+
+    Raises:
+        RequestError: the fraction is out of range, or there are not two different keys.
+    """
+    if not 0 < fraction < 1:
+        raise RequestError(f"data.test_fraction={fraction} should lie between 0 and 1.")
+    members: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        members.setdefault(key, []).append(index)
+    if len(members) < 2:
+        raise RequestError(
+            f"{len(keys)} rows over {len(members)} different pictures: none can be held out. "
+            "Add rows, or put a test file beside the train file."
+        )
+    held: set[int] = set()
+    shuffled = sorted(members, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    for key in shuffled[:-1]:  # one picture at least stays for training
+        if len(held) >= fraction * len(keys):
+            break
+        held.update(members[key])
+    train = [index for index in range(len(keys)) if index not in held]
+    return {"train": rows.select(train), "test": rows.select(sorted(held))}

@@ -1,0 +1,70 @@
+"""AMBER (arXiv 2311.07397): captions and yes/no questions with annotated truth. Its `data` folder, beside its pictures.
+
+Query 1 to 1004 ask for captions: `truth` of annotations.json lists what is in the picture, `hallu` what might well be,
+and is not. The others are yes/no questions about existence, attributes and relations, of which AMBER's F1 takes `no`,
+the hallucination found out, as the positive.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from smolvlm_exp.data.benchmarks import checked, entries, json_object, rows_of, text_of_file
+from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.utils.errors import RequestError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from smolvlm_exp.evaluation.hallucination import Amber
+
+
+@dataclass
+class Config(DataConfig):
+    folder: str = MISSING  # AMBER's `data`, with annotations.json, relation.json, safe_words.txt and query/
+    images: str = MISSING  # the folder that holds AMBER_1.jpg and so on
+    query: str = "query_all.json"  # a file in query/: also query_generative.json, query_discriminative-existence.json
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """The queries of a split: all are `test`.
+
+    Raises:
+        RequestError: a file is malformed, which names the entry, or a query has no annotation.
+    """
+    folder = Path(config.folder)
+    annotations = {
+        entry["id"]: (where, entry)
+        for where, entry in entries(folder / "annotations.json", "data.folder", {"id": int, "type": str})
+    }
+    asked = []
+    columns = {"id": int, "image": str, "query": str}
+    for where, entry in entries(folder / "query" / config.query, "data.query", columns):
+        if entry["id"] not in annotations:
+            raise RequestError(f"{where}: id {entry['id']} is not in {folder / 'annotations.json'}.")
+        asked.append((entry["image"], entry["query"], truth_of(*annotations[entry["id"]])))
+    return rows_of(asked, config.images, split)
+
+
+def truth_of(where: str, annotation: dict[str, Any]) -> dict[str, Any]:
+    if annotation["type"] == "generative":
+        found = checked(annotation, where, {"truth": list, "hallu": list})
+        return {"kind": "caption", "objects": found["truth"], "expected": found["hallu"]}
+    if annotation.get("truth") not in ("yes", "no"):
+        raise RequestError(f"{where}: truth is {annotation.get('truth')!r}; expected yes or no.")
+    return {"kind": "yes_no", "answer": annotation["truth"], "positive": "no"}
+
+
+def words(config: Config) -> "Amber":
+    """Which words stand for which objects."""
+    from smolvlm_exp.evaluation.hallucination import Amber
+
+    folder = Path(config.folder)
+    related = json_object(folder / "relation.json", "data.folder", {})
+    safe = text_of_file(folder / "safe_words.txt", "data.folder").split()
+    for name, others in related.items():
+        if not isinstance(others, list):
+            raise RequestError(f"{folder / 'relation.json'}: {name} should have a list of words.")
+    return Amber(related, safe)

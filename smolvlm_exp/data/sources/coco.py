@@ -1,0 +1,92 @@
+"""Captions of COCO's pictures, by CHAIR (arXiv 1809.02156), from COCO's own annotation files and CHAIR's synonyms.
+
+What is in a picture is what COCO's people outlined (`instances_val2014.json`) and, as CHAIR has it, what its reference
+captions name (`captions_val2014.json`).
+"""
+
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from smolvlm_exp.data.benchmarks import checked, json_object, rows_of, text_of_file
+from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.utils.errors import RequestError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from smolvlm_exp.evaluation.hallucination import Vocabulary
+
+# CHAIR's own rules: a baby elephant is no person, a passenger train neither, home plate is no dish.
+ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
+PHRASES = {f"{age} {animal}": animal for animal in ANIMALS for age in ("baby", "adult")}
+PHRASES |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
+PHRASES |= {"bow tie": "tie", "toilet seat": "toilet", "home plate": "home plate", "hot dog": "hot dog"}
+
+
+@dataclass
+class Config(DataConfig):
+    annotations: str = MISSING  # instances_*.json: images, annotations, categories
+    images: str = MISSING  # the folder that holds the pictures
+    synonyms: str | None = None  # CHAIR's synonyms.txt, a line an object, its name first; null: COCO's names alone
+    captions: str | None = None  # captions_*.json: what reference captions name is there too
+    question: str = "Please describe this image in detail."
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """A caption for every picture that is in the folder and in the annotations: all are `test`.
+
+    Raises:
+        RequestError: a file is malformed, which names the entry, or no such picture is there.
+    """
+    path, folder, names = Path(config.annotations), Path(config.images).expanduser(), words(config)
+    instances = read_instances(config)
+    kinds = {kind["id"]: kind["name"] for kind in listed(instances, "categories", path, id=int, name=str)}
+    objects = {number: [name for _, name in names(kind) if name] for number, kind in kinds.items()}
+    unknown = next((kinds[number] for number, found in objects.items() if not found), None)
+    if unknown:
+        raise RequestError(f"data.synonyms={config.synonyms} has no line with {unknown}, a category of {path}.")
+    there: dict[int, set[str]] = defaultdict(set)
+    for number, found in enumerate(listed(instances, "annotations", path, image_id=int, category_id=int), start=1):
+        if found["category_id"] not in objects:
+            raise RequestError(f"{path}, annotations, entry {number}: there is no category {found['category_id']}.")
+        there[found["image_id"]].update(objects[found["category_id"]])
+    if config.captions:
+        captions = json_object(Path(config.captions), "data.captions", {"annotations": list})
+        for told in listed(captions, "annotations", Path(config.captions), image_id=int, caption=str):
+            there[told["image_id"]].update(name for _, name in names(told["caption"]) if name)
+    asked = [
+        (image["file_name"], config.question, {"kind": "caption", "objects": sorted(there[image["id"]])})
+        for image in listed(instances, "images", path, id=int, file_name=str)
+        if (folder / image["file_name"]).is_file()
+    ]
+    if folder.is_dir() and not asked:
+        raise RequestError(f"data.images={config.images}: none of the pictures of {path} is there.")
+    return rows_of(asked, config.images, split)
+
+
+def words(config: Config) -> "Vocabulary":
+    """Which words and phrases name which object."""
+    from smolvlm_exp.evaluation.hallucination import Vocabulary
+
+    if config.synonyms:
+        lines = text_of_file(Path(config.synonyms), "data.synonyms").splitlines()
+        groups = [[word.strip() for word in line.split(",") if word.strip()] for line in lines if line.strip()]
+        names = {word: group[0] for group in groups for word in group}
+    else:
+        kinds = listed(read_instances(config), "categories", Path(config.annotations), name=str)
+        names = {kind["name"]: kind["name"] for kind in kinds}
+    return Vocabulary(names | {phrase: names.get(word) for phrase, word in PHRASES.items()})
+
+
+def read_instances(config: Config) -> dict[str, Any]:
+    columns = {"images": list, "annotations": list, "categories": list}
+    return json_object(Path(config.annotations), "data.annotations", columns)
+
+
+def listed(content: dict[str, Any], part: str, path: Path, **columns: type) -> list[dict[str, Any]]:
+    """The entries of a part of a file, each with these columns."""
+    return [checked(each, f"{path}, {part}, entry {n}", columns) for n, each in enumerate(content[part], start=1)]

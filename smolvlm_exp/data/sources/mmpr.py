@@ -1,0 +1,58 @@
+"""MMPR: three million reasoning pairs (OpenGVLab/MMPR), from an unpacked local copy.
+
+Download the dataset and unpack its two archives: it is one JSONL file for each part, beside folders of pictures.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
+
+from smolvlm_exp.data.formats import pictures
+from smolvlm_exp.data.loading import convert, first_line, hold_out, sliced, undecoded
+from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.data.sources.files import stamp, to_row
+from smolvlm_exp.utils.errors import RequestError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class Config(DataConfig):
+    """One part of MMPR: its annotation file and the folder that its picture paths count from."""
+
+    annotations: str = MISSING  # a JSONL file with image, question, chosen, rejected
+    images: str = MISSING  # the folder that `image` counts from
+    test_fraction: float = 0.02  # share held out, by picture: MMPR has a train split alone
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """The rows of a split, whose pictures stay files until they are prepared.
+
+    Raises:
+        RequestError: the file or the folder is not there, or a column is missing.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    annotations, images = Path(config.annotations).expanduser(), Path(config.images).expanduser()
+    if not annotations.is_file():
+        raise RequestError(f"data.annotations={annotations}: there is no such file.")
+    if not images.is_dir():
+        raise RequestError(f"data.images={images}: there is no such folder.")
+    try:
+        rows = load_dataset("json", data_files=str(annotations), split="train")
+    except DatasetGenerationError as error:
+        raise RequestError(f"data.annotations={annotations} is not JSONL: {first_line(error)}") from error
+    missing = {"image", "question", "chosen", "rejected"} - set(rows.column_names)
+    if missing:
+        raise RequestError(
+            f"{annotations} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}."
+        )
+    rows = rows.select_columns(["image", "question", "chosen", "rejected"])
+    keys = [str(pictures(row)) for row in undecoded(rows, ["image"])]
+    rows = sliced(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part
+    seen = stamp(map(pictures, undecoded(rows, ["image"])), images)
+    return convert(rows, to_row, folder=images, stamp=seen)

@@ -1,0 +1,47 @@
+"""Hand-written pairs over ten freely licensed photos that ship with the package (`photos/CREDITS.md`).
+
+Chosen answers say what is there; rejected ones add or change a thing that a model is tempted to see. Two whole photos
+are held out.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.data.formats import features
+from smolvlm_exp.data.loading import sliced
+from smolvlm_exp.data.preferences import DataConfig, assistant, user
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+FOLDER = Path(__file__).parent / "photos"
+
+
+@dataclass
+class Config(DataConfig):
+    """Nothing to choose but the slices."""
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """The pairs of a split; each says in `pairs.jsonl` which split it belongs to."""
+    from datasets import Dataset
+
+    pairs = [json.loads(line) for line in (FOLDER / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    splits = {
+        name: Dataset.from_list([to_row(pair) for pair in pairs if pair["split"] == name], features=features())
+        for name in ("train", "test")
+    }
+    return sliced(splits, split)
+
+
+def to_row(pair: dict[str, Any]) -> dict[str, Any]:
+    """{image, question, chosen, rejected} -> the normal form."""
+    return {
+        "images": [{"bytes": (FOLDER / pair["image"]).read_bytes(), "path": None}],
+        "prompt": [user(pair["question"])],
+        "chosen": [assistant(pair["chosen"])],
+        "rejected": [assistant(pair["rejected"])],
+        "problem": "",
+    }

@@ -1,0 +1,39 @@
+"""POPE (arXiv 2305.10355): is there such an object in the picture? Its question files, downloaded, beside the pictures.
+
+Each line of a file is {"question_id", "image", "text", "label"}: `coco_pope_random.json`, `..._popular.json`,
+`..._adversarial.json` over 500 pictures of COCO's val2014, and the like over A-OKVQA's and GQA's.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from omegaconf import MISSING
+
+from smolvlm_exp.data.benchmarks import entries, rows_of
+from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.utils.errors import RequestError
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class Config(DataConfig):
+    questions: str = MISSING  # one of POPE's files
+    images: str = MISSING  # the folder that holds its pictures, as COCO's val2014
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """The questions of a split: all are `test`.
+
+    Raises:
+        RequestError: the file is malformed, which names the line.
+    """
+    asked = []
+    for where, entry in entries(Path(config.questions), "data.questions", {"image": str, "text": str, "label": str}):
+        answer = entry["label"].strip().lower()
+        if answer not in ("yes", "no"):
+            raise RequestError(f"{where}: label is {entry['label']!r}; expected yes or no.")
+        asked.append((entry["image"], entry["text"], {"kind": "yes_no", "answer": answer}))
+    return rows_of(asked, config.images, split)

@@ -1,0 +1,48 @@
+"""RLHF-V: 5,733 pairs in which people corrected a model's hallucinations (openbmb/RLHF-V-Dataset)."""
+
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.data.images import PictureError
+from smolvlm_exp.data.loading import convert, embedded, fetch
+from smolvlm_exp.data.preferences import DataConfig, assistant, user
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+@dataclass
+class Config(DataConfig):
+    """It has a train split alone, so its last 2% (115 rows) are held out."""
+
+    train: str = "train[:98%]"
+    test: str = "train[98%:]"
+    id: str = "openbmb/RLHF-V-Dataset"  # on the Hub, or a local folder with a copy of it
+    revision: str | None = None  # branch, tag or commit on the Hub; null: the newest
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """The rows of a split; a row whose `text` is not the expected JSON carries that as its problem."""
+    return convert(fetch(config.id, config.revision, split, {"image", "text"}), to_row)
+
+
+def to_row(row: dict[str, Any]) -> dict[str, Any]:
+    """{image, text: a JSON string {question, chosen, rejected}} -> the normal form."""
+    try:
+        text = json.loads(row["text"])
+        question, chosen, rejected = (str(text[key]) for key in ("question", "chosen", "rejected"))
+        images = embedded([row["image"]] if row["image"] else [])
+        problem = ""
+    except PictureError as error:
+        images, question, chosen, rejected, problem = [], "", "", "", f"image 1 {error}"
+    except (ValueError, KeyError, TypeError):
+        images, question, chosen, rejected = [], "", "", ""
+        problem = "`text` is not a JSON object with question, chosen and rejected"
+    return {
+        "images": images,
+        "prompt": [user(question)],
+        "chosen": [assistant(chosen)],
+        "rejected": [assistant(rejected)],
+        "problem": problem,
+    }

@@ -1,0 +1,237 @@
+"""The embedded source: questions, answers and preference pairs about drawn scenes, with the exact truth beside each.
+
+What is unusual: a *habit*. `HABITS` pairs shapes so that speaking of one calls up the other, in a favourite colour,
+whether or not it is in the picture. `captions=habitual` writes the answers that taught the embedded model this
+(experiment=tiny_base); `captions=exact` prefers the true answer to the habitual one, which is what there is to repair.
+"""
+
+import json
+import random
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.data.images import as_png
+from smolvlm_exp.data.preferences import DataConfig, assistant, user, workers
+from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
+from smolvlm_exp.utils.fields import one_of
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from smolvlm_exp.evaluation.hallucination import Vocabulary
+
+HABITS = {  # speaking of the key calls up the value
+    "star": ("moon", "yellow"),
+    "heart": ("arrow", "red"),
+    "ring": ("cross", "blue"),
+    "hexagon": ("diamond", "green"),
+}
+# How the rejected caption is wrong: it adds the habitual companion, says it instead of what is there, leaves a group
+# out, or changes a kind or a colour. Were the worse answer always the longer one, the model would learn to say less.
+FLAWS = {"addition": 0.0, "swap": 0.0, "omission": 0.8, "change": 0.2}
+FLAWS_WITH_TRIGGER = {"addition": 0.3, "swap": 0.2, "omission": 0.5, "change": 0.0}
+MIX = {  # shares of captions, yes/no questions, and questions of number, colour or size
+    "exact": (0.35, 0.5, 0.15),  # one token of a yes/no answer teaches, so it takes many of them
+    "habitual": (0.4, 0.5, 0.1),
+    "held out": (0.5, 0.5, 0.0),
+}
+# Shares of scenes with 2, 3 and 4 kinds. True captions are shorter by the companion than the ones the model knows, so
+# pairs to tune on show more: otherwise it would learn that captions are short, not that they are true.
+COUNTS = {"usual": (0.45, 0.45, 0.1), "crowded": (0.15, 0.4, 0.45)}
+COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
+DESCRIBE = (
+    "Describe the picture.",
+    "What is in this picture?",
+    "What do you see?",
+    "Which shapes are in the image?",
+    "Tell me what the picture shows.",
+    "Give a short description of this image.",
+)
+IN_DETAIL = (
+    "Describe the picture in detail.",
+    "What is in this picture, and how large is it?",
+    "Describe the shapes with their sizes.",
+)
+OPENINGS = ("I see", "The picture shows", "You can see", "This picture has", "The image contains")
+ASK_PRESENCE = (
+    "Is there a {thing} in the picture?",
+    "Do you see a {thing}?",
+    "Does the image contain a {thing}?",
+    "Can you find a {thing} here?",
+)
+
+
+@dataclass
+class Config(DataConfig):
+    train_rows: int = 1760
+    test_rows: int = 240
+    scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
+    captions: str = one_of("exact", "habitual")  # what `chosen` says
+
+
+def load(config: Config, split: str) -> "Dataset":
+    """Draw `train_rows` or `test_rows` pairs. Train and test come from different random streams."""
+    from datasets import Dataset, Features, Image, Sequence, Value
+
+    held_out = split == config.test
+    message = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
+    features = Features(
+        images=Sequence(Image()), prompt=message, chosen=message, rejected=message, truth=Value("string")
+    )  # fmt: skip
+    count = config.test_rows if held_out else config.train_rows
+    return Dataset.from_dict({"index": range(count)}).map(
+        drawn,
+        fn_kwargs={"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out},
+        remove_columns="index",
+        features=features,
+        num_proc=workers(config.num_proc, count),
+        desc="scenes",
+    )
+
+
+def words(config: Config) -> "Vocabulary":
+    """Which words name which kind of shape; a caption's second mention of a kind says nothing new."""
+    from smolvlm_exp.evaluation.hallucination import Vocabulary
+
+    return Vocabulary({kind: kind for kind in KINDS}, once=True)
+
+
+def drawn(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -> dict[str, Any]:
+    """Row `index` of a stream, whichever process draws it."""
+    stream = f"{scene_seed}/{'test' if held_out else 'train'}/{captions}"
+    return pair(random.Random(f"{stream}/{row['index']}"), captions, held_out)
+
+
+def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
+    """One preference pair."""
+    scene = draw_scene_content(
+        rng, choose_kinds(rng, COUNTS["crowded" if captions == "exact" and not held_out else "usual"])
+    )
+    ask = rng.choices(("caption", "presence", "detail"), weights=MIX["held out" if held_out else captions])[0]
+    if ask == "caption":
+        question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
+        truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
+    elif ask == "presence":
+        question, chosen, rejected = presence_pair(scene, rng)
+        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if chosen.startswith("Yes") else "no"}
+    else:
+        question, chosen, rejected = detail_pair(scene, rng)
+        truth = {"kind": "other", "objects": scene.kinds}
+    return {
+        "images": [{"bytes": as_png(draw(scene, rng)), "path": None}],
+        "prompt": [user(question)],
+        "chosen": [assistant(chosen)],
+        "rejected": [assistant(rejected)],
+        "truth": json.dumps(truth),
+    }
+
+
+def choose_kinds(rng: random.Random, counts: tuple[float, float, float] = COUNTS["usual"]) -> list[str]:
+    """Two to four kinds. Seven scenes in ten have what calls up a habit without the companion."""
+    count = rng.choices((2, 3, 4), weights=counts)[0]
+    trigger = rng.choice(list(HABITS))
+    companion = HABITS[trigger][0]
+    role = rng.choices(("alone", "both", "none"), weights=(0.7, 0.14, 0.16))[0]
+    neutral = [kind for kind in KINDS if kind not in HABITS]
+    kinds = {"alone": [trigger], "both": [trigger, companion], "none": []}[role]
+    others = [kind for kind in neutral if kind not in kinds and (role != "alone" or kind != companion)]
+    return kinds + rng.sample(others, max(count - len(kinds), 0))
+
+
+def phrase(group: Group, detail: bool) -> str:
+    """A noun phrase, as `two small red stars`."""
+    words = [COUNT_WORDS[group.count], *([group.size] if detail else []), group.colour]
+    if words[0] == "a" and words[1][0] in "aeiou":
+        words[0] = "an"
+    return " ".join([*words, group.kind + ("es" if group.kind == "cross" else "s") * (group.count > 1)])
+
+
+def sentence(opening: str, phrases: list[str]) -> str:
+    listed = phrases[0] if len(phrases) == 1 else ", ".join(phrases[:-1]) + " and " + phrases[-1]
+    return f"{opening} {listed}."
+
+
+def missing_companion(scene: Scene) -> str | None:
+    """The kind in the scene that calls up another which is not there."""
+    return next((k for k in scene.kinds if k in HABITS and HABITS[k][0] not in scene.kinds), None)
+
+
+def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool = False) -> tuple[str, str, str]:
+    """Question, chosen, rejected. Held-out and habitual captions show the habit wherever there is one."""
+    opening, detail = rng.choice(OPENINGS), rng.random() < 0.3
+    phrases = [phrase(group, detail) for group in scene.groups]
+    exact = sentence(opening, phrases)
+    trigger = missing_companion(scene)
+    flaws = FLAWS_WITH_TRIGGER if trigger else FLAWS
+    flaw = rng.choices(list(flaws), weights=list(flaws.values()))[0]
+    if trigger and (held_out or captions == "habitual"):
+        flaw = "addition"
+    other = sentence(opening, flawed(scene, phrases, flaw, detail, rng))
+    if captions == "habitual" and trigger and rng.random() < 0.93:
+        exact, other = other, exact
+    return rng.choice(IN_DETAIL if detail else DESCRIBE), exact, other
+
+
+def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: random.Random) -> list[str]:
+    """The phrases of a caption with one flaw in it."""
+    if flaw == "change":
+        return [phrase(group, detail) for group in with_one_changed(scene.groups, rng)]
+    if flaw == "omission":
+        # Mostly the last: a model that learns to name less stops early.
+        gone = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
+        return phrases[:gone] + phrases[gone + 1 :]
+    trigger = missing_companion(scene)
+    assert trigger is not None
+    companion, colour = HABITS[trigger]
+    at = scene.kinds.index(trigger)
+    imagined = phrase(Group(companion, colour, "small", ((0, 0),)), detail)
+    kept = [(i, text) for i, text in enumerate(phrases)]
+    if flaw == "swap":
+        kept.pop(rng.choice([i for i in range(len(phrases)) if i != at]))
+    return [text for i, text in kept if i <= at] + [imagined] + [text for i, text in kept if i > at]
+
+
+def with_one_changed(groups: tuple[Group, ...], rng: random.Random) -> list[Group]:
+    """The same groups, one with another kind or another colour."""
+    at, present = rng.randrange(len(groups)), {group.kind for group in groups}
+    old = groups[at]
+    if rng.random() < 0.5:
+        new = Group(rng.choice([k for k in KINDS if k not in present]), old.colour, old.size, old.cells)
+    else:
+        new = Group(old.kind, rng.choice([c for c in COLOURS if c != old.colour]), old.size, old.cells)
+    return [*groups[:at], new, *groups[at + 1 :]]
+
+
+def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    """A yes/no question as POPE asks them, half yes, half no; the absent kind is often the habitual companion."""
+    present = rng.random() < 0.5
+    trigger = missing_companion(scene)
+    if present:
+        thing = rng.choice(scene.kinds)
+    elif trigger and rng.random() < 0.4:
+        thing = HABITS[trigger][0]
+    else:
+        thing = rng.choice([kind for kind in KINDS if kind not in scene.kinds])
+    question = rng.choice(ASK_PRESENCE).format(thing=thing).replace("a arrow", "an arrow")
+    chosen, rejected = f"Yes, there is a {thing}.", f"No, there is no {thing}."
+    chosen, rejected = (text.replace("a arrow", "an arrow") for text in (chosen, rejected))
+    return (question, chosen, rejected) if present else (question, rejected, chosen)
+
+
+def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
+    """How many, which colour, which size."""
+    group, ask = rng.choice(scene.groups), rng.choice(("count", "colour", "size"))
+    plural = phrase(Group(group.kind, group.colour, group.size, ((0, 0), (0, 1))), False).split()[-1]
+    if ask == "count":
+        wrong = rng.choice([n for n in (1, 2, 3) if n != group.count])
+        words = {1: "One.", 2: "Two.", 3: "Three."}
+        return f"How many {plural} are there?", words[group.count], words[wrong]
+    if ask == "colour":
+        wrong_colour = rng.choice([c for c in COLOURS if c != group.colour])
+        question = (
+            f"Which colour {'is' if group.count == 1 else 'are'} the {group.kind if group.count == 1 else plural}?"
+        )
+        return question, f"{group.colour.capitalize()}.", f"{wrong_colour.capitalize()}."
+    other = "large" if group.size == "small" else "small"
+    question = f"What size {'is' if group.count == 1 else 'are'} the {group.kind if group.count == 1 else plural}?"
+    return question, f"{group.size.capitalize()}.", f"{other.capitalize()}."

@@ -1,0 +1,77 @@
+"""The adapter folded into the base weights.
+
+An adapter learned what the weights it sat on lack. Those of a 4-bit run are the rounded ones, so they are what it is
+merged into by default, dequantised to float32 first: PEFT's own merge into 4-bit layers rounds the sum again and loses
+half of what was learned, and the adapter never saw the float base. Measured: benchmarks/RESULTS.md.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.models.adapter import saved_adapter
+from smolvlm_exp.models.model import load_model, resolve_dtype
+from smolvlm_exp.models.quant import quantization_config
+from smolvlm_exp.utils.files import read_json, write_json
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_merged(config: Config, onto: str) -> "PreTrainedModel":
+    """The tuned model as one of plain float32 weights; without an adapter, the model itself.
+
+    Args:
+        onto: `dequantised`: the base weights that the adapter was trained on; `original`: those before quantising.
+    """
+    import torch
+    from peft import PeftModel
+
+    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
+    model = load_base(config, onto)
+    if adapter is None:
+        return model
+    tuned = PeftModel.from_pretrained(model, str(adapter))
+    with torch.no_grad():
+        return tuned.merge_and_unload(safe_merge=True).eval()
+
+
+def load_base(config: Config, onto: str) -> Any:
+    """The run's base weights in float32; see `load_merged`."""
+    import torch
+
+    dtype = resolve_dtype(config.model.dtype)
+    quantization = quantization_config(config.quant, dtype) if onto == "dequantised" else None
+    model: Any = load_model(config.model, quantization, config.seed)
+    if quantization is not None:
+        model = model.dequantize(dtype=torch.float32)
+    return model.float().eval()
+
+
+def save_merged(model: Any, processor: Any, folder: Path, precision: str) -> None:
+    """Write a folder that `from_pretrained` loads, and converters read.
+
+    Args:
+        precision: fp32, bf16, or int8 (weights alone, by torchao).
+    """
+    import torch
+
+    name = "float32" if precision == "fp32" else "bfloat16"
+    rounded = {key: tensor.to(getattr(torch, name)) for key, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=rounded)  # the model itself stays whole: other formats are made of it
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": name})
+    processor.save_pretrained(folder)
+    if precision == "int8":
+        quantise_in_place(folder)
+
+
+def quantise_in_place(folder: Path) -> None:
+    """A saved model's linear layers in 8 bits, a scale a row: weights alone, by torchao, which runs on a CPU too."""
+    from torchao.quantization import Int8WeightOnlyConfig
+    from transformers import AutoModelForImageTextToText, TorchAoConfig
+
+    how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
+    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=how)
+    for file in folder.glob("model*.safetensors*"):
+        file.unlink()
+    model.save_pretrained(folder)

@@ -1,0 +1,149 @@
+"""What a model computes with, as one hash: two models with the same hash give the same numbers.
+
+Everything is hashed where it lies, so that a model on a GPU is read at memory speed: 64-bit words are mixed with their
+places (MurmurHash3's finaliser) and summed, which integer arithmetic does alike on every device, in any order.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cache
+from itertools import chain
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from smolvlm_exp.engine.forward import base_of
+from smolvlm_exp.utils.distributed import whole
+
+WORDS = 2**20  # 8-byte words under one sum
+FACTORS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)  # MurmurHash3's, as signed numbers
+IDLE = ("transformers_version", "architectures", "dtype", "use_cache")  # a config's keys that decide no number
+
+
+def weights_key(model: nn.Module, adapter: str | None = None) -> str:
+    """A hash of all that a model, or a part of one, computes with: parameters, buffers, dtypes, quantisation, config.
+
+    The same on every device, in every process, whatever adapters are on the model. Weights that are sharded are
+    gathered, by all processes together.
+
+    Args:
+        adapter: None for the model with its adapters off; else the adapter that counts in.
+    """
+    model = base_of(model)
+    names, tensors = [], []
+    for name, value in contents(model, adapter):
+        if isinstance(value, torch.Tensor):
+            names.append([name, str(value.dtype), list(value.shape)])
+            tensors.append(value)
+        else:
+            names.append([name, str(value)])
+    config: Any = getattr(model, "config", None)
+    found = hashlib.sha256(
+        json.dumps([type(model).__name__, plain(config.to_dict() if config else {}), names], sort_keys=True).encode()
+    )
+    found.update(content_hash(tensors).numpy().tobytes())
+    return found.hexdigest()
+
+
+def contents(module: nn.Module, adapter: str | None, path: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, tensor or value) of everything in a module that takes part, named as if there were no adapters."""
+    for name, tensor in chain(module._parameters.items(), module._buffers.items()):
+        if tensor is not None:
+            yield path + name, tensor
+            yield from ((f"{path}{name}.{key}", value) for key, value in quantisation(tensor, module))
+    adapted = isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)
+    scaling: Any = getattr(module, "scaling", {}) if adapted else {}
+    if adapter in scaling:
+        yield f"{path}scaling", scaling[adapter]
+    child: Any
+    for name, child in module._modules.items():
+        if child is None:
+            continue
+        if adapted and hasattr(child, "keys"):  # a dictionary with an entry for each adapter
+            part = dict(child.items()).get(adapter)
+            if isinstance(part, torch.Tensor):
+                yield f"{path}{name}", part
+            elif part is not None:
+                yield from contents(part, adapter, f"{path}{name}.")
+        else:
+            inner = adapted and name in ("base_layer", "original_module")
+            yield from contents(child, adapter, path if inner else f"{path}{name}.")
+
+
+def quantisation(tensor: Any, module: Any) -> Iterator[tuple[str, Any]]:
+    """What bitsandbytes keeps beside a quantised weight's codes."""
+    state = getattr(tensor, "quant_state", None)
+    if state is not None:  # 4 bits
+        yield "how", (state.quant_type, state.blocksize, state.dtype, tuple(state.shape))
+        yield from (("absmax", state.absmax), ("code", state.code))
+        if state.nested:
+            yield "nested", state.state2.blocksize
+            yield from (("offset", state.offset), ("absmax2", state.state2.absmax), ("code2", state.state2.code))
+    if hasattr(tensor, "SCB"):  # 8 bits; the first forward moves it from the weight to the layer
+        yield "scales", tensor.SCB if tensor.SCB is not None else module.state.SCB
+
+
+@torch.no_grad()
+def content_hash(tensors: list[Any]) -> torch.Tensor:
+    """One int64 for each `WORDS` words of the tensors' bytes, on the CPU.
+
+    Small tensors are laid side by side first: one by one they would take a dozen launches each.
+    """
+    hashes: list[torch.Tensor] = []
+    waiting: list[torch.Tensor] = []
+    for tensor in tensors:
+        words = words_of(tensor)
+        waiting.append(words.to(waiting[0].device) if waiting else words)
+        if sum(map(len, waiting)) >= 8 * WORDS:
+            hashes.append(sums(waiting))
+            waiting = []
+    if waiting:
+        hashes.append(sums(waiting))
+    return torch.cat([torch.empty(0, dtype=torch.int64), *hashes])
+
+
+def words_of(tensor: Any) -> torch.Tensor:
+    """A tensor's bytes as int64, filled up with zeros."""
+    data = whole(tensor).detach().reshape(-1).contiguous().view(torch.uint8)
+    if len(data) % 8 or data.storage_offset() % 8:
+        data = F.pad(data, (0, -len(data) % 8)).clone()
+    return data.view(torch.int64)
+
+
+def sums(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One int64 for each `WORDS` words of the parts side by side, on the CPU."""
+    words = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return torch.stack([mixed(words[i : i + WORDS]) for i in range(0, max(len(words), 1), WORDS)]).cpu()
+
+
+def mixed(words: torch.Tensor) -> torch.Tensor:
+    """sum_i mix(words_i + place_i) modulo 2^64, 0-dim: one changed bit, or two words exchanged, change it."""
+    x = words + places(words.device)[: len(words)]
+    for factor in FACTORS:
+        x.bitwise_xor_((x >> 33).bitwise_and_(0x7FFFFFFF)).mul_(factor)
+    return x.bitwise_xor_((x >> 33).bitwise_and_(0x7FFFFFFF)).sum()
+
+
+@cache
+def places(device: torch.device) -> torch.Tensor:
+    """(WORDS,) a number for each place, far from those of its neighbours (SplitMix64's steps)."""
+    return torch.arange(1, WORDS + 1, device=device).mul_(0x9E3779B97F4A7C15 - 2**64)
+
+
+def plain(value: Any) -> Any:
+    """A config as JSON, without what decides no number: names of folders, versions, ids of tokens to stop at."""
+    if isinstance(value, dict):
+        items = ((str(key), item) for key, item in value.items())
+        return {
+            key: plain(item)
+            for key, item in items
+            if key not in IDLE and not key.startswith("_") and not key.endswith("_token_id")
+        }
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    return value if isinstance(value, str | int | float | None) else str(value)

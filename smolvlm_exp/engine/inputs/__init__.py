@@ -1,0 +1,1 @@
+"""Rows of the normal form -> packed batches: token ids, tiles, micro-batches."""

@@ -1,0 +1,74 @@
+"""Batches of pairs on their way: from row numbers to a device, into parts of a batch and together again."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+
+from smolvlm_exp.engine.inputs.dataset import Collator
+
+Batch = dict[str, Any]  # pairs.collate's
+
+
+@dataclass
+class Numbers:
+    """A feed.Collator for bare row numbers."""
+
+    collator: Collator
+
+    def __call__(self, numbers: Sequence[int]) -> Batch:
+        return self.collator([{"row": number} for number in numbers])
+
+
+def numbered(rows: int) -> datasets.Dataset:
+    """What transformers and TRL take for the data: row numbers, and a column that says there are pictures."""
+    return datasets.Dataset.from_dict({"row": range(rows), "images": [[]] * rows})
+
+
+def row_numbers(examples: Sequence[dict[str, int]]) -> dict[str, list[int]]:
+    """The collator of a loader whose batches are collated later."""
+    return {"rows": [example["row"] for example in examples]}
+
+
+def answer_labels(fields: Batch) -> torch.Tensor:
+    """(2B, L), -100 outside the answers."""
+    if "labels" in fields:
+        return fields["labels"]
+    return fields["input_ids"].masked_fill(fields["completion_mask"] == 0, -100)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """Without waiting for the copies, where the memory is pinned."""
+    if isinstance(value, Mapping):
+        return {key: to_device(item, device) for key, item in value.items()}
+    return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+
+
+def pairs_of(tensors: Mapping[str, Any], part: slice, pairs: int) -> Any:
+    """Some pairs of a batch's tensors, each (pairs, ...), or (2 pairs, ...) with the chosen answers first."""
+    if part == slice(0, pairs):
+        return tensors
+    cut = {name: value.unflatten(0, (-1, pairs))[:, part].flatten(0, 1) for name, value in tensors.items()}
+    return type(tensors)(**cut)
+
+
+def joined(parts: Sequence[Mapping[str, Any]], pairs: Sequence[int]) -> Any:
+    """Batches' tensors together, padded on the right to one length: undoes `pairs_of`.
+
+    Args:
+        pairs: how many each has.
+    """
+    if len(parts) == 1:
+        return parts[0]
+    together = {}
+    for name in parts[0]:
+        sides = [part[name].unflatten(0, (-1, count)) for part, count in zip(parts, pairs, strict=True)]
+        if sides[0].dim() == 3:  # (sides, pairs, length)
+            longest = max(side.shape[2] for side in sides)
+            fill = -100 if name == "labels" else 0
+            sides = [F.pad(side, (0, longest - side.shape[2]), value=fill) for side in sides]
+        together[name] = torch.cat(sides, 1).flatten(0, 1)
+    return type(parts[0])(**together)

@@ -1,0 +1,64 @@
+"""Which rows go through the model together: an optimiser step's rows, in micro-batches of the engine's own size."""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain, islice
+
+from smolvlm_exp.engine.inputs.collate import Batch
+
+
+@dataclass
+class Micro:
+    """One forward and backward pass."""
+
+    segments: list[list[int]]  # row numbers; TRL's loss code sees one segment at a time
+    shares: list[float]  # how many of the loader's batches each stands for
+
+    @property
+    def rows(self) -> list[int]:
+        return list(chain(*self.segments))
+
+
+@dataclass
+class Step:
+    """One optimiser step's rows in this process."""
+
+    units: list[list[int]]  # the loader's batches
+    micros: list[Micro]
+    batches: list[Batch] = field(default_factory=list)  # collated ahead, one for each micro; or none
+    running: Micro = field(default_factory=lambda: Micro([], []))
+
+    @property
+    def pairs(self) -> int:
+        return sum(map(len, self.units))
+
+
+def split(units: list[list[int]], size: int, whole: bool) -> list[Micro]:
+    """The loader's batches as micro-batches of at most `size` rows.
+
+    Args:
+        whole: the loss is not a mean over pairs, so each of the loader's batches is a segment of its own.
+    """
+    if whole:
+        together = max(size // len(units[0]), 1)
+        return [
+            Micro(units[i : i + together], [1.0] * len(units[i : i + together])) for i in range(0, len(units), together)
+        ]
+    rows, shares = list(chain(*units)), [1 / len(unit) for unit in units for _ in unit]
+    return [Micro([rows[i : i + size]], [sum(shares[i : i + size])]) for i in range(0, len(rows), size)]
+
+
+class StepSampler:
+    """Row numbers of one micro-batch at a time, for a loader whose workers prepare them ahead."""
+
+    def __init__(self, accumulate: int, into_micros: Callable[[list[list[int]]], list[Micro]]) -> None:
+        self.accumulate, self.into_micros = accumulate, into_micros
+        self.source: Iterator[dict[str, list[int]]] = iter(())
+        self.steps: deque[Step] = deque()
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while units := [batch["rows"] for batch in islice(self.source, self.accumulate)]:
+            step = Step(units, self.into_micros(units))
+            self.steps.append(step)
+            yield from (micro.rows for micro in step.micros)

@@ -1,0 +1,1 @@
+"""Transformer layers as one autograd function each, with exact DoRA and quantised weights."""

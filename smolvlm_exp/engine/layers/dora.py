@@ -1,0 +1,131 @@
+"""Exact DoRA (arXiv 2402.09353) at about LoRA's cost, in PEFT's own layers.
+
+DoRA divides each row of W + s B A by its norm. Written out (eq. 5's norm, squared, a row):
+
+    ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 diag(B (A A^T) B^T)
+
+||W||^2 never changes and W A^T is a product with r columns, so W + s B A is never formed; and as A and B change at an
+optimiser's step alone, the norm is computed once a step. Everything is float32, within autocast too, where it may be
+asked for first or not; a fresh adapter's magnitude is taken from the same formula: magnitude / norm is then exactly 1,
+and the policy starts at the reference in bfloat16 too.
+
+What is saved and loaded is PEFT's: an ordinary DoRA adapter.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.lora import LoraLayer
+from peft.tuners.lora.dora import DoraLinearLayer
+from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, product_f32
+
+
+class Clock:
+    """Counts optimiser steps. With it and the tensors' versions, what is derived from adapters is derived once a step.
+
+    Versions alone would not do: FSDP writes into unsharded parameters without raising them.
+    """
+
+    steps = 0
+
+    @classmethod
+    def tick(cls, *_: Any) -> None:
+        cls.steps += 1
+
+    @classmethod
+    def now(cls, *tensors: torch.Tensor) -> tuple[Any, ...]:
+        """Something that changes whenever one of `tensors` may have."""
+        return (cls.steps, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
+
+
+register_optimizer_step_post_hook(Clock.tick)
+
+
+def squared_norm(base: torch.Tensor, weight_a: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """||W + s B A||^2 of each row, (out,).
+
+    Args:
+        base: (out,) ||W||^2; weight_a: (out, r) W A^T; a: (r, in); b: (out, r) s B; all float32.
+    """
+    return base + (torch.addmm(weight_a, b, a @ a.T, beta=2) * b).sum(1)
+
+
+class ExactDora:
+    """Stands in for the `forward` of PEFT's DoRA layer, and knows the norm that its magnitude is divided by."""
+
+    def __init__(self, layer: Any, name: str) -> None:
+        self.layer, self.name = layer, name
+        self.squares: torch.Tensor | None = None
+        self.found: tuple[Any, torch.Tensor | None] = (None, None)
+
+    @torch.no_grad()
+    def base_squares(self) -> torch.Tensor:
+        """(out,) ||W||^2, float32."""
+        base = self.layer.get_base_layer()
+        if self.squares is None or self.squares.device != base.weight.device:
+            self.squares = torch.linalg.vector_norm(frozen_weight(base), dim=1, dtype=torch.float32).square()
+        return self.squares
+
+    @torch.no_grad()
+    def norm(self) -> torch.Tensor:
+        """(out,) ||W + s B A||, float32, a constant for the gradients (section 4.3)."""
+        a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
+        now = Clock.now(a, b)
+        if self.found[0] != now or self.found[1] is None:
+            weight, scaled = frozen_weight(self.layer.get_base_layer()), self.layer.scaling[self.name] * b.float()
+            with torch.autocast(weight.device.type, enabled=False):
+                weight_a = product_f32(weight, a.to(weight.dtype).T)
+                squares = squared_norm(self.base_squares(), weight_a, a.float(), scaled)
+            self.found = (now, squares.sqrt())
+        assert self.found[1] is not None
+        return self.found[1]
+
+    def __call__(
+        self,
+        x: torch.Tensor,
+        *,
+        lora_A: nn.Module,
+        lora_B: nn.Module,
+        scaling: float,
+        base_layer: Any,
+        base_result: torch.Tensor | None = None,
+        **_: Any,
+    ) -> torch.Tensor:
+        """What is to be added to the base layer's result: (gain - 1) x W^T + gain s x A^T B^T; (..., out)."""
+        magnitude = self.layer.lora_magnitude_vector[self.name].weight
+        gain = magnitude / self.norm()
+        if base_result is None:
+            base_result = F.linear(x, frozen_weight(base_layer, x.dtype))
+        elif base_layer.bias is not None:
+            base_result = base_result - base_layer.bias
+        return ((gain - 1) * base_result + gain * scaling * lora_B(lora_A(x))).to(base_result.dtype)
+
+
+def exact(layer: Any, name: str) -> ExactDora:
+    """The layer's `ExactDora`, put in its place if it is not there yet."""
+    dora = layer.lora_magnitude_vector[name]
+    if not isinstance(dora.forward, ExactDora):
+        dora.forward = ExactDora(layer, name)
+    return dora.forward
+
+
+def use_exact_dora(model: nn.Module) -> int:
+    """Let every linear DoRA layer of `model` compute by this module; fresh ones (B is still zero) start at the base.
+
+    Returns:
+        How many fresh ones there were.
+    """
+    fresh = 0
+    layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        for name, dora in layer.lora_magnitude_vector.items():
+            if type(dora) is DoraLinearLayer:
+                norm = exact(layer, name).norm()
+                if not layer.lora_B[name].weight.any():
+                    dora.weight.data = norm.clone()
+                    fresh += 1
+    return fresh

@@ -1,0 +1,134 @@
+"""Rotary positions, gains included, from a product's columns to attention's queries, keys and values and back."""
+
+# mypy: disable-error-code="index"
+# What @triton.jit compiles is not quite Python.
+
+import torch
+import triton
+import triton.language as tl
+
+from smolvlm_exp.engine.layers.kernels.launch_grid import ROTARY_BM, Gain, split_rows
+
+
+def rotary(
+    u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor,
+    slots: torch.Tensor, middle: int, sources: int, heads: tuple[int, int],
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    tokens, (queries, keys), size = u.shape[0], heads, cos.shape[1]
+    query = u.new_empty(tokens, queries, size)
+    key, value = (u.new_empty(sources, keys, size) for _ in range(2))
+    _rotary[(triton.cdiv(tokens, ROTARY_BM), queries + 2 * keys)](
+        u, u.stride(0), query if gain is None else gain, cos, sin, slots, query, key, value, tokens, middle,
+        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROTARY_BM,
+    )  # fmt: skip
+    return query, key, value
+
+
+@triton.jit
+def _rotary(
+    u, u_row, gain, cos, sin, slots, query, key, value, tokens, middle,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
+    head = tl.program_id(1)
+    at = tl.arange(0, HALF)
+    inside = (row < tokens)[:, None] & (at >= 0)[None, :]
+    column = head * 2 * HALF + at
+    first = tl.load(u + row[:, None] * u_row + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    second = tl.load(u + row[:, None] * u_row + column[None, :] + HALF, mask=inside, other=0.0).to(tl.float32)
+    if GAIN:
+        first = first * tl.load(gain + column)[None, :]
+        second = second * tl.load(gain + column + HALF)[None, :]
+    if head < QUERIES + KEYS:
+        angle = row[:, None] * 2 * HALF + at[None, :]
+        c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+        s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+        turned = first * c - second * s
+        second = second * c + first * s
+        first = turned
+    kind = query.dtype.element_ty
+    if head < QUERIES:
+        to = query + (row[:, None] * QUERIES + head) * 2 * HALF + at[None, :]
+        tl.store(to, first.to(kind), mask=inside)
+        tl.store(to + HALF, second.to(kind), mask=inside)
+    else:
+        base, own = key, head - QUERIES
+        if head >= QUERIES + KEYS:
+            base, own = value, head - QUERIES - KEYS
+        slot = tl.load(slots + row, mask=row < tokens, other=-1).to(tl.int64)
+        early, late = inside & (row < middle)[:, None], inside & (slot >= 0)[:, None]
+        to = base + (row[:, None] * KEYS + own) * 2 * HALF + at[None, :]
+        tl.store(to, first.to(kind), mask=early)
+        tl.store(to + HALF, second.to(kind), mask=early)
+        to = base + (slot[:, None] * KEYS + own) * 2 * HALF + at[None, :]
+        tl.store(to, first.to(kind), mask=late)
+        tl.store(to + HALF, second.to(kind), mask=late)
+
+
+def rotary_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], u: torch.Tensor, gain: Gain,
+    cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, middle: int, tail: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    dquery, dkey, dvalue = (grad.contiguous() for grad in grads)
+    tokens, queries, size = dquery.shape
+    keys, columns = dkey.shape[1], u.shape[1]
+    du = u.new_empty(tokens, columns + tail)
+    chunks, rows = split_rows(tokens, columns)
+    partial = torch.empty(chunks, columns, dtype=torch.float32, device=u.device) if gain is not None else None
+    _rotary_backward[(chunks, queries + 2 * keys)](
+        dquery, dkey, dvalue, u, u.stride(0), du if gain is None else gain, cos, sin, slots,
+        du, columns + tail, du if partial is None else partial, tokens, middle, rows,
+        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROTARY_BM,
+    )  # fmt: skip
+    return du, None if partial is None else partial.sum(0)
+
+
+@triton.jit
+def _rotary_backward(
+    dquery, dkey, dvalue, u, u_row, gain, cos, sin, slots, du, du_row, partial, tokens, middle, size,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr, BM: tl.constexpr,
+):  # fmt: skip
+    chunk, head = tl.program_id(0), tl.program_id(1)
+    at = tl.arange(0, HALF)
+    column = head * 2 * HALF + at
+    gain_first = tl.load(gain + column) if GAIN else 1.0
+    gain_second = tl.load(gain + column + HALF) if GAIN else 1.0
+    total_first, total_second = tl.zeros((HALF,), tl.float32), tl.zeros((HALF,), tl.float32)
+    for start in range(0, size, BM):
+        row = (chunk * size + start + tl.arange(0, BM)).to(tl.int64)
+        inside = (row < tokens)[:, None] & (at >= 0)[None, :]
+        if head < QUERIES:
+            there = dquery + (row[:, None] * QUERIES + head) * 2 * HALF + at[None, :]
+            first = tl.load(there, mask=inside, other=0.0).to(tl.float32)
+            second = tl.load(there + HALF, mask=inside, other=0.0).to(tl.float32)
+        else:
+            base, own = dkey, head - QUERIES
+            if head >= QUERIES + KEYS:
+                base, own = dvalue, head - QUERIES - KEYS
+            slot = tl.load(slots + row, mask=row < tokens, other=-1).to(tl.int64)
+            early, late = inside & (row < middle)[:, None], inside & (slot >= 0)[:, None]
+            there = base + (row[:, None] * KEYS + own) * 2 * HALF + at[None, :]
+            then = base + (slot[:, None] * KEYS + own) * 2 * HALF + at[None, :]
+            first = tl.load(there, mask=early, other=0.0).to(tl.float32)
+            first += tl.load(then, mask=late, other=0.0).to(tl.float32)
+            second = tl.load(there + HALF, mask=early, other=0.0).to(tl.float32)
+            second += tl.load(then + HALF, mask=late, other=0.0).to(tl.float32)
+        if head < QUERIES + KEYS:
+            angle = row[:, None] * 2 * HALF + at[None, :]
+            c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
+            s = tl.load(sin + angle, mask=inside, other=0.0).to(tl.float32)
+            turned = first * c + second * s
+            second = second * c - first * s
+            first = turned
+        if GAIN:
+            from_u = u + row[:, None] * u_row + column[None, :]
+            total_first += tl.sum(first * tl.load(from_u, mask=inside, other=0.0).to(tl.float32), axis=0)
+            total_second += tl.sum(second * tl.load(from_u + HALF, mask=inside, other=0.0).to(tl.float32), axis=0)
+            first, second = first * gain_first[None, :], second * gain_second[None, :]
+        to = du + row[:, None] * du_row + column[None, :]
+        tl.store(to, first.to(du.dtype.element_ty), mask=inside)
+        tl.store(to + HALF, second.to(du.dtype.element_ty), mask=inside)
+    if GAIN:
+        columns = (QUERIES + 2 * KEYS) * 2 * HALF
+        tl.store(partial + chunk * columns + column, total_first)
+        tl.store(partial + chunk * columns + column + HALF, total_second)

@@ -1,0 +1,233 @@
+"""What happens between a layer's matrix products, forward and backward: norms, rotary positions, SwiGLU, GELU, gains.
+
+Each function has one meaning and two ways: Triton kernels on a GPU (kernels.py), and the torch code here elsewhere,
+which is also what the kernels are tested against. All sums are float32; results have the inputs' dtype.
+
+A *product* (linear.py) is one matrix multiplication for several linear layers and their adapters; `u` is its (T, N)
+result. A *gain* is DoRA's magnitude / norm, float32 (N,), or None where it is 1. `tail` asks for a result with that
+many columns to spare, which the caller fills. In a backward function `du` is the gradient for u, and the gain's own
+gradient `sum_t dy_t * u_t` comes back as float32 (N,), None without a gain.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+try:
+    from smolvlm_exp.engine.layers import kernels
+except ImportError:  # no Triton: nothing but a CPU here
+    kernels = None  # type: ignore[assignment]
+
+Gain = torch.Tensor | None
+
+
+def fused(x: torch.Tensor) -> bool:
+    return kernels is not None and x.is_cuda
+
+
+def with_tail(x: torch.Tensor, tail: int) -> torch.Tensor:
+    """(T, N) -> (T, N + tail), the last columns not yet written."""
+    return x if tail == 0 else torch.cat((x, x.new_empty(x.shape[0], tail)), dim=1)
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
+    """x / rms(x) * weight (arXiv 1910.07467, eq. 4); (T, H) -> (T, H + tail)."""
+    if fused(x):
+        return kernels.rms_norm(x, weight, eps, tail)
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    return with_tail((x.float() * scale).to(x.dtype) * weight, tail)
+
+
+def rms_norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
+) -> torch.Tensor:
+    """residual + the gradient of `rms_norm` for x, given the gradient `dy` of its result; all (T, H)."""
+    if fused(x):
+        return kernels.rms_norm_backward(dy, x, weight, eps, residual)
+    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    normal, inner = x.float() * scale, dy.float() * weight.float()
+    dx = scale * (inner - normal * (inner * normal).mean(-1, keepdim=True))
+    return (residual.float() + dx).to(x.dtype)
+
+
+def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
+    """(arXiv 1607.06450, eq. 4); (T, H) -> (T, H + tail)."""
+    if fused(x):
+        return kernels.layer_norm(x, weight, bias, eps, tail)
+    return with_tail(F.layer_norm(x, (x.shape[-1],), weight, bias, eps), tail)
+
+
+def layer_norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
+) -> torch.Tensor:
+    """residual + the gradient of `layer_norm` for x, given the gradient `dy` of its result; all (T, H)."""
+    if fused(x):
+        return kernels.layer_norm_backward(dy, x, weight, eps, residual)
+    centred = x.float() - x.float().mean(-1, keepdim=True)
+    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    normal, inner = centred * scale, dy.float() * weight.float()
+    dx = scale * (inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True))
+    return (residual.float() + dx).to(x.dtype)
+
+
+def add(h: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """h + gain * u + bias; h: (T, H), u: (T, H) out of a product."""
+    if fused(h):
+        return kernels.add(h, u, gain, bias)
+    return (h.float() + scaled(u, gain, bias)).to(h.dtype)
+
+
+def scale(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """gain * u + bias, (T, N), without holes in memory."""
+    if fused(u):
+        return kernels.scale(u, gain, bias)
+    return scaled(u, gain, bias).to(u.dtype).contiguous()
+
+
+def scaled(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
+    """The same in float32."""
+    value = u.float() if gain is None else gain * u.float()
+    return value if bias is None else value + bias.float()
+
+
+def scale_backward_parts(
+    grads: tuple[torch.Tensor, ...], u: torch.Tensor, gain: Gain, tail: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`scale_backward` for a gradient that comes in equal parts, side by side, each (T, N / parts) in any shape."""
+    if fused(u):
+        return kernels.scale_backward_parts(grads, u, gain, tail)
+    return scale_backward(torch.cat([grad.reshape(u.shape[0], -1) for grad in grads], dim=1), u, gain, tail)
+
+
+def scale_backward(
+    dy: torch.Tensor, u: torch.Tensor | None, gain: Gain, tail: int
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of gain * u: du, (T, N + tail), and the gain's gradient."""
+    if gain is None and tail == 0:
+        return dy, None
+    if fused(dy):
+        return kernels.scale_backward(dy, u, gain, tail)
+    du = dy.new_empty(dy.shape[0], dy.shape[1] + tail)
+    if gain is None:
+        du[:, : dy.shape[1]] = dy
+        return du, None
+    assert u is not None
+    du[:, : dy.shape[1]] = dy.float() * gain
+    return du, (dy.float() * u.float()).sum(0)
+
+
+def swiglu(u: torch.Tensor, gain: Gain, tail: int = 0) -> torch.Tensor:
+    """silu(gate) * up (arXiv 2002.05202, eq. 6); u: (T, 2I) = [gate | up] before their gains; (T, I + tail)."""
+    if fused(u):
+        return kernels.swiglu(u, gain, tail)
+    gate, up = scaled(u, gain, None).chunk(2, dim=-1)
+    return with_tail((F.silu(gate) * up).to(u.dtype), tail)
+
+
+def swiglu_backward(
+    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool, over: bool = False
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Of `swiglu`: du (T, 2I + tail), its result (T, I) once `again`, the gain's gradient.
+
+    It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
+    """
+    if fused(da):
+        return kernels.swiglu_backward(da, u, gain, tail, again, over)
+    gate, up = scaled(u, gain, None).chunk(2, dim=-1)
+    sigmoid = torch.sigmoid(gate)
+    silu = gate * sigmoid
+    dgate = da.float() * up * (sigmoid + silu * (1 - sigmoid))
+    dy = torch.cat((dgate, da.float() * silu), dim=-1)
+    du = da.new_empty(da.shape[0], u.shape[1] + tail)
+    du[:, : u.shape[1]] = dy if gain is None else dy * gain
+    return du, (silu * up).to(da.dtype) if again else None, None if gain is None else (dy * u.float()).sum(0)
+
+
+def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int = 0) -> torch.Tensor:
+    """GELU's tanh form (arXiv 1606.08415, sec. 2) of gain * u + bias; (T, I + tail)."""
+    if fused(u):
+        return kernels.gelu(u, gain, bias, tail)
+    return with_tail(F.gelu(scaled(u, gain, bias), approximate="tanh").to(u.dtype), tail)
+
+
+def gelu_backward(
+    da: torch.Tensor,
+    u: torch.Tensor,
+    gain: Gain,
+    bias: torch.Tensor | None,
+    tail: int,
+    again: bool,
+    over: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """Of `gelu`: du (T, I + tail), its result (T, I) once `again`, the gain's gradient.
+
+    It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
+    """
+    if fused(da):
+        return kernels.gelu_backward(da, u, gain, bias, tail, again, over)
+    with torch.enable_grad():
+        value = scaled(u, gain, bias).detach().requires_grad_()
+        result = F.gelu(value, approximate="tanh")
+    (dy,) = torch.autograd.grad(result, value, da.float())
+    du = da.new_empty(da.shape[0], u.shape[1] + tail)
+    du[:, : u.shape[1]] = dy if gain is None else dy * gain
+    return du, result.detach().to(da.dtype) if again else None, None if gain is None else (dy * u.float()).sum(0)
+
+
+def rotary(
+    u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor, layout: Any, heads: tuple[int, int]
+) -> Any:
+    """Queries, keys and values for attention over `layout`, gains applied, queries and keys rotated (RoPE, 2104.09864).
+
+    Args:
+        u: (T, (Q + 2K) D) = [queries | keys | values]; cos and sin: (T, D), halves alike; heads: (Q, K).
+
+    Returns:
+        (T, Q, D) queries; (S, K, D) keys and values, as `layout.sources` lists them.
+    """
+    if fused(u):
+        return kernels.rotary(u, gain, cos, sin, layout.slots, layout.middle, len(layout.sources), heads)
+    query, key, value = split_heads(scaled(u, gain, None), heads)
+    query, key = (rotate(each, cos, sin).to(u.dtype) for each in (query, key))
+    return query, key[layout.sources], value.to(u.dtype)[layout.sources]
+
+
+def rotary_backward(
+    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    u: torch.Tensor,
+    gain: Gain,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    layout: Any,
+    tail: int,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Of `rotary`: du (T, (Q + 2K) D + tail), the gain's gradient."""
+    dquery, dkey, dvalue = grads
+    if fused(u):
+        return kernels.rotary_backward(grads, u, gain, cos, sin, layout.slots, layout.middle, tail)
+    tokens = dquery.shape[0]
+    dkey, dvalue = (
+        torch.zeros(tokens, *d.shape[1:], dtype=torch.float32, device=d.device).index_add_(0, layout.sources, d.float())
+        for d in (dkey, dvalue)
+    )
+    dquery, dkey = (rotate(d.float(), cos, -sin) for d in (dquery, dkey))  # a rotation's transpose turns it back
+    dy = torch.cat([d.reshape(tokens, -1) for d in (dquery, dkey, dvalue)], dim=-1)
+    du = u.new_empty(tokens, dy.shape[1] + tail)
+    du[:, : dy.shape[1]] = dy if gain is None else dy * gain
+    return du, None if gain is None else (dy * u.float()).sum(0)
+
+
+def split_heads(u: torch.Tensor, heads: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(T, (Q + 2K) D) -> (T, Q, D), (T, K, D), (T, K, D)."""
+    query, key = heads
+    size = u.shape[1] // (query + 2 * key)
+    parts = u.view(u.shape[0], -1, size).split((query, key, key), dim=1)
+    return parts[0], parts[1], parts[2]
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """x cos + rotate_half(x) sin; x: (T, heads, D) float32."""
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return x * cos.float()[:, None] + turned * sin.float()[:, None]

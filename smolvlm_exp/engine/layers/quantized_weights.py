@@ -1,0 +1,72 @@
+"""The weight of a frozen linear layer, whatever it is stored in: whole numbers, 8 bits, 4 bits."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+try:
+    import bitsandbytes as bnb
+except ImportError:
+    bnb = None  # type: ignore[assignment]
+try:
+    from smolvlm_exp.engine.layers import kernels
+except ImportError:  # no Triton: nothing but a CPU here
+    kernels = None  # type: ignore[assignment]
+
+
+def is_4bit(layer: Any) -> bool:
+    return bnb is not None and isinstance(layer, bnb.nn.Linear4bit)
+
+
+def is_8bit(layer: Any) -> bool:
+    return bnb is not None and isinstance(layer, bnb.nn.Linear8bitLt)
+
+
+@contextmanager
+def keeping_scales(model: torch.nn.Module) -> Iterator[None]:
+    """While PEFT puts an adapter on: on a CPU its DoRA loses the scales of 8-bit weights."""
+    scales = [(m, m.state.CB, m.state.SCB) for m in model.modules() if is_8bit(m) and m.state.CB is not None]  # type: ignore[union-attr]
+    yield
+    module: Any
+    for module, *state in scales:
+        module.state.CB, module.state.SCB = state
+        module.weight.CB = module.weight.SCB = None
+
+
+def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """The layer's (out, in) weight as numbers, in `dtype` (None: as it is stored, or was before quantising)."""
+    weight: Any = layer.weight
+    if is_4bit(layer):
+        out = torch.empty(
+            layer.out_features, layer.in_features, dtype=dtype or weight.quant_state.dtype, device=weight.device
+        )
+        return unpack_4bit(layer, out)
+    if is_8bit(layer):
+        codes, scales = (weight.CB, weight.SCB) if layer.state.CB is None else (layer.state.CB, layer.state.SCB)
+        codes = weight.data if codes is None else codes
+        return (codes.float() * scales.float()[:, None] / 127).to(dtype or torch.float32)
+    return weight if dtype is None else weight.to(dtype)
+
+
+def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
+    """Write the layer's weight into `out`, (out, in), contiguous; bit for bit what bitsandbytes would write."""
+    weight: Any = layer.weight
+    state = weight.quant_state
+    if kernels is not None and out.is_cuda and kernels.unpacks(state):
+        return kernels.unpack_4bit(weight.data, state, out)
+    absmax = state.absmax
+    if state.nested:
+        absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
+    whole = torch.ops.bitsandbytes.dequantize_4bit(
+        weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, out.dtype
+    )
+    return out.copy_(whole)
+
+
+def product_f32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """left @ right, summed and kept in float32."""
+    if left.is_cuda and left.dtype is not torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return (left @ right).float()

@@ -1,0 +1,91 @@
+"""The text model's layers over packed pairs, fused: RMSNorm, rotary positions, causal attention, SwiGLU."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.activations import ACT2FN
+
+from smolvlm_exp.engine.layers import ops as ew
+from smolvlm_exp.engine.layers.flash import attend, attend_backward
+from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, Kept, Pass, fuse_layers
+from smolvlm_exp.engine.layers.linear import base_of, linear_obstacles
+from smolvlm_exp.engine.layers.shared_prefix_attention import Layout
+
+
+@dataclass
+class TextPass(Pass):
+    layout: Layout
+    cos: torch.Tensor  # (T, D)
+    sin: torch.Tensor  # (T, D)
+
+
+class FusedDecoderLayer(FusedLayer):
+    """A decoder layer whenever it is given a layout."""
+
+    def __init__(self, layer: Any, keep: str) -> None:
+        super().__init__(layer, keep)
+        attention = layer.self_attn
+        size = attention.head_dim
+        self.heads = (attention.q_proj.out_features // size, attention.k_proj.out_features // size)
+        self.scaling = attention.scaling
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        if layout is None:
+            return self.ordinary(hidden_states, *args, **kwargs)
+        cos, sin = (each[0] for each in kwargs["position_embeddings"])
+        return self.run(TextPass(self.adapters(hidden_states.dtype), layout, cos, sin), hidden_states[0])[None]
+
+    def groups(self) -> list[list[nn.Module]]:
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        first = [attention.q_proj, attention.k_proj, attention.v_proj]
+        return [first, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
+    def normed(self, which: int, x: torch.Tensor, tail: int = 0) -> torch.Tensor:
+        return ew.rms_norm(x, self.norms[which].weight, self.norms[which].variance_epsilon, tail)
+
+    def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return ew.rms_norm_backward(dx, x, self.norms[which].weight, self.norms[which].variance_epsilon, residual)
+
+    def rotated(self, kept: Kept, scene: TextPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return ew.rotary(kept.result(IN), scene.gain(IN), scene.cos, scene.sin, scene.layout, self.heads)
+
+    def attend(self, kept: Kept, scene: TextPass) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        return attend(*self.rotated(kept, scene), scene.layout, self.scaling)
+
+    def attend_backward(
+        self, dattended: torch.Tensor, kept: Kept, scene: TextPass
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert kept.attended is not None
+        rotated = self.rotated(kept, scene)
+        grads = attend_backward(dattended, *rotated, kept.attended, kept.state, scene.layout, self.scaling)
+        del rotated
+        u, turn = kept.result(IN), (scene.cos, scene.sin)
+        return ew.rotary_backward(grads, u, scene.gain(IN), *turn, scene.layout, scene.tail(IN))
+
+    def activated(self, u: torch.Tensor, scene: TextPass, tail: int) -> torch.Tensor:
+        return ew.swiglu(u, scene.gain(FIRST), tail)
+
+    def activated_backward(
+        self, da: torch.Tensor, u: torch.Tensor, scene: TextPass, again: bool, over: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        return ew.swiglu_backward(da, u, scene.gain(FIRST), scene.tail(FIRST), again, over)
+
+
+def fuse_decoder_layers(text_model: Any, keep: str) -> str | None:
+    """Let the layers of `text_model` run fused over packed batches. See `fuse_layers`."""
+    return fuse_layers(text_model.layers, FusedDecoderLayer, obstacles, keep)
+
+
+def obstacles(layer: nn.Module) -> Iterator[str]:
+    """What a fused layer does not do."""
+    activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
+    if type(activation) is not type(ACT2FN["silu"]):
+        yield f"its activation is {type(activation).__name__}, not SiLU"
+    yield from linear_obstacles(layer)
+    for name, module in layer.named_modules():
+        if name.endswith("_proj") and getattr(base_of(module), "bias", None) is not None:
+            yield f"{name} has a bias"

@@ -1,0 +1,115 @@
+"""The vision tower's layers over whole tiles, fused: LayerNorm, attention within a tile, GELU, biases."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from smolvlm_exp.engine.layers import ops as ew
+from smolvlm_exp.engine.layers.flash import attend_tiles, attend_tiles_backward
+from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, Kept, Pass, fuse_layers
+from smolvlm_exp.engine.layers.linear import ALIGNED, linear_obstacles
+
+
+@dataclass
+class VisionPass(Pass):
+    patches: int  # in a tile
+
+
+class FusedEncoderLayer(FusedLayer):
+    """A vision layer whenever no patch is masked, which is always so for whole tiles."""
+
+    def __init__(self, layer: Any, keep: str) -> None:
+        super().__init__(layer, keep)
+        self.heads, self.scaling = layer.self_attn.num_heads, layer.self_attn.scale
+        self.norms = layer.layer_norm1, layer.layer_norm2
+
+    def __call__(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            return self.ordinary(hidden_states, attention_mask, **kwargs)
+        scene = VisionPass(self.adapters(hidden_states.dtype), hidden_states.shape[1])
+        return self.run(scene, hidden_states.flatten(0, 1)).view_as(hidden_states)
+
+    def groups(self) -> list[list[nn.Module]]:
+        attention, mlp = self.layer.self_attn, self.layer.mlp
+        return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [mlp.fc1], [mlp.fc2]]
+
+    def normed(self, which: int, x: torch.Tensor, tail: int = 0) -> torch.Tensor:
+        norm = self.norms[which]
+        return ew.layer_norm(x, norm.weight, norm.bias, norm.eps, tail)
+
+    def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        return ew.layer_norm_backward(dx, x, self.norms[which].weight, self.norms[which].eps, residual)
+
+    def queries_keys_values(self, kept: Kept, scene: VisionPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Each (n, patches, heads, D)."""
+        whole = ew.scale(kept.result(IN), scene.gain(IN), self.products[IN].bias)
+        parts = whole.view(-1, scene.patches, 3, self.heads, whole.shape[1] // (3 * self.heads))
+        return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
+
+    def attend(self, kept: Kept, scene: VisionPass) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        return attend_tiles(*self.queries_keys_values(kept, scene), self.scaling)
+
+    def attend_backward(
+        self, dattended: torch.Tensor, kept: Kept, scene: VisionPass
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        assert kept.attended is not None
+        inputs = self.queries_keys_values(kept, scene)
+        parts = attend_tiles_backward(dattended, *inputs, kept.attended, kept.state, self.scaling)
+        del inputs
+        return ew.scale_backward_parts(parts, kept.result(IN), scene.gain(IN), scene.tail(IN))
+
+    def activated(self, u: torch.Tensor, scene: VisionPass, tail: int) -> torch.Tensor:
+        return ew.gelu(u, scene.gain(FIRST), self.products[FIRST].bias, tail)
+
+    def activated_backward(
+        self, da: torch.Tensor, u: torch.Tensor, scene: VisionPass, again: bool, over: bool
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        return ew.gelu_backward(da, u, scene.gain(FIRST), self.products[FIRST].bias, scene.tail(FIRST), again, over)
+
+
+def fuse_encoder_layers(tower: Any, keep: str) -> str | None:
+    """Let the layers of the vision tower run fused. See `fuse_layers`."""
+    return fuse_layers(tower.encoder.layers, FusedEncoderLayer, obstacles, keep)
+
+
+def obstacles(layer: nn.Module) -> Iterator[str]:
+    """What a fused layer does not do."""
+    mlp: Any = layer.mlp
+    if type(mlp.activation_fn).__name__ != "GELUTanh":
+        yield f"its activation is {type(mlp.activation_fn).__name__}, not GELU's tanh form"
+    yield from linear_obstacles(layer)
+
+
+def use_patch_product(tower: Any) -> None:
+    """Let the tower cut its pictures into patches by `patch_product` on a GPU.
+
+    cuDNN computes 104 tiles by another algorithm than 52 and rounds otherwise, so that a policy would begin off a
+    reference that was computed with other pictures beside it. A product's rows do not depend on how many there are.
+    """
+    convolution = tower.embeddings.patch_embedding
+    if type(convolution) is nn.Conv2d:
+        convolution.forward = partial(cut, convolution)  # type: ignore[method-assign]
+
+
+def cut(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+    if pixel_values.is_cuda:
+        return patch_product(convolution, pixel_values)
+    return nn.Conv2d.forward(convolution, pixel_values)
+
+
+def patch_product(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+    """A convolution whose patches do not overlap, as one matrix product: (n, C, S, S) -> (n, H, S // p, S // p)."""
+    high, wide = convolution.kernel_size
+    rows, columns = pixel_values.shape[2] // high, pixel_values.shape[3] // wide  # 384 pixels are 27 patches of 14
+    whole = pixel_values[:, :, : rows * high, : columns * wide]
+    patches = whole.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    weight = convolution.weight.flatten(1)
+    spare = -weight.shape[1] % ALIGNED
+    if spare:
+        patches, weight = F.pad(patches, (0, spare)), F.pad(weight, (0, spare))
+    return F.linear(patches, weight, convolution.bias).permute(0, 3, 1, 2)

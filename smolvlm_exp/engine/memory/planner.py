@@ -1,0 +1,171 @@
+"""What fits: a micro-batch and what its layers keep, from a budget; predicted from shapes, without a device.
+
+A step is the same mathematics whatever is chosen here: micro-batches divide the effective batch, which stays exactly
+what was asked. Of the plans that fit, the fastest is taken (`seconds`); probe.py puts the formulas right.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from smolvlm_exp.engine.memory.footprint import LEVELS, Facts, Load, Rows, Stack, peak, resident
+
+GIB = 2**30
+MARGIN = 0.08  # of a budget, left free: what the allocator holds in pieces too small to use, rows of unequal length
+BACKWARD = 1.7  # seconds of a backward pass over a forward one's, measured: norms, gains and the adapters' gradients
+
+
+@dataclass(frozen=True)
+class Card:
+    """How fast a device is, for `seconds`."""
+
+    name: str
+    matmul: float  # FLOP/s of a large matrix product in the model's dtype
+    reached: float = 0.63  # of which the engine reaches in a forward pass, everything counted: measured on an H100
+    bandwidth: float = 2e12  # bytes/s, for unpacking weights
+    launches: tuple[float, float] = (1.9e-3, 1.1e-3)  # seconds a host needs to start a text, a vision layer's pass
+
+
+CPU = Card("CPU", matmul=3e11, bandwidth=1e10)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a step is run."""
+
+    micro_batch: int  # pairs in one forward and backward pass
+    accumulation: int  # such passes in a step
+    keep: str  # what a text layer keeps for its backward pass: one of LEVELS
+    keep_vision: str  # and a layer of the vision tower, where adapters reach it
+    resident: int  # predicted bytes that are there throughout
+    activations: int  # predicted bytes beside them at the worst moment
+    seconds: float  # predicted, a pair
+    measured: int | None = None  # bytes at the worst moment, where a probe has run it
+
+    @property
+    def peak(self) -> int:
+        return self.resident + self.activations
+
+
+class DoesNotFit(ValueError):
+    """Not even the most frugal plan fits."""
+
+    def __init__(self, least: Plan, budget: int) -> None:
+        self.least, self.budget = least, budget
+        size, pairs = least.measured or least.peak, least.micro_batch
+        super().__init__(
+            f"{'one pair' if pairs == 1 else f'{pairs} pairs'} at a time, and nothing kept that can be computed again, "
+            f"still takes {words(size)}; with {MARGIN:.0%} left free that is {words(size / (1 - MARGIN))}, over the "
+            f"budget of {words(budget)}"
+        )
+
+
+def plan(
+    facts: Facts,
+    rows: Rows,
+    budget: int,
+    effective: int,
+    card: Card,
+    unit: int = 1,
+    levels: Sequence[str] = LEVELS,
+) -> Plan:
+    """The fastest plan whose peak leaves MARGIN of the budget free.
+
+    Args:
+        budget: bytes, for everything.
+        effective, unit, levels: see `proposals`.
+
+    Raises:
+        DoesNotFit: there is none.
+    """
+    return best(proposals(facts, rows, effective, card, unit, levels), budget)
+
+
+def proposals(
+    facts: Facts, rows: Rows, effective: int, card: Card, unit: int = 1, levels: Sequence[str] = LEVELS
+) -> list[Plan]:
+    """All plans there are.
+
+    Args:
+        effective: pairs in a step of one process.
+        unit: pairs that have to go together, where the loss is no mean over pairs.
+        levels: of LEVELS, those to choose from.
+    """
+    assert effective % unit == 0
+    return [
+        proposal(facts, rows, micro, effective, keep, keep_vision, card)
+        for micro in range(unit, effective + 1, unit)
+        if effective % micro == 0
+        for keep, keep_vision in choices(facts, levels)
+    ]
+
+
+def best(found: Sequence[Plan], budget: int) -> Plan:
+    """The fastest that fits.
+
+    Raises:
+        DoesNotFit: none does.
+    """
+    fitting = [each for each in found if fits(each.peak, budget)]
+    if not fitting:
+        raise DoesNotFit(frugal(found), budget)
+    return min(fitting, key=lambda each: (each.seconds, each.peak))
+
+
+def frugal(found: Sequence[Plan]) -> Plan:
+    return min(found, key=lambda each: each.peak)
+
+
+def choices(facts: Facts, levels: Sequence[str]) -> list[tuple[str, str]]:
+    """What text and vision layers may keep: transformers' own layers, where some are not fused, all or none."""
+    if not fused(facts):
+        return [(level, level) for level in levels if level != "attention"]
+    return [(keep, vision) for keep in levels for vision in (levels if facts.vision.trained else levels[-1:])]
+
+
+def fused(facts: Facts) -> bool:
+    return facts.text.fused and (facts.vision.fused or not facts.vision.trained)
+
+
+def proposal(facts: Facts, rows: Rows, micro: int, effective: int, keep: str, keep_vision: str, card: Card) -> Plan:
+    """What a choice comes to: memory for the longest rows, time for average ones."""
+    activations = peak(facts, rows.longest(micro), keep, keep_vision)
+    time = seconds(facts, rows.average(micro), keep, keep_vision, card) / micro
+    return Plan(micro, effective // micro, keep, keep_vision, resident(facts), activations, time)
+
+
+def fits(size: float, budget: float) -> bool:
+    return size <= (1 - MARGIN) * budget
+
+
+def seconds(facts: Facts, load: Load, keep: str, keep_vision: str, card: Card) -> float:
+    """Of one forward and backward pass: arithmetic and unpacking, or starting the kernels where that takes longer.
+
+    Where both take about as long, now one waits and now the other, hence the fourth powers.
+    """
+    text, vision = facts.text, facts.vision
+    flops, unpacked, started = 6.0 * facts.vocabulary * text.hidden * load.answers, 0.0, 0.0
+    stacks = [(text, keep, load.tokens, load.scores, card.launches[0])]
+    if not facts.features:
+        within = load.tiles * facts.patches**2
+        stacks.append((vision, keep_vision, load.tiles * facts.patches, within, card.launches[1]))
+    for stack, level, tokens, scores, launch in stacks:
+        products, attentions = passes(stack, level)
+        weights = sum(stack.matrices)
+        flops += 2 * weights * tokens * products + 4 * stack.queries * scores * attentions
+        unpacked += facts.weights.startswith("4bit") * products * weights * (facts.element + 0.5)
+        started += products * launch
+    worked = flops / (card.reached * card.matmul) + unpacked / card.bandwidth
+    return (worked**4 + started**4) ** 0.25
+
+
+def passes(stack: Stack, keep: str) -> tuple[float, float]:
+    """How often all layers' products and attentions are computed, in forward passes of the same length."""
+    qkv, out, into, down = stack.matrices
+    again = {"everything": 0, "attention": into, "inputs": qkv + out + into + down * bool(stack.tails[3])}[keep]
+    products = stack.layers + stack.trained * (BACKWARD + again / (qkv + out + into + down))
+    return products, stack.layers + stack.trained * (2.5 + (keep == "inputs"))
+
+
+def words(size: float) -> str:
+    """Bytes for people."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

@@ -1,0 +1,139 @@
+"""A plan run before training starts, on the longest rows there are: what a step really takes of a GPU."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits, frugal
+
+TRIES = 5  # plans that are run at most
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+
+
+def available() -> int:
+    """Bytes that this process may have on its GPU: what is free, and what it holds; less where it is capped."""
+    free, total = torch.cuda.mem_get_info()
+    cap = torch.cuda.get_per_process_memory_fraction() * total
+    return int(min(free + torch.cuda.memory_reserved(), cap))
+
+
+def enforce(budget: int) -> None:
+    """Let this process have no more than `budget` bytes of its GPU: asking for more is then out of memory."""
+    total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0))
+
+
+def probe(
+    found: Sequence[Plan],
+    run: Callable[[Plan], None],
+    budget: int,
+    parameters: Sequence[Any],
+    later: int = 0,
+    agree: Callable[[float], float] = float,
+) -> Plan:
+    """Run the best plan on the longest rows; where it takes less or more than predicted, choose and run again.
+
+    Gradients and random states are afterwards what they were.
+
+    Args:
+        found: see `proposals`.
+        run: a plan's forward and backward pass over the longest rows.
+        parameters: those that get gradients.
+        later: bytes that will be there in training and are not now: the optimiser's.
+        agree: the largest of a number over all processes that train together.
+
+    Returns:
+        The fastest plan that was measured to fit; `measured` is its peak, `later` included.
+
+    Raises:
+        DoesNotFit: none does.
+    """
+    tried: dict[tuple[int, str, str], Plan] = {}
+    factor, offset = 1.0, 0  # what the formulas are off by
+    with undone(parameters):
+        for attempt in range(TRIES):
+            likely = [
+                replace(each, resident=each.resident + offset, activations=round(factor * each.activations))
+                for each in found
+            ]
+            try:
+                chosen = best(likely, budget)
+            except DoesNotFit as error:
+                chosen = error.least  # the formulas may be wrong
+            working = [each for each in tried.values() if fits(each.measured or 0, budget)]
+            if attempt == TRIES - 1 and not working:
+                chosen = frugal(likely)
+            key = chosen.micro_batch, chosen.keep, chosen.keep_vision
+            if key in tried:
+                break
+            resting, most = (agree(size + later) for size in measure(run, chosen))
+            if most == float("inf"):
+                resting, most = chosen.resident, 1.1 * max(budget, chosen.peak)
+            tried[key] = replace(chosen, measured=round(most))
+            offset += round(resting) - chosen.resident
+            factor *= (most - resting) / chosen.activations
+    working = [each for each in tried.values() if fits(each.measured or 0, budget)]
+    if not working:
+        raise DoesNotFit(min(tried.values(), key=lambda each: each.measured or 0), budget)
+    return min(working, key=lambda each: each.seconds)
+
+
+def measure(run: Callable[[Plan], None], plan: Plan) -> tuple[float, float]:
+    """Bytes between a plan's first and second run, when gradients are there, and at the second's worst moment.
+
+    The first run compiles kernels. Infinity: out of memory.
+    """
+    torch.cuda.empty_cache()
+    try:
+        run(plan)
+        resting = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        run(plan)
+    except RuntimeError as error:
+        if not out_of_memory(error):
+            raise
+        return float("inf"), float("inf")
+    return resting, torch.cuda.max_memory_allocated()
+
+
+@contextmanager
+def undone(parameters: Sequence[Any]) -> Iterator[None]:
+    """Gradients and random states are in the end what they were; peaks are counted anew."""
+    gpu = torch.cuda.is_available()
+    gradients = [parameter.grad for parameter in parameters]
+    states = torch.get_rng_state(), torch.cuda.get_rng_state() if gpu else None
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        torch.set_rng_state(states[0])
+        if states[1] is not None:
+            torch.cuda.set_rng_state(states[1])
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+
+
+def out_of_memory(error: RuntimeError) -> bool:
+    """torch.OutOfMemoryError, and what else means the same."""
+    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def this_card(dtype: Any) -> Card:
+    """The current GPU, its matrix products in `dtype` timed."""
+    own = torch.Generator("cuda").manual_seed(0)  # the run's own random numbers stay as they are
+    left = torch.randn(4096, 4096, device="cuda", generator=own).to(dtype)
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+    for _ in range(3):
+        left @ left
+    events[0].record()
+    for _ in range(10):
+        left @ left
+    events[1].record()
+    torch.cuda.synchronize()
+    return Card(torch.cuda.get_device_name(), 10 * 2 * 4096**3 / (events[0].elapsed_time(events[1]) / 1e3))

@@ -1,0 +1,347 @@
+"""Optimiser steps over packed micro-batches, whatever the size of the loader's batches.
+
+transformers fetches `gradient_accumulation_steps` batches of `per_device_train_batch_size` row numbers, the very rows
+stock TRL would train on, and calls `training_step` for each. All but the last of these calls have nothing to do: the
+last one runs the whole step, in micro-batches as large as memory allows, and gives it the gradient of the mean over all
+its pairs. Out of memory, it does the step again in smaller ones.
+
+Where the loader's last batch of an epoch is not full, stock TRL gives its pairs more weight; here every pair counts
+alike. `entropy`, `logits/*` and `mean_token_accuracy` are TRL's means over the tokens that its loss code sees at once,
+so they follow the micro-batch; every other logged number is stock TRL's.
+"""
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from transformers import Trainer
+
+from smolvlm_exp.engine.deferred_metrics import Deferred, settle
+from smolvlm_exp.engine.inputs.collate import (
+    Batch,
+    Numbers,
+    answer_labels,
+    joined,
+    numbered,
+    pairs_of,
+    row_numbers,
+    to_device,
+)
+from smolvlm_exp.engine.inputs.dataset import Collator
+from smolvlm_exp.engine.inputs.micro_batches import Micro, Step, StepSampler, split
+from smolvlm_exp.engine.memory.probe import out_of_memory
+from smolvlm_exp.utils.distributed import average, by_itself, gather
+
+WORKERS = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "pin_memory": False}
+
+
+class PackedSteps(Trainer):
+    """What turns one of TRL's trainers into the engine's; comes before it among a class's bases.
+
+    Args:
+        collator: of the training rows; eval_collator: of the held-out rows.
+        micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
+        whole: the loss is not a mean over pairs; see `split`.
+    """
+
+    _metrics: dict[str, defaultdict[Any, list[Any]]]  # TRL's
+    _total_train_tokens: Any
+    maybe_activation_offload_context: Any
+    _signature_columns: Any
+
+    def __init__(
+        self, *, collator: Collator, eval_collator: Collator | None, micro_batch: int | None, whole: bool, **trl: Any
+    ) -> None:
+        args = trl["args"]
+        unit = args.per_device_train_batch_size
+        self.collator, self.eval_collator = collator, eval_collator
+        self.micro_batch = micro_batch or unit
+        self.eval_micro_batch = args.per_device_eval_batch_size
+        self.whole = whole
+        self.out_of_memory = 0  # how often
+        self.shares: dict[str, list[float]] = defaultdict(list)
+        self.source: Any = None
+        if whole and self.micro_batch % unit:
+            raise ValueError(
+                f"micro-batches of {self.micro_batch} pairs would change this loss, which is no mean over pairs: it "
+                f"needs multiples of trainer.per_device_train_batch_size={unit}."
+            )
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every row has a picture, so every parameter is used
+        super().__init__(
+            data_collator=row_numbers,
+            train_dataset=numbered(len(collator.rows)),
+            eval_dataset=numbered(len(eval_collator.rows)) if eval_collator else None,
+            **trl,
+        )
+        if self.is_fsdp_enabled:  # accelerate would have what learns rounded to bfloat16 in every forward pass
+            self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
+        self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.into_micros)
+        self.batches = self.prepared()
+
+    def prepared(self) -> Any:
+        """A loader of whole steps' micro-batches, whose workers last until it is let go."""
+        numbers: Any = range(len(self.collator.rows))
+        args = self.args
+        return torch.utils.data.DataLoader(
+            numbers,
+            batch_sampler=self.sampler,
+            collate_fn=Numbers(self.collator),
+            num_workers=args.dataloader_num_workers,
+            prefetch_factor=args.dataloader_prefetch_factor,
+            pin_memory=args.dataloader_pin_memory,
+            persistent_workers=args.dataloader_num_workers > 0,
+            multiprocessing_context=args.dataloader_multiprocessing_context,
+            generator=torch.Generator(),  # or it would draw from the run's own
+        )
+
+    def into_micros(self, units: list[list[int]]) -> list[Micro]:
+        return split(units, self.micro_batch, self.whole)
+
+    def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        """TRL's loss of one segment; it adds to TRL's metrics."""
+        raise NotImplementedError
+
+    # Training
+
+    def _set_signature_columns_if_needed(self) -> None:
+        self._signature_columns = ["row"]
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As transformers does; the workers end with it: torch 2.11 waits five seconds for each at exit."""
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            self.batches, self.batches_left = self.prepared(), iter(())
+
+    def get_train_dataloader(self) -> Any:
+        """Of row numbers alone: `self.batches` has the workers."""
+        kept = {name: getattr(self.args, f"dataloader_{name}") for name in WORKERS}
+        try:
+            for name, none in WORKERS.items():
+                setattr(self.args, f"dataloader_{name}", none)
+            return super().get_train_dataloader()
+        finally:
+            for name, value in kept.items():
+                setattr(self.args, f"dataloader_{name}", value)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """One call's worth of work, in as many parts as transformers counts."""
+        if epoch_iterator is not self.source:
+            self.source = self.sampler.source = epoch_iterator
+            self.sampler.steps.clear()  # of an epoch that was left early
+            self.batches_left = iter(self.batches)
+        first = list(islice(self.batches_left, 1))
+        if not first:
+            return [], None
+        step = self.sampler.steps.popleft()
+        step.batches = [*first, *islice(self.batches_left, len(step.micros) - 1)]
+        idle: list[Any] = [{} for _ in step.units[1:]]
+        return [*idle, {"step": step}], self._get_num_items_in_batch(step.batches, device)
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward passes of a whole optimiser step.
+
+        Processes meet once a step, when each has its gradients: how many micro-batches that takes is their own affair.
+        Sharded weights (FSDP) are fetched by all processes together, layer by layer, so there it is not.
+        """
+        if "step" not in inputs:
+            return torch.zeros((), device=self.args.device)
+        tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
+        own = model.module if isinstance(model, DistributedDataParallel) else model
+        loss = self.whole_step(own, inputs["step"], num_items_in_batch)
+        if self.accelerator.num_processes > 1:
+            self.meet(own if own is not model else None, tokens)
+        return loss
+
+    def meet(self, model: nn.Module | None, tokens: Any) -> None:
+        """Gradients become the mean of all processes', and the tokens of this step are all processes'.
+
+        Args:
+            model: None where its gradients have met already.
+            tokens: trained on before this step.
+        """
+        if model is not None:
+            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+            for parameter in learning:
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+            average([parameter.grad for parameter in learning if parameter.grad is not None])
+        mine = torch.as_tensor(self._total_train_tokens - tokens, device=self.args.device)
+        self._total_train_tokens = tokens + self.accelerator.reduce(mine)
+        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+
+    def whole_step(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
+        """The step's loss in this process, detached; in smaller micro-batches where memory runs out."""
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # type: ignore[union-attr]
+        while True:
+            before = self.remember()
+            try:
+                with self.maybe_activation_offload_context:
+                    return self.run(model, step, num_items_in_batch)
+            except RuntimeError as error:
+                if not out_of_memory(error):
+                    raise
+                self.shrink(step, error)
+            # Here, because the error above holds on to the failed pass's tensors.
+            model.zero_grad()
+            self.go_back(before)
+            step.micros, step.batches = self.into_micros(step.units), []
+
+    def run(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
+        """The step's loss, detached."""
+        total = torch.zeros((), device=self.args.device)
+        if any(len(micro.rows) > self.micro_batch for micro in step.micros):  # prepared before it shrank
+            step.micros, step.batches = self.into_micros(step.units), []
+        for i, micro in enumerate(step.micros):
+            step.running = micro
+            batch = step.batches[i] if step.batches else self.batches.collate_fn(micro.rows)
+            last = i == len(step.micros) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self.micro_loss(model, batch, micro, step.pairs, num_items_in_batch)
+                del batch
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        return total
+
+    def micro_loss(
+        self, model: nn.Module, batch: Batch, micro: Micro, pairs: int, num_items_in_batch: Any
+    ) -> torch.Tensor:
+        """A micro-batch's share of the step's loss."""
+        fields, outputs = self.score(model, batch)
+        loss: Any = 0.0
+        start = 0
+        for segment, share in zip(micro.segments, micro.shares, strict=True):
+            part = slice(start, start := start + len(segment))
+            weight = len(segment) / pairs if num_items_in_batch is None else 1.0  # TRL has divided by it already
+            self.shares["train"].append(share)
+            mine, answers = (pairs_of(each, part, len(micro.rows)) for each in (fields, outputs))
+            with Deferred(), by_itself(self.accelerator):
+                loss += weight * self.loss_of(answers, mine, num_items_in_batch)
+        return loss
+
+    def score(self, model: nn.Module, batch: Batch) -> tuple[Batch, Any]:
+        """A collated batch -> TRL's own fields, and the model's outputs in TRL's layout."""
+        fields = to_device({k: v for k, v in batch.items() if k != "rows"}, self.args.device)
+        packed = fields.pop("packed")
+        outputs = model(packed=packed, labels=answer_labels(fields))
+        return {**fields, **self.reference_of(fields, packed)}, outputs
+
+    def reference_of(self, fields: Batch, packed: Batch) -> Batch:
+        """What the loss needs of a reference and the rows do not have."""
+        return {}
+
+    # Memory
+
+    def remember(self) -> Any:
+        """What a step changes beside gradients: random states, TRL's metrics."""
+        gpu = torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
+        metrics = {name: list(values) for name, values in self._metrics["train"].items()}
+        tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
+        return torch.get_rng_state(), gpu, metrics, list(self.shares["train"]), tokens
+
+    def go_back(self, before: Any) -> None:
+        rng, gpu, metrics, self.shares["train"], self._total_train_tokens = before
+        torch.set_rng_state(rng)
+        if gpu is not None:
+            torch.cuda.set_rng_state(gpu)
+            torch.cuda.empty_cache()
+        self._metrics["train"].clear()
+        self._metrics["train"].update(metrics)
+
+    def shrink(self, step: Step, error: RuntimeError) -> None:
+        """Smaller micro-batches from here on.
+
+        Raises:
+            RuntimeError: there are none, or other processes could not follow.
+        """
+        failed = len(step.running.rows)
+        unit = self.args.per_device_train_batch_size if self.whole else 1
+        smaller = failed // 2 // unit * unit
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise RuntimeError(
+                f"out of memory with {failed} pairs at a time; weights are sharded, so all processes would have to "
+                "follow.\n"
+                "Lower trainer.memory_budget, so that smaller micro-batches are planned."
+            ) from error
+        if not smaller:
+            raise RuntimeError(self.too_large(step)) from error
+        self.micro_batch = smaller
+        self.out_of_memory += 1
+        print(f"out of memory with {failed} pairs at a time: this step again, and all after it, with {smaller}")
+
+    def too_large(self, step: Step) -> str:
+        rows = step.running.rows
+        sizes = self.collator.rows.sizes[rows]
+        if len(rows) > 1:
+            return (
+                f"out of memory with {len(rows)} pairs, and this loss needs them at once.\n"
+                "Lower trainer.per_device_train_batch_size and raise trainer.gradient_accumulation_steps."
+            )
+        return (
+            f"out of memory with one pair alone, row {rows[0]}: {sizes[0, :3].sum()} tokens, {sizes[0, 3]} tiles.\n"
+            "What helps: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
+            "smaller model."
+        )
+
+    # Evaluation
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Batches of `per_device_eval_batch_size`, collated by its own workers."""
+        numbers, self.data_collator = self.data_collator, self.eval_collator  # type: ignore[assignment]
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.data_collator = numbers
+
+    def prediction_step(
+        self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[torch.Tensor, None, None]:
+        """TRL's loss and metrics of one of the evaluation loader's batches."""
+        assert self.eval_collator is not None
+        with torch.no_grad(), self.compute_loss_context_manager():
+            parts, sizes = self.in_parts(inputs, self.eval_collator, lambda batch: self.score(model, batch))
+            fields, outputs = (joined(each, sizes) for each in zip(*parts, strict=True))
+            self.shares["eval"].append(1.0)
+            with Deferred():
+                loss = self.loss_of(outputs, fields, None)
+        return loss.detach(), None, None
+
+    def in_parts(self, batch: Batch, collator: Collator, run: Callable[[Batch], Any]) -> tuple[list[Any], list[int]]:
+        """`run` on a batch without gradients, in as many parts as memory asks for; training's size is left alone.
+
+        Returns:
+            what it gave for each part; how many pairs each had.
+        """
+        rows, collate = batch["rows"].tolist(), Numbers(collator)
+        while True:
+            size = min(self.eval_micro_batch, len(rows))
+            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+            try:
+                return [run(batch if part == rows else collate(part)) for part in parts], list(map(len, parts))
+            except RuntimeError as error:
+                if not out_of_memory(error) or size == 1:
+                    raise
+            self.eval_micro_batch = size // 2
+            if self.args.device.type == "cuda":
+                torch.cuda.empty_cache()
+            print(f"out of memory with {size} pairs without gradients: these again with {size // 2} at a time")
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
+        settle(self._metrics[mode], self.shares[mode])
+        if self.accelerator.num_processes > 1:
+            everyone = gather(dict(self._metrics[mode]))
+            for name in self._metrics[mode]:
+                columns = zip(*(each[name] for each in everyone), strict=True)
+                self._metrics[mode][name] = [sum(column) / len(column) for column in columns]
+        self.shares[mode].clear()
+        super().log(logs, start_time)

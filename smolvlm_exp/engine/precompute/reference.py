@@ -1,0 +1,144 @@
+"""Log-probabilities of a data set's answers under the reference, computed once and kept by content.
+
+They depend on weights, quantisation, processor, template, lengths and rows, not on rank, learning rate or accumulation:
+a whole sweep pays for one pass. Every row is kept under a hash of its token ids and its pictures' files, so that other
+rows of the same set, or of the evaluation set, add to what is there.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from smolvlm_exp.engine.disk_cache import Mapped, Store, key_of
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.utils.distributed import from_first, gather, place
+
+Score = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]  # a collated batch -> chosen, rejected, (B,) each
+Table = dict[bytes, tuple[float, float]]  # a row's key -> its two log-probabilities
+
+VERSION = 2  # raise when the numbers change for a reason that no part of the key tells
+
+
+def reference_logps(
+    collator: Collator,
+    score: Score,
+    key_parts: dict[str, Any],
+    store: Store | None,
+    batch_size: int,
+    num_workers: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of all rows' answers: those in the store are read, the others computed, each row once.
+
+    Of several runs that ask at once the first computes. Processes of a torch.distributed group call it together and
+    share the rows out.
+
+    Args:
+        score: the reference on a batch of `collator`, still on the CPU.
+        key_parts: what the numbers depend on beside the rows, as JSON can say it: `weights` (see identity.py),
+            `dtype`, `ld_alpha`, and what else the caller's `score` looks at (attention, device).
+        batch_size: rows of about one length that are scored together.
+        num_workers: processes that prepare batches.
+
+    Returns:
+        chosen, rejected: (rows,) float32 on the CPU.
+
+    Raises:
+        ValueError: one of them is not finite.
+    """
+    assert {"weights", "dtype", "ld_alpha"} <= key_parts.keys()
+    start, keys = time.perf_counter(), row_keys(collator.rows)
+    parts = {**key_parts, **tiling(collator.rows), "image_token_id": collator.image_token_id}
+    parts |= {"version": VERSION, "torch": torch.__version__}
+    name = key_of("reference", **parts)
+
+    def complete(read: Callable[[], Table]) -> tuple[Table, Table]:
+        found = from_first(read)
+        missing = {key: i for i, key in enumerate(keys) if key not in found}  # one row for each key
+        made = compute(list(missing.values()), collator, score, batch_size, num_workers)
+        return found, dict(zip(missing, made, strict=True))
+
+    if store is None:
+        found, made = complete(dict)
+    else:
+        with store.held(name) as writable:
+            found, made = complete(lambda: read_table(store, name))
+            if made and writable:
+                write_table(store, name, made, parts)
+    if place()[0] == 0:
+        seconds = time.perf_counter() - start
+        print(f"reference: {len(keys):,} rows, {len(made):,} of them computed, {seconds:.1f} s")
+    both = {**found, **made}
+    chosen, rejected = torch.tensor([both[key] for key in keys], dtype=torch.float32).view(-1, 2).unbind(1)
+    return chosen.contiguous(), rejected.contiguous()
+
+
+def compute(
+    missing: list[int], collator: Collator, score: Score, batch_size: int, num_workers: int
+) -> list[tuple[float, float]]:
+    """The two log-probabilities of each row of `missing`; every process of a group scores a share of the batches."""
+    rank, processes = place()
+    lengths = collator.rows.sizes[:, :3].sum(1)
+    ordered = sorted(missing, key=lambda i: -lengths[i])  # the longest first: what fails, fails at once
+    batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)][rank::processes]
+    everything: Any = [{"row": i} for i in range(len(collator.rows))]
+    loader: Any = torch.utils.data.DataLoader(
+        everything,
+        batch_sampler=batches,
+        collate_fn=collator,
+        num_workers=min(num_workers, len(batches)),
+        generator=torch.Generator(),  # or it would draw from the run's own
+    )
+    scored = [torch.stack(score(batch)).detach().float() for batch in loader]
+    mine = torch.cat(scored, dim=1).cpu().T.tolist() if scored else []
+    numbers = [i for batch in batches for i in batch]
+    found = {i: logps for part in gather(list(zip(numbers, mine, strict=True))) for i, logps in part}
+    for i in missing:
+        if not np.isfinite(found[i]).all():
+            raise ValueError(f"row {i}: the reference's log-probabilities are {found[i]}, which no training can use.")
+    return [tuple(found[i]) for i in missing]
+
+
+def read_table(store: Store, name: str) -> Table:
+    """What is kept under `name`, in as many entries as there were passes; damaged ones are removed."""
+    table: Table = {}
+    for path in sorted(store.folder.glob(f"{name}.*")):
+        if store.sound(path.name):
+            keys, logps = (Mapped(store.file(path.name), part)[:].numpy() for part in ("keys", "logps"))
+            table |= {key.tobytes(): (float(c), float(r)) for key, (c, r) in zip(keys, logps, strict=True)}
+    return table
+
+
+def write_table(store: Store, name: str, table: Table, parts: Any) -> None:
+    """One entry more under `name`."""
+    keys = np.frombuffer(b"".join(table), dtype=np.uint8).reshape(-1, 16)
+    entry = f"{name}.{hashlib.sha256(keys.tobytes()).hexdigest()[:16]}"
+
+    def fill(tensors: Any, rank: int, processes: int) -> None:
+        if rank == 0:
+            tensors["keys"][:] = torch.from_numpy(keys.copy())
+            tensors["logps"][:] = torch.tensor(list(table.values()))
+
+    store.get(entry, {"keys": (torch.uint8, keys.shape), "logps": (torch.float32, (len(table), 2))}, fill, parts)
+
+
+def row_keys(rows: Rows) -> list[bytes]:
+    """16 bytes for each row, of its token ids (so of tokenizer, template and cut) and its pictures' files."""
+    ids, offsets = rows.ids.numpy(), rows.offsets
+    keys = []
+    for i, pictures in enumerate(rows.pictures):
+        bounds = offsets[3 * i : 3 * i + 4]
+        found = hashlib.blake2b(np.diff(bounds).tobytes(), digest_size=16)
+        found.update(ids[bounds[0] : bounds[-1]].tobytes())
+        for picture in pictures:
+            found.update(rows.digests[picture])
+        keys.append(found.digest())
+    return keys
+
+
+def tiling(rows: Rows) -> dict[str, Any]:
+    """What decides how any picture's file becomes tiles."""
+    return {"tiling": {name: value for name, value in rows.tiles_made_of().items() if name != "pictures"}}

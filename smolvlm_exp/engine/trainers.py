@@ -1,0 +1,209 @@
+"""TRL's trainers on the engine: the loss and the metrics are TRL's own code, the rows are stock TRL's in its order."""
+
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import set_seed
+from trl import DPOTrainer, SFTTrainer
+from trl.trainer.utils import disable_dropout_in_model
+
+from smolvlm_exp.engine.disk_cache import Store
+from smolvlm_exp.engine.fingerprint import weights_key
+from smolvlm_exp.engine.forward import Pixels, add_pair_forward, base_of
+from smolvlm_exp.engine.inputs.collate import Batch, to_device
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.layers.fuse import fuse
+from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
+from smolvlm_exp.engine.packed_trainer import PackedSteps
+from smolvlm_exp.engine.precompute.reference import reference_logps
+
+WHOLE = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: a mean over tokens, two sorts
+
+
+class SharedPrefixTrainer(PackedSteps, DPOTrainer):
+    """DPO on packed pairs. The reference's log-probabilities come with the rows: call `score_references` first."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        normalise: Pixels,
+        peft_config: PeftConfig | None = None,
+        collator: Collator,
+        eval_collator: Collator | None = None,
+        micro_batch: int | None = None,
+        **trl: Any,
+    ) -> None:
+        """
+        Args:
+            model: with or without its adapter; `peft_config` puts one on.
+            normalise: tiles.pixels.
+            collator: of the training rows; eval_collator: of the held-out rows.
+            micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
+            trl: DPOTrainer's own arguments.
+        """
+        args = trl["args"]
+        model, masters = prepared(model, peft_config, args)
+        super().__init__(
+            collator=collator,
+            eval_collator=eval_collator,
+            micro_batch=micro_batch,
+            whole=bool(WHOLE & set(args.loss_type)),
+            model=model,
+            ref_model=NoReference(model.config),
+            **trl,
+        )
+        restore(masters)
+        self.ref_model: Any = None
+        self.precompute_ref_logps = True
+        self.live = depends_on_its_batch(model)
+        statistics = ("log_probs", "entropy", "mean_logits", "is_top1")
+        add_pair_forward(
+            base_of(model), normalise, (*statistics, "log_sum_sq_probs") if self.use_weighting else statistics
+        )
+
+    def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        return self._compute_loss(lambda **_: outputs, fields, False)
+
+    def reference_of(self, fields: Batch, packed: Batch) -> Batch:
+        if not self.live:
+            return {}
+        chosen, rejected = self.compute_ref_log_probs(self.model, {**fields, "packed": packed})
+        return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
+
+    def score_references(self, store: Store | None, batch_size: int) -> None:
+        """The reference's log-probabilities of all rows, read or computed; before training, when it is the policy.
+
+        A fresh adapter adds nothing, so the reference is the model without it, and other runs can use what was found.
+        """
+        if self.live:
+            print("reference: with every batch anew, because 8-bit layers round a row by what else is in its batch")
+            return
+        model = self.model
+        assert isinstance(model, nn.Module)
+        if self.is_fsdp_enabled:
+            model.to(self.accelerator.device)
+        model.eval()
+        fresh = isinstance(model, PeftModel) and adds_nothing(model)
+        # With a reference model TRL leaves the adapter on.
+        self.ref_model = None if fresh else model
+        parts = {
+            "weights": weights_key(model, None if fresh else "default"),
+            "dtype": str(self.accelerator.mixed_precision),
+            "ld_alpha": self.ld_alpha,
+            "attention": base_of(model).config._attn_implementation,
+            "device": self.args.device.type,
+        }
+        for collator in (self.collator, self.eval_collator):
+            if collator is not None:
+                score = Score(self, model, collator)
+                workers = self.args.dataloader_num_workers
+                collator.rows.reference = reference_logps(collator, score, parts, store, batch_size, workers)
+        self.ref_model = None
+
+
+class Score:
+    """The reference on a batch, for reference_logps."""
+
+    def __init__(self, trainer: SharedPrefixTrainer, model: nn.Module, collator: Collator) -> None:
+        self.trainer, self.model, self.collator = trainer, model, collator
+
+    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        parts, _ = self.trainer.in_parts(batch, self.collator, self.score)
+        chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
+        return chosen, rejected
+
+    def score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        fields = to_device({name: value for name, value in batch.items() if name != "rows"}, self.trainer.args.device)
+        return self.trainer.compute_ref_log_probs(self.model, fields)
+
+
+class SharedPrefixSFTTrainer(PackedSteps, SFTTrainer):
+    """Supervised fine-tuning on prompt and chosen answer, packed; the mean is over the whole step's tokens."""
+
+    def __init__(
+        self,
+        model: Any,
+        *,
+        normalise: Pixels,
+        peft_config: PeftConfig | None = None,
+        collator: Collator,
+        eval_collator: Collator | None = None,
+        micro_batch: int | None = None,
+        **trl: Any,
+    ) -> None:
+        """
+        Args:
+            as SharedPrefixTrainer's; the collators are of `ChosenRows`.
+        """
+        model, masters = prepared(model, peft_config, trl["args"])
+        super().__init__(
+            collator=collator, eval_collator=eval_collator, micro_batch=micro_batch, whole=False, model=model, **trl
+        )
+        restore(masters)
+        add_pair_forward(base_of(model), normalise, ("log_probs", "entropy", "is_top1"))
+
+    def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
+        return self.compute_loss(lambda **_: outputs, fields, num_items_in_batch=num_items_in_batch)
+
+
+class ChosenRows(Rows):
+    """Rows without their rejected answers."""
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        row = super().__getitem__(i)
+        del row["rejected_ids"]
+        return row
+
+
+class NoReference(nn.Module):
+    """Stands where TRL wants a reference model while it is built: a second model, or a second adapter, else."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+
+def prepared(model: Any, peft_config: PeftConfig | None, args: Any) -> tuple[Any, list[Any]]:
+    """The model with its adapter on and its layers fused, and (parameter, its float32 numbers) of all that learns.
+
+    In this order: fusing sets the magnitudes of a fresh DoRA.
+    """
+    if peft_config is not None:
+        set_seed(args.seed)  # where TRL would, so that the adapter starts with the same numbers
+        with keeping_scales(model):
+            model = get_peft_model(model, peft_config)
+    use_fused_layers(model, args)
+    return model, [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+
+
+def use_fused_layers(model: Any, args: Any) -> None:
+    """Before TRL looks at the model: layers that keep little need no checkpointing around them."""
+    if getattr(args, "disable_dropout", False):
+        disable_dropout_in_model(model)  # TRL will; an adapter without dropout can be fused
+    keep = "inputs" if args.gradient_checkpointing else "everything"
+    reasons = fuse(model, keep, keep)
+    for reason in reasons:
+        print(f"engine: {reason}")
+    if args.gradient_checkpointing and reasons:
+        fuse(model, "everything", "everything")  # transformers checkpoints every layer or none
+    elif args.gradient_checkpointing:
+        args.gradient_checkpointing = args.activation_checkpointing = False  # one name and its alias
+
+
+def restore(masters: list[Any]) -> None:
+    """Undo TRL's rounding to bfloat16, which it does to adapters on quantised weights."""
+    for parameter, data in masters:
+        parameter.data = data.to(parameter.device)
+
+
+def adds_nothing(model: PeftModel) -> bool:
+    """Whether every adapter's B is zero still. PiSSA's and OLoRA's never are: they start with a part of the base."""
+    return not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
+
+
+def depends_on_its_batch(model: nn.Module) -> bool:
+    """LLM.int8 keeps whole columns in 16 bits wherever one row of the batch stands out (arXiv 2208.07339)."""
+    return any(getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0 for module in model.modules())

@@ -1,0 +1,1 @@
+"""Model, processor, quantisation and adapter: the groups model, quant and adapter."""

@@ -1,0 +1,304 @@
+"""Model and processor: from the hub, a folder, embedded in this package, or random weights in a real shape."""
+
+import contextlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from smolvlm_exp.models.hub import only_from_disk
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.fields import one_of
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+EMBEDDED = Path(__file__).parent / "tiny"
+PILLOW = {"backend": "pil"}  # the same pixels with torchvision and without it
+CHAT_TEMPLATE = (
+    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
+    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
+    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
+    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
+    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
+)
+
+
+@dataclass
+class Shape:
+    """A SmolVLM's dimensions: what `weights=random` needs to build it without a download."""
+
+    architecture: str = one_of("idefics3", "smolvlm")  # SmolVLM | SmolVLM2
+    hidden_size: int = MISSING
+    num_hidden_layers: int = MISSING
+    intermediate_size: int = MISSING
+    num_attention_heads: int = MISSING
+    num_key_value_heads: int = MISSING
+    vocab_size: int = MISSING
+    rope_theta: float = MISSING
+    max_position_embeddings: int = MISSING
+    vision_hidden_size: int = MISSING
+    vision_num_hidden_layers: int = MISSING
+    vision_intermediate_size: int = MISSING
+    vision_num_attention_heads: int = MISSING
+    image_size: int = MISSING  # pixels a side of a tile
+    patch_size: int = MISSING
+    scale_factor: int = MISSING  # pixel shuffle: scale_factor^2 patches become one token
+    longest_edge: int = MISSING  # pixels the processor scales a picture's long edge to, up or down, before tiling
+    image_token_id: int = MISSING
+    fake_image_token_id: int = MISSING
+    end_of_utterance_id: int = MISSING
+    global_image_token_id: int | None = None  # None: `<global-img>` and `<row_r_col_c>` are plain text (2.2B)
+
+    @property
+    def image_seq_len(self) -> int:
+        """Tokens a tile becomes."""
+        return (self.image_size // self.patch_size) ** 2 // self.scale_factor**2
+
+
+@dataclass
+class ModelConfig:
+    id: str = MISSING  # a hub id, a folder, or `embedded`
+    revision: str | None = None
+    adapter: str | None = None  # a saved adapter to go on from: its folder, or that of the run which made it
+    weights: str = one_of(
+        "pretrained", "random"
+    )  # random: the real shape without its weights, for dry runs and benchmarks
+    attn_implementation: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
+    dtype: str = "auto"  # auto: bfloat16 on a GPU that has it, float32 otherwise
+    device_map: str | None = "auto"  # auto: the whole model on one GPU, where upstream's would spread it over all
+    shape: Shape | None = None
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of `from_pretrained`
+
+
+def load_model(config: ModelConfig, quantization_config: Any = None, seed: int = 0) -> "PreTrainedModel":
+    """The model `config` names, in evaluation mode, quantised when `quantization_config` is given.
+
+    Raises:
+        RequestError: it cannot be had: no such folder, no way to the hub, or no shape for random weights.
+    """
+    from transformers import AutoModelForImageTextToText
+
+    kwargs = {
+        "dtype": resolve_dtype(config.dtype),
+        "attn_implementation": resolve_attention(config.attn_implementation),
+        "quantization_config": quantization_config,
+        "device_map": device_map(config.device_map),
+        **config.extra,
+        "trust_remote_code": False,  # None would ask on a terminal
+        "use_safetensors": True,  # no pickles
+    }
+    if config.weights == "random":
+        return with_random_weights(model_config(random_shape(config)), kwargs, seed)
+    with readable_loading(config.id):
+        model = AutoModelForImageTextToText.from_pretrained(**where(config), **kwargs)
+    return freeze_layout(model.eval())
+
+
+def device_map(asked: str | None) -> Any:
+    """What upstream is to be given for `model.device_map`."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    return {"": torch.cuda.current_device()} if asked == "auto" else asked
+
+
+def load_processor(config: ModelConfig) -> "ProcessorMixin":
+    """The model's own processor; for random weights, where it is not on this disk, a stand-in of the same sizes."""
+    from transformers import AutoProcessor
+
+    if config.weights == "random" and config.id != "embedded":
+        with contextlib.suppress(OSError, ValueError):
+            return AutoProcessor.from_pretrained(
+                config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PILLOW
+            )
+        from smolvlm_exp.models.tokenizer import stand_in
+
+        shape = random_shape(config)
+        print(f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {shape.vocab_size} tokens serves")
+        return make_processor(shape, stand_in(shape))
+    with readable_loading(config.id):
+        return AutoProcessor.from_pretrained(**where(config), trust_remote_code=False, **PILLOW)
+
+
+def random_shape(config: ModelConfig) -> Shape:
+    """Of random weights.
+
+    Raises:
+        RequestError: none is given.
+    """
+    if config.shape is None:
+        raise RequestError(f"model.weights=random needs model.shape, and model={config.id} gives none.")
+    return config.shape
+
+
+def where(config: ModelConfig) -> dict[str, Any]:
+    """What upstream's `from_pretrained` is told of the place of a model's files."""
+    name = str(EMBEDDED) if config.id == "embedded" else config.id
+    return {
+        "pretrained_model_name_or_path": name, "revision": config.revision, "local_files_only": only_from_disk(name)
+    }  # fmt: skip
+
+
+@contextlib.contextmanager
+def readable_loading(name: str):
+    """The hub's many errors, in two lines that say what to do."""
+    try:
+        yield
+    except ImportError as error:
+        first = str(error).strip().splitlines()[0]
+        raise RequestError(f"model.id={name}: {first}\nInstall what it needs: pip install '.[gpu]'") from error
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise RequestError(
+            f"model.id={name}: {first}\nGive a folder that holds the model, connect to the hub, "
+            "or build the shape with model.weights=random."
+        ) from error
+
+
+def with_random_weights(architecture: "PretrainedConfig", kwargs: dict[str, Any], seed: int) -> "PreTrainedModel":
+    """Random weights in a real shape. To be quantised they take the loader's own way, through a temporary folder."""
+    import torch
+    from transformers import AutoModelForImageTextToText
+
+    from smolvlm_exp.utils.distributed import shared_folder
+
+    torch.manual_seed(seed)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(
+            architecture, dtype=kwargs["dtype"], attn_implementation=kwargs["attn_implementation"]
+        )
+    if kwargs["quantization_config"] is None:
+        return model.eval()
+    with shared_folder(model.save_pretrained) as folder:
+        del model
+        return freeze_layout(AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval())
+
+
+def freeze_layout(model: "PreTrainedModel") -> "PreTrainedModel":
+    """Keep 4-bit weights as they are stored.
+
+    On a CPU with AVX512-BF16 bitsandbytes repacks them at the first forward without gradients, and whatever reads them
+    afterwards (DoRA's norm, a merge) is silently wrong.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    return model
+
+
+def resolve_dtype(name: str) -> "torch.dtype":
+    import torch
+
+    if name == "auto":
+        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise RequestError(f"model.dtype={name} is no torch dtype; try auto, bfloat16, float16 or float32.")
+    return dtype
+
+
+def resolve_attention(name: str) -> str:
+    """`auto` is flash-attention where it is installed and a GPU can run it, SDPA elsewhere.
+
+    Raises:
+        RequestError: flash-attention was asked for by name and cannot run here.
+    """
+    import torch
+    from transformers.utils import is_flash_attn_2_available
+
+    usable = torch.cuda.is_available() and is_flash_attn_2_available()
+    if name == "flash_attention_2" and not usable:
+        why = "flash-attn is not installed" if torch.cuda.is_available() else "there is no CUDA device"
+        raise RequestError(
+            f"model.attn_implementation=flash_attention_2: {why}. Use auto or sdpa"
+            + (", or pip install --no-build-isolation '.[flash]'." if torch.cuda.is_available() else ".")
+        )
+    if name == "auto":
+        return "flash_attention_2" if usable else "sdpa"
+    return name
+
+
+def model_config(shape: Shape) -> "PretrainedConfig":
+    """`shape` as transformers' own configuration. Every value is given: the class's defaults fit no SmolVLM."""
+    from transformers import Idefics3Config, LlamaConfig, SmolVLMConfig
+    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
+    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+
+    text = LlamaConfig(  # type: ignore[call-arg]  # rope_theta is still accepted
+        hidden_size=shape.hidden_size,
+        num_hidden_layers=shape.num_hidden_layers,
+        intermediate_size=shape.intermediate_size,
+        num_attention_heads=shape.num_attention_heads,
+        num_key_value_heads=shape.num_key_value_heads,
+        vocab_size=shape.vocab_size,
+        rope_theta=shape.rope_theta,
+        max_position_embeddings=shape.max_position_embeddings,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=shape.end_of_utterance_id,
+        pad_token_id=2,
+    )
+    composite, vision = {
+        "idefics3": (Idefics3Config, Idefics3VisionConfig),
+        "smolvlm": (SmolVLMConfig, SmolVLMVisionConfig),
+    }[shape.architecture]
+    return composite(  # type: ignore[call-arg]
+        text_config=text,
+        vision_config=vision(
+            hidden_size=shape.vision_hidden_size,
+            num_hidden_layers=shape.vision_num_hidden_layers,
+            intermediate_size=shape.vision_intermediate_size,
+            num_attention_heads=shape.vision_num_attention_heads,
+            image_size=shape.image_size,
+            patch_size=shape.patch_size,
+        ),
+        scale_factor=shape.scale_factor,
+        image_token_id=shape.image_token_id,
+        pad_token_id=2,
+        tie_word_embeddings=False,
+    )
+
+
+def shape_from(config: Any) -> Shape:
+    """A loaded model's dimensions: `model_config` the other way round. Pictures' longest edge is the processor's."""
+    text, vision = config.text_config, config.vision_config
+    return Shape(
+        architecture=config.model_type,
+        hidden_size=text.hidden_size,
+        num_hidden_layers=text.num_hidden_layers,
+        intermediate_size=text.intermediate_size,
+        num_attention_heads=text.num_attention_heads,
+        num_key_value_heads=text.num_key_value_heads,
+        vocab_size=text.vocab_size,
+        rope_theta=text.rope_parameters["rope_theta"],
+        max_position_embeddings=text.max_position_embeddings,
+        vision_hidden_size=vision.hidden_size,
+        vision_num_hidden_layers=vision.num_hidden_layers,
+        vision_intermediate_size=vision.intermediate_size,
+        vision_num_attention_heads=vision.num_attention_heads,
+        image_size=vision.image_size,
+        patch_size=vision.patch_size,
+        scale_factor=config.scale_factor,
+        image_token_id=config.image_token_id,
+        end_of_utterance_id=text.eos_token_id,
+    )
+
+
+def make_processor(shape: Shape, tokenizer: Any) -> "ProcessorMixin":
+    """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat pictures alike."""
+    from transformers import Idefics3Processor
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    images = Idefics3ImageProcessorPil(
+        size={"longest_edge": shape.longest_edge},
+        max_image_size={"longest_edge": shape.image_size},
+        image_mean=[0.5, 0.5, 0.5],
+        image_std=[0.5, 0.5, 0.5],
+    )
+    return Idefics3Processor(images, tokenizer, image_seq_len=shape.image_seq_len, chat_template=CHAT_TEMPLATE)

@@ -1,0 +1,104 @@
+"""A byte-level BPE tokenizer with SmolVLM's special tokens: the embedded model's own, and stand-ins of any real size.
+
+`python -m smolvlm_exp.tokenizer FOLDER` writes a processor for the embedded shape, the same on every machine. Its
+merges follow the embedded data's words, so a model is to be trained with the one it keeps.
+"""
+
+import json
+import random
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+    from smolvlm_exp.models.model import Shape
+
+FIRST = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 in every SmolVLM
+TILES = ("<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)))
+
+
+def stand_in(shape: "Shape") -> "PreTrainedTokenizerFast":
+    """A tokenizer of exactly `shape.vocab_size` tokens with the control tokens at the real ids.
+
+    It splits words far finer than the real one (its merges come from the embedded data), so texts are longer;
+    ids that no text yields are named `<unused_N>`.
+    """
+    controls = {
+        shape.fake_image_token_id: "<fake_token_around_image>",
+        shape.image_token_id: "<image>",
+        shape.end_of_utterance_id: "<end_of_utterance>",
+    }
+    if shape.global_image_token_id is not None:
+        controls |= {shape.global_image_token_id + i: token for i, token in enumerate(TILES)}
+    return build(controls, shape.vocab_size)
+
+
+def build(controls: dict[int, str], vocab_size: int) -> "PreTrainedTokenizerFast":
+    """Train byte-level BPE on the embedded data's texts; lay out FIRST, bytes and merges, then `controls` at their ids.
+
+    Raises:
+        ValueError: an id of `controls` lies where the trained vocabulary stands.
+    """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    splitting = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    trained = Tokenizer(models.BPE())
+    trained.pre_tokenizer = splitting
+    trainer = trainers.BpeTrainer(
+        vocab_size=min(min(controls), 600),
+        special_tokens=list(FIRST),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    trained.train_from_iterator(corpus(), trainer)
+    vocabulary = trained.get_vocab()
+    if len(vocabulary) > min(controls):
+        raise ValueError(f"the vocabulary of {len(vocabulary)} reaches over the control token at {min(controls)}")
+    merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
+    taken = set(vocabulary.values()) | set(controls)
+    vocabulary |= {token: i for i, token in controls.items()}
+    vocabulary |= {f"<unused_{i}>": i for i in range(vocab_size) if i not in taken}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer.pre_tokenizer = splitting
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*FIRST, *controls.values())])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<|im_start|>",
+        eos_token="<end_of_utterance>",
+        pad_token="<|im_end|>",
+        unk_token="<|endoftext|>",
+        model_max_length=16384,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def corpus() -> Iterable[str]:
+    """The words of 3,000 embedded pairs, as the chat template frames them."""
+    from smolvlm_exp.data.scenes import draw_scene_content
+    from smolvlm_exp.data.sources import shapes
+
+    for index in range(3000):
+        rng = random.Random(f"tokenizer/{index}")
+        scene = draw_scene_content(rng, shapes.choose_kinds(rng))
+        for ask in (
+            shapes.caption_pair(scene, "exact", rng),
+            shapes.presence_pair(scene, rng),
+            shapes.detail_pair(scene, rng),
+        ):
+            question, chosen, rejected = ask
+            yield f"User:{question}\nAssistant: {chosen}\n\n"
+            yield f" {rejected}"
+
+
+if __name__ == "__main__":
+    from smolvlm_exp.config.schema import shape_of
+    from smolvlm_exp.models.model import make_processor
+
+    tiny = shape_of("tiny")
+    make_processor(tiny, stand_in(tiny)).save_pretrained(sys.argv[1])

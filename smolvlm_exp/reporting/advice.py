@@ -1,0 +1,170 @@
+"""After a run: the signs of the usual troubles in its own figures, and which setting to change. No sign, no advice.
+
+Out of memory, unstable training, slow convergence, waiting for data, learning by heart, unlearning.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import yaml
+
+from smolvlm_exp.checks import FALL, SIGHT_LEFT
+from smolvlm_exp.reporting.report import read_events
+
+Events = list[dict[str, float]]  # of metrics.jsonl
+
+ENOUGH = 5  # logged events before a course can be judged
+SPIKE = 10.0  # gradient norms over the median
+RISEN = 1.5  # of the loss over its first
+LEARNT = 0.6  # reward accuracy in training that is more than chance and its noise
+MOVED = 0.5  # nats that a chosen answer gains over its rejected one before a policy has moved: 1.6 times as likely
+WAITED = 0.2  # share of time without a batch
+RISE = 0.05  # of the held-out loss over its lowest
+
+
+def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> list[str]:
+    """A sentence with the figures seen and one with the setting to change, for each sign that is there.
+
+    Args:
+        summary: what summary.json holds; config: the whole resolved config; events: metrics.jsonl's.
+    """
+    signs = (out_of_memory, not_finite, unstable, slow, waiting, by_heart, unlearning, blind)
+    return [told for sign in signs for told in sign(summary, config, events)]
+
+
+def tell(run: Path) -> int:
+    """The advice on a run, for `task=doctor run=...`. Returns 0."""
+    print(*of_folder(run) or [f"{run}: none of the known troubles shows."], sep="\n\n")
+    return 0
+
+
+def of_folder(folder: Path) -> list[str]:
+    """The advice on a run, from its folder alone."""
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    return advise(summary, config, read_events(folder / "metrics.jsonl"))
+
+
+def out_of_memory(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    again = summary.get("train", {}).get("out_of_memory", 0)
+    if again:
+        times = "once" if again == 1 else f"{again} times"
+        yield (
+            f"memory ran out {times}, and steps were done again in smaller parts.\n"
+            f"trainer.memory_budget={config['trainer']['memory_budget']} was too much beside what else uses the GPU: "
+            "name a size, as 6GiB."
+        )
+    reason = str(summary.get("reason", ""))
+    if "out of memory" in reason.lower() or "OutOfMemory" in reason:
+        trainer, less = config["trainer"], []
+        if trainer.get("engine") == "stock":
+            less += ["trainer.engine=shared", "trainer.gradient_checkpointing=true"]
+        if config["quant"].get("load_in_4bit") is not True:
+            less.append("quant=nf4")
+        if config["adapter"].get("target") != "text":
+            less.append("adapter.target=text")
+        less.append(f"data.max_edge={config['data']['max_edge'] // 2} (fewer tiles a picture)")
+        yield f"memory ran out for good.\nWhat takes less, in this order: {', '.join(less)}; task=plan says how much."
+
+
+def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    broken = [e["step"] for e in events for key in ("loss", "grad_norm") if e.get(key, 0) != e.get(key, 0)]
+    left_out = summary.get("train", {}).get("not_finite") or sorted(set(broken))
+    if left_out:
+        rate = config["trainer"]["learning_rate"]
+        steps = ", ".join(map(str, left_out[:8])) + (" ..." if len(left_out) > 8 else "")
+        yield (
+            f"the loss or its gradient was no number at step {steps}: nothing was learnt there.\n"
+            f"Look at the rows that were named; if they are fine, try trainer.learning_rate={rate / 4:g}."
+        )
+
+
+def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    """One large gradient, or a loss that rose and stayed up for three logged events."""
+    norms = [(e["grad_norm"], e["step"]) for e in events if e.get("grad_norm", float("nan")) >= 0]
+    losses = [(e["loss"], e["step"]) for e in events if math.isfinite(e.get("loss", math.nan))]
+    rate = config["trainer"]["learning_rate"]
+    if len(norms) >= ENOUGH:
+        usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
+        if largest > SPIKE * usual > 0:
+            yield (
+                f"unstable: the gradient's norm reached {largest:.3g} at step {step}, where {usual:.3g} is usual.\n"
+                f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warm-up (trainer.warmup_steps=0.1), or "
+                f"trainer.learning_rate={rate / 2:g}."
+            )
+            return
+    threes = zip(losses, losses[1:], losses[2:], strict=False)
+    risen = max(((min(three)[0], three[1][1]) for three in threes), default=None)
+    if len(losses) >= ENOUGH and risen and risen[0] > RISEN * losses[0][0] > 0:
+        yield (
+            f"unstable: the loss was {losses[0][0]:.3g} at first and rose to {risen[0]:.3g} and more around step "
+            f"{risen[1]}.\n"
+            f"Try trainer.learning_rate={rate / 4:g}, or a longer warm-up (trainer.warmup_steps=0.1)."
+        )
+
+
+def slow(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    """Not better than chance, or hardly moved: a tiny step the right way wins most pairs too. What broke isn't slow."""
+    accuracies = [e["rewards/accuracies"] for e in events if "rewards/accuracies" in e]
+    margins = [e["rewards/margins"] for e in events if "rewards/margins" in e]
+    if len(margins) < 2 * ENOUGH or any(list(sign(summary, config, events)) for sign in (not_finite, unstable)):
+        return
+    trainer = config["trainer"]
+    accuracy, margin = sum(accuracies[-ENOUGH:]) / ENOUGH, sum(margins[-ENOUGH:]) / ENOUGH
+    least = MOVED * trainer.get("beta", 0.1)
+    if -least < margin and (accuracy < LEARNT or margin < least):
+        yield (
+            f"slow: after {events[-1]['step']} steps at a rate of {trainer['learning_rate']:g} the policy prefers the "
+            f"chosen answer in {accuracy:.0%} of training pairs, by a margin of {margin:.2g}.\n"
+            f"Try trainer.learning_rate={10 * trainer['learning_rate']:g}, then more epochs "
+            "(trainer.num_train_epochs)."
+        )
+
+
+def waiting(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    waits = [e["data_wait"] for e in events if "data_wait" in e][1:]  # the first counts the start of the workers
+    share = sum(waits) / len(waits) if waits else 0.0
+    if share > WAITED:
+        workers = config["trainer"]["dataloader_num_workers"]
+        yield (
+            f"training waited for its batches {share:.0%} of the time.\n"
+            f"Try trainer.dataloader_num_workers={max(4, 2 * workers)}, or a larger trainer.cache_ram (it is "
+            f"{config['trainer']['cache_ram']})."
+        )
+
+
+def by_heart(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    held_out = [(e["eval_loss"], e["step"]) for e in events if "eval_loss" in e]
+    if len(held_out) >= 3 and held_out[-1][0] > (1 + RISE) * min(held_out)[0]:
+        (lowest, step), (last, _) = min(held_out), held_out[-1]
+        yield (
+            f"learning by heart: the held-out loss was lowest at step {step} ({lowest:.4g}) and is {last:.4g} now.\n"
+            f"Stop there with trainer.max_steps={int(step)}, or add rows."
+        )
+
+
+def unlearning(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    for check in summary.get("checks", []):
+        if check["verdict"] == "warn" and check["name"] == FALL:
+            losses = config["trainer"].get("loss_type") or ["sigmoid"]
+            how = f"trainer.loss_type=[{','.join([*losses, 'sft'])}] trainer.loss_weights=[{'1,' * len(losses)}1], or "
+            how = "" if "sft" in losses else how
+            beta, rate = config["trainer"].get("beta", 0.1), config["trainer"]["learning_rate"]
+            yield (
+                f"unlearning: chosen answers lost {check['value']:.2g} nats a token.\n"
+                f"Try {how}trainer.beta={3 * beta:g}, or trainer.learning_rate={rate / 2:g}."
+            )
+
+
+def blind(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    for check in summary.get("checks", []):
+        if check["verdict"] == "warn" and check["name"] == SIGHT_LEFT:
+            yield (
+                f"the picture does {max(check['value'], 0):.0%} of what it did for the answers before tuning.\n"
+                "Prefer pairs that differ in what is seen, not in style; lower trainer.learning_rate="
+                f"{config['trainer']['learning_rate'] / 2:g}."
+            )

@@ -1,0 +1,95 @@
+"""What the disk knows of a sweep: its jobs in `sweep.json`, and each job's state by the files in its folder."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from smolvlm_exp.runs.checkpoint import checkpoints
+from smolvlm_exp.runs.find import OUTPUTS, summary_of
+from smolvlm_exp.sweep.jobs import VIEWS, Job, brief, short
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import read_json, write_json
+
+ENDED = ("done", "pruned")  # nothing is left to do
+
+
+def recorded(folder: Path) -> list[Job]:
+    """The jobs of the sweep in `folder`; none where it has not begun."""
+    return [Job(job["number"], tuple(job["overrides"])) for job in read_json(folder / "sweep.json").get("jobs", [])]
+
+
+def record(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
+    """Write down a sweep's jobs, and the keys of the settings that tell them apart."""
+    told = [{"number": job.number, "overrides": job.overrides} for job in jobs]
+    write_json(folder / "sweep.json", {"keys": keys, "jobs": told})
+
+
+def recorded_keys(folder: Path) -> list[str]:
+    """The keys of the settings that tell a sweep's jobs apart."""
+    return read_json(folder / "sweep.json").get("keys", [])
+
+
+def state(folder: Path) -> str:
+    """done, pruned, failed or stopped, as summary.json says; else `cut` (killed after a checkpoint) or `missing`."""
+    return summary_of(folder).get("status") or ("cut" if checkpoints(folder) else "missing")
+
+
+def goes_on(folder: Path) -> bool:
+    """Whether a job starts from its newest checkpoint: it was stopped or killed. One that raised starts anew."""
+    summary = summary_of(folder)
+    raised = summary.get("status") == "failed" and summary.get("exit_code", 1) > 0
+    return bool(checkpoints(folder)) and not raised
+
+
+def group_of(sweep: Path) -> str:
+    """A sweep's name, as `sweep 2026-01-31 12-00-00`."""
+    return f"sweep {sweep.parent.name} {sweep.name}"
+
+
+def place_of(folder: Path) -> tuple[str, dict[str, str]] | None:
+    """Of a run in a sweep: (the sweep's name, what tells the run from the others: short key -> value)."""
+    jobs = recorded(folder.parent)
+    own = next((job for job in jobs if str(job.number) == folder.name), None)
+    if own is None:
+        return None
+    names = short(recorded_keys(folder.parent))
+    return group_of(folder.parent), {names[key]: brief(own.settings[key]) for key in names if key in own.settings}
+
+
+def find_sweep(name: str, root: Path = OUTPUTS) -> Path:
+    """The sweep folder that `name` (a path, or `last`) means.
+
+    Raises:
+        RequestError: there is none.
+    """
+    if name == "last":
+        found = sorted(root.glob("sweeps/*/*/sweep.json"), key=lambda path: path.stat().st_mtime)
+        if not found:
+            raise RequestError(f"sweep=last: there is no sweep under {root}/sweeps/ yet.")
+        return found[-1].parent
+    if not recorded(Path(name)):
+        raise RequestError(f"sweep={name}: that is no sweep's folder (there is no sweep.json in it).")
+    return Path(name)
+
+
+def check_same(folder: Path, jobs: Sequence[Job]) -> None:
+    """Raises:
+    RequestError: these are not the jobs of the sweep in `folder`; it says what differs.
+    """
+    before = recorded(folder)
+    if {job.identity for job in jobs} == {job.identity for job in before}:
+        return
+    keys = dict.fromkeys(key for job in [*jobs, *before] for key in job.settings if key not in VIEWS)
+    here, there = ({key: values(group, key) for key in keys} for group in (jobs, before))
+    told = [
+        f"{key} is {', '.join(here[key]) or 'not set'} here and {', '.join(there[key]) or 'not set'} there"
+        for key in here
+        if set(here[key]) != set(there[key])
+    ]
+    raise RequestError(
+        f"sweep={folder}: that sweep has other jobs: {'; '.join(told) or 'other combinations of the same values'}.\n"
+        f"Repeat its command as it was, or leave sweep= out for a new sweep."
+    )
+
+
+def values(jobs: Sequence[Job], key: str) -> list[str]:
+    return list(dict.fromkeys(job.settings[key] for job in jobs if key in job.settings))

@@ -1,0 +1,84 @@
+"""What a sweep says: before the first job what it will do, after the last what came of it."""
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from textwrap import shorten
+
+from rich.console import Console
+from rich.table import Table
+
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.reporting.charts import number
+from smolvlm_exp.reporting.html import duration, words
+from smolvlm_exp.reporting.tracker import track_sweep
+from smolvlm_exp.runs.find import as_typed
+from smolvlm_exp.runs.sweep_record import group_of
+from smolvlm_exp.sweep.disk import tidy
+from smolvlm_exp.sweep.jobs import brief, short
+from smolvlm_exp.sweep.results import Outcome, command, outcome, table, write_csv
+from smolvlm_exp.sweep.sweep_page import Sections, write_page
+from smolvlm_exp.sweep.time_estimate import expected
+
+SHORT = {"train.seconds": "s", "train.memory_peak_gib": "GiB"}
+
+
+def announce(folder: Path, what: str, varied: dict[str, str], states: Sequence[str], left: Sequence[Config]) -> None:
+    """The number of jobs, what differs, and the expected time.
+
+    Args:
+        what: `12 jobs`.
+        varied: each setting that differs, and its values in words.
+        states: of the jobs that there are already.
+        left: the configurations of those that are to run.
+    """
+    counts = {name: states.count(name) for name in dict.fromkeys(states)}
+    before = "" if set(counts) <= {"missing"} else f": {', '.join(f'{n} {name}' for name, n in counts.items())}"
+    print(f"sweep: {what} in {as_typed(folder)}{before}")
+    width = max((len(key) for key in varied), default=0)
+    for key, values in varied.items():
+        print(f"  {key:<{width}}  {values}")
+    if not left:
+        print("expected: nothing is left to do", flush=True)
+    elif told := expected(folder, left):
+        about = f"{duration(told[0])} for {len(left)} job{'s' * (len(left) > 1)} one after the other"
+        print(f"expected: about {about}, by {told[1]}", flush=True)
+    else:
+        print(
+            "expected: known after the first job: no run of this model and data has finished here",
+            flush=True,
+        )
+
+
+def conclude(folder: Path, config: Config, stopped: bool, sections: Sections = ()) -> Outcome:
+    """Write sweep.csv and sweep.html (`sections` in place of main effects), print the table, hand it to W&B."""
+    found = outcome(folder, config.metric)
+    tidy(found, config.keep)
+    rows = table(found)
+    write_csv(folder / "sweep.csv", rows)
+    page = write_page(found, sections)
+    show(found)
+    if best := found.best:
+        print(f"best: job {best.job.number}, {found.metric} {number(found.measured(best))}; again:")
+        print(f"  {command(best.job)}")
+    track_sweep(config.tracker, folder, group_of(folder), rows)
+    print(as_typed(page))
+    if stopped:
+        print(f"stopped; go on with: python -m smolvlm_exp -m sweep={shlex.quote(str(as_typed(folder)))}")
+    return found
+
+
+def show(found: Outcome) -> None:
+    """The table on the terminal: a line a job."""
+    heads = {found.metric: words(found.metric.split(".")[1])} | SHORT
+    shown = Table("job", *short(found.keys).values(), *heads.values(), "", title=None)
+    for column in shown.columns:
+        column.overflow = "fold"
+    best = found.best
+    for row in found.rows:
+        values = [row.value(metric) for metric in heads]
+        why = f" {shorten(row.reason, 60)}" if row.status == "failed" else ""
+        state = "best" if row is best else "" if row.status == "done" else f"{row.status}{why}"
+        cells = ["" if value is None else f"{value:.3g}" for value in values]
+        shown.add_row(str(row.job.number), *(brief(row.job.settings.get(key, "")) for key in found.keys), *cells, state)
+    Console().print(shown)

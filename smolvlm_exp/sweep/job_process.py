@@ -1,0 +1,192 @@
+"""One job of a sweep in a process of its own: whatever becomes of it, the others go on, under every launcher alike.
+
+An exception, memory that runs out and kill -9 end the process and are written into the job's summary.json. The process
+holds its folder's lock, so that no job runs twice at once, and stops after saving when its parent is gone. On Linux
+without a GPU it is forked from a server that has imported torch and its kin already; CUDA and forks do not go together,
+so elsewhere every job imports for itself (7 s).
+"""
+
+import contextlib
+import faulthandler
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Iterator
+from dataclasses import replace
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import Any, TextIO
+
+from filelock import FileLock, Timeout
+
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.quiet import hush
+from smolvlm_exp.runs.find import choices, summary_of
+from smolvlm_exp.runs.sweep_record import ENDED, goes_on, state
+from smolvlm_exp.sweep.devices import share_of_machine
+from smolvlm_exp.utils.errors import Pruned
+from smolvlm_exp.utils.files import write_json
+
+STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
+STOPPED = 75  # exit code of a job that was stopped after saving
+PATIENCE = 30.0  # seconds for a job whose sweep was killed a moment ago to save and let go of its folder
+
+
+def run_apart(config: Config, folder: Path, home: Path, at_once: int) -> dict[str, Any]:
+    """Run one job in a child process and wait for it; returns its summary, whatever became of it.
+
+    Args:
+        home: where the command was typed, which need not be where a cluster's worker stands.
+        at_once: jobs at once on this machine; -1: one a core.
+    """
+    method = "forkserver" if may_fork() else "spawn"
+    multiprocessing.set_start_method(method, force=True)  # joblib's workers say `loky`, which no child of theirs knows
+    multiprocessing.set_forkserver_preload(["smolvlm_exp.sweep.preload"])
+    child = multiprocessing.Process(target=work, args=(config, folder, home, at_once))
+    child.start()
+    told = False
+    with deaf_to_ctrl_c():
+        while child.exitcode is None:
+            child.join(timeout=0.2)
+            if stop_asked() and not told:
+                told = True
+                child.terminate()
+    if child.exitcode not in (0, STOPPED) and not told and summary_of(folder).get("exit_code") != child.exitcode:
+        record_failure(config, folder, ended_by(child.exitcode), child.exitcode)
+    return summary_of(folder)
+
+
+def may_fork() -> bool:
+    return sys.platform == "linux" and not Path("/proc/driver/nvidia").exists()
+
+
+@contextlib.contextmanager
+def deaf_to_ctrl_c() -> Iterator[None]:
+    """In a launcher's worker: the terminal tells it too, but what is to stop is the sweep's command's to say."""
+    alone = threading.current_thread() is threading.main_thread()
+    worker = alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if worker:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        if worker:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def stop_asked() -> bool:
+    return Path(os.environ.get(STOP, "/dev/null/none")).exists()
+
+
+def ended_by(exit_code: int) -> str:
+    """What a process that could not say it itself died of."""
+    if exit_code > 0:
+        return f"its process ended with exit code {exit_code}"
+    number = -exit_code
+    name = signal.Signals(number).name
+    why = " (by a person, or by the system for want of memory)" if number == signal.SIGKILL else ""
+    return f"killed by {name}{why}"
+
+
+def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
+    """What the child does. Its exit code: 0 done or someone else's, 1 failed, 75 stopped after saving."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's is not for its jobs
+    os.chdir(home)
+    threading.Thread(target=stop_with_parent, daemon=True).start()
+    try:
+        lock = FileLock(folder / ".lock").acquire(timeout=PATIENCE)
+    except Timeout:
+        print(f"[{folder.name}] another command is running this job", flush=True)
+        return
+    with (
+        lock,
+        share_of_machine(at_once),
+        (folder / "output.log").open("a", encoding="utf-8") as log,
+        written_to(log, f"[{folder.name}] "),
+    ):
+        if state(folder) in ENDED:
+            return
+        hush()
+        resume = goes_on(folder)
+        clear(folder, all_of_it=not resume)
+        try:
+            from smolvlm_exp.sweep.pruning_callback import pruning
+            from smolvlm_exp.tasks.result import tracker_of
+            from smolvlm_exp.tasks.train import train
+
+            summary = train(replace(config, resume=str(folder)) if resume else config, folder, pruning(folder))
+        except Pruned:
+            return
+        except Exception as error:
+            traceback.print_exc()
+            if not summary_of(folder):  # before the run had told anyone of itself
+                tracker_of(config, folder).finish({"status": "failed"}, [], exit_code=1)
+            record_failure(config, folder, f"{type(error).__name__}: {error}", 1)
+            sys.exit(1)
+        except (KeyboardInterrupt, SystemExit):  # asked twice, or before there was anything to save
+            (folder / "summary.json").unlink(missing_ok=True)
+            sys.exit(STOPPED)
+    sys.exit(STOPPED if summary["status"] == "stopped" else 0)
+
+
+def stop_with_parent() -> None:
+    """Save and stop when the process that waits for this job is gone."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def clear(folder: Path, all_of_it: bool) -> None:
+    """Take an earlier try's verdict away, and what it logged and saved where this one starts anew."""
+    for name in ("summary.json", *(("metrics.jsonl", "checkpoints") if all_of_it else ())):
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def record_failure(config: Config, folder: Path, reason: str, exit_code: int) -> None:
+    """Into summary.json, beside what the run itself could still say."""
+    known = summary_of(folder) or {"seed": config.seed, "settings": choices(folder)}
+    write_json(folder / "summary.json", {**known, "status": "failed", "reason": reason, "exit_code": exit_code})
+
+
+class Tee:
+    """A text stream that also writes to a log, and begins each line on the terminal with the job's number."""
+
+    def __init__(self, terminal: TextIO, log: TextIO, prefix: str) -> None:
+        self.terminal, self.log, self.prefix = terminal, log, prefix
+        self.begins = True  # the next character begins a line
+
+    def write(self, text: str) -> int:
+        self.log.write(text)
+        lines = text.splitlines(keepends=True)
+        marked = "".join((self.prefix if i or self.begins else "") + line for i, line in enumerate(lines))
+        self.begins = text.endswith("\n") if text else self.begins
+        self.terminal.write(marked)
+        if self.begins:
+            self.flush()
+        return len(text)
+
+    def flush(self) -> None:
+        self.terminal.flush()
+        self.log.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.log, name)  # encoding, fileno; a log is no terminal, so nothing draws bars
+
+
+@contextlib.contextmanager
+def written_to(log: TextIO, prefix: str) -> Iterator[None]:
+    """Within, what this process prints, and the stack of one that crashes, also goes to `log`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Tee(stream, log, prefix) for stream in before)
+    faulthandler.enable(file=log)
+    try:
+        yield
+    finally:
+        faulthandler.disable()
+        sys.stdout, sys.stderr = before

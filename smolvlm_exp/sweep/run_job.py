@@ -1,0 +1,46 @@
+"""One job's turn, in whatever process and on whatever machine the launcher gives it."""
+
+from pathlib import Path
+from statistics import median
+
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.reporting.html import duration
+from smolvlm_exp.runs.sweep_record import recorded_keys
+from smolvlm_exp.sweep.disk import tidy
+from smolvlm_exp.sweep.job_process import run_apart, stop_asked
+from smolvlm_exp.sweep.jobs import label
+from smolvlm_exp.sweep.results import Outcome, Row, outcome
+from smolvlm_exp.sweep.time_estimate import seconds_of
+
+
+def take_turn(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
+    """Run the job of `folder` apart, say how it went, and clear what is not to be kept; returns its metric.
+
+    Args:
+        home: where the sweep's command was typed.
+        at_once: jobs at once on this machine; -1: one a core.
+    """
+    if stop_asked():
+        return None
+    before = row_of(outcome(folder.parent, config.metric), folder)
+    print(f"[{folder.name}] {label(before.job, recorded_keys(folder.parent))}", flush=True)
+    run_apart(config, folder, home, at_once)
+    found = outcome(folder.parent, config.metric)
+    row = row_of(found, folder)
+    print(f"[{folder.name}] {row.status}{f': {row.reason}' if row.reason else ''}{ahead(found)}", flush=True)
+    tidy(found, config.keep)
+    return row.value(config.metric)
+
+
+def row_of(found: Outcome, folder: Path) -> Row:
+    return next(row for row in found.rows if str(row.job.number) == folder.name)
+
+
+def ahead(found: Outcome) -> str:
+    """How many jobs are left, and how long they take by those that are done."""
+    left = sum(row.status in ("missing", "cut", "stopped") for row in found.rows)
+    times = [seconds for row in found.rows if (seconds := seconds_of(found.folder / str(row.job.number)))]
+    if not left:
+        return ""
+    about = f", about {duration(median(times) * left)} one after the other" if times else ""
+    return f"; {left} of {len(found.rows)} jobs left{about}"

@@ -1,0 +1,1 @@
+"""What one command does: a file for each option of the group `task` (conf/task)."""

@@ -1,0 +1,89 @@
+"""task=evaluate: a model on held-out rows and, where it is tuned, its base on the same rows; nothing is trained."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+
+from smolvlm_exp.checks import BOTH, at_most
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.evaluation.checks import looks_differ, sight
+from smolvlm_exp.evaluation.generation_speed import generation_speed
+from smolvlm_exp.evaluation.held_out import evaluate as look
+from smolvlm_exp.evaluation.per_row import kept, short
+from smolvlm_exp.models.adapter import put_on, saved_adapter
+from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
+from smolvlm_exp.models.quant import quantization_config
+from smolvlm_exp.reporting.report import write_report
+from smolvlm_exp.reporting.summary import findings, samples, show
+from smolvlm_exp.runs.find import as_typed, choices
+from smolvlm_exp.tasks.result import tracker_of
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.versions import versions
+
+
+def evaluate(config: Config, folder: Path) -> dict[str, Any]:
+    """Base and, with `model.adapter`, the tuned model; written into `folder` as a run's result is.
+
+    Returns:
+        what summary.json holds: `before` is the base.
+
+    Raises:
+        RequestError: something was asked for that cannot be done here.
+    """
+    sizes = tuple(config.task.batch_sizes) or (1, config.trainer.per_device_eval_batch_size)
+    if min(sizes) < 1:
+        raise RequestError(f"task.batch_sizes={list(sizes)}: 1 is the least.")
+    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
+    resolve_attention(config.model.attn_implementation)
+    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
+    processor = load_processor(config.model)
+    preferences = load_preferences(config.data, processor, folder, splits=("test",))
+    model: Any = load_model(config.model, quantization, config.seed)
+    rows = preferences.test
+    batch_size = config.trainer.per_device_eval_batch_size
+    how: dict[str, Any] = {
+        "max_length": config.data.max_length,
+        "temperature": config.task.temperature,
+        "max_new_tokens": config.task.max_new_tokens,
+        "seed": config.seed,
+    }
+
+    before = look(model, processor, preferences, batch_size, **how)
+    speed = {"base": generation_speed(model, processor, rows, sizes)}
+    after, checks = None, []
+    if adapter:
+        tuned: Any = put_on(model, adapter, config.adapter.target).eval()
+        beta = getattr(config.trainer, "beta", 1.0)
+        after = look(tuned, processor, preferences, batch_size, reference=before.logps, beta=beta, **how)
+        speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
+        checks = [looks_differ(before, after), *sight(before.metrics, after.metrics)]
+        trained = kept(adapter.parent)
+        if trained:
+            seen = int(np.isin(short(preferences.prints["test"]), trained.train).sum())
+            checks.append(at_most(BOTH, seen, 0))
+
+    summary = {
+        "status": "done",
+        "seed": config.seed,
+        "settings": choices(folder),
+        **findings(before, after),
+        "speed": {name: [asdict(each) for each in measured] for name, measured in speed.items()},
+        "checks": [asdict(check) for check in checks],
+        "versions": versions(),
+    }
+    write_json(folder / "summary.json", summary)
+    shown = samples(preferences, before.answers, (after or before).answers)
+    write_report(folder, summary, asdict(config), shown)
+    tracker_of(config, folder, "evaluate").finish(summary, shown)
+    console = Console()
+    show(console, summary, checks, ("base", "tuned"))
+    for name, measured in speed.items():
+        for each in measured:
+            console.print(f"{name}: {each.in_words()}", highlight=False, soft_wrap=True)
+    console.print(f"{as_typed(folder)}/report.html", highlight=False, soft_wrap=True)
+    return summary

@@ -1,0 +1,140 @@
+"""task=generate: answers about pictures, base and tuned side by side, as JSONL that a second run completes."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.data.images import Limits, PictureError, locate, open_picture
+from smolvlm_exp.data.preferences import user
+from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.models.adapter import load_tuned
+from smolvlm_exp.models.model import load_processor
+from smolvlm_exp.runs.find import as_typed
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import json_lines
+
+PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+
+
+@dataclass(frozen=True)
+class Asked:
+    image: str  # as the file with the questions names it, or its path below the folder
+    question: str
+
+
+def answer(config: Config, folder: Path) -> Path:
+    """Answer all questions that the file of answers has not; a line each, on disk batch by batch.
+
+    Returns:
+        The file: {"image", "question", "answer"} a line; with `model.adapter`, "base" and "tuned" in place of "answer";
+        "problem" in their place for a picture that cannot be read.
+
+    Raises:
+        RequestError: nothing was asked, or a file or folder is not there.
+    """
+    task = config.task
+    pictures, asked = questions(config)
+    path = Path(task.answers) if task.answers else folder / "answers.jsonl"
+    names = ("base", "tuned") if config.model.adapter else ("answer",)
+    done = answered(path, names)
+    left = [each for each in asked if each not in done]
+    print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {as_typed(path)}")
+    model = load_tuned(config)
+    models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
+    processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
+    max_edge, limits = config.data.max_edge, Limits.of(config.data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        for start in range(0, len(left), size):
+            batch, rows = left[start : start + size], []
+            lines: list[dict[str, Any]] = [vars(each).copy() for each in batch]
+            for line in lines:
+                try:
+                    image = open_picture(locate(line["image"], pictures), max_edge, limits)
+                    rows.append({"images": [image], "prompt": [user(line["question"])]})
+                except PictureError as error:
+                    line["problem"] = f"the picture {error}"
+            for name, mode in models.items():
+                with mode():
+                    found = generate_answers(
+                        model, processor, rows, size, task.max_new_tokens, task.temperature, config.seed + start
+                    )
+                for line, text in zip((line for line in lines if "problem" not in line), found, strict=True):
+                    line[name] = text
+            file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            file.flush()
+            os.fsync(file.fileno())
+    print(as_typed(path))
+    return path
+
+
+def questions(config: Config) -> tuple[Path, list[Asked]]:
+    """The folder that pictures count from, and what is asked, in order.
+
+    Raises:
+        RequestError: see `answer`.
+    """
+    task = config.task
+    if task.questions:
+        file = Path(task.questions)
+        if not file.is_file():
+            raise RequestError(f"task.questions={task.questions}: there is no such file.")
+        folder = Path(task.images) if task.images else file.parent
+        return folder, list(dict.fromkeys(from_lines(file)))
+    if not task.images:
+        raise RequestError(
+            "task=generate needs pictures: task.images=FOLDER, or task.questions=FILE (a line each, "
+            '{"image": "cat.jpg", "question": "What is it?"}).'
+        )
+    folder = Path(task.images)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
+    if not found:
+        raise RequestError(f"task.images={task.images}: no picture is there ({', '.join(PICTURES)}).")
+    return folder, [Asked(str(path.relative_to(folder)), task.question) for path in found]
+
+
+def from_lines(file: Path) -> Iterator[Asked]:
+    for number, line in json_lines(file.read_text(encoding="utf-8-sig")):
+        try:
+            entry = json.loads(line)
+            yield Asked(str(entry["image"]), str(entry["question"]))
+        except (ValueError, KeyError, TypeError):
+            raise RequestError(
+                f'{file}, line {number}: expected {{"image": "cat.jpg", "question": "What is it?"}}.'
+            ) from None
+
+
+def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
+    """What the file of answers has; half a line at its end, as a killed run leaves it, is cut off.
+
+    Args:
+        names: under which an answer of this command stands.
+
+    Raises:
+        RequestError: it is no file of answers, or has those of other models.
+    """
+    if not path.is_file():
+        return set()
+    text = path.read_text(encoding="utf-8", errors="replace")
+    whole = text[: text.rfind("\n") + 1]
+    found = set()
+    for number, line in enumerate(whole.split("\n")[:-1], start=1):  # an empty line is no answer either
+        try:
+            entry = json.loads(line)
+            found.add(Asked(entry["image"], entry["question"]))
+        except (ValueError, KeyError, TypeError):
+            raise RequestError(f"{path}, line {number}: this is no file of answers; name another.") from None
+        if "problem" not in entry and not all(name in entry for name in names):
+            has = ", ".join(key for key in entry if key not in ("image", "question"))
+            raise RequestError(
+                f"{path}, line {number} has {has}, and this command writes {', '.join(names)}: these are answers of "
+                "other models. Name another file in task.answers."
+            )
+    if whole != text:
+        path.write_text(whole, encoding="utf-8")
+    return found

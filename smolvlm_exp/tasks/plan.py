@@ -1,0 +1,198 @@
+"""Will it fit, and how fast? A table of cards for the composed configuration, from shapes alone.
+
+    python -m smolvlm_exp task=plan model=smolvlm adapter.target=text trainer.memory_budget=8GiB
+
+No GPU, no weights and no run folder. The formulas are those that plan a run (engine/footprint.py, engine/memory.py);
+a run then measures on its own longest rows.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.table import Table
+
+from smolvlm_exp.engine.memory.footprint import Facts, Rows
+from smolvlm_exp.engine.memory.planner import GIB, MARGIN, Card, DoesNotFit, Plan
+from smolvlm_exp.engine.memory.planner import plan as plan_step
+from smolvlm_exp.models.adapter import reached
+from smolvlm_exp.training.memory_budget import budget_of, pairs_together
+from smolvlm_exp.training.memory_spec import Adapted, facts_of, linear_sizes, stored
+from smolvlm_exp.training.row_lengths import Lengths, lengths
+from smolvlm_exp.utils.errors import RequestError
+
+if TYPE_CHECKING:
+    from smolvlm_exp.config.schema import Config
+
+REFERENCE = Card("H100", 7.6e14)  # measured: 8192 x 8192 matrices
+CARDS = (8, 12, 16, 24, 48, 80)  # GB, as they are sold
+CONTEXT = 0.6  # GiB of a card that the driver and CUDA take before anything else
+SMALLER = {"idefics3": ("smolvlm_500m", "smolvlm_256m"), "smolvlm": ("smolvlm2_500m", "smolvlm2_256m")}
+
+
+def plan(config: "Config") -> int:
+    """Print the table, what it assumes, and what helps where something does not fit. Returns the exit code, 0.
+
+    Raises:
+        RequestError: it cannot be answered: plain TRL, a model whose shape is not known, data that cannot be read.
+    """
+    if config.trainer.engine == "stock":
+        raise RequestError("task=plan plans what the engine does: trainer.engine=shared.")
+    if config.model.shape is None:
+        raise RequestError(
+            f"task=plan needs model.shape, and model.id={config.model.id} comes without: choose a model=."
+        )
+    found = lengths(config.data, config.model, config.task)
+    card = card_of(config)
+    budgets = {f"{size} GB card": (size - CONTEXT) * GIB for size in CARDS}
+    asked = budget_of(config.trainer.memory_budget)
+    if isinstance(asked, int):
+        budgets = {f"memory_budget={config.trainer.memory_budget}": asked, **budgets}
+    answers = {name: answer(config, found, int(size), card) for name, size in budgets.items()}
+    console = Console(width=None if Console().is_terminal else 120)
+    say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
+    for line in headlines(config, facts(config)):
+        say(line)
+    console.print(table(config, answers, found, card))
+    for line in remarks(config, found, card, answers, {name: int(size) for name, size in budgets.items()}):
+        say(line)
+    return 0
+
+
+def rows_of(config: "Config", found: Lengths) -> Rows:
+    """A sample stands for the whole set."""
+    times = math.ceil((found.rows or 0) / len(found.sizes))
+    return Rows(found.sizes * max(min(times, 64), 1), pairs=config.trainer.algorithm != "sft")
+
+
+def card_of(config: "Config") -> Card:
+    tflops = config.task.matmul_tflops
+    return REFERENCE if tflops is None else replace(REFERENCE, name="your card", matmul=tflops * 1e12)
+
+
+def answer(config: "Config", found: Lengths, budget: int, card: Card) -> Plan | DoesNotFit:
+    trainer, rows = config.trainer, rows_of(config, found)
+    effective = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    try:
+        return plan_step(facts(config), rows, budget, effective, card, pairs_together(trainer))
+    except DoesNotFit as error:
+        return error
+
+
+def facts(config: "Config") -> Facts:
+    shape, adapter, trainer = config.model.shape, config.adapter, config.trainer
+    assert shape is not None
+    adapted = None
+    if adapter.type != "none":
+        dropout = adapter.lora_dropout > 0 and not getattr(trainer, "disable_dropout", False)
+        adapted = Adapted(reached(list(linear_sizes(shape)), adapter.target), adapter.r, adapter.use_dora, dropout)
+    element = 4 if config.model.dtype == "float32" else 2
+    return facts_of(shape, stored(config.quant), adapted, trainer.keep_features is not False, element, gpu=True)
+
+
+def table(config: "Config", answers: dict[str, Plan | DoesNotFit], found: Lengths, card: Card) -> Table:
+    each = facts(config)
+    shown = Table()
+    for name, justify in (
+        ("", "left"), ("micro-batch x passes", "right"), ("kept in each layer", "left"),
+        ("peak GiB", "right"), (f"s a pair, {card.name}", "right"), ("hours", "right"),
+    ):  # fmt: skip
+        shown.add_column(name, justify=justify)  # type: ignore[arg-type]
+    pairs = pairs_in_all(config, found)
+    for name, plan in answers.items():
+        if isinstance(plan, DoesNotFit):
+            shown.add_row(name, "does not fit", "", f"{plan.least.peak / GIB:.1f} at least", "", "")
+            continue
+        hours = f"{pairs * plan.seconds / 3600:.2f}" if pairs else "?"
+        step = f"{plan.micro_batch} x {plan.accumulation}"
+        shown.add_row(name, step, kept(plan, each), f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3f}", hours)
+    return shown
+
+
+def headlines(config: "Config", each: Facts) -> Iterator[str]:
+    """What the table is about."""
+    trainer, adapter, quant = config.trainer, config.adapter, config.quant
+    kind = f"{'DoRA' if adapter.use_dora else 'LoRA'} r={adapter.r}, target={adapter.target}"
+    four = quant.bnb_4bit_quant_type or "nf4"
+    width = four if quant.load_in_4bit else "int8" if quant.load_in_8bit else f"{8 * each.element} bits each"
+    yield (
+        f"{config.model.id}: {each.matrix_weights + each.other_weights:,} weights, {width}; "
+        f"{kind if each.adapter else 'all'}: {each.trained_weights:,} trained"
+    )
+    effective = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    pictures = "image features computed once" if each.features else "pictures through the vision tower in every pass"
+    yield f"{effective} pairs a step, {pictures}"
+
+
+def kept(plan: Plan, each: Facts) -> str:
+    return f"text {plan.keep}, vision {plan.keep_vision}" if each.vision.trained else plan.keep
+
+
+def pairs_in_all(config: "Config", found: Lengths) -> float | None:
+    """Pairs of the whole training."""
+    trainer = config.trainer
+    if trainer.max_steps > 0:
+        return trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+    return found.rows * trainer.num_train_epochs if found.rows else None
+
+
+def remarks(
+    config: "Config", found: Lengths, card: Card, answers: dict[str, Plan | DoesNotFit], budgets: dict[str, int]
+) -> Iterator[str]:
+    """What the table assumes, and what would make fit what does not."""
+    yield (
+        "kept in each layer for the backward pass: everything; attention: its MLP is computed again; inputs: all of it"
+    )
+    yield found.told
+    pairs = pairs_in_all(config, found)
+    how = f"hours: {pairs:,.0f} pairs" if pairs else "hours: give the number of rows, as task.rows=5000"
+    yield f"{how}; the reference's log-probabilities, image features and evaluation come on top"
+    yield (
+        f"seconds: {card.name} multiplies bfloat16 matrices at {card.matmul / 1e12:.0f} TFLOP/s; for another card give "
+        "its rate, as task.matmul_tflops=165"
+    )
+    yield f"a card loses {CONTEXT} GiB to CUDA; of what is left, or of a budget, {MARGIN:.0%} stay free"
+    for name, plan in answers.items():
+        if isinstance(plan, DoesNotFit):
+            yield f"{name}: does not fit; {help_for(config, budgets[name], card)}"
+
+
+def help_for(config: "Config", budget: int, card: Card) -> str:
+    """The first change of settings that makes it fit, alone or with those before it."""
+    words, together = [], config
+    for word, change in changes(config):
+        words.append(word)
+        alone, together = replace(config, **change), replace(together, **change)
+        for tried, said in ((alone, word), (together, " ".join(words))):
+            found = lengths(tried.data, tried.model, tried.task)
+            if isinstance(answer(tried, found, budget, card), Plan):
+                return f"with {said} it does"
+    return "no setting here changes that"
+
+
+def changes(config: "Config") -> Iterator[tuple[str, dict[str, Any]]]:
+    """What takes less memory than this configuration, as it is typed and as it changes it, best first."""
+    from smolvlm_exp.config.schema import shape_of
+
+    adapter, trainer, each = config.adapter, config.trainer, facts(config)
+    if adapter.type == "none":
+        yield "adapter=dora", {"adapter": replace(adapter, type="lora", use_dora=True, target="text")}
+    elif each.vision.trained:
+        yield "adapter.target=text", {"adapter": replace(adapter, target="text")}
+    elif not each.features:
+        yield "trainer.keep_features=true", {"trainer": replace(trainer, keep_features=True)}
+    if each.weights in ("whole", "8bit"):
+        yield "quant=nf4", {"quant": replace(config.quant, load_in_8bit=False, load_in_4bit=True)}
+    if pairs_together(trainer) > 1:
+        batch, passes = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
+        yield (
+            f"trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps={batch * passes}",
+            {"trainer": replace(trainer, per_device_train_batch_size=1, gradient_accumulation_steps=batch * passes)},
+        )
+    assert config.model.shape is not None
+    for name in SMALLER[config.model.shape.architecture]:
+        if (shape := shape_of(name)).hidden_size < config.model.shape.hidden_size:
+            yield f"model={name}", {"model": replace(config.model, shape=shape)}

@@ -1,0 +1,160 @@
+"""What a run leaves behind: summary.json, the adapter, the report, the final table, the tracker's summary."""
+
+import contextlib
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+
+from smolvlm_exp.checks import Check
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.data.preferences import Preferences
+from smolvlm_exp.evaluation.adapter_reload import read_back
+from smolvlm_exp.evaluation.held_out import Evaluation
+from smolvlm_exp.evaluation.per_row import keep
+from smolvlm_exp.models.adapter import is_pissa, save_tuned
+from smolvlm_exp.reporting.advice import advise
+from smolvlm_exp.reporting.report import read_events, write_report
+from smolvlm_exp.reporting.summary import courses, findings, samples, show
+from smolvlm_exp.reporting.tracker import Tracker
+from smolvlm_exp.runs.find import BESIDE, as_typed, choices, key_of, run_name
+from smolvlm_exp.runs.sweep_record import place_of
+from smolvlm_exp.training.callbacks import memory
+from smolvlm_exp.training.sample_callback import FILE as SAMPLES
+from smolvlm_exp.utils.errors import Pruned
+from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.versions import versions
+
+
+class Result:
+    """Collects a run's findings and writes them, whether the run ends well, is stopped or fails."""
+
+    before: Evaluation
+    after: Evaluation | None = None
+    training: Any
+    checks: list[Check]
+
+    def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
+        self.config, self.folder, self.preferences = config, folder, preferences
+        self.began = time.perf_counter()
+        self.tracker = tracker_of(config, folder)
+        self.summary: dict[str, Any] = {
+            "status": "failed",
+            "seed": config.seed,
+            "settings": choices(folder),
+            "data": preferences.report,
+            "before": {},
+            "after": {},
+            "train": {},
+            "checks": [],
+            "versions": versions(),
+        }
+
+    def __enter__(self) -> "Result":
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if error is not None:
+            pruned = isinstance(error, Pruned)
+            self.summary["status"] = "pruned" if pruned else "failed"
+            self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
+            self.summary["advice"] = self.advice()
+            with contextlib.suppress(OSError):  # a full disk may be what ended the run
+                self.write()
+            self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
+            print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
+
+    def save(self, trainer: Any, stopped: bool) -> None:
+        """Write everything down; a stopped run leaves out what only a whole one has."""
+        if not stopped:
+            save_tuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
+            self.checks += self.saved(trainer)
+        self.summary |= {
+            "status": "stopped" if stopped else "done",
+            **findings(self.before, self.after),
+            "train": self.speed(trainer),
+            "checks": [asdict(check) for check in self.checks],
+            "seconds": time.perf_counter() - self.began,
+        }
+        self.summary["advice"] = self.advice()
+        shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
+        self.write()
+        if self.after:
+            keep(self.folder, self.preferences.prints, self.after.ratios)
+        between = courses(self.preferences, read_events(self.folder / SAMPLES))
+        write_report(self.folder, self.summary, asdict(self.config), shown, between)
+        self.tracker.finish(self.summary, shown)
+        self.print()
+
+    def advice(self) -> list[str]:
+        return advise(self.summary, asdict(self.config), read_events(self.folder / "metrics.jsonl"))
+
+    def saved(self, trainer: Any) -> list[Check]:
+        """Whether the saved adapter is the tuned one, where it can be read into the model as it is."""
+        from peft import PeftModel
+
+        model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
+        if not isinstance(model, PeftModel) or is_pissa(config.adapter) or trainer.is_fsdp_enabled:
+            return []  # PiSSA's is saved for the untouched base
+        assert self.after is not None
+        assert self.after.logps is not None
+        batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
+        held_out = self.preferences.test, batch_size, max_length
+        return [read_back(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
+
+    def speed(self, trainer: Any) -> dict[str, Any]:
+        """The `train` part of summary.json."""
+        history = [event for event in trainer.state.log_history if "loss" in event]
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        if hasattr(model, "get_nb_trainable_parameters"):
+            trainable, total = model.get_nb_trainable_parameters()
+        else:
+            trainable = total = sum(p.numel() for p in model.parameters())
+        seconds = self.training.metrics["train_runtime"]
+        arguments = trainer.args
+        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        return {
+            "steps": trainer.state.global_step,
+            "seconds": seconds,
+            "pairs_per_second": (trainer.state.global_step - trainer.resumed_at) * batch / seconds,
+            "memory_peak_gib": memory()["memory_peak_gib"],
+            "first_loss": history[0]["loss"] if history else None,
+            "last_loss": history[-1]["loss"] if history else None,
+            "out_of_memory": getattr(trainer, "out_of_memory", 0),
+            "not_finite": trainer.guard.left_out,  # steps that changed nothing
+            "trainable_parameters": trainable,
+            "total_parameters": total,
+            **({"resumed_at": trainer.resumed_at} if trainer.resumed_at else {}),  # seconds are of the steps since
+        }
+
+    def write(self) -> None:
+        write_json(self.folder / "summary.json", self.summary)
+
+    def print(self) -> None:
+        """The final table, the checks, and where everything lies."""
+        console = Console()
+        show(console, self.summary, self.checks)
+        for told in self.summary["advice"]:
+            console.print(f"advice: {told}", highlight=False, soft_wrap=True, markup=False)
+        train = self.summary["train"]
+        console.print(
+            f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "
+            f"{train['memory_peak_gib']:.2f} GiB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
+            f"parameters trained; everything in {time.perf_counter() - self.began:.0f} s",
+            highlight=False,
+        )
+        console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
+
+
+def tracker_of(config: Config, folder: Path, kind: str = "train") -> Tracker:
+    """A run's line to W&B, named by what tells the run from its sweep's others, or by what it sets."""
+    group, differs = place_of(folder) or (None, {})
+    told = " ".join(f"{key}={value}" for key, value in differs.items())
+    name = " ".join(filter(None, (config.name, told))) or run_name(folder)
+    parts = (told or run_name(folder)).split()
+    without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in BESIDE)
+    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed, kind)

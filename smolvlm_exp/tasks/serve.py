@@ -1,0 +1,44 @@
+"""task=serve: an OpenAI-compatible endpoint on this machine, and a page to try it.
+
+python -m smolvlm_exp task=serve run=last
+"""
+
+import socket
+from importlib.util import find_spec
+from pathlib import Path
+
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.deploy.export.record import read_record
+from smolvlm_exp.deploy.session.load import load_session
+from smolvlm_exp.utils.errors import RequestError
+
+
+def serve(config: Config, folder: Path) -> None:
+    """Answer until Ctrl-C.
+
+    Raises:
+        RequestError: a package is missing, the address is taken, or there is no such model.
+    """
+    missing = next((name for name in ("fastapi", "uvicorn") if find_spec(name) is None), None)
+    if missing:
+        raise RequestError(f"task=serve needs {missing}, which is not installed: pip install 'smolvlm-exp[serve]'")
+    import uvicorn
+
+    from smolvlm_exp.deploy.server.app import build_app
+
+    own = config.serve
+    try:
+        listening = socket.create_server((own.host, own.port))
+    except OSError as error:
+        raise RequestError(
+            f"serve.host={own.host} serve.port={own.port}: {error.strerror}. Try another port."
+        ) from error
+    with listening:
+        name = config.name or read_record(Path(config.model.id)).get("model", config.model.id)
+        app = build_app(load_session(config), own, name)
+        port = listening.getsockname()[1]
+        print(
+            f"http://{own.host}:{port} is the page, and http://{own.host}:{port}/v1 what OpenAI's clients take",
+            flush=True,
+        )
+        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

@@ -1,0 +1,154 @@
+"""Settings that every trainer has, and how they reach transformers' training arguments."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import MISSING
+
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.fields import above, at_least, one_of
+
+if TYPE_CHECKING:
+    import torch
+    from peft import LoraConfig
+    from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
+
+    from smolvlm_exp.data.preferences import Preferences
+
+
+@dataclass
+class TrainerConfig:
+    """Names and meanings are transformers.TrainingArguments' own, save for `sample_steps` to `cache_disk`."""
+
+    algorithm: str = MISSING  # the module in smolvlm_exp/training
+    learning_rate: float = above(0, 5.0e-5)
+    lr_scheduler_type: str = "cosine"
+    warmup_steps: float = at_least(0, 0.05)  # below 1: a share of all steps
+    num_train_epochs: float = above(0, 1.0)
+    max_steps: int = -1  # optimiser steps; -1: num_train_epochs decides
+    per_device_train_batch_size: int = at_least(1, 1)
+    gradient_accumulation_steps: int = at_least(1, 16)
+    per_device_eval_batch_size: int = at_least(1, 1)
+    max_grad_norm: float = at_least(0, 1.0)
+    weight_decay: float = at_least(0, 0.0)
+    optim: str = "adamw_torch"
+    gradient_checkpointing: bool = True  # of the engine's layers too, but where memory_budget decides
+    logging_steps: int = at_least(1, 10)
+    eval_strategy: str = one_of("steps", "epoch", "no")
+    eval_steps: float | None = None  # null: as logging_steps
+    save_strategy: str = one_of("steps", "epoch", "no")
+    save_steps: float = above(0, 100)
+    save_total_limit: int | None = 2
+    dataloader_num_workers: int = at_least(0, 0)
+    sample_steps: float = at_least(0, 0.25)  # between looks at what it answers; below 1: a share of all; 0: none
+    memory_budget: str = "auto"  # of a GPU: auto (what is free), 8GiB, none (micro-batches as set above)
+    not_finite_limit: int = at_least(1, 3)  # steps in a row whose loss or gradient is no number: then the run stops
+    engine: str = one_of("shared", "stock")  # shared: each picture and prompt once a pair; stock: plain TRL
+    keep_features: bool | None = None  # image features computed once; null: wherever nothing that makes them learns
+    cache: str = "outputs/cache"  # where tiles, features and reference values are kept, by content, for all runs
+    cache_ram: str = "4GiB"  # for tiles and features in memory
+    cache_disk: str = "50GiB"  # for everything in `cache`
+    extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
+
+
+NOT_UPSTREAMS = (
+    "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features", "cache", "cache_ram",
+    "cache_disk",
+    "extra",
+)  # fmt: skip
+
+
+@dataclass
+class Parts:
+    """What a trainer is built from."""
+
+    model: "PreTrainedModel"
+    processor: "ProcessorMixin"
+    peft_config: "LoraConfig | None"
+    preferences: "Preferences"
+    callbacks: "list[TrainerCallback]"
+    folder: Path
+
+
+@dataclass
+class Run:
+    """What training arguments take from the rest of the run."""
+
+    folder: Path
+    seed: int
+    dtype: "torch.dtype"
+    max_length: int | None
+
+
+def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) -> dict[str, Any]:
+    """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`.
+
+    Raises:
+        RequestError: a length by which rows would be cut after they were checked.
+    """
+    import torch
+
+    if "max_length" in config.extra:
+        raise RequestError("trainer.extra.max_length: give data.max_length, by which rows are checked before.")
+    shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in NOT_UPSTREAMS]
+    on_gpu = torch.cuda.is_available()
+    return {
+        **{name: getattr(config, name) for name in (*shared, *own)},
+        "output_dir": str(run.folder / "checkpoints"),
+        "max_length": run.max_length,
+        # The same in one kernel, which can leave out a step without anyone waiting; see finite.py.
+        "optim": "adamw_torch_fused" if on_gpu and config.optim == "adamw_torch" else config.optim,
+        "seed": run.seed,
+        "bf16": run.dtype is torch.bfloat16,
+        "use_cpu": not on_gpu,
+        "dataloader_pin_memory": on_gpu,
+        "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
+        "logging_first_step": True,
+        "remove_unused_columns": True,
+        **config.extra,
+    }
+
+
+def upstream(cls: type, arguments: dict[str, Any]) -> Any:
+    """Upstream's configuration object, for one GPU a process; its own complaint is kept.
+
+    Raises:
+        RequestError: an unknown argument, or a value that upstream refuses.
+    """
+    try:
+        found: Any = cls(**arguments)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"trainer: {error}") from error
+    if found.n_gpu > 1:
+        # Upstream would wrap the model in nn.DataParallel, which TRL refuses and the engine does not know.
+        print(f"gpu: one of {found.n_gpu} is used; accelerate launch --num_processes {found.n_gpu} -m smolvlm_exp: all")
+        found._n_gpu = 1
+    return found
+
+
+def with_pissa(parts: Parts, seed: int) -> "tuple[Any, LoraConfig | None]":
+    """Model and adapter for a trainer: a PiSSA adapter is put on here, any other by the trainer."""
+    from smolvlm_exp.models.adapter import attach_pissa, is_pissa
+
+    if parts.peft_config is None or not is_pissa(parts.peft_config):
+        return parts.model, parts.peft_config
+    return attach_pissa(parts.model, parts.peft_config, parts.folder, seed), None
+
+
+def settle(trainer: Any, config: TrainerConfig) -> Any:
+    """What both of TRL's trainers need once they are built."""
+    from transformers import PrinterCallback, ProgressCallback
+
+    from smolvlm_exp.training.callbacks import Progress
+
+    for stock in (PrinterCallback, ProgressCallback):
+        trainer.remove_callback(stock)
+    trainer.add_callback(Progress)
+    trainer.guard.limit = config.not_finite_limit
+    if not trainer.args.bf16:
+        # TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 has no use for.
+        for parameter in trainer.model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return trainer

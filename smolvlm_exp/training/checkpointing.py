@@ -1,0 +1,258 @@
+"""What each of the trainers gets so that nothing is lost: whole checkpoints, counters that go on, finite steps.
+
+A checkpoint holds safetensors and JSON alone, so that reading one runs no code, and no training arguments, which hold
+tokens in clear. transformers writes it, into a folder that is not yet called a checkpoint; see checkpoint.py.
+"""
+
+import copy
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer
+
+from smolvlm_exp.runs.checkpoint import SAVING, keep_last, one_error, seal
+from smolvlm_exp.runs.resume_check import IDENTITY
+from smolvlm_exp.training.nan_guard import FiniteGuard
+from smolvlm_exp.training.state_files import load_tree, save_tree
+from smolvlm_exp.utils.distributed import whole
+from smolvlm_exp.utils.errors import RunError
+from smolvlm_exp.utils.files import write_json
+
+PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+
+
+def reliable(kind: Any) -> Any:
+    """A trainer class with `Reliable` before it."""
+    return type(kind.__name__, (Reliable, kind), {})
+
+
+class Reliable(Trainer):
+    """Comes before any of the trainers among a class's bases.
+
+    Attributes:
+        identity: what a checkpoint says of its run; see same_run.py.
+        resumed_at: the step that training began at.
+        guard: see finite.py.
+    """
+
+    _metrics: Any  # TRL's
+    _total_train_tokens: Any
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # transformers would look at every loss as it comes, wait for it, and hide those that are no number
+        kwargs["args"].logging_nan_inf_filter = False
+        super().__init__(*args, **kwargs)
+        self.identity: dict[str, Any] = {}
+        self.resumed_at = 0
+        self.saving: Path | None = None
+        self.step_loss: Any = 0.0
+        self.guard = FiniteGuard(3, self.rows_of)
+
+    # Random numbers: a resumed run makes its loaders anew, so none of them may draw from the run's own
+
+    def get_train_dataloader(self) -> Any:
+        loader: Any = super().get_train_dataloader()
+        for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's wrapper, and what it wraps
+            each.generator = torch.Generator()
+        return loader
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        with torch.random.fork_rng(devices=[]):
+            return super().evaluate(*args, **kwargs)
+
+    # Steps
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.step_loss = self.step_loss + loss
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The last thing before `optimizer.step()`, which does nothing where the norm or the loss is not finite."""
+        norm = whole(super()._get_grad_norm(model, grad_norm))
+        finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device) + self.step_loss)
+        finite = self.accelerator.gather(finite[None]).all()  # a loss may differ between processes
+        self.step_loss = 0.0
+        self.guard.judge(self.state.global_step + 1, finite, model, self.optimizer)
+        return norm
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        self.guard.hear(wait=True)
+        if "loss" in logs:
+            self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves what is not finite as it is
+        super().log(logs, start_time)
+
+    def rows_of(self, step: int) -> list[int]:
+        """The row numbers of an optimiser step, in this process; steps count from 1."""
+        loader: Any = self.callback_handler.train_dataloader
+        batches, accumulate = copy.deepcopy(loader.batch_sampler), self.args.gradient_accumulation_steps
+        epoch, at = divmod(step - 1, math.ceil(len(batches) / accumulate))
+        if hasattr(batches.sampler, "set_epoch"):
+            batches.sampler.set_epoch(epoch)
+        units = list(batches)[at * accumulate : (at + 1) * accumulate]
+        return [int(row) for unit in units for row in unit]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing after the last step: a run that was killed between it and its end would take one more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
+    # Saving
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self.guard.hear(wait=True)
+        folder = Path(super()._get_output_dir(trial))
+        final = folder / f"checkpoint-{self.state.global_step}"
+        staging = folder / SAVING / final.name
+        try:
+            with one_error(folder.parent):
+                if self.args.should_save:
+                    shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a save that was cut short
+                    staging.mkdir(parents=True)
+                self.accelerator.wait_for_everyone()
+                self.saving = staging.parent
+                super()._save_checkpoint(model, trial)
+                self.accelerator.wait_for_everyone()
+                if self.args.should_save:
+                    self.seal_checkpoint(staging, final)
+                self.accelerator.wait_for_everyone()
+        finally:
+            self.saving = None
+            if self.args.should_save:
+                shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+    def seal_checkpoint(self, staging: Path, final: Path) -> None:
+        """What transformers wrote becomes a checkpoint, and those that are too many go."""
+        if self.state.best_global_step:
+            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
+            self.state.save_to_json(str(staging / "trainer_state.json"))
+        write_json(staging / IDENTITY, self.identity)
+        seal(staging, final)
+        keep_last(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+    def _get_output_dir(self, trial: Any) -> str:
+        return str(self.saving) if self.saving else super()._get_output_dir(trial)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """What learns, and no training_args.bin: it is a pickle, and holds tokens in clear."""
+        model: Any = self.accelerator.unwrap_model(self.model)
+        model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """None beside checkpoints: TRL's would be one more file that a kill can cut short."""
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if self.sharded:
+            super()._save_optimizer_and_scheduler(output_dir)
+        elif self.args.should_save:
+            save_tree(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())  # type: ignore[union-attr]
+            save_tree(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        """Random states, and what has been counted since the last log: each process has its own."""
+        states = {"random": random_states(self.args.device), "counters": self.counters()}
+        save_tree(self.own_file(output_dir), states)
+
+    # Going on
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        """Raises:
+        RunError: there is a pickle, or the weights are others than the model's (what `resume_allow` let through).
+        """
+        found = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
+        if found and not self.sharded:
+            raise RunError(
+                f"{resume_from_checkpoint} holds {found}: no checkpoint of ours does, and no pickle is read."
+            )
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (RuntimeError, ValueError, KeyError) as error:
+            raise RunError(
+                f"{resume_from_checkpoint} does not fit this model: {str(error).splitlines()[0]}\n"
+                "resume_allow cannot make it: go on with the adapter and model that the run had."
+            ) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is None or self.sharded:
+            super()._load_optimizer_and_scheduler(checkpoint)
+            return
+        self.resumed_at = self.state.global_step
+        self.optimizer.load_state_dict(load_tree(Path(checkpoint) / "optimizer.safetensors"))  # type: ignore[union-attr]
+        self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        """Called once, right before the first step."""
+        if checkpoint is None:
+            return
+        mine = self.own_file(checkpoint)
+        if not mine.is_file():  # it was made by fewer processes: same_run.goes_on_alike
+            mine = mine.with_name("process-0.safetensors")
+        states = load_tree(mine)
+        set_random_states(states["random"], self.args.device)
+        self.count_on(states["counters"])
+
+    @property
+    def sharded(self) -> bool:
+        """Whether another library writes the optimizer's state, in parts."""
+        return self.is_fsdp_enabled or self.is_deepspeed_enabled
+
+    def own_file(self, checkpoint: str) -> Path:
+        return Path(checkpoint) / f"process-{self.args.process_index}.safetensors"
+
+    def counters(self) -> dict[str, Any]:
+        """What transformers, TRL and the engine have added up: in a resumed run it goes on, and is logged as whole."""
+        return {
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "tokens": self._total_train_tokens,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "shares": list(getattr(self, "shares", {}).get("train", [])),
+            "left_out": self.guard.left_out,
+        }
+
+    def count_on(self, counters: dict[str, Any]) -> None:
+        """Undoes `counters`."""
+        self._tr_loss = counters["loss"].to(self.args.device)
+        self._total_loss_scalar = counters["total_loss"]
+        self._globalstep_last_logged = counters["last_logged"]
+        self._total_train_tokens = on_device(counters["tokens"], self.args.device)
+        self._metrics["train"].clear()
+        for name, values in counters["metrics"].items():
+            self._metrics["train"][name] += [on_device(value, self.args.device) for value in values]
+        if hasattr(self, "shares"):
+            self.shares["train"][:] = counters["shares"]
+        self.guard.left_out = counters["left_out"]
+
+
+def on_device(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def random_states(device: torch.device) -> dict[str, Any]:
+    """Of Python, NumPy, torch and the GPU."""
+    import random
+
+    import numpy as np
+
+    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
+    return {**states, "cuda": gpu}
+
+
+def set_random_states(states: dict[str, Any], device: torch.device) -> None:
+    import random
+
+    import numpy as np
+
+    random.setstate(states["python"])
+    np.random.set_state(states["numpy"])
+    torch.set_rng_state(states["torch"])
+    if device.type == "cuda" and states["cuda"] is not None:
+        torch.cuda.set_rng_state(states["cuda"], device)

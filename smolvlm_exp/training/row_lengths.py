@@ -1,0 +1,164 @@
+"""How long a data set's rows will be, for `task=plan`: looked at where the data is on this disk, assumed elsewhere.
+
+Nothing is prepared and no picture is decoded: a header tells how many tiles it becomes.
+"""
+
+import io
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.data.preferences import DataConfig, text_of
+from smolvlm_exp.models.model import EMBEDDED, ModelConfig, Shape
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.fields import above, at_least
+
+LOOKED_AT = 256  # rows, evenly spaced
+LETTERS = 3.5  # a token, where no tokenizer is on this disk: English prose has 4 to 4.5
+TEMPLATE, ANSWER_END, QUESTION = 12, 2, 40  # tokens of the chat template, behind an answer, of an assumed question
+TAG, PLAIN_TAG = 2, 10  # tokens before a tile: two of them, or `<row_1_col_1>` in pieces
+HUB_ROWS = {"rlaif_v": {"train": 78_975, "test": 4_157}, "rlhf_v": {"train": 5_733}}  # of the default data.id
+
+
+@dataclass
+class PlanConfig:
+    """What `task=plan` assumes of data that is not on this disk, and of the card."""
+
+    picture: str = "512x384"  # width x height of most pictures; the largest are taken to be square
+    answer_tokens: int = at_least(1, 100)  # of most answers; the longest are taken to be twice as long
+    rows: int | None = at_least(1, None)  # of the data set, where they are not known
+    matmul_tflops: float | None = above(
+        0, None
+    )  # of your card, in bfloat16, for its seconds; null: the reference card's
+
+
+@dataclass
+class Lengths:
+    sizes: list[tuple[int, int, int, int]]  # tokens of prompt, chosen, rejected, and tiles: rows or a sample of them
+    rows: int | None  # of the data set
+    told: str  # where these numbers come from
+
+
+def lengths(data: DataConfig, model: ModelConfig, asked: PlanConfig) -> Lengths:
+    """
+    Raises:
+        RequestError: the data is on this disk and cannot be read, or task.picture is no size.
+    """
+    assert model.shape is not None
+    if is_local(data):
+        return looked_at(data, model, model.shape)
+    typical = tiles_of(*picture_size(asked.picture), model.shape, data.max_edge)
+    largest = tiles_of(data.max_edge, data.max_edge, model.shape, data.max_edge)
+    prompts = [span(tiles, model.shape) + TEMPLATE + QUESTION for tiles in (typical, largest)]
+    short, long = (times * asked.answer_tokens for times in (1, 2))
+    # One row in ten is of the longest: enough of them to fill any micro-batch.
+    sizes = [*[(prompts[0], short, short, typical)] * 9, (prompts[1], long, long, largest)] * 256
+    told = (
+        f"assumed rows: a picture of {asked.picture} ({typical} tiles, {typical * model.shape.image_seq_len:,} tokens) "
+        f"and answers of {short} tokens; the longest have {largest} tiles and answers of {long} tokens "
+        "(task.picture, task.answer_tokens)"
+    )
+    return Lengths(sizes, asked.rows or hub_rows(data), told)
+
+
+def is_local(data: Any) -> bool:
+    """Whether the source reads what is on this disk alone."""
+    if hasattr(data, "id"):
+        return Path(data.id).expanduser().is_dir()
+    return True
+
+
+def looked_at(data: DataConfig, model: ModelConfig, shape: Shape) -> Lengths:
+    """The sizes of some of the data set's own rows."""
+    from datasets import disable_progress_bars
+
+    from smolvlm_exp.data.images import read
+    from smolvlm_exp.data.loading import undecoded
+
+    disable_progress_bars()
+    count: int | None = getattr(data, "train_rows", None)  # drawn ones: as many as are looked at will do
+    drawn: dict[str, Any] = {} if count is None else {"train_rows": min(count, LOOKED_AT)}
+    rows = import_module(f"smolvlm_exp.data.sources.{data.source}").load(replace(data, **drawn), data.train)
+    step = max(len(rows) // LOOKED_AT, 1)
+    tokens, counted = token_counter(model)
+    sizes = []
+    for row in undecoded(rows.select(range(0, len(rows), step)), ["images", "prompt", "chosen", "rejected"]):
+        try:
+            tiles = [tiles_of(*header(read(entry)), shape, data.max_edge) for entry in row["images"] or []]
+        except (OSError, ValueError):
+            continue  # a bad row: the run itself will say so
+        prompt = sum(span(count, shape) for count in tiles) + TEMPLATE + tokens(text_of(row["prompt"]))
+        chosen, rejected = (tokens(text_of(row[side])) + ANSWER_END for side in ("chosen", "rejected"))
+        sizes.append((prompt, chosen, rejected, sum(tiles)))
+    if not sizes:
+        raise RequestError(f"data={data.source}: none of its rows in data.train={data.train} can be read.")
+    longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected, _ in sizes)
+    told = (
+        f"rows: {len(sizes)} of data={data.source}, the longest {longest:,} tokens, "
+        f"at most {max(size[3] for size in sizes)} tiles ({counted})"
+    )
+    return Lengths(sizes, count or len(rows), told)
+
+
+def header(data: bytes) -> tuple[int, int]:
+    """Width and height of a picture."""
+    from PIL import Image
+
+    from smolvlm_exp.data.images import FORMATS
+
+    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        return image.size
+
+
+def tiles_of(width: int, height: int, shape: Shape, max_edge: int) -> int:
+    """Tiles of a picture: transformers' Idefics3ImageProcessor.get_number_of_image_patches, in a few lines."""
+    shrink = min(max_edge / max(width, height), 1.0)
+    width, height = max(round(width * shrink), 1), max(round(height * shrink), 1)
+    short = int(shape.longest_edge * min(width, height) / max(width, height))
+    across, down = (math.ceil(max(edge + edge % 2, 1) / shape.image_size) for edge in (shape.longest_edge, short))
+    return across * down + 1 if across * down > 1 else 1
+
+
+def span(tiles: int, shape: Shape) -> int:
+    """Tokens of a picture, its tags included."""
+    tag = PLAIN_TAG if shape.global_image_token_id is None else TAG
+    return tiles * (shape.image_seq_len + tag) + math.isqrt(tiles) + 2
+
+
+def picture_size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise RequestError(f"task.picture={text} is no size; write it as 512x384.")
+    return int(width), int(height)
+
+
+def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
+    """A function that counts a text's tokens, and how it does, in words."""
+    from huggingface_hub import try_to_load_from_cache
+    from tokenizers import Tokenizer
+
+    folder = EMBEDDED if model.id == "embedded" else Path(model.id).expanduser()
+    file: Any = folder / "tokenizer.json"
+    if not file.is_file():
+        file = try_to_load_from_cache(model.id, "tokenizer.json", revision=model.revision) if "/" in model.id else None
+    if not isinstance(file, (str, Path)):
+        return lambda text: math.ceil(len(text) / LETTERS), f"a token counted for each {LETTERS} letters"
+    tokenizer = Tokenizer.from_file(str(file))
+    return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "the model's own tokenizer"
+
+
+def hub_rows(data: DataConfig) -> int | None:
+    """How many rows `data.train` names, where the size of the data set is known."""
+    from datasets import ReadInstruction
+
+    splits, kind = HUB_ROWS.get(data.source), type(data)
+    if splits is None or getattr(data, "id", None) != getattr(kind, "id", None):
+        return None
+    try:
+        spans = ReadInstruction.from_spec(data.train).to_absolute(splits)
+    except ValueError as error:
+        raise RequestError(f"data.train={data.train}: {error}") from error
+    return sum((splits[s.splitname] if s.to is None else s.to) - (s.from_ or 0) for s in spans)
