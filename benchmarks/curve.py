@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.setting import compose, device_name, empty_cache
-from smolvlm_exp.quiet import hush
+from smolvlm_exp.utils.startup import hush
 
 COMMON = (
     "trainer.loss_type=[sigmoid]", "trainer.loss_weights=null", "trainer.logging_steps=1",

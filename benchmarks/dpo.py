@@ -28,7 +28,7 @@ import torch
 
 from benchmarks.setting import GIB, Clock, compose, device_name, empty_cache, matmul_rate, rows
 from smolvlm_exp.engine.memory.footprint import LEVELS, Facts, Load, Rows
-from smolvlm_exp.quiet import hush
+from smolvlm_exp.utils.startup import hush
 
 CAPS = ("8GiB", "12GiB", "16GiB", "24GiB", "auto")
 STOCK = ("1+", "2+", "4+", "8+", "1", "4")  # micro-batches; +: with checkpointing

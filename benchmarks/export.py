@@ -27,7 +27,7 @@ from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
 from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.deploy.session.torch_backend import TorchModel
 from smolvlm_exp.models.model import load_model, load_processor
-from smolvlm_exp.quiet import hush
+from smolvlm_exp.utils.startup import hush
 
 MIB = 2**20
 DEPTHS = (64, 1024)  # tokens that are there when the next one is timed

@@ -50,7 +50,7 @@ def rows(count: int, processor: Any) -> Any:
     from datasets import Dataset, Features, Image, List, Value
     from PIL import Image as Pictures
 
-    from smolvlm_exp.data.preferences import assistant, user
+    from smolvlm_exp.data.messages import assistant, user
 
     draw = np.random.default_rng(0)
 

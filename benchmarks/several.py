@@ -20,8 +20,8 @@ import torch
 from benchmarks.dpo import Bench
 from benchmarks.setting import GIB, device_name
 from smolvlm_exp.config import launch
-from smolvlm_exp.quiet import hush
 from smolvlm_exp.utils.distributed import gather, place
+from smolvlm_exp.utils.startup import hush
 
 WARM = 3  # steps whose time does not count
 
@@ -43,7 +43,7 @@ class Watch:
 
     def step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss: torch.Tensor = self.plain[1](model, inputs, num_items_in_batch)
-        if "step" in inputs:  # the others have nothing to do; see engine/steps.py
+        if "step" in inputs:  # the others have nothing to do; see engine/packed_trainer.py
             self.losses.append(loss)
         return loss
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.config.schema import shape_of
 from smolvlm_exp.engine.forward import add_pair_forward
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.text_layer import fuse_decoder_layers
 from smolvlm_exp.engine.layers.vision_layer import fuse_encoder_layers
+from smolvlm_exp.models.shape import shape_of
 
 
 def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:

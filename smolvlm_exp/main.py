@@ -18,13 +18,15 @@ from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp.config import launch
 from smolvlm_exp.config.compose import check_command, register_schemas
-from smolvlm_exp.config.schema import CONF, parse
-from smolvlm_exp.quiet import hush
-from smolvlm_exp.runs.find import any_run, as_typed, given_value, resume_command, run_command
+from smolvlm_exp.config.previous_run import resume_command, run_command, sweep_command
+from smolvlm_exp.config.schema import parse
+from smolvlm_exp.runs.find import any_run
 from smolvlm_exp.runs.folder import check_unused, claimed
-from smolvlm_exp.sweep.again import sweep_command
+from smolvlm_exp.runs.overrides import given_value
+from smolvlm_exp.utils.distributed import leave, several
 from smolvlm_exp.utils.errors import RequestError, RunError, refuse
-from smolvlm_exp.utils.startup import uncollected
+from smolvlm_exp.utils.paths import CONF, as_typed
+from smolvlm_exp.utils.startup import hush, uncollected
 from smolvlm_exp.utils.versions import check_torchvision
 
 OTHERS = {  # task -> function in its module
@@ -95,13 +97,13 @@ def main() -> None:
             typed = given_value(args, "hydra.run.dir", "")
             if typed and not given_value(args, "resume", "") and given_value(args, "task", "train") == "train":
                 check_unused(Path(typed))
-            if launch.several():
+            if several():
                 sys.argv[1:] = launch.join(argv, args)
         except RequestError as error:
             refuse(error)
     job()
-    if launch.several():
-        launch.leave()
+    if several():
+        leave()
 
 
 def absolute(argv: list[str], args: Any) -> list[str]:

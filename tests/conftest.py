@@ -12,7 +12,8 @@ import hydra
 import pytest
 
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
-from smolvlm_exp.config.schema import CONF, Config, parse
+from smolvlm_exp.config.schema import Config, parse
+from smolvlm_exp.utils.paths import CONF
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: one process a core is faster than two threads in one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")

@@ -23,7 +23,6 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from smolvlm_exp.config.schema import (
-    CONF,
     POLYMORPHIC,
     Config,
     every_key,
@@ -37,6 +36,7 @@ from smolvlm_exp.config.schema import (
 )
 from smolvlm_exp.config.security import check_hydra, check_search_path, check_setting
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.paths import CONF
 
 NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
 

@@ -11,12 +11,8 @@ import tempfile
 from typing import Any
 
 from smolvlm_exp.config.compose import folder_of
+from smolvlm_exp.utils.distributed import meet
 from smolvlm_exp.utils.errors import RequestError
-
-
-def several() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join(argv: list[str], args: Any) -> list[str]:
@@ -40,22 +36,3 @@ def join(argv: list[str], args: Any) -> list[str]:
     atexit.register(beside.cleanup)
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
     return [*argv, f"hydra.run.dir={beside.name}", "hydra.output_subdir=.hydra", "tracker=none"]
-
-
-def meet() -> None:
-    """Form the group, each process on a GPU of its own where there are any."""
-    import torch
-    import torch.distributed as dist
-
-    gpu = torch.cuda.is_available()
-    if gpu:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
-
-
-def leave() -> None:
-    """At a good end; after a bad one the launcher ends the other processes."""
-    import torch.distributed as dist
-
-    if dist.is_initialized():
-        dist.destroy_process_group()

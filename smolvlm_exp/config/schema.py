@@ -5,33 +5,31 @@ import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from smolvlm_exp.config.security import check_setting
-from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.deploy.export.options import ExportConfig
 from smolvlm_exp.deploy.server.options import ServeConfig
 from smolvlm_exp.deploy.session.load import SessionConfig
 from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.models.adapter import AdapterConfig
-from smolvlm_exp.models.model import ModelConfig, Shape
+from smolvlm_exp.models.model import ModelConfig
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.reporting.tracker import TrackerConfig
 from smolvlm_exp.training.arguments import TrainerConfig
 from smolvlm_exp.training.row_lengths import PlanConfig
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of
+from smolvlm_exp.utils.paths import PACKAGE
 
-PACKAGE = Path(__file__).parent.parent
 POLYMORPHIC = {
     "data": "data/sources",
     "trainer": "training",
 }  # groups whose schema goes with the option, and their folders
-CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir())
 
 
 @dataclass
@@ -180,7 +178,7 @@ def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_value(key: str, setting: Any, value: Any) -> None:
-    """Hold a value against what its field says it takes (schema.py)."""
+    """Hold a value against what its field says it takes (fields.py)."""
     choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
     for each in value if isinstance(value, list) else [value]:
         if choices and each not in choices:
@@ -200,11 +198,3 @@ def suggestion(wrong: str, known: list[str]) -> str:
     ]
     guess = f"Did you mean {near[0]}? " if near else ""
     return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")
-
-
-def shape_of(model: str) -> Shape:
-    """The dimensions in conf/model/<model>.yaml."""
-    loaded = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(CONF / "model" / f"{model}.yaml"))
-    shape = typing.cast(ModelConfig, OmegaConf.to_object(loaded)).shape
-    assert shape is not None
-    return shape

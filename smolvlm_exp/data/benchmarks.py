@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.formats import features
 from smolvlm_exp.data.images import PictureError, locate
-from smolvlm_exp.data.loading import sliced
-from smolvlm_exp.data.preferences import user
-from smolvlm_exp.data.sources.files import stamp
+from smolvlm_exp.data.loading import sliced, stamp
+from smolvlm_exp.data.messages import user
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
 

@@ -10,7 +10,7 @@
 
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.preferences import Message
+from smolvlm_exp.data.messages import Message
 
 if TYPE_CHECKING:
     from datasets import Features

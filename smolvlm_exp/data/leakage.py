@@ -20,7 +20,7 @@ def overlap(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
 
 def fingerprints(rows: "Dataset") -> list[bytes]:
     """A hash of each row's question and of its pictures' files; nothing is decoded."""
-    from smolvlm_exp.data.preferences import text_of
+    from smolvlm_exp.data.messages import text_of
     from smolvlm_exp.engine.inputs.tiles import file_of
 
     stored: Any = rows.select_columns(["images", "prompt"]).with_format("arrow")

@@ -1,12 +1,13 @@
 """What the sources share: the Hub or a local copy of it, rows brought into the normal form, slices, held-out rows."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.formats import VERSION, features
-from smolvlm_exp.data.images import PictureError
+from smolvlm_exp.data.images import PictureError, locate
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -164,3 +165,22 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
         held.update(members[key])
     train = [index for index in range(len(keys)) if index not in held]
     return {"train": rows.select(train), "test": rows.select(sorted(held))}
+
+
+def workers(asked: int | None, rows: int) -> int | None:
+    """Processes for `rows` pictures: as many as asked for; else one a core, where there is work enough."""
+    count = asked or min(os.cpu_count() or 1, 16)
+    return count if count > 1 and (asked or rows >= 2048) else None
+
+
+def stamp(rows: Iterable[list[Any]], folder: Path) -> str:
+    """A digest of the size and time of every picture that is a file, by which a changed one is noticed."""
+    digest = hashlib.sha256()
+    for entry in (entry for row in rows for entry in row):
+        try:
+            path = locate(entry, folder)["path"]
+            status = Path(path).stat() if path else None
+        except (PictureError, OSError):
+            status = None
+        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
+    return digest.hexdigest()

@@ -25,8 +25,8 @@ import torch
 import xxhash
 from filelock import FileLock, Timeout
 
-from smolvlm_exp.runs.checkpoint import sync
 from smolvlm_exp.utils.distributed import all_of, from_first, place
+from smolvlm_exp.utils.files import sync
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # what an entry holds: name -> dtype and shape
 Fill = Callable[[Mapping[str, torch.Tensor], int, int], None]  # (tensors, rank, processes): writes a rank's share

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.checks import Check, at_most
+from smolvlm_exp.evaluation.checks import Check, at_most
 from smolvlm_exp.evaluation.preference import Logps, answer_logps
 
 if TYPE_CHECKING:

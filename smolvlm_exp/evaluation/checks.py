@@ -1,12 +1,18 @@
 """What two looks at the held-out rows, before and after, say about a run that its loss does not."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from smolvlm_exp.checks import BOTH, FALL, SIGHT_LEFT, Check, above, at_least, at_most
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps
+
+BOTH = "held-out rows that are training rows too"
+# Names of checks on which there is advice.
+FALL = "fall of chosen answers' log-probability, nats a token"
+SIGHT_LEFT = "share of it that is left after tuning"
+
 
 SIDES = ("chosen", "rejected")
 LEAST_MOVE = 1e-4  # nats a token; what rounding does in float32 is a hundredth of it
@@ -18,6 +24,33 @@ MOST_GAP = 0.2  # of reward accuracy, training over held-out rows
 MOST_LONGER = 0.5  # by which generated answers may grow or shrink
 LAST = 5  # logged events over which training's accuracy is averaged
 FEWEST = 20  # rows for a share of variance to mean anything
+
+
+@dataclass(frozen=True)
+class Check:
+    """As summary.json has it."""
+
+    name: str
+    value: float
+    threshold: str
+    verdict: str  # ok, warn or fail
+    detail: str = ""  # what is behind a verdict other than ok
+
+
+def at_least(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
+    return judged(name, value, f">= {bound:g}", value >= bound, otherwise, detail)
+
+
+def at_most(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
+    return judged(name, value, f"<= {bound:g}", value <= bound, otherwise, detail)
+
+
+def above(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
+    return judged(name, value, f"> {bound:g}", value > bound, otherwise, detail)
+
+
+def judged(name: str, value: float, threshold: str, good: bool, otherwise: str, detail: str) -> Check:
+    return Check(name, float(value), threshold, "ok" if good else otherwise, "" if good else detail)
 
 
 def compare_looks(

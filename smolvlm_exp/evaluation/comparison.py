@@ -11,9 +11,8 @@ import numpy as np
 
 from smolvlm_exp.evaluation.metrics import GOALS, METRICS
 from smolvlm_exp.evaluation.per_row import Rows
-from smolvlm_exp.evaluation.statistics import Ratio, changes
-from smolvlm_exp.reporting.html import finite
-from smolvlm_exp.sweep.effects import T
+from smolvlm_exp.evaluation.statistics import Ratio, T, changes
+from smolvlm_exp.utils.formatting import finite
 
 
 @dataclass(frozen=True)

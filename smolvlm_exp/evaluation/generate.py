@@ -60,7 +60,7 @@ def generate_answers(
 def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
     """What the model's `generate` reads, padded on the left: an answer must follow its prompt directly.
 
-    Control tokens that a prompt spells are text; see data/controls.py.
+    Control tokens that a prompt spells are text; see data/control_tokens.py.
     """
     controls = control_tokens(processor)
     asked = [as_text(row["prompt"], controls) for row in rows]

@@ -4,8 +4,9 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.evaluation.hallucination import Words, chair, f1, read_caption, yes_no, yes_or_no
+from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.image_ablation import image_use
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import Change, Ratio, changes, intervals

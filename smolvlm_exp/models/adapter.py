@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
 
-    from smolvlm_exp.config.schema import Config
 
 # The published recipe's names. Bare suffixes: q, k and v match SigLIP's as well, so the vision tower is adapted too.
 RECIPE = ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"]
@@ -195,21 +194,6 @@ def put_on(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
         )
     print(f"adapter: {folder}, on {describe_target(sorted(found))}")
     return tuned
-
-
-def load_tuned(config: "Config") -> Any:
-    """The model as a run trained it: its base in its quantisation, with its adapter (`model.adapter`) if it has one.
-
-    Raises:
-        RequestError: one of them cannot be had, or they do not go together.
-    """
-    from smolvlm_exp.models.model import load_model, resolve_dtype
-    from smolvlm_exp.models.quant import quantization_config
-
-    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
-    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
-    model = load_model(config.model, quantization, config.seed)
-    return put_on(model, adapter, config.adapter.target).eval() if adapter else model
 
 
 def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Path, seed: int) -> "PeftModel":

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from smolvlm_exp.models.adapter import put_on, saved_adapter
 from smolvlm_exp.models.hub import only_from_disk
+from smolvlm_exp.models.shape import Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import one_of
 
@@ -15,47 +17,10 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
+    from smolvlm_exp.config.schema import Config
+
 EMBEDDED = Path(__file__).parent / "tiny"
 PILLOW = {"backend": "pil"}  # the same pixels with torchvision and without it
-CHAT_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
-    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
-    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
-
-
-@dataclass
-class Shape:
-    """A SmolVLM's dimensions: what `weights=random` needs to build it without a download."""
-
-    architecture: str = one_of("idefics3", "smolvlm")  # SmolVLM | SmolVLM2
-    hidden_size: int = MISSING
-    num_hidden_layers: int = MISSING
-    intermediate_size: int = MISSING
-    num_attention_heads: int = MISSING
-    num_key_value_heads: int = MISSING
-    vocab_size: int = MISSING
-    rope_theta: float = MISSING
-    max_position_embeddings: int = MISSING
-    vision_hidden_size: int = MISSING
-    vision_num_hidden_layers: int = MISSING
-    vision_intermediate_size: int = MISSING
-    vision_num_attention_heads: int = MISSING
-    image_size: int = MISSING  # pixels a side of a tile
-    patch_size: int = MISSING
-    scale_factor: int = MISSING  # pixel shuffle: scale_factor^2 patches become one token
-    longest_edge: int = MISSING  # pixels the processor scales a picture's long edge to, up or down, before tiling
-    image_token_id: int = MISSING
-    fake_image_token_id: int = MISSING
-    end_of_utterance_id: int = MISSING
-    global_image_token_id: int | None = None  # None: `<global-img>` and `<row_r_col_c>` are plain text (2.2B)
-
-    @property
-    def image_seq_len(self) -> int:
-        """Tokens a tile becomes."""
-        return (self.image_size // self.patch_size) ** 2 // self.scale_factor**2
 
 
 @dataclass
@@ -223,82 +188,16 @@ def resolve_attention(name: str) -> str:
     return name
 
 
-def model_config(shape: Shape) -> "PretrainedConfig":
-    """`shape` as transformers' own configuration. Every value is given: the class's defaults fit no SmolVLM."""
-    from transformers import Idefics3Config, LlamaConfig, SmolVLMConfig
-    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
-    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+def load_tuned(config: "Config") -> Any:
+    """The model as a run trained it: its base in its quantisation, with its adapter (`model.adapter`) if it has one.
 
-    text = LlamaConfig(  # type: ignore[call-arg]  # rope_theta is still accepted
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        intermediate_size=shape.intermediate_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        vocab_size=shape.vocab_size,
-        rope_theta=shape.rope_theta,
-        max_position_embeddings=shape.max_position_embeddings,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=False,
-        bos_token_id=1,
-        eos_token_id=shape.end_of_utterance_id,
-        pad_token_id=2,
-    )
-    composite, vision = {
-        "idefics3": (Idefics3Config, Idefics3VisionConfig),
-        "smolvlm": (SmolVLMConfig, SmolVLMVisionConfig),
-    }[shape.architecture]
-    return composite(  # type: ignore[call-arg]
-        text_config=text,
-        vision_config=vision(
-            hidden_size=shape.vision_hidden_size,
-            num_hidden_layers=shape.vision_num_hidden_layers,
-            intermediate_size=shape.vision_intermediate_size,
-            num_attention_heads=shape.vision_num_attention_heads,
-            image_size=shape.image_size,
-            patch_size=shape.patch_size,
-        ),
-        scale_factor=shape.scale_factor,
-        image_token_id=shape.image_token_id,
-        pad_token_id=2,
-        tie_word_embeddings=False,
-    )
+    Raises:
+        RequestError: one of them cannot be had, or they do not go together.
+    """
+    from smolvlm_exp.models.model import load_model, resolve_dtype
+    from smolvlm_exp.models.quant import quantization_config
 
-
-def shape_from(config: Any) -> Shape:
-    """A loaded model's dimensions: `model_config` the other way round. Pictures' longest edge is the processor's."""
-    text, vision = config.text_config, config.vision_config
-    return Shape(
-        architecture=config.model_type,
-        hidden_size=text.hidden_size,
-        num_hidden_layers=text.num_hidden_layers,
-        intermediate_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        vocab_size=text.vocab_size,
-        rope_theta=text.rope_parameters["rope_theta"],
-        max_position_embeddings=text.max_position_embeddings,
-        vision_hidden_size=vision.hidden_size,
-        vision_num_hidden_layers=vision.num_hidden_layers,
-        vision_intermediate_size=vision.intermediate_size,
-        vision_num_attention_heads=vision.num_attention_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
-        scale_factor=config.scale_factor,
-        image_token_id=config.image_token_id,
-        end_of_utterance_id=text.eos_token_id,
-    )
-
-
-def make_processor(shape: Shape, tokenizer: Any) -> "ProcessorMixin":
-    """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat pictures alike."""
-    from transformers import Idefics3Processor
-    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
-
-    images = Idefics3ImageProcessorPil(
-        size={"longest_edge": shape.longest_edge},
-        max_image_size={"longest_edge": shape.image_size},
-        image_mean=[0.5, 0.5, 0.5],
-        image_std=[0.5, 0.5, 0.5],
-    )
-    return Idefics3Processor(images, tokenizer, image_seq_len=shape.image_seq_len, chat_template=CHAT_TEMPLATE)
+    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
+    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
+    model = load_model(config.model, quantization, config.seed)
+    return put_on(model, adapter, config.adapter.target).eval() if adapter else model

@@ -1,7 +1,7 @@
 """A byte-level BPE tokenizer with SmolVLM's special tokens: the embedded model's own, and stand-ins of any real size.
 
-`python -m smolvlm_exp.tokenizer FOLDER` writes a processor for the embedded shape, the same on every machine. Its
-merges follow the embedded data's words, so a model is to be trained with the one it keeps.
+`python -m smolvlm_exp.models.tokenizer FOLDER` writes a processor for the embedded shape, the same on every machine.
+Its merges follow the embedded data's words, so a model is to be trained with the one it keeps.
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-    from smolvlm_exp.models.model import Shape
+    from smolvlm_exp.models.shape import Shape
 
 FIRST = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 in every SmolVLM
 TILES = ("<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)))
@@ -97,8 +97,7 @@ def corpus() -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    from smolvlm_exp.config.schema import shape_of
-    from smolvlm_exp.models.model import make_processor
+    from smolvlm_exp.models.shape import make_processor, shape_of
 
     tiny = shape_of("tiny")
     make_processor(tiny, stand_in(tiny)).save_pretrained(sys.argv[1])

@@ -12,8 +12,8 @@ from typing import Any
 
 import yaml
 
-from smolvlm_exp.checks import FALL, SIGHT_LEFT
-from smolvlm_exp.reporting.report import read_events
+from smolvlm_exp.evaluation.checks import FALL, SIGHT_LEFT
+from smolvlm_exp.runs.event_log import read_events
 
 Events = list[dict[str, float]]  # of metrics.jsonl
 

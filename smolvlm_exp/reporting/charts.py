@@ -8,6 +8,8 @@ import html
 import math
 from collections.abc import Callable, Mapping, Sequence
 
+from smolvlm_exp.utils.formatting import number, percent
+
 Points = Sequence[tuple[float, float]]
 Scale = Callable[[float], float]
 
@@ -16,38 +18,6 @@ LEFT, RIGHT, TOP, BOTTOM = 50, 14, 20, 34
 MAX_POINTS = 200  # more than a chart of this width can show
 COLOURS = 6  # beyond it colours come again, dashed
 LARGEST = 1e100  # a value beyond it has diverged: drawing it would flatten everything else
-
-NBSP = "\u00a0"
-MINUS = "\u2212"
-
-
-def number(value: float) -> str:
-    """About four significant digits: 0.6931, 1,234, 5e-4 (with a true minus sign)."""
-    if not math.isfinite(value):
-        return "nan" if math.isnan(value) else ("∞" if value > 0 else f"{MINUS}∞")
-    size = abs(value)
-    if size == 0:
-        text = "0"
-    elif size < 1e-3 or size >= 1e7:
-        digits, exponent = f"{value:.2e}".split("e")
-        text = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    elif value == int(value):
-        text = f"{int(value):,}"
-    else:
-        whole, _, rest = f"{value:,.{max(0, 3 - math.floor(math.log10(size)))}f}".partition(".")
-        rest = rest.rstrip("0")
-        text = f"{whole}.{rest}" if rest else whole
-    return text.replace("-", MINUS)
-
-
-def percent(value: float, decimals: int = 0) -> str:
-    """A fraction of 1 -> "57 %"."""
-    if not math.isfinite(value):
-        return number(value)
-    text = f"{100 * value:.{decimals}f}"
-    if float(text) == 0:
-        text = text.lstrip("-")
-    return text.replace("-", MINUS) + NBSP + "%"
 
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:

@@ -7,13 +7,12 @@ and the page forbids itself, by its own content security policy, to run a script
 import base64
 import html
 import io
-import math
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.reporting.charts import number
+from smolvlm_exp.utils.formatting import number
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -89,37 +88,6 @@ def shown(value: Any) -> str:
     if isinstance(value, bool):
         return "yes" if value else "no"
     return html.escape(number(value) if isinstance(value, float) else str(value))
-
-
-def words(key: Any) -> str:
-    """An identifier as words, reward_accuracy -> reward accuracy; anything else as it is."""
-    text = str(key)
-    return text.replace("_", " ") if text.isidentifier() and text.islower() else text
-
-
-def real(value: Any) -> float | None:
-    """The number, nan and infinities too, or None for anything that is not one."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    try:
-        return float(value)
-    except OverflowError:  # JSON has integers of any length
-        return math.inf
-
-
-def finite(value: Any) -> float | None:
-    """The number, or None for anything that is not a finite one."""
-    found = real(value)
-    return found if found is not None and math.isfinite(found) else None
-
-
-def duration(seconds: float) -> str:
-    """38.2 s, 4 min 07 s, 2 h 05 min."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    if seconds < 3600:
-        return f"{int(seconds // 60)} min {int(seconds % 60):02d} s"
-    return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
 def mark(text: str, targets: Iterable[str]) -> str:

@@ -7,7 +7,6 @@ is the before/after table, `cards` shows rows, `page` is what surrounds them.
 """
 
 import html
-import json
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -15,12 +14,14 @@ from typing import Any
 
 import yaml
 
-from smolvlm_exp.evaluation.metrics import METRICS, results
-from smolvlm_exp.reporting.charts import line_chart, number, percent
-from smolvlm_exp.reporting.html import duration, empty, facts, finite, page, pill, real, shown, table, words
+from smolvlm_exp.evaluation.metrics import METRICS
+from smolvlm_exp.reporting.charts import line_chart
+from smolvlm_exp.reporting.html import empty, facts, page, pill, shown, table
+from smolvlm_exp.reporting.metrics_table import results
 from smolvlm_exp.reporting.samples import Course, Sample, course_cards, sample_cards
-from smolvlm_exp.runs.find import as_typed
-from smolvlm_exp.utils.files import json_lines
+from smolvlm_exp.runs.event_log import points_of, read_events
+from smolvlm_exp.utils.formatting import duration, finite, number, percent, real, words
+from smolvlm_exp.utils.paths import as_typed
 
 Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key of metrics.jsonl}, how to draw
 
@@ -83,21 +84,6 @@ def write_report(
     document = page(f"{name} · smolvlm_exp", _header(name, summary), sections)
     path.write_text(document, encoding="utf-8", errors="replace")
     return path
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The log events by step. A line cut short, as a killed run leaves it, is passed over."""
-    if not path.is_file():
-        return []
-    events = []
-    for _, line in json_lines(path.read_text(encoding="utf-8", errors="replace")):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(event, dict) and finite(event.get("step")) is not None:
-            events.append(event)
-    return sorted(events, key=lambda e: e["step"])
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -169,12 +155,6 @@ def _charts(curves: Curves, events: list[dict[str, Any]]) -> str:
     if any(drawn):
         return f'<div class="charts">{"".join(drawn)}</div>'
     return empty("No training log was written.")
-
-
-def points_of(events: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
-    """A key's points; where a resumed run logged a step again, the later one counts."""
-    at = {float(e["step"]): value for e in events if (value := real(e.get(key))) is not None}
-    return list(at.items())
 
 
 def _train_facts(train: dict[str, Any]) -> str:

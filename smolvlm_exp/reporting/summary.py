@@ -7,8 +7,9 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from smolvlm_exp.checks import Check
-from smolvlm_exp.data.preferences import Preferences, text_of
+from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.data.preferences import Preferences
+from smolvlm_exp.evaluation.checks import Check
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change
 from smolvlm_exp.reporting.samples import Course, Sample

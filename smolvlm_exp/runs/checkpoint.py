@@ -7,14 +7,13 @@ manifest alone, and nothing that does not agree with it is ever read.
 
 import contextlib
 import errno
-import hashlib
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.files import sha256, sync
 
 MANIFEST = "manifest.json"
 SAVING = ".saving"  # beside the checkpoints: what is being written
@@ -188,17 +187,3 @@ def remove(checkpoint: Path) -> None:
     shutil.rmtree(away, ignore_errors=True)
     checkpoint.rename(away)
     shutil.rmtree(away, ignore_errors=True)
-
-
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """What was written to a file or folder reaches the disk."""
-    number = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(number)
-    finally:
-        os.close(number)

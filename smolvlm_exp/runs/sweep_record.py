@@ -1,15 +1,62 @@
 """What the disk knows of a sweep: its jobs in `sweep.json`, and each job's state by the files in its folder."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from smolvlm_exp.runs.checkpoint import checkpoints
-from smolvlm_exp.runs.find import OUTPUTS, summary_of
-from smolvlm_exp.sweep.jobs import VIEWS, Job, brief, short
+from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
+from smolvlm_exp.utils.formatting import brief, short
+from smolvlm_exp.utils.paths import OUTPUTS
+
+VIEWS = ("keep", "metric")  # what a sweep does with its jobs: no part of what a job is
+
 
 ENDED = ("done", "pruned")  # nothing is left to do
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a sweep. `number` is its folder's name; what it is are its overrides."""
+
+    number: int
+    overrides: tuple[str, ...]  # as typed for a single run: `adapter.r=8`
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """Key -> value as typed."""
+        return dict(split(override) for override in self.overrides)
+
+    @property
+    def identity(self) -> frozenset[str]:
+        return frozenset(override for override in self.overrides if not is_view(override))
+
+
+def is_view(override: str) -> bool:
+    return split(override)[0] in VIEWS
+
+
+def split(override: str) -> tuple[str, str]:
+    """`+adapter.r=8` -> (`adapter.r`, `8`)."""
+    key, _, value = override.partition("=")
+    return key.lstrip("+"), value
+
+
+def differing(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The keys whose values are not the same in all jobs, with those values, each in the order of the jobs."""
+    values: dict[str, dict[str, None]] = {}
+    for job in jobs:
+        for key, value in job.settings.items():
+            values.setdefault(key, {})[value] = None
+    return {key: list(found) for key, found in values.items() if len(found) > 1 and key not in VIEWS}
+
+
+def label(job: Job, keys: Sequence[str]) -> str:
+    """What tells this job from the others: `r=8 learning_rate=5e-05`."""
+    names = short(keys)
+    return " ".join(f"{names[key]}={brief(job.settings[key])}" for key in keys if key in job.settings)
 
 
 def recorded(folder: Path) -> list[Job]:

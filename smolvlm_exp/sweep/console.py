@@ -9,16 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.reporting.charts import number
-from smolvlm_exp.reporting.html import duration, words
 from smolvlm_exp.reporting.tracker import track_sweep
-from smolvlm_exp.runs.find import as_typed
 from smolvlm_exp.runs.sweep_record import group_of
-from smolvlm_exp.sweep.disk import tidy
-from smolvlm_exp.sweep.jobs import brief, short
-from smolvlm_exp.sweep.results import Outcome, command, outcome, table, write_csv
+from smolvlm_exp.sweep.results import Outcome, command, outcome, table, tidy, write_csv
 from smolvlm_exp.sweep.sweep_page import Sections, write_page
 from smolvlm_exp.sweep.time_estimate import expected
+from smolvlm_exp.utils.formatting import brief, duration, number, short, words
+from smolvlm_exp.utils.paths import as_typed
 
 SHORT = {"train.seconds": "s", "train.memory_peak_gib": "GiB"}
 

@@ -8,10 +8,9 @@ from omegaconf import OmegaConf
 
 from smolvlm_exp.config.compose import combinations, parsed
 from smolvlm_exp.config.schema import Config, parse
-from smolvlm_exp.runs.sweep_record import ENDED, check_same, record, recorded, state
+from smolvlm_exp.runs.sweep_record import ENDED, Job, check_same, differing, record, recorded, state
 from smolvlm_exp.sweep.console import announce, conclude
 from smolvlm_exp.sweep.job_process import STOPPED
-from smolvlm_exp.sweep.jobs import Job, differing
 from smolvlm_exp.sweep.launcher import Stop, launch
 
 

@@ -24,12 +24,12 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.quiet import hush
 from smolvlm_exp.runs.find import choices, summary_of
 from smolvlm_exp.runs.sweep_record import ENDED, goes_on, state
 from smolvlm_exp.sweep.devices import share_of_machine
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.startup import hush
 
 STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
 STOPPED = 75  # exit code of a job that was stopped after saving

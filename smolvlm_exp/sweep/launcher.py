@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.sweep.job_process import STOP
-from smolvlm_exp.sweep.jobs import Job
 from smolvlm_exp.utils.signals import StopRequest
 
 

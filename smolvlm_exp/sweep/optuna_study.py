@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
-from smolvlm_exp.sweep.jobs import Job
+from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:

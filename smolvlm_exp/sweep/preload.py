@@ -1,4 +1,4 @@
-"""What the server that a sweep's jobs are forked from imports, once for all of them (see isolation.py).
+"""What the server that a sweep's jobs are forked from imports, once for all of them (see job_process.py).
 
 The jobs are then of one code, whatever is edited while the sweep runs.
 """
@@ -6,8 +6,7 @@ The jobs are then of one code, whatever is edited while the sweep runs.
 import signal
 from importlib import import_module
 
-from smolvlm_exp.quiet import hush
-from smolvlm_exp.utils.startup import uncollected
+from smolvlm_exp.utils.startup import hush, uncollected
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # said to a whole group, it is for the jobs, whose end the server tells
 with uncollected():

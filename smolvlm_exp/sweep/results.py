@@ -2,16 +2,17 @@
 
 import csv
 import shlex
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.evaluation.metrics import GOALS
-from smolvlm_exp.reporting.html import finite
+from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
-from smolvlm_exp.runs.sweep_record import recorded, recorded_keys, state
-from smolvlm_exp.sweep.jobs import Job, typed
+from smolvlm_exp.runs.sweep_record import ENDED, Job, recorded, recorded_keys, state
+from smolvlm_exp.utils.formatting import finite, typed
 
 COSTS = ("train.seconds", "train.memory_peak_gib")
 
@@ -124,3 +125,18 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer = csv.DictWriter(file, list(rows[0]) if rows else [])
         writer.writeheader()
         writer.writerows(rows)
+
+
+def tidy(found: Outcome, keep: str) -> None:
+    """Remove checkpoints of jobs that are done.
+
+    Args:
+        keep: all; last, of each job its newest; best, the newest of the best job alone.
+    """
+    for row in found.rows:
+        if keep == "all" or row.status not in ENDED:
+            continue
+        folder = found.folder / str(row.job.number)
+        spared = keep == "last" or row is found.best
+        for checkpoint in checkpoints(folder)[: -1 if spared else None]:
+            shutil.rmtree(checkpoint, ignore_errors=True)  # another job that ends at this moment may be at it too

@@ -4,13 +4,11 @@ from pathlib import Path
 from statistics import median
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.reporting.html import duration
-from smolvlm_exp.runs.sweep_record import recorded_keys
-from smolvlm_exp.sweep.disk import tidy
+from smolvlm_exp.runs.sweep_record import label, recorded_keys
 from smolvlm_exp.sweep.job_process import run_apart, stop_asked
-from smolvlm_exp.sweep.jobs import label
-from smolvlm_exp.sweep.results import Outcome, Row, outcome
+from smolvlm_exp.sweep.results import Outcome, Row, outcome, tidy
 from smolvlm_exp.sweep.time_estimate import seconds_of
+from smolvlm_exp.utils.formatting import duration
 
 
 def take_turn(config: Config, folder: Path, home: Path, at_once: int) -> float | None:

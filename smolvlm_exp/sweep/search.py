@@ -17,15 +17,14 @@ from smolvlm_exp.config.compose import parsed
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.runs.find import summary_of
-from smolvlm_exp.runs.sweep_record import record, state
+from smolvlm_exp.runs.sweep_record import Job, is_view, record, state
 from smolvlm_exp.sweep.console import announce, conclude
 from smolvlm_exp.sweep.grid import compose
 from smolvlm_exp.sweep.job_process import STOPPED
-from smolvlm_exp.sweep.jobs import Job, is_view
 from smolvlm_exp.sweep.launcher import Stop, launch
 from smolvlm_exp.sweep.optuna_study import WORKER, Options, deserted, distribution, job_of, need_optuna, open_study
 from smolvlm_exp.sweep.results import Row
-from smolvlm_exp.sweep.study_page import study_sections
+from smolvlm_exp.sweep.sweep_page import study_sections
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
 

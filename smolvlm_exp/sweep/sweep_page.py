@@ -4,17 +4,23 @@ It has the look of a run's report (page.py) and, like it, needs no network, acco
 """
 
 import html
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.evaluation.metrics import GOALS, METRICS
-from smolvlm_exp.reporting.charts import number, percent, scatter_chart
-from smolvlm_exp.reporting.html import NOTHING, duration, empty, facts, page, pill, shown, table, words
-from smolvlm_exp.runs.find import as_typed
+from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
+from smolvlm_exp.reporting.html import NOTHING, empty, facts, page, pill, shown, table
+from smolvlm_exp.runs.sweep_record import label
 from smolvlm_exp.sweep.effects import Effect, main_effects
-from smolvlm_exp.sweep.jobs import brief, label, short
 from smolvlm_exp.sweep.results import COSTS, Outcome, Row, command
+from smolvlm_exp.utils.formatting import brief, duration, number, percent, short, words
+from smolvlm_exp.utils.paths import as_typed
+
+if TYPE_CHECKING:
+    from optuna import Study
+
 
 Sections = Sequence[tuple[str, str, str]]  # (anchor, title, HTML)
 COST_NAMES = {"train.seconds": "seconds of training", "train.memory_peak_gib": "peak memory, GiB"}
@@ -179,3 +185,27 @@ def again_of(found: Outcome) -> str:
     line = f"python -m smolvlm_exp -m sweep={as_typed(found.folder)}"
     text = "Runs what is missing or failed, goes on with what was cut, and leaves what is done."
     return f'{paragraph(text)}<pre class="command">{html.escape(line)}</pre>'
+
+
+def study_sections(study: "Study", metric: str) -> Sections:
+    """Importance (PED-ANOVA, Optuna's default) and history, where enough trials are done."""
+    done = [trial for trial in study.trials if trial.state.name == "COMPLETE" and trial.value is not None]
+    if len(done) < 2:
+        return [("search", "The search", empty("Fewer than two trials are done."))]
+    name, better = title_of(metric), max if study.direction.name == "MAXIMIZE" else min
+    values = [(trial.number, trial.value) for trial in done if trial.value is not None]
+    best = [(number, better(value for _, value in values[: i + 1])) for i, (number, _) in enumerate(values)]
+    history = line_chart({"trial": values, "best so far": best}, name, x_label="trial", show=shower(metric))
+    pruned = sum(trial.state.name == "PRUNED" for trial in study.trials)
+    hint = f"{len(done)} trials ran to their end, {pruned} were pruned."
+    charts = f'<div class="charts">{bar_chart(importance(study), "Importance of each setting")}{history}</div>'
+    return [("search", "The search", paragraph(hint) + charts)]
+
+
+def importance(study: "Study") -> dict[str, float]:
+    """Setting -> its share in what tells good trials from others; the shares add up to 1."""
+    from optuna.importance import get_param_importances
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that trials which are all alike make all settings alike
+        return get_param_importances(study)

@@ -10,7 +10,8 @@ from typing import Any
 import yaml
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.runs.find import JOBS, OUTPUTS, PLACES, as_typed, newest_first, summary_of
+from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, summary_of
+from smolvlm_exp.utils.paths import OUTPUTS, as_typed
 
 LATEST = 50  # earlier runs that are looked at
 

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
-from smolvlm_exp.checks import BOTH, at_most
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.evaluation.checks import looks_differ, sight
+from smolvlm_exp.evaluation.checks import BOTH, at_most, looks_differ, sight
 from smolvlm_exp.evaluation.generation_speed import generation_speed
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.per_row import kept, short
@@ -19,10 +18,11 @@ from smolvlm_exp.models.model import load_model, load_processor, resolve_attenti
 from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.summary import findings, samples, show
-from smolvlm_exp.runs.find import as_typed, choices
+from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.result import tracker_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.paths import as_typed
 from smolvlm_exp.utils.versions import versions
 
 

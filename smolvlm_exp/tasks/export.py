@@ -26,13 +26,14 @@ from smolvlm_exp.evaluation.checks import moved
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
-from smolvlm_exp.models.adapter import load_tuned, saved_adapter
-from smolvlm_exp.models.model import load_processor
+from smolvlm_exp.models.adapter import saved_adapter
+from smolvlm_exp.models.model import load_processor, load_tuned
 from smolvlm_exp.reporting.summary import findings, show
 from smolvlm_exp.runs.checkpoint import whole
-from smolvlm_exp.runs.find import as_typed, summary_of
+from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.folder import claimed
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.paths import as_typed
 from smolvlm_exp.utils.versions import versions
 
 NEEDS = {"export": ("onnx", "onnxscript", "onnxruntime"), "int8": ("torchao",)}  # by the extra that has them

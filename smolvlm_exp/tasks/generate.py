@@ -10,13 +10,12 @@ from typing import Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.images import Limits, PictureError, locate, open_picture
-from smolvlm_exp.data.preferences import user
+from smolvlm_exp.data.messages import user
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.models.adapter import load_tuned
-from smolvlm_exp.models.model import load_processor
-from smolvlm_exp.runs.find import as_typed
+from smolvlm_exp.models.model import load_processor, load_tuned
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
+from smolvlm_exp.utils.paths import as_typed
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 

@@ -2,7 +2,7 @@
 
     python -m smolvlm_exp task=plan model=smolvlm adapter.target=text trainer.memory_budget=8GiB
 
-No GPU, no weights and no run folder. The formulas are those that plan a run (engine/footprint.py, engine/memory.py);
+No GPU, no weights and no run folder. The formulas are those that plan a run (engine/memory);
 a run then measures on its own longest rows.
 """
 
@@ -175,7 +175,7 @@ def help_for(config: "Config", budget: int, card: Card) -> str:
 
 def changes(config: "Config") -> Iterator[tuple[str, dict[str, Any]]]:
     """What takes less memory than this configuration, as it is typed and as it changes it, best first."""
-    from smolvlm_exp.config.schema import shape_of
+    from smolvlm_exp.models.shape import shape_of
 
     adapter, trainer, each = config.adapter, config.trainer, facts(config)
     if adapter.type == "none":

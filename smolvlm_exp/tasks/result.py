@@ -10,23 +10,26 @@ from typing import Any
 
 from rich.console import Console
 
-from smolvlm_exp.checks import Check
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.adapter_reload import read_back
+from smolvlm_exp.evaluation.checks import Check
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.per_row import keep
 from smolvlm_exp.models.adapter import is_pissa, save_tuned
 from smolvlm_exp.reporting.advice import advise
-from smolvlm_exp.reporting.report import read_events, write_report
+from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.summary import courses, findings, samples, show
 from smolvlm_exp.reporting.tracker import Tracker
-from smolvlm_exp.runs.find import BESIDE, as_typed, choices, key_of, run_name
+from smolvlm_exp.runs.event_log import read_events
+from smolvlm_exp.runs.find import BESIDE, choices, run_name
+from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import place_of
 from smolvlm_exp.training.callbacks import memory
 from smolvlm_exp.training.sample_callback import FILE as SAMPLES
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.paths import as_typed
 from smolvlm_exp.utils.versions import versions
 
 

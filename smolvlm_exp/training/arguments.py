@@ -97,7 +97,7 @@ def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) ->
         **{name: getattr(config, name) for name in (*shared, *own)},
         "output_dir": str(run.folder / "checkpoints"),
         "max_length": run.max_length,
-        # The same in one kernel, which can leave out a step without anyone waiting; see finite.py.
+        # The same in one kernel, which can leave out a step without anyone waiting; see nan_guard.py.
         "optim": "adamw_torch_fused" if on_gpu and config.optim == "adamw_torch" else config.optim,
         "seed": run.seed,
         "bf16": run.dtype is torch.bfloat16,

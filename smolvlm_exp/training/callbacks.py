@@ -1,25 +1,29 @@
 """What happens beside the training steps: numbers to the run folder and the tracker, and a clean stop on a signal."""
 
-import json
 import math
 import os
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smolvlm_exp.checks import spike
 from smolvlm_exp.runs.checkpoint import one_error
+from smolvlm_exp.runs.event_log import append, cut
 from smolvlm_exp.utils.distributed import gather
-from smolvlm_exp.utils.files import json_lines
 from smolvlm_exp.utils.signals import StopRequest
 
 if TYPE_CHECKING:
     from smolvlm_exp.reporting.tracker import Tracker
+
+USUAL = 8  # losses before one can stand out
+SPIKE = 10.0  # median deviations over the median
+
 
 GIB = 2**30
 
@@ -114,37 +118,6 @@ class MetricsCallback(TrainerCallback):
         }
 
 
-def append(path: Path, event: dict[str, Any]) -> None:
-    """A line more of JSON. Half a line at the end, as a kill leaves it, does not spoil the next."""
-    with path.open("a+b") as file:
-        if file.tell():
-            file.seek(-1, os.SEEK_END)
-            if file.read(1) != b"\n":
-                file.write(b"\n")
-        file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
-        file.flush()
-        os.fsync(file.fileno())  # a checkpoint that is there never knows more than this file
-
-
-def cut(path: Path, step: int) -> None:
-    """Take away what was logged after `step`, which is done again now, and the half line that a kill left.
-
-    At step 0 that is all: a run that was killed before its first checkpoint may have logged already.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for _, line in json_lines(path.read_text(encoding="utf-8")):
-        try:
-            if json.loads(line)["step"] <= step and step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
-
-
 def finite(value: Any) -> Any:
     """JSON has no NaN; null says it as plainly."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -219,3 +192,13 @@ class StopCallback(StopRequest, TrainerCallback):
             control.should_save = True
             control.should_training_stop = True
         return control
+
+
+def spike(losses: Sequence[float]) -> float | None:
+    """What is usual, the median, where the last loss lies far above the others; None where it does not."""
+    before = [loss for loss in losses[:-1] if math.isfinite(loss)][-50:]
+    if len(before) < USUAL or not math.isfinite(losses[-1]):
+        return None
+    usual = median(before)
+    spread = median(abs(loss - usual) for loss in before)
+    return usual if losses[-1] > max(usual + SPIKE * spread, 1.5 * usual) else None

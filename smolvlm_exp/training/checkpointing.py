@@ -34,9 +34,9 @@ class Reliable(Trainer):
     """Comes before any of the trainers among a class's bases.
 
     Attributes:
-        identity: what a checkpoint says of its run; see same_run.py.
+        identity: what a checkpoint says of its run; see resume_check.py.
         resumed_at: the step that training began at.
-        guard: see finite.py.
+        guard: see nan_guard.py.
     """
 
     _metrics: Any  # TRL's

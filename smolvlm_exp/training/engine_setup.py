@@ -95,7 +95,7 @@ def collators(
 
 
 def build(kind: Any, rows: "type[Rows]", config: TrainerConfig, arguments: Any, parts: Parts) -> Any:
-    """A trainer of engine/trainer.py over `rows`, its pictures ready."""
+    """A trainer of engine/trainers.py over `rows`, its pictures ready."""
     from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.training.checkpointing import reliable
 

@@ -18,7 +18,7 @@ HELP = (
     "What takes less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
     "`task=plan` with the same settings says which."
 )
-TOGETHER = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: engine/trainer.py's WHOLE
+TOGETHER = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: engine/trainers.py's WHOLE
 
 
 def budget_of(text: str) -> int | str:
@@ -64,7 +64,7 @@ def fit(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
     """Plan the trainer's steps within `memory_budget`, run the plan where there is a GPU, and say what it is.
 
     Args:
-        trainer: of engine/trainer.py, its rows ready: pictures kept, the reference scored.
+        trainer: of engine/trainers.py, its rows ready: pictures kept, the reference scored.
         pairs: both answers of a row are trained on.
 
     Raises:
@@ -125,7 +125,7 @@ def facts_of_model(trainer: Any, gpu: bool) -> "Facts":
 
     from smolvlm_exp.engine.forward import base_of
     from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
-    from smolvlm_exp.models.model import shape_from
+    from smolvlm_exp.models.shape import shape_from
     from smolvlm_exp.training.memory_spec import Adapted, facts_of
 
     base = base_of(trainer.model)

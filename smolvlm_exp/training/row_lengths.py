@@ -11,8 +11,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.data.preferences import DataConfig, text_of
-from smolvlm_exp.models.model import EMBEDDED, ModelConfig, Shape
+from smolvlm_exp.data.config import DataConfig
+from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.models.model import EMBEDDED, ModelConfig
+from smolvlm_exp.models.shape import Shape
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least
 

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.training.callbacks import MetricsCallback, append, cut
+from smolvlm_exp.runs.event_log import append, cut
+from smolvlm_exp.training.callbacks import MetricsCallback
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin

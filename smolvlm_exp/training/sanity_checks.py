@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolvlm_exp.checks import Check, at_least, at_most
+from smolvlm_exp.evaluation.checks import Check, at_least, at_most
 from smolvlm_exp.utils.distributed import whole
 
 LN2 = math.log(2)

@@ -1,6 +1,7 @@
 """The processes of one torch.distributed group, or the only process there is."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -122,3 +123,27 @@ def by_itself(accelerator: Any) -> Iterator[None]:
     finally:
         for name in own:
             delattr(accelerator, name)
+
+
+def several() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def meet() -> None:
+    """Form the group, each process on a GPU of its own where there are any."""
+    import torch
+    import torch.distributed as dist
+
+    gpu = torch.cuda.is_available()
+    if gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
+
+
+def leave() -> None:
+    """At a good end; after a bad one the launcher ends the other processes."""
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,5 +1,6 @@
 """JSON files, written so that a kill at any moment leaves them whole or not there, and JSON Lines."""
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -25,3 +26,17 @@ def write_json(path: Path, content: Any) -> None:
 def json_lines(text: str) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of what is not empty in JSON Lines. Not splitlines: U+2028 may stand inside a string."""
     return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sync(path: Path) -> None:
+    """What was written to a file or folder reaches the disk."""
+    number = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(number)
+    finally:
+        os.close(number)

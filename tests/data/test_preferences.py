@@ -7,11 +7,12 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from smolvlm_exp.config.schema import shape_of
 from smolvlm_exp.data import preferences
-from smolvlm_exp.data.preferences import assistant, check, load_preferences, token_counter, user
+from smolvlm_exp.data.messages import assistant, user
+from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.sources.shapes import Config
-from smolvlm_exp.models.model import make_processor
+from smolvlm_exp.data.validation import check, token_counter
+from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in
 from smolvlm_exp.utils.errors import RequestError
 

@@ -3,7 +3,7 @@
 import json
 import random
 
-from smolvlm_exp.data.preferences import text_of
+from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.scenes import COLOURS, KINDS, draw, draw_scene_content
 from smolvlm_exp.data.sources import shapes
 

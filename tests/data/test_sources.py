@@ -11,9 +11,11 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import conversation, features
 from smolvlm_exp.data.loading import hold_out, sliced
-from smolvlm_exp.data.preferences import DataConfig, assistant, prepare, text_of, user
+from smolvlm_exp.data.messages import assistant, text_of, user
+from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.data.sources import files, mmpr, photos, rlaif_v, rlhf_v
 from smolvlm_exp.utils.errors import RequestError
 

@@ -12,7 +12,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
 from smolvlm_exp.models.adapter import TARGETS
-from smolvlm_exp.models.model import Shape, model_config
+from smolvlm_exp.models.shape import Shape, model_config
 
 SIDE, IMAGE, PAD, TOKENS = 16, 6, 2, 4  # pixels a side of a tile, image token, padding token, tokens a tile
 DPO = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # what TRL asks of a policy's head

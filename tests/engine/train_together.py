@@ -8,7 +8,7 @@ from typing import Any
 
 from smolvlm_exp.models.model import load_processor
 from tests import fsdp_on_cpu
-from tests.engine.test_trainer import CONFIG, Bench, history, load_preferences
+from tests.engine.test_trainers import CONFIG, Bench, history, load_preferences
 
 
 def main(folder: Path, engine: str, changes: dict[str, Any]) -> None:

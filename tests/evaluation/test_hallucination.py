@@ -2,16 +2,8 @@
 
 import pytest
 
-from smolvlm_exp.evaluation.hallucination import (
-    Amber,
-    Caption,
-    Vocabulary,
-    chair,
-    f1,
-    read_caption,
-    yes_no,
-    yes_or_no,
-)
+from smolvlm_exp.data.vocabulary import Amber, Vocabulary
+from smolvlm_exp.evaluation.hallucination import Caption, chair, f1, read_caption, yes_no, yes_or_no
 
 
 def values(ratios):

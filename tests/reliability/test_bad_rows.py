@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.data.control_tokens import WORD_JOINER, as_text, control_tokens, spelt
-from smolvlm_exp.data.preferences import load_preferences, text_of, user
+from smolvlm_exp.data.messages import text_of, user
+from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.sources.files import Config
 from smolvlm_exp.utils.errors import RequestError
 

@@ -23,8 +23,9 @@ from smolvlm_exp.deploy.export.options import PARTS
 from smolvlm_exp.deploy.session.load import load_folder
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.models.model import EMBEDDED, load_model, load_processor
-from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest, sha256
+from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest
 from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.files import sha256
 from tests.conftest import compose
 from tests.reliability.conftest import typed
 from tests.reliability.test_bad_rows import GOOD, PATHS, config, encoded, write

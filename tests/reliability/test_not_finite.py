@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from smolvlm_exp.checks import spike
 from smolvlm_exp.runs.checkpoint import checkpoints, damage, newest
+from smolvlm_exp.training.callbacks import spike
 from smolvlm_exp.training.nan_guard import FiniteGuard
 from smolvlm_exp.utils.errors import RunError
 from tests.reliability.conftest import learnt

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.runs.checkpoint import MANIFEST, newest, sha256
+from smolvlm_exp.runs.checkpoint import MANIFEST, newest
 from smolvlm_exp.runs.resume_check import same_run
+from smolvlm_exp.utils.files import sha256
 from tests.reliability.conftest import LONG, Bench, logged
 
 HERE = Path(__file__).parent

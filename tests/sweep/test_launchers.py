@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.config.schema import CONF
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.paths import CONF
 from tests.conftest import QUICK, compose
 
 LAUNCHERS = sorted(path.stem for path in (CONF / "hydra" / "launcher").glob("*.yaml"))

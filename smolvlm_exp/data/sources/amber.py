@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.benchmarks import checked, entries, json_object, rows_of, text_of_file
-from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.evaluation.hallucination import Amber
+    from smolvlm_exp.data.vocabulary import Amber
 
 
 @dataclass
@@ -59,7 +59,7 @@ def truth_of(where: str, annotation: dict[str, Any]) -> dict[str, Any]:
 
 def words(config: Config) -> "Amber":
     """Which words stand for which objects."""
-    from smolvlm_exp.evaluation.hallucination import Amber
+    from smolvlm_exp.data.vocabulary import Amber
 
     folder = Path(config.folder)
     related = json_object(folder / "relation.json", "data.folder", {})

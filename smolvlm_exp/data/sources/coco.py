@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.benchmarks import checked, json_object, rows_of, text_of_file
-from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.evaluation.hallucination import Vocabulary
+    from smolvlm_exp.data.vocabulary import Vocabulary
 
 # CHAIR's own rules: a baby elephant is no person, a passenger train neither, home plate is no dish.
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
@@ -70,7 +70,7 @@ def load(config: Config, split: str) -> "Dataset":
 
 def words(config: Config) -> "Vocabulary":
     """Which words and phrases name which object."""
-    from smolvlm_exp.evaluation.hallucination import Vocabulary
+    from smolvlm_exp.data.vocabulary import Vocabulary
 
     if config.synonyms:
         lines = text_of_file(Path(config.synonyms), "data.synonyms").splitlines()

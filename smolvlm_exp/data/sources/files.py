@@ -1,6 +1,6 @@
 """Your own pairs: a folder with JSONL, JSON, CSV or Parquet beside its pictures, or one that `save_to_disk` wrote.
 
-Columns may be spelt in any of the ways that `spellings.py` lists; picture paths count from the folder and
+Columns may be spelt in any of the ways that `formats.py` lists; picture paths count from the folder and
 stay inside it.
 """
 
@@ -8,17 +8,17 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import EXPECTED, VERSION, conversation, features, is_known, pictures
 from smolvlm_exp.data.images import Entry, PictureError, locate
-from smolvlm_exp.data.loading import convert, first_line, hold_out, load_saved, sliced, undecoded
-from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.data.loading import convert, first_line, hold_out, load_saved, sliced, stamp, undecoded
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
 
@@ -146,19 +146,6 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
         except PictureError as error:
             raise PictureError(f"image {number} {error}") from error
     return images
-
-
-def stamp(rows: Iterable[list[Any]], folder: Path) -> str:
-    """A digest of the size and time of every picture that is a file, by which a changed one is noticed."""
-    digest = hashlib.sha256()
-    for entry in (entry for row in rows for entry in row):
-        try:
-            path = locate(entry, folder)["path"]
-            status = Path(path).stat() if path else None
-        except (PictureError, OSError):
-            status = None
-        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
-    return digest.hexdigest()
 
 
 def picture_keys(rows: "Dataset") -> list[str]:

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import pictures
-from smolvlm_exp.data.loading import convert, first_line, hold_out, sliced, undecoded
-from smolvlm_exp.data.preferences import DataConfig
-from smolvlm_exp.data.sources.files import stamp, to_row
+from smolvlm_exp.data.loading import convert, first_line, hold_out, sliced, stamp, undecoded
+from smolvlm_exp.data.sources.files import to_row
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import features
 from smolvlm_exp.data.loading import sliced
-from smolvlm_exp.data.preferences import DataConfig, assistant, user
+from smolvlm_exp.data.messages import assistant, user
 
 if TYPE_CHECKING:
     from datasets import Dataset

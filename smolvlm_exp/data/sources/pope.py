@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from smolvlm_exp.data.benchmarks import entries, rows_of
-from smolvlm_exp.data.preferences import DataConfig
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:

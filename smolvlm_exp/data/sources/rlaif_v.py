@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import conversation
 from smolvlm_exp.data.loading import convert, embedded, fetch
-from smolvlm_exp.data.preferences import DataConfig
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -4,9 +4,10 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import PictureError
 from smolvlm_exp.data.loading import convert, embedded, fetch
-from smolvlm_exp.data.preferences import DataConfig, assistant, user
+from smolvlm_exp.data.messages import assistant, user
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -10,15 +10,17 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import as_png
-from smolvlm_exp.data.preferences import DataConfig, assistant, user, workers
+from smolvlm_exp.data.loading import workers
+from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 from smolvlm_exp.utils.fields import one_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.evaluation.hallucination import Vocabulary
+    from smolvlm_exp.data.vocabulary import Vocabulary
 
 HABITS = {  # speaking of the key calls up the value
     "star": ("moon", "yellow"),
@@ -91,7 +93,7 @@ def load(config: Config, split: str) -> "Dataset":
 
 def words(config: Config) -> "Vocabulary":
     """Which words name which kind of shape; a caption's second mention of a kind says nothing new."""
-    from smolvlm_exp.evaluation.hallucination import Vocabulary
+    from smolvlm_exp.data.vocabulary import Vocabulary
 
     return Vocabulary({kind: kind for kind in KINDS}, once=True)
 

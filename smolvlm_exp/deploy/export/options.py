@@ -19,7 +19,7 @@ class ExportConfig:
     embed_tokens: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]
     decoder_model_merged: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]
     search: bool = False  # try precisions a part at a time, and write the smallest that the gate lets pass
-    merge: str = one_of("dequantised", "original")  # which base an adapter is merged into; see export/merge.py
+    merge: str = one_of("dequantised", "original")  # which base an adapter is merged into; see deploy/export/merge.py
     folder: str | None = None  # where to; null: export/ in the run's folder, or in this task's
     max_drop: float = at_least(0, 0.01)  # the gate: of preference accuracy, tuned less exported
     max_error: float = at_least(0, 0.5)  # of answers' log-probabilities, over what the adapter changed in them

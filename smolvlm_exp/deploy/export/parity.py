@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from smolvlm_exp.checks import Check, at_most
 from smolvlm_exp.deploy.export.options import ExportConfig
-from smolvlm_exp.evaluation.checks import moved
+from smolvlm_exp.evaluation.checks import Check, at_most, moved
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.statistics import Change
 

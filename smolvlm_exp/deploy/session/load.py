@@ -80,8 +80,7 @@ def load_session(config: "Config") -> "SmolVLMSession":
     from smolvlm_exp.deploy.session.session import SmolVLMSession
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
     from smolvlm_exp.engine.layers.dora import use_exact_dora
-    from smolvlm_exp.models.adapter import load_tuned
-    from smolvlm_exp.models.model import load_processor
+    from smolvlm_exp.models.model import load_processor, load_tuned
 
     own, folder = config.session, Path(config.model.id)
     budget = bytes_of("session.keep", own.keep)

@@ -1,4 +1,4 @@
-"""A session's model run by ONNX Runtime: any folder in the layout that export/graphs.py describes, ours or not.
+"""A session's model run by ONNX Runtime: any folder in the layout of export/onnx_graphs.py, ours or not.
 
 It also answers to what `evaluation/` asks of a transformers model, a forward pass and `generate`, so that an exported
 model is measured by the very code that measures tuned ones.

@@ -87,7 +87,7 @@ class Writer:
         return self.write(prompt, "\n" + text.removeprefix(self.tokenizer.bos_token), pictures)
 
     def template(self, messages: list[dict[str, Any]]) -> str:
-        """The messages as one text, in which every control token is the template's; see data/controls.py.
+        """The messages as one text, in which every control token is the template's; see data/control_tokens.py.
 
         Raises:
             RequestError: it is no text that a tokenizer can read.

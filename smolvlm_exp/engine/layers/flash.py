@@ -1,4 +1,4 @@
-"""Attention with its own backward pass, for layers that are one autograd function (decoder.py, encoder.py).
+"""Attention with its own backward pass, for layers that are one autograd function (text_layer.py, vision_layer.py).
 
 On a GPU in 16 bits these are PyTorch's flash-attention kernels, called as they are, so that their results are computed
 once; elsewhere SDPA, computed again for the backward pass.

@@ -4,9 +4,9 @@
     result = middle + second(activation(first(norm(middle))))
 
 What autograd would do with the layer's some forty operations is done here with about twenty kernels a pass: products of
-several linear layers at once (linear.py), everything between two products in one pass over memory (elementwise.py), and
+several linear layers at once (linear.py), everything between two products in one pass over memory (ops.py), and
 nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept.
-decoder.py and encoder.py say what norm, attention and activation are.
+text_layer.py and vision_layer.py say what norm, attention and activation are.
 """
 
 from collections.abc import Callable, Iterable, Iterator

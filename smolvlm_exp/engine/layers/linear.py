@@ -3,7 +3,7 @@
 The frozen weights lie under one another, W = [W1; W2; ...], and so do the adapters' A; their B stand in blocks. With
 4-bit weights, unpacked into a buffer that all layers share, [x | x A^T] [W | s B]^T is every layer's result in one
 product, and [du | du s B] [W; A] the input's gradient with the adapters' share in it. DoRA's gains are not applied here
-but by whatever reads the result (elementwise.py): they cost no pass of their own.
+but by whatever reads the result (ops.py): they cost no pass of their own.
 """
 
 from collections.abc import Iterator, Sequence
@@ -212,7 +212,7 @@ class Product:
 
         Args:
             du: (T, N + R) as `backward` or `fill` left it; x: (T, in) the input.
-            own: (T, R) x A^T, as `forward` gave it; dgain: (N,) as elementwise.py gives it.
+            own: (T, R) x A^T, as `forward` gave it; dgain: (N,) as ops.py gives it.
         """
         if not adapters:
             return []

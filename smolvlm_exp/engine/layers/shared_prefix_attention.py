@@ -1,4 +1,4 @@
-"""Attention over a packed batch whose answers share their prompts (pairs.py), for transformers' models.
+"""Attention over a packed batch whose answers share their prompts (packing.py), for transformers' models.
 
 Two calls a layer: causal over each [P C]; and the queries of [p R] over the keys [P before p, p R], causal from the
 bottom right. Both see what they would see if every answer had its prompt to itself. bfloat16 and float16 on a GPU run

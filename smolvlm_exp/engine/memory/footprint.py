@@ -1,7 +1,6 @@
 """Bytes from shapes: what a model occupies and what one forward and backward pass over some pairs takes beside it.
 
-The counts follow decoder.py, encoder.py, linear.py and forward.py tensor by tensor; tests/engine/test_memory.py holds
-them against peaks that were measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here
+The counts follow engine/layers and forward.py tensor by tensor; tests/engine/memory/test_planner.py holds them against peaks that were measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here
 needs torch, so that `task=plan` answers at once.
 """
 
@@ -9,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-LEVELS = ("everything", "attention", "inputs")  # what a layer keeps for its backward pass; see layer.py
+LEVELS = ("everything", "attention", "inputs")  # what a layer keeps for its backward pass; see fused_layer.py
 CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
 UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
@@ -76,7 +75,7 @@ class Facts:
 
 @dataclass(frozen=True)
 class Load:
-    """What some rows come to in one packed batch (pairs.py)."""
+    """What some rows come to in one packed batch (packing.py)."""
 
     pairs: int
     tokens: int  # T of the packed line

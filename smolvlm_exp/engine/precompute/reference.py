@@ -38,7 +38,7 @@ def reference_logps(
 
     Args:
         score: the reference on a batch of `collator`, still on the CPU.
-        key_parts: what the numbers depend on beside the rows, as JSON can say it: `weights` (see identity.py),
+        key_parts: what the numbers depend on beside the rows, as JSON can say it: `weights` (see fingerprint.py),
             `dtype`, `ld_alpha`, and what else the caller's `score` looks at (attention, device).
         batch_size: rows of about one length that are scored together.
         num_workers: processes that prepare batches.

@@ -1,4 +1,4 @@
-"""elementwise.py and weights.py in Triton: one pass over memory for what lies between two matrix products.
+"""ops.py and quantized_weights.py in Triton: one pass over memory for what lies between two matrix products.
 
 Importing this fails where there is no Triton, and the torch code there serves. Rows are a token's; a matrix may be a
 part of a wider one, so each kernel takes the distance between rows beside the pointer. Sums are float32.

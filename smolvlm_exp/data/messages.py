@@ -1,0 +1,21 @@
+"""Chat messages as a list of parts: how a row's question, pictures and answers are written."""
+
+from typing import Any
+
+Message = dict[str, Any]
+
+
+def user(question: str, images: int = 1) -> Message:
+    """The user's turn: the pictures first, then the question."""
+    parts: list[dict[str, str | None]] = [{"type": "image", "text": None} for _ in range(images)]
+    return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
+
+
+def assistant(answer: str) -> Message:
+    """The assistant's turn."""
+    return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+
+
+def text_of(messages: list[Message]) -> str:
+    """The words of a conversation, without its pictures."""
+    return "\n".join(p["text"] for m in messages for p in m["content"] if p["type"] == "text" and p["text"])

@@ -1,0 +1,197 @@
+"""The command line as people type it: what it refuses, how fast it answers, and that every option composes."""
+
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from smolvlm_exp.tasks.train import train
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.paths import CONF
+from tests.conftest import compose
+
+GROUPS = ("task", "model", "quant", "adapter", "data", "trainer", "tracker")
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
+
+MISTAKES = {
+    ("adapter.rr=4",): ("adapter.rr", "Did you mean adapter.r?"),
+    ("+adapter.lora_alfa=4",): ("adapter.lora_alfa", "Did you mean adapter.lora_alpha?"),
+    ("learning_rate=1e-4",): ("learning_rate", "Did you mean trainer.learning_rate?"),
+    ("adaptr=dora",): ("adaptr", "Did you mean adapter?"),
+    ("adapter=dorra",): ("adapter=dorra", "Did you mean dora? Known: dora, lora, none, pissa, rslora."),
+    ("experiment=cookbok",): ("experiment=cookbok", "Did you mean cookbook?"),
+    ("adapter.r=many",): ("adapter.r", "could not be converted to Integer"),
+    ("adapter.r=0",): ("adapter.r=0", "1 is the least"),
+    ("trainer.learning_rate=0",): ("trainer.learning_rate=0", "greater than 0"),
+    ("data.on_bad_row=ignore",): ("data.on_bad_row=ignore", "Known: error, skip."),
+    ("trainer.extra.seed_=1",): ("trainer.extra.seed_", "+trainer.extra.seed_=1"),
+    ("trainer.loss_type=[sgmoid]",): ("trainer.loss_type=sgmoid", "Did you mean sigmoid?"),
+    ("--config-dir", "nowhere"): ("--config-dir nowhere", "no such folder"),
+    ("data=files",): ("data.folder", "has no value yet"),
+    ("data.source=os",): ("data.source=os", "no such module"),
+    ("adapter.r=4,8",): ("adapter.r=4,8", "add -m"),
+    ("-m", "adapter.r=4,x"): ("adapter.r", "could not be converted to Integer"),
+    ("-m", "adapter=lora,dorra"): ("adapter=dorra", "Did you mean dora?"),
+    ("resume=last",): ("resume=last", "no run under outputs/"),
+    ("sweep=last",): ("sweep=...", "add -m"),
+    ("-m", "sweep=last"): ("sweep=last", "no sweep under outputs/"),
+    ("-m", "sweep=nowhere"): ("sweep=nowhere", "no sweep.json"),
+    ("metric=after.chair",): ("metric=after.chair", "Did you mean after.chair_s?"),
+    ("-m", "keep=none"): ("keep=none", "Known: best, last, all."),
+    ("experiment=sweep_rank_lr_ga",): ("adapter.r, trainer.learning_rate", "add -m"),
+    ("-m", "hydra/sweeper=search"): ("hydra/sweeper=search", "hydra.sweeper.params"),
+    ("-m", "experiment=search_rank_lr_beta", "hydra.sweeper.n_trails=3"): ("hydra.sweeper.n_trails", "no such setting"),
+    ("-m", "adapter.r=interval(4,8)"): ("adapter.r=interval(4,8)", "hydra/sweeper=search"),
+    ("--config-path", "nowhere"): ("--config-path", "nowhere: there is no such folder"),
+    ("adapter.r=",): ("adapter.r", ""),
+    ("x=[",): ("x=[", ""),
+}
+
+
+@pytest.mark.parametrize("arguments", MISTAKES, ids=" ".join)
+def test_a_mistake_is_answered_before_any_work(command, tmp_path, arguments):
+    key, fix = MISTAKES[arguments]
+    done = command(*arguments)
+    assert done.returncode == 2, done.stderr
+    assert key in done.stderr
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) <= 3
+    assert not list(tmp_path.iterdir()), "nothing was started"
+
+
+@pytest.mark.parametrize(
+    ("file", "text", "key", "fix"),
+    [
+        ("adapter/mine.yaml", "r: 4\nlora_alfa: 8\n", "adapter.lora_alfa", "Did you mean adapter.lora_alpha?"),
+        (
+            "experiment/mine.yaml",
+            "# @package _global_\ntrainer:\n  bta: 0.1\n",
+            "trainer.bta",
+            "Did you mean trainer.beta?",
+        ),
+        ("adapter/mine.yaml", "r: many\n", "r", "could not be converted to Integer"),
+    ],
+)
+def test_a_misspelt_file_is_named(command, tmp_path, file, text, key, fix):
+    path = tmp_path / "mine" / file
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    done = command("--config-dir", "mine", f"{Path(file).parent}=mine")
+    assert done.returncode == 2
+    assert file in done.stderr
+    assert key in done.stderr
+    assert fix in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["model.attn_implementation=flash_attention_2"], "there is no CUDA device"),
+        (["adapter=pissa"], "add quant=none"),
+        (["adapter=none"], "add quant=none"),
+        (["adapter.target=nothing_like_it"], "matches no linear layer"),
+        (["quant=none", "quant.bnb_4bit_quant_type=nf4"], "has no effect without quant.load_in_4bit=true"),
+        (["model.id=no/such-model"], "model.weights=random"),
+        (["model.dtype=float12"], "is no torch dtype"),
+        (["trainer.loss_type=[sigmoid]"], "same length as `loss_type`"),
+        (["+trainer.extra.no_such_argument=1"], "no_such_argument"),
+        (["+adapter.extra.no_such_argument=1"], "no_such_argument"),
+    ],
+)
+def test_what_this_machine_cannot_do_is_refused(tmp_path, monkeypatch, arguments, said):
+    """In this process, for speed; the refusal comes before the model's first answer."""
+    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", lambda *a, **k: pytest.fail("work was started"))
+    with pytest.raises(RequestError, match=said):
+        train(compose("data.train_rows=4", "data.test_rows=4", "tracker=none", *arguments), tmp_path)
+
+
+def test_such_a_refusal_has_no_traceback_and_exit_code_2(command):
+    done = command("adapter=pissa", "tracker=none")
+    assert done.returncode == 2
+    assert "add quant=none" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--cfg", "job"]])
+def test_it_answers_within_two_seconds(command, arguments):
+    command(*arguments)  # the first call of all compiles the package
+    start = time.perf_counter()
+    done = command(*arguments)
+    assert done.returncode == 0
+    assert time.perf_counter() - start < 2
+
+
+def test_help_names_every_option(command):
+    text = command("--help").stdout
+    for group in (*GROUPS, "experiment"):
+        line = next(line for line in text.splitlines() if line.split()[:1] == [group])
+        assert set(line.split()[1:]) == {path.stem for path in (CONF / group).glob("*.yaml")}
+    assert text.count("python -m smolvlm_exp") >= 5
+
+
+def test_the_shell_completes_options(command):
+    line = "smolvlm-exp adapter=d"
+    done = command("-sc", "query=bash", env={"COMP_LINE": line, "COMP_POINT": str(len(line))})
+    assert done.stdout.split() == ["adapter=dora"]
+
+
+def test_cfg_shows_every_setting_with_its_value(command):
+    shown = yaml.safe_load(command("--cfg", "job", "adapter=lora", "seed=3").stdout)
+    assert shown["seed"] == 3
+    assert shown["adapter"]["use_dora"] is False
+    assert shown["model"]["weights"] == "pretrained"  # not in any YAML file: the schema's default
+
+
+NEEDED = {
+    "files": ["folder"],
+    "mmpr": ["annotations", "images"],
+    "pope": ["questions", "images"],
+    "amber": ["folder", "images"],
+    "coco": ["annotations", "images"],
+}
+OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "option"), OPTIONS)
+def test_every_option_composes(group, option):
+    needed = [f"data.{key}=x" for key in NEEDED.get(option, ())]
+    config = compose(f"{group}={option}", *needed)
+    assert getattr(config, group) is not None
+    assert (
+        "python -m" in (CONF / group / f"{option}.yaml").read_text()
+        or (CONF / group / f"{option}.yaml").read_text()[0] == "#"
+    )
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_composes_and_names_its_command(experiment):
+    head = (CONF / "experiment" / f"{experiment}.yaml").read_text().splitlines()[:2]
+    many = "-m " if experiment.startswith(("sweep", "search")) else ""
+    compose(f"experiment={experiment}", multirun=bool(many))
+    assert head[0] == "# @package _global_"
+    assert head[1].startswith(f"# python -m smolvlm_exp {many}experiment={experiment}")
+
+
+def test_the_recipe_is_the_published_one():
+    config = compose("experiment=cookbook")
+    assert (config.adapter.r, config.adapter.lora_alpha, config.adapter.lora_dropout) == (8, 8, 0.1)
+    assert (config.adapter.use_dora, config.adapter.init_lora_weights, config.adapter.target) == (
+        True,
+        "gaussian",
+        "recipe",
+    )
+    assert (config.data.train, config.data.test, config.data.max_edge) == ("train[:6%]", "test[:1%]", 512)
+    trainer = config.trainer
+    assert (trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps, trainer.num_train_epochs) == (
+        1,
+        32,
+        5,
+    )
+    assert (trainer.logging_steps, trainer.eval_strategy, trainer.save_strategy) == (10, "steps", "steps")
+    assert trainer.gradient_checkpointing
+    assert config.quant.bnb_4bit_quant_type == "nf4"
+    assert config.quant.bnb_4bit_use_double_quant
+    assert config.data.max_length is None  # TRL's 1024 would cut every answer to nothing

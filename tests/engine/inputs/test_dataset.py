@@ -1,0 +1,289 @@
+"""The engine's rows against TRL's own collator, for the pictures and texts people have."""
+
+import io
+import pickle
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from datasets import Dataset, Features, Image, List
+from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+from smolvlm_exp.data.messages import assistant, user
+from smolvlm_exp.engine.disk_cache import Store, key_of
+from smolvlm_exp.engine.inputs import dataset as feed
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.tiles import decode, height_and_width, pixels, tile
+
+PLENTY = 2**40
+
+
+def picture(size, seed=0, mode="RGB"):
+    width, height = size
+    shape = (height, width) if mode == "L" else (height, width, len(mode))
+    noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+    return PIL.Image.fromarray(noise, mode)
+
+
+def encoded(image, kind="PNG", **kwargs):
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **kwargs)
+    return {"bytes": buffer.getvalue(), "path": None}
+
+
+def make(*rows):
+    """Rows of the normal form from (images, question, chosen, rejected)."""
+    columns = {
+        "images": [images for images, *_ in rows],
+        "prompt": [[user(question, len(images))] for images, question, *_ in rows],
+        "chosen": [[assistant(chosen)] for _, _, chosen, _ in rows],
+        "rejected": [[assistant(rejected)] for *_, rejected in rows],
+    }
+    plain = Dataset.from_dict({name: columns[name] for name in columns if name != "images"})
+    pictures = Dataset.from_dict({"images": columns["images"]}, features=Features({"images": List(Image())}))
+    return plain.add_column("images", pictures.data.column("images")).cast_column("images", List(Image()))
+
+
+@pytest.fixture(scope="module")
+def mixed():
+    """Every shape that matters: split or not, wide and tall, grey, JPEG, lying on its side, several a row, shared."""
+    shared = encoded(picture((40, 100), seed=1))
+    side = picture((100, 40), seed=2)
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    return make(
+        ([encoded(picture((64, 64)))], "What is this?", "A red square.", "A dog."),
+        (
+            [encoded(picture((128, 30), mode="L"))],
+            "Describe it in detail, please.",
+            "Grey.",
+            "It is a long grey strip.",
+        ),
+        (
+            [shared, encoded(picture((300, 200), seed=3), "JPEG")],
+            "Compare the two.",
+            "Both are noise.",
+            "Both are noise!",
+        ),
+        ([encoded(side, "JPEG", exif=exif)], "And this?", "Lying.", "Standing on its head, I think."),
+        ([shared], "Again?", "Again.", "No."),
+        ([encoded(picture((17, 90), seed=4, mode="RGBA"))], "Thin?", "Yes, thin.", "No, not at all."),
+    )
+
+
+@pytest.mark.parametrize("splitting", [True, False])
+@pytest.mark.parametrize("room", [None, 1, 9, 20])
+def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, splitting, monkeypatch):
+    monkeypatch.setattr(processor.image_processor, "do_image_splitting", splitting)
+    normalise, everything = pixels(processor), Rows(mixed, processor, None)
+    assert len(everything) == len(mixed)
+    for i in range(len(mixed)):
+        max_length = None if room is None else len(everything[i]["prompt_ids"]) + room
+        row = Rows(mixed.select([i]), processor, max_length)[0]
+        batch = DataCollatorForVisionPreference(processor, max_length=max_length)([mixed[i]])
+        for k, side in enumerate(("chosen", "rejected")):
+            whole, answer = batch["attention_mask"][k].bool(), batch["completion_mask"][k].bool()
+            assert torch.equal(torch.cat((row["prompt_ids"], row[f"{side}_ids"])), batch["input_ids"][k][whole])
+            assert torch.equal(row[f"{side}_ids"], batch["input_ids"][k][answer])
+            assert row[f"{side}_ids"].dtype == torch.int64
+            assert len(row[f"{side}_ids"]) == min(len(everything[i][f"{side}_ids"]), room or 1000)
+        assert row["tiles"].dtype == torch.uint8
+        assert torch.equal(row["tiles"], everything[i]["tiles"])
+        torch.testing.assert_close(normalise(row["tiles"]), batch["pixel_values"][0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_proc", [0, 2])
+def test_tokens_are_the_same_serial_or_parallel(processor, mixed, monkeypatch, num_proc):
+    """Also where the last of the rows that go together are fewer."""
+    whole = Rows(mixed, processor, 200)
+    monkeypatch.setattr(feed, "TOGETHER", 1 if num_proc else len(mixed) - 1)
+    rows = Rows(mixed, processor, 200, num_proc)
+    assert torch.equal(rows.ids, whole.ids)
+    assert rows.offsets.tolist() == whole.offsets.tolist()
+    assert len(rows.offsets) == 3 * len(mixed) + 1
+
+
+@pytest.mark.parametrize("behind", [False, True])
+def test_a_png_that_lies_on_its_side(behind):
+    """It may say so behind its pixels too, where Pillow finds it once it has unpacked them."""
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    entry = encoded(picture((100, 40)), exif=exif)
+    if behind:
+        data, at = entry["bytes"], entry["bytes"].index(b"eXIf") - 4
+        end = at + 12 + int.from_bytes(data[at : at + 4])
+        entry["bytes"] = data[:at] + data[end:-12] + data[at:end] + data[-12:]  # before IEND
+    assert decode(entry).size == (40, 100)
+    assert height_and_width(entry["bytes"]) == (100, 40)
+    assert height_and_width(encoded(picture((100, 40)))["bytes"]) == (40, 100)
+
+
+def test_collator_gives_the_batch_and_its_row_numbers(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    collator = pickle.loads(pickle.dumps(Collator(rows, processor.tokenizer.pad_token_id, processor.image_token_id)))
+    batch = collator([{"row": 2}, {"row": 0}])
+    assert batch["rows"].tolist() == [2, 0]
+    assert len(batch["packed"]["tiles"]) == len(rows[2]["tiles"]) + len(rows[0]["tiles"])
+    stock = DataCollatorForVisionPreference(processor)([mixed[2], mixed[0]])
+    for name in ("input_ids", "attention_mask", "completion_mask"):
+        assert torch.equal(batch[name], stock[name])
+
+
+def test_sizes(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    parts = ("prompt_ids", "chosen_ids", "rejected_ids", "tiles")
+    assert rows.sizes.tolist() == [[len(rows[i][name]) for name in parts] for i in range(len(rows))]
+
+
+def test_references_travel_with_the_rows(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    rows.reference = (torch.arange(6.0), -torch.arange(6.0))
+    batch = Collator(rows, 2, processor.image_token_id)([{"row": 4}, {"row": 1}])
+    assert batch["ref_chosen_logps"].tolist() == [4.0, 1.0]
+    assert batch["ref_rejected_logps"].tolist() == [-4.0, -1.0]
+    assert batch["ref_chosen_logps"].dtype == torch.float32
+
+
+def test_features_take_the_place_of_tiles(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    rows.features = torch.randn(rows.spans[-1], 16, 8)
+    row = rows[2]
+    assert "tiles" not in row
+    first, second = rows.pictures[2]
+    expected = torch.cat([rows.features[rows.spans[n] : rows.spans[n + 1]] for n in (first, second)])
+    assert torch.equal(row["features"], expected)
+    batch = Collator(rows, 2, processor.image_token_id)([{"row": 2}, {"row": 4}])
+    assert torch.equal(batch["packed"]["features"], torch.cat([expected, rows[4]["features"]]))
+    assert "tiles" not in batch["packed"]
+
+
+def test_a_shared_picture_is_one(processor, mixed):
+    rows = Rows(mixed, processor, None)
+    assert len(rows.digests) == 6
+    assert rows.pictures[4] == rows.pictures[2][:1]
+    assert torch.equal(rows[4]["tiles"], rows[2]["tiles"][: len(rows[4]["tiles"])])
+
+
+def test_tiles_are_bytes_before_rescaling_exactly(processor):
+    image = picture((90, 120))
+    with_floats = processor.image_processor([[image]], do_normalize=False, return_tensors="pt")["pixel_values"][0]
+    assert torch.equal(tile(image, processor.image_processor).float(), (with_floats * 255).round())
+
+
+def test_prompt_without_room_for_an_answer(processor, mixed):
+    longest = [len(Rows(mixed, processor, None)[i]["prompt_ids"]) for i in (1, 0)]
+    with pytest.raises(
+        ValueError, match=rf"row 1: its prompt is {longest[1]} tokens and data.max_length={longest[1]} "
+    ):
+        Rows(mixed.select([1, 0]), processor, longest[1])
+
+
+def test_prompt_that_names_more_pictures_than_there_are(processor, mixed):
+    row = mixed.select([4]).remove_columns("prompt").add_column("prompt", [[user("?", images=2)]])
+    with pytest.raises(ValueError, match=r"row 0: .*images"):
+        Rows(row, processor, None)
+
+
+def test_a_processor_whose_tiles_cannot_be_foretold(processor, monkeypatch):
+    monkeypatch.setattr(processor.image_processor, "size", {"longest_edge": 130})
+    rows = make(([encoded(picture((128, 126)))], "?", "A.", "B."))
+    found = Rows(rows, processor, None)
+    with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles where the prompt has places for 7"):
+        found[0]
+
+
+def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, mixed, tmp_path, capsys):
+    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    for ram, num_proc in ((PLENTY, 0), (PLENTY, 2), (0, 0), (0, 2)):
+        rows = Rows(mixed, processor, None)
+        rows.keep_tiles(Store(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
+        assert "tiles of 6 pictures" in capsys.readouterr().out
+        assert rows.kept is not None
+        assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
+    first, second = (next((tmp_path / f"cache{n}").glob("tiles-*/data.safetensors")) for n in (0, 2))
+    assert first.parent.name == second.parent.name
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, mixed, monkeypatch):
+    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    rows, moved = Rows(mixed, processor, None), []
+    monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
+    rows.keep_tiles(None, PLENTY, 2)
+    assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
+    assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]  # so few pictures travel one by one
+
+
+def test_small_pictures_travel_together(processor, mixed, monkeypatch):
+    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    rows, journeys, split = Rows(mixed, processor, None), [], feed.Pictures.__getitem__
+    monkeypatch.setattr(feed.Pictures, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk))
+    pictures = list(range(len(rows.digests))) * 5
+    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, sampler, **_: (data[chunk] for chunk in sampler))
+    found = list(rows.stream(pictures, 1))
+    assert [number for number, _ in found] == pictures
+    assert max(len(chunk) for chunk in journeys) > 1
+    kept = dict(found)
+    made = [torch.cat([kept[n] for n in rows.pictures[i]]) for i in range(len(mixed)) if rows.pictures[i]]
+    assert all(torch.equal(one, other) for one, other in zip(made, (t for t in fresh if len(t)), strict=True))
+
+
+def test_kept_tiles_are_not_made_twice(processor, mixed, tmp_path, monkeypatch):
+    store = Store(tmp_path / "cache", PLENTY)
+    Rows(mixed, processor, None).keep_tiles(store, 0, 0)
+    monkeypatch.setattr(feed, "tile", lambda *_: pytest.fail("tiled again"))
+    again = Rows(mixed.select([5, 4, 3, 2, 1, 0]), processor, 250)  # other order, other lengths, the same pictures
+    again.keep_tiles(store, 0, 0)
+    assert again[0]["tiles"].shape[1:] == (3, 64, 64)
+
+
+def test_without_room_tiles_are_made_when_asked_for(processor, mixed, tmp_path, capsys):
+    rows = Rows(mixed, processor, None)
+    rows.keep_tiles(Store(tmp_path / "cache", 1000), 1000, 0)
+    assert rows.kept is None
+    assert "trainer.cache_disk" in capsys.readouterr().out
+    rows.keep_tiles(None, 1000, 0)
+    assert "trainer.cache_ram" in capsys.readouterr().out
+    assert len(rows[0]["tiles"]) == 5
+
+
+def test_the_tiles_key_follows_what_decides_their_bytes(processor, mixed, monkeypatch):
+    def key(rows):
+        return key_of("tiles", **Rows(rows, processor, None).tiles_made_of())
+
+    before = key(mixed)
+    assert key(mixed.select([5, 4, 3, 2, 1, 0])) == before
+    pixel = picture((64, 64))
+    pixel.putpixel((5, 5), (1, 2, 3))
+    changed = make(([encoded(pixel)], "What is this?", "A red square.", "A dog."))
+    assert key(changed) != key(mixed.select([0]))
+    for name, value in (("size", {"longest_edge": 64}), ("resample", 3)):
+        with monkeypatch.context() as patch:
+            patch.setattr(processor.image_processor, name, value)
+            assert key(mixed) != before
+    assert key(mixed) == before
+
+
+def test_keeping_tiles_leaves_the_runs_random_numbers_alone(processor, mixed):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    Rows(mixed, processor, None).keep_tiles(None, PLENTY, 0)
+    assert torch.rand(1) == expected
+
+
+def test_rows_with_kept_tiles_reach_spawned_workers(processor, mixed, tmp_path):
+    rows = Rows(mixed, processor, None)
+    rows.keep_tiles(Store(tmp_path / "cache", PLENTY), 0, 0)
+    collator = Collator(rows, 2, processor.image_token_id)
+    loader = torch.utils.data.DataLoader(
+        [{"row": i} for i in range(6)],
+        batch_size=3,
+        collate_fn=collator,
+        num_workers=1,
+        multiprocessing_context="spawn",
+    )
+    batches = list(loader)
+    assert [batch["rows"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
+    assert torch.equal(batches[1]["packed"]["tiles"], torch.cat([rows[i]["tiles"] for i in (3, 4, 5)]))

@@ -1,0 +1,439 @@
+"""Training on the engine against stock TRL: same rows, same order, same losses, gradients and metrics."""
+
+import math
+import multiprocessing
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from torch._subclasses.fake_tensor import FakeTensorMode
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+from trl.trainer.utils import FusedCausalLMOutput
+
+from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.engine.deferred_metrics import Deferred, settle
+from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.micro_batches import split
+from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.layers.dora import exact
+from smolvlm_exp.engine.trainers import ChosenRows, SharedPrefixSFTTrainer, SharedPrefixTrainer
+from smolvlm_exp.models.adapter import TARGETS
+from smolvlm_exp.models.model import load_processor
+from smolvlm_exp.models.shape import shape_of
+from smolvlm_exp.training.sft import completions
+from tests.conftest import compose
+from tests.engine.stock import DPO, Loss, random_model
+from tests.engine.test_forward import EVERY_LOSS
+
+CONFIG = compose("data.train_rows=48", "data.test_rows=10")
+CLOCKS = ("runtime", "per_second", "total_flos")
+TOKEN_MEANS = ("entropy", "logits/", "token_accuracy")  # over the tokens of what TRL's loss code sees at once
+
+
+def small_model():
+    """The embedded model's shape for its processor, in a few layers with random weights."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "vision_num_hidden_layers": 1,
+             "vision_hidden_size": 32, "vision_intermediate_size": 48}  # fmt: skip
+    return random_model(replace(shape_of("tiny"), **sizes))
+
+
+@pytest.fixture(scope="module")
+def processor():
+    return load_processor(CONFIG.model)
+
+
+@pytest.fixture(scope="module")
+def data(processor, tmp_path_factory):
+    return load_preferences(CONFIG.data, processor, tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def bench(processor, data, tmp_path_factory):
+    return Bench(processor, data, tmp_path_factory.mktemp("trainer"))
+
+
+class Bench:
+    """Trainers of either kind with the same arguments."""
+
+    def __init__(self, processor, data, folder):
+        self.processor, self.data, self.folder = processor, data, folder
+        self.stock_history, self.shared_history = (
+            cache(lambda build=build, **changes: history(build(**changes))) for build in (self.stock, self.shared)
+        )
+
+    def arguments(self, kind, **changes):
+        defaults = {
+            "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_device_eval_batch_size": 4,
+            "max_steps": 4, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.2, "lr_scheduler_type": "constant",
+            "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "gradient_checkpointing": False,
+            "bf16": False, "use_cpu": True, "report_to": "none", "max_length": None, "disable_tqdm": True, "seed": 3,
+        }  # fmt: skip
+        return kind(output_dir=str(self.folder), **{**defaults, **changes})
+
+    def adapter(self, target="text", **lora):
+        if target == "none":
+            return None
+        return LoraConfig(**{"r": 4, "lora_alpha": 8, "target_modules": TARGETS[target], **lora})
+
+    def rows(self, rows):
+        return self.data.train if rows is None else self.data.train.select(range(rows))
+
+    def stock(self, adapter=("text",), rows=None, **changes):
+        target, *options = adapter
+        model = small_model()
+        return DPOTrainer(
+            model, small_model() if target == "none" else None,
+            args=self.arguments(DPOConfig, **changes), train_dataset=self.rows(rows), eval_dataset=self.data.test,
+            processing_class=self.processor, peft_config=self.adapter(target, **dict(options)),
+        )  # fmt: skip
+
+    def collators(self, rows, kind):
+        pad, image = self.processor.tokenizer.pad_token_id, self.processor.image_token_id
+        return [Collator(kind(each, self.processor, None), pad, image) for each in (self.rows(rows), self.data.test)]
+
+    def shared(self, adapter=("text",), rows=None, micro_batch=None, **changes):
+        target, *options = adapter
+        collator, eval_collator = self.collators(rows, Rows)
+        trainer = SharedPrefixTrainer(
+            small_model(), normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
+            eval_collator=eval_collator, peft_config=self.adapter(target, **dict(options)),
+            args=self.arguments(DPOConfig, **changes), processing_class=self.processor,
+        )  # fmt: skip
+        trainer.score_references(None, 8)
+        return trainer
+
+    def shared_sft(self, micro_batch=None, **changes):
+        collator, eval_collator = self.collators(None, ChosenRows)
+        return SharedPrefixSFTTrainer(
+            small_model(), normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
+            eval_collator=eval_collator, peft_config=self.adapter(),
+            args=self.arguments(SFTConfig, completion_only_loss=True, **changes), processing_class=self.processor,
+        )  # fmt: skip
+
+    def stock_sft(self, **changes):
+        return SFTTrainer(
+            small_model(), self.arguments(SFTConfig, completion_only_loss=True, **changes),
+            train_dataset=completions(self.data.train), eval_dataset=completions(self.data.test),
+            processing_class=self.processor, peft_config=self.adapter(),
+        )  # fmt: skip
+
+
+def history(trainer):
+    """Train; what was logged and what was learnt."""
+    trainer.train()
+    return trainer.state.log_history, learnt(trainer)
+
+
+def learnt(trainer):
+    return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
+
+
+def compare(history, wanted, without=(), tolerance=1e-5):
+    """Every event with every number, save clocks and what `without` names."""
+    assert len(history) == len(wanted)
+    for mine, theirs in zip(history, wanted, strict=True):
+        ties = ("rewards/accuracies",) if mine["step"] == 1 else ()  # policy and reference are one still
+        left_out = (*CLOCKS, *ties, *without)
+        mine, theirs = ({k: v for k, v in e.items() if not any(o in k for o in left_out)} for e in (mine, theirs))
+        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+
+
+def compare_weights(found, wanted, tolerance=1e-5):
+    for name, theirs in wanted.items():
+        torch.testing.assert_close(found[name], theirs, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def losses(trainer):
+    return [event["loss"] for event in trainer.state.log_history if "loss" in event]
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [("text",), ("recipe", ("use_dora", True)), ("all",), ("text", ("bias", "lora_only")), ("none",)],
+    ids=str,
+)
+def test_every_logged_number_is_stocks(bench, adapter):
+    rate = 1e-3 if adapter == ("none",) else 0.2
+    wanted, weights = bench.stock_history(adapter=adapter, learning_rate=rate)
+    trainer = bench.shared(adapter, learning_rate=rate)
+    trainer.train()
+    compare(trainer.state.log_history, wanted)
+    compare_weights(learnt(trainer), weights)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 3, 4, 100])
+def test_any_micro_batch_is_the_same_step(bench, micro_batch):
+    wanted, weights = bench.stock_history()
+    trainer = bench.shared(micro_batch=micro_batch)
+    trainer.train()
+    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS)
+    compare_weights(learnt(trainer), weights)
+
+
+def test_a_last_group_that_is_not_full(bench):
+    """11 rows in groups of 4 over two epochs."""
+    few = {"rows": 11, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 6}
+    wanted, weights = bench.stock_history(**few)
+    trainer = bench.shared(micro_batch=2, **few)
+    trainer.train()
+    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS)
+    compare_weights(learnt(trainer), weights)
+
+
+def test_a_last_batch_that_is_not_full_counts_by_its_pairs(bench):
+    """14 rows: the second step has six pairs, which stock TRL weighs alike in threes of two, not in [4, 2]."""
+    wanted, weights = bench.stock_history(
+        rows=14, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2
+    )
+    trainer = bench.shared(rows=14, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2)
+    trainer.train()
+    assert losses(trainer) == pytest.approx([event["loss"] for event in wanted if "loss" in event], rel=1e-5)
+    compare_weights(learnt(trainer), weights)
+
+
+@pytest.mark.parametrize("loss", [("sft",), ("aot",), ("sigmoid", "sft")])
+def test_losses_that_need_their_whole_batch(bench, loss):
+    """They see the loader's batches, whatever goes through the model together: metrics are equal too."""
+    changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
+    wanted, weights = history(bench.stock(loss_type=list(loss), **changes))
+    for micro_batch in (3, 6, 9):
+        trainer = bench.shared(micro_batch=micro_batch, loss_type=list(loss), **changes)
+        trainer.train()
+        compare(trainer.state.log_history, wanted)
+        compare_weights(learnt(trainer), weights)
+    with pytest.raises(ValueError, match=r"micro-batches of 4 pairs would change this loss.* multiples of .*=3"):
+        bench.shared(micro_batch=4, loss_type=list(loss), **changes)
+
+
+def test_checkpointing_workers_and_accumulated_logs(bench):
+    changes = {"gradient_checkpointing": True, "logging_steps": 3, "max_steps": 6, "rows": 12}  # two epochs
+    wanted, weights = bench.stock_history(**changes)
+    trainer = bench.shared(dataloader_num_workers=2, **changes)
+    trainer.train()
+    assert not multiprocessing.active_children()
+    compare(trainer.state.log_history, wanted, without=("rewards/accuracies",))  # the first step's ties
+    compare_weights(learnt(trainer), weights)
+
+
+def test_going_on_from_a_checkpoint_is_going_on(bench, tmp_path):
+    changes = {"rows": 10, "save_strategy": "steps", "save_steps": 4, "max_steps": 7}  # it stops within an epoch
+    whole = bench.shared(**{**changes, "save_strategy": "no"})
+    whole.train()
+    first = bench.shared(**changes)
+    first.args.output_dir = str(tmp_path)
+    first.train()
+    second = bench.shared(**changes)
+    second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert losses(second)[-3:] == losses(whole)[-3:]
+    compare_weights(learnt(second), learnt(whole), tolerance=0)
+
+
+class Failing:
+    """Runs out of memory at the calls whose numbers it is given."""
+
+    def __init__(self, function, calls, after=False, error=None):
+        self.function, self.calls, self.after = function, set(calls), after
+        self.error = error or torch.OutOfMemoryError("CUDA out of memory.")
+        self.count = 0
+
+    def __call__(self, *args, **kwargs):
+        self.count += 1
+        fails = self.count in self.calls
+        if fails and not self.after:
+            raise self.error
+        result = self.function(*args, **kwargs)
+        if fails:
+            raise self.error
+        return result
+
+
+@pytest.mark.parametrize("where", ["forward", "backward", "after the backward pass"])
+def test_running_out_of_memory_changes_nothing(bench, where, capsys):
+    """Five steps of eight pairs; the third fails, its second attempt too."""
+    changes = {"gradient_accumulation_steps": 4, "max_steps": 5, "eval_strategy": "no"}
+    wanted, weights = bench.shared_history(micro_batch=4, **changes)
+    trainer = bench.shared(micro_batch=4, **changes)
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    failing = {"calls": (6, 8), "after": where.startswith("after"), "error": error}
+    if where == "forward":
+        trainer.score = Failing(trainer.score, **failing)
+    else:
+        trainer.accelerator.backward = Failing(trainer.accelerator.backward, **failing)
+    trainer.train()
+    out = capsys.readouterr().out
+    assert "out of memory with 4 pairs at a time: this step again, and all after it, with 2" in out
+    assert "out of memory with 2 pairs at a time: this step again, and all after it, with 1" in out
+    assert trainer.micro_batch == 1
+    assert trainer.eval_micro_batch == 4
+    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS, tolerance=1e-6)
+    compare_weights(learnt(trainer), weights, tolerance=1e-6)
+
+
+def test_running_out_of_memory_for_good(bench):
+    trainer = bench.shared(micro_batch=1)
+    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [2])
+    with pytest.raises(
+        RuntimeError, match=r"out of memory with one pair alone, row \d+: \d+ tokens, \d+ tiles\.\n.*quant=nf4"
+    ):
+        trainer.train()
+    trainer = bench.shared(loss_type=["sft"])
+    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [1])
+    with pytest.raises(RuntimeError, match=r"2 pairs, and this loss needs them at once.\nLower trainer.per_device"):
+        trainer.train()
+    trainer = bench.shared()
+    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [1], error=RuntimeError("something else"))
+    with pytest.raises(RuntimeError, match="something else"):
+        trainer.train()
+
+
+def test_a_step_that_is_done_again_draws_the_same_numbers(bench):
+    trainer = bench.shared()
+    trainer._metrics["train"]["loss"] += [torch.tensor(1.0)]
+    before = trainer.remember()
+    drawn = torch.rand(3)
+    trainer._metrics["train"]["loss"] += [torch.tensor(2.0)]
+    trainer._metrics["train"]["other"] += [torch.tensor(2.0)]
+    trainer.go_back(before)
+    assert torch.equal(torch.rand(3), drawn)
+    assert dict(trainer._metrics["train"]) == {"loss": [torch.tensor(1.0)]}
+
+
+def test_evaluation_has_a_size_of_its_own(bench, capsys):
+    wanted, _ = bench.stock_history()
+    trainer = bench.shared()
+    trainer.score = Failing(trainer.score, [5, 6])  # the first evaluation's first calls
+    trainer.train()
+    assert "out of memory with 4 pairs without gradients: these again with 2 at a time" in capsys.readouterr().out
+    assert (trainer.micro_batch, trainer.eval_micro_batch) == (2, 1)
+    compare(trainer.state.log_history, wanted)
+
+
+def test_references_in_parts(bench):
+    trainer = bench.shared()
+    wanted = trainer.collator.rows.reference
+    trainer.compute_ref_log_probs = Failing(trainer.compute_ref_log_probs, [1, 4])
+    trainer.eval_micro_batch = 8
+    trainer.score_references(None, 8)
+    for found, expected in zip(trainer.collator.rows.reference, wanted, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("micro_batch", [None, 1, 3])
+def test_supervised_fine_tuning(bench, micro_batch):
+    wanted, weights = history(bench.stock_sft())
+    trainer = bench.shared_sft(micro_batch)
+    trainer.train()
+    assert losses(trainer) == pytest.approx([event["loss"] for event in wanted if "loss" in event], rel=1e-6)
+    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS if micro_batch else ())
+    compare_weights(learnt(trainer), weights)
+
+
+def test_adapters_on_quantised_weights_are_float32(bench):
+    model = small_model()
+    model.is_loaded_in_4bit = True  # all that TRL looks at
+    collator, eval_collator = bench.collators(None, Rows)
+    trainer = SharedPrefixTrainer(
+        model, normalise=pixels(bench.processor), collator=collator, eval_collator=eval_collator,
+        peft_config=bench.adapter(), args=bench.arguments(DPOConfig), processing_class=bench.processor,
+    )  # fmt: skip
+    plain = bench.shared()
+    for name, parameter in learnt(trainer).items():
+        assert parameter.dtype is torch.float32
+        assert torch.equal(parameter, learnt(plain)[name])
+
+
+@pytest.mark.parametrize("kind", [SharedPrefixTrainer, SharedPrefixSFTTrainer])
+def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, kind):
+    """PEFT takes the magnitude of a bfloat16 base in bfloat16; gains that are not 1 move the policy off its start."""
+    model = small_model().bfloat16()
+    model.is_loaded_in_4bit = True  # all that TRL looks at before it rounds
+    rows, arguments = (Rows, DPOConfig) if kind is SharedPrefixTrainer else (ChosenRows, SFTConfig)
+    collator, eval_collator = bench.collators(None, rows)
+    trainer = kind(
+        model, normalise=pixels(bench.processor), collator=collator, eval_collator=eval_collator,
+        peft_config=bench.adapter(use_dora=True), args=bench.arguments(arguments), processing_class=bench.processor,
+    )  # fmt: skip
+    layers = [layer for layer in trainer.model.modules() if isinstance(layer, LoraLayer)]
+    assert len(layers) == 14
+    for layer in layers:
+        magnitude = layer.lora_magnitude_vector["default"].weight
+        assert magnitude.dtype is torch.float32
+        assert torch.equal(magnitude / exact(layer, "default").norm(), torch.ones_like(magnitude))
+
+
+def test_no_second_model_and_no_second_adapter(bench):
+    for adapter in (("text",), ("none",)):
+        trainer = bench.shared(adapter)
+        assert trainer.ref_model is None
+        assert not [name for name, _ in trainer.model.named_parameters() if ".ref." in name]
+
+
+def test_micro_batches():
+    units = [[0, 1, 2], [3, 4, 5], [6]]
+    assert [m.segments for m in split(units, 2, whole=False)] == [[[0, 1]], [[2, 3]], [[4, 5]], [[6]]]
+    shares = [m.shares[0] for m in split(units, 2, whole=False)]
+    assert shares == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1])
+    assert [m.segments for m in split(units, 6, whole=True)] == [[[0, 1, 2], [3, 4, 5]], [[6]]]
+    assert [m.segments for m in split(units, 1, whole=True)] == [[[0, 1, 2]], [[3, 4, 5]], [[6]]]
+
+
+def test_numbers_stay_on_the_device_until_they_are_logged():
+    values, mask = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[True, False], [True, True]])
+    with Deferred():
+        total = values.sum().item()
+        picked = values[mask]
+        metrics = {"total": [total, total * 3], "mean": [picked.mean(), picked.sum()], "tokens": [mask.sum().item()]}
+        assert torch.tensor(0.0)  # nobody looked
+    assert isinstance(total, torch.Tensor)
+    settle(metrics, [1.0, 3.0])
+    assert metrics == {"total": [25.0], "mean": [pytest.approx((8 / 3 + 3 * 8) / 4)], "tokens": [3]}
+
+
+@pytest.mark.parametrize("options", EVERY_LOSS, ids=str)
+def test_losses_and_metrics_read_nothing_off_the_device(options):
+    """On tensors without contents: whatever would wait for a number finds none."""
+    with FakeTensorMode():
+        mask = torch.ones(6, 9, dtype=torch.long)
+        fields = {"input_ids": mask, "attention_mask": mask, "completion_mask": mask,
+                  "ref_chosen_logps": torch.ones(3), "ref_rejected_logps": torch.ones(3)}  # fmt: skip
+        floats = {name: torch.ones(6, 8, requires_grad=True) for name in DPO if name != "is_top1"}
+        outputs = FusedCausalLMOutput(**floats, is_top1=torch.ones(6, 8, dtype=torch.bool))
+        loss = Loss(torch.nn.Identity(), **options)
+        loss.trainer.model = lambda **_: outputs
+        loss.trainer.model.training = True
+        with Deferred():
+            found, _ = loss(fields)
+        found.backward()
+        with pytest.raises(RuntimeError):
+            loss(fields)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", EVERY_LOSS, ids=str)
+def test_twenty_steps_of_every_loss(bench, options):
+    changes = {**options, "max_steps": 20, "eval_strategy": "no", "optim": "adamw_torch", "learning_rate": 1e-3}
+    stock, trainer = bench.stock(**changes), bench.shared(**changes)
+    stock.train()
+    trainer.train()
+    assert losses(trainer) == pytest.approx(losses(stock), abs=1e-4)
+    assert all(map(math.isfinite, losses(trainer)))
+
+
+@pytest.mark.gpu
+def test_a_step_does_not_wait_for_the_device(bench):
+    trainer = bench.shared(use_cpu=False, bf16=True, max_steps=3, logging_steps=3, eval_strategy="no")
+    step = trainer.training_step
+
+    def watched(*args):
+        torch.cuda.set_sync_debug_mode("error" if trainer.state.global_step else "default")  # not the first
+        try:
+            return step(*args)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    trainer.training_step = watched
+    trainer.train()
+    assert trainer.state.global_step == 3

@@ -1,0 +1,347 @@
+"""report.html shows the run's numbers, stands alone, and never runs what an answer says."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from smolvlm_exp.reporting.charts import line_chart, thin, ticks
+from smolvlm_exp.reporting.html import mark
+from smolvlm_exp.reporting.metrics_table import results
+from smolvlm_exp.reporting.report import headline, write_report
+from smolvlm_exp.reporting.samples import Sample
+from smolvlm_exp.runs.event_log import read_events
+from smolvlm_exp.utils.formatting import finite, number, percent
+
+SUMMARY: dict[str, Any] = {
+    "status": "done",
+    "seed": 20240101,
+    "settings": {"model": "tiny", "quant": "nf4", "adapter": "dora", "data": "shapes", "trainer": "dpo"},
+    "before": {"chair_s": 0.571, "recall": 0.9954, "preference_accuracy": 0.4125, "mean_length": 13.4},
+    "after": {
+        "chair_s": 0.2413, "recall": 0.9861, "preference_accuracy": 0.9208, "mean_length": 11.9,
+        "reward_accuracy": 0.9458, "preference_margin": 3.612,
+    },
+    "train": {
+        "steps": 60, "seconds": 41.37, "pairs_per_second": 37.9, "memory_peak_gib": 0.352, "first_loss": 0.6931,
+        "last_loss": 0.1473, "trainable_parameters": 11269248, "total_parameters": 2257542128,
+    },
+    "checks": [
+        {"name": "recall_drop", "value": 0.0093, "threshold": 0.02, "verdict": "ok"},
+        {"name": "CHAIR_s <= half", "value": 0.61, "threshold": 0.5, "verdict": "fail"},
+    ],
+    "versions": {"smolvlm_exp": "0.1.0", "torch": "2.13.0+cpu"},
+}  # fmt: skip
+CONFIG = {"model": {"name": "tiny"}, "trainer": {"beta": 0.1, "loss_type": ["sigmoid"]}, "where": Path("/data/x")}
+
+
+def sample(**changes: Any) -> Sample:
+    fields: dict[str, Any] = {
+        "image": Image.new("RGB", (128, 64), "navy"),
+        "question": "What do you see?",
+        "chosen": "A star.",
+        "rejected": "A star and a moon.",
+        "before": "A star and a Moon.",
+        "after": "A star.",
+        "hallucinated_before": ["moon"],
+        "hallucinated_after": [],
+    }
+    return Sample(**{**fields, **changes})
+
+
+def write_log(folder: Path, *events: dict[str, Any]) -> None:
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def report(folder: Path, summary: dict[str, Any] = SUMMARY, samples: list[Sample] | None = None) -> str:
+    path = write_report(folder, summary, CONFIG, [sample()] if samples is None else samples)
+    assert path == folder / "report.html"
+    return path.read_text(encoding="utf-8")
+
+
+class Strict(HTMLParser):
+    """Fails on a tag that is left open or closed twice; notes what a browser would load or run."""
+
+    VOID = frozenset({"meta", "img"})
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.loads: list[str] = []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        for name, value in attrs:
+            assert not name.startswith("on"), f"{tag} {name}"
+            if name in ("src", "href", "data", "action", "srcset", "poster"):
+                self.loads.append(value or "")
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in self.VOID:
+            self.open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def row(text: str, label: str) -> str:
+    """The table row that starts with this label."""
+    return next(r for r in re.findall(r"<tr.*?</tr>", text, flags=re.DOTALL) if label in r)
+
+
+def test_stands_alone(tmp_path: Path) -> None:
+    write_log(tmp_path, {"step": 1, "loss": 0.69}, {"step": 2, "loss": 0.5})
+    text = report(tmp_path)
+    seen = Strict(text)
+    assert all(load.startswith(("#", "data:image/")) for load in seen.loads)
+    assert not {"script", "link", "iframe", "object", "base"} & set(seen.tags)
+    assert not re.search(r"@import|url\(", text)
+    assert "default-src 'none'" in text
+
+
+def test_shows_the_numbers(tmp_path: Path) -> None:
+    text = report(tmp_path)
+    for told in ("57.1\u00a0%", "24.1\u00a0%", "41.4 s", "0.352 GiB", "11,269,248 of 2,257,542,128 (0.50\u00a0%)"):
+        assert told in text
+    assert "20240101" in text  # a seed is a name, not a quantity
+    assert "1 of 2 checks failed" in text
+    assert "recall drop" in text
+    assert "CHAIR_s &lt;= half" in text
+    assert "loss_type:\n  - sigmoid" in text
+    assert "where: /data/x" in text
+    assert "<dt>smolvlm_exp</dt>" in text
+    assert "2.13.0+cpu" in text
+
+
+def test_sections_come_in_order(tmp_path: Path) -> None:
+    found = re.findall(r'<section id="(\w+)"', report(tmp_path))
+    assert found == ["results", "checks", "curves", "samples", "speed", "config", "versions", "replay"]
+
+
+@pytest.mark.parametrize(
+    ("key", "before", "after", "tone", "change"),
+    [
+        ("chair_s", 0.5, 0.25, "better", "↓</span> \u221225.0\u00a0points"),
+        ("chair_i", 0.1, 0.2, "worse", "↑</span> +10.0\u00a0points"),
+        ("recall", 0.99, 0.98, "worse", "↓</span> \u22121.0\u00a0points"),
+        ("preference_accuracy", 0.4, 0.9, "better", "↑</span> +50.0\u00a0points"),
+        ("yes_no_accuracy", 0.9, 0.9, "neutral", "no change"),
+        ("mean_length", 13.5, 12.0, "neutral", "↓</span> \u22121.5"),
+        ("yes_ratio", 0.5, 0.6, "neutral", "↑</span> +10.0\u00a0points"),
+        ("a_new_metric", 1.0, 2.0, "neutral", "↑</span> +1"),
+    ],
+)
+def test_each_metric_knows_its_good_direction(key: str, before: float, after: float, tone: str, change: str) -> None:
+    table = results({key: before}, {key: after}, {})
+    assert f'<tr class="{tone}">' in table
+    assert change in table
+    assert ("(better)" in table, "(worse)" in table) == (tone == "better", tone == "worse")  # told without colour too
+
+
+def test_a_metric_known_only_after_has_no_change() -> None:
+    line = row(results({}, {"reward_accuracy": 0.9458}, {}), "Reward accuracy")
+    assert "94.6\u00a0%" in line
+    assert "neutral" in line
+    assert "points" not in line
+
+
+def test_headline() -> None:
+    assert headline(SUMMARY) == (
+        "Captions with an object that is not there: 57\u00a0% → 24\u00a0%; preference accuracy: 41\u00a0% → 92\u00a0%."
+    )
+    sft = {"status": "stopped", "train": {"first_loss": 2.5, "last_loss": 0.42}}
+    assert headline(sft) == "The run was stopped before its end. Training loss: 2.5 → 0.42."
+    assert headline({"after": {"recall": 0.9}}) == "Objects in the picture that are named: 90\u00a0%."
+    assert headline({}) == "Nothing was measured."
+
+
+def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
+    evil = "</pre></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+    summary = {
+        "status": evil,
+        "seed": evil,
+        "settings": {evil: evil},
+        "before": {evil: evil, "recall": evil},
+        "after": {evil: 1.0},
+        "train": {"steps": evil, "seconds": evil},
+        "checks": [{"name": evil, "value": evil, "threshold": evil, "verdict": evil}],
+        "versions": {evil: evil},
+    }
+    hurt = sample(
+        question=evil, chosen=evil, rejected=evil, before=evil, after=evil, hallucinated_before=["script", "<"]
+    )
+    folder = tmp_path / "a <b> 'run' & more"
+    folder.mkdir()
+    path = write_report(folder, summary, {"name": evil, evil: evil}, [hurt])
+    seen = Strict(path.read_text(encoding="utf-8"))
+    assert "script" not in seen.tags
+    assert seen.tags.count("img") == 1
+    Strict(line_chart({evil: [(0, 1), (1, 2)], "b": [(0, 1)]}, evil, x_label=evil, reference=(evil, 1.5)))
+
+
+def test_text_that_utf8_cannot_hold_is_still_written(tmp_path: Path) -> None:
+    assert "a?b" in report(tmp_path, samples=[sample(question="a\ud800b")])
+
+
+def test_marks_words_whole_whatever_their_case() -> None:
+    assert mark("A Moon, two moons, moonlight.", ["moon"]) == (
+        "A <mark>Moon</mark>, two <mark>moons</mark>, moonlight."
+    )  # fmt: skip
+    assert mark("a red star & star", ["red star", "star", " "]) == "a <mark>red star</mark> &amp; <mark>star</mark>"
+    assert mark("<b>", []) == "&lt;b&gt;"
+
+
+def test_pictures_are_kept_small(tmp_path: Path) -> None:
+    noise = Image.effect_noise((3000, 2000), 80)
+    text = report(tmp_path, samples=[sample(), sample(image=noise), sample(image=Image.new("RGBA", (40, 90)))])
+    assert text.count("data:image/png;base64,") == 2
+    assert text.count("data:image/jpeg;base64,") == 1
+    assert 'width="128" height="64"' in text
+    assert 'width="880" height="587"' in text
+    assert noise.size == (3000, 2000)  # the caller's picture is left as it was
+    assert len(text) < 1_500_000
+
+
+def test_curves(tmp_path: Path) -> None:
+    events: list[dict[str, Any]] = [
+        {"step": s, "loss": 1 / s, "rewards/chosen": 0.1 * s, "rewards/rejected": -0.1 * s, "memory_peak_gib": 2.0}
+        for s in range(1, 41)
+    ]
+    write_log(tmp_path, *events, {"step": 40, "eval_loss": 0.03, "unknown/key": "text"}, {"train_runtime": 3.0})
+    text = report(tmp_path)
+    figures = re.findall(r'<figure class="chart">.*?</figure>', text, flags=re.DOTALL)
+    titles = [re.search(r'class="title">(.*?)<', figure).group(1) for figure in figures]  # type: ignore[union-attr]
+    assert titles == ["Loss", "Rewards", "Peak memory, GiB"]
+    assert "step 40  ·  training 0.025  ·  held-out 0.03" in figures[0]
+    assert '<li class="s0">chosen</li><li class="s1">rejected</li>' in figures[1]
+    assert "legend" not in figures[2]
+
+
+def test_a_resumed_and_killed_log_is_read(tmp_path: Path) -> None:
+    log = tmp_path / "metrics.jsonl"
+    log.write_text('{"step": 2, "loss": 9.0}\n{"step": 1, "loss": 7.0}\n{"step": 2, "loss": 4.0}\n[1]\n{"step": 3, "lo')
+    assert [(e["step"], e["loss"]) for e in read_events(log)] == [(1, 7.0), (2, 9.0), (2, 4.0)]
+    text = report(tmp_path)
+    assert "step 2  ·  4<" in text
+    assert "step 2  ·  9<" not in text
+
+
+@pytest.mark.parametrize(
+    "summary",
+    [
+        {},
+        {"status": None, "before": None, "after": None, "train": None, "checks": None, "versions": None},
+        {"status": "failed", "before": {"chair_s": None}, "after": {"chair_s": math.nan, "recall": math.inf}},
+        {"train": {"seconds": math.nan, "trainable_parameters": 5, "total_parameters": 0}, "checks": [None, {}]},
+        {"after": {"preference_accuracy": 10**400, "chair_s": True}, "before": {"chair_s": 0.1}},
+    ],
+)
+def test_works_with_little(tmp_path: Path, summary: dict[str, Any]) -> None:
+    text = report(tmp_path, summary, samples=[])
+    Strict(text)
+    assert "No training log was written." in text
+    assert "No samples were kept." in text
+
+
+def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path: Path) -> None:
+    write_log(
+        tmp_path, {"step": 1, "loss": 0.5}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf},
+        {"step": 4, "loss": None, "grad_norm": math.nan}, {"step": 5, "loss": 10**400}, {"step": 6, "loss": 0.4},
+    )  # fmt: skip
+    text = report(tmp_path, {**SUMMARY, "train": {"last_loss": math.nan}})
+    assert "3 not finite" in text
+    assert "<dd>nan</dd>" in text
+    for points in re.findall(r'points="(.*?)"', text):
+        assert "nan" not in points
+        assert "inf" not in points
+
+
+def test_replays_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs" / "my run"
+    folder.mkdir(parents=True)
+    text = report(folder)
+    assert "--config-path &#x27;outputs/my run/.hydra&#x27; --config-name config" in text
+    assert "resume=" not in text
+    assert "resume=" in report(folder, {**SUMMARY, "status": "stopped"})
+
+
+def test_numbers_are_written_for_people() -> None:
+    written = {
+        0.69314: "0.6931",
+        5e-4: "5e\u22124",
+        1234.0: "1,234",
+        12.5: "12.5",
+        -0.0: "0",
+        -3.25: "\u22123.25",
+        2e9: "2e9",
+    }
+    assert {value: number(value) for value in written} == written
+    assert (number(math.nan), number(-math.inf)) == ("nan", "\u2212∞")
+    assert (percent(0.5712), percent(-0.001), percent(0.98765, 1)) == ("57\u00a0%", "0\u00a0%", "98.8\u00a0%")
+    assert finite(True) is None
+    assert finite("1") is None
+    assert finite(3) == 3.0
+
+
+def test_ticks_are_round_and_enclose() -> None:
+    assert ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
+    assert ticks(1, 60, 5, whole=True) == [0, 20, 40, 60]
+    assert all(t == int(t) for t in ticks(1, 3, 5, whole=True))
+    low, *_, high = ticks(-3.3, 0.7)
+    assert low <= -3.3
+    assert high >= 0.7
+
+
+def test_long_logs_are_thinned_and_keep_their_spikes() -> None:
+    points = [(float(x), 1.0) for x in range(50_000)]
+    points[31_234] = (31_234.0, 99.0)
+    kept = thin(points)
+    assert len(kept) <= 202
+    assert (31_234.0, 99.0) in kept
+    assert kept[0] == points[0]
+    assert kept[-1] == points[-1]
+
+
+@pytest.mark.parametrize(
+    "points", [[(5, 0.0)], [(1, 2.0), (2, 2.0)], [(0, -1e-12), (1, 1e-12)], [(1, 1e90), (2, -1e90)]]
+)
+def test_charts_of_degenerate_series(points: list[tuple[float, float]]) -> None:
+    chart = line_chart({"a": points}, "t")
+    Strict(chart)
+    assert "nan" not in chart
+    assert "inf" not in chart
+    assert line_chart({"a": [], "b": [(1, math.nan)]}, "t") == ""
+
+
+def test_lines_that_are_alike_have_one_colour_and_one_name() -> None:
+    points = {name: [(1, float(i)), (2, 5.0)] for i, name in enumerate(("r=4 seed=0", "r=4 seed=1", "r=8"))}
+    chart = line_chart(points, "t", alike={"r=4 seed=0": "r=4", "r=4 seed=1": "r=4"})
+    assert '<li class="s0">r=4</li><li class="s1">r=8</li></ul>' in chart
+    assert re.findall(r'polyline class="line (s\d)"', chart) == ["s0", "s0", "s1"]
+
+
+def test_importing_the_report_leaves_torch_alone() -> None:
+    code = "import sys, smolvlm_exp.report; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_change_says_how_sure_it_is() -> None:
+    change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
+    line = row(results({"chair_s": 0.6}, {"chair_s": 0.1}, change), "Captions with an object")
+    assert "<small>\u221259.0 to +2.0, p &lt; 0.001</small>" in line
+    assert 'class="neutral"' in line  # its interval holds zero
+    assert "p = 0.250" in results({"recall": 0.5}, {"recall": 0.6}, {"recall": {"low": 0, "high": 0.1, "p": 0.25}})

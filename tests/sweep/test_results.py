@@ -1,0 +1,201 @@
+"""What a sweep concludes, by hand-made results: the best, main effects and intervals, the Pareto front."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from smolvlm_exp.runs.sweep_record import Job, check_same, differing, goes_on, label, record, state
+from smolvlm_exp.sweep.devices import free_card, visible_cards
+from smolvlm_exp.sweep.effects import main_effects
+from smolvlm_exp.sweep.results import outcome, table, tidy
+from smolvlm_exp.sweep.sweep_page import write_page
+from smolvlm_exp.sweep.time_estimate import expected
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.formatting import short
+from tests.conftest import compose
+
+METRIC = "after.preference_accuracy"
+
+
+def made(folder: Path, results: dict[tuple[str, ...], dict], metric: str = METRIC):
+    """A sweep with these jobs, override lists -> (metric, seconds, GiB), or a whole summary."""
+    jobs = [Job(number, overrides) for number, overrides in enumerate(results)]
+    record(folder, jobs, list(differing(jobs)))
+    for job, result in zip(jobs, results.values(), strict=True):
+        (folder / str(job.number)).mkdir()
+        if isinstance(result, tuple):
+            value, seconds, memory = result
+            train = {"seconds": seconds, "memory_peak_gib": memory}
+            result = {"status": "done", "after": {"preference_accuracy": value}, "train": train}
+        (folder / str(job.number) / "summary.json").write_text(json.dumps(result))
+    return outcome(folder, metric)
+
+
+def grid(values: dict[tuple[str, str, str], float]) -> dict[tuple[str, ...], tuple[float, float, float]]:
+    return {
+        (f"adapter.r={r}", f"trainer.learning_rate={rate}", f"seed={seed}"): (value, 10, 1)
+        for (r, rate, seed), value in values.items()
+    }
+
+
+def test_main_effects_are_means_over_the_rest_with_t_intervals_over_seeds(tmp_path):
+    values = {
+        ("4", "1e-4", "0"): 0.50, ("4", "1e-3", "0"): 0.70, ("8", "1e-4", "0"): 0.60, ("8", "1e-3", "0"): 0.80,
+        ("4", "1e-4", "1"): 0.54, ("4", "1e-3", "1"): 0.74, ("8", "1e-4", "1"): 0.60, ("8", "1e-3", "1"): 0.80,
+    }  # fmt: skip
+    effects = main_effects(made(tmp_path, grid(values)))
+    assert list(effects) == ["adapter.r", "trainer.learning_rate"], "a seed repeats; it is no setting"
+    four, eight = effects["adapter.r"]
+    assert (four.value, four.seeds, four.runs) == ("4", 2, 4)
+    assert four.mean == pytest.approx(0.62)
+    assert four.interval == pytest.approx(12.706 * 0.0282843 / 2**0.5, rel=1e-4)  # t of one degree of freedom
+    assert eight.mean == pytest.approx(0.70)
+    assert eight.interval == pytest.approx(0)
+
+
+def test_a_missing_run_takes_its_combination_out_of_the_comparison(tmp_path):
+    values = {("4", "1e-4", "0"): 0.5, ("4", "1e-3", "0"): 0.9, ("8", "1e-4", "0"): 0.6}
+    missing = {("adapter.r=8", "trainer.learning_rate=1e-3", "seed=0"): {"status": "failed", "reason": "x"}}
+    found = made(tmp_path, grid(values) | missing)
+    four, eight = main_effects(found)["adapter.r"]
+    assert (four.mean, eight.mean) == (0.5, 0.6), "not (0.7, 0.6)"
+    assert four.interval is None
+    assert found.failed
+
+
+def test_the_best_and_the_front(tmp_path):
+    results = {("r=1",): (0.8, 10, 2.0), ("r=2",): (0.9, 20, 2.0), ("r=3",): (0.9, 30, 3.0), ("r=4",): (0.7, 30, 1.0)}
+    found = made(tmp_path, results)
+    assert found.best is not None
+    assert found.best.job.number == 1
+    assert [row.job.number for row in found.front] == [0, 1, 3]
+    rows = table(found)
+    assert [row["pareto"] for row in rows] == [True, True, False, True]
+    assert rows[1]["command"] == "python -m smolvlm_exp r=2"
+    least = outcome(tmp_path, "train.seconds")
+    assert least.best is not None
+    assert least.best.job.number == 0, "less is better"
+
+
+class Strict(HTMLParser):
+    def error(self, message):
+        raise AssertionError(message)
+
+
+def test_the_page_holds_whatever_there_is(tmp_path):
+    results = grid({("4", "1e-4", "0"): 0.5, ("8", "1e-4", "0"): 0.6})
+    failed = {("adapter.r=<b>", "trainer.learning_rate=1e-4", "seed=0"): {"status": "failed", "reason": "a <i>"}}
+    text = write_page(made(tmp_path, results | failed)).read_text()
+    Strict().feed(text)
+    assert "a &lt;i&gt;" in text
+    assert "<i>" not in text
+    assert "60.0" in text
+    assert "http" not in text.replace("http-equiv", "").replace("http://www.w3.org", "")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert "No job has finished." in write_page(made(empty, {("r=1",): {"status": "failed"}})).read_text()
+
+
+@pytest.mark.parametrize(("keep", "left"), [("all", [2, 2, 1]), ("last", [1, 1, 1]), ("best", [0, 1, 1])])
+def test_what_is_kept_of_checkpoints(tmp_path, keep, left):
+    found = made(tmp_path, {("r=1",): (0.8, 1, 1), ("r=2",): (0.9, 1, 1), ("r=3",): {"status": "stopped"}})
+    for job, steps in (("0", (2, 10)), ("1", (2, 10)), ("2", (2,))):
+        for step in steps:
+            checkpoint = tmp_path / job / "checkpoints" / f"checkpoint-{step}"
+            checkpoint.mkdir(parents=True)
+            (checkpoint / "manifest.json").write_text("{}")
+    tidy(found, keep)
+    assert [len(list((tmp_path / job / "checkpoints").iterdir())) for job in "012"] == left
+    assert goes_on(tmp_path / "2")
+    if keep == "last":
+        assert (tmp_path / "0" / "checkpoints" / "checkpoint-10").is_dir()
+
+
+def test_the_state_of_a_job_is_in_its_files(tmp_path):
+    assert state(tmp_path) == "missing"
+    checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
+    checkpoint.mkdir(parents=True)
+    assert state(tmp_path) == "missing", "the checkpoint was never finished"
+    (checkpoint / "manifest.json").write_text("{}")
+    assert state(tmp_path) == "cut"
+    (tmp_path / "summary.json").write_text('{"status": "fai')
+    assert state(tmp_path) == "cut"
+    for code, again in ((1, False), (-9, True)):
+        (tmp_path / "summary.json").write_text(json.dumps({"status": "failed", "exit_code": code}))
+        assert state(tmp_path) == "failed"
+        assert goes_on(tmp_path) is again, "what raised starts anew, what was killed goes on"
+
+
+def test_names_tell_what_differs():
+    jobs = [
+        Job(0, ("tracker=none", "adapter.r=4", "trainer.a.r=1")),
+        Job(1, ("tracker=none", "adapter.r=8", "keep=all")),
+    ]
+    assert differing(jobs) == {"adapter.r": ["4", "8"]}
+    assert short(["adapter.r", "trainer.learning_rate"]) == {"adapter.r": "r", "trainer.learning_rate": "learning_rate"}
+    assert short(["a.r", "b.r"]) == {"a.r": "a.r", "b.r": "b.r"}
+    assert label(Job(0, ("adapter.r=4", "x.lr=0.00123456789")), ["adapter.r", "x.lr"]) == "r=4 lr=0.001235"
+
+
+def test_another_sweeps_folder_is_refused(tmp_path):
+    record(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=8",))], ["adapter.r"])
+    check_same(tmp_path, [Job(0, ("adapter.r=8", "keep=all")), Job(1, ("adapter.r=4",))])
+    with pytest.raises(RequestError, match=r"adapter\.r is 4, 16 here and 4, 8 there"):
+        check_same(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=16",))])
+
+
+def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monkeypatch):
+    """100 s in all, of which 60 s of training on 80 x 16 pairs; half the steps then take 70 s."""
+    from dataclasses import asdict
+
+    import yaml
+
+    from smolvlm_exp.sweep import time_estimate as estimate
+
+    monkeypatch.setattr(estimate, "OUTPUTS", tmp_path)
+    estimate.earlier_runs.cache_clear()
+    half = compose("trainer.max_steps=40")
+    sweep = tmp_path / "sweeps" / "a" / "b"
+    assert expected(sweep, [half]) is None
+    run = tmp_path / "a" / "b"
+    (run / ".hydra").mkdir(parents=True)
+    (run / ".hydra" / "config.yaml").write_text(yaml.dump(asdict(compose())))
+    train = {"seconds": 60.0, "pairs_per_second": 80 * 16 / 60}
+    (run / "summary.json").write_text(json.dumps({"status": "done", "seconds": 100.0, "train": train}))
+    estimate.earlier_runs.cache_clear()
+    told = expected(sweep, [half, half])
+    assert told is not None
+    assert told[0] == pytest.approx(140)
+    assert "latest run of this model and data" in told[1]
+    assert expected(sweep, [compose("data.train_rows=64")]) is None, "other data, nothing known"
+    estimate.earlier_runs.cache_clear()
+
+
+def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert visible_cards() == ["4", "7"]
+    hold = (
+        "import sys, time; from smolvlm_exp.sweep.share import *\n"
+        "with share_of_machine(2): print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=os.environ)
+    assert other.stdout is not None
+    assert other.stdout.readline().strip() == "4"
+    with free_card(visible_cards()) as mine:
+        assert mine == "7"
+        third = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=os.environ)
+        time.sleep(1)
+        other.kill()  # the card of a job that dies is free
+        assert third.stdout is not None
+        assert third.stdout.readline().strip() == "4"
+    third.kill()
+    other.wait()
+    third.wait()

@@ -1,0 +1,97 @@
+"""task=chat: what a person types, and what they see."""
+
+import io
+import json
+import sys
+
+import pytest
+
+from smolvlm_exp.deploy.session.load import load_session
+from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession
+from smolvlm_exp.tasks.chat import Chat, converse
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.paths import PACKAGE
+from tests.conftest import compose
+
+CAT = PACKAGE / "data" / "sources" / "photos" / "cat.jpg"
+
+
+@pytest.fixture
+def chat(small):
+    return Chat(SmolVLMSession.load(small), Sampling(max_new_tokens=8))
+
+
+def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, capsys):
+    file = tmp_path / "said.json"
+    typed = f"/image {CAT}\nWhat do you see?\n\nIs there a star?\n/history\n/save {file}\n/quit\nnever read\n"
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    converse(compose("task=chat", f"model.id={graphs}", "session.precision=int8", "session.max_new_tokens=8"), tmp_path)
+    out = capsys.readouterr().out
+    said = json.loads(file.read_text())
+    assert [turn["role"] for turn in said] == ["user", "assistant"] * 2
+    assert (said[0]["text"], said[0]["images"], said[2]["images"]) == ("What do you see?", [str(CAT)], [])
+    for turn in said[1::2]:
+        assert turn["text"]
+        assert out.count(turn["text"]) >= 2  # when it was said, and in the history
+    assert "never read" not in out
+
+
+def test_pictures_have_the_limits_of_data(chat, small, capsys):
+    """The size of a file is looked at before it is read, and its pixels before they are decoded."""
+    config = compose("task=chat", f"model.id={small}", "quant=none", "data.max_pixels=999", "data.max_image_mib=1")
+    chat.session.writer.limits = load_session(config).writer.limits
+    chat.handle(f"/image {CAT}")
+    assert "more than data.max_pixels=999" in capsys.readouterr().out
+    chat.handle("/image /dev/zero")
+    assert "is not there: /dev/zero" in capsys.readouterr().out
+    assert chat.waiting == []
+
+
+def test_commands(chat, capsys, tmp_path):
+    (tmp_path / "a cat.jpg").write_bytes(CAT.read_bytes())
+    chat.handle(f"/image '{tmp_path / 'a cat.jpg'}' {CAT}")
+    assert len(chat.waiting) == 2
+    chat.handle("Describe the picture.")
+    assert chat.waiting == []
+    assert len(chat.conversation.so_far.pictures) == 2
+    chat.handle("/reset")
+    assert (chat.said, chat.conversation.so_far.ids) == ([], [])
+    assert "[cut]" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("/image nowhere.png", "! "),
+        (f"/image {__file__}", "cannot be decoded"),
+        ("a \udcff", "half a character"),
+        ("/save", "/save FILE"),
+        ("/sing", "there is no /sing"),
+    ],
+)
+def test_what_cannot_be_done_is_told_and_changes_nothing(chat, capsys, line, message):
+    chat.handle("Describe the picture.")
+    before = [*chat.said], [*chat.conversation.so_far.ids]
+    chat.handle(line)
+    assert message in capsys.readouterr().out
+    assert ([*chat.said], [*chat.conversation.so_far.ids]) == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["session.keep=much"], "session.keep=much is no size"),
+        (["session.precision=int8"], "session.precision=int8 is an export's"),
+        (["model.id={graphs}", "model.adapter=some"], "has its adapter merged already"),
+        (["model.id={graphs}"], "onnx has a decoder in fp32, int8, int4: give session.precision"),
+    ],
+)
+def test_what_cannot_be_talked_to(graphs, tmp_path, overrides, message):
+    with pytest.raises(RequestError, match=message):
+        converse(compose("task=chat", *(o.format(graphs=graphs) for o in overrides)), tmp_path)
+
+
+@pytest.mark.slow
+def test_in_a_terminal_of_its_own(command, tmp_path):
+    done = command("task=chat", "quant=none", "hydra.run.dir=out", env={"PYTHONUNBUFFERED": "1"})
+    assert (done.returncode, "chat with embedded" in done.stdout) == (0, True), done.stderr

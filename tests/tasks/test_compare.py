@@ -1,0 +1,155 @@
+"""task=compare: runs grouped by what they differ in, and what of it is luck."""
+
+import csv
+import json
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import yaml
+
+from smolvlm_exp.evaluation.comparison import Run, comparison
+from smolvlm_exp.evaluation.per_row import Rows, keep, kept
+from smolvlm_exp.evaluation.statistics import mean
+from smolvlm_exp.reporting.comparison_page import apart, lead
+from smolvlm_exp.tasks.compare import compare, folders
+from smolvlm_exp.utils.errors import RequestError
+from tests.conftest import compose
+
+
+def run(folder, value, seed=0, rate=1e-4, interval=0.05, **more):
+    (folder / ".hydra").mkdir(parents=True)
+    config = {"adapter": {"r": 8}, "trainer": {"learning_rate": rate}, "name": folder.name, "seed": seed, **more}
+    (folder / ".hydra" / "config.yaml").write_text(yaml.safe_dump(config))
+    summary = {
+        "status": "done", "seed": seed, "after": {"preference_accuracy": value, "recall": 0.9},
+        "intervals": {"after": {"preference_accuracy": [value - interval, value + interval]}},
+        "train": {"seconds": 10.0, "memory_peak_gib": 1.0, "pairs_per_second": 5.0},
+    }  # fmt: skip
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {0.7 - 0.1 * i}}}\n' for i in (1, 2, 3)))
+
+
+def of(value, seed=0, rate=1e-4, interval=0.05):
+    intervals = {"after": {"preference_accuracy": [value - interval, value + interval]}}
+    summary = {"seed": seed, "after": {"preference_accuracy": value}, "intervals": intervals}
+    return Run(None, {"trainer.learning_rate": str(rate), "adapter.r": "8"}, summary)
+
+
+def of_rows(right, seed=0, rate=1e-4, asked=range(100)):
+    """A run whose every held-out row is known."""
+    rows = Rows(np.arange(3, dtype=np.uint64), np.array(asked, dtype=np.uint64), {"preference_accuracy": mean(right)})
+    return replace(of(float(np.mean(right)), seed, rate, interval=0.09), rows=rows)
+
+
+METRIC = "after.preference_accuracy"
+
+
+def test_seeds_are_one_group_and_its_interval_is_students():
+    found = comparison([of(0.80, 0), of(0.82, 1), of(0.84, 2), of(0.6, rate=1e-5)], METRIC)
+    assert found.keys == ["trainer.learning_rate"]
+    best, other = found.groups
+    assert best.value(METRIC) == pytest.approx(0.82)
+    luck = 4.303 * 0.02 / 3**0.5  # t with 2 degrees of freedom
+    assert best.luck(METRIC) == pytest.approx(luck, abs=1e-4)
+    assert best.error(METRIC) == pytest.approx((luck**2 + 0.05**2) ** 0.5, abs=1e-4)  # and other rows
+    assert other.error(METRIC) == pytest.approx(0.05)  # one run: what it measured itself
+    assert (found.verdict(best), found.verdict(other)) == ("best", "worse")
+
+
+def test_a_difference_within_both_intervals_is_luck():
+    found = comparison([of(0.80, rate=1e-4), of(0.75, rate=1e-5)], METRIC)  # 0.05 < sqrt(2) 0.05
+    assert found.verdict(found.groups[1]) == "within the noise"
+    found = comparison([of(0.80, rate=1e-4), of(0.72, rate=1e-5)], METRIC)
+    assert found.verdict(found.groups[1]) == "worse"
+
+
+def test_seeds_that_agree_are_not_sure_of_other_rows():
+    """Three seeds with the same number on the same 60 rows: their t interval is nothing, that of the rows is not."""
+    found = comparison([of(0.65, seed) for seed in range(3)] + [of(0.61, seed, rate=1e-5) for seed in range(3)], METRIC)
+    assert found.groups[0].luck(METRIC) == 0
+    assert found.groups[0].error(METRIC) == pytest.approx(0.05)
+    assert found.verdict(found.groups[1]) == "within the noise"  # 0.04 < sqrt(2) 0.05
+
+
+def test_a_run_that_is_there_twice_is_no_second_seed():
+    found = comparison([of(0.80, 0), of(0.84, 1), of(0.80, 0)], METRIC).groups[0]
+    assert found.value(METRIC) == pytest.approx(0.82)
+    assert found.luck(METRIC) == pytest.approx(12.706 * 0.02828 / 2**0.5, abs=1e-3)
+
+
+def test_the_same_rows_are_compared_row_by_row():
+    """90 rows that both get right or wrong alike say nothing of their difference; ten that one alone gets right do."""
+    best, other = [1] * 70 + [0] * 30, [1] * 60 + [0] * 40
+    found = comparison([of_rows(best), of_rows(other, rate=1e-5)], METRIC)
+    gap = found.gaps[1]
+    assert gap.paired
+    assert gap.difference == pytest.approx(-0.1)
+    assert gap.noise == pytest.approx(1.96 * (0.1 * 0.9 / 100) ** 0.5, abs=5e-3)
+    assert found.verdict(found.groups[1]) == "worse"
+    assert apart(found, found.groups[1]) == "\N{MINUS SIGN}10.0 ± 6.0 points"
+    assert lead(found).endswith("Best: learning_rate=0.0001, 70.0\xa0% ± 9.0. Worse: learning_rate=1e-05.")
+    apart_rows = comparison(
+        [of_rows(best), of_rows(other, rate=1e-5, asked=range(1, 101))], METRIC
+    )  # not the same rows
+    assert not apart_rows.gaps[1].paired
+    assert apart_rows.verdict(apart_rows.groups[1]) == "within the noise"
+
+
+def test_rows_are_kept_and_read(tmp_path):
+    prints = {"train": [b"12345678 and more", b"abcdefgh"], "test": [b"87654321"] * 3}
+    keep(tmp_path, prints, {"recall": mean([1, 0, 1])})
+    rows = kept(tmp_path)
+    assert (len(rows.train), len(set(rows.test.tolist())), rows.ratios["recall"].value) == (2, 1, pytest.approx(2 / 3))
+    file = tmp_path / "rows.safetensors"
+    file.write_bytes(file.read_bytes()[:100])
+    assert kept(tmp_path) is None
+    assert kept(tmp_path / "nowhere") is None
+
+
+def test_less_is_better_where_it_is():
+    runs = [Run(None, {"r": str(r)}, {"after": {"chair_s": value}}) for r, value in ((4, 0.5), (8, 0.1), (16, 0.3))]
+    assert [group.settings["r"] for group in comparison(runs, "after.chair_s").groups] == ["8", "16", "4"]
+
+
+def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
+    run(tmp_path / "outputs" / "day" / "a", 0.9)
+    run(tmp_path / "outputs" / "day" / "b", 0.6, rate=1e-5)
+    run(tmp_path / "elsewhere", 0.7, rate=1e-3, interval=0.3, seed=3)
+    done = command("task=compare", "runs=[outputs/day/*,elsewhere]", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+    rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
+    assert [row["run"] for row in rows] == ["outputs/day/a", "elsewhere", "outputs/day/b"]
+    assert [row["group"] for row in rows] == ["best", "within the noise", "worse"]
+    assert [float(row["group after.preference_accuracy +-"]) for row in rows] == pytest.approx([0.05, 0.3, 0.05])
+    assert [float(row["from the best"]) for row in rows] == pytest.approx([0, -0.2, -0.3])
+    assert [row["seed"] for row in rows] == ["0", "3", "0"]
+    (table,) = tmp_path.glob("out/wandb/offline-run-*/files/media/table/compare*.table.json")
+    told = json.loads(table.read_text())
+    assert [dict(zip(told["columns"], row, strict=True))["group"] for row in told["data"]] == [r["group"] for r in rows]
+    page = (tmp_path / "out" / "compare.html").read_text()
+    assert "90.0\u00a0%\u00a0±\u00a05.0" in page
+    assert '<a href="../outputs/day/a/report.html">outputs/day/a</a>' in page
+    assert len(re.findall(r"learning_rate=0\.0001", page)) >= 2  # a line of the chart, and its folder
+    assert "90.0" in done.stdout
+    named = [
+        f"{tmp_path}/outputs/day/*",
+        "outputs/day/a",
+        "outputs/day",
+    ]  # absolute; one run, however often it is named
+    monkeypatch.chdir(tmp_path)
+    assert folders(named) == [tmp_path / "outputs" / "day" / name for name in "ab"]
+    done = command("task=compare", "runs=[outputs/day]", "metric=after.recall", "tracker=none", "hydra.run.dir=out")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("named", "message"),
+    [("[]", "needs two finished runs or more"), ("[nowhere]", "runs: nowhere names no finished run"),
+     ("[last]", "sweep=last: there is no sweep")],
+)  # fmt: skip
+def test_what_cannot_be_compared(tmp_path, monkeypatch, named, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=re.escape(message)):
+        compare(compose("task=compare", f"runs={named}"), tmp_path)

@@ -1,0 +1,136 @@
+"""task=generate as people type it: a folder, a file of questions, a picture that is none, a second run."""
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+
+from smolvlm_exp.tasks.generate import answer
+from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.paths import PACKAGE
+from tests.conftest import compose
+
+PHOTOS = PACKAGE / "data" / "sources" / "photos"
+PLAIN = ("task=generate", "quant=none", "tracker=none", "hydra.run.dir=out")
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    folder = tmp_path / "pictures"
+    (folder / "more").mkdir(parents=True)
+    shutil.copy(PHOTOS / "cat.jpg", folder / "cat.jpg")
+    shutil.copy(PHOTOS / "horse.jpg", folder / "more" / "horse.jpg")
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_a_folder_of_pictures(command, tmp_path, pictures):
+    done = command(*PLAIN, "task.images=pictures", "task.question=What is in this picture?")
+    assert done.returncode == 0, done.stderr
+    broken, cat, horse = lines(tmp_path / "out" / "answers.jsonl")
+    assert (broken["image"], cat["image"], horse["image"]) == ("broken.png", "cat.jpg", "more/horse.jpg")
+    assert "cannot be decoded" in broken["problem"]
+    assert cat["question"] == horse["question"] == "What is in this picture?"
+    assert cat["answer"].endswith(".")
+
+
+def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures, model):
+    from peft import get_peft_model
+
+    from smolvlm_exp.models.adapter import lora_config
+
+    monkeypatch.chdir(tmp_path)
+    tuned = get_peft_model(model, lora_config(compose("quant=none").adapter, quantised=False))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    tuned.save_pretrained(tmp_path / "run" / "adapter")
+    asked = [{"image": "cat.jpg", "question": q} for q in ("What do you see?", "Is there a star in the picture?")]
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    arguments = (
+        *PLAIN,
+        "model.adapter=run",
+        "task.questions=asked.jsonl",
+        "task.images=pictures",
+        "task.answers=a.jsonl",
+        "task.max_new_tokens=8",
+    )
+    answer(compose(*arguments), tmp_path)
+    first = lines(tmp_path / "a.jsonl")
+    assert [{key: each[key] for key in ("image", "question")} for each in first] == asked
+    assert first[0]["base"] != first[0]["tuned"]
+    text = (tmp_path / "a.jsonl").read_text().splitlines()
+    (tmp_path / "a.jsonl").write_text(text[0] + "\n" + text[1][:20])  # as a killed run leaves it
+    answer(compose(*arguments), tmp_path)
+    assert "2 questions, 1 of them answered" in capsys.readouterr().out
+    assert lines(tmp_path / "a.jsonl") == first
+    with pytest.raises(RequestError, match=r"a\.jsonl, line 1 has base, tuned, and this command writes answer"):
+        answer(compose(*(each for each in arguments if each != "model.adapter=run")), tmp_path)
+
+
+def test_line_separators_inside_strings_end_no_line(tmp_path):
+    """json.dumps leaves U+2028 as it is, and str.splitlines parts lines at it."""
+    from smolvlm_exp.runs.event_log import append, cut, read_events
+    from smolvlm_exp.tasks.generate import Asked, answered, from_lines
+
+    path = tmp_path / "lines.jsonl"
+    append(path, {"image": "a.jpg", "question": "One\u2028two?", "answer": "Three\u0085four.", "step": 1})
+    append(path, {"image": "b.jpg", "question": "?", "answer": "\u2029", "step": 2})
+    both = [Asked("a.jpg", "One\u2028two?"), Asked("b.jpg", "?")]
+    assert list(from_lines(path)) == both
+    assert answered(path, ("answer",)) == set(both)
+    assert len(read_events(path)) == 2
+    cut(path, 1)
+    assert [event["answer"] for event in read_events(path)] == ["Three\u0085four."]
+
+
+def test_a_file_that_is_no_file_of_answers(tmp_path):
+    from smolvlm_exp.tasks.generate import answered
+
+    path = tmp_path / "notes.jsonl"
+    path.write_text('{"image": "a.jpg", "question": "?", "problem": "the picture is gone"}\n[1, 2]\n')
+    with pytest.raises(RequestError, match=r"notes\.jsonl, line 2: this is no file of answers; name another"):
+        answered(path, ("answer",))
+
+
+def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
+    """A file of questions that comes from others, and limits of pictures."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(PHOTOS / "cat.jpg", tmp_path / "mine.jpg")
+    (pictures / "link.jpg").symlink_to(tmp_path / "mine.jpg")
+    names = ["../mine.jpg", str(tmp_path / "mine.jpg"), "link.jpg", "http://127.0.0.1/a.png", "cat.jpg"]
+    asked = [{"image": name, "question": "What?"} for name in names]
+    (pictures / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    arguments = (*PLAIN, "task.questions=pictures/asked.jsonl", "task.answers=a.jsonl")
+    opened = []
+    sys.addaudithook(lambda event, a: opened.append(a[0]) if event == "open" and "mine.jpg" in str(a[0]) else None)
+    answer(compose(*arguments), tmp_path)
+    found = lines(tmp_path / "a.jsonl")
+    assert ["lies outside the data's folder" in each["problem"] for each in found[:3]] == [True] * 3
+    assert "is a URL" in found[3]["problem"]
+    assert found[4]["answer"]
+    assert opened == []
+    answer(compose(*arguments, "task.answers=b.jsonl", "data.max_pixels=999"), tmp_path)
+    assert "more than data.max_pixels=999" in lines(tmp_path / "b.jsonl")[4]["problem"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "task=generate needs pictures: task.images=FOLDER"),
+        (["task.images=nowhere"], "task.images=nowhere: no picture is there"),
+        (["task.questions=asked.jsonl"], 'asked.jsonl, line 2: expected {"image"'),
+    ],
+)
+def test_what_cannot_be_asked(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "asked.jsonl").write_text('{"image": "a.jpg", "question": "b"}\n{"image": "a.jpg"}\n')
+    with pytest.raises(RequestError, match=re.escape(message)):
+        answer(compose(*PLAIN, *arguments), tmp_path)

@@ -1,0 +1,174 @@
+"""`task=plan`: the command as people type it, what it assumes, and what it advises."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.validation import token_counter
+from smolvlm_exp.engine import trainers as trainer
+from smolvlm_exp.models.shape import make_processor, shape_of
+from smolvlm_exp.models.tokenizer import stand_in
+from smolvlm_exp.tasks.plan import plan
+from smolvlm_exp.training.memory_budget import TOGETHER, budget_of
+from smolvlm_exp.training.row_lengths import lengths, span, tiles_of
+from smolvlm_exp.utils.errors import RequestError
+from tests.conftest import compose
+
+
+def told(capsys, *overrides):
+    assert plan(compose("task=plan", *overrides)) == 0
+    return capsys.readouterr().out
+
+
+def row(text, name):
+    """The cells of a table row."""
+    line = next(line for line in text.splitlines() if name in line and "│" in line)
+    return [cell.strip() for cell in line.strip("│").split("│")]
+
+
+def test_the_command_answers_at_once_and_leaves_nothing(command, tmp_path):
+    start = time.perf_counter()
+    done = command("task=plan", "model=smolvlm", "adapter.target=text", "trainer.memory_budget=8GiB")
+    assert done.returncode == 0, done.stderr
+    assert time.perf_counter() - start < 15
+    assert done.stderr == ""
+    for card in ("memory_budget=8GiB", "8 GB card", "12 GB card", "16 GB card", "24 GB card"):
+        assert float(row(done.stdout, card)[3]) < 24
+    assert float(row(done.stdout, "memory_budget=8GiB")[3]) <= 0.92 * 8
+    assert "9,682,944 trained" in done.stdout
+    assert "H100" in done.stdout
+    assert "TFLOP/s" in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_on_cards(capsys):
+    text = told(capsys, "experiment=cookbook")
+    assert "11,269,248 trained" in text
+    assert "32 pairs a step" in text
+    assert "23,690 pairs" in text  # 6% of 78,975 rows, five times
+    assert "1,053 tokens" in text
+    speeds = [float(row(text, f"{size} GB card")[4]) for size in (8, 12, 16, 24, 48, 80)]
+    assert speeds == sorted(speeds, reverse=True)
+    for size in (8, 12, 16, 24, 48, 80):
+        micro, passes = map(int, row(text, f"{size} GB card")[1].split(" x "))
+        assert micro * passes == 32
+
+
+ADVICE = {
+    "adapter=none quant=none trainer.memory_budget=24GiB": "with adapter=dora it does",
+    "adapter.target=recipe trainer.memory_budget=2700MiB": "with adapter.target=text it does",
+    "quant=none trainer.memory_budget=4GiB": "with quant=nf4 it does",
+    "trainer.memory_budget=1GiB": "with model=smolvlm_500m it does",
+    "model=smolvlm2_2b trainer.memory_budget=1GiB": "with model=smolvlm2_500m it does",
+    "trainer.memory_budget=100MiB": "no setting here changes that",
+    "trainer.memory_budget=8GiB trainer.loss_type=[aot] trainer.per_device_train_batch_size=32 "
+    "trainer.gradient_accumulation_steps=1": "with trainer.per_device_train_batch_size=1 "
+    "trainer.gradient_accumulation_steps=32 it does",
+}
+
+
+@pytest.mark.parametrize("settings", ADVICE)
+def test_what_does_not_fit_is_said_plainly_with_what_helps(capsys, settings):
+    text = told(capsys, "model=smolvlm", "data=rlaif_v", *settings.split())
+    assert row(text, "memory_budget")[1] == "does not fit"
+    assert ADVICE[settings] in text
+
+
+def test_advice_is_taken(capsys):
+    """What the advice names fits once it is typed."""
+    asked = ["model=smolvlm", "data=rlaif_v", "trainer.memory_budget=2700MiB"]
+    assert row(told(capsys, *asked, "adapter.target=text"), "memory_budget")[1] != "does not fit"
+
+
+def test_another_card_and_other_rows(capsys):
+    slow = told(capsys, "model=smolvlm", "data=rlaif_v", "task.matmul_tflops=165")
+    fast = told(capsys, "model=smolvlm", "data=rlaif_v")
+    assert float(row(slow, "24 GB card")[4]) > 2.5 * float(row(fast, "24 GB card")[4])
+    assert "165 TFLOP/s" in slow
+    small = told(capsys, "model=smolvlm", "data=rlaif_v", "task.picture=512x128", "task.answer_tokens=20")
+    assert "5 tiles, 405 tokens" in small
+    assert float(row(small, "24 GB card")[4]) < float(row(fast, "24 GB card")[4])
+    many = told(capsys, "model=smolvlm", "data=rlaif_v", "data.id=some/one", "task.rows=1000", "trainer=sft")
+    assert "1,000 pairs" in many
+
+
+def test_local_rows_are_looked_at(capsys):
+    text = told(capsys, "model=smolvlm", "data=photos")
+    assert "rows: 14 of data=photos" in text
+    assert "at most 17 tiles" in text
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["trainer.engine=stock"], "trainer.engine=shared"),
+        (["trainer.memory_budget=8Gi"], "trainer.memory_budget=8Gi is no size"),
+        (["data=rlaif_v", "task.picture=512"], "task.picture=512 is no size; write it as 512x384"),
+        (["data=mmpr", "data.annotations=x", "data.images=x"], "data.annotations=x: there is no such file"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused(settings, said):
+    with pytest.raises(RequestError, match=said):
+        plan(compose("task=plan", *settings))
+
+
+# What a row comes to
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from(["tiny", "smolvlm", "smolvlm_256m"]))
+def test_tiles_are_counted_as_the_processor_counts_them(width, height, model):
+    shape = shape_of(model)
+    processor = Idefics3ImageProcessorPil(
+        size={"longest_edge": shape.longest_edge}, max_image_size={"longest_edge": shape.image_size}
+    )
+    wanted = processor.get_number_of_image_patches(height, width)[0] or 1
+    assert tiles_of(width, height, shape, max_edge=2000) == wanted
+
+
+@pytest.mark.parametrize("grid", [(4, 3), (3, 4), (4, 4), (1, 2)])
+def test_a_pictures_tokens_are_about_right(grid):
+    shape = shape_of("smolvlm_256m")
+    processor = make_processor(shape, stand_in(shape))
+    written = processor.replace_image_token({"rows": [[grid[0]]], "cols": [[grid[1]]]}, 0)
+    tokens = len(processor.tokenizer(written, add_special_tokens=False)["input_ids"])
+    assert span(grid[0] * grid[1] + 1, shape) == pytest.approx(tokens, abs=3)
+
+
+def test_drawn_rows_are_as_long_as_they_will_be(processor, tmp_path):
+    config = compose("data.train_rows=64", "data.test_rows=8")
+    found = lengths(config.data, config.model, config.task)
+    rows = load_preferences(config.data, processor, tmp_path).train
+    count = token_counter(processor)
+    for row, (prompt, chosen, rejected, tiles) in zip(rows, found.sizes, strict=True):
+        real = count(row)
+        assert prompt == pytest.approx(real["prompt"], abs=6)
+        assert chosen == pytest.approx(real["chosen"], abs=3)
+        assert rejected == pytest.approx(real["rejected"], abs=3)
+        assert tiles * config.model.shape.image_seq_len == real["image"]
+
+
+# Budgets
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 * 2**30), ("8GB", 8 * 10**9), ("512MiB", 512 * 2**20), ("1.5 GiB", 3 * 2**29), ("auto", "auto"),
+     ("none", "none")],
+)  # fmt: skip
+def test_a_budget_is_read(text, size):
+    assert budget_of(text) == size
+
+
+@pytest.mark.parametrize("text", ["8", "8Gi", "GiB", "0GiB", "-1GiB", "lots", "8GiBs", ""])
+def test_a_wrong_budget_names_the_key(text):
+    with pytest.raises(RequestError, match=r"trainer\.memory_budget=.*is no size; write auto, none, 8GiB or 512MiB"):
+        budget_of(text)
+
+
+def test_losses_that_cannot_be_parted_are_the_trainers():
+    assert TOGETHER == trainer.WHOLE

@@ -1,0 +1,135 @@
+"""Two processes of one torch.distributed group make each thing once, together, and agree on it."""
+
+import functools
+import multiprocessing
+import os
+from itertools import chain
+
+import pytest
+import torch
+import torch.distributed as dist
+from conftest import compose
+from peft import LoraConfig, get_peft_model
+
+from smolvlm_exp.engine.disk_cache import Store
+from smolvlm_exp.engine.inputs.dataset import Rows
+from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.precompute.features import keep_features
+from smolvlm_exp.engine.precompute.reference import reference_logps
+from smolvlm_exp.models.model import load_model
+from smolvlm_exp.utils.distributed import all_of, from_first, gather, share
+from tests.engine.precompute.test_reference import PARTS, PLENTY, Count, collator, lengths
+
+
+def member(rank, folder, work):
+    torch.set_num_threads(1)
+    os.environ.update(GLOO_SOCKET_IFNAME="lo")
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
+    try:
+        work(rank, folder)
+    finally:
+        dist.destroy_process_group()
+
+
+def together(folder, work):
+    """Run `work(rank, folder)` in two processes; their exit codes."""
+    members = [multiprocessing.get_context("fork").Process(target=member, args=(r, folder, work)) for r in range(2)]
+    for each in members:
+        each.start()
+    for each in members:
+        each.join(120)
+    return [each.exitcode for each in members]
+
+
+def test_shares_are_everything_once():
+    for count in range(7):
+        for processes in range(1, 5):
+            shares = [list(share(count, rank, processes)) for rank in range(processes)]
+            assert list(chain(*shares)) == list(range(count))
+            assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+def test_alone_there_is_no_group():
+    assert (from_first(lambda: 3), gather(4), all_of(True), all_of(False)) == (3, [4], True, False)
+
+
+def agree(rank, folder):
+    assert from_first(lambda: f"said by {rank}") == "said by 0"
+    assert gather(rank) == [0, 1]
+    assert all_of(True)
+    assert not all_of(rank == 0)
+    with pytest.raises((KeyError, RuntimeError), match="lost"):
+        from_first(lambda: {}["lost"])
+
+
+def test_they_agree(tmp_path):
+    assert together(tmp_path, agree) == [0, 0]
+
+
+def keep_both(rows, processor, rank, folder):
+    """Tiles and features of the same pictures; each process notes which it made."""
+    made = []
+    fed = Rows(rows, processor, None)
+    stream = fed.stream
+
+    def noted(pictures, num_proc):
+        made.extend(pictures)
+        return stream(pictures, num_proc)
+
+    fed.stream = noted
+    store = Store(folder / "cache", PLENTY)
+    fed.keep_tiles(store, PLENTY, 0)
+    assert sorted(chain(*gather(list(made)))) == list(range(len(fed.digests)))
+    made.clear()
+    model = get_peft_model(load_model(compose().model), LoraConfig(target_modules=r".*text_model.*q_proj"))
+    keep_features(fed, model, pixels(processor), store, PLENTY, batch_tiles=5)
+    assert sorted(chain(*gather(list(made)))) == list(range(len(fed.digests)))
+    assert 0 < len(made) < len(fed.digests)
+    torch.save([fed[i]["features"] for i in range(len(fed))], folder / f"features{rank}.pt")
+    assert all(torch.equal(fed.tiles(n), Rows(rows, processor, None).tiles(n)) for n in range(len(fed.digests)))
+
+
+def test_tiles_and_features_are_shared_out(processor, rows, tmp_path):
+    few = rows.train.select(range(9))
+    assert together(tmp_path, functools.partial(keep_both, few, processor)) == [0, 0]
+    alone = Rows(few, processor, None)
+    keep_features(alone, load_model(compose().model).requires_grad_(False), pixels(processor), None, PLENTY)
+    for rank in range(2):
+        for i, features in enumerate(torch.load(tmp_path / f"features{rank}.pt")):
+            torch.testing.assert_close(features, alone[i]["features"], rtol=0, atol=1e-5)
+
+
+def score_both(rows, processor, with_store, rank, folder):
+    feed, score = collator(processor, rows), Count()
+    store = Store(folder / "cache", PLENTY) if with_store else None
+    found = reference_logps(feed, score, PARTS, store, 4)
+    assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
+    assert sorted(chain(*gather(score.rows))) == list(range(len(rows)))
+    assert 0 < len(score.rows) < len(rows)
+    if with_store:
+        again = reference_logps(feed, pytest.fail, PARTS, store, 4)
+        assert all(map(torch.equal, found, again))
+
+
+@pytest.mark.parametrize("with_store", [True, False])
+def test_reference_rows_are_shared_out(processor, rows, tmp_path, with_store):
+    work = functools.partial(score_both, rows.train.select(range(14)), processor, with_store)
+    assert together(tmp_path, work) == [0, 0]
+
+
+def wait_for_each_other(rank, folder):
+    """One process's failure is every process's, and leaves nothing."""
+
+    def fill(tensors, rank, processes):
+        if rank == 1:
+            raise KeyError("its share")
+
+    store = Store(folder / "cache", PLENTY)
+    with pytest.raises((KeyError, RuntimeError), match=r"its share|share of thing-1"):
+        store.get("thing-1", {"bytes": (torch.uint8, (7,))}, fill)
+    assert all_of(not list(store.folder.glob("*thing-1")))
+    assert Store(folder / "small", 3).get("thing-1", {"bytes": (torch.uint8, (7,))}, fill) is None
+
+
+def test_one_that_fails_stops_both(tmp_path):
+    assert together(tmp_path, wait_for_each_other) == [0, 0]
