@@ -17,7 +17,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
-from smolvlm_exp.engine.forward import base_of
+from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.utils.distributed import whole
 
 WORDS = 2**20  # 8-byte words under one sum

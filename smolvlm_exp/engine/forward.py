@@ -8,14 +8,13 @@ from functools import wraps
 from typing import Any, cast
 
 import torch
-from peft import PeftModel
-from torch import nn
 from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.engine.layers.shared_prefix_attention import Layout, use_shared_prefix
 from smolvlm_exp.engine.layers.vision_layer import use_patch_product
+from smolvlm_exp.engine.model_parts import learns
 from smolvlm_exp.utils.distributed import whole
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, S, S) uint8 -> what the vision tower reads, on its device
@@ -106,17 +105,3 @@ def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=copied):
             normed = tower.post_layernorm(hidden)
         return connector(normed)
-
-
-def base_of(model: Any) -> Any:
-    """The model under the adapter."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def core_of(model: Any) -> Any:
-    """The module that holds `vision_model`, `connector` and `text_model`, whatever is wrapped around it."""
-    return base_of(model).base_model
-
-
-def learns(*modules: nn.Module) -> bool:
-    return any(parameter.requires_grad for module in modules for parameter in module.parameters())

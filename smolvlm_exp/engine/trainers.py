@@ -11,11 +11,12 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from smolvlm_exp.engine.disk_cache import Store
 from smolvlm_exp.engine.fingerprint import weights_key
-from smolvlm_exp.engine.forward import Pixels, add_pair_forward, base_of
+from smolvlm_exp.engine.forward import Pixels, add_pair_forward
 from smolvlm_exp.engine.inputs.collate import Batch, to_device
 from smolvlm_exp.engine.inputs.dataset import Collator, Rows
 from smolvlm_exp.engine.layers.fuse import fuse
 from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
+from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.engine.packed_trainer import PackedSteps
 from smolvlm_exp.engine.precompute.reference import reference_logps
 

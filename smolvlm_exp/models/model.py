@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from smolvlm_exp.models.adapter import put_on, saved_adapter
+from smolvlm_exp.models.adapter import AdapterConfig, put_on, saved_adapter
 from smolvlm_exp.models.hub import only_from_disk
+from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.shape import Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import one_of
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
 
-    from smolvlm_exp.config.schema import Config
 
 EMBEDDED = Path(__file__).parent / "tiny"
 PILLOW = {"backend": "pil"}  # the same pixels with torchvision and without it
@@ -188,16 +188,12 @@ def resolve_attention(name: str) -> str:
     return name
 
 
-def load_tuned(config: "Config") -> Any:
+def load_finetuned_model(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int) -> Any:
     """The model as a run trained it: its base in its quantisation, with its adapter (`model.adapter`) if it has one.
 
     Raises:
         RequestError: one of them cannot be had, or they do not go together.
     """
-    from smolvlm_exp.models.model import load_model, resolve_dtype
-    from smolvlm_exp.models.quant import quantization_config
-
-    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
-    quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
-    model = load_model(config.model, quantization, config.seed)
-    return put_on(model, adapter, config.adapter.target).eval() if adapter else model
+    folder = saved_adapter(adapter, model.adapter) if model.adapter else None
+    base = load_model(model, quantization_config(quant, resolve_dtype(model.dtype)), seed)
+    return put_on(base, folder, adapter.target).eval() if folder else base

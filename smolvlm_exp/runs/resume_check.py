@@ -3,7 +3,6 @@
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +14,6 @@ from smolvlm_exp.utils.versions import versions
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.config.schema import Config
-    from smolvlm_exp.data.preferences import Preferences
 
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
@@ -32,13 +29,14 @@ DECIDE = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", 
 
 
 def same_run(
-    config: "Config", checkpoint: Path | None, preferences: "Preferences | None" = None, model: Any = None
+    settings: Mapping[str, Any], checkpoint: Path | None, rows: "Dataset | None" = None, model: Any = None
 ) -> dict[str, Any]:
     """What a checkpoint of this run says of it, as full name -> value.
 
     Args:
+        settings: the whole configuration, as nested dictionaries.
         checkpoint: the one to go on from.
-        preferences: None where the rows have not been read yet; they are then not compared.
+        rows: to train on; None where they have not been read yet: they are then not compared.
         model: as it was loaded, with the adapter that it starts from; None where it has not been: likewise.
 
     Raises:
@@ -46,23 +44,23 @@ def same_run(
     """
     import torch
 
-    here = flat({key: value for key, value in asdict(config).items() if key not in FREE})
+    here = flat({key: value for key, value in settings.items() if key not in FREE})
     here = {key: value for key, value in here.items() if key not in FREE}
     here |= {f"versions.{name}": version for name, version in versions().items() if name in DECIDE}
     here["processes"] = place()[1]
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
-    if preferences is not None:
-        here[ROWS] = digest(preferences.train)
+    if rows is not None:
+        here[ROWS] = digest(rows)
     if model is not None:
         from smolvlm_exp.engine.fingerprint import weights_key
 
-        here[BASE] = weights_key(model, "default" if config.model.adapter else None)
+        here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
     if checkpoint is not None:
         there = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
         free = SHARED_OUT if goes_on_alike(there, here) else ()
         differ = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key) and key not in free]
         known = [key for key in differ if key in here or key not in (ROWS, BASE)]
-        refuse_change(checkpoint, dict.fromkeys(known, (there, here)), config)
+        refuse_change(checkpoint, dict.fromkeys(known, (there, here)), settings)
     return here
 
 
@@ -73,8 +71,8 @@ def goes_on_alike(there: dict[str, Any], here: dict[str, Any]) -> bool:
     return before == now and not dropout
 
 
-def refuse_change(checkpoint: Path, differ: Mapping[str, tuple[dict, dict]], config: "Config") -> None:
-    allowed = tuple(config.resume_allow)
+def refuse_change(checkpoint: Path, differ: Mapping[str, tuple[dict, dict]], settings: Mapping[str, Any]) -> None:
+    allowed = tuple(settings["resume_allow"])
     changed = [key for key in differ if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
     for key in differ.keys() - set(changed):
         print(f"resume: {in_words(key, *differ[key])}, as resume_allow says")
@@ -83,7 +81,7 @@ def refuse_change(checkpoint: Path, differ: Mapping[str, tuple[dict, dict]], con
         if "processes" in changed:
             told += f"\n{same_rows(*differ['processes'])}"
         raise RequestError(
-            f"resume={config.resume}: this is not the run that was saved at step {step_of(checkpoint)}.\n{told}\n"
+            f"resume={settings['resume']}: this is not the run that was saved at step {step_of(checkpoint)}.\n{told}\n"
             f"Take that back, or go on all the same with 'resume_allow=[{','.join(changed)}]'."
         )
 

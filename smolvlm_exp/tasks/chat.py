@@ -34,7 +34,8 @@ def converse(config: Config, folder: Path) -> None:
     with contextlib.suppress(ImportError):  # editing and the lines before, where there is a terminal for it
         import readline  # noqa: F401
     chat = Chat(
-        load_session(config), Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed)
+        load_session(config.session, config.model, config.quant, config.adapter, config.data, config.seed),
+        Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed),
     )
     print(
         f"chat with {config.model.id}{f' and {config.model.adapter}' if config.model.adapter else ''}; /help tells more"

@@ -27,7 +27,7 @@ from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
 from smolvlm_exp.models.adapter import saved_adapter
-from smolvlm_exp.models.model import load_processor, load_tuned
+from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.reporting.summary import findings, show
 from smolvlm_exp.runs.checkpoint import whole
 from smolvlm_exp.runs.find import summary_of
@@ -104,7 +104,8 @@ class Delivery:
 
     def look_at_tuned(self) -> tuple[Evaluation, float | None]:
         """What the tuned model says of the held-out rows, and by how much its adapter changed that."""
-        model = load_tuned(self.config)
+        config = self.config
+        model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
         tuned = self.look(model)
         assert tuned.logps is not None
         if not self.config.model.adapter:
@@ -128,8 +129,8 @@ class Delivery:
 
     @cached_property
     def merged(self) -> Any:
-        onto = self.config.export.merge
-        model = load_merged(self.config, onto)
+        config, onto = self.config, self.config.export.merge
+        model = load_merged(config.model, config.quant, config.adapter, config.seed, onto)
         if self.config.model.adapter:
             print(f"merged into the {onto} base: {self.parity(model).in_words()}")
         return model
@@ -146,7 +147,7 @@ class Delivery:
             print("adapter: vLLM and llama.cpp load no DoRA; they read the merged folder (export.format=merged)")
 
     def write_merged(self, staging: Path, target: Path) -> None:
-        from smolvlm_exp.deploy.session.load import load_folder
+        from smolvlm_exp.deploy.session.backends import load_folder
 
         precision = merged_precision(self.config.export)
         save_merged(self.merged, self.processor, staging, precision)
@@ -209,5 +210,5 @@ class Delivery:
             "versions": versions(),
             **further,
         }
-        (staging / "README.md").write_text(model_card(self.config, content, self.run), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(asdict(self.config), content, self.run), encoding="utf-8")
         record(staging, content)

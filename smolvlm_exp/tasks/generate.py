@@ -12,7 +12,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.images import Limits, PictureError, locate, open_picture
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.models.model import load_processor, load_tuned
+from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
 from smolvlm_exp.utils.paths import as_typed
@@ -43,7 +43,7 @@ def answer(config: Config, folder: Path) -> Path:
     done = answered(path, names)
     left = [each for each in asked if each not in done]
     print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {as_typed(path)}")
-    model = load_tuned(config)
+    model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
     processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
     max_edge, limits = config.data.max_edge, Limits.of(config.data)

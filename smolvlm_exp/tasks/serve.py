@@ -35,7 +35,11 @@ def serve(config: Config, folder: Path) -> None:
         ) from error
     with listening:
         name = config.name or read_record(Path(config.model.id)).get("model", config.model.id)
-        app = build_app(load_session(config), own, name)
+        app = build_app(
+            load_session(config.session, config.model, config.quant, config.adapter, config.data, config.seed),
+            own,
+            name,
+        )
         port = listening.getsockname()[1]
         print(
             f"http://{own.host}:{port} is the page, and http://{own.host}:{port}/v1 what OpenAI's clients take",

@@ -1,6 +1,7 @@
 """The whole run on one screen: data, model, adapter, before, training, after, result."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -41,9 +42,10 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     quantization = quantization_config(config.quant, dtype)
     peft_config = lora_config(config.adapter, quantised=quantization is not None)
     start = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
-    check_request(config)
+    check_request(config.trainer, config.model, config.adapter)
+    settings = asdict(config)
     checkpoint = newest(Path(config.resume)) if config.resume else None
-    same_run(config, checkpoint)
+    same_run(settings, checkpoint)
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
     shared = from_first(lambda: folder)  # by all processes, where there are several
     arguments = algorithm.build_arguments(config.trainer, Run(shared, config.seed, dtype, config.data.max_length))
@@ -51,12 +53,12 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder)
     model: Any = load_model(config.model, quantization, config.seed)
-    check_model(config, model)
+    check_model(config.trainer, config.adapter, model)
     if start:
         model, peft_config = put_on(model, start, config.adapter.target), None
     elif peft_config:
         aim(peft_config, model, config.adapter.target)
-    identity = same_run(config, checkpoint, preferences, model)
+    identity = same_run(settings, checkpoint, preferences.train, model)
 
     budget = held_to(config.trainer.memory_budget)
     with budget, Result(config, folder, preferences) as result, StopCallback() as stop:

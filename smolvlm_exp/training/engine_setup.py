@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.models.model import resolve_attention
+from smolvlm_exp.models.adapter import AdapterConfig, matched_modules
+from smolvlm_exp.models.model import ModelConfig, resolve_attention
 from smolvlm_exp.training.arguments import Parts, TrainerConfig, with_pissa
 from smolvlm_exp.training.memory_budget import budget_of
 from smolvlm_exp.utils.errors import RequestError
@@ -12,7 +13,6 @@ from smolvlm_exp.utils.units import bytes_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from smolvlm_exp.config.schema import Config
     from smolvlm_exp.engine.disk_cache import Store
     from smolvlm_exp.engine.inputs.dataset import Collator, Rows
 
@@ -25,14 +25,13 @@ STOCK_ALONE = (
 FEATURE_TILES = 64  # tiles that go through the tower together where their features are kept
 
 
-def check_request(config: "Config") -> None:
+def check_request(trainer: TrainerConfig, model: ModelConfig, adapter: AdapterConfig) -> None:
     """Before anything is loaded.
 
     Raises:
         RequestError: the engine, or this machine, does not do what is asked for.
     """
-    trainer = config.trainer
-    resolve_attention(config.model.attn_implementation)
+    resolve_attention(model.attn_implementation)
     budget_of(trainer.memory_budget)
     bytes_of("trainer.cache_ram", trainer.cache_ram)
     bytes_of("trainer.cache_disk", trainer.cache_disk)
@@ -40,36 +39,34 @@ def check_request(config: "Config") -> None:
         if trainer.keep_features:
             raise RequestError("trainer.keep_features=true needs trainer.engine=shared.")
         return
-    if config.model.attn_implementation == "eager":
+    if model.attn_implementation == "eager":
         raise RequestError("model.attn_implementation=eager needs trainer.engine=stock; use auto or sdpa.")
     for name in STOCK_ALONE:
         if trainer.extra.get(name):
             raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
-    if getattr(trainer, "disable_dropout", True) is False and config.adapter.lora_dropout:
+    if getattr(trainer, "disable_dropout", True) is False and adapter.lora_dropout:
         print("engine: with dropout, both answers of a pair see the same noise on their prompt")
 
 
-def check_model(config: "Config", model: "PreTrainedModel") -> None:
+def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrainedModel") -> None:
     """Raises:
     RequestError: the engine is given a model in parts; image features are to be kept though what makes them learns.
     """
-    from smolvlm_exp.models.adapter import matched_modules
-
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
-    if len(devices) > 1 and config.trainer.engine == "shared":
+    if len(devices) > 1 and trainer.engine == "shared":
         raise RequestError(
-            f"model.device_map={config.model.device_map} parts the model over {len(devices)} devices, which needs "
-            "trainer.engine=stock; with model.device_map=auto all of it is on one GPU."
+            f"model.device_map parts the model over {len(devices)} devices, which needs trainer.engine=stock; with "
+            "model.device_map=auto all of it is on one GPU."
         )
-    if not config.trainer.keep_features:
+    if not trainer.keep_features:
         return
-    if config.adapter.type == "none":
+    if adapter.type == "none":
         raise RequestError("trainer.keep_features=true needs an adapter: adapter=none trains the vision tower too.")
-    names = matched_modules(model, config.adapter.target)
+    names = matched_modules(model, adapter.target)
     found = next((name for name in names if ".vision_model." in name or ".connector." in name), None)
     if found:
         raise RequestError(
-            f"trainer.keep_features=true: adapter.target={config.adapter.target} reaches {found}, so image features "
+            f"trainer.keep_features=true: adapter.target={adapter.target} reaches {found}, so image features "
             "change at every step.\nUse adapter.target=text, or leave trainer.keep_features out."
         )
 
@@ -117,8 +114,8 @@ def build(kind: Any, rows: "type[Rows]", config: TrainerConfig, arguments: Any, 
 
 def keep_pictures(config: TrainerConfig, trainer: Any, processor: Any) -> None:
     """Keep image features where nothing that makes them learns, tiles elsewhere."""
-    from smolvlm_exp.engine.forward import core_of, learns
     from smolvlm_exp.engine.inputs.tiles import pixels
+    from smolvlm_exp.engine.model_parts import core_of, learns
     from smolvlm_exp.engine.precompute.features import keep_features
 
     core = core_of(trainer.model)

@@ -123,8 +123,8 @@ def facts_of_model(trainer: Any, gpu: bool) -> "Facts":
     """What the planner wants to know, from the model as it is."""
     from peft.tuners.lora import LoraLayer
 
-    from smolvlm_exp.engine.forward import base_of
     from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
+    from smolvlm_exp.engine.model_parts import base_of
     from smolvlm_exp.models.shape import shape_from
     from smolvlm_exp.training.memory_spec import Adapted, facts_of
 

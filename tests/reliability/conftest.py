@@ -10,6 +10,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -58,7 +59,7 @@ class Bench:
         arguments = dpo.build_arguments(config.trainer, Run(folder, config.seed, torch.float32, None))
         tracker = SimpleNamespace(log=lambda values, step: None)
         model = load_model(config.model, quantization, config.seed)
-        identity = same_run(config, None, self.preferences, model)
+        identity = same_run(asdict(config), None, self.preferences.train, model)
         parts = Parts(
             model, self.processor,
             lora_config(config.adapter, quantised=quantization is not None), self.preferences,

@@ -3,6 +3,7 @@
 import copy
 import os
 import signal
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -152,43 +153,43 @@ def saved(bench, tmp_path_factory):
 
 def test_a_changed_setting_is_refused_unless_it_is_named(bench, saved, capsys):
     config = bench.config()
-    same_run(config, saved)
+    same_run(asdict(config), saved)
     for key, (value, said) in CHANGES.items():
         with pytest.raises(RequestError) as refusal:
-            same_run(changed(config, key, value), saved)
+            same_run(asdict(changed(config, key, value)), saved)
         told = str(refusal.value)
         assert "not the run that was saved at step 1" in told
         assert said in told
         assert key in told.rpartition("resume_allow=[")[2]
-        same_run(changed(config, key, value, allow=[key]), saved)
+        same_run(asdict(changed(config, key, value, allow=[key])), saved)
         assert said in capsys.readouterr().out
 
 
 def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     config = bench.config("resume=it")
-    same_run(config, saved, bench.preferences)
+    same_run(asdict(config), saved, bench.preferences.train)
     rows = bench.preferences.train
     for others in (rows.select(range(15)), rows.select([1, 0, *range(2, 16)])):
         other = type(bench.preferences)(others, bench.preferences.test, {})
         with pytest.raises(RequestError, match=r"data\.rows: the training rows or their pictures are others"):
-            same_run(config, saved, other)
-        same_run(bench.config("resume=it", "resume_allow=[data.rows]"), saved, other)
+            same_run(asdict(config), saved, other.train)
+        same_run(asdict(bench.config("resume=it", "resume_allow=[data.rows]")), saved, other.train)
     monkeypatch.setattr(same, "versions", lambda: {"torch": "9.9", "transformers": "9.9"})
     with pytest.raises(RequestError, match=r'versions.torch was ".*" and is "9.9"'):
-        same_run(config, saved)
-    same_run(bench.config("resume=it", "resume_allow=[versions]"), saved)
+        same_run(asdict(config), saved)
+    same_run(asdict(bench.config("resume=it", "resume_allow=[versions]")), saved)
 
 
 def test_the_base_is_the_one_it_was(bench, saved):
     """A folder's weights may be written over, a branch on the hub may move: their names would not tell."""
     config = bench.config("resume=it")
     model = load_model(config.model, quantization_config(config.quant, torch.float32), config.seed)
-    same_run(config, saved, bench.preferences, model)
+    same_run(asdict(config), saved, bench.preferences.train, model)
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] += 1e-3
     with pytest.raises(RequestError, match=r"model\.base: the weights that the run begins with are others"):
-        same_run(config, saved, bench.preferences, model)
-    same_run(bench.config("resume=it", "resume_allow=[model.base]"), saved, bench.preferences, model)
+        same_run(asdict(config), saved, bench.preferences.train, model)
+    same_run(asdict(bench.config("resume=it", "resume_allow=[model.base]")), saved, bench.preferences.train, model)
 
 
 def test_what_changes_no_number_may_change(bench, saved):
@@ -197,7 +198,7 @@ def test_what_changes_no_number_may_change(bench, saved):
         "trainer.dataloader_num_workers=2", "trainer.memory_budget=none", "trainer.cache=elsewhere", "data.num_proc=2",
     )  # fmt: skip
     config = compose(*[f"+{o}" if ".extra." in o else o for o in LONG], *free, "resume=it")
-    same_run(config, saved, bench.preferences)
+    same_run(asdict(config), saved, bench.preferences.train)
 
 
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):

@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ def test_a_checkpoint_of_an_earlier_release_resumes(bench, tmp_path, release):
     checkpoint = newest(run)
     assert checkpoint.name == "checkpoint-4"
     allowed = "resume_allow=[versions,device,data.rows]"  # another Pillow may write the drawn scenes' bytes otherwise
-    same_run(bench.config(*SETTINGS, "resume=it", allowed), checkpoint, bench.preferences)
+    same_run(asdict(bench.config(*SETTINGS, "resume=it", allowed)), checkpoint, bench.preferences.train)
     trainer = bench.run(run, *SETTINGS)
     assert trainer.state.global_step == 8
     assert trainer.resumed_at == 4

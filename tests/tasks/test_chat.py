@@ -39,7 +39,9 @@ def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, caps
 def test_pictures_have_the_limits_of_data(chat, small, capsys):
     """The size of a file is looked at before it is read, and its pixels before they are decoded."""
     config = compose("task=chat", f"model.id={small}", "quant=none", "data.max_pixels=999", "data.max_image_mib=1")
-    chat.session.writer.limits = load_session(config).writer.limits
+    chat.session.writer.limits = load_session(
+        config.session, config.model, config.quant, config.adapter, config.data, config.seed
+    ).writer.limits
     chat.handle(f"/image {CAT}")
     assert "more than data.max_pixels=999" in capsys.readouterr().out
     chat.handle("/image /dev/zero")

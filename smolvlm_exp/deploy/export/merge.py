@@ -8,17 +8,18 @@ half of what was learned, and the adapter never saw the float base. Measured: be
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.config.schema import Config
-from smolvlm_exp.models.adapter import saved_adapter
-from smolvlm_exp.models.model import load_model, resolve_dtype
-from smolvlm_exp.models.quant import quantization_config
+from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
+from smolvlm_exp.models.model import ModelConfig, load_model, resolve_dtype
+from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.utils.files import read_json, write_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def load_merged(config: Config, onto: str) -> "PreTrainedModel":
+def load_merged(
+    model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int, onto: str
+) -> "PreTrainedModel":
     """The tuned model as one of plain float32 weights; without an adapter, the model itself.
 
     Args:
@@ -27,22 +28,21 @@ def load_merged(config: Config, onto: str) -> "PreTrainedModel":
     import torch
     from peft import PeftModel
 
-    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
-    model = load_base(config, onto)
-    if adapter is None:
-        return model
-    tuned = PeftModel.from_pretrained(model, str(adapter))
+    folder = saved_adapter(adapter, model.adapter) if model.adapter else None
+    base = load_base(model, quant, seed, onto)
+    if folder is None:
+        return base
+    tuned = PeftModel.from_pretrained(base, str(folder))
     with torch.no_grad():
         return tuned.merge_and_unload(safe_merge=True).eval()
 
 
-def load_base(config: Config, onto: str) -> Any:
+def load_base(config: ModelConfig, quant: QuantConfig, seed: int, onto: str) -> Any:
     """The run's base weights in float32; see `load_merged`."""
     import torch
 
-    dtype = resolve_dtype(config.model.dtype)
-    quantization = quantization_config(config.quant, dtype) if onto == "dequantised" else None
-    model: Any = load_model(config.model, quantization, config.seed)
+    quantization = quantization_config(quant, resolve_dtype(config.dtype)) if onto == "dequantised" else None
+    model: Any = load_model(config, quantization, seed)
     if quantization is not None:
         model = model.dequantize(dtype=torch.float32)
     return model.float().eval()

@@ -1,15 +1,14 @@
 """A model card from what a run and its export measured (https://huggingface.co/docs/hub/model-cards)."""
 
-from dataclasses import asdict
+from collections.abc import Mapping
 from typing import Any
 
-from smolvlm_exp.config.schema import Config
-
+Settings = Mapping[str, Any]  # the whole configuration, as nested dictionaries
 LICENCES = {"shapes": "Apache-2.0", "rlaif_v": "CC BY-NC 4.0"}  # of data sources whose licence we know
 SHOWN = ("model", "quant", "adapter", "data", "trainer")
 
 
-def model_card(config: Config, export: dict[str, Any], run: dict[str, Any]) -> str:
+def model_card(settings: Settings, export: dict[str, Any], run: dict[str, Any]) -> str:
     """README.md of an exported folder.
 
     Args:
@@ -17,29 +16,29 @@ def model_card(config: Config, export: dict[str, Any], run: dict[str, Any]) -> s
     """
     from huggingface_hub import ModelCardData
 
-    base = "smolvlm_exp/models/tiny" if config.model.id == "embedded" else config.model.id
+    base = "smolvlm_exp/models/tiny" if settings["model"]["id"] == "embedded" else settings["model"]["id"]
     data: Any = ModelCardData(
         library_name={"onnx": "transformers.js", "adapter": "peft"}.get(export["format"], "transformers"),
         pipeline_tag="image-text-to-text",
-        license=config.export.license or "other",
-        base_model=base if config.model.id != "embedded" else None,
-        tags=["smolvlm_exp", config.trainer.algorithm, *(["onnx"] if export["format"] == "onnx" else [])],
+        license=settings["export"]["license"] or "other",
+        base_model=base if settings["model"]["id"] != "embedded" else None,
+        tags=["smolvlm_exp", settings["trainer"]["algorithm"], *(["onnx"] if export["format"] == "onnx" else [])],
     )
-    sections = [f"---\n{data.to_yaml()}\n---", f"# {title(config)}", *warning(export)]
+    sections = [f"---\n{data.to_yaml()}\n---", f"# {title(settings)}", *warning(export)]
     sections += [
-        f"{base}, tuned with smolvlm_exp: {how(config)}. This folder holds it as `{export['format']}`"
+        f"{base}, tuned with smolvlm_exp: {how(settings)}. This folder holds it as `{export['format']}`"
         f"{told_precisions(export)}.",
         *exact_products(export),
         *quality(export, run),
-        data_section(config, run),
-        settings(config),
-        limits(config),
+        data_section(settings, run),
+        settings_section(settings),
+        limits(settings),
     ]
     return "\n\n".join(sections) + "\n"
 
 
-def title(config: Config) -> str:
-    return config.name or f"{config.model.id.rsplit('/', 1)[-1]} tuned on {config.data.source}"
+def title(settings: Settings) -> str:
+    return settings["name"] or f"{settings['model']['id'].rsplit('/', 1)[-1]} tuned on {settings['data']['source']}"
 
 
 def warning(export: dict[str, Any]) -> list[str]:
@@ -48,14 +47,18 @@ def warning(export: dict[str, Any]) -> list[str]:
     return ["> # DOES NOT DO WHAT THE TUNED MODEL DOES\n" + "\n".join(lines)] if failed else []
 
 
-def how(config: Config) -> str:
-    if not config.model.adapter:
+def how(settings: Settings) -> str:
+    if not settings["model"]["adapter"]:
         return "every weight"
-    kind = "DoRA" if config.adapter.use_dora else "LoRA"
+    kind = "DoRA" if settings["adapter"]["use_dora"] else "LoRA"
     width = (
-        " on a 4-bit base" if config.quant.load_in_4bit else " on an 8-bit base" if config.quant.load_in_8bit else ""
+        " on a 4-bit base"
+        if settings["quant"]["load_in_4bit"]
+        else " on an 8-bit base"
+        if settings["quant"]["load_in_8bit"]
+        else ""
     )
-    return f"{kind}, r = {config.adapter.r}{width}"
+    return f"{kind}, r = {settings['adapter']['r']}{width}"
 
 
 def told_precisions(export: dict[str, Any]) -> str:
@@ -105,29 +108,29 @@ def cell(value: float | None, ends: Any) -> str:
     return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})" if ends else f"{value:.3f}"
 
 
-def data_section(config: Config, run: dict[str, Any]) -> str:
-    name = getattr(config.data, "id", config.data.source)
+def data_section(settings: Settings, run: dict[str, Any]) -> str:
+    name = settings["data"].get("id", settings["data"]["source"])
     rows = (run.get("data") or {}).get("train", {}).get("rows")
-    licence = LICENCES.get(config.data.source, "see where it comes from")
-    return f"## Data\n\n`{name}`, split `{config.data.train}`{f', {rows:,} pairs' if rows else ''}. Licence: {licence}."
+    licence = LICENCES.get(settings["data"]["source"], "see where it comes from")
+    return f"## Data\n\n`{name}`, split `{settings['data']['train']}`{f', {rows:,} pairs' if rows else ''}. Licence: {licence}."
 
 
-def settings(config: Config) -> str:
+def settings_section(settings: Settings) -> str:
     """Every setting of the groups that decide what was learned, but none that tells of a person's machine."""
     lines = []
     for group in SHOWN:
-        for key, value in asdict(getattr(config, group)).items():
+        for key, value in settings[group].items():
             local = isinstance(value, str) and ("/" in value or "\\" in value) and (group, key) != ("model", "id")
             if value is not None and not isinstance(value, dict) and not local and key not in ("cache", "folder"):
                 lines.append(f"{group}.{key}: {value}")
     return "## Settings\n\n```\n" + "\n".join(lines) + "\n```"
 
 
-def limits(config: Config) -> str:
+def limits(settings: Settings) -> str:
     return f"""## Limits
 
 It was tuned to prefer answers like those it was shown, and measured on held-out rows of the same data
-({config.data.source}): elsewhere it may be no better than its base, or worse. It may name what is not in a picture. Do
-not let it decide about people, health, law or money.
+({settings["data"]["source"]}): elsewhere it may be no better than its base, or worse. It may name what is not in a
+picture. Do not let it decide about people, health, law or money.
 
 The base model's licence and that of the data apply to what was made of them."""

@@ -68,7 +68,7 @@ class SmolVLMSession:
         Raises:
             RequestError: there is no model in it.
         """
-        from smolvlm_exp.deploy.session.load import load_folder
+        from smolvlm_exp.deploy.session.backends import load_folder
 
         return cls(*load_folder(Path(folder), precision), budget=budget, max_edge=max_edge)
 

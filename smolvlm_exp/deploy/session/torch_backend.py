@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.engine.forward import base_of, core_of
+from smolvlm_exp.engine.model_parts import base_of, core_of
 
 Past = tuple[tuple[torch.Tensor, torch.Tensor], ...]  # keys and values a layer, (1, kv heads, tokens, head size)
 

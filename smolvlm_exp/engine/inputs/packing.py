@@ -6,8 +6,8 @@ Tokens lie in one line without padding, all prompts with their chosen answers fi
 
 `p` is the prompt's last token once more: what follows it is predicted twice, by C's side and by R's, and with a copy of
 its own each side is an ordinary sequence. shared_prefix_attention.py lets [p R] see the prompt before it. The last
-token of an answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no second
-half.
+token of an answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no
+second half.
 """
 
 from collections.abc import Sequence

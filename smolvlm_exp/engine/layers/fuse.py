@@ -2,10 +2,10 @@
 
 from typing import Any
 
-from smolvlm_exp.engine.forward import core_of
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.text_layer import fuse_decoder_layers
 from smolvlm_exp.engine.layers.vision_layer import fuse_encoder_layers
+from smolvlm_exp.engine.model_parts import core_of
 
 
 def fuse(model: Any, keep: str, keep_vision: str) -> list[str]:

@@ -1,7 +1,8 @@
 """Bytes from shapes: what a model occupies and what one forward and backward pass over some pairs takes beside it.
 
-The counts follow engine/layers and forward.py tensor by tensor; tests/engine/memory/test_planner.py holds them against peaks that were measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here
-needs torch, so that `task=plan` answers at once.
+The counts follow engine/layers and forward.py tensor by tensor; tests/engine/memory/test_planner.py holds them against
+peaks that were measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here needs torch,
+so that `task=plan` answers at once.
 """
 
 from collections.abc import Sequence

@@ -13,8 +13,9 @@ from torch import nn
 
 from smolvlm_exp.engine.disk_cache import Store, keep, key_of
 from smolvlm_exp.engine.fingerprint import weights_key
-from smolvlm_exp.engine.forward import Pixels, core_of, image_features, learns
+from smolvlm_exp.engine.forward import Pixels, image_features
 from smolvlm_exp.engine.inputs.dataset import Rows
+from smolvlm_exp.engine.model_parts import core_of, learns
 from smolvlm_exp.utils.distributed import share
 
 VERSION = 2  # raise when the numbers change for a reason that no part of the key tells

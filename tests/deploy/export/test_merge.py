@@ -5,11 +5,11 @@ import torch
 from peft import get_peft_model
 
 from smolvlm_exp.deploy.export.merge import load_base, load_merged, save_merged
-from smolvlm_exp.deploy.session.load import load_folder
+from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.evaluation.checks import moved
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.adapter import lora_config
-from smolvlm_exp.models.model import load_tuned
+from smolvlm_exp.models.model import load_finetuned_model
 from tests.conftest import compose
 
 
@@ -17,7 +17,9 @@ from tests.conftest import compose
 def tuned(request, tmp_path_factory):
     """A configuration whose model.adapter moved answers about as far as a run does."""
     plain = compose(f"adapter={request.param}")
-    model = get_peft_model(load_base(plain, "dequantised"), lora_config(plain.adapter, quantised=False))
+    model = get_peft_model(
+        load_base(plain.model, plain.quant, plain.seed, "dequantised"), lora_config(plain.adapter, quantised=False)
+    )
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -31,7 +33,7 @@ def tuned(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def scored(tuned, processor, rows):
     """The tuned model (after forward passes in evaluation mode, which once repacked its 4 bits) and its base."""
-    model = load_tuned(tuned)
+    model = load_finetuned_model(tuned.model, tuned.quant, tuned.adapter, tuned.seed)
     found = answer_logps(model, processor, rows.test, 16, None)
     with model.disable_adapter():
         base = answer_logps(model, processor, rows.test, 16, None)
@@ -43,7 +45,9 @@ def test_merged_into_what_it_was_trained_on(tuned, scored, processor, rows):
     assert effect > 0.02
     shares = {}
     for onto in ("dequantised", "original"):
-        found = answer_logps(load_merged(tuned, onto), processor, rows.test, 16, None)
+        found = answer_logps(
+            load_merged(tuned.model, tuned.quant, tuned.adapter, tuned.seed, onto), processor, rows.test, 16, None
+        )
         shares[onto] = moved(wanted, found) / effect
     assert shares["dequantised"] < 1e-3  # what is left is the order of float32's sums
     assert shares["original"] > 0.1

@@ -5,9 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine.disk_cache import Mapped, Store
-from smolvlm_exp.engine.forward import add_pair_forward, core_of, image_features
+from smolvlm_exp.engine.forward import add_pair_forward, image_features
 from smolvlm_exp.engine.inputs.dataset import Collator, Rows
 from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.precompute import features as module
 from smolvlm_exp.engine.precompute.features import keep_features
 
