@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from benchmarks.setting import compose, device_name, empty_cache
-from smolvlm_exp.utils.startup import hush
+from smolvlm_exp.utils.startup import silence_upstream
 
 COMMON = (
     "trainer.loss_type=[sigmoid]", "trainer.loss_weights=null", "trainer.logging_steps=1",
@@ -39,11 +39,11 @@ SETTINGS = STOCK | {
 def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attention: str) -> list[float]:
     """The loss of each step of a run of its own."""
     from smolvlm_exp.data.preferences import load_preferences
-    from smolvlm_exp.models.adapter import aim, lora_config
+    from smolvlm_exp.models.adapter import check_adapter_target, lora_config
     from smolvlm_exp.models.model import load_model, load_processor, resolve_dtype
     from smolvlm_exp.models.quant import quantization_config
     from smolvlm_exp.training import dpo
-    from smolvlm_exp.training.arguments import Parts, Run
+    from smolvlm_exp.training.arguments import RunContext, TrainerInputs
 
     folder = Path("outputs/benchmark")
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,14 +52,14 @@ def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attent
         f"trainer.engine={engine}", f"trainer.max_steps={steps}",
         f"trainer.per_device_train_batch_size={micro}", f"trainer.gradient_accumulation_steps={16 // micro}",
     )  # fmt: skip
-    arguments = dpo.build_arguments(config.trainer, Run(folder, 0, resolve_dtype(dtype), None))
+    arguments = dpo.build_arguments(config.trainer, RunContext(folder, 0, resolve_dtype(dtype), None))
     model = load_model(config.model, quantization_config(config.quant, resolve_dtype(dtype)))
     processor, peft_config = load_processor(config.model), lora_config(config.adapter, quantised=True)
     assert peft_config is not None
-    aim(peft_config, model, config.adapter.target)
+    check_adapter_target(peft_config, model, config.adapter.target)
     preferences = load_preferences(config.data, processor, folder)
     trainer = dpo.build_trainer(
-        config.trainer, arguments, Parts(model, processor, peft_config, preferences, [], folder)
+        config.trainer, arguments, TrainerInputs(model, processor, peft_config, preferences, [], folder)
     )
     trainer.train()
     empty_cache()
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", default=None)
     asked = parser.parse_args()
-    hush()
+    silence_upstream()
     found = {name: losses(asked.adapter, asked.steps, *setting) for name, setting in SETTINGS.items()}
     curves = {name: torch.tensor(found[name]) for name in SETTINGS}
     print(f"{device_name()}, torch {torch.__version__}, {asked.adapter}; loss at steps 1, 10, 20, ...")

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 
 from benchmarks.setting import GIB, Clock, compose, device_name, empty_cache, matmul_rate, rows
-from smolvlm_exp.engine.memory.footprint import LEVELS, Facts, Load, Rows
-from smolvlm_exp.utils.startup import hush
+from smolvlm_exp.engine.memory.footprint import LEVELS, BatchLoad, MemorySpec, RowSizes
+from smolvlm_exp.utils.startup import silence_upstream
 
 CAPS = ("8GiB", "12GiB", "16GiB", "24GiB", "auto")
 STOCK = ("1+", "2+", "4+", "8+", "1", "4")  # micro-batches; +: with checkpointing
@@ -62,19 +62,21 @@ class Bench:
     def trainer(self, config: Any, steps: int, warm: int = 1) -> Any:
         """A trainer as the pipeline builds it, with a clock."""
         from smolvlm_exp.data.preferences import Preferences
-        from smolvlm_exp.models.adapter import aim, lora_config
+        from smolvlm_exp.models.adapter import check_adapter_target, lora_config
         from smolvlm_exp.training import dpo
-        from smolvlm_exp.training.arguments import Parts, Run
+        from smolvlm_exp.training.arguments import RunContext, TrainerInputs
 
         folder = Path("outputs/benchmark")
         folder.mkdir(parents=True, exist_ok=True)
         peft_config = lora_config(config.adapter, quantised=True)
         assert peft_config is not None
-        aim(peft_config, self.base, config.adapter.target)
+        check_adapter_target(peft_config, self.base, config.adapter.target)
         config.trainer.max_steps = steps
-        arguments = dpo.build_arguments(config.trainer, Run(folder, 0, torch.bfloat16, None))
+        arguments = dpo.build_arguments(config.trainer, RunContext(folder, 0, torch.bfloat16, None))
         clock = Clock(warm)
-        parts = Parts(self.base, self.processor, peft_config, Preferences(self.rows, self.rows, {}), [clock], folder)
+        parts = TrainerInputs(
+            self.base, self.processor, peft_config, Preferences(self.rows, self.rows, {}), [clock], folder
+        )
         trainer: Any = dpo.build_trainer(config.trainer, arguments, parts)
         trainer.clock = clock
         return trainer
@@ -126,7 +128,7 @@ def stock(bench: Bench, settings: list[str]) -> None:
 
 def engine(bench: Bench, parts: list[str], steps: int) -> None:
     """What the engine does by hand and by plan, on one trainer."""
-    from smolvlm_exp.training.memory_budget import facts_of_model, fit
+    from smolvlm_exp.training.memory_budget import plan_memory, spec_of_model
 
     adapter = f"adapter.target={bench.target}"
     shared = (
@@ -137,8 +139,8 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
     begun = time.perf_counter()
     trainer = bench.trainer(config, steps=2)
     print(f"built in {time.perf_counter() - begun:.1f} s", flush=True)
-    facts = facts_of_model(trainer, gpu=bool(bench.rate))
-    bench.flops = useful(facts, Rows(trainer.collator.rows.sizes.tolist()).average(1))
+    facts = spec_of_model(trainer, gpu=bool(bench.rate))
+    bench.flops = useful(facts, RowSizes(trainer.collator.rows.sizes.tolist()).average(1))
     reference_again(bench, trainer, config)
     if "hand" in parts:
         hand(bench, trainer, facts)
@@ -148,19 +150,19 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
     if "lora" in parts:
         config = bench.config("adapter=lora", adapter, *shared)
         trainer = bench.trainer(config, steps)
-        fit(replace(config.trainer, memory_budget="auto"), trainer)
+        plan_memory(replace(config.trainer, memory_budget="auto"), trainer)
         bench.measure(trainer, engine="lora", target=bench.target, micro=trainer.micro_batch)
         bench.release(trainer)
 
 
-def use(trainer: Any, facts: Facts, micro: int, keep: str) -> None:
+def use(trainer: Any, facts: MemorySpec, micro: int, keep: str) -> None:
     from smolvlm_exp.engine.layers.fuse import fuse
 
     trainer.micro_batch = micro
     fuse(trainer.model, keep, keep if facts.vision.trained else "inputs")
 
 
-def hand(bench: Bench, trainer: Any, facts: Facts) -> None:
+def hand(bench: Bench, trainer: Any, facts: MemorySpec) -> None:
     for keep in LEVELS:
         for micro in HAND:
             use(trainer, facts, micro, keep)
@@ -171,12 +173,12 @@ def hand(bench: Bench, trainer: Any, facts: Facts) -> None:
 
 
 def caps(bench: Bench, trainer: Any, config: Any, steps: int) -> None:
-    from smolvlm_exp.training.memory_budget import fit, held_to
+    from smolvlm_exp.training.memory_budget import memory_cap, plan_memory
 
     trainer.args.max_steps = steps
     for cap in CAPS:
-        with held_to(cap):
-            fit(replace(config.trainer, memory_budget=cap), trainer)
+        with memory_cap(cap):
+            plan_memory(replace(config.trainer, memory_budget=cap), trainer)
             planned = trainer.micro_batch
             found = bench.measure(trainer, engine="shared", by="plan", target=bench.target, cap=cap, micro=planned)
             found["out of memory"] = trainer.micro_batch != planned
@@ -184,15 +186,15 @@ def caps(bench: Bench, trainer: Any, config: Any, steps: int) -> None:
 
 def reference_again(bench: Bench, trainer: Any, config: Any) -> None:
     """What a second run of a sweep waits for its reference; its adapter is fresh too."""
-    from smolvlm_exp.training.engine_setup import store
+    from smolvlm_exp.training.engine_setup import disk_cache
 
     begun = time.perf_counter()
-    trainer.score_references(store(config.trainer), 8)
+    trainer.score_references(disk_cache(config.trainer), 8)
     bench.found.append({"reference again": time.perf_counter() - begun})
     print(json.dumps(bench.found[-1]), flush=True)
 
 
-def useful(facts: Facts, load: Load) -> float:
+def useful(facts: MemorySpec, load: BatchLoad) -> float:
     """FLOPs a pair of the mathematics, done once: frozen weights take one product forward and one backward."""
     flops = 4.0 * facts.vocabulary * facts.text.hidden * load.answers
     stacks = [(facts.text, load.tokens, load.scores)]
@@ -236,7 +238,7 @@ def main() -> None:
     parser.add_argument("--json", default=None)
     parser.add_argument("--stock", default=",".join(STOCK), help="micro-batches; 4+: with checkpointing")
     asked = parser.parse_args()
-    hush()
+    silence_upstream()
     bench, parts = Bench(asked), asked.only.split(",")
     if "stock" in parts:
         stock(bench, asked.stock.split(","))

@@ -27,7 +27,7 @@ from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
 from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.deploy.session.torch_backend import TorchModel
 from smolvlm_exp.models.model import load_model, load_processor
-from smolvlm_exp.utils.startup import hush
+from smolvlm_exp.utils.startup import silence_upstream
 
 MIB = 2**20
 DEPTHS = (64, 1024)  # tokens that are there when the next one is timed
@@ -62,7 +62,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     clock, threads = Clock(arguments.minutes), os.cpu_count() or 1
-    hush()
+    silence_upstream()
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)  # ONNX Runtime's sessions read it: as many as PyTorch has
     tell(f"{arguments.model}: {threads} cores, {load()}")

@@ -19,9 +19,8 @@ import torch
 
 from benchmarks.dpo import Bench
 from benchmarks.setting import GIB, device_name
-from smolvlm_exp.config import launch
-from smolvlm_exp.utils.distributed import gather, place
-from smolvlm_exp.utils.startup import hush
+from smolvlm_exp.utils.distributed import destroy_distributed, gather, init_distributed, is_distributed, rank_world
+from smolvlm_exp.utils.startup import silence_upstream
 
 WARM = 3  # steps whose time does not count
 
@@ -53,7 +52,7 @@ class Watch:
 
 
 def measure(bench: Bench, target: str, pairs: int, asked: argparse.Namespace) -> dict[str, Any]:
-    processes = place()[1]
+    processes = rank_world()[1]
     config = bench.config(
         f"adapter.target={target}", "trainer.engine=shared", "trainer.gradient_checkpointing=false",
         "trainer.per_device_train_batch_size=1", f"trainer.gradient_accumulation_steps={pairs // processes}",
@@ -112,19 +111,19 @@ def main() -> None:
     if asked.compare:
         compare(asked.compare)
         return
-    hush()
-    if launch.several():
-        launch.meet()
+    silence_upstream()
+    if is_distributed():
+        init_distributed()
     asked.target = "text"
     bench, found = Bench(asked), {}
     for target, pairs in zip(asked.targets.split(","), map(int, asked.pairs.split(",")), strict=True):
         found[target] = measure(bench, target, pairs, asked)
-        if place()[0] == 0:
+        if rank_world()[0] == 0:
             print(target, json.dumps(found[target]), flush=True)
             if asked.json:
                 Path(asked.json).write_text(json.dumps(found) + "\n", encoding="utf-8")
-    if launch.several():
-        launch.leave()
+    if is_distributed():
+        destroy_distributed()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
-from smolvlm_exp.utils.errors import RequestError, refuse
+from smolvlm_exp.utils.errors import RequestError, exit_with_error
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Grid(BasicSweeper):
         try:
             code = sweep_grid(self, arguments)
         except RequestError as error:
-            refuse(error)
+            exit_with_error(error)
         sys.exit(code)
 
 
@@ -70,7 +70,7 @@ class Search(Sweeper):
         try:
             code = sweep_search(self, arguments)
         except RequestError as error:
-            refuse(error)
+            exit_with_error(error)
         sys.exit(code)
 
 

@@ -20,19 +20,14 @@ from smolvlm_exp.config import launch
 from smolvlm_exp.config.compose import check_command, register_schemas
 from smolvlm_exp.config.previous_run import resume_command, run_command, sweep_command
 from smolvlm_exp.config.schema import parse
-from smolvlm_exp.runs.find import any_run
-from smolvlm_exp.runs.folder import check_unused, claimed
+from smolvlm_exp.runs.find import find_ended_run
+from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import given_value
-from smolvlm_exp.utils.distributed import leave, several
-from smolvlm_exp.utils.errors import RequestError, RunError, refuse
-from smolvlm_exp.utils.paths import CONF, as_typed
-from smolvlm_exp.utils.startup import hush, uncollected
+from smolvlm_exp.utils.distributed import destroy_distributed, is_distributed
+from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
+from smolvlm_exp.utils.paths import CONF, relative_to_cwd
+from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
-
-OTHERS = {  # task -> function in its module
-    "evaluate": "evaluate", "generate": "answer", "compare": "compare", "export": "deliver", "chat": "converse",
-    "serve": "serve",
-}  # fmt: skip
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
@@ -43,37 +38,39 @@ def job(composed: DictConfig) -> float | None:
     many = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
     try:
         if config.task.name == "doctor":
-            from smolvlm_exp.reporting.advice import tell
+            from smolvlm_exp.reporting.advice import print_advice
             from smolvlm_exp.tasks.doctor import doctor
 
-            sys.exit(tell(any_run(config.run)) if config.run else doctor(Path("outputs")))
+            sys.exit(print_advice(find_ended_run(config.run)) if config.run else doctor(Path("outputs")))
         if config.task.name == "plan":
             from smolvlm_exp.tasks.plan import plan
 
             sys.exit(plan(config))
         if many and (folder.parent / "sweep.json").is_file():  # a sweep of ours; others run their jobs right here
-            from smolvlm_exp.sweep.run_job import take_turn
+            from smolvlm_exp.sweep.run_job import run_job
 
             own = HydraConfig.get()
-            return take_turn(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
+            return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         check_torchvision()
-        with uncollected():
-            hush()
+        with fast_imports():
+            silence_upstream()
             module = import_module(f"smolvlm_exp.tasks.{config.task.name}")
-        if config.task.name in OTHERS:
-            getattr(module, OTHERS[config.task.name])(config, folder)
+        if config.task.name != "train":
+            getattr(module, config.task.name)(config, folder)
             return None
-        with claimed(folder):
+        with lock_run_folder(folder):
             summary = module.train(config, folder)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs go on, and Hydra reports this one
-        refuse(error)
+        exit_with_error(error)
     except KeyboardInterrupt:  # while the model or the rows were loaded; once a run has begun, it saves first
         print("\nstopped before anything was trained", file=sys.stderr)
         sys.exit(130)
     if summary["status"] == "stopped":
-        print(f"stopped after saving; go on with: python -m smolvlm_exp resume={as_typed(folder)}", file=sys.stderr)
+        print(
+            f"stopped after saving; go on with: python -m smolvlm_exp resume={relative_to_cwd(folder)}", file=sys.stderr
+        )
         sys.exit(75)
     part, _, key = config.metric.partition(".")
     return summary[part].get(key)
@@ -97,13 +94,13 @@ def main() -> None:
             typed = given_value(args, "hydra.run.dir", "")
             if typed and not given_value(args, "resume", "") and given_value(args, "task", "train") == "train":
                 check_unused(Path(typed))
-            if several():
+            if is_distributed():
                 sys.argv[1:] = launch.join(argv, args)
         except RequestError as error:
-            refuse(error)
+            exit_with_error(error)
     job()
-    if several():
-        leave()
+    if is_distributed():
+        destroy_distributed()
 
 
 def absolute(argv: list[str], args: Any) -> list[str]:

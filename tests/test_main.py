@@ -232,7 +232,7 @@ def test_it_works_from_an_installed_wheel(tmp_path):
     assert shown.returncode == 0, shown.stderr
     assert yaml.safe_load(shown.stdout)["model"]["id"] == "HuggingFaceTB/SmolVLM-Instruct"
     where = (
-        "import smolvlm_exp.config as c, smolvlm_exp.model as m;"
+        "import smolvlm_exp.utils.paths as c, smolvlm_exp.models.model as m;"
         "print(c.CONF); print(m.EMBEDDED.joinpath('model.safetensors').is_file())"
     )
     told = subprocess.run(

@@ -11,7 +11,7 @@ import tempfile
 from typing import Any
 
 from smolvlm_exp.config.compose import folder_of
-from smolvlm_exp.utils.distributed import meet
+from smolvlm_exp.utils.distributed import init_distributed
 from smolvlm_exp.utils.errors import RequestError
 
 
@@ -26,11 +26,11 @@ def join(argv: list[str], args: Any) -> list[str]:
             "-m under accelerate launch or torchrun: a sweep starts its own processes. Type it without the launcher; "
             "hydra/launcher=parallel gives each job a GPU."
         )
-    from smolvlm_exp.utils.distributed import from_first, place
+    from smolvlm_exp.utils.distributed import broadcast_from_rank0, rank_world
 
-    meet()
-    folder = from_first(lambda: folder_of(args))
-    if place()[0] == 0:
+    init_distributed()
+    folder = broadcast_from_rank0(lambda: folder_of(args))
+    if rank_world()[0] == 0:
         return [*argv, f"hydra.run.dir={folder}"]
     beside = tempfile.TemporaryDirectory(prefix="smolvlm_exp-")
     atexit.register(beside.cleanup)

@@ -5,8 +5,8 @@ from typing import Any
 
 import yaml
 
-from smolvlm_exp.runs.checkpoint import numbered
-from smolvlm_exp.runs.find import find_run, finished_run, overrides_of, summary_of
+from smolvlm_exp.runs.checkpoint import checkpoint_folders
+from smolvlm_exp.runs.find import find_finished_run, find_run, overrides_of, summary_of
 from smolvlm_exp.runs.overrides import given_value, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
@@ -25,7 +25,7 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
     if args.multirun:
         raise RequestError("resume=... goes on with one run; it does not go with -m.")
     folder = find_run(asked)
-    if not numbered(folder):
+    if not checkpoint_folders(folder):
         raise RequestError(f"resume={folder}: it has saved no checkpoint yet, so there is nothing to go on from.")
     given = {key_of(override) for override in args.overrides}
     if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):
@@ -52,7 +52,7 @@ def run_command(argv: list[str], args: Any) -> list[str]:
         raise RequestError(f"run={asked} is what another task works on: add task=evaluate (to go on with it, resume=).")
     if task == "doctor":
         return argv
-    folder = finished_run(asked)
+    folder = find_finished_run(asked)
     given = {key_of(override) for override in args.overrides} | {"task", "resume", "sweep", "run"}
     # A group that the command chooses anew takes none of the settings that went with the run's choice.
     kept = [o for o in overrides_of(folder) if not {key_of(o), key_of(o).partition(".")[0]} & given]

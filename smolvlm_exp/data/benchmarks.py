@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.formats import features
-from smolvlm_exp.data.images import PictureError, locate
-from smolvlm_exp.data.loading import sliced, stamp
+from smolvlm_exp.data.images import ImageError, locate
+from smolvlm_exp.data.loading import files_digest, select_split
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
@@ -44,11 +44,11 @@ def rows_of(questions: list[Question], images: str, split: str) -> "Dataset":
             "this data has questions without answers to prefer: it is for task=evaluate, not to train on."
         )
     known = {name: kind for name, kind in features().items() if name not in ("chosen", "rejected")}
-    seen = stamp(([image] for image, _, _ in questions), folder)
+    seen = files_digest(([image] for image, _, _ in questions), folder)
     told = [(image, question, json.dumps(truth)) for image, question, truth in questions]
     kwargs = {"questions": told, "folder": folder, "stamp": f"{VERSION} {seen}"}
     made = Dataset.from_generator(generate, features=Features({**known, "truth": Value("string")}), gen_kwargs=kwargs)
-    return sliced({"test": made}, split)
+    return select_split({"test": made}, split)
 
 
 def generate(questions: list[tuple[str, str, str]], folder: Path, stamp: str) -> Iterator[dict[str, Any]]:
@@ -57,7 +57,7 @@ def generate(questions: list[tuple[str, str, str]], folder: Path, stamp: str) ->
         row: dict[str, Any] = {"images": [], "prompt": [user(question)], "truth": truth, "problem": ""}
         try:
             row["images"] = [locate(image, folder)]
-        except PictureError as error:
+        except ImageError as error:
             row["problem"] = f"the picture {error}"
         yield row
 

@@ -14,23 +14,25 @@ WORD_JOINER = "\u2060"
 def control_tokens(processor: Any) -> list[str]:
     """All that the processor's tokenizer reads as one control token, but for what a word joiner cannot take apart."""
     found = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
-    return [token for token in found if token not in apart(token)]
+    return [token for token in found if token not in split_token(token)]
 
 
-def as_text(messages: Sequence[dict[str, Any]], controls: Sequence[str]) -> list[dict[str, Any]]:
+def escape_control_tokens(messages: Sequence[dict[str, Any]], controls: Sequence[str]) -> list[dict[str, Any]]:
     """The messages with every control token in their text parts made text; the `{"type": "image"}` parts stay."""
-    return [{**m, "content": [{**p, "text": spelt(p.get("text"), controls)} for p in m["content"]]} for m in messages]
+    return [
+        {**m, "content": [{**p, "text": escape_text(p.get("text"), controls)} for p in m["content"]]} for m in messages
+    ]
 
 
-def spelt(text: str | None, controls: Sequence[str]) -> str | None:
+def escape_text(text: str | None, controls: Sequence[str]) -> str | None:
     """One text, its control tokens made text."""
     if not text or not controls or not any(control in text for control in controls):
         return text
     found = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
     while found.search(text):  # taking one apart must not make another
-        text = found.sub(lambda match: apart(match[0]), text)
+        text = found.sub(lambda match: split_token(match[0]), text)
     return text
 
 
-def apart(control: str) -> str:
+def split_token(control: str) -> str:
     return control[:1] + WORD_JOINER + control[1:]

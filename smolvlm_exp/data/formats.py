@@ -22,13 +22,13 @@ PLACEHOLDER = "<image>"  # where a picture stands in a text, in LLaMA-Factory, m
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
 # Each spelling is a list of columns; where a column has two names, either will do.
-SPELLINGS = (
+FORMATS = (
     (("image", "images"), ("question", "prompt"), ("chosen",), ("rejected",)),
     (("image", "images"), ("conversations",), ("chosen",), ("rejected",)),
     (("image", "images"), ("messages",), ("rejected_response",)),
 )
 
-EXPECTED = "; or ".join(", ".join(" or ".join(names) for names in spelling) for spelling in SPELLINGS)
+EXPECTED = "; or ".join(", ".join(" or ".join(names) for names in spelling) for spelling in FORMATS)
 
 
 def features() -> "Features":
@@ -43,12 +43,12 @@ def features() -> "Features":
     return Features({"images": List(Image(decode=False)), **columns, "problem": Value("string")})
 
 
-def is_known(columns: set[str]) -> bool:
+def has_known_format(columns: set[str]) -> bool:
     """Whether these columns hold one of the spellings."""
-    return any(all(columns & set(names) for names in spelling) for spelling in SPELLINGS)
+    return any(all(columns & set(names) for names in spelling) for spelling in FORMATS)
 
 
-def pictures(row: dict[str, Any]) -> list[Any]:
+def row_images(row: dict[str, Any]) -> list[Any]:
     """A row's pictures (paths, bytes or {"bytes", "path"}), however many it has."""
     found = row.get("images") or row.get("image") or []
     return found if isinstance(found, list) else [found]

@@ -25,7 +25,7 @@ Entry = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}, as `datas
 
 
 @dataclass(frozen=True)
-class Limits:
+class ImageLimits:
     """What a picture may cost, looked at before it is decoded; each is a setting of `data` by the same name."""
 
     max_pixels: int = 100_000_000  # 17 KB of PNG can say that they are ten times as many
@@ -38,11 +38,13 @@ class Limits:
         return cls(config.max_pixels, config.max_image_mib, config.first_frame)
 
 
-class PictureError(ValueError):
+class ImageError(ValueError):
     """What is wrong with one picture, worded to follow "image 1 "."""
 
 
-def prepare_images(row: dict[str, Any], max_edge: int, version: int, limits: Limits = Limits()) -> dict[str, Any]:
+def prepare_images(
+    row: dict[str, Any], max_edge: int, version: int, limits: ImageLimits = ImageLimits()
+) -> dict[str, Any]:
     """Prepare one row's pictures. Bytes that are fine already are kept as they are.
 
     Args:
@@ -59,15 +61,15 @@ def prepare_images(row: dict[str, Any], max_edge: int, version: int, limits: Lim
     images, sizes = [], []
     for number, entry in enumerate(row["images"] or [], start=1):
         try:
-            data, size = prepare_image(read(entry, limits), max_edge, limits)
-        except PictureError as error:
+            data, size = prepare_image(read_image_bytes(entry, limits), max_edge, limits)
+        except ImageError as error:
             return {"images": [], "sizes": [], "problem": f"image {number} {error}"}
         images.append({"bytes": data, "path": None})
         sizes.append(list(size))
     return {"images": images, "sizes": sizes, "problem": ""}
 
 
-def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tuple[bytes, tuple[int, int]]:
+def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits()) -> tuple[bytes, tuple[int, int]]:
     """One picture's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge.
 
     Raises:
@@ -79,30 +81,30 @@ def prepare_image(data: bytes, max_edge: int, limits: Limits = Limits()) -> tupl
             if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
             if not limits.first_frame and has_several_frames(image):
-                raise PictureError("has several frames; data.first_frame=true takes the first of such pictures")
+                raise ImageError("has several frames; data.first_frame=true takes the first of such pictures")
             image.load()
             prepared = shrink(to_rgb(image), max_edge)
             untouched = image.mode == "RGB" and prepared is image and image.format in ("JPEG", "PNG")
             return (data if untouched else as_png(prepared)), prepared.size
-    except PictureError:
+    except ImageError:
         raise
     except UnidentifiedImageError:
-        raise PictureError(f"cannot be decoded: it is none of {', '.join(FORMATS)}, or is damaged") from None
+        raise ImageError(f"cannot be decoded: it is none of {', '.join(FORMATS)}, or is damaged") from None
     except Image.DecompressionBombError:
-        raise PictureError(
+        raise ImageError(
             f"cannot be decoded: it unpacks to more than data.max_pixels={limits.max_pixels:,} pixels"
         ) from None
     except Exception as error:  # decoders raise whatever they trip over: OSError, SyntaxError, struct.error, zlib.error
-        raise PictureError(f"cannot be decoded: {error or type(error).__name__}") from error
+        raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
 
 
-def open_picture(entry: Entry, max_edge: int, limits: Limits) -> Image.Image:
+def open_image(entry: Entry, max_edge: int, limits: ImageLimits) -> Image.Image:
     """A picture that no row holds, prepared as a row's.
 
     Raises:
         PictureError: what is wrong with it.
     """
-    return Image.open(io.BytesIO(prepare_image(read(entry, limits), max_edge, limits)[0]))
+    return Image.open(io.BytesIO(prepare_image(read_image_bytes(entry, limits), max_edge, limits)[0]))
 
 
 def has_several_frames(image: Image.Image) -> bool:
@@ -165,7 +167,7 @@ def as_png(image: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def read(entry: Entry | None, limits: Limits = Limits()) -> bytes:
+def read_image_bytes(entry: Entry | None, limits: ImageLimits = ImageLimits()) -> bytes:
     """A picture's bytes, from the row itself or from a local file; nothing is ever fetched.
 
     Raises:
@@ -175,21 +177,21 @@ def read(entry: Entry | None, limits: Limits = Limits()) -> bytes:
         return not_too_large(entry["bytes"], len(entry["bytes"]), limits)
     path = entry["path"] if entry else None
     if not path:
-        raise PictureError("is empty")
+        raise ImageError("is empty")
     if is_url(path):
-        raise PictureError(f"is a URL; download it first: {path}")
+        raise ImageError(f"is a URL; download it first: {path}")
     try:
         if Path(path).is_file():  # neither a folder, nor a device or pipe that would never end
             not_too_large(b"", Path(path).stat().st_size, limits)
             return Path(path).read_bytes()
     except OSError as error:
-        raise PictureError(f"cannot be read: {error}") from error
-    raise PictureError(f"is not there: {path}")
+        raise ImageError(f"cannot be read: {error}") from error
+    raise ImageError(f"is not there: {path}")
 
 
-def not_too_large(data: bytes, size: int, limits: Limits) -> bytes:
+def not_too_large(data: bytes, size: int, limits: ImageLimits) -> bytes:
     if size > limits.max_image_mib * 2**20:
-        raise PictureError(f"is {size / 2**20:,.0f} MiB, more than data.max_image_mib={limits.max_image_mib}")
+        raise ImageError(f"is {size / 2**20:,.0f} MiB, more than data.max_image_mib={limits.max_image_mib}")
     return data
 
 
@@ -206,22 +208,22 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
         return {"bytes": entry, "path": None}
     if isinstance(entry, dict) and entry.get("bytes"):
         if not isinstance(entry["bytes"], bytes):
-            raise PictureError(f"has {type(entry['bytes']).__name__} where its bytes should be")
+            raise ImageError(f"has {type(entry['bytes']).__name__} where its bytes should be")
         return {"bytes": entry["bytes"], "path": None}
     name = entry.get("path") if isinstance(entry, dict) else entry
     if not name or not isinstance(name, str):
-        raise PictureError("is empty")
+        raise ImageError("is empty")
     if is_url(name):
-        raise PictureError(f"is a URL; download it first: {name}")
+        raise ImageError(f"is a URL; download it first: {name}")
     try:
         path = (folder / name).resolve()
         inside, there = path.is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise PictureError(f"cannot be read: {error}") from error
+        raise ImageError(f"cannot be read: {error}") from error
     if Path(name).is_absolute() or not inside:
-        raise PictureError(f"lies outside the data's folder; put it inside and name it from there: {name}")
+        raise ImageError(f"lies outside the data's folder; put it inside and name it from there: {name}")
     if not there:
-        raise PictureError(f"is not there: {name} (paths count from {folder})")
+        raise ImageError(f"is not there: {name} (paths count from {folder})")
     return {"bytes": None, "path": str(path)}
 
 

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 
-def overlap(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
+def leaked_rows(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
     """The held-out rows whose pictures and question are those of a training row, whatever its answers.
 
     Args:
@@ -21,7 +21,6 @@ def overlap(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
 def fingerprints(rows: "Dataset") -> list[bytes]:
     """A hash of each row's question and of its pictures' files; nothing is decoded."""
     from smolvlm_exp.data.messages import text_of
-    from smolvlm_exp.engine.inputs.tiles import file_of
 
     stored: Any = rows.select_columns(["images", "prompt"]).with_format("arrow")
     found = []
@@ -29,6 +28,6 @@ def fingerprints(rows: "Dataset") -> list[bytes]:
         for images, prompt in zip(batch["images"].to_pylist(), batch["prompt"].to_pylist(), strict=True):
             digest = hashlib.sha256(text_of(prompt).encode())
             for entry in images or []:
-                digest.update(hashlib.sha256(file_of(entry)).digest())
+                digest.update(hashlib.sha256(entry["bytes"]).digest())
             found.append(digest.digest())
     return found

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.formats import VERSION, features
-from smolvlm_exp.data.images import PictureError, locate
+from smolvlm_exp.data.images import ImageError, locate
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
     saved = load_saved(folder) if local else None
     try:
         if saved:
-            rows = sliced(saved, split)
+            rows = select_split(saved, split)
         elif local:
             rows = load_dataset(str(folder), split=split)
         else:
@@ -70,7 +70,7 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
     return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
 
 
-def embedded(images: list[Any]) -> list[Any]:
+def require_embedded(images: list[Any]) -> list[Any]:
     """Pictures that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is.
 
     Raises:
@@ -78,7 +78,7 @@ def embedded(images: list[Any]) -> list[Any]:
     """
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
-            raise PictureError("is not in the data set, which only names it; data=files reads pictures beside rows")
+            raise ImageError("is not in the data set, which only names it; data=files reads pictures beside rows")
     return images
 
 
@@ -114,7 +114,7 @@ def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
         yield from batch.to_pylist()
 
 
-def sliced(splits: dict[str, "Dataset"], split: str) -> "Dataset":
+def select_split(splits: dict[str, "Dataset"], split: str) -> "Dataset":
     """The rows that a split or slice names: `train`, `test[:20]`, `train[10%:]`, `train+test`, as `load_dataset` does.
 
     Raises:
@@ -167,20 +167,20 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
     return {"train": rows.select(train), "test": rows.select(sorted(held))}
 
 
-def workers(asked: int | None, rows: int) -> int | None:
+def worker_count(asked: int | None, rows: int) -> int | None:
     """Processes for `rows` pictures: as many as asked for; else one a core, where there is work enough."""
     count = asked or min(os.cpu_count() or 1, 16)
     return count if count > 1 and (asked or rows >= 2048) else None
 
 
-def stamp(rows: Iterable[list[Any]], folder: Path) -> str:
+def files_digest(rows: Iterable[list[Any]], folder: Path) -> str:
     """A digest of the size and time of every picture that is a file, by which a changed one is noticed."""
     digest = hashlib.sha256()
     for entry in (entry for row in rows for entry in row):
         try:
             path = locate(entry, folder)["path"]
             status = Path(path).stat() if path else None
-        except (PictureError, OSError):
+        except (ImageError, OSError):
             status = None
         digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
     return digest.hexdigest()

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.control_tokens import as_text, control_tokens
-from smolvlm_exp.data.leakage import fingerprints, overlap
-from smolvlm_exp.data.loading import workers
-from smolvlm_exp.data.validation import check, origin, refuse_many, where
+from smolvlm_exp.data.control_tokens import control_tokens, escape_control_tokens
+from smolvlm_exp.data.leakage import fingerprints, leaked_rows
+from smolvlm_exp.data.loading import worker_count
+from smolvlm_exp.data.validation import check_bad_row_share, origin_suffix, row_origin, validate_rows
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -53,11 +53,11 @@ def load_preferences(
     checked, report, bad = {}, {}, []
     for split in splits:
         rows = prepare(source.load(config, getattr(config, split)), config, control_tokens(processor))
-        good, report[split], problems = check(rows, processor, config)
-        bad += [{"split": split, "row": i, **origin(rows, i), "reason": reason} for i, reason in problems]
+        good, report[split], problems = validate_rows(rows, processor, config)
+        bad += [{"split": split, "row": i, **row_origin(rows, i), "reason": reason} for i, reason in problems]
         checked[split] = rows if len(good) == len(rows) else rows.select(good)
     if bad and config.on_bad_row == "error":
-        listed = "\n".join(f"  {b['split']} row {b['row']}{where(b)}: {b['reason']}" for b in bad[:10])
+        listed = "\n".join(f"  {b['split']} row {b['row']}{origin_suffix(b)}: {b['reason']}" for b in bad[:10])
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise RequestError(
             f"{len(bad)} bad rows in data={config.source}:\n{listed}{more}\n"
@@ -66,7 +66,7 @@ def load_preferences(
     if bad:
         lines = "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
         (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")
-        refuse_many(report, config)
+        check_bad_row_share(report, config)
     for split, rows in checked.items():
         if not len(rows):
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
@@ -77,7 +77,7 @@ def load_preferences(
         )
     prints = {split: fingerprints(rows) for split, rows in checked.items()}
     if len(checked) > 1:
-        both = overlap(prints["train"], prints["test"])
+        both = leaked_rows(prints["train"], prints["test"])
         report["test"]["also_in_train"] = len(both)
         if both:
             print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
@@ -95,7 +95,7 @@ def prepare(rows: "Dataset", config: DataConfig, controls: Sequence[str] = ()) -
 
     from datasets import Features, Image, List, Value
 
-    from smolvlm_exp.data.images import VERSION, Limits
+    from smolvlm_exp.data.images import VERSION, ImageLimits
 
     plain = Image(decode=False)
     undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
@@ -105,11 +105,11 @@ def prepare(rows: "Dataset", config: DataConfig, controls: Sequence[str] = ()) -
         fn_kwargs={
             "max_edge": config.max_edge,
             "version": VERSION,
-            "limits": Limits.of(config),
+            "limits": ImageLimits.of(config),
             "controls": list(controls),
         },
         features=Features({**undecoded.features, **added}),  # not inferred: a first batch may hold bad rows alone
-        num_proc=workers(config.num_proc, len(rows)),
+        num_proc=worker_count(config.num_proc, len(rows)),
         desc="pictures",
     )
 
@@ -118,4 +118,4 @@ def prepare_row(row: dict[str, Any], controls: Sequence[str], **kwargs: Any) -> 
     """See `prepare`."""
     from smolvlm_exp.data.images import prepare_images
 
-    return {**prepare_images(row, **kwargs), "prompt": as_text(row["prompt"] or [], controls)}
+    return {**prepare_images(row, **kwargs), "prompt": escape_control_tokens(row["prompt"] or [], controls)}

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.control_tokens import control_tokens
-from smolvlm_exp.data.loading import workers
+from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.utils.errors import RequestError
 
@@ -15,16 +15,16 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 
-def origin(rows: "Dataset", index: int) -> dict[str, str]:
+def row_origin(rows: "Dataset", index: int) -> dict[str, str]:
     """Where a row was read, as `pairs.jsonl line 12`, where its source says so."""
     return {"from": rows[index : index + 1]["origin"][0]} if "origin" in rows.column_names else {}
 
 
-def where(bad: dict[str, Any]) -> str:
+def origin_suffix(bad: dict[str, Any]) -> str:
     return f" ({bad['from']})" if "from" in bad else ""
 
 
-def refuse_many(report: dict[str, dict[str, Any]], config: DataConfig) -> None:
+def check_bad_row_share(report: dict[str, dict[str, Any]], config: DataConfig) -> None:
     """Raises:
     RequestError: so many rows of a split are bad that something is wrong with all of it.
     """
@@ -37,17 +37,17 @@ def refuse_many(report: dict[str, dict[str, Any]], config: DataConfig) -> None:
             )
 
 
-def check(
+def validate_rows(
     rows: "Dataset", processor: "ProcessorMixin", config: DataConfig
 ) -> tuple[list[int], dict[str, Any], list[tuple[int, str]]]:
     """Look at every row without decoding a picture: the good indices, the counts, (index, reason) of the bad."""
     from datasets import Features, Value
 
     found = rows.remove_columns("images").map(
-        Examiner(processor, config.max_length, config.on_long_answer),
+        RowValidator(processor, config.max_length, config.on_long_answer),
         remove_columns=[name for name in rows.column_names if name not in ("images", "problem")],
         features=Features(problem=Value("string"), over=Value("bool"), image=Value("int32"), length=Value("int32")),
-        num_proc=workers(config.num_proc, len(rows)),
+        num_proc=worker_count(config.num_proc, len(rows)),
         desc="checks",
     )[:]
     good = [index for index, problem in enumerate(found["problem"]) if not problem]
@@ -62,7 +62,7 @@ def check(
     return good, counts, [(index, problem) for index, problem in enumerate(found["problem"]) if problem]
 
 
-class Examiner:
+class RowValidator:
     """A row -> its `problem` (empty when fine), whether its longer answer runs `over`, its image tokens, its length."""
 
     def __init__(self, processor: Any, max_length: int | None, on_long_answer: str) -> None:
@@ -95,7 +95,7 @@ class Examiner:
 
 def row_problem(row: dict[str, Any], controls: list[str]) -> str:
     """What is wrong with a row's messages, in plain words; empty when nothing is."""
-    for column in sides(row):
+    for column in message_columns(row):
         if not row[column] or not text_of(row[column]).strip():
             return f"`{column}` is empty"
         typed = next((c for c in controls if c in text_of(row[column])), None)
@@ -118,7 +118,7 @@ def row_problem(row: dict[str, Any], controls: list[str]) -> str:
     return ""
 
 
-def sides(row: dict[str, Any]) -> list[str]:
+def message_columns(row: dict[str, Any]) -> list[str]:
     """The columns of a row that hold messages."""
     return [name for name in ("prompt", "chosen", "rejected") if name in row]
 
@@ -143,13 +143,13 @@ def token_counter(processor: Any) -> Callable[[dict[str, Any]], dict[str, int]]:
         return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def count(row: dict[str, Any]) -> dict[str, int]:
-        texts = apply_chat_template({side: row[side] for side in sides(row)}, processor)
+        texts = apply_chat_template({side: row[side] for side in message_columns(row)}, processor)
         spans = [image_span(*tiles.get_number_of_image_patches(height, width)[1:]) for width, height in row["sizes"]]
         words = sum(length(piece) for piece in texts["prompt"].split(processor.image_token))
         return {
             "prompt": words + sum(total for total, _ in spans),
             "image": sum(image for _, image in spans),
-            **{side: length(texts[side]) for side in sides(row) if side != "prompt"},
+            **{side: length(texts[side]) for side in message_columns(row) if side != "prompt"},
         }
 
     return count

@@ -10,7 +10,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 
-class Deferred(TorchFunctionMode):
+class DeferredMetrics(TorchFunctionMode):
     """While it is on: `.item()` gives the tensor itself, `if tensor:` is true, `tensor[mask]` has a sum and a mean.
 
     The one thing that TRL asks a tensor with `if` is whether there are tokens to divide by, and there are: pairs.pack
@@ -40,7 +40,7 @@ class Chosen:
         return self.sum() / self.mask.sum()
 
 
-def settle(metrics: dict[str, list[Any]], shares: Sequence[float]) -> None:
+def flush_metrics(metrics: dict[str, list[Any]], shares: Sequence[float]) -> None:
     """Put the numbers in the tensors' place, and one weighted mean in the place of several.
 
     Args:

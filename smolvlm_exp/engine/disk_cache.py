@@ -25,8 +25,8 @@ import torch
 import xxhash
 from filelock import FileLock, Timeout
 
-from smolvlm_exp.utils.distributed import all_of, from_first, place
-from smolvlm_exp.utils.files import sync
+from smolvlm_exp.utils.distributed import all_ranks, broadcast_from_rank0, rank_world
+from smolvlm_exp.utils.files import fsync
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # what an entry holds: name -> dtype and shape
 Fill = Callable[[Mapping[str, torch.Tensor], int, int], None]  # (tensors, rank, processes): writes a rank's share
@@ -41,12 +41,12 @@ WAIT = 20.0  # seconds between two words to the group while another run makes th
 RAM, DISK = "trainer.cache_ram", "trainer.cache_disk"  # the keys a person sets the budgets with
 
 
-def key_of(kind: str, **parts: Any) -> str:
+def cache_key(kind: str, **parts: Any) -> str:
     """`kind` and a hash of `parts`, all that JSON can say: the same in every process, on every day."""
     return f"{kind}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
-class Mapped:
+class MappedTensor:
     """A tensor in a file, read as slices of it are asked for. It travels to another process as a path."""
 
     def __init__(self, path: Path, name: str) -> None:
@@ -57,14 +57,14 @@ class Mapped:
         return self.tensor[index]
 
     def __reduce__(self) -> Any:
-        return Mapped, (self.path, self.name)
+        return MappedTensor, (self.path, self.name)
 
 
-Kept = Mapping[str, torch.Tensor | Mapped]
+CachedTensors = Mapping[str, torch.Tensor | MappedTensor]
 
 
 @dataclass
-class Store:
+class DiskCache:
     """Entries in one folder, `budget` bytes of them at most; `folder` must be one that all processes of a group see.
 
     A full disk or a folder that cannot be written is no error: it is said in a line, and the caller computes anew.
@@ -73,7 +73,7 @@ class Store:
     folder: Path
     budget: int
 
-    def get(self, key: str, layout: Layout, fill: Fill, parts: Any = None) -> dict[str, Mapped] | None:
+    def get(self, key: str, layout: Layout, fill: Fill, parts: Any = None) -> dict[str, MappedTensor] | None:
         """The entry `key`, made first where it is not there or is damaged. All processes of a group call it together.
 
         Args:
@@ -83,13 +83,15 @@ class Store:
         Returns:
             Its tensors; None where there is no room for it, which has been said.
         """
-        state = from_first(lambda: "there" if self.file(key).exists() and not damage(self.file(key)) else "absent")
+        state = broadcast_from_rank0(
+            lambda: "there" if self.file(key).exists() and not corruption(self.file(key)) else "absent"
+        )
         if state == "absent":
             with self.held(key) as writable:
-                state = from_first(lambda: self.prepare(key, layout)) if writable else "no"
+                state = broadcast_from_rank0(lambda: self.prepare(key, layout)) if writable else "no"
                 if state == "make":
                     state = self.make(key, fill, parts)
-        return {name: Mapped(self.file(key), name) for name in layout} if state == "there" else None
+        return {name: MappedTensor(self.file(key), name) for name in layout} if state == "there" else None
 
     def file(self, key: str) -> Path:
         return self.folder / key / "data.safetensors"
@@ -118,9 +120,9 @@ class Store:
             return "held"
 
         try:
-            state = from_first(lambda: acquire(1.0))
+            state = broadcast_from_rank0(lambda: acquire(1.0))
             while state == "wait":
-                state = from_first(lambda: acquire(WAIT))
+                state = broadcast_from_rank0(lambda: acquire(WAIT))
             yield state == "held"
         finally:
             lock.release(force=True)
@@ -147,9 +149,9 @@ class Store:
 
     def make(self, key: str, fill: Fill, parts: Any) -> str:
         """Fill the staging file together and give it its name."""
-        rank, processes = place()
+        rank, processes = rank_world()
         path = self.staging(key) / "data.safetensors"
-        if not all_of(path.exists()):
+        if not all_ranks(path.exists()):
             if rank == 0:
                 shutil.rmtree(self.staging(key))
                 say(key, f"not every process sees {self.folder}; computed anew wherever they are needed")
@@ -161,11 +163,11 @@ class Store:
             array.flush()
         except BaseException as error:
             failure = error
-        if not all_of(failure is None):
+        if not all_ranks(failure is None):
             if rank == 0:
                 shutil.rmtree(self.staging(key), ignore_errors=True)
             raise failure or RuntimeError(f"another process failed to make its share of {key}")
-        return from_first(lambda: self.seal(key, parts))
+        return broadcast_from_rank0(lambda: self.seal(key, parts))
 
     def seal(self, key: str, parts: Any) -> str:
         """Checksums, everything to the disk, then the name."""
@@ -174,9 +176,9 @@ class Store:
         try:
             (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
             for path in (staging / "data.safetensors", staging / "manifest.json", staging):
-                sync(path)
+                fsync(path)
             staging.rename(self.folder / key)
-            sync(self.folder)
+            fsync(self.folder)
         except OSError as error:
             return self.unwritable(key, error)
         return "there"
@@ -185,7 +187,7 @@ class Store:
         """Whether the entry is there and whole; one that is damaged is removed. Call it with the lock held."""
         if not (self.folder / key).exists():
             return False
-        if problem := damage(self.file(key)):
+        if problem := corruption(self.file(key)):
             say(key, f"{self.folder / key} is damaged ({problem}); it is removed and made again")
             shutil.rmtree(self.folder / key)
         return not problem
@@ -200,14 +202,14 @@ class Store:
         return f"{gib(size)}, and {self.folder} has {gib(free)} free" if size + SPARE > free else ""
 
 
-def keep(
-    what: str, key: str, layout: Layout, fill: Fill, store: Store | None, ram_budget: int, parts: Any
-) -> Kept | None:
+def cached_tensors(
+    what: str, key: str, layout: Layout, fill: Fill, store: DiskCache | None, ram_budget: int, parts: Any
+) -> CachedTensors | None:
     """`what` in RAM where `ram_budget` bytes hold it (in one process alone: several share the file's pages), else in
     the store, else None: compute it anew. Says which, and the seconds it took."""
     start, size, where = time.perf_counter(), size_of(layout), "RAM"
-    kept: Kept | None = None
-    if size <= ram_budget and place()[1] == 1:
+    kept: CachedTensors | None = None
+    if size <= ram_budget and rank_world()[1] == 1:
         tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
         fill(tensors, 0, 1)
         kept = tensors
@@ -215,7 +217,7 @@ def keep(
         kept, where = store.get(key, layout, fill, parts), str(store.folder)
     else:
         say(what, f"{gib(size)}, more than {RAM}={gib(ram_budget)}; computed anew wherever they are needed")
-    if kept is not None and place()[0] == 0:
+    if kept is not None and rank_world()[0] == 0:
         print(f"{what}: {gib(size)} in {where}, {time.perf_counter() - start:.1f} s")
     return kept
 
@@ -271,7 +273,7 @@ def checksums(path: Path, block: int) -> list[str]:
         return list(pool.map(one, range(0, path.stat().st_size, block)))
 
 
-def damage(path: Path) -> str:
+def corruption(path: Path) -> str:
     """What is wrong with an entry's file; empty when it is what its manifest says."""
     try:
         manifest = json.loads(path.with_name("manifest.json").read_text())

@@ -18,11 +18,11 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import nn
 
 from smolvlm_exp.engine.model_parts import base_of
-from smolvlm_exp.utils.distributed import whole
+from smolvlm_exp.utils.distributed import full_tensor
 
 WORDS = 2**20  # 8-byte words under one sum
 FACTORS = (0xFF51AFD7ED558CCD - 2**64, 0xC4CEB9FE1A85EC53 - 2**64)  # MurmurHash3's, as signed numbers
-IDLE = ("transformers_version", "architectures", "dtype", "use_cache")  # a config's keys that decide no number
+IGNORED_KEYS = ("transformers_version", "architectures", "dtype", "use_cache")  # a config's keys that decide no number
 
 
 def weights_key(model: nn.Module, adapter: str | None = None) -> str:
@@ -36,7 +36,7 @@ def weights_key(model: nn.Module, adapter: str | None = None) -> str:
     """
     model = base_of(model)
     names, tensors = [], []
-    for name, value in contents(model, adapter):
+    for name, value in named_contents(model, adapter):
         if isinstance(value, torch.Tensor):
             names.append([name, str(value.dtype), list(value.shape)])
             tensors.append(value)
@@ -44,13 +44,15 @@ def weights_key(model: nn.Module, adapter: str | None = None) -> str:
             names.append([name, str(value)])
     config: Any = getattr(model, "config", None)
     found = hashlib.sha256(
-        json.dumps([type(model).__name__, plain(config.to_dict() if config else {}), names], sort_keys=True).encode()
+        json.dumps(
+            [type(model).__name__, canonical_config(config.to_dict() if config else {}), names], sort_keys=True
+        ).encode()
     )
     found.update(content_hash(tensors).numpy().tobytes())
     return found.hexdigest()
 
 
-def contents(module: nn.Module, adapter: str | None, path: str = "") -> Iterator[tuple[str, Any]]:
+def named_contents(module: nn.Module, adapter: str | None, path: str = "") -> Iterator[tuple[str, Any]]:
     """(name, tensor or value) of everything in a module that takes part, named as if there were no adapters."""
     for name, tensor in chain(module._parameters.items(), module._buffers.items()):
         if tensor is not None:
@@ -69,10 +71,10 @@ def contents(module: nn.Module, adapter: str | None, path: str = "") -> Iterator
             if isinstance(part, torch.Tensor):
                 yield f"{path}{name}", part
             elif part is not None:
-                yield from contents(part, adapter, f"{path}{name}.")
+                yield from named_contents(part, adapter, f"{path}{name}.")
         else:
             inner = adapted and name in ("base_layer", "original_module")
-            yield from contents(child, adapter, path if inner else f"{path}{name}.")
+            yield from named_contents(child, adapter, path if inner else f"{path}{name}.")
 
 
 def quantisation(tensor: Any, module: Any) -> Iterator[tuple[str, Any]]:
@@ -109,7 +111,7 @@ def content_hash(tensors: list[Any]) -> torch.Tensor:
 
 def words_of(tensor: Any) -> torch.Tensor:
     """A tensor's bytes as int64, filled up with zeros."""
-    data = whole(tensor).detach().reshape(-1).contiguous().view(torch.uint8)
+    data = full_tensor(tensor).detach().reshape(-1).contiguous().view(torch.uint8)
     if len(data) % 8 or data.storage_offset() % 8:
         data = F.pad(data, (0, -len(data) % 8)).clone()
     return data.view(torch.int64)
@@ -135,15 +137,15 @@ def places(device: torch.device) -> torch.Tensor:
     return torch.arange(1, WORDS + 1, device=device).mul_(0x9E3779B97F4A7C15 - 2**64)
 
 
-def plain(value: Any) -> Any:
+def canonical_config(value: Any) -> Any:
     """A config as JSON, without what decides no number: names of folders, versions, ids of tokens to stop at."""
     if isinstance(value, dict):
         items = ((str(key), item) for key, item in value.items())
         return {
-            key: plain(item)
+            key: canonical_config(item)
             for key, item in items
-            if key not in IDLE and not key.startswith("_") and not key.endswith("_token_id")
+            if key not in IGNORED_KEYS and not key.startswith("_") and not key.endswith("_token_id")
         }
     if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
+        return [canonical_config(item) for item in value]
     return value if isinstance(value, str | int | float | None) else str(value)

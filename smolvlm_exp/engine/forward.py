@@ -14,8 +14,8 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.engine.layers.shared_prefix_attention import Layout, use_shared_prefix
 from smolvlm_exp.engine.layers.vision_layer import use_patch_product
-from smolvlm_exp.engine.model_parts import learns
-from smolvlm_exp.utils.distributed import whole
+from smolvlm_exp.engine.model_parts import is_trainable
+from smolvlm_exp.utils.distributed import full_tensor
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, S, S) uint8 -> what the vision tower reads, on its device
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # ChunkedLogProbFunction's order
@@ -57,7 +57,7 @@ def score_pairs(
         labels: (2B, L), TRL's: -100 outside the answers.
     """
     head: Any = model.get_output_embeddings()
-    weight, bias = (whole(each) for each in (head.weight, head.bias))
+    weight, bias = (full_tensor(each) for each in (head.weight, head.bias))
     found = ChunkedLogProbFunction.apply(
         answer_states(model, packed, pixels),
         weight, bias, packed["labels"], 1.0, VOCABULARY_CHUNK, None, 1.0, statistics,
@@ -94,7 +94,7 @@ def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     Tiles are whole, so that the encoder needs no mask, which the tower's own `forward` makes and looks into.
     """
     tower, connector = core.vision_model, core.connector
-    with torch.set_grad_enabled(torch.is_grad_enabled() and learns(tower, connector)):
+    with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(tower, connector)):
         count, _, height, width = pixel_values.shape
         grid = (count, height // tower.patch_size, width // tower.patch_size)
         whole = torch.ones(grid, dtype=torch.bool, device=pixel_values.device)

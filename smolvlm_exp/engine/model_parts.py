@@ -16,5 +16,5 @@ def core_of(model: Any) -> Any:
     return base_of(model).base_model
 
 
-def learns(*modules: nn.Module) -> bool:
+def is_trainable(*modules: nn.Module) -> bool:
     return any(parameter.requires_grad for module in modules for parameter in module.parameters())

@@ -21,26 +21,26 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
-from smolvlm_exp.engine.deferred_metrics import Deferred, settle
+from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
 from smolvlm_exp.engine.inputs.collate import (
     Batch,
-    Numbers,
+    IndexCollator,
     answer_labels,
-    joined,
-    numbered,
-    pairs_of,
-    row_numbers,
+    collate_indices,
+    concat_pairs,
+    index_dataset,
+    slice_pairs,
     to_device,
 )
 from smolvlm_exp.engine.inputs.dataset import Collator
-from smolvlm_exp.engine.inputs.micro_batches import Micro, Step, StepSampler, split
+from smolvlm_exp.engine.inputs.micro_batches import MicroBatch, Step, StepSampler, split_micro_batches
 from smolvlm_exp.engine.memory.probe import out_of_memory
-from smolvlm_exp.utils.distributed import average, by_itself, gather
+from smolvlm_exp.utils.distributed import all_reduce_mean, gather, no_gather
 
 WORKERS = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "pin_memory": False}
 
 
-class PackedSteps(Trainer):
+class PackedTrainer(Trainer):
     """What turns one of TRL's trainers into the engine's; comes before it among a class's bases.
 
     Args:
@@ -74,9 +74,9 @@ class PackedSteps(Trainer):
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every row has a picture, so every parameter is used
         super().__init__(
-            data_collator=row_numbers,
-            train_dataset=numbered(len(collator.rows)),
-            eval_dataset=numbered(len(eval_collator.rows)) if eval_collator else None,
+            data_collator=collate_indices,
+            train_dataset=index_dataset(len(collator.rows)),
+            eval_dataset=index_dataset(len(eval_collator.rows)) if eval_collator else None,
             **trl,
         )
         if self.is_fsdp_enabled:  # accelerate would have what learns rounded to bfloat16 in every forward pass
@@ -91,7 +91,7 @@ class PackedSteps(Trainer):
         return torch.utils.data.DataLoader(
             numbers,
             batch_sampler=self.sampler,
-            collate_fn=Numbers(self.collator),
+            collate_fn=IndexCollator(self.collator),
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
@@ -100,8 +100,8 @@ class PackedSteps(Trainer):
             generator=torch.Generator(),  # or it would draw from the run's own
         )
 
-    def into_micros(self, units: list[list[int]]) -> list[Micro]:
-        return split(units, self.micro_batch, self.whole)
+    def into_micros(self, units: list[list[int]]) -> list[MicroBatch]:
+        return split_micro_batches(units, self.micro_batch, self.whole)
 
     def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
         """TRL's loss of one segment; it adds to TRL's metrics."""
@@ -154,12 +154,12 @@ class PackedSteps(Trainer):
             return torch.zeros((), device=self.args.device)
         tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
         own = model.module if isinstance(model, DistributedDataParallel) else model
-        loss = self.whole_step(own, inputs["step"], num_items_in_batch)
+        loss = self.optimizer_step(own, inputs["step"], num_items_in_batch)
         if self.accelerator.num_processes > 1:
-            self.meet(own if own is not model else None, tokens)
+            self.all_reduce_grads(own if own is not model else None, tokens)
         return loss
 
-    def meet(self, model: nn.Module | None, tokens: Any) -> None:
+    def all_reduce_grads(self, model: nn.Module | None, tokens: Any) -> None:
         """Gradients become the mean of all processes', and the tokens of this step are all processes'.
 
         Args:
@@ -171,28 +171,28 @@ class PackedSteps(Trainer):
             for parameter in learning:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            average([parameter.grad for parameter in learning if parameter.grad is not None])
+            all_reduce_mean([parameter.grad for parameter in learning if parameter.grad is not None])
         mine = torch.as_tensor(self._total_train_tokens - tokens, device=self.args.device)
         self._total_train_tokens = tokens + self.accelerator.reduce(mine)
         self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
 
-    def whole_step(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
+    def optimizer_step(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
         """The step's loss in this process, detached; in smaller micro-batches where memory runs out."""
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
         while True:
-            before = self.remember()
+            before = self.snapshot()
             try:
                 with self.maybe_activation_offload_context:
                     return self.run(model, step, num_items_in_batch)
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                self.shrink(step, error)
+                self.halve_micro_batch(step, error)
             # Here, because the error above holds on to the failed pass's tensors.
             model.zero_grad()
-            self.go_back(before)
+            self.restore(before)
             step.micros, step.batches = self.into_micros(step.units), []
 
     def run(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
@@ -213,7 +213,7 @@ class PackedSteps(Trainer):
         return total
 
     def micro_loss(
-        self, model: nn.Module, batch: Batch, micro: Micro, pairs: int, num_items_in_batch: Any
+        self, model: nn.Module, batch: Batch, micro: MicroBatch, pairs: int, num_items_in_batch: Any
     ) -> torch.Tensor:
         """A micro-batch's share of the step's loss."""
         fields, outputs = self.score(model, batch)
@@ -223,8 +223,8 @@ class PackedSteps(Trainer):
             part = slice(start, start := start + len(segment))
             weight = len(segment) / pairs if num_items_in_batch is None else 1.0  # TRL has divided by it already
             self.shares["train"].append(share)
-            mine, answers = (pairs_of(each, part, len(micro.rows)) for each in (fields, outputs))
-            with Deferred(), by_itself(self.accelerator):
+            mine, answers = (slice_pairs(each, part, len(micro.rows)) for each in (fields, outputs))
+            with DeferredMetrics(), no_gather(self.accelerator):
                 loss += weight * self.loss_of(answers, mine, num_items_in_batch)
         return loss
 
@@ -241,14 +241,14 @@ class PackedSteps(Trainer):
 
     # Memory
 
-    def remember(self) -> Any:
+    def snapshot(self) -> Any:
         """What a step changes beside gradients: random states, TRL's metrics."""
         gpu = torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
         metrics = {name: list(values) for name, values in self._metrics["train"].items()}
         tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
         return torch.get_rng_state(), gpu, metrics, list(self.shares["train"]), tokens
 
-    def go_back(self, before: Any) -> None:
+    def restore(self, before: Any) -> None:
         rng, gpu, metrics, self.shares["train"], self._total_train_tokens = before
         torch.set_rng_state(rng)
         if gpu is not None:
@@ -257,7 +257,7 @@ class PackedSteps(Trainer):
         self._metrics["train"].clear()
         self._metrics["train"].update(metrics)
 
-    def shrink(self, step: Step, error: RuntimeError) -> None:
+    def halve_micro_batch(self, step: Step, error: RuntimeError) -> None:
         """Smaller micro-batches from here on.
 
         Raises:
@@ -309,9 +309,9 @@ class PackedSteps(Trainer):
         assert self.eval_collator is not None
         with torch.no_grad(), self.compute_loss_context_manager():
             parts, sizes = self.in_parts(inputs, self.eval_collator, lambda batch: self.score(model, batch))
-            fields, outputs = (joined(each, sizes) for each in zip(*parts, strict=True))
+            fields, outputs = (concat_pairs(each, sizes) for each in zip(*parts, strict=True))
             self.shares["eval"].append(1.0)
-            with Deferred():
+            with DeferredMetrics():
                 loss = self.loss_of(outputs, fields, None)
         return loss.detach(), None, None
 
@@ -321,7 +321,7 @@ class PackedSteps(Trainer):
         Returns:
             what it gave for each part; how many pairs each had.
         """
-        rows, collate = batch["rows"].tolist(), Numbers(collator)
+        rows, collate = batch["rows"].tolist(), IndexCollator(collator)
         while True:
             size = min(self.eval_micro_batch, len(rows))
             parts = [rows[i : i + size] for i in range(0, len(rows), size)]
@@ -337,7 +337,7 @@ class PackedSteps(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]
-        settle(self._metrics[mode], self.shares[mode])
+        flush_metrics(self._metrics[mode], self.shares[mode])
         if self.accelerator.num_processes > 1:
             everyone = gather(dict(self._metrics[mode]))
             for name in self._metrics[mode]:

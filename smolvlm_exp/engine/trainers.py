@@ -9,21 +9,21 @@ from transformers import set_seed
 from trl import DPOTrainer, SFTTrainer
 from trl.trainer.utils import disable_dropout_in_model
 
-from smolvlm_exp.engine.disk_cache import Store
+from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import Pixels, add_pair_forward
 from smolvlm_exp.engine.inputs.collate import Batch, to_device
-from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.layers.fuse import fuse
 from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 from smolvlm_exp.engine.model_parts import base_of
-from smolvlm_exp.engine.packed_trainer import PackedSteps
+from smolvlm_exp.engine.packed_trainer import PackedTrainer
 from smolvlm_exp.engine.precompute.reference import reference_logps
 
-WHOLE = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: a mean over tokens, two sorts
+BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: a mean over tokens, two sorts
 
 
-class SharedPrefixTrainer(PackedSteps, DPOTrainer):
+class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
     """DPO on packed pairs. The reference's log-probabilities come with the rows: call `score_references` first."""
 
     def __init__(
@@ -51,7 +51,7 @@ class SharedPrefixTrainer(PackedSteps, DPOTrainer):
             collator=collator,
             eval_collator=eval_collator,
             micro_batch=micro_batch,
-            whole=bool(WHOLE & set(args.loss_type)),
+            whole=bool(BATCH_LOSSES & set(args.loss_type)),
             model=model,
             ref_model=NoReference(model.config),
             **trl,
@@ -74,7 +74,7 @@ class SharedPrefixTrainer(PackedSteps, DPOTrainer):
         chosen, rejected = self.compute_ref_log_probs(self.model, {**fields, "packed": packed})
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
-    def score_references(self, store: Store | None, batch_size: int) -> None:
+    def score_references(self, store: DiskCache | None, batch_size: int) -> None:
         """The reference's log-probabilities of all rows, read or computed; before training, when it is the policy.
 
         A fresh adapter adds nothing, so the reference is the model without it, and other runs can use what was found.
@@ -108,7 +108,7 @@ class SharedPrefixTrainer(PackedSteps, DPOTrainer):
 class Score:
     """The reference on a batch, for reference_logps."""
 
-    def __init__(self, trainer: SharedPrefixTrainer, model: nn.Module, collator: Collator) -> None:
+    def __init__(self, trainer: SharedPrefixDPOTrainer, model: nn.Module, collator: Collator) -> None:
         self.trainer, self.model, self.collator = trainer, model, collator
 
     def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -121,7 +121,7 @@ class Score:
         return self.trainer.compute_ref_log_probs(self.model, fields)
 
 
-class SharedPrefixSFTTrainer(PackedSteps, SFTTrainer):
+class SharedPrefixSFTTrainer(PackedTrainer, SFTTrainer):
     """Supervised fine-tuning on prompt and chosen answer, packed; the mean is over the whole step's tokens."""
 
     def __init__(
@@ -150,7 +150,7 @@ class SharedPrefixSFTTrainer(PackedSteps, SFTTrainer):
         return self.compute_loss(lambda **_: outputs, fields, num_items_in_batch=num_items_in_batch)
 
 
-class ChosenRows(Rows):
+class ChosenDataset(PackedDataset):
     """Rows without their rejected answers."""
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:

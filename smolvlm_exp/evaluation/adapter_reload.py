@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.evaluation.checks import Check, at_most
+from smolvlm_exp.evaluation.checks import Check, require_at_most
 from smolvlm_exp.evaluation.preference import Logps, answer_logps
 
 if TYPE_CHECKING:
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 MOST_OFF = 1e-4  # nats; the same weights in the same batch give the same numbers
 
 
-def read_back(
+def check_adapter_reload(
     model: "PeftModel",
     processor: "ProcessorMixin",
     folder: Path,
@@ -45,4 +45,4 @@ def read_back(
         (getattr(found, side) - getattr(tuned, side)[: len(first)]).abs().max().item()
         for side in ("chosen", "rejected")
     )
-    return at_most("saved adapter, read back: log-probabilities off by", off, MOST_OFF)
+    return require_at_most("saved adapter, read back: log-probabilities off by", off, MOST_OFF)

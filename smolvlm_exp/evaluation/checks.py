@@ -37,23 +37,23 @@ class Check:
     detail: str = ""  # what is behind a verdict other than ok
 
 
-def at_least(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
-    return judged(name, value, f">= {bound:g}", value >= bound, otherwise, detail)
+def require_at_least(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
+    return make_check(name, value, f">= {bound:g}", value >= bound, otherwise, detail)
 
 
-def at_most(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
-    return judged(name, value, f"<= {bound:g}", value <= bound, otherwise, detail)
+def require_at_most(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
+    return make_check(name, value, f"<= {bound:g}", value <= bound, otherwise, detail)
 
 
-def above(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
-    return judged(name, value, f"> {bound:g}", value > bound, otherwise, detail)
+def require_above(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
+    return make_check(name, value, f"> {bound:g}", value > bound, otherwise, detail)
 
 
-def judged(name: str, value: float, threshold: str, good: bool, otherwise: str, detail: str) -> Check:
+def make_check(name: str, value: float, threshold: str, good: bool, otherwise: str, detail: str) -> Check:
     return Check(name, float(value), threshold, "ok" if good else otherwise, "" if good else detail)
 
 
-def compare_looks(
+def compare_evaluations(
     before: Evaluation, after: Evaluation, history: list[dict[str, float]], data: dict[str, dict[str, Any]]
 ) -> list[Check]:
     """
@@ -63,56 +63,58 @@ def compare_looks(
         data: Preferences.report.
     """
     checks = [
-        at_most(BOTH, data["test"]["also_in_train"], 0),
-        looks_differ(before, after),
+        require_at_most(BOTH, data["test"]["also_in_train"], 0),
+        policy_changed(before, after),
     ]
-    checks += sight(before.metrics, after.metrics)
+    checks += image_reliance(before.metrics, after.metrics)
     assert before.logps
     assert after.logps
-    chosen, rejected = falls(before.logps, after.logps)
+    chosen, rejected = logprob_drop(before.logps, after.logps)
     detail = f"rejected answers fell by {rejected:.2g}"
-    checks.append(at_most(FALL, chosen, MOST_FALL, otherwise="warn", detail=detail))
+    checks.append(require_at_most(FALL, chosen, MOST_FALL, otherwise="warn", detail=detail))
     margin = (after.logps.chosen - before.logps.chosen) - (after.logps.rejected - before.logps.rejected)
     if len(margin) >= FEWEST:
-        share = explained(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
-        checks.append(at_most("share of the margin that length explains", share, MOST_LENGTH, otherwise="warn"))
+        share = squared_correlation(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
+        checks.append(require_at_most("share of the margin that length explains", share, MOST_LENGTH, otherwise="warn"))
     last = [event["rewards/accuracies"] for event in history if "rewards/accuracies" in event][-LAST:]
     if last and "reward_accuracy" in after.metrics:
         gap = sum(last) / len(last) - after.metrics["reward_accuracy"]
-        checks.append(at_most("reward accuracy, training less held-out", gap, MOST_GAP, otherwise="warn"))
+        checks.append(require_at_most("reward accuracy, training less held-out", gap, MOST_GAP, otherwise="warn"))
     if before.metrics.get("mean_length"):
         longer = abs(after.metrics["mean_length"] / before.metrics["mean_length"] - 1)
-        checks.append(at_most("change of generated answers' length", longer, MOST_LONGER, otherwise="warn"))
+        checks.append(require_at_most("change of generated answers' length", longer, MOST_LONGER, otherwise="warn"))
     return checks
 
 
-def looks_differ(before: Evaluation, after: Evaluation) -> Check:
+def policy_changed(before: Evaluation, after: Evaluation) -> Check:
     """An adapter that is not on changes nothing."""
     if before.logps is None or after.logps is None:
         changed = sum(b != a for b, a in zip(before.answers, after.answers, strict=True)) / len(after.answers)
-        return above("generated answers that changed", changed, 0, otherwise="warn")
-    return at_least("change of answers' log-probability, nats a token", moved(before.logps, after.logps), LEAST_MOVE)
+        return require_above("generated answers that changed", changed, 0, otherwise="warn")
+    return require_at_least(
+        "change of answers' log-probability, nats a token", mean_logp_change(before.logps, after.logps), LEAST_MOVE
+    )
 
 
-def moved(before: Logps, after: Logps) -> float:
+def mean_logp_change(before: Logps, after: Logps) -> float:
     """Nats a token by which answers are scored otherwise, whichever way."""
     sides = ((getattr(after, side) - getattr(before, side)) / getattr(after, f"{side}_tokens") for side in SIDES)
     return torch.cat(list(sides)).abs().mean().item()
 
 
-def sight(before: dict[str, float], after: dict[str, float]) -> list[Check]:
+def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Check]:
     """Does the picture still decide? Another row's where there is one, else a blank one."""
     name = next((key for key in ("wrong_image_drop", "blank_image_drop") if key in after), None)
     if name is None:
         return []
-    checks = [above("what the picture does for the answer, nats a token", abs(after[name]), 0)]
+    checks = [require_above("what the picture does for the answer, nats a token", abs(after[name]), 0)]
     if before[name] > NOTICED:
         share = after[name] / before[name]
-        checks.append(at_least(SIGHT_LEFT, share, LEAST_SIGHT, otherwise="warn"))
+        checks.append(require_at_least(SIGHT_LEFT, share, LEAST_SIGHT, otherwise="warn"))
     return checks
 
 
-def falls(before: Logps, after: Logps) -> tuple[float, float]:
+def logprob_drop(before: Logps, after: Logps) -> tuple[float, float]:
     """Nats a token that chosen and rejected answers lose on average."""
     chosen, rejected = (
         ((getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens")).mean().item()
@@ -121,7 +123,7 @@ def falls(before: Logps, after: Logps) -> tuple[float, float]:
     return chosen, rejected
 
 
-def explained(values: torch.Tensor, by: torch.Tensor) -> float:
+def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:
     """The squared correlation of two (rows,) tensors, 0 where one of them does not vary."""
     x, y = values.double() - values.double().mean(), by.double() - by.double().mean()
     norm = (x @ x) * (y @ y)

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 from smolvlm_exp.evaluation.metrics import GOALS, METRICS
-from smolvlm_exp.evaluation.per_row import Rows
+from smolvlm_exp.evaluation.per_row import PerRowResults
 from smolvlm_exp.evaluation.statistics import Ratio, T, changes
-from smolvlm_exp.utils.formatting import finite
+from smolvlm_exp.utils.formatting import as_finite
 
 
 @dataclass(frozen=True)
@@ -20,11 +20,11 @@ class Run:
     folder: Path
     settings: dict[str, str]  # the whole resolved configuration, flat, as text
     summary: dict[str, Any]
-    rows: Rows | None = None
+    rows: PerRowResults | None = None
 
     def value(self, path: str) -> float | None:
         part, _, key = path.partition(".")
-        return finite((self.summary.get(part) or {}).get(key))
+        return as_finite((self.summary.get(part) or {}).get(key))
 
     def half(self, path: str) -> float | None:
         """Half of the 95 % interval that the run measured over its own held-out rows."""

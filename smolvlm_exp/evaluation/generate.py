@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.data.control_tokens import as_text, control_tokens
-from smolvlm_exp.utils.distributed import spread
+from smolvlm_exp.data.control_tokens import control_tokens, escape_control_tokens
+from smolvlm_exp.utils.distributed import scatter_map
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -53,7 +53,7 @@ def generate_answers(
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    found = dict(zip(order, chain(*spread(starts, answer, model)), strict=True))
+    found = dict(zip(order, chain(*scatter_map(starts, answer, model)), strict=True))
     return [found[i] for i in range(len(rows))]
 
 
@@ -63,7 +63,7 @@ def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
     Control tokens that a prompt spells are text; see data/control_tokens.py.
     """
     controls = control_tokens(processor)
-    asked = [as_text(row["prompt"], controls) for row in rows]
+    asked = [escape_control_tokens(row["prompt"], controls) for row in rows]
     return processor(
         text=[processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in asked],
         images=[row["images"] for row in rows],

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
-from smolvlm_exp.evaluation.image_ablation import image_use
+from smolvlm_exp.evaluation.image_ablation import image_reliance_metrics
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import Change, Ratio, changes, intervals
 
@@ -68,7 +68,7 @@ def evaluate(
     if known:
         ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]], preferences.words)
     if logps:
-        ratios |= image_use(model, processor, rows, batch_size, max_length)
+        ratios |= image_reliance_metrics(model, processor, rows, batch_size, max_length)
     return Evaluation(ratios, logps, answers)
 
 

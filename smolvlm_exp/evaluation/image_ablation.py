@@ -14,7 +14,7 @@ LOOKED_AT = 32  # held-out rows
 GREY = (127, 127, 127)
 
 
-def image_use(
+def image_reliance_metrics(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
     rows: "Dataset",

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from smolvlm_exp.evaluation.statistics import Ratio, mean
-from smolvlm_exp.utils.distributed import spread
+from smolvlm_exp.utils.distributed import scatter_map
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -68,7 +68,7 @@ def of_batches(
     """`work` of each of TRL's batches: (2B, ...), the chosen answers first."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
     parts = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
-    return spread(parts, lambda part: work(collator([rows[i] for i in part])), model)
+    return scatter_map(parts, lambda part: work(collator([rows[i] for i in part])), model)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.runs.checkpoint import whole
+from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of
 
@@ -87,10 +87,10 @@ def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
 
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    return reached(names, target)
+    return match_target(names, target)
 
 
-def reached(names: list[str], target: str) -> list[str]:
+def match_target(names: list[str], target: str) -> list[str]:
     """Those of a model's linear layers that `target` reaches.
 
     Raises:
@@ -127,7 +127,7 @@ def describe_target(names: list[str]) -> str:
     return f"{len(names)} layers: " + "; ".join(clauses)
 
 
-def aim(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> None:
+def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> None:
     """Print which layers the adapter will sit on; a target that reaches none is refused.
 
     A person's regular expression may also match what is no linear layer, which PEFT would refuse, so it is replaced by
@@ -166,7 +166,7 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
     return folder
 
 
-def put_on(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
+def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
     """The model with a saved adapter, whose weights go on learning.
 
     Raises:
@@ -219,22 +219,22 @@ def plain_initialisation(model: Any) -> Iterator[None]:
         config.init_lora_weights = init
 
 
-def save_tuned(model: Any, config: AdapterConfig, folder: Path) -> None:
+def save_finetuned(model: Any, config: AdapterConfig, folder: Path) -> None:
     """Write `adapter/`, an ordinary PEFT adapter for the untouched base, or `model/` where every weight was trained."""
     if config.type == "none":
-        with whole(folder / "model") as staging:
-            model.save_pretrained(str(staging), state_dict=gathered(model.state_dict()))
+        with atomic_folder(folder / "model") as staging:
+            model.save_pretrained(str(staging), state_dict=gather_state(model.state_dict()))
         return
-    learnt = gathered({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    learnt = gather_state({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
-    with whole(folder / "adapter") as staging:
+    with atomic_folder(folder / "adapter") as staging:
         model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=learnt, **conversion)
 
 
-def gathered(state: dict[str, Any]) -> dict[str, Any] | None:
+def gather_state(state: dict[str, Any]) -> dict[str, Any] | None:
     """Sharded weights whole again, by all processes together; None where none is sharded."""
     from smolvlm_exp.utils import distributed as group
 
     if not any(map(group.is_sharded, state.values())):
         return None
-    return {name: group.whole(tensor) for name, tensor in state.items()}
+    return {name: group.full_tensor(tensor) for name, tensor in state.items()}

@@ -28,13 +28,13 @@ def ping(seconds: float) -> str:
     return answers[0] if answers else f"no answer in {seconds:g} s"
 
 
-def only_from_disk(name: str) -> bool:
+def must_load_locally(name: str) -> bool:
     """Whether a model's files have to be on this disk: it is no folder, and the hub does not answer."""
-    return not Path(name).is_dir() and is_away()
+    return not Path(name).is_dir() and is_offline()
 
 
 @cache
-def is_away() -> bool:
+def is_offline() -> bool:
     """Asked and told once; whatever status the hub answers with, it is there."""
     found = ping(SECONDS)
     away = not found.startswith("HTTP")

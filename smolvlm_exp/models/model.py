@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from smolvlm_exp.models.adapter import AdapterConfig, put_on, saved_adapter
-from smolvlm_exp.models.hub import only_from_disk
+from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, saved_adapter
+from smolvlm_exp.models.hub import must_load_locally
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.shape import Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 EMBEDDED = Path(__file__).parent / "tiny"
-PILLOW = {"backend": "pil"}  # the same pixels with torchvision and without it
+PIL_BACKEND = {"backend": "pil"}  # the same pixels with torchvision and without it
 
 
 @dataclass
@@ -58,7 +58,7 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     if config.weights == "random":
         return with_random_weights(model_config(random_shape(config)), kwargs, seed)
     with readable_loading(config.id):
-        model = AutoModelForImageTextToText.from_pretrained(**where(config), **kwargs)
+        model = AutoModelForImageTextToText.from_pretrained(**load_location(config), **kwargs)
     return freeze_layout(model.eval())
 
 
@@ -78,15 +78,15 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
     if config.weights == "random" and config.id != "embedded":
         with contextlib.suppress(OSError, ValueError):
             return AutoProcessor.from_pretrained(
-                config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PILLOW
+                config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PIL_BACKEND
             )
-        from smolvlm_exp.models.tokenizer import stand_in
+        from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 
         shape = random_shape(config)
         print(f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {shape.vocab_size} tokens serves")
-        return make_processor(shape, stand_in(shape))
+        return make_processor(shape, stand_in_tokenizer(shape))
     with readable_loading(config.id):
-        return AutoProcessor.from_pretrained(**where(config), trust_remote_code=False, **PILLOW)
+        return AutoProcessor.from_pretrained(**load_location(config), trust_remote_code=False, **PIL_BACKEND)
 
 
 def random_shape(config: ModelConfig) -> Shape:
@@ -100,11 +100,11 @@ def random_shape(config: ModelConfig) -> Shape:
     return config.shape
 
 
-def where(config: ModelConfig) -> dict[str, Any]:
+def load_location(config: ModelConfig) -> dict[str, Any]:
     """What upstream's `from_pretrained` is told of the place of a model's files."""
     name = str(EMBEDDED) if config.id == "embedded" else config.id
     return {
-        "pretrained_model_name_or_path": name, "revision": config.revision, "local_files_only": only_from_disk(name)
+        "pretrained_model_name_or_path": name, "revision": config.revision, "local_files_only": must_load_locally(name)
     }  # fmt: skip
 
 
@@ -196,4 +196,4 @@ def load_finetuned_model(model: ModelConfig, quant: QuantConfig, adapter: Adapte
     """
     folder = saved_adapter(adapter, model.adapter) if model.adapter else None
     base = load_model(model, quantization_config(quant, resolve_dtype(model.dtype)), seed)
-    return put_on(base, folder, adapter.target).eval() if folder else base
+    return load_adapter(base, folder, adapter.target).eval() if folder else base

@@ -19,7 +19,7 @@ FIRST = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 in every 
 TILES = ("<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)))
 
 
-def stand_in(shape: "Shape") -> "PreTrainedTokenizerFast":
+def stand_in_tokenizer(shape: "Shape") -> "PreTrainedTokenizerFast":
     """A tokenizer of exactly `shape.vocab_size` tokens with the control tokens at the real ids.
 
     It splits words far finer than the real one (its merges come from the embedded data), so texts are longer;
@@ -100,4 +100,4 @@ if __name__ == "__main__":
     from smolvlm_exp.models.shape import make_processor, shape_of
 
     tiny = shape_of("tiny")
-    make_processor(tiny, stand_in(tiny)).save_pretrained(sys.argv[1])
+    make_processor(tiny, stand_in_tokenizer(tiny)).save_pretrained(sys.argv[1])

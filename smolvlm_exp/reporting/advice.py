@@ -32,17 +32,26 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
     Args:
         summary: what summary.json holds; config: the whole resolved config; events: metrics.jsonl's.
     """
-    signs = (out_of_memory, not_finite, unstable, slow, waiting, by_heart, unlearning, blind)
+    signs = (
+        out_of_memory,
+        not_finite,
+        unstable,
+        slow_convergence,
+        data_starvation,
+        overfitting,
+        likelihood_displacement,
+        low_image_reliance,
+    )
     return [told for sign in signs for told in sign(summary, config, events)]
 
 
-def tell(run: Path) -> int:
+def print_advice(run: Path) -> int:
     """The advice on a run, for `task=doctor run=...`. Returns 0."""
-    print(*of_folder(run) or [f"{run}: none of the known troubles shows."], sep="\n\n")
+    print(*advise_run(run) or [f"{run}: none of the known troubles shows."], sep="\n\n")
     return 0
 
 
-def of_folder(folder: Path) -> list[str]:
+def advise_run(folder: Path) -> list[str]:
     """The advice on a run, from its folder alone."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
@@ -107,7 +116,7 @@ def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) ->
         )
 
 
-def slow(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+def slow_convergence(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     """Not better than chance, or hardly moved: a tiny step the right way wins most pairs too. What broke isn't slow."""
     accuracies = [e["rewards/accuracies"] for e in events if "rewards/accuracies" in e]
     margins = [e["rewards/margins"] for e in events if "rewards/margins" in e]
@@ -125,7 +134,7 @@ def slow(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Ite
         )
 
 
-def waiting(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+def data_starvation(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     waits = [e["data_wait"] for e in events if "data_wait" in e][1:]  # the first counts the start of the workers
     share = sum(waits) / len(waits) if waits else 0.0
     if share > WAITED:
@@ -137,7 +146,7 @@ def waiting(summary: dict[str, Any], config: dict[str, Any], events: Events) -> 
         )
 
 
-def by_heart(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+def overfitting(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     held_out = [(e["eval_loss"], e["step"]) for e in events if "eval_loss" in e]
     if len(held_out) >= 3 and held_out[-1][0] > (1 + RISE) * min(held_out)[0]:
         (lowest, step), (last, _) = min(held_out), held_out[-1]
@@ -147,7 +156,7 @@ def by_heart(summary: dict[str, Any], config: dict[str, Any], events: Events) ->
         )
 
 
-def unlearning(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+def likelihood_displacement(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     for check in summary.get("checks", []):
         if check["verdict"] == "warn" and check["name"] == FALL:
             losses = config["trainer"].get("loss_type") or ["sigmoid"]
@@ -160,7 +169,7 @@ def unlearning(summary: dict[str, Any], config: dict[str, Any], events: Events) 
             )
 
 
-def blind(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+def low_image_reliance(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     for check in summary.get("checks", []):
         if check["verdict"] == "warn" and check["name"] == SIGHT_LEFT:
             yield (

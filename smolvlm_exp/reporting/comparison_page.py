@@ -12,11 +12,11 @@ from rich.table import Table
 from smolvlm_exp.evaluation.comparison import Comparison, Group, Run
 from smolvlm_exp.evaluation.metrics import GOALS, METRICS
 from smolvlm_exp.reporting.charts import line_chart
-from smolvlm_exp.reporting.html import NOTHING, page, shown, table
+from smolvlm_exp.reporting.html import NOTHING, format_value, page, table
 from smolvlm_exp.reporting.report import CURVES
-from smolvlm_exp.runs.event_log import points_of, read_events
-from smolvlm_exp.utils.formatting import MINUS, NBSP, brief, percent, short, words
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.runs.event_log import metric_points, read_events
+from smolvlm_exp.utils.formatting import MINUS, NBSP, humanize, percent, short_keys, short_value
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 POINTS = " points"
 NAMES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i", "cog": "Cog"}  # as the papers have them
@@ -43,7 +43,7 @@ def written(path: str, value: float | None, error: float | None) -> str:
 def headed(path: str) -> str:
     """A column's name, with an arrow to where it is better."""
     key = path.partition(".")[2]
-    return f"{NAMES.get(key, words(key))} {ARROWS[GOALS.get(path, 0)]}".strip()
+    return f"{NAMES.get(key, humanize(key))} {ARROWS[GOALS.get(path, 0)]}".strip()
 
 
 def apart(found: Comparison, group: Group) -> str:
@@ -58,13 +58,13 @@ def apart(found: Comparison, group: Group) -> str:
 
 
 def show(found: Comparison) -> None:
-    names = short(found.keys)
+    names = short_keys(found.keys)
     first = found.metrics[:2]  # 80 columns hold no more
     lines = Table(*names.values(), "runs", "", *map(headed, first), *COSTS.values())
     for column in lines.columns:
         column.overflow = "fold"
     for group in found.groups:
-        settings = [brief(group.settings[key]) for key in found.keys]
+        settings = [short_value(group.settings[key]) for key in found.keys]
         numbers = [written(path, group.value(path), group.error(path)) for path in first]
         costs = [written(path, group.value(path), None) for path in COSTS]
         verdict = f"{found.verdict(group)}\n{apart(found, group).removesuffix(POINTS)}".strip()
@@ -75,9 +75,12 @@ def show(found: Comparison) -> None:
 def document(found: Comparison, folder: Path) -> str:
     """compare.html, in `folder`: the table, and the curves of all runs over each other."""
     named = [(name_of(found, group, run), called(found, group), run) for group in found.groups for run in group.runs]
-    pages = [(name, run.folder, quote(os.path.relpath(run.folder / "report.html", folder))) for name, _, run in named]
+    pages = [
+        (name, str(relative_to_cwd(run.folder)), quote(os.path.relpath(run.folder / "report.html", folder)))
+        for name, _, run in named
+    ]
     links = "".join(
-        f'<div><dt>{html.escape(name)}</dt><dd><a href="{link}">{html.escape(str(as_typed(path)))}</a></dd></div>'
+        f'<div><dt>{html.escape(name)}</dt><dd><a href="{link}">{html.escape(path)}</a></dd></div>'
         for name, path, link in pages
     )
     sections = [
@@ -119,24 +122,28 @@ def some(names: list[str]) -> str:
 
 def called(found: Comparison, group: Group) -> str:
     """What tells a group from the others: `r=8 learning_rate=0.001`."""
-    names = short(found.keys)
-    return " ".join(f"{names[key]}={brief(value)}" for key, value in group.settings.items())
+    names = short_keys(found.keys)
+    return " ".join(f"{names[key]}={short_value(value)}" for key, value in group.settings.items())
 
 
 def name_of(found: Comparison, group: Group, run: Run) -> str:
     """A run's: its group, and its seed or, where two have the same, its folder."""
     seeds = [each.summary.get("seed") for each in group.runs]
-    own = f"seed={run.summary.get('seed')}" if seeds.count(run.summary.get("seed")) == 1 else str(as_typed(run.folder))
+    own = (
+        f"seed={run.summary.get('seed')}"
+        if seeds.count(run.summary.get("seed")) == 1
+        else str(relative_to_cwd(run.folder))
+    )
     return f"{called(found, group)} {own}".strip() if len(seeds) > 1 else called(found, group) or own
 
 
 def groups_table(found: Comparison) -> str:
     paths = [*found.metrics[:3], *COSTS, *found.metrics[3:]]  # what decides is in sight before anything is scrolled
     heads = (COSTS.get(path) or headed(path) for path in paths)
-    head = [*short(found.keys).values(), "Runs", "", "From the best", *heads]
+    head = [*short_keys(found.keys).values(), "Runs", "", "From the best", *heads]
     rows = []
     for group in found.groups:
-        cells = [shown(brief(group.settings[key])) for key in found.keys]
+        cells = [format_value(short_value(group.settings[key])) for key in found.keys]
         texts = [str(len(group.runs)), found.verdict(group), apart(found, group)]
         texts += [written(path, group.value(path), group.error(path)) for path in paths]
         cells += [html.escape(text).replace(" ", NBSP) or NOTHING for text in texts]
@@ -153,6 +160,6 @@ def curves(named: Sequence[tuple[str, str, Run]]) -> str:
     events = {name: read_events(run.folder / "metrics.jsonl") for name, _, run in named}
     for title, keys, options in CURVES:
         for kind, key in keys.items():
-            series = {name: points_of(each, key) for name, each in events.items()}
+            series = {name: metric_points(each, key) for name, each in events.items()}
             drawn.append(line_chart(series, f"{title}, {kind}" if len(keys) > 1 else title, alike=groups, **options))
     return f'<div class="charts">{"".join(drawn)}</div>'

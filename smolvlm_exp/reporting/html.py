@@ -60,15 +60,17 @@ def empty(text: str) -> str:
     return f'<p class="empty">{html.escape(text)}</p>'
 
 
-def facts(told: Iterable[tuple[str, Any]]) -> str:
+def definition_list(told: Iterable[tuple[str, Any]]) -> str:
     """Names over values, side by side; a value of None is left out."""
     items = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{shown(value)}</dd></div>" for name, value in told if value is not None
+        f"<div><dt>{html.escape(name)}</dt><dd>{format_value(value)}</dd></div>"
+        for name, value in told
+        if value is not None
     )
     return f'<dl class="facts">{items}</dl>' if items else empty("Nothing was recorded.")
 
 
-def pill(word: str) -> str:
+def status_pill(word: str) -> str:
     """A status or a verdict, told by sign, word and colour."""
     sign, tone = {
         "ok": ("✓", "good"),
@@ -81,7 +83,7 @@ def pill(word: str) -> str:
     return f'<span class="pill {tone}"><span aria-hidden="true">{sign}</span> {html.escape(word)}</span>'
 
 
-def shown(value: Any) -> str:
+def format_value(value: Any) -> str:
     """Any value as escaped text."""
     if value is None or value == "":
         return NOTHING
@@ -90,7 +92,7 @@ def shown(value: Any) -> str:
     return html.escape(number(value) if isinstance(value, float) else str(value))
 
 
-def mark(text: str, targets: Iterable[str]) -> str:
+def highlight(text: str, targets: Iterable[str]) -> str:
     """Escaped text with these words marked, whatever their case, in the plural too."""
     wanted = sorted({w.strip() for w in targets if w.strip()}, key=len, reverse=True)
     if not wanted:

@@ -4,15 +4,15 @@ import html
 from typing import Any
 
 from smolvlm_exp.evaluation.metrics import METRICS, Metric
-from smolvlm_exp.reporting.html import NOTHING, empty, shown, table
-from smolvlm_exp.utils.formatting import MINUS, NBSP, finite, number, percent, words
+from smolvlm_exp.reporting.html import NOTHING, empty, format_value, table
+from smolvlm_exp.utils.formatting import MINUS, NBSP, as_finite, humanize, number, percent
 
 
 def results(before: dict[str, Any], after: dict[str, Any], changes: dict[str, Any]) -> str:
     keys = [k for k in METRICS if k in before or k in after]
     keys += [k for k in {**before, **after} if k not in METRICS]
     rows = [
-        _result(METRICS.get(k) or Metric(words(k), "", share=False), before.get(k), after.get(k), changes.get(k))
+        _result(METRICS.get(k) or Metric(humanize(k), "", share=False), before.get(k), after.get(k), changes.get(k))
         for k in keys
     ]
     if not rows:
@@ -21,11 +21,11 @@ def results(before: dict[str, Any], after: dict[str, Any], changes: dict[str, An
 
 
 def _result(metric: Metric, before: Any, after: Any, paired: Any) -> str:
-    a, b = finite(before), finite(after)
+    a, b = as_finite(before), as_finite(after)
 
     def cell(value: float | None, raw: Any) -> str:
         if value is None:
-            return shown(raw)
+            return format_value(raw)
         return percent(value, 1) if metric.share else number(value)
 
     tone, change, track = "neutral", NOTHING, ""
@@ -44,7 +44,7 @@ def _result(metric: Metric, before: Any, after: Any, paired: Any) -> str:
 
 def _sure(metric: Metric, paired: Any) -> str:
     """The change's 95 % interval and the paired test's p, beneath it."""
-    low, high, p = (finite(paired.get(key)) if isinstance(paired, dict) else None for key in ("low", "high", "p"))
+    low, high, p = (as_finite(paired.get(key)) if isinstance(paired, dict) else None for key in ("low", "high", "p"))
     if low is None or high is None or p is None:
         return ""
     sizes = (f"{100 * abs(end):.1f}" if metric.share else number(abs(end)) for end in (low, high))

@@ -16,12 +16,12 @@ import yaml
 
 from smolvlm_exp.evaluation.metrics import METRICS
 from smolvlm_exp.reporting.charts import line_chart
-from smolvlm_exp.reporting.html import empty, facts, page, pill, shown, table
+from smolvlm_exp.reporting.html import definition_list, empty, format_value, page, status_pill, table
 from smolvlm_exp.reporting.metrics_table import results
-from smolvlm_exp.reporting.samples import Course, Sample, course_cards, sample_cards
-from smolvlm_exp.runs.event_log import points_of, read_events
-from smolvlm_exp.utils.formatting import duration, finite, number, percent, real, words
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.reporting.samples import Sample, SampleHistory, history_cards, sample_cards
+from smolvlm_exp.runs.event_log import metric_points, read_events
+from smolvlm_exp.utils.formatting import as_finite, as_float, duration, humanize, number, percent
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key of metrics.jsonl}, how to draw
 
@@ -55,7 +55,7 @@ def write_report(
     summary: dict[str, Any],
     config: dict[str, Any],
     samples: list[Sample],
-    courses: Sequence[Course] = (),
+    courses: Sequence[SampleHistory] = (),
 ) -> Path:
     """Write `folder/report.html` from what the run measured; anything may be missing.
 
@@ -73,10 +73,10 @@ def write_report(
         ("checks", "Checks", _checks(summary.get("checks") or []) + _advice(summary.get("advice") or [])),
         ("curves", "Curves", _charts(CURVES, events)),
         ("samples", "Samples", sample_cards(samples)),
-        *([("course", "As it was tuned", course_cards(courses))] if courses else []),
+        *([("course", "As it was tuned", history_cards(courses))] if courses else []),
         ("speed", "Memory and speed", _speeds(_dict(summary, "speed")) or _train_facts(_dict(summary, "train"))),
         ("config", "Config", _config(config)),
-        ("versions", "Versions", facts(_dict(summary, "versions").items())),
+        ("versions", "Versions", definition_list(_dict(summary, "versions").items())),
         ("replay", "Run it again", _commands(folder, summary.get("status"))),
     ]
     name = str(config.get("name") or "/".join(folder.absolute().parts[-2:]))
@@ -91,13 +91,13 @@ def headline(summary: dict[str, Any]) -> str:
     before, after, train = (_dict(summary, key) for key in ("before", "after", "train"))
     both, alone = [], []
     for key in HEADLINE:
-        a, b = finite(before.get(key)), finite(after.get(key))
+        a, b = as_finite(before.get(key)), as_finite(after.get(key))
         if a is not None and b is not None:
             both.append(f"{METRICS[key].label}: {percent(a)} → {percent(b)}")
         elif b is not None:
             alone.append(f"{METRICS[key].label}: {percent(b)}")
     parts = (both or alone)[:2]
-    first, last = real(train.get("first_loss")), real(train.get("last_loss"))
+    first, last = as_float(train.get("first_loss")), as_float(train.get("last_loss"))
     if not parts and first is not None and last is not None:
         parts = [f"Training loss: {number(first)} → {number(last)}"]
     sentence = "; ".join([*parts[:1], *(p[0].lower() + p[1:] for p in parts[1:])])
@@ -112,7 +112,7 @@ def _header(name: str, summary: dict[str, Any]) -> str:
     settings = _dict(summary, "settings")
     train = _dict(summary, "train")
     told = [*settings.items(), ("seed", summary.get("seed")), ("steps", train.get("steps"))]
-    if (seconds := finite(train.get("seconds"))) is not None:
+    if (seconds := as_finite(train.get("seconds"))) is not None:
         told.append(("time", duration(seconds)))
     passed = ""
     if verdicts:
@@ -121,16 +121,16 @@ def _header(name: str, summary: dict[str, Any]) -> str:
         passed = f'<a class="passed" href="#checks">{passed}</a>'
     return (
         f'<header><p class="eyebrow">smolvlm_exp run</p><h1>{html.escape(name)}</h1>'
-        f'<p class="state">{pill(status)}{passed}</p>'
-        f'<p class="lead">{html.escape(headline(summary))}</p>{facts(told)}</header>'
+        f'<p class="state">{status_pill(status)}{passed}</p>'
+        f'<p class="lead">{html.escape(headline(summary))}</p>{definition_list(told)}</header>'
     )
 
 
 def _checks(checks: Iterable[Any]) -> str:
     rows = [
-        f"<tr><td>{pill(str(c.get('verdict') or 'unknown'))}</td>"
-        f'<th scope="row">{html.escape(words(c.get("name")))}{_detail(c.get("detail"))}</th>'
-        f"<td>{shown(c.get('value'))}</td><td>{shown(c.get('threshold'))}</td></tr>"
+        f"<tr><td>{status_pill(str(c.get('verdict') or 'unknown'))}</td>"
+        f'<th scope="row">{html.escape(humanize(c.get("name")))}{_detail(c.get("detail"))}</th>'
+        f"<td>{format_value(c.get('value'))}</td><td>{format_value(c.get('threshold'))}</td></tr>"
         for c in checks
         if isinstance(c, dict)
     ]
@@ -144,13 +144,13 @@ def _advice(told: Iterable[Any]) -> str:
 
 
 def _detail(text: Any) -> str:
-    return f"<small>{html.escape(words(text))}</small>" if text else ""
+    return f"<small>{html.escape(humanize(text))}</small>" if text else ""
 
 
 def _charts(curves: Curves, events: list[dict[str, Any]]) -> str:
     drawn = []
     for title, keys, options in curves:
-        series = {name: points_of(events, key) for name, key in keys.items()}
+        series = {name: metric_points(events, key) for name, key in keys.items()}
         drawn.append(line_chart(series, title, **options))
     if any(drawn):
         return f'<div class="charts">{"".join(drawn)}</div>'
@@ -168,21 +168,21 @@ def _train_facts(train: dict[str, Any]) -> str:
     }
     told: list[tuple[str, Any]] = []
     for key, (label, show) in how.items():
-        value = finite(train.get(key))
+        value = as_finite(train.get(key))
         told.append((label, train.get(key) if value is None else show(value)))
-    trainable, total = finite(train.get("trainable_parameters")), finite(train.get("total_parameters"))
+    trainable, total = as_finite(train.get("trainable_parameters")), as_finite(train.get("total_parameters"))
     if trainable is not None:
         share = f" of {total:,.0f} ({percent(trainable / total, 2)})" if total else ""
         told.append(("trainable parameters", f"{trainable:,.0f}{share}"))
-    return facts(told)
+    return definition_list(told)
 
 
 def _speeds(speed: dict[str, Any]) -> str:
     """What task=evaluate measured of generation; empty where it did not."""
     rows = [
-        f'<tr><th scope="row">{html.escape(name)}</th><td>{shown(each.get("batch_size"))}</td>'
-        f"<td>{shown(finite(each.get('first_token')))}</td><td>{shown(finite(each.get('tokens_per_second')))}</td>"
-        f"<td>{shown(finite(each.get('memory_peak_gib')))}</td></tr>"
+        f'<tr><th scope="row">{html.escape(name)}</th><td>{format_value(each.get("batch_size"))}</td>'
+        f"<td>{format_value(as_finite(each.get('first_token')))}</td><td>{format_value(as_finite(each.get('tokens_per_second')))}</td>"
+        f"<td>{format_value(as_finite(each.get('memory_peak_gib')))}</td></tr>"
         for name, measured in speed.items()
         for each in measured
     ]
@@ -203,7 +203,7 @@ _Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str
 
 
 def _commands(folder: Path, status: Any) -> str:
-    run = as_typed(folder)
+    run = relative_to_cwd(folder)
     start = "python -m smolvlm_exp"
     commands = [("Replay it", f"{start} --config-path {shlex.quote(f'{run}/.hydra')} --config-name config")]
     if status != "done":

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from smolvlm_exp.reporting.html import SMALL_EDGE, empty, mark, picture
+from smolvlm_exp.reporting.html import SMALL_EDGE, empty, highlight, picture
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -27,7 +27,7 @@ class Sample:
 
 
 @dataclass
-class Course:
+class SampleHistory:
     """One held-out row, answered again and again while the model was tuned."""
 
     image: "Image"
@@ -44,10 +44,10 @@ def sample_cards(samples: list[Sample]) -> str:
     return f"{legend}</p>{_cards(map(_card, samples), [s.image for s in samples])}"
 
 
-def course_cards(courses: Sequence[Course]) -> str:
+def history_cards(courses: Sequence[SampleHistory]) -> str:
     cards = []
     for course in courses:
-        lines = [(f"Step {step}", mark(text, marked), "model") for step, text, marked in course.answers]
+        lines = [(f"Step {step}", highlight(text, marked), "model") for step, text, marked in course.answers]
         cards.append(_article(course.image, course.question, lines))
     return _cards(cards, [course.image for course in courses])
 
@@ -59,8 +59,8 @@ def _cards(cards: Iterable[str], images: "list[Image]") -> str:
 
 def _card(s: Sample) -> str:
     rows = [
-        ("Before", mark(s.before, s.hallucinated_before), "model"),
-        ("After", mark(s.after, s.hallucinated_after), "model"),
+        ("Before", highlight(s.before, s.hallucinated_before), "model"),
+        ("After", highlight(s.after, s.hallucinated_after), "model"),
         ("Chosen", html.escape(s.chosen), "label"),
         ("Rejected", html.escape(s.rejected), "label"),
     ]

@@ -12,10 +12,10 @@ from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.checks import Check
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change
-from smolvlm_exp.reporting.samples import Course, Sample
+from smolvlm_exp.reporting.samples import Sample, SampleHistory
 
 
-def findings(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
+def summarize(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
     """The parts of summary.json that say how good a model is, and how sure that is."""
     looks = {"before": before, **({"after": after} if after else {})}
     return {
@@ -26,7 +26,7 @@ def findings(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
     }
 
 
-def show(
+def print_results(
     console: Console, found: dict[str, Any], checks: list[Check], names: tuple[str, str] = ("before", "after")
 ) -> None:
     """The table of `findings`, and the checks beneath it."""
@@ -76,7 +76,7 @@ def samples(preferences: Preferences, before: list[str], after: list[str]) -> li
     return made
 
 
-def courses(preferences: Preferences, events: list[dict[str, Any]]) -> list[Course]:
+def sample_histories(preferences: Preferences, events: list[dict[str, Any]]) -> list[SampleHistory]:
     """The first held-out rows with their answers while the model was tuned.
 
     Args:
@@ -89,7 +89,7 @@ def courses(preferences: Preferences, events: list[dict[str, Any]]) -> list[Cour
         answers = [
             (step, said[i], hallucinated(said[i], row.get("truth"), preferences.words)) for step, said in at.items()
         ]
-        made.append(Course(row["images"][0], text_of(row["prompt"]), answers))
+        made.append(SampleHistory(row["images"][0], text_of(row["prompt"]), answers))
     return made
 
 

@@ -16,8 +16,8 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.reporting.html import SMALL_EDGE
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.files import read_json, write_json
-from smolvlm_exp.utils.formatting import typed
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.utils.formatting import parse_number
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -63,12 +63,12 @@ class Tracker:
         if config.type == "none":
             return
         differs = differs or {}
-        flat = {key: typed(value) for key, value in differs.items()}
+        flat = {key: parse_number(value) for key, value in differs.items()}
         tags = [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())]  # W&B's limit
         own, settings = identity(folder), settings | flat | {"without_seed": without_seed}
-        self.line = Background("wandb", lambda: start(config, folder, name, group, kind, tags, settings, own))
+        self.line = BackgroundWorker("wandb", lambda: init_run(config, folder, name, group, kind, tags, settings, own))
         if group is None:
-            self.line.put(lambda run: print(uploading(not run.offline, Path(run.dir).parent), flush=True))
+            self.line.put(lambda run: print(upload_hint(not run.offline, Path(run.dir).parent), flush=True))
 
     def log(self, values: dict[str, Any], step: int) -> None:
         if self.line:
@@ -94,12 +94,12 @@ class Tracker:
         """Hand over the result: the summary flat, with intervals, and pictures with the answers before and after."""
         if not self.line:
             return
-        self.line.put(lambda run: hand_over(run, summary, samples, exit_code))
+        self.line.put(lambda run: log_results(run, summary, samples, exit_code))
         if not self.line.close(PATIENCE):
-            print(f"wandb: does not answer, so it is left behind; {as_typed(self.folder)} has everything")
+            print(f"wandb: does not answer, so it is left behind; {relative_to_cwd(self.folder)} has everything")
 
 
-def hand_over(run: "Run", summary: dict[str, Any], samples: "list[Sample]", exit_code: int) -> None:
+def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", exit_code: int) -> None:
     import wandb
 
     for part in ("before", "after", "train"):
@@ -145,7 +145,7 @@ def small(image: "Image") -> "Image":
     return copy
 
 
-def start(
+def init_run(
     config: TrackerConfig,
     folder: Path,
     name: str,
@@ -177,7 +177,7 @@ def start(
 
     if has_account():
         try:
-            if not answers():
+            if not server_reachable():
                 raise OSError("it cannot be reached")
             return init("online")
         except (Exception, SystemExit) as error:  # it ends the program where it cannot log in
@@ -186,7 +186,7 @@ def start(
     return init("offline")
 
 
-def answers() -> bool:
+def server_reachable() -> bool:
     """Whether W&B's server takes a connection: its own client tries for minutes."""
     address = urlsplit(os.environ.get("WANDB_BASE_URL", "https://api.wandb.ai"))
     port = address.port or (443 if address.scheme == "https" else 80)
@@ -197,11 +197,13 @@ def answers() -> bool:
     return False
 
 
-def uploading(online: bool, *folders: Path) -> str:
+def upload_hint(online: bool, *folders: Path) -> str:
     """Whether runs went online, and else how to upload these folders (or patterns for them)."""
     if online:
         return "wandb: online"
-    return f"wandb: offline; to upload it: wandb login && wandb sync {' '.join(str(as_typed(f)) for f in folders)}"
+    return (
+        f"wandb: offline; to upload it: wandb login && wandb sync {' '.join(str(relative_to_cwd(f)) for f in folders)}"
+    )
 
 
 def track_sweep(config: TrackerConfig, folder: Path, group: str, rows: list[dict[str, Any]]) -> None:
@@ -240,12 +242,12 @@ def track_table(
         run.log_artifact(artifact)
         run.summary.update(numbers)
         run.finish()
-        print(uploading(not run.offline, folder / "wandb" / "offline-run-*", *others))
+        print(upload_hint(not run.offline, folder / "wandb" / "offline-run-*", *others))
 
-    line = Background("wandb", lambda: start(config, folder, "table", group, kind, config.tags, {}))
+    line = BackgroundWorker("wandb", lambda: init_run(config, folder, "table", group, kind, config.tags, {}))
     line.put(hand_over_table)
     if not line.close(PATIENCE):
-        print(f"wandb: does not answer, so it is left behind; {as_typed(folder)} has everything")
+        print(f"wandb: does not answer, so it is left behind; {relative_to_cwd(folder)} has everything")
 
 
 def has_account() -> bool:
@@ -261,7 +263,7 @@ def has_account() -> bool:
         return False
 
 
-class Background:
+class BackgroundWorker:
     """Jobs in their order in a thread of their own. After the first failure the others are left out, which is said."""
 
     def __init__(self, name: str, open: Callable[[], Any]) -> None:

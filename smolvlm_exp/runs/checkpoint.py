@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from smolvlm_exp.utils.errors import RequestError, RunError
-from smolvlm_exp.utils.files import sha256, sync
+from smolvlm_exp.utils.files import fsync, sha256
 
 MANIFEST = "manifest.json"
 SAVING = ".saving"  # beside the checkpoints: what is being written
@@ -24,10 +24,10 @@ FULL_WORDS = ("no space left", "os error 28", "file too large", "os error 27", "
 
 def checkpoints(run: Path) -> list[Path]:
     """A run's checkpoints that were written to the end, the newest last; whether they are sound says `newest`."""
-    return [path for path in numbered(run) if (path / MANIFEST).is_file()]
+    return [path for path in checkpoint_folders(run) if (path / MANIFEST).is_file()]
 
 
-def numbered(run: Path) -> list[Path]:
+def checkpoint_folders(run: Path) -> list[Path]:
     """Folders that have a checkpoint's name, by step."""
     found = [path for path in (run / "checkpoints").glob("checkpoint-*") if path.name[11:].isdigit()]
     return sorted(found, key=step_of)
@@ -37,7 +37,7 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name[11:])
 
 
-def newest(run: Path) -> Path:
+def newest_intact(run: Path) -> Path:
     """The newest checkpoint that is what its manifest says; those that are not are named, with what is wrong.
 
     Raises:
@@ -46,7 +46,7 @@ def newest(run: Path) -> Path:
     if (run / "checkpoints" / SAVING).exists():
         print(f"checkpoint: a save in {run} was cut short; what it left is not used")
     problems: list[str] = []
-    for checkpoint in reversed(numbered(run)):
+    for checkpoint in reversed(checkpoint_folders(run)):
         problem = damage(checkpoint)
         if not problem:
             for each in problems:
@@ -95,7 +95,7 @@ def damage(checkpoint: Path) -> str:
 
 
 @contextlib.contextmanager
-def one_error(run: Path) -> Iterator[None]:
+def disk_full_as_run_error(run: Path) -> Iterator[None]:
     """Within, a disk that is full ends the run with one error that says so and how to go on.
 
     Raises:
@@ -104,7 +104,7 @@ def one_error(run: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_full(error):
+        if not is_disk_full(error):
             raise
         left = checkpoints(run)
         told = "Free some and give the command again: nothing half-written is left."
@@ -119,7 +119,7 @@ def one_error(run: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def whole(final: Path) -> Iterator[Path]:
+def atomic_folder(final: Path) -> Iterator[Path]:
     """A folder to fill that takes the name `final` once all of it is on the disk; nothing is left of one that fails.
 
     What had that name before stays until then. What a process that was killed left there is cleared up here: two at
@@ -135,50 +135,50 @@ def whole(final: Path) -> Iterator[Path]:
 
     clear()
     try:
-        with one_error(final.parent):
+        with disk_full_as_run_error(final.parent):
             staging.mkdir(parents=True)
             yield staging
             for path in (*staging.rglob("*"), staging):
-                sync(path)
+                fsync(path)
             if final.exists():
                 final.rename(before)
             staging.rename(final)
-            sync(final.parent)
+            fsync(final.parent)
     finally:
         clear()
 
 
-def is_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
     """Whether a disk, a quota or a file-size limit is behind an error, in whichever of its guises."""
     if isinstance(error, OSError) and error.errno in FULL:
         return True
     return any(words in str(error).lower() for words in FULL_WORDS)
 
 
-def seal(staging: Path, final: Path) -> None:
+def finalise(staging: Path, final: Path) -> None:
     """Everything in `staging` to the disk, its manifest last; then its name."""
     files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     listed = {str(path.relative_to(staging)): (path.stat().st_size, sha256(path)) for path in files}
     for path in files:
-        sync(path)
+        fsync(path)
     manifest = staging / MANIFEST
     manifest.write_text(json.dumps({"version": 1, "files": listed}, indent=1) + "\n", encoding="utf-8")
     for path in (manifest, *(path for path in staging.rglob("*") if path.is_dir()), staging):
-        sync(path)
-    remove(final)  # a damaged one that the run went past
+        fsync(path)
+    remove_checkpoint(final)  # a damaged one that the run went past
     staging.rename(final)
-    sync(final.parent)
+    fsync(final.parent)
 
 
-def keep_last(saved: Path, limit: int | None, best: str | None) -> None:
+def prune_checkpoints(saved: Path, limit: int | None, best: str | None) -> None:
     """Remove what came before the checkpoint just saved, but for the newest `limit - 1` and the best."""
     run = saved.parent.parent
     older = [path for path in checkpoints(run) if step_of(path) < step_of(saved) and str(path) != best]
     for path in older[: len(older) - (limit - 1)] if limit and limit <= len(older) else []:
-        remove(path)
+        remove_checkpoint(path)
 
 
-def remove(checkpoint: Path) -> None:
+def remove_checkpoint(checkpoint: Path) -> None:
     """It loses its name first: a kill half-way leaves nothing that looks like a checkpoint."""
     if not checkpoint.exists():
         return

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.utils.files import json_lines
-from smolvlm_exp.utils.formatting import finite, real
+from smolvlm_exp.utils.formatting import as_finite, as_float
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
@@ -19,18 +19,18 @@ def read_events(path: Path) -> list[dict[str, Any]]:
             event = json.loads(line)
         except ValueError:
             continue
-        if isinstance(event, dict) and finite(event.get("step")) is not None:
+        if isinstance(event, dict) and as_finite(event.get("step")) is not None:
             events.append(event)
     return sorted(events, key=lambda e: e["step"])
 
 
-def points_of(events: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
+def metric_points(events: list[dict[str, Any]], key: str) -> list[tuple[float, float]]:
     """A key's points; where a resumed run logged a step again, the later one counts."""
-    at = {float(e["step"]): value for e in events if (value := real(e.get(key))) is not None}
+    at = {float(e["step"]): value for e in events if (value := as_float(e.get(key))) is not None}
     return list(at.items())
 
 
-def append(path: Path, event: dict[str, Any]) -> None:
+def append_event(path: Path, event: dict[str, Any]) -> None:
     """A line more of JSON. Half a line at the end, as a kill leaves it, does not spoil the next."""
     with path.open("a+b") as file:
         if file.tell():
@@ -42,7 +42,7 @@ def append(path: Path, event: dict[str, Any]) -> None:
         os.fsync(file.fileno())  # a checkpoint that is there never knows more than this file
 
 
-def cut(path: Path, step: int) -> None:
+def truncate_after(path: Path, step: int) -> None:
     """Take away what was logged after `step`, which is done again now, and the half line that a kill left.
 
     At step 0 that is all: a run that was killed before its first checkpoint may have logged already.

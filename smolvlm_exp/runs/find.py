@@ -13,7 +13,7 @@ from smolvlm_exp.utils.paths import OUTPUTS
 PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
 JOBS = "sweeps/*/*/*"
 # Settings that are no part of what a run does: runs that differ in these alone are repetitions.
-BESIDE = ("seed", "name", "resume", "run", "runs", "sweep", "keep", "metric", "tracker", "task", "hydra")
+NON_IDENTITY_KEYS = ("seed", "name", "resume", "run", "runs", "sweep", "keep", "metric", "tracker", "task", "hydra")
 
 
 def find_run(name: str, root: Path = OUTPUTS) -> Path:
@@ -39,7 +39,7 @@ def newest_first(root: Path, *names: str, places: tuple[str, ...] = PLACES) -> l
     return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
-def any_run(name: str, root: Path = OUTPUTS) -> Path:
+def find_ended_run(name: str, root: Path = OUTPUTS) -> Path:
     """The run folder that `name` (a path, or `last`) means, whatever became of the run.
 
     Raises:
@@ -55,7 +55,7 @@ def any_run(name: str, root: Path = OUTPUTS) -> Path:
     return Path(name)
 
 
-def finished_run(name: str, root: Path = OUTPUTS) -> Path:
+def find_finished_run(name: str, root: Path = OUTPUTS) -> Path:
     """The run folder that `name` (a path, or `last`) means, with what it tuned in it.
 
     Raises:

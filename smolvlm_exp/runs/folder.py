@@ -10,11 +10,11 @@ from filelock import FileLock, Timeout
 from smolvlm_exp.utils.errors import RequestError
 
 PATIENCE = 10.0  # seconds for data workers of a run that was killed a moment ago to notice it
-LEFT = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")  # what tells that a run was here
+RUN_FILES = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")  # what tells that a run was here
 
 
 @contextlib.contextmanager
-def claimed(folder: Path) -> Iterator[None]:
+def lock_run_folder(folder: Path) -> Iterator[None]:
     """Within, the folder is this process's. A process that dies lets go of it.
 
     Raises:
@@ -42,7 +42,7 @@ def check_unused(folder: Path) -> None:
     Raises:
         RequestError: there is a run in it already.
     """
-    found = next((name for name in LEFT if (folder / name).exists()), None)
+    found = next((name for name in RUN_FILES if (folder / name).exists()), None)
     if found:
         raise RequestError(
             f"hydra.run.dir={folder}: there is a run in it already ({found}), which is not written over.\n"

@@ -8,10 +8,10 @@ from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
-from smolvlm_exp.utils.formatting import brief, short
+from smolvlm_exp.utils.formatting import short_keys, short_value
 from smolvlm_exp.utils.paths import OUTPUTS
 
-VIEWS = ("keep", "metric")  # what a sweep does with its jobs: no part of what a job is
+DISPLAY_KEYS = ("keep", "metric")  # what a sweep does with its jobs: no part of what a job is
 
 
 ENDED = ("done", "pruned")  # nothing is left to do
@@ -27,79 +27,81 @@ class Job:
     @property
     def settings(self) -> dict[str, str]:
         """Key -> value as typed."""
-        return dict(split(override) for override in self.overrides)
+        return dict(split_override(override) for override in self.overrides)
 
     @property
     def identity(self) -> frozenset[str]:
-        return frozenset(override for override in self.overrides if not is_view(override))
+        return frozenset(override for override in self.overrides if not is_display_key(override))
 
 
-def is_view(override: str) -> bool:
-    return split(override)[0] in VIEWS
+def is_display_key(override: str) -> bool:
+    return split_override(override)[0] in DISPLAY_KEYS
 
 
-def split(override: str) -> tuple[str, str]:
+def split_override(override: str) -> tuple[str, str]:
     """`+adapter.r=8` -> (`adapter.r`, `8`)."""
     key, _, value = override.partition("=")
     return key.lstrip("+"), value
 
 
-def differing(jobs: Sequence[Job]) -> dict[str, list[str]]:
+def differing_settings(jobs: Sequence[Job]) -> dict[str, list[str]]:
     """The keys whose values are not the same in all jobs, with those values, each in the order of the jobs."""
     values: dict[str, dict[str, None]] = {}
     for job in jobs:
         for key, value in job.settings.items():
             values.setdefault(key, {})[value] = None
-    return {key: list(found) for key, found in values.items() if len(found) > 1 and key not in VIEWS}
+    return {key: list(found) for key, found in values.items() if len(found) > 1 and key not in DISPLAY_KEYS}
 
 
-def label(job: Job, keys: Sequence[str]) -> str:
+def job_label(job: Job, keys: Sequence[str]) -> str:
     """What tells this job from the others: `r=8 learning_rate=5e-05`."""
-    names = short(keys)
-    return " ".join(f"{names[key]}={brief(job.settings[key])}" for key in keys if key in job.settings)
+    names = short_keys(keys)
+    return " ".join(f"{names[key]}={short_value(job.settings[key])}" for key in keys if key in job.settings)
 
 
-def recorded(folder: Path) -> list[Job]:
+def read_jobs(folder: Path) -> list[Job]:
     """The jobs of the sweep in `folder`; none where it has not begun."""
     return [Job(job["number"], tuple(job["overrides"])) for job in read_json(folder / "sweep.json").get("jobs", [])]
 
 
-def record(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
+def write_jobs(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
     """Write down a sweep's jobs, and the keys of the settings that tell them apart."""
     told = [{"number": job.number, "overrides": job.overrides} for job in jobs]
     write_json(folder / "sweep.json", {"keys": keys, "jobs": told})
 
 
-def recorded_keys(folder: Path) -> list[str]:
+def read_keys(folder: Path) -> list[str]:
     """The keys of the settings that tell a sweep's jobs apart."""
     return read_json(folder / "sweep.json").get("keys", [])
 
 
-def state(folder: Path) -> str:
+def job_state(folder: Path) -> str:
     """done, pruned, failed or stopped, as summary.json says; else `cut` (killed after a checkpoint) or `missing`."""
     return summary_of(folder).get("status") or ("cut" if checkpoints(folder) else "missing")
 
 
-def goes_on(folder: Path) -> bool:
+def can_resume(folder: Path) -> bool:
     """Whether a job starts from its newest checkpoint: it was stopped or killed. One that raised starts anew."""
     summary = summary_of(folder)
     raised = summary.get("status") == "failed" and summary.get("exit_code", 1) > 0
     return bool(checkpoints(folder)) and not raised
 
 
-def group_of(sweep: Path) -> str:
+def sweep_name(sweep: Path) -> str:
     """A sweep's name, as `sweep 2026-01-31 12-00-00`."""
     return f"sweep {sweep.parent.name} {sweep.name}"
 
 
-def place_of(folder: Path) -> tuple[str, dict[str, str]] | None:
+def sweep_position(folder: Path) -> tuple[str, dict[str, str]] | None:
     """Of a run in a sweep: (the sweep's name, what tells the run from the others: short key -> value)."""
-    jobs = recorded(folder.parent)
+    jobs = read_jobs(folder.parent)
     own = next((job for job in jobs if str(job.number) == folder.name), None)
     if own is None:
         return None
-    names = short(recorded_keys(folder.parent))
-    return group_of(folder.parent), {names[key]: brief(own.settings[key]) for key in names if key in own.settings}
+    names = short_keys(read_keys(folder.parent))
+    return sweep_name(folder.parent), {
+        names[key]: short_value(own.settings[key]) for key in names if key in own.settings
+    }
 
 
 def find_sweep(name: str, root: Path = OUTPUTS) -> Path:
@@ -113,20 +115,20 @@ def find_sweep(name: str, root: Path = OUTPUTS) -> Path:
         if not found:
             raise RequestError(f"sweep=last: there is no sweep under {root}/sweeps/ yet.")
         return found[-1].parent
-    if not recorded(Path(name)):
+    if not read_jobs(Path(name)):
         raise RequestError(f"sweep={name}: that is no sweep's folder (there is no sweep.json in it).")
     return Path(name)
 
 
-def check_same(folder: Path, jobs: Sequence[Job]) -> None:
+def check_same_jobs(folder: Path, jobs: Sequence[Job]) -> None:
     """Raises:
     RequestError: these are not the jobs of the sweep in `folder`; it says what differs.
     """
-    before = recorded(folder)
+    before = read_jobs(folder)
     if {job.identity for job in jobs} == {job.identity for job in before}:
         return
-    keys = dict.fromkeys(key for job in [*jobs, *before] for key in job.settings if key not in VIEWS)
-    here, there = ({key: values(group, key) for key in keys} for group in (jobs, before))
+    keys = dict.fromkeys(key for job in [*jobs, *before] for key in job.settings if key not in DISPLAY_KEYS)
+    here, there = ({key: setting_values(group, key) for key in keys} for group in (jobs, before))
     told = [
         f"{key} is {', '.join(here[key]) or 'not set'} here and {', '.join(there[key]) or 'not set'} there"
         for key in here
@@ -138,5 +140,5 @@ def check_same(folder: Path, jobs: Sequence[Job]) -> None:
     )
 
 
-def values(jobs: Sequence[Job], key: str) -> list[str]:
+def setting_values(jobs: Sequence[Job], key: str) -> list[str]:
     return list(dict.fromkeys(job.settings[key] for job in jobs if key in job.settings))

@@ -10,12 +10,19 @@ from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.reporting.tracker import track_sweep
-from smolvlm_exp.runs.sweep_record import group_of
-from smolvlm_exp.sweep.results import Outcome, command, outcome, table, tidy, write_csv
+from smolvlm_exp.runs.sweep_record import sweep_name
+from smolvlm_exp.sweep.results import (
+    SweepResults,
+    job_command,
+    prune_checkpoints,
+    read_results,
+    results_table,
+    write_csv,
+)
 from smolvlm_exp.sweep.sweep_page import Sections, write_page
-from smolvlm_exp.sweep.time_estimate import expected
-from smolvlm_exp.utils.formatting import brief, duration, number, short, words
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.sweep.time_estimate import estimate_time
+from smolvlm_exp.utils.formatting import duration, humanize, number, short_keys, short_value
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 SHORT = {"train.seconds": "s", "train.memory_peak_gib": "GiB"}
 
@@ -31,13 +38,13 @@ def announce(folder: Path, what: str, varied: dict[str, str], states: Sequence[s
     """
     counts = {name: states.count(name) for name in dict.fromkeys(states)}
     before = "" if set(counts) <= {"missing"} else f": {', '.join(f'{n} {name}' for name, n in counts.items())}"
-    print(f"sweep: {what} in {as_typed(folder)}{before}")
+    print(f"sweep: {what} in {relative_to_cwd(folder)}{before}")
     width = max((len(key) for key in varied), default=0)
     for key, values in varied.items():
         print(f"  {key:<{width}}  {values}")
     if not left:
         print("expected: nothing is left to do", flush=True)
-    elif told := expected(folder, left):
+    elif told := estimate_time(folder, left):
         about = f"{duration(told[0])} for {len(left)} job{'s' * (len(left) > 1)} one after the other"
         print(f"expected: about {about}, by {told[1]}", flush=True)
     else:
@@ -47,28 +54,28 @@ def announce(folder: Path, what: str, varied: dict[str, str], states: Sequence[s
         )
 
 
-def conclude(folder: Path, config: Config, stopped: bool, sections: Sections = ()) -> Outcome:
+def report_results(folder: Path, config: Config, stopped: bool, sections: Sections = ()) -> SweepResults:
     """Write sweep.csv and sweep.html (`sections` in place of main effects), print the table, hand it to W&B."""
-    found = outcome(folder, config.metric)
-    tidy(found, config.keep)
-    rows = table(found)
+    found = read_results(folder, config.metric)
+    prune_checkpoints(found, config.keep)
+    rows = results_table(found)
     write_csv(folder / "sweep.csv", rows)
     page = write_page(found, sections)
     show(found)
     if best := found.best:
         print(f"best: job {best.job.number}, {found.metric} {number(found.measured(best))}; again:")
-        print(f"  {command(best.job)}")
-    track_sweep(config.tracker, folder, group_of(folder), rows)
-    print(as_typed(page))
+        print(f"  {job_command(best.job)}")
+    track_sweep(config.tracker, folder, sweep_name(folder), rows)
+    print(relative_to_cwd(page))
     if stopped:
-        print(f"stopped; go on with: python -m smolvlm_exp -m sweep={shlex.quote(str(as_typed(folder)))}")
+        print(f"stopped; go on with: python -m smolvlm_exp -m sweep={shlex.quote(str(relative_to_cwd(folder)))}")
     return found
 
 
-def show(found: Outcome) -> None:
+def show(found: SweepResults) -> None:
     """The table on the terminal: a line a job."""
-    heads = {found.metric: words(found.metric.split(".")[1])} | SHORT
-    shown = Table("job", *short(found.keys).values(), *heads.values(), "", title=None)
+    heads = {found.metric: humanize(found.metric.split(".")[1])} | SHORT
+    shown = Table("job", *short_keys(found.keys).values(), *heads.values(), "", title=None)
     for column in shown.columns:
         column.overflow = "fold"
     best = found.best
@@ -77,5 +84,7 @@ def show(found: Outcome) -> None:
         why = f" {shorten(row.reason, 60)}" if row.status == "failed" else ""
         state = "best" if row is best else "" if row.status == "done" else f"{row.status}{why}"
         cells = ["" if value is None else f"{value:.3g}" for value in values]
-        shown.add_row(str(row.job.number), *(brief(row.job.settings.get(key, "")) for key in found.keys), *cells, state)
+        shown.add_row(
+            str(row.job.number), *(short_value(row.job.settings.get(key, "")) for key in found.keys), *cells, state
+        )
     Console().print(shown)

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 
 @contextlib.contextmanager
-def share_of_machine(jobs: int) -> Iterator[None]:
+def assign_device(jobs: int) -> Iterator[None]:
     """Within, this process sees one GPU that no other job of this person uses, or computes with a share of the cores.
 
     Args:
@@ -20,8 +20,8 @@ def share_of_machine(jobs: int) -> Iterator[None]:
     """
     if jobs == 1:
         yield
-    elif cards := visible_cards():
-        with free_card(cards) as card:
+    elif cards := visible_gpus():
+        with free_gpu(cards) as card:
             os.environ["CUDA_VISIBLE_DEVICES"] = card
             yield
     else:
@@ -32,7 +32,7 @@ def share_of_machine(jobs: int) -> Iterator[None]:
         yield
 
 
-def visible_cards() -> list[str]:
+def visible_gpus() -> list[str]:
     """The GPUs this process may use, without starting CUDA on any of them."""
     told = os.environ.get("CUDA_VISIBLE_DEVICES")
     if told is not None:
@@ -43,7 +43,7 @@ def visible_cards() -> list[str]:
 
 
 @contextlib.contextmanager
-def free_card(cards: list[str]) -> Iterator[str]:
+def free_gpu(cards: list[str]) -> Iterator[str]:
     """One of `cards` that no other job holds; waits for one. A job that dies lets go of its own."""
     folder = Path(tempfile.gettempdir()) / f"smolvlm_exp-{getpass.getuser()}"
     folder.mkdir(exist_ok=True)

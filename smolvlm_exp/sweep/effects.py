@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from statistics import mean, stdev
 
 from smolvlm_exp.evaluation.statistics import T
-from smolvlm_exp.sweep.results import Outcome, Row
+from smolvlm_exp.sweep.results import JobResult, SweepResults
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Effect:
     runs: int
 
 
-def main_effects(found: Outcome) -> dict[str, list[Effect]]:
+def main_effects(found: SweepResults) -> dict[str, list[Effect]]:
     """Setting -> an effect a value, over the combinations of all other settings in which every value has finished.
 
     Where a run is missing, its combination is left out for the other values too, so that like is compared with like.
@@ -26,8 +26,8 @@ def main_effects(found: Outcome) -> dict[str, list[Effect]]:
     return {key: effects_of(key, found) for key in found.varied}
 
 
-def effects_of(key: str, found: Outcome) -> list[Effect]:
-    blocks: dict[tuple[str, ...], dict[str, Row]] = {}
+def effects_of(key: str, found: SweepResults) -> list[Effect]:
+    blocks: dict[tuple[str, ...], dict[str, JobResult]] = {}
     others = [other for other in found.keys if other != key]
     for row in found.done:
         block = tuple(row.job.settings.get(other, "") for other in others)
@@ -37,7 +37,7 @@ def effects_of(key: str, found: Outcome) -> list[Effect]:
     return [effect(value, [block[value] for block in whole], found) for value in values] if whole else []
 
 
-def effect(value: str, rows: list[Row], found: Outcome) -> Effect:
+def effect(value: str, rows: list[JobResult], found: SweepResults) -> Effect:
     seeds: dict[str, list[float]] = {}
     for row in rows:
         seeds.setdefault(row.job.settings.get("seed", ""), []).append(found.measured(row))

@@ -8,8 +8,16 @@ from omegaconf import OmegaConf
 
 from smolvlm_exp.config.compose import combinations, parsed
 from smolvlm_exp.config.schema import Config, parse
-from smolvlm_exp.runs.sweep_record import ENDED, Job, check_same, differing, record, recorded, state
-from smolvlm_exp.sweep.console import announce, conclude
+from smolvlm_exp.runs.sweep_record import (
+    ENDED,
+    Job,
+    check_same_jobs,
+    differing_settings,
+    job_state,
+    read_jobs,
+    write_jobs,
+)
+from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.launcher import Stop, launch
 
@@ -21,29 +29,29 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
         RequestError: the folder has another sweep's jobs.
     """
     folder = Path(sweeper.config.hydra.sweep.dir)
-    jobs = numbered(folder, combinations(parsed([*sweeper._parse_config(), *arguments])))
-    if recorded(folder):
-        check_same(folder, jobs)
+    jobs = number_jobs(folder, combinations(parsed([*sweeper._parse_config(), *arguments])))
+    if read_jobs(folder):
+        check_same_jobs(folder, jobs)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
-    record(folder, jobs, list(differing(jobs)))
-    states = [state(folder / str(job.number)) for job in jobs]
+    write_jobs(folder, jobs, list(differing_settings(jobs)))
+    states = [job_state(folder / str(job.number)) for job in jobs]
     left = [job for job, known in zip(jobs, states, strict=True) if known not in ENDED]
-    varied = {key: ", ".join(values) for key, values in differing(jobs).items()}
+    varied = {key: ", ".join(values) for key, values in differing_settings(jobs).items()}
     if "seed" in varied:
         varied["seed"] += "  (repetitions)"
     config = compose(sweeper, jobs[0])
     announce(folder, f"{len(jobs)} job{'s' * (len(jobs) > 1)}", varied, states, [compose(sweeper, job) for job in left])
     with Stop(folder) as stop:
         launch(sweeper.launcher, folder, left, stop)
-    found = conclude(folder, config, stop.asked)
+    found = report_results(folder, config, stop.asked)
     return STOPPED if stop.asked else int(found.failed)
 
 
-def numbered(folder: Path, lists: Sequence[Sequence[str]]) -> list[Job]:
+def number_jobs(folder: Path, lists: Sequence[Sequence[str]]) -> list[Job]:
     """Each combination once, with the number it has in the sweep's folder already, or its place in the command."""
     unique = {job.identity: job for job in (Job(0, tuple(overrides)) for overrides in lists)}
-    known = {job.identity: job.number for job in recorded(folder)}
+    known = {job.identity: job.number for job in read_jobs(folder)}
     return [Job(known.get(identity, place), job.overrides) for place, (identity, job) in enumerate(unique.items())]
 
 

@@ -25,47 +25,47 @@ from filelock import FileLock, Timeout
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import choices, summary_of
-from smolvlm_exp.runs.sweep_record import ENDED, goes_on, state
-from smolvlm_exp.sweep.devices import share_of_machine
+from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_state
+from smolvlm_exp.sweep.devices import assign_device
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
-from smolvlm_exp.utils.startup import hush
+from smolvlm_exp.utils.startup import silence_upstream
 
 STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
 STOPPED = 75  # exit code of a job that was stopped after saving
 PATIENCE = 30.0  # seconds for a job whose sweep was killed a moment ago to save and let go of its folder
 
 
-def run_apart(config: Config, folder: Path, home: Path, at_once: int) -> dict[str, Any]:
+def run_in_process(config: Config, folder: Path, home: Path, at_once: int) -> dict[str, Any]:
     """Run one job in a child process and wait for it; returns its summary, whatever became of it.
 
     Args:
         home: where the command was typed, which need not be where a cluster's worker stands.
         at_once: jobs at once on this machine; -1: one a core.
     """
-    method = "forkserver" if may_fork() else "spawn"
+    method = "forkserver" if can_fork() else "spawn"
     multiprocessing.set_start_method(method, force=True)  # joblib's workers say `loky`, which no child of theirs knows
     multiprocessing.set_forkserver_preload(["smolvlm_exp.sweep.preload"])
-    child = multiprocessing.Process(target=work, args=(config, folder, home, at_once))
+    child = multiprocessing.Process(target=run_child, args=(config, folder, home, at_once))
     child.start()
     told = False
-    with deaf_to_ctrl_c():
+    with ignore_sigint():
         while child.exitcode is None:
             child.join(timeout=0.2)
             if stop_asked() and not told:
                 told = True
                 child.terminate()
     if child.exitcode not in (0, STOPPED) and not told and summary_of(folder).get("exit_code") != child.exitcode:
-        record_failure(config, folder, ended_by(child.exitcode), child.exitcode)
+        record_failure(config, folder, describe_exit(child.exitcode), child.exitcode)
     return summary_of(folder)
 
 
-def may_fork() -> bool:
+def can_fork() -> bool:
     return sys.platform == "linux" and not Path("/proc/driver/nvidia").exists()
 
 
 @contextlib.contextmanager
-def deaf_to_ctrl_c() -> Iterator[None]:
+def ignore_sigint() -> Iterator[None]:
     """In a launcher's worker: the terminal tells it too, but what is to stop is the sweep's command's to say."""
     alone = threading.current_thread() is threading.main_thread()
     worker = alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -82,7 +82,7 @@ def stop_asked() -> bool:
     return Path(os.environ.get(STOP, "/dev/null/none")).exists()
 
 
-def ended_by(exit_code: int) -> str:
+def describe_exit(exit_code: int) -> str:
     """What a process that could not say it itself died of."""
     if exit_code > 0:
         return f"its process ended with exit code {exit_code}"
@@ -92,7 +92,7 @@ def ended_by(exit_code: int) -> str:
     return f"killed by {name}{why}"
 
 
-def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
+def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
     """What the child does. Its exit code: 0 done or someone else's, 1 failed, 75 stopped after saving."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's is not for its jobs
     os.chdir(home)
@@ -104,21 +104,23 @@ def work(config: Config, folder: Path, home: Path, at_once: int) -> None:
         return
     with (
         lock,
-        share_of_machine(at_once),
+        assign_device(at_once),
         (folder / "output.log").open("a", encoding="utf-8") as log,
-        written_to(log, f"[{folder.name}] "),
+        tee_output(log, f"[{folder.name}] "),
     ):
-        if state(folder) in ENDED:
+        if job_state(folder) in ENDED:
             return
-        hush()
-        resume = goes_on(folder)
+        silence_upstream()
+        resume = can_resume(folder)
         clear(folder, all_of_it=not resume)
         try:
-            from smolvlm_exp.sweep.pruning_callback import pruning
+            from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
             from smolvlm_exp.tasks.result import tracker_of
             from smolvlm_exp.tasks.train import train
 
-            summary = train(replace(config, resume=str(folder)) if resume else config, folder, pruning(folder))
+            summary = train(
+                replace(config, resume=str(folder)) if resume else config, folder, pruning_callbacks(folder)
+            )
         except Pruned:
             return
         except Exception as error:
@@ -180,7 +182,7 @@ class Tee:
 
 
 @contextlib.contextmanager
-def written_to(log: TextIO, prefix: str) -> Iterator[None]:
+def tee_output(log: TextIO, prefix: str) -> Iterator[None]:
     """Within, what this process prints, and the stack of one that crashes, also goes to `log`."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Tee(stream, log, prefix) for stream in before)

@@ -40,7 +40,7 @@ class Options:
     n_warmup_steps: int
 
 
-def need_optuna() -> None:
+def require_optuna() -> None:
     """Raises:
     RequestError: Optuna is not installed.
     """
@@ -118,7 +118,7 @@ def job_of(trial: "FrozenTrial", fixed: Sequence[str]) -> Job:
     return Job(trial.number, (*fixed, *chosen))
 
 
-def deserted(folder: Path, trial: "FrozenTrial") -> bool:
+def is_abandoned(folder: Path, trial: "FrozenTrial") -> bool:
     """Whether the command that asked for this trial is gone."""
     try:
         with FileLock(folder / trial.user_attrs.get(WORKER, ".nobody")).acquire(timeout=0):

@@ -6,11 +6,11 @@ The jobs are then of one code, whatever is edited while the sweep runs.
 import signal
 from importlib import import_module
 
-from smolvlm_exp.utils.startup import hush, uncollected
+from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN)  # said to a whole group, it is for the jobs, whose end the server tells
-with uncollected():
-    hush()
+with fast_imports():
+    silence_upstream()
     for module in (
         "tasks.train",
         "engine.trainers",

@@ -5,12 +5,12 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smolvlm_exp.sweep.optuna_study import need_optuna, open_storage, pruner
+from smolvlm_exp.sweep.optuna_study import open_storage, pruner, require_optuna
 from smolvlm_exp.utils.errors import Pruned, RequestError
 from smolvlm_exp.utils.files import read_json
 
 
-def pruning(folder: Path) -> list[TrainerCallback]:
+def pruning_callbacks(folder: Path) -> list[TrainerCallback]:
     """The callback of a job that is a trial which may be pruned; none for any other job."""
     told = read_json(folder / "trial.json")
     return [PruningCallback(folder, told)] if told else []
@@ -20,7 +20,7 @@ class PruningCallback(TrainerCallback):
     """Reports `prune` at every evaluation; the median pruner decides."""
 
     def __init__(self, folder: Path, told: dict[str, Any]) -> None:
-        need_optuna()
+        require_optuna()
         import optuna
 
         self.key = told["prune"]

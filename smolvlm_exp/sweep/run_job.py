@@ -4,14 +4,14 @@ from pathlib import Path
 from statistics import median
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.runs.sweep_record import label, recorded_keys
-from smolvlm_exp.sweep.job_process import run_apart, stop_asked
-from smolvlm_exp.sweep.results import Outcome, Row, outcome, tidy
+from smolvlm_exp.runs.sweep_record import job_label, read_keys
+from smolvlm_exp.sweep.job_process import run_in_process, stop_asked
+from smolvlm_exp.sweep.results import JobResult, SweepResults, prune_checkpoints, read_results
 from smolvlm_exp.sweep.time_estimate import seconds_of
 from smolvlm_exp.utils.formatting import duration
 
 
-def take_turn(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
+def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
     """Run the job of `folder` apart, say how it went, and clear what is not to be kept; returns its metric.
 
     Args:
@@ -20,21 +20,21 @@ def take_turn(config: Config, folder: Path, home: Path, at_once: int) -> float |
     """
     if stop_asked():
         return None
-    before = row_of(outcome(folder.parent, config.metric), folder)
-    print(f"[{folder.name}] {label(before.job, recorded_keys(folder.parent))}", flush=True)
-    run_apart(config, folder, home, at_once)
-    found = outcome(folder.parent, config.metric)
+    before = row_of(read_results(folder.parent, config.metric), folder)
+    print(f"[{folder.name}] {job_label(before.job, read_keys(folder.parent))}", flush=True)
+    run_in_process(config, folder, home, at_once)
+    found = read_results(folder.parent, config.metric)
     row = row_of(found, folder)
-    print(f"[{folder.name}] {row.status}{f': {row.reason}' if row.reason else ''}{ahead(found)}", flush=True)
-    tidy(found, config.keep)
+    print(f"[{folder.name}] {row.status}{f': {row.reason}' if row.reason else ''}{remaining_time(found)}", flush=True)
+    prune_checkpoints(found, config.keep)
     return row.value(config.metric)
 
 
-def row_of(found: Outcome, folder: Path) -> Row:
+def row_of(found: SweepResults, folder: Path) -> JobResult:
     return next(row for row in found.rows if str(row.job.number) == folder.name)
 
 
-def ahead(found: Outcome) -> str:
+def remaining_time(found: SweepResults) -> str:
     """How many jobs are left, and how long they take by those that are done."""
     left = sum(row.status in ("missing", "cut", "stopped") for row in found.rows)
     times = [seconds for row in found.rows if (seconds := seconds_of(found.folder / str(row.job.number)))]

@@ -17,13 +17,21 @@ from smolvlm_exp.config.compose import parsed
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.runs.find import summary_of
-from smolvlm_exp.runs.sweep_record import Job, is_view, record, state
-from smolvlm_exp.sweep.console import announce, conclude
+from smolvlm_exp.runs.sweep_record import Job, is_display_key, job_state, write_jobs
+from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.grid import compose
 from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.launcher import Stop, launch
-from smolvlm_exp.sweep.optuna_study import WORKER, Options, deserted, distribution, job_of, need_optuna, open_study
-from smolvlm_exp.sweep.results import Row
+from smolvlm_exp.sweep.optuna_study import (
+    WORKER,
+    Options,
+    distribution,
+    is_abandoned,
+    job_of,
+    open_study,
+    require_optuna,
+)
+from smolvlm_exp.sweep.results import JobResult
 from smolvlm_exp.sweep.sweep_page import study_sections
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
@@ -38,7 +46,7 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     Raises:
         RequestError: Optuna is missing, there is nothing to search, or the folder has another search.
     """
-    need_optuna()
+    require_optuna()
     options = Options(**sweeper.options)
     asked = parsed([*(f"{key}={value}" for key, value in sweeper.params.items()), *arguments])
     last = {override.get_key_element(): override for override in asked}  # the command's own over the experiment's
@@ -54,12 +62,12 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
     command = [
         f"metric={config.metric}",
-        *(o.input_line or "" for o in last.values() if not is_view(o.input_line or "")),
+        *(o.input_line or "" for o in last.values() if not is_display_key(o.input_line or "")),
     ]
     study = open_study(folder, options, GOALS[config.metric], command)
     with Stop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)
-    conclude(folder, config, stop.asked, study_sections(study, config.metric))
+    report_results(folder, config, stop.asked, study_sections(study, config.metric))
     if stop.asked:
         return STOPPED
     return 1 if any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False)) else 0
@@ -97,7 +105,7 @@ class Search:
         trials = self.study.trials
         ended = [trial for trial in trials if trial.state.is_finished()]
         left = [self.config] * max(self.options.n_trials - len(ended), 0)
-        states = [state(self.folder / str(trial.number)) for trial in trials]
+        states = [job_state(self.folder / str(trial.number)) for trial in trials]
         spoken = {key: (o.input_line or "").partition("=")[2] for key, o in self.space.items()}
         announce(self.folder, f"search of {self.options.n_trials} trials", spoken, states, left)
 
@@ -107,14 +115,14 @@ class Search:
             left = [
                 trial.number
                 for trial in self.study.trials
-                if trial.state.name == "RUNNING" and deserted(self.folder, trial)
+                if trial.state.name == "RUNNING" and is_abandoned(self.folder, trial)
             ][: self.options.n_jobs]
             while len(left) < self.options.n_jobs and len(self.study.trials) < self.options.n_trials:
                 left.append(self.study.ask(self.distributions).number)
             for number in left:
                 self.claim(number)
             jobs = [job_of(trial, self.fixed) for trial in self.study.trials]
-            record(self.folder, jobs, list(self.space))
+            write_jobs(self.folder, jobs, list(self.space))
         return [jobs[number] for number in left]
 
     def claim(self, number: int) -> None:
@@ -134,7 +142,7 @@ class Search:
         from optuna.trial import TrialState
 
         folder = self.folder / str(job.number)
-        row = Row(job, state(folder), summary_of(folder))
+        row = JobResult(job, job_state(folder), summary_of(folder))
         value = row.value(self.config.metric)
         if row.status == "done" and value is not None:
             self.study.tell(job.number, value, skip_if_finished=True)

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.evaluation.metrics import GOALS, METRICS
 from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
-from smolvlm_exp.reporting.html import NOTHING, empty, facts, page, pill, shown, table
-from smolvlm_exp.runs.sweep_record import label
+from smolvlm_exp.reporting.html import NOTHING, definition_list, empty, format_value, page, status_pill, table
+from smolvlm_exp.runs.sweep_record import job_label
 from smolvlm_exp.sweep.effects import Effect, main_effects
-from smolvlm_exp.sweep.results import COSTS, Outcome, Row, command
-from smolvlm_exp.utils.formatting import brief, duration, number, percent, short, words
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults, job_command
+from smolvlm_exp.utils.formatting import duration, humanize, number, percent, short_keys, short_value
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -26,7 +26,7 @@ Sections = Sequence[tuple[str, str, str]]  # (anchor, title, HTML)
 COST_NAMES = {"train.seconds": "seconds of training", "train.memory_peak_gib": "peak memory, GiB"}
 
 
-def write_page(found: Outcome, middle: Sections = ()) -> Path:
+def write_page(found: SweepResults, middle: Sections = ()) -> Path:
     """Write sweep.html into the sweep's folder; whatever is missing says so in its place.
 
     Args:
@@ -50,7 +50,7 @@ def write_page(found: Outcome, middle: Sections = ()) -> Path:
 def title_of(metric: str) -> str:
     """A metric's name for people."""
     part, _, key = metric.partition(".")
-    return METRICS[key].label if part == "after" else words(key)
+    return METRICS[key].label if part == "after" else humanize(key)
 
 
 def shower(metric: str) -> Callable[[float], str]:
@@ -61,7 +61,7 @@ def shower(metric: str) -> Callable[[float], str]:
     return number
 
 
-def header_of(found: Outcome, where: str, name: str, show: Callable[[float], str]) -> str:
+def header_of(found: SweepResults, where: str, name: str, show: Callable[[float], str]) -> str:
     statuses = [row.status for row in found.rows]
     done, best = statuses.count("done"), found.best
     lead = "No job has finished."
@@ -75,31 +75,31 @@ def header_of(found: Outcome, where: str, name: str, show: Callable[[float], str
     state = "failed" if "failed" in statuses else "done" if not found.failed else "stopped"
     return (
         f'<header><p class="eyebrow">smolvlm_exp sweep</p><h1>{html.escape(where)}</h1>'
-        f'<p class="state">{pill(state)} {done} of {len(statuses)} jobs done</p>'
-        f'<p class="lead">{html.escape(lead)}</p>{facts(told)}</header>'
+        f'<p class="state">{status_pill(state)} {done} of {len(statuses)} jobs done</p>'
+        f'<p class="lead">{html.escape(lead)}</p>{definition_list(told)}</header>'
     )
 
 
-def differs(found: Outcome, row: Row) -> str:
-    return label(row.job, found.keys) or f"job {row.job.number}"
+def differs(found: SweepResults, row: JobResult) -> str:
+    return job_label(row.job, found.keys) or f"job {row.job.number}"
 
 
-def best_of(found: Outcome, show: Callable[[float], str]) -> str:
+def best_of(found: SweepResults, show: Callable[[float], str]) -> str:
     best = found.best
     if best is None:
         return empty("No job has finished.")
     ties = sum(found.measured(row) == found.measured(best) for row in found.done) - 1
     told: list[tuple[str, Any]] = [
         ("job", best.job.number),
-        *((key, brief(best.job.settings.get(key, ""))) for key in found.keys),
+        *((key, short_value(best.job.settings.get(key, ""))) for key in found.keys),
     ]
     told.append((found.metric, show(found.measured(best))))
     notes = [f"{ties} more as good; this one came first."] if ties else []
     if len(found.varied) < len(found.keys):
         notes.append("The best of several seeds is partly luck: see below what holds over all of them.")
     return (
-        f"{facts(told)}{paragraph(' '.join(notes))}{paragraph('Run it again, alone')}"
-        f'<pre class="command">{html.escape(command(best.job))}</pre>'
+        f"{definition_list(told)}{paragraph(' '.join(notes))}{paragraph('Run it again, alone')}"
+        f'<pre class="command">{html.escape(job_command(best.job))}</pre>'
     )
 
 
@@ -107,7 +107,7 @@ def paragraph(text: str) -> str:
     return f'<p class="hint">{html.escape(text)}</p>' if text else ""
 
 
-def effects_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
+def effects_of(found: SweepResults, name: str, show: Callable[[float], str]) -> str:
     """A table a setting; means over the other settings, intervals over seeds."""
     effects = main_effects(found)
     if not any(effects.values()):
@@ -140,7 +140,7 @@ def effect_rows(key: str, group: list[Effect], goal: int, show: Callable[[float]
     ]
 
 
-def costs_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
+def costs_of(found: SweepResults, name: str, show: Callable[[float], str]) -> str:
     """A point a run; those that nothing beats in all three are filled."""
     front = found.front
     if not front:
@@ -160,7 +160,7 @@ def costs_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
     return paragraph(hint) + f'<div class="charts">{"".join(charts)}</div>'
 
 
-def jobs_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
+def jobs_of(found: SweepResults, name: str, show: Callable[[float], str]) -> str:
     front, best = found.front, found.best
     rows = []
     for row in found.rows:
@@ -169,20 +169,20 @@ def jobs_of(found: Outcome, name: str, show: Callable[[float], str]) -> str:
         notes = ["best"] * (row is best) + ["Pareto front"] * (row in front) + [row.reason] * bool(row.reason)
         notes += [f"time since step {step:.0f}"] if step is not None else []
         cells = [
-            pill(row.status),
-            *(shown(brief(row.job.settings.get(key, ""))) for key in found.keys),
+            status_pill(row.status),
+            *(format_value(short_value(row.job.settings.get(key, ""))) for key in found.keys),
             NOTHING if value is None else show(value),
-            *(shown(row.value(cost)) for cost in COSTS),
+            *(format_value(row.value(cost)) for cost in COSTS),
             html.escape(", ".join(notes)),
         ]
         number_cell = f'<a href="{row.job.number}/report.html">{row.job.number}</a>'
         rows.append(f'<tr><th scope="row">{number_cell}</th>{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    head = ["Job", "State", *short(found.keys).values(), name, "Seconds", "GiB", ""]
+    head = ["Job", "State", *short_keys(found.keys).values(), name, "Seconds", "GiB", ""]
     return table("jobs", head, rows)
 
 
-def again_of(found: Outcome) -> str:
-    line = f"python -m smolvlm_exp -m sweep={as_typed(found.folder)}"
+def again_of(found: SweepResults) -> str:
+    line = f"python -m smolvlm_exp -m sweep={relative_to_cwd(found.folder)}"
     text = "Runs what is missing or failed, goes on with what was cut, and leaves what is done."
     return f'{paragraph(text)}<pre class="command">{html.escape(line)}</pre>'
 

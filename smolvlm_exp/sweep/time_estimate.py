@@ -11,25 +11,25 @@ import yaml
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, summary_of
-from smolvlm_exp.utils.paths import OUTPUTS, as_typed
+from smolvlm_exp.utils.paths import OUTPUTS, relative_to_cwd
 
 LATEST = 50  # earlier runs that are looked at
 
 
-def expected(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | None:
+def estimate_time(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | None:
     """(seconds for the jobs that are left, one after the other; what that is drawn from), or None: nothing is known."""
     own = [seconds for folder in sweep.glob("*/") if (seconds := seconds_of(folder)) is not None]
     if own:
         return median(own) * len(left), f"the {len(own)} that are done"
     total, source = 0.0, None
     for config in left:
-        run = next((run for run in earlier_runs() if alike(config, run)), None)
+        run = next((run for run in earlier_runs() if same_workload(config, run)), None)
         if run is None:
             return None
         summary, source = summary_of(run), run
         around = summary["seconds"] - summary["train"]["seconds"]  # loading, evaluating, writing
-        total += around + pairs(config, summary) / summary["train"]["pairs_per_second"]
-    return (total, f"{as_typed(source)}, the latest run of this model and data") if source else None
+        total += around + pair_count(config, summary) / summary["train"]["pairs_per_second"]
+    return (total, f"{relative_to_cwd(source)}, the latest run of this model and data") if source else None
 
 
 def seconds_of(folder: Path) -> float | None:
@@ -51,7 +51,7 @@ def saved_config(run: Path) -> dict[str, Any]:
     return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
-def alike(config: Config, run: Path) -> bool:
+def same_workload(config: Config, run: Path) -> bool:
     """The same model on the same data by the same trainer, whatever the adapter, rate and batch."""
     saved, trainer = saved_config(run), config.trainer
     if saved.get("model") != asdict(config.model) or saved.get("data") != asdict(config.data):
@@ -59,7 +59,7 @@ def alike(config: Config, run: Path) -> bool:
     return all(saved["trainer"].get(key) == getattr(trainer, key) for key in ("algorithm", "engine"))
 
 
-def pairs(config: Config, summary: dict[str, Any]) -> float:
+def pair_count(config: Config, summary: dict[str, Any]) -> float:
     """Pairs that a job trains on; the rows of its data as an earlier run counted them."""
     trainer = config.trainer
     if trainer.max_steps > 0:

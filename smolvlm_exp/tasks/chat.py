@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.data.images import PictureError
+from smolvlm_exp.data.images import ImageError
 from smolvlm_exp.deploy.session.load import load_session
 from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.utils.errors import RequestError
@@ -25,7 +25,7 @@ HELP = """\
 /quit             leave (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-def converse(config: Config, folder: Path) -> None:
+def chat(config: Config, folder: Path) -> None:
     """Read lines until they end, and answer them.
 
     Raises:
@@ -33,7 +33,7 @@ def converse(config: Config, folder: Path) -> None:
     """
     with contextlib.suppress(ImportError):  # editing and the lines before, where there is a terminal for it
         import readline  # noqa: F401
-    chat = Chat(
+    chat = ChatLoop(
         load_session(config.session, config.model, config.quant, config.adapter, config.data, config.seed),
         Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed),
     )
@@ -63,7 +63,7 @@ class StopAnswer(StopRequest):
         self.answer.stop()
 
 
-class Chat:
+class ChatLoop:
     """What a person typed, line by line."""
 
     def __init__(self, session: SmolVLMSession, sampling: Sampling) -> None:
@@ -84,7 +84,7 @@ class Chat:
                 print(f"there is no {name}\n{HELP}")
             else:
                 self.ask(line)
-        except (RequestError, PictureError, OSError, ValueError) as error:
+        except (RequestError, ImageError, OSError, ValueError) as error:
             print(f"! {error}")
 
     def ask(self, text: str) -> None:

@@ -14,13 +14,13 @@ from omegaconf import OmegaConf
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.comparison import Comparison, Run, comparison
-from smolvlm_exp.evaluation.per_row import kept
+from smolvlm_exp.evaluation.per_row import load_per_row
 from smolvlm_exp.reporting.comparison_page import COSTS, document, show
 from smolvlm_exp.reporting.tracker import track_table
-from smolvlm_exp.runs.find import BESIDE, summary_of
+from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, summary_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 
 def compare(config: Config, folder: Path) -> Comparison:
@@ -40,7 +40,7 @@ def compare(config: Config, folder: Path) -> Comparison:
     track_table(
         config.tracker, folder, "compare", f"compare {folder.parent.name} {folder.name}", rows, {"runs": len(rows)}
     )
-    print(f"{as_typed(folder)}/compare.html")
+    print(f"{relative_to_cwd(folder)}/compare.html")
     return found
 
 
@@ -72,8 +72,8 @@ def ended(folder: Path) -> bool:
 
 def read(folder: Path) -> Run:
     config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
-    settings = {key: str(value) for key, value in flattened(config) if key.partition(".")[0] not in BESIDE}
-    return Run(folder, settings, summary_of(folder), kept(folder))
+    settings = {key: str(value) for key, value in flattened(config) if key.partition(".")[0] not in NON_IDENTITY_KEYS}
+    return Run(folder, settings, summary_of(folder), load_per_row(folder))
 
 
 def flattened(node: Any, path: str = "") -> list[tuple[str, Any]]:
@@ -86,7 +86,7 @@ def flat(found: Comparison) -> list[dict[str, Any]]:
     """A row a run, for compare.csv and W&B's table; of its group the mean and half of the 95 % interval."""
     return [
         {
-            "run": str(as_typed(run.folder)),
+            "run": str(relative_to_cwd(run.folder)),
             **group.settings,
             "seed": run.summary.get("seed"),
             **{path: run.value(path) for path in (*found.metrics, *COSTS)},

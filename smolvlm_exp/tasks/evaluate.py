@@ -9,20 +9,20 @@ from rich.console import Console
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.evaluation.checks import BOTH, at_most, looks_differ, sight
+from smolvlm_exp.evaluation.checks import BOTH, image_reliance, policy_changed, require_at_most
 from smolvlm_exp.evaluation.generation_speed import generation_speed
 from smolvlm_exp.evaluation.held_out import evaluate as look
-from smolvlm_exp.evaluation.per_row import kept, short
-from smolvlm_exp.models.adapter import put_on, saved_adapter
+from smolvlm_exp.evaluation.per_row import load_per_row, short_fingerprints
+from smolvlm_exp.models.adapter import load_adapter, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
 from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.reporting.report import write_report
-from smolvlm_exp.reporting.summary import findings, samples, show
+from smolvlm_exp.reporting.summary import print_results, samples, summarize
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.result import tracker_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
 
@@ -57,21 +57,21 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     speed = {"base": generation_speed(model, processor, rows, sizes)}
     after, checks = None, []
     if adapter:
-        tuned: Any = put_on(model, adapter, config.adapter.target).eval()
+        tuned: Any = load_adapter(model, adapter, config.adapter.target).eval()
         beta = getattr(config.trainer, "beta", 1.0)
         after = look(tuned, processor, preferences, batch_size, reference=before.logps, beta=beta, **how)
         speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
-        checks = [looks_differ(before, after), *sight(before.metrics, after.metrics)]
-        trained = kept(adapter.parent)
+        checks = [policy_changed(before, after), *image_reliance(before.metrics, after.metrics)]
+        trained = load_per_row(adapter.parent)
         if trained:
-            seen = int(np.isin(short(preferences.prints["test"]), trained.train).sum())
-            checks.append(at_most(BOTH, seen, 0))
+            seen = int(np.isin(short_fingerprints(preferences.prints["test"]), trained.train).sum())
+            checks.append(require_at_most(BOTH, seen, 0))
 
     summary = {
         "status": "done",
         "seed": config.seed,
         "settings": choices(folder),
-        **findings(before, after),
+        **summarize(before, after),
         "speed": {name: [asdict(each) for each in measured] for name, measured in speed.items()},
         "checks": [asdict(check) for check in checks],
         "versions": versions(),
@@ -81,9 +81,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     write_report(folder, summary, asdict(config), shown)
     tracker_of(config, folder, "evaluate").finish(summary, shown)
     console = Console()
-    show(console, summary, checks, ("base", "tuned"))
+    print_results(console, summary, checks, ("base", "tuned"))
     for name, measured in speed.items():
         for each in measured:
             console.print(f"{name}: {each.in_words()}", highlight=False, soft_wrap=True)
-    console.print(f"{as_typed(folder)}/report.html", highlight=False, soft_wrap=True)
+    console.print(f"{relative_to_cwd(folder)}/report.html", highlight=False, soft_wrap=True)
     return summary

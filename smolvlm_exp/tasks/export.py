@@ -22,24 +22,24 @@ from smolvlm_exp.deploy.export.model_card import model_card
 from smolvlm_exp.deploy.export.options import formats, merged_precision, precisions
 from smolvlm_exp.deploy.export.parity import Parity, facts, gate, parity, passes
 from smolvlm_exp.deploy.export.record import check_free, read_record, record
-from smolvlm_exp.evaluation.checks import moved
+from smolvlm_exp.evaluation.checks import mean_logp_change
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
 from smolvlm_exp.models.adapter import saved_adapter
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
-from smolvlm_exp.reporting.summary import findings, show
-from smolvlm_exp.runs.checkpoint import whole
+from smolvlm_exp.reporting.summary import print_results, summarize
+from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.runs.find import summary_of
-from smolvlm_exp.runs.folder import claimed
+from smolvlm_exp.runs.folder import lock_run_folder
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
 NEEDS = {"export": ("onnx", "onnxscript", "onnxruntime"), "int8": ("torchao",)}  # by the extra that has them
 
 
-def deliver(config: Config, folder: Path) -> dict[str, Path]:
+def export(config: Config, folder: Path) -> dict[str, Path]:
     """Write what `config.export` asks for, each format into a folder of its own.
 
     Returns:
@@ -59,14 +59,14 @@ def deliver(config: Config, folder: Path) -> dict[str, Path]:
     require_packages(config, wanted)
     if config.export.push_to_hub:
         check_account(config.export.push_to_hub)
-    delivery, written = Delivery(config, folder), {}
+    delivery, written = Exporter(config, folder), {}
     root.mkdir(parents=True, exist_ok=True)
-    with claimed(root):
+    with lock_run_folder(root):
         for name in wanted:
-            with whole(root / name) as staging:
+            with atomic_folder(root / name) as staging:
                 getattr(delivery, f"write_{name}")(staging, root / name)
             written[name] = root / name
-            print(as_typed(root / name))
+            print(relative_to_cwd(root / name))
     if config.export.push_to_hub:
         print(push(written[wanted[-1]], config.export.push_to_hub, config.export.private))
     return written
@@ -86,7 +86,7 @@ def require_packages(config: Config, wanted: tuple[str, ...]) -> None:
             )
 
 
-class Delivery:
+class Exporter:
     """One tuned model, its held-out rows, and the ways in which it can be written."""
 
     def __init__(self, config: Config, folder: Path) -> None:
@@ -100,20 +100,20 @@ class Delivery:
             )
         self.batch_size, self.max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
         self.run = summary_of(Path(config.run)) if config.run else {}
-        self.tuned, self.effect = self.look_at_tuned()
+        self.tuned, self.effect = self.evaluate_finetuned()
 
-    def look_at_tuned(self) -> tuple[Evaluation, float | None]:
+    def evaluate_finetuned(self) -> tuple[Evaluation, float | None]:
         """What the tuned model says of the held-out rows, and by how much its adapter changed that."""
         config = self.config
         model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
-        tuned = self.look(model)
+        tuned = self.evaluate(model)
         assert tuned.logps is not None
         if not self.config.model.adapter:
             return tuned, None
         with model.disable_adapter():
-            return tuned, moved(self.score(model), tuned.logps)
+            return tuned, mean_logp_change(self.score(model), tuned.logps)
 
-    def look(self, model: Any) -> Evaluation:
+    def evaluate(self, model: Any) -> Evaluation:
         most, seed = self.config.task.max_new_tokens, self.config.seed
         return look(
             model, self.processor, self.held_out, self.batch_size, self.max_length, seed=seed, max_new_tokens=most
@@ -142,7 +142,7 @@ class Delivery:
         for name in ("adapter_config.json", "adapter_model.safetensors"):
             shutil.copy(source / name, staging / name)
         self.processor.save_pretrained(staging)
-        self.conclude(staging, "adapter", {}, self.tuned)
+        self.finish(staging, "adapter", {}, self.tuned)
         if self.config.adapter.use_dora:
             print("adapter: vLLM and llama.cpp load no DoRA; they read the merged folder (export.format=merged)")
 
@@ -151,7 +151,7 @@ class Delivery:
 
         precision = merged_precision(self.config.export)
         save_merged(self.merged, self.processor, staging, precision)
-        self.conclude(staging, "merged", {"model": precision}, self.look(load_folder(staging, None)[0].model))
+        self.finish(staging, "merged", {"model": precision}, self.evaluate(load_folder(staging, None)[0].model))
 
     def write_onnx(self, staging: Path, target: Path) -> None:
         from smolvlm_exp.deploy.export.onnx_export import Graphs, search
@@ -177,15 +177,15 @@ class Delivery:
             for file in (target / "onnx").iterdir():
                 if not (staging / "onnx" / file.name).exists():
                     shutil.copy(file, staging / "onnx" / file.name)
-        self.conclude(staging, "onnx", chosen, self.look(OnnxModel(staging, chosen)), weights=weights)
+        self.finish(staging, "onnx", chosen, self.evaluate(OnnxModel(staging, chosen)), weights=weights)
 
-    def conclude(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **further: Any) -> None:
+    def finish(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **further: Any) -> None:
         """Tell how good it is, hold it back where that is not enough, and write its card and its record."""
         config, found = self.config.export, parity(self.tuned, exported, self.effect)
         changes = exported.changes(self.tuned)
         checks = gate(config, found, changes)
         print(f"{form}{''.join(f', {part} {kind}' for part, kind in chosen.items())}: {found.in_words()}")
-        show(Console(), findings(self.tuned, exported), checks, names=("tuned", "exported"))
+        print_results(Console(), summarize(self.tuned, exported), checks, names=("tuned", "exported"))
         if not passes(checks):
             if config.on_fail == "refuse":
                 print(

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.data.images import Limits, PictureError, locate, open_picture
+from smolvlm_exp.data.images import ImageError, ImageLimits, locate, open_image
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -26,7 +26,7 @@ class Asked:
     question: str
 
 
-def answer(config: Config, folder: Path) -> Path:
+def generate(config: Config, folder: Path) -> Path:
     """Answer all questions that the file of answers has not; a line each, on disk batch by batch.
 
     Returns:
@@ -42,11 +42,11 @@ def answer(config: Config, folder: Path) -> Path:
     names = ("base", "tuned") if config.model.adapter else ("answer",)
     done = answered(path, names)
     left = [each for each in asked if each not in done]
-    print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {as_typed(path)}")
+    print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {relative_to_cwd(path)}")
     model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
     processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
-    max_edge, limits = config.data.max_edge, Limits.of(config.data)
+    max_edge, limits = config.data.max_edge, ImageLimits.of(config.data)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(left), size):
@@ -54,9 +54,9 @@ def answer(config: Config, folder: Path) -> Path:
             lines: list[dict[str, Any]] = [vars(each).copy() for each in batch]
             for line in lines:
                 try:
-                    image = open_picture(locate(line["image"], pictures), max_edge, limits)
+                    image = open_image(locate(line["image"], pictures), max_edge, limits)
                     rows.append({"images": [image], "prompt": [user(line["question"])]})
-                except PictureError as error:
+                except ImageError as error:
                     line["problem"] = f"the picture {error}"
             for name, mode in models.items():
                 with mode():
@@ -68,7 +68,7 @@ def answer(config: Config, folder: Path) -> Path:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-    print(as_typed(path))
+    print(relative_to_cwd(path))
     return path
 
 

@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from smolvlm_exp.engine.memory.footprint import Facts, Rows
+from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
 from smolvlm_exp.engine.memory.planner import GIB, MARGIN, Card, DoesNotFit, Plan
 from smolvlm_exp.engine.memory.planner import plan as plan_step
-from smolvlm_exp.models.adapter import reached
-from smolvlm_exp.training.memory_budget import budget_of, pairs_together
-from smolvlm_exp.training.memory_spec import Adapted, facts_of, linear_sizes, stored
-from smolvlm_exp.training.row_lengths import Lengths, lengths
+from smolvlm_exp.models.adapter import match_target
+from smolvlm_exp.training.memory_budget import budget_of, unsplittable_pairs
+from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_spec, weight_storage
+from smolvlm_exp.training.row_lengths import RowLengths, row_lengths
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -45,7 +45,7 @@ def plan(config: "Config") -> int:
         raise RequestError(
             f"task=plan needs model.shape, and model.id={config.model.id} comes without: choose a model=."
         )
-    found = lengths(config.data, config.model, config.task)
+    found = row_lengths(config.data, config.model, config.task)
     card = card_of(config)
     budgets = {f"{size} GB card": (size - CONTEXT) * GIB for size in CARDS}
     asked = budget_of(config.trainer.memory_budget)
@@ -62,10 +62,10 @@ def plan(config: "Config") -> int:
     return 0
 
 
-def rows_of(config: "Config", found: Lengths) -> Rows:
+def rows_of(config: "Config", found: RowLengths) -> RowSizes:
     """A sample stands for the whole set."""
     times = math.ceil((found.rows or 0) / len(found.sizes))
-    return Rows(found.sizes * max(min(times, 64), 1), pairs=config.trainer.algorithm != "sft")
+    return RowSizes(found.sizes * max(min(times, 64), 1), pairs=config.trainer.algorithm != "sft")
 
 
 def card_of(config: "Config") -> Card:
@@ -73,27 +73,31 @@ def card_of(config: "Config") -> Card:
     return REFERENCE if tflops is None else replace(REFERENCE, name="your card", matmul=tflops * 1e12)
 
 
-def answer(config: "Config", found: Lengths, budget: int, card: Card) -> Plan | DoesNotFit:
+def answer(config: "Config", found: RowLengths, budget: int, card: Card) -> Plan | DoesNotFit:
     trainer, rows = config.trainer, rows_of(config, found)
     effective = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     try:
-        return plan_step(facts(config), rows, budget, effective, card, pairs_together(trainer))
+        return plan_step(facts(config), rows, budget, effective, card, unsplittable_pairs(trainer))
     except DoesNotFit as error:
         return error
 
 
-def facts(config: "Config") -> Facts:
+def facts(config: "Config") -> MemorySpec:
     shape, adapter, trainer = config.model.shape, config.adapter, config.trainer
     assert shape is not None
     adapted = None
     if adapter.type != "none":
         dropout = adapter.lora_dropout > 0 and not getattr(trainer, "disable_dropout", False)
-        adapted = Adapted(reached(list(linear_sizes(shape)), adapter.target), adapter.r, adapter.use_dora, dropout)
+        adapted = AdapterSpec(
+            match_target(list(linear_sizes(shape)), adapter.target), adapter.r, adapter.use_dora, dropout
+        )
     element = 4 if config.model.dtype == "float32" else 2
-    return facts_of(shape, stored(config.quant), adapted, trainer.keep_features is not False, element, gpu=True)
+    return memory_spec(
+        shape, weight_storage(config.quant), adapted, trainer.keep_features is not False, element, gpu=True
+    )
 
 
-def table(config: "Config", answers: dict[str, Plan | DoesNotFit], found: Lengths, card: Card) -> Table:
+def table(config: "Config", answers: dict[str, Plan | DoesNotFit], found: RowLengths, card: Card) -> Table:
     each = facts(config)
     shown = Table()
     for name, justify in (
@@ -112,7 +116,7 @@ def table(config: "Config", answers: dict[str, Plan | DoesNotFit], found: Length
     return shown
 
 
-def headlines(config: "Config", each: Facts) -> Iterator[str]:
+def headlines(config: "Config", each: MemorySpec) -> Iterator[str]:
     """What the table is about."""
     trainer, adapter, quant = config.trainer, config.adapter, config.quant
     kind = f"{'DoRA' if adapter.use_dora else 'LoRA'} r={adapter.r}, target={adapter.target}"
@@ -127,11 +131,11 @@ def headlines(config: "Config", each: Facts) -> Iterator[str]:
     yield f"{effective} pairs a step, {pictures}"
 
 
-def kept(plan: Plan, each: Facts) -> str:
+def kept(plan: Plan, each: MemorySpec) -> str:
     return f"text {plan.keep}, vision {plan.keep_vision}" if each.vision.trained else plan.keep
 
 
-def pairs_in_all(config: "Config", found: Lengths) -> float | None:
+def pairs_in_all(config: "Config", found: RowLengths) -> float | None:
     """Pairs of the whole training."""
     trainer = config.trainer
     if trainer.max_steps > 0:
@@ -140,7 +144,7 @@ def pairs_in_all(config: "Config", found: Lengths) -> float | None:
 
 
 def remarks(
-    config: "Config", found: Lengths, card: Card, answers: dict[str, Plan | DoesNotFit], budgets: dict[str, int]
+    config: "Config", found: RowLengths, card: Card, answers: dict[str, Plan | DoesNotFit], budgets: dict[str, int]
 ) -> Iterator[str]:
     """What the table assumes, and what would make fit what does not."""
     yield (
@@ -167,7 +171,7 @@ def help_for(config: "Config", budget: int, card: Card) -> str:
         words.append(word)
         alone, together = replace(config, **change), replace(together, **change)
         for tried, said in ((alone, word), (together, " ".join(words))):
-            found = lengths(tried.data, tried.model, tried.task)
+            found = row_lengths(tried.data, tried.model, tried.task)
             if isinstance(answer(tried, found, budget, card), Plan):
                 return f"with {said} it does"
     return "no setting here changes that"
@@ -186,7 +190,7 @@ def changes(config: "Config") -> Iterator[tuple[str, dict[str, Any]]]:
         yield "trainer.keep_features=true", {"trainer": replace(trainer, keep_features=True)}
     if each.weights in ("whole", "8bit"):
         yield "quant=nf4", {"quant": replace(config.quant, load_in_8bit=False, load_in_4bit=True)}
-    if pairs_together(trainer) > 1:
+    if unsplittable_pairs(trainer) > 1:
         batch, passes = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
         yield (
             f"trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps={batch * passes}",

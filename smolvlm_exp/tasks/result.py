@@ -12,24 +12,24 @@ from rich.console import Console
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.evaluation.adapter_reload import read_back
+from smolvlm_exp.evaluation.adapter_reload import check_adapter_reload
 from smolvlm_exp.evaluation.checks import Check
 from smolvlm_exp.evaluation.held_out import Evaluation
-from smolvlm_exp.evaluation.per_row import keep
-from smolvlm_exp.models.adapter import is_pissa, save_tuned
+from smolvlm_exp.evaluation.per_row import save_per_row
+from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
-from smolvlm_exp.reporting.summary import courses, findings, samples, show
+from smolvlm_exp.reporting.summary import print_results, sample_histories, samples, summarize
 from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.runs.event_log import read_events
-from smolvlm_exp.runs.find import BESIDE, choices, run_name
+from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
-from smolvlm_exp.runs.sweep_record import place_of
-from smolvlm_exp.training.callbacks import memory
+from smolvlm_exp.runs.sweep_record import sweep_position
+from smolvlm_exp.training.callbacks import memory_stats
 from smolvlm_exp.training.sample_callback import FILE as SAMPLES
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
-from smolvlm_exp.utils.paths import as_typed
+from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
 
@@ -74,11 +74,11 @@ class Result:
     def save(self, trainer: Any, stopped: bool) -> None:
         """Write everything down; a stopped run leaves out what only a whole one has."""
         if not stopped:
-            save_tuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
+            save_finetuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
             self.checks += self.saved(trainer)
         self.summary |= {
             "status": "stopped" if stopped else "done",
-            **findings(self.before, self.after),
+            **summarize(self.before, self.after),
             "train": self.speed(trainer),
             "checks": [asdict(check) for check in self.checks],
             "seconds": time.perf_counter() - self.began,
@@ -87,8 +87,8 @@ class Result:
         shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
         self.write()
         if self.after:
-            keep(self.folder, self.preferences.prints, self.after.ratios)
-        between = courses(self.preferences, read_events(self.folder / SAMPLES))
+            save_per_row(self.folder, self.preferences.prints, self.after.ratios)
+        between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
         write_report(self.folder, self.summary, asdict(self.config), shown, between)
         self.tracker.finish(self.summary, shown)
         self.print()
@@ -107,7 +107,7 @@ class Result:
         assert self.after.logps is not None
         batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
         held_out = self.preferences.test, batch_size, max_length
-        return [read_back(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
+        return [check_adapter_reload(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
 
     def speed(self, trainer: Any) -> dict[str, Any]:
         """The `train` part of summary.json."""
@@ -124,7 +124,7 @@ class Result:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "pairs_per_second": (trainer.state.global_step - trainer.resumed_at) * batch / seconds,
-            "memory_peak_gib": memory()["memory_peak_gib"],
+            "memory_peak_gib": memory_stats()["memory_peak_gib"],
             "first_loss": history[0]["loss"] if history else None,
             "last_loss": history[-1]["loss"] if history else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
@@ -140,7 +140,7 @@ class Result:
     def print(self) -> None:
         """The final table, the checks, and where everything lies."""
         console = Console()
-        show(console, self.summary, self.checks)
+        print_results(console, self.summary, self.checks)
         for told in self.summary["advice"]:
             console.print(f"advice: {told}", highlight=False, soft_wrap=True, markup=False)
         train = self.summary["train"]
@@ -150,14 +150,14 @@ class Result:
             f"parameters trained; everything in {time.perf_counter() - self.began:.0f} s",
             highlight=False,
         )
-        console.print(f"{as_typed(self.folder)}/report.html", highlight=False, soft_wrap=True)
+        console.print(f"{relative_to_cwd(self.folder)}/report.html", highlight=False, soft_wrap=True)
 
 
 def tracker_of(config: Config, folder: Path, kind: str = "train") -> Tracker:
     """A run's line to W&B, named by what tells the run from its sweep's others, or by what it sets."""
-    group, differs = place_of(folder) or (None, {})
+    group, differs = sweep_position(folder) or (None, {})
     told = " ".join(f"{key}={value}" for key, value in differs.items())
     name = " ".join(filter(None, (config.name, told))) or run_name(folder)
     parts = (told or run_name(folder)).split()
-    without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in BESIDE)
+    without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in NON_IDENTITY_KEYS)
     return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed, kind)

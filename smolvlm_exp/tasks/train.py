@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.evaluation.checks import compare_looks
+from smolvlm_exp.evaluation.checks import compare_evaluations
 from smolvlm_exp.evaluation.held_out import evaluate
-from smolvlm_exp.models.adapter import aim, lora_config, put_on, saved_adapter
+from smolvlm_exp.models.adapter import check_adapter_target, load_adapter, lora_config, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_dtype
 from smolvlm_exp.models.quant import quantization_config
-from smolvlm_exp.runs.checkpoint import newest
-from smolvlm_exp.runs.resume_check import same_run
+from smolvlm_exp.runs.checkpoint import newest_intact
+from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.result import Result
-from smolvlm_exp.training.arguments import Parts, Run
+from smolvlm_exp.training.arguments import RunContext, TrainerInputs
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.engine_setup import check_model, check_request
-from smolvlm_exp.training.memory_budget import held_to
+from smolvlm_exp.training.memory_budget import memory_cap
 from smolvlm_exp.training.sample_callback import SamplesCallback
-from smolvlm_exp.training.sanity_checks import Watch
-from smolvlm_exp.utils.distributed import from_first
+from smolvlm_exp.training.sanity_checks import ParameterMonitor
+from smolvlm_exp.utils.distributed import broadcast_from_rank0
 
 if TYPE_CHECKING:
     from transformers import TrainerCallback
@@ -44,23 +44,25 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     start = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     check_request(config.trainer, config.model, config.adapter)
     settings = asdict(config)
-    checkpoint = newest(Path(config.resume)) if config.resume else None
-    same_run(settings, checkpoint)
+    checkpoint = newest_intact(Path(config.resume)) if config.resume else None
+    check_same_run(settings, checkpoint)
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
-    shared = from_first(lambda: folder)  # by all processes, where there are several
-    arguments = algorithm.build_arguments(config.trainer, Run(shared, config.seed, dtype, config.data.max_length))
+    shared = broadcast_from_rank0(lambda: folder)  # by all processes, where there are several
+    arguments = algorithm.build_arguments(
+        config.trainer, RunContext(shared, config.seed, dtype, config.data.max_length)
+    )
 
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder)
     model: Any = load_model(config.model, quantization, config.seed)
     check_model(config.trainer, config.adapter, model)
     if start:
-        model, peft_config = put_on(model, start, config.adapter.target), None
+        model, peft_config = load_adapter(model, start, config.adapter.target), None
     elif peft_config:
-        aim(peft_config, model, config.adapter.target)
-    identity = same_run(settings, checkpoint, preferences.train, model)
+        check_adapter_target(peft_config, model, config.adapter.target)
+    identity = check_same_run(settings, checkpoint, preferences.train, model)
 
-    budget = held_to(config.trainer.memory_budget)
+    budget = memory_cap(config.trainer.memory_budget)
     with budget, Result(config, folder, preferences) as result, StopCallback() as stop:
         look = partial(
             evaluate, processor=processor, preferences=preferences, max_length=config.data.max_length,
@@ -71,10 +73,10 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
         metrics = MetricsCallback(folder, result.tracker)
         shown = SamplesCallback(config.trainer.sample_steps, processor, preferences, result.before.answers, metrics)
         callbacks = [metrics, shown, stop, *watchers]
-        parts = Parts(model, processor, peft_config, preferences, callbacks, folder)
+        parts = TrainerInputs(model, processor, peft_config, preferences, callbacks, folder)
         trainer = algorithm.build_trainer(config.trainer, arguments, parts)
         trainer.identity = identity
-        watch = Watch(trainer.model)
+        watch = ParameterMonitor(trainer.model)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         result.checks = watch.checks(trainer)
 
@@ -83,6 +85,8 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
             tuned = trainer.accelerator.unwrap_model(trainer.model)
             beta = getattr(config.trainer, "beta", 1.0)
             result.after = look(tuned, reference=result.before.logps, beta=beta)
-            result.checks += compare_looks(result.before, result.after, trainer.state.log_history, preferences.report)
+            result.checks += compare_evaluations(
+                result.before, result.after, trainer.state.log_history, preferences.report
+            )
         result.save(trainer, stopped)
     return result.summary

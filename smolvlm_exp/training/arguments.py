@@ -52,7 +52,7 @@ class TrainerConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
 
 
-NOT_UPSTREAMS = (
+OWN_KEYS = (
     "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features", "cache", "cache_ram",
     "cache_disk",
     "extra",
@@ -60,7 +60,7 @@ NOT_UPSTREAMS = (
 
 
 @dataclass
-class Parts:
+class TrainerInputs:
     """What a trainer is built from."""
 
     model: "PreTrainedModel"
@@ -72,7 +72,7 @@ class Parts:
 
 
 @dataclass
-class Run:
+class RunContext:
     """What training arguments take from the rest of the run."""
 
     folder: Path
@@ -81,7 +81,7 @@ class Run:
     max_length: int | None
 
 
-def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) -> dict[str, Any]:
+def training_arguments(config: TrainerConfig, run: RunContext, own: tuple[str, ...]) -> dict[str, Any]:
     """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`.
 
     Raises:
@@ -91,7 +91,7 @@ def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) ->
 
     if "max_length" in config.extra:
         raise RequestError("trainer.extra.max_length: give data.max_length, by which rows are checked before.")
-    shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in NOT_UPSTREAMS]
+    shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in OWN_KEYS]
     on_gpu = torch.cuda.is_available()
     return {
         **{name: getattr(config, name) for name in (*shared, *own)},
@@ -110,7 +110,7 @@ def training_arguments(config: TrainerConfig, run: Run, own: tuple[str, ...]) ->
     }
 
 
-def upstream(cls: type, arguments: dict[str, Any]) -> Any:
+def build_trl_config(cls: type, arguments: dict[str, Any]) -> Any:
     """Upstream's configuration object, for one GPU a process; its own complaint is kept.
 
     Raises:
@@ -127,7 +127,7 @@ def upstream(cls: type, arguments: dict[str, Any]) -> Any:
     return found
 
 
-def with_pissa(parts: Parts, seed: int) -> "tuple[Any, LoraConfig | None]":
+def attach_adapter(parts: TrainerInputs, seed: int) -> "tuple[Any, LoraConfig | None]":
     """Model and adapter for a trainer: a PiSSA adapter is put on here, any other by the trainer."""
     from smolvlm_exp.models.adapter import attach_pissa, is_pissa
 
@@ -136,7 +136,7 @@ def with_pissa(parts: Parts, seed: int) -> "tuple[Any, LoraConfig | None]":
     return attach_pissa(parts.model, parts.peft_config, parts.folder, seed), None
 
 
-def settle(trainer: Any, config: TrainerConfig) -> Any:
+def finalise_trainer(trainer: Any, config: TrainerConfig) -> Any:
     """What both of TRL's trainers need once they are built."""
     from transformers import PrinterCallback, ProgressCallback
 

@@ -13,8 +13,8 @@ import psutil
 import torch
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from smolvlm_exp.runs.checkpoint import one_error
-from smolvlm_exp.runs.event_log import append, cut
+from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
+from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
 from smolvlm_exp.utils.signals import StopRequest
 
@@ -28,7 +28,7 @@ SPIKE = 10.0  # median deviations over the median
 GIB = 2**30
 
 
-def memory() -> dict[str, float]:
+def memory_stats() -> dict[str, float]:
     """GiB: allocated, reserved and peak on the GPU; the process's resident set and its peak on a CPU."""
     if torch.cuda.is_available():
         return {
@@ -59,7 +59,7 @@ class MetricsCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        cut(self.path, state.global_step)
+        truncate_after(self.path, state.global_step)
         self.idle = time.perf_counter()
         self.since = (self.idle, state.global_step, 0.0)
 
@@ -94,12 +94,12 @@ class MetricsCallback(TrainerCallback):
         event = {"step": state.global_step, **(logs or {})}
         if "loss" in event:
             event |= self.speed(args, state, event.get("num_tokens", 0.0))
-            usual = spike([e["loss"] for e in state.log_history if "loss" in e])
+            usual = loss_spike([e["loss"] for e in state.log_history if "loss" in e])
             if usual is not None:
                 print(f"step {state.global_step}: the loss jumped to {event['loss']:.3g}, where {usual:.3g} is usual")
-        event |= memory()
-        with one_error(self.path.parent):
-            append(self.path, {key: finite(value) for key, value in event.items()})
+        event |= memory_stats()
+        with disk_full_as_run_error(self.path.parent):
+            append_event(self.path, {key: json_safe(value) for key, value in event.items()})
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
 
@@ -118,7 +118,7 @@ class MetricsCallback(TrainerCallback):
         }
 
 
-def finite(value: Any) -> Any:
+def json_safe(value: Any) -> Any:
     """JSON has no NaN; null says it as plainly."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -194,7 +194,7 @@ class StopCallback(StopRequest, TrainerCallback):
         return control
 
 
-def spike(losses: Sequence[float]) -> float | None:
+def loss_spike(losses: Sequence[float]) -> float | None:
     """What is usual, the median, where the last loss lies far above the others; None where it does not."""
     before = [loss for loss in losses[:-1] if math.isfinite(loss)][-50:]
     if len(before) < USUAL or not math.isfinite(losses[-1]):

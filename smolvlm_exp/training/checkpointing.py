@@ -14,11 +14,11 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from smolvlm_exp.runs.checkpoint import SAVING, keep_last, one_error, seal
+from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
-from smolvlm_exp.training.nan_guard import FiniteGuard
-from smolvlm_exp.training.state_files import load_tree, save_tree
-from smolvlm_exp.utils.distributed import whole
+from smolvlm_exp.training.nan_guard import NanGuard
+from smolvlm_exp.training.state_files import load_state, save_state
+from smolvlm_exp.utils.distributed import full_tensor
 from smolvlm_exp.utils.errors import RunError
 from smolvlm_exp.utils.files import write_json
 
@@ -27,10 +27,10 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 def reliable(kind: Any) -> Any:
     """A trainer class with `Reliable` before it."""
-    return type(kind.__name__, (Reliable, kind), {})
+    return type(kind.__name__, (CheckpointMixin, kind), {})
 
 
-class Reliable(Trainer):
+class CheckpointMixin(Trainer):
     """Comes before any of the trainers among a class's bases.
 
     Attributes:
@@ -50,7 +50,7 @@ class Reliable(Trainer):
         self.resumed_at = 0
         self.saving: Path | None = None
         self.step_loss: Any = 0.0
-        self.guard = FiniteGuard(3, self.rows_of)
+        self.guard = NanGuard(3, self.rows_of)
 
     # Random numbers: a resumed run makes its loaders anew, so none of them may draw from the run's own
 
@@ -73,15 +73,15 @@ class Reliable(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The last thing before `optimizer.step()`, which does nothing where the norm or the loss is not finite."""
-        norm = whole(super()._get_grad_norm(model, grad_norm))
+        norm = full_tensor(super()._get_grad_norm(model, grad_norm))
         finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device) + self.step_loss)
         finite = self.accelerator.gather(finite[None]).all()  # a loss may differ between processes
         self.step_loss = 0.0
-        self.guard.judge(self.state.global_step + 1, finite, model, self.optimizer)
+        self.guard.mask_update(self.state.global_step + 1, finite, model, self.optimizer)
         return norm
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        self.guard.hear(wait=True)
+        self.guard.poll(wait=True)
         if "loss" in logs:
             self._tr_loss.zero_()  # transformers subtracts it from itself, which leaves what is not finite as it is
         super().log(logs, start_time)
@@ -106,12 +106,12 @@ class Reliable(Trainer):
     # Saving
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        self.guard.hear(wait=True)
+        self.guard.poll(wait=True)
         folder = Path(super()._get_output_dir(trial))
         final = folder / f"checkpoint-{self.state.global_step}"
         staging = folder / SAVING / final.name
         try:
-            with one_error(folder.parent):
+            with disk_full_as_run_error(folder.parent):
                 if self.args.should_save:
                     shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a save that was cut short
                     staging.mkdir(parents=True)
@@ -133,8 +133,8 @@ class Reliable(Trainer):
             self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
             self.state.save_to_json(str(staging / "trainer_state.json"))
         write_json(staging / IDENTITY, self.identity)
-        seal(staging, final)
-        keep_last(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+        finalise(staging, final)
+        prune_checkpoints(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving) if self.saving else super()._get_output_dir(trial)
@@ -151,13 +151,13 @@ class Reliable(Trainer):
         if self.sharded:
             super()._save_optimizer_and_scheduler(output_dir)
         elif self.args.should_save:
-            save_tree(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())  # type: ignore[union-attr]
-            save_tree(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
+            save_state(Path(output_dir) / "optimizer.safetensors", self.optimizer.state_dict())  # type: ignore[union-attr]
+            save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
 
     def _save_rng_state(self, output_dir: str) -> None:
         """Random states, and what has been counted since the last log: each process has its own."""
         states = {"random": random_states(self.args.device), "counters": self.counters()}
-        save_tree(self.own_file(output_dir), states)
+        save_state(self.own_file(output_dir), states)
 
     # Going on
 
@@ -183,8 +183,8 @@ class Reliable(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         self.resumed_at = self.state.global_step
-        self.optimizer.load_state_dict(load_tree(Path(checkpoint) / "optimizer.safetensors"))  # type: ignore[union-attr]
-        self.lr_scheduler.load_state_dict(load_tree(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
+        self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))  # type: ignore[union-attr]
+        self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         """Called once, right before the first step."""
@@ -193,7 +193,7 @@ class Reliable(Trainer):
         mine = self.own_file(checkpoint)
         if not mine.is_file():  # it was made by fewer processes: same_run.goes_on_alike
             mine = mine.with_name("process-0.safetensors")
-        states = load_tree(mine)
+        states = load_state(mine)
         set_random_states(states["random"], self.args.device)
         self.count_on(states["counters"])
 

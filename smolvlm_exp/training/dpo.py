@@ -6,9 +6,17 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.models.adapter import plain_initialisation
-from smolvlm_exp.training.arguments import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
-from smolvlm_exp.training.engine_setup import build, store
-from smolvlm_exp.training.memory_budget import fit
+from smolvlm_exp.training.arguments import (
+    RunContext,
+    TrainerConfig,
+    TrainerInputs,
+    attach_adapter,
+    build_trl_config,
+    finalise_trainer,
+    training_arguments,
+)
+from smolvlm_exp.training.engine_setup import build_engine_trainer, disk_cache
+from smolvlm_exp.training.memory_budget import plan_memory
 from smolvlm_exp.utils.fields import above, at_least, one_of, some_of
 
 if TYPE_CHECKING:
@@ -38,37 +46,37 @@ class Config(TrainerConfig):
 OWN = tuple(name for name in Config.__dataclass_fields__ if name not in TrainerConfig.__dataclass_fields__)
 
 
-def build_arguments(config: Config, run: Run) -> "DPOConfig":
+def build_arguments(config: Config, run: RunContext) -> "DPOConfig":
     """TRL's configuration, before anything else is built, so that what it refuses is refused early."""
     from trl import DPOConfig
 
-    return upstream(DPOConfig, training_arguments(config, run, OWN))
+    return build_trl_config(DPOConfig, training_arguments(config, run, OWN))
 
 
-def build_trainer(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
+def build_trainer(config: Config, arguments: "DPOConfig", parts: TrainerInputs) -> "DPOTrainer":
     """TRL's trainer, on the engine or as it is."""
     return (build_shared if config.engine == "shared" else build_stock)(config, arguments, parts)
 
 
-def build_shared(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
+def build_shared(config: Config, arguments: "DPOConfig", parts: TrainerInputs) -> "DPOTrainer":
     """On the engine. The reference is the policy before its first step, once for all rows."""
-    from smolvlm_exp.engine.inputs.dataset import Rows
-    from smolvlm_exp.engine.trainers import SharedPrefixTrainer
+    from smolvlm_exp.engine.inputs.dataset import PackedDataset
+    from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer
 
-    trainer = build(SharedPrefixTrainer, Rows, config, arguments, parts)
-    trainer.score_references(store(config), arguments.per_device_eval_batch_size)
-    fit(config, trainer)
-    return settle(trainer, config)
+    trainer = build_engine_trainer(SharedPrefixDPOTrainer, PackedDataset, config, arguments, parts)
+    trainer.score_references(disk_cache(config), arguments.per_device_eval_batch_size)
+    plan_memory(config, trainer)
+    return finalise_trainer(trainer, config)
 
 
-def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTrainer":
+def build_stock(config: Config, arguments: "DPOConfig", parts: TrainerInputs) -> "DPOTrainer":
     """As it is. The reference is the same model with its adapter off, or a copy where there is no adapter."""
     from peft import PeftModel
     from trl import DPOTrainer
 
     from smolvlm_exp.training.checkpointing import reliable
 
-    model, peft_config = with_pissa(parts, arguments.seed)
+    model, peft_config = attach_adapter(parts, arguments.seed)
     adapted = isinstance(model, PeftModel)
     # Where the adapter is on already, TRL keeps a second, frozen copy of it as the reference.
     with plain_initialisation(model) if adapted else contextlib.nullcontext():
@@ -82,4 +90,4 @@ def build_stock(config: Config, arguments: "DPOConfig", parts: Parts) -> "DPOTra
             peft_config=peft_config,
             callbacks=parts.callbacks,
         )
-    return settle(trainer, config)
+    return finalise_trainer(trainer, config)

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.models.adapter import AdapterConfig, matched_modules
 from smolvlm_exp.models.model import ModelConfig, resolve_attention
-from smolvlm_exp.training.arguments import Parts, TrainerConfig, with_pissa
+from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_adapter
 from smolvlm_exp.training.memory_budget import budget_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.units import bytes_of
@@ -13,10 +13,10 @@ from smolvlm_exp.utils.units import bytes_of
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from smolvlm_exp.engine.disk_cache import Store
-    from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+    from smolvlm_exp.engine.disk_cache import DiskCache
+    from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 
-STOCK_ALONE = (
+STOCK_ONLY = (
     "assistant_only_loss", "auto_find_batch_size", "deepspeed", "include_for_metrics", "include_num_input_tokens_seen",
     "label_smoothing_factor", "neftune_noise_alpha", "packing", "pad_to_multiple_of", "padding_free",
     "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
@@ -41,7 +41,7 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, adapter: AdapterCo
         return
     if model.attn_implementation == "eager":
         raise RequestError("model.attn_implementation=eager needs trainer.engine=stock; use auto or sdpa.")
-    for name in STOCK_ALONE:
+    for name in STOCK_ONLY:
         if trainer.extra.get(name):
             raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
     if getattr(trainer, "disable_dropout", True) is False and adapter.lora_dropout:
@@ -71,14 +71,14 @@ def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrain
         )
 
 
-def store(config: TrainerConfig) -> "Store":
-    from smolvlm_exp.engine.disk_cache import Store
+def disk_cache(config: TrainerConfig) -> "DiskCache":
+    from smolvlm_exp.engine.disk_cache import DiskCache
 
-    return Store(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
+    return DiskCache(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
 
 
 def collators(
-    config: TrainerConfig, parts: Parts, max_length: int | None, kind: "type[Rows]"
+    config: TrainerConfig, parts: TrainerInputs, max_length: int | None, kind: "type[PackedDataset]"
 ) -> "tuple[Collator, Collator | None]":
     """Of the training rows, and of the held-out rows where they are evaluated during training."""
     from smolvlm_exp.engine.inputs.dataset import Collator
@@ -91,12 +91,14 @@ def collators(
     return made[0], made[1] if len(made) > 1 else None
 
 
-def build(kind: Any, rows: "type[Rows]", config: TrainerConfig, arguments: Any, parts: Parts) -> Any:
+def build_engine_trainer(
+    kind: Any, rows: "type[PackedDataset]", config: TrainerConfig, arguments: Any, parts: TrainerInputs
+) -> Any:
     """A trainer of engine/trainers.py over `rows`, its pictures ready."""
     from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.training.checkpointing import reliable
 
-    model, peft_config = with_pissa(parts, arguments.seed)
+    model, peft_config = attach_adapter(parts, arguments.seed)
     collator, eval_collator = collators(config, parts, arguments.max_length, rows)
     trainer = reliable(kind)(
         model=model,
@@ -108,23 +110,25 @@ def build(kind: Any, rows: "type[Rows]", config: TrainerConfig, arguments: Any, 
         processing_class=parts.processor,
         callbacks=parts.callbacks,
     )
-    keep_pictures(config, trainer, parts.processor)
+    precompute_images(config, trainer, parts.processor)
     return trainer
 
 
-def keep_pictures(config: TrainerConfig, trainer: Any, processor: Any) -> None:
+def precompute_images(config: TrainerConfig, trainer: Any, processor: Any) -> None:
     """Keep image features where nothing that makes them learns, tiles elsewhere."""
     from smolvlm_exp.engine.inputs.tiles import pixels
-    from smolvlm_exp.engine.model_parts import core_of, learns
+    from smolvlm_exp.engine.model_parts import core_of, is_trainable
     from smolvlm_exp.engine.precompute.features import keep_features
 
     core = core_of(trainer.model)
-    features = config.keep_features is not False and not learns(core.vision_model, core.connector)
+    features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
     ram, workers = bytes_of("trainer.cache_ram", config.cache_ram), config.dataloader_num_workers
     for collator in (trainer.collator, trainer.eval_collator):
         if collator is None:
             continue
         if features:
-            keep_features(collator.rows, trainer.model, pixels(processor), store(config), ram, FEATURE_TILES, workers)
+            keep_features(
+                collator.rows, trainer.model, pixels(processor), disk_cache(config), ram, FEATURE_TILES, workers
+            )
         if collator.rows.features is None:
-            collator.rows.keep_tiles(store(config), ram, workers)
+            collator.rows.keep_tiles(disk_cache(config), ram, workers)

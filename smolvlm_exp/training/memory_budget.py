@@ -11,14 +11,14 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.units import size_of
 
 if TYPE_CHECKING:
-    from smolvlm_exp.engine.memory.footprint import Facts
+    from smolvlm_exp.engine.memory.footprint import MemorySpec
     from smolvlm_exp.engine.memory.planner import Plan
 
 HELP = (
     "What takes less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
     "`task=plan` with the same settings says which."
 )
-TOGETHER = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: engine/trainers.py's WHOLE
+BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: engine/trainers.py's WHOLE
 
 
 def budget_of(text: str) -> int | str:
@@ -35,13 +35,13 @@ def budget_of(text: str) -> int | str:
     return found
 
 
-def pairs_together(config: TrainerConfig) -> int:
+def unsplittable_pairs(config: TrainerConfig) -> int:
     """Pairs that cannot be parted: those of one device's batch, where the loss is no mean over them."""
-    return config.per_device_train_batch_size if TOGETHER & set(getattr(config, "loss_type", ())) else 1
+    return config.per_device_train_batch_size if BATCH_LOSSES & set(getattr(config, "loss_type", ())) else 1
 
 
 @contextmanager
-def held_to(text: str) -> Iterator[None]:
+def memory_cap(text: str) -> Iterator[None]:
     """Within, this process gets no more of its GPU than a given size, so that a large card behaves like a small one."""
     import torch
 
@@ -49,18 +49,18 @@ def held_to(text: str) -> Iterator[None]:
     if isinstance(budget, str) or not torch.cuda.is_available():
         yield
         return
-    from smolvlm_exp.engine.memory.probe import enforce
+    from smolvlm_exp.engine.memory.probe import cap_memory
 
     before = torch.cuda.get_per_process_memory_fraction()
     torch.cuda.empty_cache()
-    enforce(budget)
+    cap_memory(budget)
     try:
         yield
     finally:
         torch.cuda.set_per_process_memory_fraction(before)
 
 
-def fit(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
+def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
     """Plan the trainer's steps within `memory_budget`, run the plan where there is a GPU, and say what it is.
 
     Args:
@@ -72,19 +72,19 @@ def fit(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
     """
     from smolvlm_exp.engine.memory import planner as memory
     from smolvlm_exp.engine.memory import probe
-    from smolvlm_exp.engine.memory.footprint import LEVELS, Rows, moments
-    from smolvlm_exp.utils.distributed import from_first, gather, place
+    from smolvlm_exp.engine.memory.footprint import LEVELS, RowSizes, moments
+    from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather, rank_world
 
     asked, gpu = budget_of(config.memory_budget), on_gpu(trainer)
     if asked == "none" or (asked == "auto" and not gpu):
         return
-    free = min(gather(probe.available())) if gpu else None  # all processes plan alike
+    free = min(gather(probe.available_memory())) if gpu else None  # all processes plan alike
     budget = min(size for size in (asked, free) if isinstance(size, int))
-    facts = facts_of_model(trainer, gpu)
+    facts = spec_of_model(trainer, gpu)
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
     unit = config.per_device_train_batch_size if trainer.whole else 1
-    rows = Rows(trainer.collator.rows.sizes.tolist(), pairs)
-    card = from_first(lambda: probe.this_card(trainer.model.dtype)) if gpu else memory.CPU
+    rows = RowSizes(trainer.collator.rows.sizes.tolist(), pairs)
+    card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else memory.CPU
     levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
     found = memory.proposals(facts, rows, effective, card, unit, levels)
     try:
@@ -96,17 +96,17 @@ def fit(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
             plan = memory.best(found, budget)
     except memory.DoesNotFit as error:
         raise RequestError(f"trainer.memory_budget={config.memory_budget}: {error}.\n{HELP}") from error
-    keep(trainer, plan, memory.fused(facts))
+    set_checkpointing(trainer, plan, memory.fused(facts))
     trainer.micro_batch = plan.micro_batch
-    if place()[0] == 0:
-        print(told(plan, budget, facts, card.name))
+    if rank_world()[0] == 0:
+        print(describe_plan(plan, budget, facts, card.name))
 
 
 def on_gpu(trainer: Any) -> bool:
     return trainer.args.device.type == "cuda"
 
 
-def keep(trainer: Any, plan: "Plan", fused: bool) -> None:
+def set_checkpointing(trainer: Any, plan: "Plan", fused: bool) -> None:
     """Let the model's layers keep what the plan says; transformers' own layers everything or their inputs."""
     from smolvlm_exp.engine.layers.fuse import fuse
 
@@ -119,14 +119,14 @@ def keep(trainer: Any, plan: "Plan", fused: bool) -> None:
     (model.activation_checkpointing_enable if checkpointed else model.activation_checkpointing_disable)()
 
 
-def facts_of_model(trainer: Any, gpu: bool) -> "Facts":
+def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
     """What the planner wants to know, from the model as it is."""
     from peft.tuners.lora import LoraLayer
 
     from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
     from smolvlm_exp.engine.model_parts import base_of
     from smolvlm_exp.models.shape import shape_from
-    from smolvlm_exp.training.memory_spec import Adapted, facts_of
+    from smolvlm_exp.training.memory_spec import AdapterSpec, memory_spec
 
     base = base_of(trainer.model)
     layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
@@ -135,13 +135,13 @@ def facts_of_model(trainer: Any, gpu: bool) -> "Facts":
         drops = any(getattr(drop, "p", 0) > 0 for layer in layers.values() for drop in layer.lora_dropout.values())
         rank = max(rank for layer in layers.values() for rank in layer.r.values())
         dora = any(any(layer.use_dora.values()) for layer in layers.values())
-        adapted = Adapted(list(layers), rank, dora, drops)
+        adapted = AdapterSpec(list(layers), rank, dora, drops)
     weights = "8bit" if any(map(is_8bit, base.modules())) else "whole"
     packed: Any = next((module for module in base.modules() if is_4bit(module)), None)
     if packed is not None:
         weights = "4bit double" if packed.weight.quant_state.nested else "4bit"
     features = trainer.collator.rows.features is not None
-    facts = facts_of(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu)
+    facts = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu)
     core = base.base_model
     text, vision = (
         replace(stack, fused=hasattr(layers[0].forward, "keep"))
@@ -150,32 +150,32 @@ def facts_of_model(trainer: Any, gpu: bool) -> "Facts":
     return replace(facts, text=text, vision=vision)
 
 
-def run_longest(trainer: Any, facts: "Facts", plan: "Plan") -> None:
+def run_longest(trainer: Any, facts: "MemorySpec", plan: "Plan") -> None:
     """A forward and backward pass over the rows that take most, as many as the plan takes together."""
-    from smolvlm_exp.engine.inputs.collate import Numbers
-    from smolvlm_exp.engine.memory.footprint import kept
+    from smolvlm_exp.engine.inputs.collate import IndexCollator
+    from smolvlm_exp.engine.memory.footprint import saved_activations
     from smolvlm_exp.engine.memory.planner import fused
 
-    keep(trainer, plan, fused(facts))
-    token = facts.text.trained * kept(facts.text, plan.keep, facts.element)
-    tile = facts.vision.trained * kept(facts.vision, plan.keep_vision, facts.element) * facts.patches
+    set_checkpointing(trainer, plan, fused(facts))
+    token = facts.text.trained * saved_activations(facts.text, plan.keep, facts.element)
+    tile = facts.vision.trained * saved_activations(facts.vision, plan.keep_vision, facts.element) * facts.patches
     sizes = trainer.collator.rows.sizes
     costs = token * sizes[:, :3].sum(1) + tile * sizes[:, 3]
     longest = (-costs).argsort(kind="stable")[: plan.micro_batch].tolist()
     trainer.model.train()
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        _, outputs = trainer.score(trainer.model, Numbers(trainer.collator)(longest))
+        _, outputs = trainer.score(trainer.model, IndexCollator(trainer.collator)(longest))
         outputs.log_probs.sum().backward()
 
 
-def told(plan: "Plan", budget: int, facts: "Facts", card: str) -> str:
+def describe_plan(plan: "Plan", budget: int, facts: "MemorySpec", card: str) -> str:
     """The plan in two lines."""
-    from smolvlm_exp.engine.memory.planner import MARGIN, words
+    from smolvlm_exp.engine.memory.planner import MARGIN, format_bytes
 
     what = f"{plan.keep} (text), {plan.keep_vision} (vision tower)" if facts.vision.trained else plan.keep
-    found = f", measured {words(plan.measured)}" if plan.measured else ""
+    found = f", measured {format_bytes(plan.measured)}" if plan.measured else ""
     speed = f"; about {plan.seconds:.3f} s a pair on this {card}" if facts.gpu else ""
     return (
         f"memory: {plan.micro_batch} pairs at a time, {plan.accumulation} times a step; each layer keeps {what}\n"
-        f"memory: predicted {words(plan.peak)}{found} of {words(budget)}, {MARGIN:.0%} to stay free{speed}"
+        f"memory: predicted {format_bytes(plan.peak)}{found} of {format_bytes(budget)}, {MARGIN:.0%} left free{speed}"
     )

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from smolvlm_exp.engine.memory.footprint import Facts, Stack
+from smolvlm_exp.engine.memory.footprint import MemorySpec, Stack
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import Shape
 
@@ -18,7 +18,7 @@ ALIGNED = 8  # engine/layers/linear.py's: columns that adapters add to a product
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdapterSpec:
     """An adapter, and where it goes."""
 
     names: Sequence[str]  # linear layers, as `linear_sizes` names them
@@ -27,7 +27,9 @@ class Adapted:
     dropout: bool  # in effect
 
 
-def facts_of(shape: Shape, weights: str, adapted: Adapted | None, features: bool, element: int, gpu: bool) -> Facts:
+def memory_spec(
+    shape: Shape, weights: str, adapted: AdapterSpec | None, features: bool, element: int, gpu: bool
+) -> MemorySpec:
     """
     Args:
         weights: how the linear layers' are stored; see `stored`.
@@ -42,7 +44,7 @@ def facts_of(shape: Shape, weights: str, adapted: Adapted | None, features: bool
     trained = total = matrices + rest_of(shape)
     if adapted:
         trained = sum(adapted.r * sum(sizes[name]) + adapted.dora * sizes[name][0] for name in adapted.names)
-    return Facts(
+    return MemorySpec(
         text=with_all_layers(text) if learns else text,
         vision=stack_of(vision_stack(shape), VISION_LAYER, VISION, adapted),
         vocabulary=shape.vocab_size,
@@ -116,7 +118,7 @@ def rest_of(shape: Shape) -> int:
     return words + tower + vision.layers * layer
 
 
-def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted: Adapted | None) -> Stack:
+def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted: AdapterSpec | None) -> Stack:
     """`plain` with what adapts it, each layer taken to be like the one with most adapters."""
     if adapted is None:
         return with_all_layers(replace(plain, fused=False))
@@ -142,7 +144,7 @@ def with_all_layers(stack: Stack) -> Stack:
     return replace(stack, trained=stack.layers)
 
 
-def stored(quant: QuantConfig) -> str:
+def weight_storage(quant: QuantConfig) -> str:
     """A key of footprint.STORED, or `whole`."""
     if quant.load_in_4bit:
         return "4bit double" if quant.bnb_4bit_use_double_quant else "4bit"

@@ -16,7 +16,7 @@ from smolvlm_exp.utils.errors import RunError
 NAMED = 16  # rows that a message names
 
 
-class FiniteGuard:
+class NanGuard:
     """Judges every optimiser step before it is taken.
 
     Attributes:
@@ -33,7 +33,7 @@ class FiniteGuard:
         self.left_out: list[int] = []
         self.waiting: deque[tuple[int, torch.Tensor, Any]] = deque()  # step, its verdict on the host, when it is there
 
-    def judge(self, step: int, finite: torch.Tensor, model: nn.Module, optimizer: Any) -> None:
+    def mask_update(self, step: int, finite: torch.Tensor, model: nn.Module, optimizer: Any) -> None:
         """Before `optimizer.step()`: let it do nothing where `finite` is false.
 
         Args:
@@ -50,9 +50,9 @@ class FiniteGuard:
             arrived = torch.cuda.Event()
             arrived.record()
         self.waiting.append((step, finite, arrived))
-        self.hear(wait=False)
+        self.poll(wait=False)
 
-    def hear(self, wait: bool) -> None:
+    def poll(self, wait: bool) -> None:
         """Tell of the steps whose verdicts have arrived.
 
         Args:

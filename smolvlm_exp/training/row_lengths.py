@@ -18,8 +18,8 @@ from smolvlm_exp.models.shape import Shape
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least
 
-LOOKED_AT = 256  # rows, evenly spaced
-LETTERS = 3.5  # a token, where no tokenizer is on this disk: English prose has 4 to 4.5
+SAMPLE_SIZE = 256  # rows, evenly spaced
+CHARS_PER_TOKEN = 3.5  # a token, where no tokenizer is on this disk: English prose has 4 to 4.5
 TEMPLATE, ANSWER_END, QUESTION = 12, 2, 40  # tokens of the chat template, behind an answer, of an assumed question
 TAG, PLAIN_TAG = 2, 10  # tokens before a tile: two of them, or `<row_1_col_1>` in pieces
 HUB_ROWS = {"rlaif_v": {"train": 78_975, "test": 4_157}, "rlhf_v": {"train": 5_733}}  # of the default data.id
@@ -38,20 +38,20 @@ class PlanConfig:
 
 
 @dataclass
-class Lengths:
+class RowLengths:
     sizes: list[tuple[int, int, int, int]]  # tokens of prompt, chosen, rejected, and tiles: rows or a sample of them
     rows: int | None  # of the data set
     told: str  # where these numbers come from
 
 
-def lengths(data: DataConfig, model: ModelConfig, asked: PlanConfig) -> Lengths:
+def row_lengths(data: DataConfig, model: ModelConfig, asked: PlanConfig) -> RowLengths:
     """
     Raises:
         RequestError: the data is on this disk and cannot be read, or task.picture is no size.
     """
     assert model.shape is not None
     if is_local(data):
-        return looked_at(data, model, model.shape)
+        return sample_lengths(data, model, model.shape)
     typical = tiles_of(*picture_size(asked.picture), model.shape, data.max_edge)
     largest = tiles_of(data.max_edge, data.max_edge, model.shape, data.max_edge)
     prompts = [span(tiles, model.shape) + TEMPLATE + QUESTION for tiles in (typical, largest)]
@@ -63,7 +63,7 @@ def lengths(data: DataConfig, model: ModelConfig, asked: PlanConfig) -> Lengths:
         f"and answers of {short} tokens; the longest have {largest} tiles and answers of {long} tokens "
         "(task.picture, task.answer_tokens)"
     )
-    return Lengths(sizes, asked.rows or hub_rows(data), told)
+    return RowLengths(sizes, asked.rows or hub_rows(data), told)
 
 
 def is_local(data: Any) -> bool:
@@ -73,23 +73,23 @@ def is_local(data: Any) -> bool:
     return True
 
 
-def looked_at(data: DataConfig, model: ModelConfig, shape: Shape) -> Lengths:
+def sample_lengths(data: DataConfig, model: ModelConfig, shape: Shape) -> RowLengths:
     """The sizes of some of the data set's own rows."""
     from datasets import disable_progress_bars
 
-    from smolvlm_exp.data.images import read
+    from smolvlm_exp.data.images import read_image_bytes
     from smolvlm_exp.data.loading import undecoded
 
     disable_progress_bars()
     count: int | None = getattr(data, "train_rows", None)  # drawn ones: as many as are looked at will do
-    drawn: dict[str, Any] = {} if count is None else {"train_rows": min(count, LOOKED_AT)}
+    drawn: dict[str, Any] = {} if count is None else {"train_rows": min(count, SAMPLE_SIZE)}
     rows = import_module(f"smolvlm_exp.data.sources.{data.source}").load(replace(data, **drawn), data.train)
-    step = max(len(rows) // LOOKED_AT, 1)
+    step = max(len(rows) // SAMPLE_SIZE, 1)
     tokens, counted = token_counter(model)
     sizes = []
     for row in undecoded(rows.select(range(0, len(rows), step)), ["images", "prompt", "chosen", "rejected"]):
         try:
-            tiles = [tiles_of(*header(read(entry)), shape, data.max_edge) for entry in row["images"] or []]
+            tiles = [tiles_of(*header(read_image_bytes(entry)), shape, data.max_edge) for entry in row["images"] or []]
         except (OSError, ValueError):
             continue  # a bad row: the run itself will say so
         prompt = sum(span(count, shape) for count in tiles) + TEMPLATE + tokens(text_of(row["prompt"]))
@@ -102,7 +102,7 @@ def looked_at(data: DataConfig, model: ModelConfig, shape: Shape) -> Lengths:
         f"rows: {len(sizes)} of data={data.source}, the longest {longest:,} tokens, "
         f"at most {max(size[3] for size in sizes)} tiles ({counted})"
     )
-    return Lengths(sizes, count or len(rows), told)
+    return RowLengths(sizes, count or len(rows), told)
 
 
 def header(data: bytes) -> tuple[int, int]:
@@ -147,7 +147,9 @@ def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
     if not file.is_file():
         file = try_to_load_from_cache(model.id, "tokenizer.json", revision=model.revision) if "/" in model.id else None
     if not isinstance(file, (str, Path)):
-        return lambda text: math.ceil(len(text) / LETTERS), f"a token counted for each {LETTERS} letters"
+        return lambda text: math.ceil(
+            len(text) / CHARS_PER_TOKEN
+        ), f"a token counted for each {CHARS_PER_TOKEN} letters"
     tokenizer = Tokenizer.from_file(str(file))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "the model's own tokenizer"
 

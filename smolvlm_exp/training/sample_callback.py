@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.runs.event_log import append, cut
+from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.training.callbacks import MetricsCallback
 
 if TYPE_CHECKING:
@@ -43,7 +43,7 @@ class SamplesCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        cut(self.path, state.global_step)
+        truncate_after(self.path, state.global_step)
         if self.rows and state.global_step == 0:
             self.keep(state, self.start[: len(self.rows)])
 
@@ -60,5 +60,5 @@ class SamplesCallback(TrainerCallback):
         self.metrics.leave_out()
 
     def keep(self, state: TrainerState, answers: list[str]) -> None:
-        append(self.path, {"step": state.global_step, "answers": answers})
+        append_event(self.path, {"step": state.global_step, "answers": answers})
         self.metrics.tracker.show_samples(self.rows, answers, state.global_step)

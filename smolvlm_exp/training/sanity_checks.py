@@ -6,48 +6,50 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolvlm_exp.evaluation.checks import Check, at_least, at_most
-from smolvlm_exp.utils.distributed import whole
+from smolvlm_exp.evaluation.checks import Check, require_at_least, require_at_most
+from smolvlm_exp.utils.distributed import full_tensor
 
 LN2 = math.log(2)
 NAMED = 3  # tensors that a check names
 
 
-class Watch:
+class ParameterMonitor:
     """Remembers a model's trainable tensors and a checksum of the frozen ones, and says later what became of them."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.start = {n: on_host(p).clone() for n, p in model.named_parameters() if p.requires_grad or of_adapter(n)}
+        self.start = {
+            n: on_host(p).clone() for n, p in model.named_parameters() if p.requires_grad or is_adapter_parameter(n)
+        }
         self.base = checksum(model)
 
     def checks(self, trainer: Any) -> list[Check]:
         learnt = {name: parameter for name, parameter in self.model.named_parameters() if name in self.start}
         still = [name for name, p in learnt.items() if torch.equal(self.start[name], on_host(p))]
-        checks = [all_of("trainable tensors that moved", still, len(learnt))]
+        checks = [check_all_moved("trainable tensors that moved", still, len(learnt))]
         magnitudes = [name for name in learnt if "magnitude" in name]
         if magnitudes:
             named = [name for name in still if "magnitude" in name]
-            checks.append(all_of("DoRA magnitudes that moved", named, len(magnitudes)))
+            checks.append(check_all_moved("DoRA magnitudes that moved", named, len(magnitudes)))
         without = without_gradient(learnt, trainer.optimizer)
         if without is not None:
-            checks.append(all_of("trainable tensors that got a gradient", without, len(learnt)))
-        checks.append(at_least("frozen weights unchanged", float(checksum(self.model) == self.base), 1))
-        return [*checks, *at_the_start(trainer)]
+            checks.append(check_all_moved("trainable tensors that got a gradient", without, len(learnt)))
+        checks.append(require_at_least("frozen weights unchanged", float(checksum(self.model) == self.base), 1))
+        return [*checks, *first_step_checks(trainer)]
 
 
-def of_adapter(name: str) -> bool:
+def is_adapter_parameter(name: str) -> bool:
     """Whether a tensor belongs to the adapter that is tuned: it has to move even where it was frozen by mistake."""
     return "lora_" in name and ".default" in name  # TRL's copy of the start is ".ref"
 
 
 def on_host(parameter: torch.Tensor) -> torch.Tensor:
-    return whole(parameter).detach().float().cpu()
+    return full_tensor(parameter).detach().float().cpu()
 
 
-def all_of(name: str, missing: list[str], count: int) -> Check:
+def check_all_moved(name: str, missing: list[str], count: int) -> Check:
     detail = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-    return at_least(name, 1 - len(missing) / max(count, 1), 1, detail=f"not {detail}")
+    return require_at_least(name, 1 - len(missing) / max(count, 1), 1, detail=f"not {detail}")
 
 
 def without_gradient(learnt: dict[str, Any], optimizer: Any) -> list[str] | None:
@@ -56,18 +58,18 @@ def without_gradient(learnt: dict[str, Any], optimizer: Any) -> list[str] | None
     moments = {name: states.get(parameter, {}).get("exp_avg_sq") for name, parameter in learnt.items()}
     if not any(isinstance(each, torch.Tensor) for each in moments.values()):
         return None
-    return [name for name, each in moments.items() if each is None or not whole(each).any()]
+    return [name for name, each in moments.items() if each is None or not full_tensor(each).any()]
 
 
-def at_the_start(trainer: Any) -> list[Check]:
+def first_step_checks(trainer: Any) -> list[Check]:
     """Before its first step the policy is the reference, so DPO's loss is ln 2 (arXiv 2305.18290, eq. 7)."""
     first: dict[str, Any] = next((e for e in trainer.state.log_history if "loss" in e and e["step"] == 1), {})
     tolerance, checks = (5e-3 if trainer.args.bf16 else 1e-4), []
     if "rewards/chosen" in first:
         off = max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"]))
-        checks.append(at_most("policy minus reference at step 1", off, tolerance))
+        checks.append(require_at_most("policy minus reference at step 1", off, tolerance))
     if first and getattr(trainer, "loss_types", None) == ["sigmoid"]:
-        checks.append(at_most("first loss minus ln 2", abs(first["loss"] - LN2), tolerance))
+        checks.append(require_at_most("first loss minus ln 2", abs(first["loss"] - LN2), tolerance))
     return checks
 
 
@@ -76,6 +78,6 @@ def checksum(model: nn.Module) -> int:
     total = 0
     for parameter in model.parameters():
         if not parameter.requires_grad:
-            flat = whole(parameter).detach().contiguous().view(torch.uint8).flatten()
+            flat = full_tensor(parameter).detach().contiguous().view(torch.uint8).flatten()
             total += int(flat.sum(dtype=torch.int64))
     return total

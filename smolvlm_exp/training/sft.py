@@ -3,9 +3,17 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from smolvlm_exp.training.arguments import Parts, Run, TrainerConfig, settle, training_arguments, upstream, with_pissa
-from smolvlm_exp.training.engine_setup import build
-from smolvlm_exp.training.memory_budget import fit
+from smolvlm_exp.training.arguments import (
+    RunContext,
+    TrainerConfig,
+    TrainerInputs,
+    attach_adapter,
+    build_trl_config,
+    finalise_trainer,
+    training_arguments,
+)
+from smolvlm_exp.training.engine_setup import build_engine_trainer
+from smolvlm_exp.training.memory_budget import plan_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -17,35 +25,35 @@ class Config(TrainerConfig):
     """Names and meanings are trl.SFTConfig's own."""
 
 
-def build_arguments(config: Config, run: Run) -> "SFTConfig":
+def build_arguments(config: Config, run: RunContext) -> "SFTConfig":
     """TRL's configuration, before anything else is built, so that what it refuses is refused early."""
     from trl import SFTConfig
 
-    return upstream(SFTConfig, {"completion_only_loss": True, **training_arguments(config, run, own=())})
+    return build_trl_config(SFTConfig, {"completion_only_loss": True, **training_arguments(config, run, own=())})
 
 
-def build_trainer(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
+def build_trainer(config: Config, arguments: "SFTConfig", parts: TrainerInputs) -> "SFTTrainer":
     """TRL's trainer on prompt and chosen answer, on the engine or as it is."""
     return (build_shared if config.engine == "shared" else build_stock)(config, arguments, parts)
 
 
-def build_shared(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
+def build_shared(config: Config, arguments: "SFTConfig", parts: TrainerInputs) -> "SFTTrainer":
     """On the engine."""
-    from smolvlm_exp.engine.trainers import ChosenRows, SharedPrefixSFTTrainer
+    from smolvlm_exp.engine.trainers import ChosenDataset, SharedPrefixSFTTrainer
 
-    trainer = build(SharedPrefixSFTTrainer, ChosenRows, config, arguments, parts)
-    fit(config, trainer, pairs=False)
-    return settle(trainer, config)
+    trainer = build_engine_trainer(SharedPrefixSFTTrainer, ChosenDataset, config, arguments, parts)
+    plan_memory(config, trainer, pairs=False)
+    return finalise_trainer(trainer, config)
 
 
-def build_stock(config: Config, arguments: "SFTConfig", parts: Parts) -> "SFTTrainer":
+def build_stock(config: Config, arguments: "SFTConfig", parts: TrainerInputs) -> "SFTTrainer":
     """As it is."""
     from trl import SFTTrainer
 
     from smolvlm_exp.training.checkpointing import reliable
 
-    model, peft_config = with_pissa(parts, arguments.seed)
-    return settle(
+    model, peft_config = attach_adapter(parts, arguments.seed)
+    return finalise_trainer(
         reliable(SFTTrainer)(
             model=model,
             args=arguments,

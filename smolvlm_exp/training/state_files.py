@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 KEY = "tree"  # in the file's metadata
 
 
-def save_tree(path: Path, tree: Any) -> None:
+def save_state(path: Path, tree: Any) -> None:
     """
     Args:
         tree: dictionaries, lists, tuples, strings, numbers, booleans, None, tensors and NumPy arrays.
@@ -24,23 +24,23 @@ def save_tree(path: Path, tree: Any) -> None:
         TypeError: it holds something else.
     """
     tensors: dict[str, torch.Tensor] = {}
-    told = json.dumps(packed(tree, tensors))
+    told = json.dumps(encode(tree, tensors))
     save_file(tensors, path, metadata={KEY: told})
 
 
-def load_tree(path: Path) -> Any:
+def load_state(path: Path) -> Any:
     """What `save_tree` wrote, its tensors on the CPU."""
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
-        return unpacked(json.loads(file.metadata()[KEY]), tensors)
+        return decode(json.loads(file.metadata()[KEY]), tensors)
 
 
-def packed(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def encode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """The tree as JSON; its tensors go to `tensors`, by number."""
     if isinstance(tree, dict):
-        return {"dict": [[packed(key, tensors), packed(value, tensors)] for key, value in tree.items()]}
+        return {"dict": [[encode(key, tensors), encode(value, tensors)] for key, value in tree.items()]}
     if isinstance(tree, list | tuple):
-        return {type(tree).__name__: [packed(item, tensors) for item in tree]}
+        return {type(tree).__name__: [encode(item, tensors) for item in tree]}
     if isinstance(tree, torch.Tensor | np.ndarray):
         kind, tensor = ("tensor", tree) if isinstance(tree, torch.Tensor) else ("array", torch.from_numpy(tree))
         name = str(len(tensors))
@@ -51,14 +51,14 @@ def packed(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     raise TypeError(f"a checkpoint cannot hold {type(tree).__name__}")
 
 
-def unpacked(told: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def decode(told: Any, tensors: dict[str, torch.Tensor]) -> Any:
     """Undoes `packed`."""
     if not isinstance(told, dict):
         return told
     ((kind, content),) = told.items()
     if kind == "dict":
-        return {unpacked(key, tensors): unpacked(value, tensors) for key, value in content}
+        return {decode(key, tensors): decode(value, tensors) for key, value in content}
     if kind in ("tensor", "array"):
         return tensors[content] if kind == "tensor" else tensors[content].numpy()
-    items = (unpacked(item, tensors) for item in content)
+    items = (decode(item, tensors) for item in content)
     return list(items) if kind == "list" else tuple(items)

@@ -17,14 +17,14 @@ T = TypeVar("T")
 TOGETHER = 2**26  # bytes of gradients in one message
 
 
-def place() -> tuple[int, int]:
+def rank_world() -> tuple[int, int]:
     """This process's rank and the number of processes."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def from_first(answer: Callable[[], Any]) -> Any:
+def broadcast_from_rank0(answer: Callable[[], Any]) -> Any:
     """What the first process answers, in every process; where it raises, all do."""
-    rank, processes = place()
+    rank, processes = rank_world()
     if processes == 1:
         return answer()
     value, error = None, None
@@ -42,13 +42,13 @@ def from_first(answer: Callable[[], Any]) -> Any:
 
 def gather(value: Any) -> list[Any]:
     """The value of each process, in every process."""
-    values = [value] * place()[1]
+    values = [value] * rank_world()[1]
     if len(values) > 1:
         dist.all_gather_object(values, value)
     return values
 
 
-def all_of(flag: bool) -> bool:
+def all_ranks(flag: bool) -> bool:
     """Whether it is true in every process."""
     return all(gather(flag))
 
@@ -57,18 +57,18 @@ def all_of(flag: bool) -> bool:
 def shared_folder(fill: Callable[[str], None]) -> Iterator[str]:
     """A temporary folder of this machine that the first process fills, and removes when all are done with it."""
     with tempfile.TemporaryDirectory() as own:
-        from_first(partial(fill, own))
+        broadcast_from_rank0(partial(fill, own))
         del fill  # it may hold what it has written
-        yield from_first(lambda: own)
-        all_of(True)
+        yield broadcast_from_rank0(lambda: own)
+        all_ranks(True)
 
 
-def share(count: int, rank: int, processes: int) -> range:
+def rank_slice(count: int, rank: int, processes: int) -> range:
     """A rank's share of `count` things, in one piece."""
     return range(count * rank // processes, count * (rank + 1) // processes)
 
 
-def whole(tensor: Any) -> torch.Tensor:
+def full_tensor(tensor: Any) -> torch.Tensor:
     """A sharded tensor, gathered by all processes together; any other as it is."""
     found: torch.Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
     return found
@@ -78,20 +78,20 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def spread(items: Sequence[S], work: Callable[[S], T], model: nn.Module) -> list[T]:
+def scatter_map(items: Sequence[S], work: Callable[[S], T], model: nn.Module) -> list[T]:
     """work(item) of every item, each done by one process of the group; all of them in every process.
 
     Args:
         model: what `work` runs. Where its weights are sharded, processes fetch them together, so each does everything.
     """
-    rank, processes = place()
+    rank, processes = rank_world()
     if processes == 1 or any(map(is_sharded, model.parameters())):
         return [work(item) for item in items]
     parts = gather([work(item) for item in items[rank::processes]])
     return [parts[i % processes][i // processes] for i in range(len(items))]
 
 
-def average(tensors: Sequence[torch.Tensor]) -> None:
+def all_reduce_mean(tensors: Sequence[torch.Tensor]) -> None:
     """Put the mean over all processes into each tensor; a few large messages."""
     waiting: dict[torch.dtype, list[torch.Tensor]] = {}
     for tensor in tensors:
@@ -106,12 +106,12 @@ def average(tensors: Sequence[torch.Tensor]) -> None:
 def average_part(tensors: list[torch.Tensor]) -> None:
     message = _flatten_dense_tensors(tensors)
     dist.all_reduce(message)
-    message /= place()[1]
+    message /= rank_world()[1]
     torch._foreach_copy_(tensors, list(_unflatten_dense_tensors(message, tensors)))
 
 
 @contextlib.contextmanager
-def by_itself(accelerator: Any) -> Iterator[None]:
+def no_gather(accelerator: Any) -> Iterator[None]:
     """Within, what accelerate would gather is this process's own.
 
     TRL's loss code gathers a dozen metrics, and processes whose micro-batches differ would wait for each other forever.
@@ -125,12 +125,12 @@ def by_itself(accelerator: Any) -> Iterator[None]:
             delattr(accelerator, name)
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     """Whether a launcher started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def meet() -> None:
+def init_distributed() -> None:
     """Form the group, each process on a GPU of its own where there are any."""
     import torch
     import torch.distributed as dist
@@ -141,7 +141,7 @@ def meet() -> None:
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo")
 
 
-def leave() -> None:
+def destroy_distributed() -> None:
     """At a good end; after a bad one the launcher ends the other processes."""
     import torch.distributed as dist
 

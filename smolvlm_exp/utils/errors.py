@@ -24,7 +24,7 @@ class Pruned(Exception):
     """A search ended this run early, in favour of better ones."""
 
 
-def refuse(error: RequestError | RunError) -> NoReturn:
+def exit_with_error(error: RequestError | RunError) -> NoReturn:
     if isinstance(error, RequestError) and os.environ.get("RANK", "0") != "0":
         time.sleep(10)  # of several processes all refuse alike: the first one speaks, and the launcher ends the others
     print(f"smolvlm_exp: {error}", file=sys.stderr)

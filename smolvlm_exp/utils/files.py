@@ -33,7 +33,7 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sync(path: Path) -> None:
+def fsync(path: Path) -> None:
     """What was written to a file or folder reaches the disk."""
     number = os.open(path, os.O_RDONLY)
     try:

@@ -37,13 +37,13 @@ def percent(value: float, decimals: int = 0) -> str:
     return text.replace("-", MINUS) + NBSP + "%"
 
 
-def words(key: Any) -> str:
+def humanize(key: Any) -> str:
     """An identifier as words, reward_accuracy -> reward accuracy; anything else as it is."""
     text = str(key)
     return text.replace("_", " ") if text.isidentifier() and text.islower() else text
 
 
-def real(value: Any) -> float | None:
+def as_float(value: Any) -> float | None:
     """The number, nan and infinities too, or None for anything that is not one."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -53,9 +53,9 @@ def real(value: Any) -> float | None:
         return math.inf
 
 
-def finite(value: Any) -> float | None:
+def as_finite(value: Any) -> float | None:
     """The number, or None for anything that is not a finite one."""
-    found = real(value)
+    found = as_float(value)
     return found if found is not None and math.isfinite(found) else None
 
 
@@ -68,19 +68,19 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
-def short(keys: Sequence[str]) -> dict[str, str]:
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
     """Full key -> its last part (`adapter.r` -> `r`), or all of it where two keys end alike."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     return {key: end if last.count(end) == 1 else key for key, end in zip(keys, last, strict=True)}
 
 
-def brief(value: str) -> str:
+def short_value(value: str) -> str:
     """A value as typed, a long number to four digits."""
-    number = typed(value)
+    number = parse_number(value)
     return f"{number:.4g}" if isinstance(number, float) and len(value) > 8 else value
 
 
-def typed(value: str) -> Any:
+def parse_number(value: str) -> Any:
     """A value as typed -> the number it is, where it is one."""
     for kind in (int, float):
         try:

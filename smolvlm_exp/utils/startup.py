@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 
 @contextlib.contextmanager
-def uncollected() -> Iterator[None]:
+def fast_imports() -> Iterator[None]:
     """Without Python's cycle collector, which would look again and again at what is imported here and stays.
 
     It is left out of later collections too, and of the last one when the process ends: in all 2 s of a command. Where
@@ -26,7 +26,7 @@ def uncollected() -> Iterator[None]:
         gc.enable()
 
 
-def hush() -> None:
+def silence_upstream() -> None:
     """Silence upstream's notes to its own developers; errors and our own lines stay."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # we change no layer's output in place

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.data import images
-from smolvlm_exp.data.images import PictureError, locate, prepare_image, prepare_images, shrink, to_rgb
+from smolvlm_exp.data.images import ImageError, locate, prepare_image, prepare_images, shrink, to_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -175,8 +175,8 @@ def test_a_bomb_is_refused():
 
 def test_the_limit_does_not_depend_on_pillow_settings(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries leave it
-    with pytest.raises(PictureError, match=r"more than data\.max_pixels=99 pixels"):
-        prepare_image(encoded(Image.new("RGB", (10, 10))), 512, images.Limits(max_pixels=99))
+    with pytest.raises(ImageError, match=r"more than data\.max_pixels=99 pixels"):
+        prepare_image(encoded(Image.new("RGB", (10, 10))), 512, images.ImageLimits(max_pixels=99))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
@@ -254,7 +254,7 @@ def test_paths_inside_the_folder(folder, name):
 
 @pytest.mark.parametrize("name", ["../secret.png", "sub/../../secret.png", "link.png", "/etc/hostname"])
 def test_paths_that_lead_out_are_refused(folder, name):
-    with pytest.raises(PictureError, match="lies outside the data's folder"):
+    with pytest.raises(ImageError, match="lies outside the data's folder"):
         locate(name, folder)
 
 
@@ -270,7 +270,7 @@ def test_paths_that_lead_out_are_refused(folder, name):
     ],
 )
 def test_paths_that_name_no_file(folder, entry, said):
-    with pytest.raises(PictureError, match=said):
+    with pytest.raises(ImageError, match=said):
         locate(entry, folder)
 
 

@@ -7,13 +7,13 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from smolvlm_exp.data import preferences
+from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.sources.shapes import Config
-from smolvlm_exp.data.validation import check, token_counter
+from smolvlm_exp.data.validation import token_counter, validate_rows
 from smolvlm_exp.models.shape import make_processor, shape_of
-from smolvlm_exp.models.tokenizer import stand_in
+from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
 
 
@@ -45,7 +45,7 @@ def row(**changes):
 )
 def test_a_bad_row_is_named_with_its_reason(processor, changes, reason):
     rows = Dataset.from_list([row(), row(**changes), row()])
-    good, counts, problems = check(rows, processor, Config())
+    good, counts, problems = validate_rows(rows, processor, Config())
     assert good == [0, 2]
     assert counts["skipped"] == 1
     ((index, said),) = problems
@@ -73,14 +73,14 @@ def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
 
 def test_length_policy(processor):
     rows = Dataset.from_list([row(), row(chosen=[assistant("A star. " * 30)])])
-    whole = check(rows, processor, Config())[1]
+    whole = validate_rows(rows, processor, Config())[1]
     assert whole["cut"] == 0
     short = whole["longest"] - 20
-    assert check(rows, processor, Config(max_length=short))[1]["cut"] == 1
-    _, counts, problems = check(rows, processor, Config(max_length=short, on_long_answer="report"))
+    assert validate_rows(rows, processor, Config(max_length=short))[1]["cut"] == 1
+    _, counts, problems = validate_rows(rows, processor, Config(max_length=short, on_long_answer="report"))
     assert counts["cut"] == 0
     assert problems == [(1, f"the longer answer runs 20 tokens past data.max_length={short}")]
-    _, _, problems = check(rows, processor, Config(max_length=50))
+    _, _, problems = validate_rows(rows, processor, Config(max_length=50))
     assert len(problems) == 2
     assert "leaves none for the answer" in problems[0][1]
 
@@ -93,7 +93,7 @@ def test_tokens_are_counted_exactly_without_decoding(name):
     """Against the processor itself, over many aspect ratios."""
     from trl.data_utils import apply_chat_template
 
-    processor = make_processor(shape_of(name), stand_in(shape_of(name)))
+    processor = make_processor(shape_of(name), stand_in_tokenizer(shape_of(name)))
     count = token_counter(processor)
     for width, height in SIZES[:: 1 if name == "tiny" else 6]:
         example = row(sizes=[[width, height]])
@@ -107,5 +107,5 @@ def test_tokens_are_counted_exactly_without_decoding(name):
 
 
 def test_small_sets_are_prepared_in_this_process():
-    assert preferences.workers(None, 100) is None
-    assert preferences.workers(3, 100) == 3
+    assert worker_count(None, 100) is None
+    assert worker_count(3, 100) == 3

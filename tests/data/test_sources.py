@@ -13,7 +13,7 @@ from PIL import Image
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import conversation, features
-from smolvlm_exp.data.loading import hold_out, sliced
+from smolvlm_exp.data.loading import hold_out, select_split
 from smolvlm_exp.data.messages import assistant, text_of, user
 from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.data.sources import files, mmpr, photos, rlaif_v, rlhf_v
@@ -426,7 +426,7 @@ def test_slices_are_those_of_load_dataset():
         ("test[8:]", [8, 9]),
         ("train[:1]+test[-1:]", [0, 9]),
     ]:
-        assert list(sliced(splits, split)["n"]) == expected
+        assert list(select_split(splits, split)["n"]) == expected
 
 
 # data=photos

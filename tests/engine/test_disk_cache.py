@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from smolvlm_exp.engine import disk_cache as module
-from smolvlm_exp.engine.disk_cache import Mapped, Store, keep, key_of
+from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key, cached_tensors
 
 LAYOUT = {"numbers": (torch.float32, (3, 5)), "bytes": (torch.uint8, (7,)), "halves": (torch.bfloat16, (2, 2))}
 PLENTY = 2**40
@@ -21,7 +21,7 @@ PLENTY = 2**40
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "cache", PLENTY)
+    return DiskCache(tmp_path / "cache", PLENTY)
 
 
 def fill(tensors, rank, processes):
@@ -110,12 +110,12 @@ def test_a_failure_while_making_leaves_nothing(store):
 KILLED = """
 import sys, time, torch
 from pathlib import Path
-from smolvlm_exp.engine.store import Store
+from smolvlm_exp.engine.disk_cache import DiskCache
 def fill(tensors, rank, processes):
     tensors["bytes"][:] = 1
     print("half way", flush=True)
     time.sleep(60)
-Store(Path(sys.argv[1]), 2**40).get("thing-1", {"bytes": (torch.uint8, (7,))}, fill)
+DiskCache(Path(sys.argv[1]), 2**40).get("thing-1", {"bytes": (torch.uint8, (7,))}, fill)
 """
 
 
@@ -138,7 +138,7 @@ def ask(folder, log, number):
         time.sleep(2)
         tensors["bytes"][:] = 5
 
-    kept = Store(folder, PLENTY).get("thing-1", {"bytes": (torch.uint8, (7,))}, slow)
+    kept = DiskCache(folder, PLENTY).get("thing-1", {"bytes": (torch.uint8, (7,))}, slow)
     assert kept["bytes"][:].tolist() == [5] * 7
 
 
@@ -154,7 +154,7 @@ def test_of_several_that_ask_at_once_one_makes_it(store, tmp_path):
 
 
 def test_over_the_budget_is_said_in_one_line(tmp_path, capsys):
-    store = Store(tmp_path / "cache", 50)
+    store = DiskCache(tmp_path / "cache", 50)
     assert store.get("thing-1", LAYOUT, no_fill) is None
     (line,) = capsys.readouterr().out.splitlines()
     assert "trainer.cache_disk" in line
@@ -162,7 +162,7 @@ def test_over_the_budget_is_said_in_one_line(tmp_path, capsys):
 
 
 def test_what_is_there_counts_towards_the_budget(tmp_path, capsys):
-    store = Store(tmp_path / "cache", 30_000)
+    store = DiskCache(tmp_path / "cache", 30_000)
     layout = {"bytes": (torch.uint8, (20_000,))}
     assert store.get("thing-1", layout, lambda *_: None) is not None
     assert store.get("thing-2", layout, lambda *_: None) is None
@@ -185,27 +185,28 @@ def test_a_full_disk_is_said_in_one_line(store, monkeypatch, capsys):
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "cache").write_text("a file stands where the folder should")
-    assert Store(tmp_path / "cache", PLENTY).get("thing-1", LAYOUT, no_fill) is None
+    assert DiskCache(tmp_path / "cache", PLENTY).get("thing-1", LAYOUT, no_fill) is None
     assert "cannot be kept" in capsys.readouterr().out
 
 
 def test_keep_takes_ram_first_then_disk_then_nothing(store, tmp_path, capsys):
     size = 3 * 5 * 4 + 7 + 8
-    ram = keep("things", "thing-1", LAYOUT, fill, store, size, None)
+    ram = cached_tensors("things", "thing-1", LAYOUT, fill, store, size, None)
     assert isinstance(ram["numbers"], torch.Tensor)
     assert not store.folder.exists()
-    disk = keep("things", "thing-1", LAYOUT, fill, store, size - 1, None)
-    assert isinstance(disk["numbers"], Mapped)
+    disk = cached_tensors("things", "thing-1", LAYOUT, fill, store, size - 1, None)
+    assert isinstance(disk["numbers"], MappedTensor)
     assert torch.equal(ram["numbers"], disk["numbers"][:])
-    assert keep("things", "thing-1", LAYOUT, no_fill, None, size - 1, None) is None
+    assert cached_tensors("things", "thing-1", LAYOUT, no_fill, None, size - 1, None) is None
     assert "trainer.cache_ram" in capsys.readouterr().out
 
 
 def test_keys_are_the_same_in_every_process_whatever_the_order():
     parts = {"rows": [1, 2], "dtype": "float32", "none": None}
-    here = key_of("thing", **parts)
-    code = f"from smolvlm_exp.engine.store import key_of; print(key_of('thing', **{dict(reversed(parts.items()))!r}))"
+    here = cache_key("thing", **parts)
+    again = dict(reversed(parts.items()))
+    code = f"from smolvlm_exp.engine.disk_cache import cache_key; print(cache_key('thing', **{again!r}))"
     env = {**os.environ, "PYTHONHASHSEED": "123"}
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout
     assert there.strip() == here
-    assert key_of("thing", **{**parts, "none": 0}) != here
+    assert cache_key("thing", **{**parts, "none": 0}) != here

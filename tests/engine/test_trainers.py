@@ -14,12 +14,12 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.engine.deferred_metrics import Deferred, settle
-from smolvlm_exp.engine.inputs.dataset import Collator, Rows
-from smolvlm_exp.engine.inputs.micro_batches import split
+from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
+from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches
 from smolvlm_exp.engine.inputs.tiles import pixels
-from smolvlm_exp.engine.layers.dora import exact
-from smolvlm_exp.engine.trainers import ChosenRows, SharedPrefixSFTTrainer, SharedPrefixTrainer
+from smolvlm_exp.engine.layers.dora import exact_dora
+from smolvlm_exp.engine.trainers import ChosenDataset, SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
 from smolvlm_exp.models.adapter import TARGETS
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.models.shape import shape_of
@@ -96,8 +96,8 @@ class Bench:
 
     def shared(self, adapter=("text",), rows=None, micro_batch=None, **changes):
         target, *options = adapter
-        collator, eval_collator = self.collators(rows, Rows)
-        trainer = SharedPrefixTrainer(
+        collator, eval_collator = self.collators(rows, PackedDataset)
+        trainer = SharedPrefixDPOTrainer(
             small_model(), normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
             eval_collator=eval_collator, peft_config=self.adapter(target, **dict(options)),
             args=self.arguments(DPOConfig, **changes), processing_class=self.processor,
@@ -106,7 +106,7 @@ class Bench:
         return trainer
 
     def shared_sft(self, micro_batch=None, **changes):
-        collator, eval_collator = self.collators(None, ChosenRows)
+        collator, eval_collator = self.collators(None, ChosenDataset)
         return SharedPrefixSFTTrainer(
             small_model(), normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
             eval_collator=eval_collator, peft_config=self.adapter(),
@@ -292,11 +292,11 @@ def test_running_out_of_memory_for_good(bench):
 def test_a_step_that_is_done_again_draws_the_same_numbers(bench):
     trainer = bench.shared()
     trainer._metrics["train"]["loss"] += [torch.tensor(1.0)]
-    before = trainer.remember()
+    before = trainer.snapshot()
     drawn = torch.rand(3)
     trainer._metrics["train"]["loss"] += [torch.tensor(2.0)]
     trainer._metrics["train"]["other"] += [torch.tensor(2.0)]
-    trainer.go_back(before)
+    trainer.restore(before)
     assert torch.equal(torch.rand(3), drawn)
     assert dict(trainer._metrics["train"]) == {"loss": [torch.tensor(1.0)]}
 
@@ -334,8 +334,8 @@ def test_supervised_fine_tuning(bench, micro_batch):
 def test_adapters_on_quantised_weights_are_float32(bench):
     model = small_model()
     model.is_loaded_in_4bit = True  # all that TRL looks at
-    collator, eval_collator = bench.collators(None, Rows)
-    trainer = SharedPrefixTrainer(
+    collator, eval_collator = bench.collators(None, PackedDataset)
+    trainer = SharedPrefixDPOTrainer(
         model, normalise=pixels(bench.processor), collator=collator, eval_collator=eval_collator,
         peft_config=bench.adapter(), args=bench.arguments(DPOConfig), processing_class=bench.processor,
     )  # fmt: skip
@@ -345,12 +345,12 @@ def test_adapters_on_quantised_weights_are_float32(bench):
         assert torch.equal(parameter, learnt(plain)[name])
 
 
-@pytest.mark.parametrize("kind", [SharedPrefixTrainer, SharedPrefixSFTTrainer])
+@pytest.mark.parametrize("kind", [SharedPrefixDPOTrainer, SharedPrefixSFTTrainer])
 def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, kind):
     """PEFT takes the magnitude of a bfloat16 base in bfloat16; gains that are not 1 move the policy off its start."""
     model = small_model().bfloat16()
     model.is_loaded_in_4bit = True  # all that TRL looks at before it rounds
-    rows, arguments = (Rows, DPOConfig) if kind is SharedPrefixTrainer else (ChosenRows, SFTConfig)
+    rows, arguments = (PackedDataset, DPOConfig) if kind is SharedPrefixDPOTrainer else (ChosenDataset, SFTConfig)
     collator, eval_collator = bench.collators(None, rows)
     trainer = kind(
         model, normalise=pixels(bench.processor), collator=collator, eval_collator=eval_collator,
@@ -361,7 +361,7 @@ def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, kind):
     for layer in layers:
         magnitude = layer.lora_magnitude_vector["default"].weight
         assert magnitude.dtype is torch.float32
-        assert torch.equal(magnitude / exact(layer, "default").norm(), torch.ones_like(magnitude))
+        assert torch.equal(magnitude / exact_dora(layer, "default").norm(), torch.ones_like(magnitude))
 
 
 def test_no_second_model_and_no_second_adapter(bench):
@@ -373,22 +373,22 @@ def test_no_second_model_and_no_second_adapter(bench):
 
 def test_micro_batches():
     units = [[0, 1, 2], [3, 4, 5], [6]]
-    assert [m.segments for m in split(units, 2, whole=False)] == [[[0, 1]], [[2, 3]], [[4, 5]], [[6]]]
-    shares = [m.shares[0] for m in split(units, 2, whole=False)]
+    assert [m.segments for m in split_micro_batches(units, 2, whole=False)] == [[[0, 1]], [[2, 3]], [[4, 5]], [[6]]]
+    shares = [m.shares[0] for m in split_micro_batches(units, 2, whole=False)]
     assert shares == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1])
-    assert [m.segments for m in split(units, 6, whole=True)] == [[[0, 1, 2], [3, 4, 5]], [[6]]]
-    assert [m.segments for m in split(units, 1, whole=True)] == [[[0, 1, 2]], [[3, 4, 5]], [[6]]]
+    assert [m.segments for m in split_micro_batches(units, 6, whole=True)] == [[[0, 1, 2], [3, 4, 5]], [[6]]]
+    assert [m.segments for m in split_micro_batches(units, 1, whole=True)] == [[[0, 1, 2]], [[3, 4, 5]], [[6]]]
 
 
 def test_numbers_stay_on_the_device_until_they_are_logged():
     values, mask = torch.tensor([[1.0, 2.0], [3.0, 4.0]]), torch.tensor([[True, False], [True, True]])
-    with Deferred():
+    with DeferredMetrics():
         total = values.sum().item()
         picked = values[mask]
         metrics = {"total": [total, total * 3], "mean": [picked.mean(), picked.sum()], "tokens": [mask.sum().item()]}
         assert torch.tensor(0.0)  # nobody looked
     assert isinstance(total, torch.Tensor)
-    settle(metrics, [1.0, 3.0])
+    flush_metrics(metrics, [1.0, 3.0])
     assert metrics == {"total": [25.0], "mean": [pytest.approx((8 / 3 + 3 * 8) / 4)], "tokens": [3]}
 
 
@@ -404,7 +404,7 @@ def test_losses_and_metrics_read_nothing_off_the_device(options):
         loss = Loss(torch.nn.Identity(), **options)
         loss.trainer.model = lambda **_: outputs
         loss.trainer.model.training = True
-        with Deferred():
+        with DeferredMetrics():
             found, _ = loss(fields)
         found.backward()
         with pytest.raises(RuntimeError):

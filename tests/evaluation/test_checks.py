@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from smolvlm_exp.data.leakage import fingerprints, overlap
+from smolvlm_exp.data.leakage import fingerprints, leaked_rows
 from smolvlm_exp.data.sources import shapes
-from smolvlm_exp.evaluation.checks import compare_looks, explained
+from smolvlm_exp.evaluation.checks import compare_evaluations, squared_correlation
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import mean
@@ -31,7 +31,7 @@ def evaluation(chosen, rejected, tokens=(10, 10), reference=None, **means):
 
 
 def verdicts(before, after, history=(), data=APART):
-    return {check.name: check.verdict for check in compare_looks(before, after, list(history), data)}
+    return {check.name: check.verdict for check in compare_evaluations(before, after, list(history), data)}
 
 
 BEFORE = evaluation(-20.0, -22.0, wrong_image_drop=1.0, blank_image_drop=0.8, mean_length=15.0)
@@ -67,8 +67,8 @@ def test_a_margin_that_is_length():
     before = replace(before, logps=replace(before.logps, rejected_tokens=10 + longer))
     after = replace(before, logps=replace(before.logps, rejected=before.logps.rejected - 0.5 * longer))
     assert verdicts(before, after)["share of the margin that length explains"] == "warn"
-    assert explained(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])) == pytest.approx(1)
-    assert explained(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])) == 0
+    assert squared_correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])) == pytest.approx(1)
+    assert squared_correlation(torch.tensor([1.0, 2.0, 1.0]), torch.tensor([1.0, 1.0, 1.0])) == 0
 
 
 def test_training_rows_learnt_by_heart():
@@ -79,10 +79,10 @@ def test_training_rows_learnt_by_heart():
 
 def test_held_out_rows_that_are_trained_on(rows):
     train = fingerprints(rows.train)
-    assert overlap(train, fingerprints(rows.test)) == []
-    assert overlap(train, fingerprints(rows.train.select([3, 4]))) == [0, 1]
+    assert leaked_rows(train, fingerprints(rows.test)) == []
+    assert leaked_rows(train, fingerprints(rows.train.select([3, 4]))) == [0, 1]
     other = rows.train.select([3]).map(lambda row: {"chosen": row["rejected"]})
-    assert overlap(train, fingerprints(other)) == [0]  # its answer does not matter
+    assert leaked_rows(train, fingerprints(other)) == [0]  # its answer does not matter
     report = {"test": {"also_in_train": 1}}
     assert verdicts(BEFORE, BEFORE, data=report)["held-out rows that are training rows too"] == "fail"
 
@@ -133,7 +133,7 @@ def test_rounding_is_not_taken_for_looking(model, processor, rows, monkeypatch):
     """On a GPU a row's numbers depend a little on the batch it is in, which is no sign that a picture arrived."""
     from transformers import Idefics3ForConditionalGeneration
 
-    from smolvlm_exp.evaluation.image_ablation import image_use
+    from smolvlm_exp.evaluation.image_ablation import image_reliance_metrics
 
     ordinary = Idefics3ForConditionalGeneration.forward
 
@@ -143,9 +143,9 @@ def test_rounding_is_not_taken_for_looking(model, processor, rows, monkeypatch):
         output.logits = output.logits * (1 + 1e-4 * len(output.logits))
         return output
 
-    assert image_use(model, processor, rows.test, 8, None)["blank_image_drop"].value > 0.5
+    assert image_reliance_metrics(model, processor, rows.test, 8, None)["blank_image_drop"].value > 0.5
     monkeypatch.setattr(Idefics3ForConditionalGeneration, "forward", without)
-    assert {drop.value for drop in image_use(model, processor, rows.test, 8, None).values()} == {0.0}
+    assert {drop.value for drop in image_reliance_metrics(model, processor, rows.test, 8, None).values()} == {0.0}
 
 
 def test_answers_of_which_no_token_is_left(quick, tmp_path):
@@ -210,16 +210,16 @@ def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
 
 @pytest.mark.usefixtures("unseen")
 def test_a_wrong_reference(quick, tmp_path, monkeypatch):
-    from smolvlm_exp.engine.trainers import SharedPrefixTrainer
+    from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer
 
-    ordinary = SharedPrefixTrainer.score_references
+    ordinary = SharedPrefixDPOTrainer.score_references
 
     def shifted(self, *args):
         ordinary(self, *args)
         chosen, rejected = self.collator.rows.reference
         self.collator.rows.reference = chosen + 1, rejected
 
-    monkeypatch.setattr(SharedPrefixTrainer, "score_references", shifted)
+    monkeypatch.setattr(SharedPrefixDPOTrainer, "score_references", shifted)
     summary = train(quick(*SIGMOID), tmp_path)
     assert of(summary, "policy minus reference at step 1")["verdict"] == "fail"
     assert of(summary, "first loss minus ln 2")["verdict"] == "fail"
@@ -286,5 +286,5 @@ def test_an_adapter_that_is_saved_in_part(quick, tmp_path, monkeypatch):
         save_file(tensors, path)
 
     name = "saved adapter, read back: log-probabilities off by"
-    monkeypatch.setattr(result, "save_tuned", partly)
+    monkeypatch.setattr(result, "save_finetuned", partly)
     assert of(train(quick("trainer.learning_rate=1e-2"), tmp_path), name)["verdict"] == "fail"

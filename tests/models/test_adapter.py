@@ -4,7 +4,13 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from smolvlm_exp.models.adapter import AdapterConfig, aim, describe_target, lora_config, matched_modules
+from smolvlm_exp.models.adapter import (
+    AdapterConfig,
+    check_adapter_target,
+    describe_target,
+    lora_config,
+    matched_modules,
+)
 from smolvlm_exp.models.shape import model_config, shape_of
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
@@ -29,7 +35,7 @@ def test_the_recipe_trains_the_published_number_of_parameters(smolvlm):
 def test_the_modules_named_are_the_modules_adapted(model, target):
     names = matched_modules(model, target)
     config = lora_config(AdapterConfig(target=target), quantised=False)
-    aim(config, model, target)
+    check_adapter_target(config, model, target)
     tuned = get_peft_model(model, config)
     adapted = {
         name.removeprefix("base_model.model.").split(".lora_A")[0]

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from smolvlm_exp.models.hub import is_away
+from smolvlm_exp.models.hub import is_offline
 from smolvlm_exp.models.model import EMBEDDED, device_map, load_model, load_processor
 from smolvlm_exp.models.shape import make_processor, model_config, shape_of
-from smolvlm_exp.models.tokenizer import stand_in
+from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
@@ -34,7 +34,7 @@ def test_a_real_shape_has_the_real_number_of_parameters(name):
 @pytest.mark.parametrize("name", ["smolvlm", "smolvlm_256m"])
 def test_a_stand_in_tokenizer_has_the_real_size_and_ids(name):
     shape = shape_of(name)
-    tokenizer = stand_in(shape)
+    tokenizer = stand_in_tokenizer(shape)
     assert len(tokenizer) == shape.vocab_size
     assert tokenizer.convert_tokens_to_ids("<image>") == shape.image_token_id
     assert tokenizer.convert_tokens_to_ids("<end_of_utterance>") == tokenizer.eos_token_id == shape.end_of_utterance_id
@@ -44,17 +44,17 @@ def test_a_stand_in_tokenizer_has_the_real_size_and_ids(name):
 
 
 def test_the_2b_model_has_no_tokens_for_tile_tags():
-    tokenizer = stand_in(shape_of("smolvlm"))
+    tokenizer = stand_in_tokenizer(shape_of("smolvlm"))
     assert len(tokenizer("<row_1_col_1>")["input_ids"]) > 1
-    assert len(stand_in(shape_of("smolvlm_256m"))("<row_1_col_1>")["input_ids"]) == 1
+    assert len(stand_in_tokenizer(shape_of("smolvlm_256m"))("<row_1_col_1>")["input_ids"]) == 1
 
 
 def test_the_embedded_tokenizer_is_laid_out_as_this_repository_builds_it(processor):
     """Control tokens, bytes and size; the order of merges follows the data's words at the time it was built."""
-    built, shipped = stand_in(shape_of("tiny")), processor.tokenizer
+    built, shipped = stand_in_tokenizer(shape_of("tiny")), processor.tokenizer
     assert built.added_tokens_decoder.keys() == shipped.added_tokens_decoder.keys()
     assert len(built) == len(shipped) == 640
-    again = stand_in(shape_of("tiny"))
+    again = stand_in_tokenizer(shape_of("tiny"))
     assert built.get_vocab() == again.get_vocab()
     text = "User:<image>Do you see a star?<end_of_utterance>\nAssistant: Yes, there is a star."
     assert shipped.decode(shipped(text)["input_ids"]) == built.decode(built(text)["input_ids"]) == text
@@ -89,7 +89,7 @@ def test_a_small_copy_of_a_real_shape_runs_with_its_stand_in_processor():
 
 
 def test_image_settings_are_smolvlms():
-    images = make_processor(shape_of("smolvlm"), stand_in(shape_of("smolvlm"))).image_processor
+    images = make_processor(shape_of("smolvlm"), stand_in_tokenizer(shape_of("smolvlm"))).image_processor
     assert images.size["longest_edge"] == 1536
     assert images.max_image_size["longest_edge"] == 384
     assert list(images.image_mean) == [0.5, 0.5, 0.5]
@@ -109,7 +109,7 @@ def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys
     """Upstream alone would try each of some six files six times."""
     asked = []
     monkeypatch.setattr("smolvlm_exp.models.hub.ping", lambda seconds: asked.append(seconds) or "ConnectError")
-    is_away.cache_clear()
+    is_offline.cache_clear()
     config = compose("model=smolvlm").model
     for load in (load_processor, load_model):
         with pytest.raises(RequestError, match=r"(?s)model\.id=HuggingFaceTB/SmolVLM-Instruct.*Give a folder"):
@@ -117,4 +117,4 @@ def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys
     assert len(asked) == 1
     assert capsys.readouterr().out.count("hub: ConnectError; models are taken from this disk") == 1
     load_processor(compose().model)  # embedded: nothing to ask
-    is_away.cache_clear()
+    is_offline.cache_clear()

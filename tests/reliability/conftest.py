@@ -22,10 +22,10 @@ from smolvlm_exp.config.compose import check_command
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.quant import quantization_config
-from smolvlm_exp.runs.checkpoint import newest, numbered
-from smolvlm_exp.runs.resume_check import same_run
+from smolvlm_exp.runs.checkpoint import checkpoint_folders, newest_intact
+from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.training import dpo
-from smolvlm_exp.training.arguments import Parts, Run
+from smolvlm_exp.training.arguments import RunContext, TrainerInputs
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from tests.conftest import SIGMOID, compose
 
@@ -56,11 +56,11 @@ class Bench:
     def trainer(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
         config = self.config(*overrides)
         quantization = quantization_config(config.quant, torch.float32)
-        arguments = dpo.build_arguments(config.trainer, Run(folder, config.seed, torch.float32, None))
+        arguments = dpo.build_arguments(config.trainer, RunContext(folder, config.seed, torch.float32, None))
         tracker = SimpleNamespace(log=lambda values, step: None)
         model = load_model(config.model, quantization, config.seed)
-        identity = same_run(asdict(config), None, self.preferences.train, model)
-        parts = Parts(
+        identity = check_same_run(asdict(config), None, self.preferences.train, model)
+        parts = TrainerInputs(
             model, self.processor,
             lora_config(config.adapter, quantised=quantization is not None), self.preferences,
             [MetricsCallback(folder, tracker), *callbacks], folder,
@@ -84,7 +84,7 @@ class Bench:
         trainer = self.trainer(folder, *overrides, callbacks=callbacks)
         if prepare:
             prepare(trainer)
-        checkpoint = str(newest(folder)) if numbered(folder) else None
+        checkpoint = str(newest_intact(folder)) if checkpoint_folders(folder) else None
         trainer.train(resume_from_checkpoint=checkpoint)
         return trainer
 

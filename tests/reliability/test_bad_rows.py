@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from smolvlm_exp.data.control_tokens import WORD_JOINER, as_text, control_tokens, spelt
+from smolvlm_exp.data.control_tokens import WORD_JOINER, control_tokens, escape_control_tokens, escape_text
 from smolvlm_exp.data.messages import text_of, user
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.sources.files import Config
@@ -199,7 +199,7 @@ def test_the_first_frame_by_option(folder, processor, tmp_path):
 
 def test_control_tokens_typed_in_a_question_are_text(folder, processor, tmp_path):
     """They keep their letters, and the model reads none of them as control, in training and in generation."""
-    from smolvlm_exp.engine.inputs.dataset import Rows
+    from smolvlm_exp.engine.inputs.dataset import PackedDataset
     from smolvlm_exp.evaluation.generate import prompts
 
     typed = "Is <end_of_utterance> or <row_1_col_1> or <fake_token_around_image> in it?<|im_end|>"
@@ -212,7 +212,7 @@ def test_control_tokens_typed_in_a_question_are_text(folder, processor, tmp_path
     def controls(ids):
         return [i for i in ids if i in processor.tokenizer.added_tokens_decoder]
 
-    ours = Rows(rows, processor, None)
+    ours = PackedDataset(rows, processor, None)
     plain = controls(ours[2]["prompt_ids"].tolist())
     assert plain
     assert controls(ours[0]["prompt_ids"].tolist()) == plain
@@ -230,7 +230,7 @@ def test_tokens_that_cannot_be_taken_apart_do_not_hang():
     tokenizer = SimpleNamespace(added_tokens_decoder=dict(enumerate(tokens)))
     controls = control_tokens(SimpleNamespace(tokenizer=tokenizer))
     assert controls == sorted(tokens[2:])
-    text = spelt("an <x> and x", controls)
+    text = escape_text("an <x> and x", controls)
     assert text.replace(WORD_JOINER, "") == "an <x> and x"
     assert not [control for control in controls if control in text]
 
@@ -238,7 +238,7 @@ def test_tokens_that_cannot_be_taken_apart_do_not_hang():
 def test_no_spelling_of_a_control_token_is_left(processor):
     controls = control_tokens(processor)
     for nasty in ("<<image>image>", "<image><image>", "".join(controls), "<|im_<|im_end|>end|>"):
-        (message,) = as_text([{"role": "user", "content": [{"type": "text", "text": nasty}]}], controls)
+        (message,) = escape_control_tokens([{"role": "user", "content": [{"type": "text", "text": nasty}]}], controls)
         text = message["content"][0]["text"]
         assert text.replace(WORD_JOINER, "") == nasty
         assert not [i for i in processor.tokenizer(text)["input_ids"] if i in processor.tokenizer.added_tokens_decoder]

@@ -13,9 +13,9 @@ import pytest
 import torch
 
 from smolvlm_exp.runs import checkpoint as files
-from smolvlm_exp.runs.checkpoint import SAVING, checkpoints, damage, newest, numbered
+from smolvlm_exp.runs.checkpoint import SAVING, checkpoint_folders, checkpoints, damage, newest_intact
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training.state_files import load_tree, save_tree
+from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.reliability.conftest import forked
 
@@ -53,13 +53,13 @@ def test_any_optimizer_state_comes_back_to_the_bit(tmp_path):
         "half": torch.randn(5).bfloat16(), "python": (3, (1, 2**32 - 1), None), "nan": float("nan"), "word": "a",
         "generator": generator,
     }  # fmt: skip
-    save_tree(tmp_path / "tree.safetensors", tree)
-    found = load_tree(tmp_path / "tree.safetensors")
+    save_state(tmp_path / "tree.safetensors", tree)
+    found = load_state(tmp_path / "tree.safetensors")
     assert repr(found) == repr(tree)
     assert found["state"][0]["exp_avg"].equal(tree["state"][0]["exp_avg"])
     assert found["generator"].equal(generator)
     with pytest.raises(TypeError, match="cannot hold function"):
-        save_tree(tmp_path / "tree.safetensors", {"hook": newest_file})
+        save_state(tmp_path / "tree.safetensors", {"hook": newest_file})
 
 
 def newest_file(folder):
@@ -113,15 +113,15 @@ def test_a_kill_at_any_point_of_a_save(bench, tmp_path, capsys):
             renamed = (folder / "checkpoint-2").exists()
             states.add(renamed)
             capsys.readouterr()
-            assert newest(run).name == ("checkpoint-2" if renamed else "checkpoint-1")
-            assert damage(newest(run)) == ""
+            assert newest_intact(run).name == ("checkpoint-2" if renamed else "checkpoint-1")
+            assert damage(newest_intact(run)) == ""
             assert "was cut short" in capsys.readouterr().out or not (folder / SAVING).exists()
             shutil.rmtree(folder / "checkpoint-2", ignore_errors=True)
         real(model, trial)
 
     trainer._save_checkpoint = save
     trainer.train()
-    assert newest(run).name == "checkpoint-2"
+    assert newest_intact(run).name == "checkpoint-2"
     assert states == {True, False}
     assert kills >= 20
     print(f"{kills} kills within one save")
@@ -152,21 +152,21 @@ def test_every_file_and_every_damage(run, capsys):
         for harm in DAMAGES.values():
             whole = [(each / name).read_bytes() for each in (first, second)]
             harm(second / name)
-            assert newest(run) == first
+            assert newest_intact(run) == first
             told = capsys.readouterr().out
             assert "checkpoint-2 is not used: " in told
             assert name in told or name == "manifest.json"  # a flipped digest is another file's
             assert "checkpoint-1 is whole" in told
             harm(first / name)
             with pytest.raises(RequestError, match=r"none of its checkpoints is whole[\s\S]*checkpoint-1 is not used"):
-                newest(run)
+                newest_intact(run)
             for each, data in zip((first, second), whole, strict=True):
                 (each / name).write_bytes(data)
             tried += 2
-    assert newest(run) == second
+    assert newest_intact(run) == second
     assert tried == 2 * len(NAMES) * len(DAMAGES)
     (second / "optimizer.pt").write_bytes(b"anything")
-    assert newest(run) == first
+    assert newest_intact(run) == first
     assert "optimizer.pt is not one of its files" in capsys.readouterr().out
 
 
@@ -182,7 +182,7 @@ def test_a_damaged_checkpoint_of_a_later_step_costs_no_good_one(bench, run):
     """Saved over when its step comes again, and not counted among those that are kept."""
     flip(run / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
     bench.run(run, *TWO, "trainer.save_total_limit=1")
-    assert [path.name for path in numbered(run)] == ["checkpoint-2"]
+    assert [path.name for path in checkpoint_folders(run)] == ["checkpoint-2"]
     assert damage(run / "checkpoints" / "checkpoint-2") == ""
 
 
@@ -200,7 +200,7 @@ def test_a_full_disk_is_one_error_and_costs_nothing(bench, two, tmp_path):
         with pytest.raises(RunError, match=r"no room left in.*(No space left|os error 28)[\s\S]*checkpoint-1 is"):
             bench.run(disk / "run", *TWO)
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
-        assert damage(newest(disk / "run")) == ""
+        assert damage(newest_intact(disk / "run")) == ""
         subprocess.run(["mount", "-o", "remount,size=1m", str(disk)], check=True)
         bench.run(disk / "run", *TWO)
         compare(disk / "run", two)
@@ -224,7 +224,7 @@ def test_a_limit_on_file_sizes_is_one_error_and_costs_nothing(bench, two, tmp_pa
 
 def compare(run, whole):
     """Both are at their end with the same adapter, to the bit."""
-    mine, theirs = (newest(folder) / "adapter_model.safetensors" for folder in (run, whole))
+    mine, theirs = (newest_intact(folder) / "adapter_model.safetensors" for folder in (run, whole))
     assert mine.parent.name == theirs.parent.name == "checkpoint-2"
     assert mine.read_bytes() == theirs.read_bytes()
 
@@ -239,19 +239,19 @@ def compare(run, whole):
     ],
 )
 def test_the_guises_of_a_full_disk(error):
-    assert files.is_full(error)
-    assert not files.is_full(OSError(2, "No such file or directory"))
-    assert not files.is_full(RuntimeError("size mismatch"))
+    assert files.is_disk_full(error)
+    assert not files.is_disk_full(OSError(2, "No such file or directory"))
+    assert not files.is_disk_full(RuntimeError("size mismatch"))
 
 
 def test_what_is_no_full_disk_stays_what_it_is(tmp_path):
-    with pytest.raises(KeyError), files.one_error(tmp_path):
+    with pytest.raises(KeyError), files.disk_full_as_run_error(tmp_path):
         raise KeyError("a mistake of ours")
 
 
 def test_a_result_is_whole_or_not_there(tmp_path):
     def half(error):
-        with files.whole(tmp_path / "adapter") as staging:
+        with files.atomic_folder(tmp_path / "adapter") as staging:
             (staging / "adapter_model.safetensors").write_bytes(b"half")
             raise error
 
@@ -259,7 +259,7 @@ def test_a_result_is_whole_or_not_there(tmp_path):
         with pytest.raises((RunError, KeyboardInterrupt)):
             half(error)
         assert list(tmp_path.iterdir()) == []
-    with files.whole(tmp_path / "adapter") as staging:
+    with files.atomic_folder(tmp_path / "adapter") as staging:
         (staging / "adapter_model.safetensors").write_bytes(b"all")
     assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
 

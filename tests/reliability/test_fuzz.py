@@ -9,15 +9,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from smolvlm_exp.config.schema import every_key
-from smolvlm_exp.data.images import FORMATS, Limits, PictureError, prepare_image
+from smolvlm_exp.data.images import FORMATS, ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.preferences import prepare_row
 from smolvlm_exp.data.sources.files import to_row
-from smolvlm_exp.data.validation import Examiner
+from smolvlm_exp.data.validation import RowValidator
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 from tests.reliability.test_bad_rows import encoded
 
-LIMITS = Limits(max_pixels=10**6, max_image_mib=1)
+LIMITS = ImageLimits(max_pixels=10**6, max_image_mib=1)
 QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
 
 
@@ -37,7 +37,7 @@ ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(COLUMNS, CELLS))
 
 @pytest.fixture(scope="module")
 def examiner(processor):
-    return Examiner(processor, 200, "report")
+    return RowValidator(processor, 200, "report")
 
 
 def test_any_row(examiner, tmp_path_factory):
@@ -107,7 +107,7 @@ def damage(examples):
             data[cut[kind]] = value if kind < 2 else b""
         try:
             found, (width, height) = prepare_image(bytes(data), 32, LIMITS)
-        except PictureError:
+        except ImageError:
             seen["refused"] += 1
             return
         seen["read"] += 1

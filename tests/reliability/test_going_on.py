@@ -11,8 +11,8 @@ import torch
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.runs import resume_check as same
-from smolvlm_exp.runs.checkpoint import damage, newest
-from smolvlm_exp.runs.resume_check import same_run
+from smolvlm_exp.runs.checkpoint import damage, newest_intact
+from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training import checkpointing as reliable
 from smolvlm_exp.training.callbacks import StopCallback
@@ -59,14 +59,14 @@ PLACES = (
 
 def test_a_signal_anywhere_saves_and_the_run_goes_on_exactly(bench, tmp_path, monkeypatch, capsys):
     """One run that is stopped in five places, and goes on after each."""
-    monkeypatch.setattr(reliable, "seal", reliable.seal)
+    monkeypatch.setattr(reliable, "finalise", reliable.finalise)
     whole = bench.run(tmp_path / "whole", SELDOM)
     run, stops = tmp_path / "run", []
     for where, number, step in PLACES:
         trainer, stop = bench.stoppable(run, SELDOM, prepare=lambda t, w=where, s=step, n=number: signalled(t, w, s, n))
         assert stop.asked, where
-        assert damage(newest(run)) == ""
-        assert newest(run).name == f"checkpoint-{trainer.state.global_step}"
+        assert damage(newest_intact(run)) == ""
+        assert newest_intact(run).name == f"checkpoint-{trainer.state.global_step}"
         stops.append(trainer.state.global_step)
         assert "once more to leave at once" in capsys.readouterr().err
     assert stops == [1, 4, 5, 7, 8]
@@ -80,7 +80,7 @@ def test_a_signal_in_the_last_step_loses_nothing(bench, tmp_path):
     short = ("trainer.max_steps=2", "trainer.save_strategy=no", "trainer.eval_strategy=no")
     trainer, stop = bench.stoppable(tmp_path, *short, prepare=lambda t: signalled(t, "forward", 2, signal.SIGINT))
     assert stop.asked
-    assert newest(tmp_path).name == "checkpoint-2"
+    assert newest_intact(tmp_path).name == "checkpoint-2"
     again = bench.run(tmp_path, *short)
     assert again.state.global_step == 2  # and not one step more
     assert all(p.equal(learnt(trainer)[name]) for name, p in learnt(again).items())
@@ -105,7 +105,7 @@ def test_a_second_signal_leaves_at_once(bench, tmp_path):
 
     _, status = os.waitpid(forked(job, tmp_path / "log"), 0)
     assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT, (tmp_path / "log").read_text()[-2000:]
-    assert newest(tmp_path).name == "checkpoint-2"
+    assert newest_intact(tmp_path).name == "checkpoint-2"
 
 
 # Another run's checkpoint
@@ -148,48 +148,50 @@ def saved(bench, tmp_path_factory):
     stop = StopCallback()
     stop.asked = True
     bench.run(folder, callbacks=(stop,))
-    return newest(folder)
+    return newest_intact(folder)
 
 
 def test_a_changed_setting_is_refused_unless_it_is_named(bench, saved, capsys):
     config = bench.config()
-    same_run(asdict(config), saved)
+    check_same_run(asdict(config), saved)
     for key, (value, said) in CHANGES.items():
         with pytest.raises(RequestError) as refusal:
-            same_run(asdict(changed(config, key, value)), saved)
+            check_same_run(asdict(changed(config, key, value)), saved)
         told = str(refusal.value)
         assert "not the run that was saved at step 1" in told
         assert said in told
         assert key in told.rpartition("resume_allow=[")[2]
-        same_run(asdict(changed(config, key, value, allow=[key])), saved)
+        check_same_run(asdict(changed(config, key, value, allow=[key])), saved)
         assert said in capsys.readouterr().out
 
 
 def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     config = bench.config("resume=it")
-    same_run(asdict(config), saved, bench.preferences.train)
+    check_same_run(asdict(config), saved, bench.preferences.train)
     rows = bench.preferences.train
     for others in (rows.select(range(15)), rows.select([1, 0, *range(2, 16)])):
         other = type(bench.preferences)(others, bench.preferences.test, {})
         with pytest.raises(RequestError, match=r"data\.rows: the training rows or their pictures are others"):
-            same_run(asdict(config), saved, other.train)
-        same_run(asdict(bench.config("resume=it", "resume_allow=[data.rows]")), saved, other.train)
+            check_same_run(asdict(config), saved, other.train)
+        check_same_run(asdict(bench.config("resume=it", "resume_allow=[data.rows]")), saved, other.train)
     monkeypatch.setattr(same, "versions", lambda: {"torch": "9.9", "transformers": "9.9"})
     with pytest.raises(RequestError, match=r'versions.torch was ".*" and is "9.9"'):
-        same_run(asdict(config), saved)
-    same_run(asdict(bench.config("resume=it", "resume_allow=[versions]")), saved)
+        check_same_run(asdict(config), saved)
+    check_same_run(asdict(bench.config("resume=it", "resume_allow=[versions]")), saved)
 
 
 def test_the_base_is_the_one_it_was(bench, saved):
     """A folder's weights may be written over, a branch on the hub may move: their names would not tell."""
     config = bench.config("resume=it")
     model = load_model(config.model, quantization_config(config.quant, torch.float32), config.seed)
-    same_run(asdict(config), saved, bench.preferences.train, model)
+    check_same_run(asdict(config), saved, bench.preferences.train, model)
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] += 1e-3
     with pytest.raises(RequestError, match=r"model\.base: the weights that the run begins with are others"):
-        same_run(asdict(config), saved, bench.preferences.train, model)
-    same_run(asdict(bench.config("resume=it", "resume_allow=[model.base]")), saved, bench.preferences.train, model)
+        check_same_run(asdict(config), saved, bench.preferences.train, model)
+    check_same_run(
+        asdict(bench.config("resume=it", "resume_allow=[model.base]")), saved, bench.preferences.train, model
+    )
 
 
 def test_what_changes_no_number_may_change(bench, saved):
@@ -198,7 +200,7 @@ def test_what_changes_no_number_may_change(bench, saved):
         "trainer.dataloader_num_workers=2", "trainer.memory_budget=none", "trainer.cache=elsewhere", "data.num_proc=2",
     )  # fmt: skip
     config = compose(*[f"+{o}" if ".extra." in o else o for o in LONG], *free, "resume=it")
-    same_run(asdict(config), saved, bench.preferences.train)
+    check_same_run(asdict(config), saved, bench.preferences.train)
 
 
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):

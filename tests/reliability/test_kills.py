@@ -13,14 +13,14 @@ import time
 import pytest
 from safetensors.torch import load_file
 
-from smolvlm_exp.runs.checkpoint import checkpoints, newest, step_of
+from smolvlm_exp.runs.checkpoint import checkpoints, newest_intact, step_of
 from tests.reliability.conftest import forked, kill, logged
 
 FILES = ("adapter_model.safetensors", "optimizer.safetensors", "scheduler.safetensors")
 
 
 def go_on(trainer, folder):
-    trainer.train(resume_from_checkpoint=str(newest(folder)) if checkpoints(folder) else None)
+    trainer.train(resume_from_checkpoint=str(newest_intact(folder)) if checkpoints(folder) else None)
 
 
 def killed_until_done(bench, trainer, folder, kills, rng, span):
@@ -73,7 +73,7 @@ def test_kill_9_at_any_moment(bench, tmp_path, engine, kills, changes):
         runs += 1
         assert logged(folder) == logged(whole)
         for name in FILES:
-            mine, theirs = (load_file(newest(each) / name) for each in (folder, whole))
+            mine, theirs = (load_file(newest_intact(each) / name) for each in (folder, whole))
             assert mine.keys() == theirs.keys()
             assert all(mine[key].equal(theirs[key]) for key in theirs)
     assert {event["num_tokens"] for event in logged(whole) if "num_tokens" in event}

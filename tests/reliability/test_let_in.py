@@ -17,13 +17,13 @@ import torch
 from datasets import Dataset, Features, List, Value
 from omegaconf import OmegaConf
 
-from smolvlm_exp.data.images import Limits, PictureError, prepare_image
+from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.deploy.export.options import PARTS
 from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.models.model import EMBEDDED, load_model, load_processor
-from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest
+from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest_intact
 from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.files import sha256
 from tests.conftest import compose
@@ -64,7 +64,7 @@ def test_a_pickle_in_a_checkpoint_is_not_read(spare, built, marker, tmp_path, na
     manifest = json.loads((checkpoint / MANIFEST).read_text())
     manifest["files"][name] = [(checkpoint / name).stat().st_size, sha256(checkpoint / name)]
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
-    assert newest(run) == checkpoint
+    assert newest_intact(run) == checkpoint
     with pytest.raises(RunError, match="no pickle is read"):
         spare.train(resume_from_checkpoint=str(checkpoint))
 
@@ -227,7 +227,7 @@ def test_pictures_start_nothing(marker, tmp_path, monkeypatch):
     eps = f"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n(%pipe%touch {marker}) (w) file\nshowpage\n"
     svg = f'<!DOCTYPE s [<!ENTITY x SYSTEM "file://{marker}">]><svg xmlns="http://www.w3.org/2000/svg">&x;</svg>'
     for data in (eps.encode(), svg.encode(), b"push graphic-context\nviewbox 0 0 9 9\nimage over 0,0 0,0 '|touch x'\n"):
-        with pytest.raises(PictureError, match="none of JPEG"):
+        with pytest.raises(ImageError, match="none of JPEG"):
             prepare_image(data, 512)
 
 
@@ -235,7 +235,7 @@ def test_a_bomb_is_refused_in_no_time():
     data = encoded("PNG", (11_000, 11_000), "1")
     assert len(data) < 2**16
     began = time.monotonic()
-    with pytest.raises(PictureError, match=r"more than data\.max_pixels"):
+    with pytest.raises(ImageError, match=r"more than data\.max_pixels"):
         prepare_image(data, 512)
     assert time.monotonic() - began < 0.5
 
@@ -250,9 +250,9 @@ def test_a_tiff_of_very_many_pages_costs_no_time(first):
     data = b"II*\0" + struct.pack("<I", 8) + b"".join(pages)
     began = time.monotonic()
     if first:
-        assert prepare_image(data, 512, Limits(first_frame=True))[1] == (1, 1)
+        assert prepare_image(data, 512, ImageLimits(first_frame=True))[1] == (1, 1)
     else:
-        with pytest.raises(PictureError, match="has several frames"):
+        with pytest.raises(ImageError, match="has several frames"):
             prepare_image(data, 512)
     assert time.monotonic() - began < 1
 

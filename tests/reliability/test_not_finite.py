@@ -8,9 +8,9 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from smolvlm_exp.runs.checkpoint import checkpoints, damage, newest
-from smolvlm_exp.training.callbacks import spike
-from smolvlm_exp.training.nan_guard import FiniteGuard
+from smolvlm_exp.runs.checkpoint import checkpoints, damage, newest_intact
+from smolvlm_exp.training.callbacks import loss_spike
+from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.utils.errors import RunError
 from tests.reliability.conftest import learnt
 
@@ -131,19 +131,19 @@ def test_several_in_a_row_end_the_run_and_the_last_finite_checkpoint_stays(bench
     with pytest.raises(RunError, match=r"steps 3 to 4, 2 in a row[\s\S]*train rows \d+[\s\S]*as after step 2"):
         trainer.train()
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"]
-    assert damage(newest(run)) == ""
+    assert damage(newest_intact(run)) == ""
     assert same((learnt(trainer), recorder.states[-1][1]), recorder.states[1])
 
 
 def test_single_bad_steps_apart_do_not_end_it():
-    guard = FiniteGuard(2, lambda step: [step])
+    guard = NanGuard(2, lambda step: [step])
     model, good, bad = torch.nn.Linear(1, 1), torch.tensor(True), torch.tensor(False)
     optimizer = torch.optim.AdamW(model.parameters())
     for step, finite in enumerate([bad, good, bad, good], start=1):
-        guard.judge(step, finite, model, optimizer)
+        guard.mask_update(step, finite, model, optimizer)
     assert guard.left_out == [1, 3]
     with pytest.raises(RunError, match="steps 5 to 6"):
-        [guard.judge(step, bad, model, optimizer) for step in (5, 6)]
+        [guard.mask_update(step, bad, model, optimizer) for step in (5, 6)]
 
 
 @pytest.mark.parametrize("optim", ["sgd", "adafactor", "adamw_torch_fused"])
@@ -153,11 +153,11 @@ def test_whichever_the_optimizer(optim, tmp_path):
     model = torch.nn.Linear(4, 2)
     arguments = TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True, report_to="none")
     optimizer = Trainer(model, arguments).create_optimizer()
-    guard = FiniteGuard(3, lambda step: [])
+    guard = NanGuard(3, lambda step: [])
     states = []
     for step, finite in enumerate([True, False, True], start=1):
         model(torch.ones(1, 4) * (1.0 if finite else math.inf)).sum().backward()
-        guard.judge(step, torch.tensor(finite), model, optimizer)
+        guard.mask_update(step, torch.tensor(finite), model, optimizer)
         optimizer.step()
         model.zero_grad()
         states.append(
@@ -171,14 +171,14 @@ def test_whichever_the_optimizer(optim, tmp_path):
 def test_on_a_gpu_a_bad_step_is_left_out_without_waiting():
     model = torch.nn.Linear(4, 2, device="cuda")
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-    guard = FiniteGuard(3, lambda step: [])
+    guard = NanGuard(3, lambda step: [])
     states = []
     for step, value in enumerate([1.0, math.nan, 1.0], start=1):
         model(torch.full((1, 4), value, device="cuda")).sum().backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:
-            guard.judge(step, torch.isfinite(norm), model, optimizer)
+            guard.mask_update(step, torch.isfinite(norm), model, optimizer)
             optimizer.step()
         finally:
             torch.cuda.set_sync_debug_mode("default")
@@ -186,7 +186,7 @@ def test_on_a_gpu_a_bad_step_is_left_out_without_waiting():
         states.append(
             ({n: p.detach().clone() for n, p in model.named_parameters()}, copy.deepcopy(optimizer.state_dict()))
         )
-    guard.hear(wait=True)
+    guard.poll(wait=True)
     assert guard.left_out == [2]
     assert same(states[1], states[0])
     assert not same(states[2], states[1])
@@ -194,6 +194,6 @@ def test_on_a_gpu_a_bad_step_is_left_out_without_waiting():
 
 def test_a_spike_is_told_when_it_is_seen():
     usual = [0.69, 0.66, 0.68, 0.64, 0.65, 0.66, 0.62, 0.63]
-    assert spike([*usual, 0.7]) is None
-    assert spike([*usual, 3.1]) == pytest.approx(0.655)
-    assert spike([*usual[:3], 3.1]) is None  # too early to say what is usual
+    assert loss_spike([*usual, 0.7]) is None
+    assert loss_spike([*usual, 3.1]) == pytest.approx(0.655)
+    assert loss_spike([*usual[:3], 3.1]) is None  # too early to say what is usual

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.runs.checkpoint import MANIFEST, newest
-from smolvlm_exp.runs.resume_check import same_run
+from smolvlm_exp.runs.checkpoint import MANIFEST, newest_intact
+from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.utils.files import sha256
 from tests.reliability.conftest import LONG, Bench, logged
 
@@ -25,10 +25,10 @@ SETTINGS = ("trainer.save_steps=4", "adapter.lora_dropout=0", "trainer.eval_stra
 def test_a_checkpoint_of_an_earlier_release_resumes(bench, tmp_path, release):
     run = Path(shutil.copytree(HERE / release, tmp_path / "run"))
     wanted = {event["step"]: event for event in logged(run)}
-    checkpoint = newest(run)
+    checkpoint = newest_intact(run)
     assert checkpoint.name == "checkpoint-4"
     allowed = "resume_allow=[versions,device,data.rows]"  # another Pillow may write the drawn scenes' bytes otherwise
-    same_run(asdict(bench.config(*SETTINGS, "resume=it", allowed)), checkpoint, bench.preferences.train)
+    check_same_run(asdict(bench.config(*SETTINGS, "resume=it", allowed)), checkpoint, bench.preferences.train)
     trainer = bench.run(run, *SETTINGS)
     assert trainer.state.global_step == 8
     assert trainer.resumed_at == 4
@@ -48,7 +48,7 @@ def make(folder: Path) -> None:
         rows = load_preferences(compose(*LONG[:5]).data, processor, Path(scratch))
         Bench(processor, rows, Path(scratch) / "cache").run(folder, *SETTINGS)
     shutil.rmtree(folder / "checkpoints" / "checkpoint-8")
-    checkpoint = newest(folder)
+    checkpoint = newest_intact(folder)
     for path in (checkpoint / "adapter_config.json", checkpoint / "README.md"):  # where the base model happened to lie
         path.write_text(path.read_text().replace(str(EMBEDDED), "embedded"))
     manifest = json.loads((checkpoint / MANIFEST).read_text())

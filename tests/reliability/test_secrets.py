@@ -7,7 +7,7 @@ import time
 import pytest
 
 from smolvlm_exp.runs import folder as folders
-from smolvlm_exp.runs.folder import check_unused, claimed
+from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.utils.errors import RequestError
 from tests.reliability.conftest import TOKEN, forked, typed
 
@@ -53,22 +53,22 @@ def test_a_folder_is_one_process_at_a_time(tmp_path, monkeypatch):
     ready = tmp_path / "ready"
 
     def hold():
-        with claimed(tmp_path):
+        with lock_run_folder(tmp_path):
             ready.touch()
             time.sleep(60)
 
     child = forked(hold, tmp_path / "log")
     while not ready.exists():
         time.sleep(0.01)
-    with pytest.raises(RequestError, match="is in use: another process"), claimed(tmp_path):
+    with pytest.raises(RequestError, match="is in use: another process"), lock_run_folder(tmp_path):
         pass
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
-    with claimed(tmp_path):  # whoever dies lets go
+    with lock_run_folder(tmp_path):  # whoever dies lets go
         pass
 
 
-@pytest.mark.parametrize("name", folders.LEFT)
+@pytest.mark.parametrize("name", folders.RUN_FILES)
 def test_another_runs_folder_is_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(RequestError, match=f"there is a run in it already \\({name}\\)"):

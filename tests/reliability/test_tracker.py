@@ -35,7 +35,7 @@ class Client:
 
 def track(monkeypatch, folder, open, patience=5.0, steps=50):
     """A run of so many steps with that W&B: seconds of the steps, seconds of the end."""
-    monkeypatch.setattr(tracking, "start", open)
+    monkeypatch.setattr(tracking, "init_run", open)
     monkeypatch.setattr(tracking, "PATIENCE", patience)
     tracker = Tracker(TrackerConfig(), {}, folder, "a run")
     began = time.monotonic()
@@ -94,7 +94,7 @@ def test_a_resumed_run_goes_on_with_the_same_run(monkeypatch, tmp_path):
     given = {}
     monkeypatch.undo()
     monkeypatch.setattr("wandb.init", lambda **kwargs: given.update(kwargs))
-    tracking.start(TrackerConfig(), tmp_path, "a run", None, "train", [], {}, asked[0])
+    tracking.init_run(TrackerConfig(), tmp_path, "a run", None, "train", [], {}, asked[0])
     assert (given["id"], given["resume"]) == (asked[0], "allow")
 
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.reporting.charts import line_chart, thin, ticks
-from smolvlm_exp.reporting.html import mark
+from smolvlm_exp.reporting.html import highlight
 from smolvlm_exp.reporting.metrics_table import results
 from smolvlm_exp.reporting.report import headline, write_report
 from smolvlm_exp.reporting.samples import Sample
 from smolvlm_exp.runs.event_log import read_events
-from smolvlm_exp.utils.formatting import finite, number, percent
+from smolvlm_exp.utils.formatting import as_finite, number, percent
 
 SUMMARY: dict[str, Any] = {
     "status": "done",
@@ -197,11 +197,13 @@ def test_text_that_utf8_cannot_hold_is_still_written(tmp_path: Path) -> None:
 
 
 def test_marks_words_whole_whatever_their_case() -> None:
-    assert mark("A Moon, two moons, moonlight.", ["moon"]) == (
+    assert highlight("A Moon, two moons, moonlight.", ["moon"]) == (
         "A <mark>Moon</mark>, two <mark>moons</mark>, moonlight."
     )  # fmt: skip
-    assert mark("a red star & star", ["red star", "star", " "]) == "a <mark>red star</mark> &amp; <mark>star</mark>"
-    assert mark("<b>", []) == "&lt;b&gt;"
+    assert (
+        highlight("a red star & star", ["red star", "star", " "]) == "a <mark>red star</mark> &amp; <mark>star</mark>"
+    )
+    assert highlight("<b>", []) == "&lt;b&gt;"
 
 
 def test_pictures_are_kept_small(tmp_path: Path) -> None:
@@ -292,9 +294,9 @@ def test_numbers_are_written_for_people() -> None:
     assert {value: number(value) for value in written} == written
     assert (number(math.nan), number(-math.inf)) == ("nan", "\u2212∞")
     assert (percent(0.5712), percent(-0.001), percent(0.98765, 1)) == ("57\u00a0%", "0\u00a0%", "98.8\u00a0%")
-    assert finite(True) is None
-    assert finite("1") is None
-    assert finite(3) == 3.0
+    assert as_finite(True) is None
+    assert as_finite("1") is None
+    assert as_finite(3) == 3.0
 
 
 def test_ticks_are_round_and_enclose() -> None:

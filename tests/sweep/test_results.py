@@ -10,14 +10,22 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.runs.sweep_record import Job, check_same, differing, goes_on, label, record, state
-from smolvlm_exp.sweep.devices import free_card, visible_cards
+from smolvlm_exp.runs.sweep_record import (
+    Job,
+    can_resume,
+    check_same_jobs,
+    differing_settings,
+    job_label,
+    job_state,
+    write_jobs,
+)
+from smolvlm_exp.sweep.devices import free_gpu, visible_gpus
 from smolvlm_exp.sweep.effects import main_effects
-from smolvlm_exp.sweep.results import outcome, table, tidy
+from smolvlm_exp.sweep.results import prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page
-from smolvlm_exp.sweep.time_estimate import expected
+from smolvlm_exp.sweep.time_estimate import estimate_time
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.formatting import short
+from smolvlm_exp.utils.formatting import short_keys
 from tests.conftest import compose
 
 METRIC = "after.preference_accuracy"
@@ -26,7 +34,7 @@ METRIC = "after.preference_accuracy"
 def made(folder: Path, results: dict[tuple[str, ...], dict], metric: str = METRIC):
     """A sweep with these jobs, override lists -> (metric, seconds, GiB), or a whole summary."""
     jobs = [Job(number, overrides) for number, overrides in enumerate(results)]
-    record(folder, jobs, list(differing(jobs)))
+    write_jobs(folder, jobs, list(differing_settings(jobs)))
     for job, result in zip(jobs, results.values(), strict=True):
         (folder / str(job.number)).mkdir()
         if isinstance(result, tuple):
@@ -34,7 +42,7 @@ def made(folder: Path, results: dict[tuple[str, ...], dict], metric: str = METRI
             train = {"seconds": seconds, "memory_peak_gib": memory}
             result = {"status": "done", "after": {"preference_accuracy": value}, "train": train}
         (folder / str(job.number) / "summary.json").write_text(json.dumps(result))
-    return outcome(folder, metric)
+    return read_results(folder, metric)
 
 
 def grid(values: dict[tuple[str, str, str], float]) -> dict[tuple[str, ...], tuple[float, float, float]]:
@@ -75,10 +83,10 @@ def test_the_best_and_the_front(tmp_path):
     assert found.best is not None
     assert found.best.job.number == 1
     assert [row.job.number for row in found.front] == [0, 1, 3]
-    rows = table(found)
+    rows = results_table(found)
     assert [row["pareto"] for row in rows] == [True, True, False, True]
     assert rows[1]["command"] == "python -m smolvlm_exp r=2"
-    least = outcome(tmp_path, "train.seconds")
+    least = read_results(tmp_path, "train.seconds")
     assert least.best is not None
     assert least.best.job.number == 0, "less is better"
 
@@ -110,26 +118,26 @@ def test_what_is_kept_of_checkpoints(tmp_path, keep, left):
             checkpoint = tmp_path / job / "checkpoints" / f"checkpoint-{step}"
             checkpoint.mkdir(parents=True)
             (checkpoint / "manifest.json").write_text("{}")
-    tidy(found, keep)
+    prune_checkpoints(found, keep)
     assert [len(list((tmp_path / job / "checkpoints").iterdir())) for job in "012"] == left
-    assert goes_on(tmp_path / "2")
+    assert can_resume(tmp_path / "2")
     if keep == "last":
         assert (tmp_path / "0" / "checkpoints" / "checkpoint-10").is_dir()
 
 
 def test_the_state_of_a_job_is_in_its_files(tmp_path):
-    assert state(tmp_path) == "missing"
+    assert job_state(tmp_path) == "missing"
     checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
-    assert state(tmp_path) == "missing", "the checkpoint was never finished"
+    assert job_state(tmp_path) == "missing", "the checkpoint was never finished"
     (checkpoint / "manifest.json").write_text("{}")
-    assert state(tmp_path) == "cut"
+    assert job_state(tmp_path) == "cut"
     (tmp_path / "summary.json").write_text('{"status": "fai')
-    assert state(tmp_path) == "cut"
+    assert job_state(tmp_path) == "cut"
     for code, again in ((1, False), (-9, True)):
         (tmp_path / "summary.json").write_text(json.dumps({"status": "failed", "exit_code": code}))
-        assert state(tmp_path) == "failed"
-        assert goes_on(tmp_path) is again, "what raised starts anew, what was killed goes on"
+        assert job_state(tmp_path) == "failed"
+        assert can_resume(tmp_path) is again, "what raised starts anew, what was killed goes on"
 
 
 def test_names_tell_what_differs():
@@ -137,17 +145,20 @@ def test_names_tell_what_differs():
         Job(0, ("tracker=none", "adapter.r=4", "trainer.a.r=1")),
         Job(1, ("tracker=none", "adapter.r=8", "keep=all")),
     ]
-    assert differing(jobs) == {"adapter.r": ["4", "8"]}
-    assert short(["adapter.r", "trainer.learning_rate"]) == {"adapter.r": "r", "trainer.learning_rate": "learning_rate"}
-    assert short(["a.r", "b.r"]) == {"a.r": "a.r", "b.r": "b.r"}
-    assert label(Job(0, ("adapter.r=4", "x.lr=0.00123456789")), ["adapter.r", "x.lr"]) == "r=4 lr=0.001235"
+    assert differing_settings(jobs) == {"adapter.r": ["4", "8"]}
+    assert short_keys(["adapter.r", "trainer.learning_rate"]) == {
+        "adapter.r": "r",
+        "trainer.learning_rate": "learning_rate",
+    }
+    assert short_keys(["a.r", "b.r"]) == {"a.r": "a.r", "b.r": "b.r"}
+    assert job_label(Job(0, ("adapter.r=4", "x.lr=0.00123456789")), ["adapter.r", "x.lr"]) == "r=4 lr=0.001235"
 
 
 def test_another_sweeps_folder_is_refused(tmp_path):
-    record(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=8",))], ["adapter.r"])
-    check_same(tmp_path, [Job(0, ("adapter.r=8", "keep=all")), Job(1, ("adapter.r=4",))])
+    write_jobs(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=8",))], ["adapter.r"])
+    check_same_jobs(tmp_path, [Job(0, ("adapter.r=8", "keep=all")), Job(1, ("adapter.r=4",))])
     with pytest.raises(RequestError, match=r"adapter\.r is 4, 16 here and 4, 8 there"):
-        check_same(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=16",))])
+        check_same_jobs(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=16",))])
 
 
 def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monkeypatch):
@@ -162,18 +173,18 @@ def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monke
     estimate.earlier_runs.cache_clear()
     half = compose("trainer.max_steps=40")
     sweep = tmp_path / "sweeps" / "a" / "b"
-    assert expected(sweep, [half]) is None
+    assert estimate_time(sweep, [half]) is None
     run = tmp_path / "a" / "b"
     (run / ".hydra").mkdir(parents=True)
     (run / ".hydra" / "config.yaml").write_text(yaml.dump(asdict(compose())))
     train = {"seconds": 60.0, "pairs_per_second": 80 * 16 / 60}
     (run / "summary.json").write_text(json.dumps({"status": "done", "seconds": 100.0, "train": train}))
     estimate.earlier_runs.cache_clear()
-    told = expected(sweep, [half, half])
+    told = estimate_time(sweep, [half, half])
     assert told is not None
     assert told[0] == pytest.approx(140)
     assert "latest run of this model and data" in told[1]
-    assert expected(sweep, [compose("data.train_rows=64")]) is None, "other data, nothing known"
+    assert estimate_time(sweep, [compose("data.train_rows=64")]) is None, "other data, nothing known"
     estimate.earlier_runs.cache_clear()
 
 
@@ -181,7 +192,7 @@ def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, 7")
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    assert visible_cards() == ["4", "7"]
+    assert visible_gpus() == ["4", "7"]
     hold = (
         "import sys, time; from smolvlm_exp.sweep.share import *\n"
         "with share_of_machine(2): print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
@@ -189,7 +200,7 @@ def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=os.environ)
     assert other.stdout is not None
     assert other.stdout.readline().strip() == "4"
-    with free_card(visible_cards()) as mine:
+    with free_gpu(visible_gpus()) as mine:
         assert mine == "7"
         third = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=os.environ)
         time.sleep(1)

@@ -13,9 +13,9 @@ import optuna
 import pytest
 
 from smolvlm_exp.config.compose import parsed
-from smolvlm_exp.runs.sweep_record import recorded
+from smolvlm_exp.runs.sweep_record import read_jobs
 from smolvlm_exp.sweep.launcher import Stop
-from smolvlm_exp.sweep.optuna_study import Options, deserted, distribution, open_study
+from smolvlm_exp.sweep.optuna_study import Options, distribution, is_abandoned, open_study
 from smolvlm_exp.sweep.search import Search
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import QUICK, compose
@@ -68,7 +68,7 @@ def test_it_goes_on_to_a_total(tmp_path, database):
     more = Launcher(tmp_path)
     search(tmp_path, more, storage=storage, n_trials=8)
     assert more.ran == [6, 7]
-    assert [job.number for job in recorded(tmp_path)] == list(range(8))
+    assert [job.number for job in read_jobs(tmp_path)] == list(range(8))
 
 
 def test_failed_and_pruned_trials_are_told_and_count(tmp_path):
@@ -85,8 +85,8 @@ def test_a_trial_of_a_living_command_is_left_to_it(tmp_path):
     trial = study.ask({"x": optuna.distributions.IntDistribution(1, 3)})
     trial.set_user_attr("worker", ".worker-other")
     with FileLock(tmp_path / ".worker-other"):
-        assert not deserted(tmp_path, study.trials[0])
-    assert deserted(tmp_path, study.trials[0])
+        assert not is_abandoned(tmp_path, study.trials[0])
+    assert is_abandoned(tmp_path, study.trials[0])
 
 
 def test_another_search_in_the_folder_is_refused(tmp_path):
@@ -108,16 +108,16 @@ def test_hydras_sweep_syntax_is_the_space():
 
 
 def test_without_optuna_the_command_to_get_it_is_told(monkeypatch):
-    from smolvlm_exp.sweep.optuna_study import need_optuna
+    from smolvlm_exp.sweep.optuna_study import require_optuna
 
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(RequestError, match=r"pip install 'smolvlm-exp\[search\]'"):
-        need_optuna()
+        require_optuna()
 
 
 def test_a_trial_that_falls_behind_is_pruned(tmp_path):
     """Five others reached 0.9 at step 10; 0.1 there ends a trial, 0.95 does not."""
-    from smolvlm_exp.sweep.pruning_callback import pruning
+    from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
     from smolvlm_exp.utils.errors import Pruned
 
     options = {**OPTIONS, "n_warmup_steps": 0, "prune": "eval_rewards/accuracies"}
@@ -131,16 +131,16 @@ def test_a_trial_that_falls_behind_is_pruned(tmp_path):
     folder.mkdir()
     told = {"study": study.study_name, "trial": trial._trial_id, **options}
     (folder / "trial.json").write_text(json.dumps(told))
-    (callback,) = pruning(folder)
+    (callback,) = pruning_callbacks(folder)
     state = SimpleNamespace(global_step=10, max_steps=20)
     callback.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.95})
     (folder / "trial.json").write_text(json.dumps({**told, "trial": study.ask()._trial_id}))
-    (worse,) = pruning(folder)
+    (worse,) = pruning_callbacks(folder)
     with pytest.raises(Pruned, match="at step 10 is below"):
         worse.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.1})
     with pytest.raises(RequestError, match="not evaluated"):
         callback.on_evaluate(None, state, None, metrics={"eval_loss": 0.1})
-    assert pruning(tmp_path) == []
+    assert pruning_callbacks(tmp_path) == []
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import pytest
 
 from smolvlm_exp.deploy.session.load import load_session
 from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession
-from smolvlm_exp.tasks.chat import Chat, converse
+from smolvlm_exp.tasks.chat import ChatLoop
+from smolvlm_exp.tasks.chat import chat as run_chat
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import compose
@@ -18,14 +19,14 @@ CAT = PACKAGE / "data" / "sources" / "photos" / "cat.jpg"
 
 @pytest.fixture
 def chat(small):
-    return Chat(SmolVLMSession.load(small), Sampling(max_new_tokens=8))
+    return ChatLoop(SmolVLMSession.load(small), Sampling(max_new_tokens=8))
 
 
 def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, capsys):
     file = tmp_path / "said.json"
     typed = f"/image {CAT}\nWhat do you see?\n\nIs there a star?\n/history\n/save {file}\n/quit\nnever read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
-    converse(compose("task=chat", f"model.id={graphs}", "session.precision=int8", "session.max_new_tokens=8"), tmp_path)
+    run_chat(compose("task=chat", f"model.id={graphs}", "session.precision=int8", "session.max_new_tokens=8"), tmp_path)
     out = capsys.readouterr().out
     said = json.loads(file.read_text())
     assert [turn["role"] for turn in said] == ["user", "assistant"] * 2
@@ -90,7 +91,7 @@ def test_what_cannot_be_done_is_told_and_changes_nothing(chat, capsys, line, mes
 )
 def test_what_cannot_be_talked_to(graphs, tmp_path, overrides, message):
     with pytest.raises(RequestError, match=message):
-        converse(compose("task=chat", *(o.format(graphs=graphs) for o in overrides)), tmp_path)
+        run_chat(compose("task=chat", *(o.format(graphs=graphs) for o in overrides)), tmp_path)
 
 
 @pytest.mark.slow

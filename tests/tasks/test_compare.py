@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from smolvlm_exp.evaluation.comparison import Run, comparison
-from smolvlm_exp.evaluation.per_row import Rows, keep, kept
+from smolvlm_exp.evaluation.per_row import PerRowResults, load_per_row, save_per_row
 from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.reporting.comparison_page import apart, lead
 from smolvlm_exp.tasks.compare import compare, folders
@@ -39,7 +39,9 @@ def of(value, seed=0, rate=1e-4, interval=0.05):
 
 def of_rows(right, seed=0, rate=1e-4, asked=range(100)):
     """A run whose every held-out row is known."""
-    rows = Rows(np.arange(3, dtype=np.uint64), np.array(asked, dtype=np.uint64), {"preference_accuracy": mean(right)})
+    rows = PerRowResults(
+        np.arange(3, dtype=np.uint64), np.array(asked, dtype=np.uint64), {"preference_accuracy": mean(right)}
+    )
     return replace(of(float(np.mean(right)), seed, rate, interval=0.09), rows=rows)
 
 
@@ -99,13 +101,13 @@ def test_the_same_rows_are_compared_row_by_row():
 
 def test_rows_are_kept_and_read(tmp_path):
     prints = {"train": [b"12345678 and more", b"abcdefgh"], "test": [b"87654321"] * 3}
-    keep(tmp_path, prints, {"recall": mean([1, 0, 1])})
-    rows = kept(tmp_path)
+    save_per_row(tmp_path, prints, {"recall": mean([1, 0, 1])})
+    rows = load_per_row(tmp_path)
     assert (len(rows.train), len(set(rows.test.tolist())), rows.ratios["recall"].value) == (2, 1, pytest.approx(2 / 3))
     file = tmp_path / "rows.safetensors"
     file.write_bytes(file.read_bytes()[:100])
-    assert kept(tmp_path) is None
-    assert kept(tmp_path / "nowhere") is None
+    assert load_per_row(tmp_path) is None
+    assert load_per_row(tmp_path / "nowhere") is None
 
 
 def test_less_is_better_where_it_is():

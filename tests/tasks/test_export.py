@@ -8,7 +8,7 @@ import pytest
 from smolvlm_exp.deploy.export.options import PARTS
 from smolvlm_exp.deploy.export.record import read_record
 from smolvlm_exp.deploy.session.session import SmolVLMSession
-from smolvlm_exp.tasks.export import deliver
+from smolvlm_exp.tasks.export import export as run_export
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
@@ -25,7 +25,7 @@ def export(small, graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "export_graphs", copied)
 
     def run(*overrides):
-        return deliver(
+        return run_export(
             compose(
                 "task=export", f"model.id={small}", "quant=none", "data.test_rows=24",
                 "trainer.per_device_eval_batch_size=24", *overrides,

@@ -8,7 +8,7 @@ import sys
 import pytest
 import torch
 
-from smolvlm_exp.tasks.generate import answer
+from smolvlm_exp.tasks.generate import generate
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import compose
@@ -62,32 +62,32 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
         "task.answers=a.jsonl",
         "task.max_new_tokens=8",
     )
-    answer(compose(*arguments), tmp_path)
+    generate(compose(*arguments), tmp_path)
     first = lines(tmp_path / "a.jsonl")
     assert [{key: each[key] for key in ("image", "question")} for each in first] == asked
     assert first[0]["base"] != first[0]["tuned"]
     text = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "a.jsonl").write_text(text[0] + "\n" + text[1][:20])  # as a killed run leaves it
-    answer(compose(*arguments), tmp_path)
+    generate(compose(*arguments), tmp_path)
     assert "2 questions, 1 of them answered" in capsys.readouterr().out
     assert lines(tmp_path / "a.jsonl") == first
     with pytest.raises(RequestError, match=r"a\.jsonl, line 1 has base, tuned, and this command writes answer"):
-        answer(compose(*(each for each in arguments if each != "model.adapter=run")), tmp_path)
+        generate(compose(*(each for each in arguments if each != "model.adapter=run")), tmp_path)
 
 
 def test_line_separators_inside_strings_end_no_line(tmp_path):
     """json.dumps leaves U+2028 as it is, and str.splitlines parts lines at it."""
-    from smolvlm_exp.runs.event_log import append, cut, read_events
+    from smolvlm_exp.runs.event_log import append_event, read_events, truncate_after
     from smolvlm_exp.tasks.generate import Asked, answered, from_lines
 
     path = tmp_path / "lines.jsonl"
-    append(path, {"image": "a.jpg", "question": "One\u2028two?", "answer": "Three\u0085four.", "step": 1})
-    append(path, {"image": "b.jpg", "question": "?", "answer": "\u2029", "step": 2})
+    append_event(path, {"image": "a.jpg", "question": "One\u2028two?", "answer": "Three\u0085four.", "step": 1})
+    append_event(path, {"image": "b.jpg", "question": "?", "answer": "\u2029", "step": 2})
     both = [Asked("a.jpg", "One\u2028two?"), Asked("b.jpg", "?")]
     assert list(from_lines(path)) == both
     assert answered(path, ("answer",)) == set(both)
     assert len(read_events(path)) == 2
-    cut(path, 1)
+    truncate_after(path, 1)
     assert [event["answer"] for event in read_events(path)] == ["Three\u0085four."]
 
 
@@ -111,13 +111,13 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
     arguments = (*PLAIN, "task.questions=pictures/asked.jsonl", "task.answers=a.jsonl")
     opened = []
     sys.addaudithook(lambda event, a: opened.append(a[0]) if event == "open" and "mine.jpg" in str(a[0]) else None)
-    answer(compose(*arguments), tmp_path)
+    generate(compose(*arguments), tmp_path)
     found = lines(tmp_path / "a.jsonl")
     assert ["lies outside the data's folder" in each["problem"] for each in found[:3]] == [True] * 3
     assert "is a URL" in found[3]["problem"]
     assert found[4]["answer"]
     assert opened == []
-    answer(compose(*arguments, "task.answers=b.jsonl", "data.max_pixels=999"), tmp_path)
+    generate(compose(*arguments, "task.answers=b.jsonl", "data.max_pixels=999"), tmp_path)
     assert "more than data.max_pixels=999" in lines(tmp_path / "b.jsonl")[4]["problem"]
 
 
@@ -133,4 +133,4 @@ def test_what_cannot_be_asked(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "asked.jsonl").write_text('{"image": "a.jpg", "question": "b"}\n{"image": "a.jpg"}\n')
     with pytest.raises(RequestError, match=re.escape(message)):
-        answer(compose(*PLAIN, *arguments), tmp_path)
+        generate(compose(*PLAIN, *arguments), tmp_path)

@@ -11,10 +11,10 @@ from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.validation import token_counter
 from smolvlm_exp.engine import trainers as trainer
 from smolvlm_exp.models.shape import make_processor, shape_of
-from smolvlm_exp.models.tokenizer import stand_in
+from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.tasks.plan import plan
-from smolvlm_exp.training.memory_budget import TOGETHER, budget_of
-from smolvlm_exp.training.row_lengths import lengths, span, tiles_of
+from smolvlm_exp.training.memory_budget import BATCH_LOSSES, budget_of
+from smolvlm_exp.training.row_lengths import row_lengths, span, tiles_of
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
@@ -133,7 +133,7 @@ def test_tiles_are_counted_as_the_processor_counts_them(width, height, model):
 @pytest.mark.parametrize("grid", [(4, 3), (3, 4), (4, 4), (1, 2)])
 def test_a_pictures_tokens_are_about_right(grid):
     shape = shape_of("smolvlm_256m")
-    processor = make_processor(shape, stand_in(shape))
+    processor = make_processor(shape, stand_in_tokenizer(shape))
     written = processor.replace_image_token({"rows": [[grid[0]]], "cols": [[grid[1]]]}, 0)
     tokens = len(processor.tokenizer(written, add_special_tokens=False)["input_ids"])
     assert span(grid[0] * grid[1] + 1, shape) == pytest.approx(tokens, abs=3)
@@ -141,7 +141,7 @@ def test_a_pictures_tokens_are_about_right(grid):
 
 def test_drawn_rows_are_as_long_as_they_will_be(processor, tmp_path):
     config = compose("data.train_rows=64", "data.test_rows=8")
-    found = lengths(config.data, config.model, config.task)
+    found = row_lengths(config.data, config.model, config.task)
     rows = load_preferences(config.data, processor, tmp_path).train
     count = token_counter(processor)
     for row, (prompt, chosen, rejected, tiles) in zip(rows, found.sizes, strict=True):
@@ -171,4 +171,4 @@ def test_a_wrong_budget_names_the_key(text):
 
 
 def test_losses_that_cannot_be_parted_are_the_trainers():
-    assert TOGETHER == trainer.WHOLE
+    assert BATCH_LOSSES == trainer.BATCH_LOSSES

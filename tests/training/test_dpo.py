@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training.arguments import upstream
+from smolvlm_exp.training.arguments import build_trl_config
 from smolvlm_exp.training.dpo import LOSSES
 from tests.conftest import SIGMOID
 
@@ -188,5 +188,5 @@ def test_one_gpu_a_process(capsys):
             self._n_gpu = gpus
 
     for gpus, left in ((0, 0), (1, 1), (4, 1)):
-        assert upstream(Arguments, {"gpus": gpus}).n_gpu == left
+        assert build_trl_config(Arguments, {"gpus": gpus}).n_gpu == left
         assert ("accelerate launch --num_processes 4" in capsys.readouterr().out) == (gpus == 4)

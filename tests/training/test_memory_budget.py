@@ -10,7 +10,7 @@ from smolvlm_exp.engine.memory import probe
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training import dpo
 from smolvlm_exp.training import memory_budget as fit
-from smolvlm_exp.training.memory_budget import held_to
+from smolvlm_exp.training.memory_budget import memory_cap
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID
 
@@ -41,7 +41,7 @@ def test_a_planned_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, check
 @pytest.mark.parametrize("keep", ["inputs", "everything"])
 def test_fused_layers_are_not_checkpointed_once_more(quick, tmp_path, monkeypatch, keep):
     built = []
-    monkeypatch.setattr(dpo, "fit", lambda config, trainer: built.append(trainer))
+    monkeypatch.setattr(dpo, "plan_memory", lambda config, trainer: built.append(trainer))
     train(quick(*SIGMOID, "trainer.max_steps=1", f"trainer.gradient_checkpointing={keep == 'inputs'}"), tmp_path)
     layers = built[0].model.get_base_model().base_model.text_model.layers
     assert [layer.forward.keep for layer in layers] == [keep] * len(layers)
@@ -68,8 +68,8 @@ def test_a_probed_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, monkey
         (tmp_path / name).mkdir()
         if budget == "auto":
             monkeypatch.setattr(fit, "on_gpu", lambda trainer: True)
-            monkeypatch.setattr(probe, "available", lambda: 88 * 2**20)
-            monkeypatch.setattr(probe, "this_card", lambda dtype: memory.CPU)
+            monkeypatch.setattr(probe, "available_memory", lambda: 88 * 2**20)
+            monkeypatch.setattr(probe, "measure_card", lambda dtype: memory.CPU)
             monkeypatch.setattr(probe, "measure", measured)
             monkeypatch.setattr(memory, "proposals", proposed)
         train(quick(f"trainer.memory_budget={budget}", *asked), tmp_path / name)
@@ -118,8 +118,8 @@ def test_a_given_budget_caps_the_process_and_the_cap_goes_again(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: type("P", (), {"total_memory": 16 * 2**30}))
     monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda: fractions[-1])
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", fractions.append)
-    with held_to("8GiB"):
+    with memory_cap("8GiB"):
         assert fractions[-1] == 0.5
-    with held_to("auto"), held_to("99GiB"):
+    with memory_cap("auto"), memory_cap("99GiB"):
         assert fractions[-1] == 1.0
     assert fractions[-1] == 1.0

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from smolvlm_exp.runs.event_log import append, read_events
+from smolvlm_exp.runs.event_log import append_event, read_events
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training.callbacks import MetricsCallback
 from smolvlm_exp.training.sample_callback import SamplesCallback
@@ -63,9 +63,9 @@ def test_a_share_of_the_steps(tmp_path):
 
 def test_half_a_line_does_not_spoil_the_next(tmp_path):
     path = tmp_path / "events.jsonl"
-    append(path, {"step": 1})
+    append_event(path, {"step": 1})
     path.write_text(path.read_text() + '{"step": 2, "lo')
-    append(path, {"step": 3})
-    append(path, {"step": 4, "answers": ["ü"]})
+    append_event(path, {"step": 3})
+    append_event(path, {"step": 4, "answers": ["ü"]})
     assert [event["step"] for event in read_events(path)] == [1, 3, 4]
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 4, "answers": ["ü"]}

@@ -11,13 +11,13 @@ import torch.distributed as dist
 from conftest import compose
 from peft import LoraConfig, get_peft_model
 
-from smolvlm_exp.engine.disk_cache import Store
-from smolvlm_exp.engine.inputs.dataset import Rows
+from smolvlm_exp.engine.disk_cache import DiskCache
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.engine.precompute.reference import reference_logps
 from smolvlm_exp.models.model import load_model
-from smolvlm_exp.utils.distributed import all_of, from_first, gather, share
+from smolvlm_exp.utils.distributed import all_ranks, broadcast_from_rank0, gather, rank_slice
 from tests.engine.precompute.test_reference import PARTS, PLENTY, Count, collator, lengths
 
 
@@ -44,22 +44,22 @@ def together(folder, work):
 def test_shares_are_everything_once():
     for count in range(7):
         for processes in range(1, 5):
-            shares = [list(share(count, rank, processes)) for rank in range(processes)]
+            shares = [list(rank_slice(count, rank, processes)) for rank in range(processes)]
             assert list(chain(*shares)) == list(range(count))
             assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
 def test_alone_there_is_no_group():
-    assert (from_first(lambda: 3), gather(4), all_of(True), all_of(False)) == (3, [4], True, False)
+    assert (broadcast_from_rank0(lambda: 3), gather(4), all_ranks(True), all_ranks(False)) == (3, [4], True, False)
 
 
 def agree(rank, folder):
-    assert from_first(lambda: f"said by {rank}") == "said by 0"
+    assert broadcast_from_rank0(lambda: f"said by {rank}") == "said by 0"
     assert gather(rank) == [0, 1]
-    assert all_of(True)
-    assert not all_of(rank == 0)
+    assert all_ranks(True)
+    assert not all_ranks(rank == 0)
     with pytest.raises((KeyError, RuntimeError), match="lost"):
-        from_first(lambda: {}["lost"])
+        broadcast_from_rank0(lambda: {}["lost"])
 
 
 def test_they_agree(tmp_path):
@@ -69,7 +69,7 @@ def test_they_agree(tmp_path):
 def keep_both(rows, processor, rank, folder):
     """Tiles and features of the same pictures; each process notes which it made."""
     made = []
-    fed = Rows(rows, processor, None)
+    fed = PackedDataset(rows, processor, None)
     stream = fed.stream
 
     def noted(pictures, num_proc):
@@ -77,7 +77,7 @@ def keep_both(rows, processor, rank, folder):
         return stream(pictures, num_proc)
 
     fed.stream = noted
-    store = Store(folder / "cache", PLENTY)
+    store = DiskCache(folder / "cache", PLENTY)
     fed.keep_tiles(store, PLENTY, 0)
     assert sorted(chain(*gather(list(made)))) == list(range(len(fed.digests)))
     made.clear()
@@ -86,13 +86,15 @@ def keep_both(rows, processor, rank, folder):
     assert sorted(chain(*gather(list(made)))) == list(range(len(fed.digests)))
     assert 0 < len(made) < len(fed.digests)
     torch.save([fed[i]["features"] for i in range(len(fed))], folder / f"features{rank}.pt")
-    assert all(torch.equal(fed.tiles(n), Rows(rows, processor, None).tiles(n)) for n in range(len(fed.digests)))
+    assert all(
+        torch.equal(fed.tiles(n), PackedDataset(rows, processor, None).tiles(n)) for n in range(len(fed.digests))
+    )
 
 
 def test_tiles_and_features_are_shared_out(processor, rows, tmp_path):
     few = rows.train.select(range(9))
     assert together(tmp_path, functools.partial(keep_both, few, processor)) == [0, 0]
-    alone = Rows(few, processor, None)
+    alone = PackedDataset(few, processor, None)
     keep_features(alone, load_model(compose().model).requires_grad_(False), pixels(processor), None, PLENTY)
     for rank in range(2):
         for i, features in enumerate(torch.load(tmp_path / f"features{rank}.pt")):
@@ -101,7 +103,7 @@ def test_tiles_and_features_are_shared_out(processor, rows, tmp_path):
 
 def score_both(rows, processor, with_store, rank, folder):
     feed, score = collator(processor, rows), Count()
-    store = Store(folder / "cache", PLENTY) if with_store else None
+    store = DiskCache(folder / "cache", PLENTY) if with_store else None
     found = reference_logps(feed, score, PARTS, store, 4)
     assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
     assert sorted(chain(*gather(score.rows))) == list(range(len(rows)))
@@ -124,11 +126,11 @@ def wait_for_each_other(rank, folder):
         if rank == 1:
             raise KeyError("its share")
 
-    store = Store(folder / "cache", PLENTY)
+    store = DiskCache(folder / "cache", PLENTY)
     with pytest.raises((KeyError, RuntimeError), match=r"its share|share of thing-1"):
         store.get("thing-1", {"bytes": (torch.uint8, (7,))}, fill)
-    assert all_of(not list(store.folder.glob("*thing-1")))
-    assert Store(folder / "small", 3).get("thing-1", {"bytes": (torch.uint8, (7,))}, fill) is None
+    assert all_ranks(not list(store.folder.glob("*thing-1")))
+    assert DiskCache(folder / "small", 3).get("thing-1", {"bytes": (torch.uint8, (7,))}, fill) is None
 
 
 def test_one_that_fails_stops_both(tmp_path):

@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import EXPECTED, VERSION, conversation, features, is_known, pictures
-from smolvlm_exp.data.images import Entry, PictureError, locate
-from smolvlm_exp.data.loading import convert, first_line, hold_out, load_saved, sliced, stamp, undecoded
+from smolvlm_exp.data.formats import EXPECTED, VERSION, conversation, features, has_known_format, row_images
+from smolvlm_exp.data.images import Entry, ImageError, locate
+from smolvlm_exp.data.loading import convert, files_digest, first_line, hold_out, load_saved, select_split, undecoded
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
 
@@ -56,7 +56,7 @@ def load(config: Config, split: str) -> "Dataset":
         splits = {name: from_files(files, folder) for name, files in find(folder, config.rows).items()}
     if "test" not in splits and "train" in splits:
         splits |= hold_out(splits["train"], picture_keys(splits["train"]), config.test_fraction)
-    return sliced(splits, split)
+    return select_split(splits, split)
 
 
 def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
@@ -91,7 +91,7 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
         return from_table(table, folder, where)
     rows = [row for path in files for row in parse(path)]
     require({key for row in rows for key in row} - {ORIGIN}, where)
-    kwargs = {"rows": rows, "folder": folder, "stamp": f"{VERSION} {stamp(map(pictures, rows), folder)}"}
+    kwargs = {"rows": rows, "folder": folder, "stamp": f"{VERSION} {files_digest(map(row_images, rows), folder)}"}
     columns = Features({**features(), ORIGIN: Value("string")})
     return Dataset.from_generator(generate, features=columns, gen_kwargs=kwargs)
 
@@ -100,14 +100,14 @@ def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
     """The rows of an Arrow table, in the normal form."""
     require(set(table.column_names), where)
     columns = [name for name in ("image", "images") if name in table.column_names]
-    seen = stamp((pictures(row) for row in undecoded(table, columns)), folder)
+    seen = files_digest((row_images(row) for row in undecoded(table, columns)), folder)
     rows = convert(table, to_row, folder=folder, stamp=seen)
     return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
 
 
 def require(columns: set[str], where: str) -> None:
     """Refuse columns in no known spelling, naming those that were found."""
-    if not is_known(columns):
+    if not has_known_format(columns):
         found = ", ".join(sorted(columns)) or "none"
         raise RequestError(f"{where} has the columns {found}. Expected: {EXPECTED}.")
 
@@ -124,7 +124,7 @@ def to_row(row: dict[str, Any], folder: Path, stamp: str) -> dict[str, Any]:
     `stamp` is unused here: `datasets` keys its cache by the arguments, and must notice a picture that was replaced.
     """
     try:
-        found = pictures(row)
+        found = row_images(row)
         made = {"images": located(found, folder), **conversation(row, len(found)), "problem": ""}
         json.dumps(made, ensure_ascii=False, default=repr).encode()
         return made
@@ -143,8 +143,8 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
     for number, entry in enumerate(entries, start=1):
         try:
             images.append(locate(entry, folder))
-        except PictureError as error:
-            raise PictureError(f"image {number} {error}") from error
+        except ImageError as error:
+            raise ImageError(f"image {number} {error}") from error
     return images
 
 

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import pictures
-from smolvlm_exp.data.loading import convert, first_line, hold_out, sliced, stamp, undecoded
+from smolvlm_exp.data.formats import row_images
+from smolvlm_exp.data.loading import convert, files_digest, first_line, hold_out, select_split, undecoded
 from smolvlm_exp.data.sources.files import to_row
 from smolvlm_exp.utils.errors import RequestError
 
@@ -52,7 +52,7 @@ def load(config: Config, split: str) -> "Dataset":
             f"{annotations} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}."
         )
     rows = rows.select_columns(["image", "question", "chosen", "rejected"])
-    keys = [str(pictures(row)) for row in undecoded(rows, ["image"])]
-    rows = sliced(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part
-    seen = stamp(map(pictures, undecoded(rows, ["image"])), images)
+    keys = [str(row_images(row)) for row in undecoded(rows, ["image"])]
+    rows = select_split(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part
+    seen = files_digest(map(row_images, undecoded(rows, ["image"])), images)
     return convert(rows, to_row, folder=images, stamp=seen)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import features
-from smolvlm_exp.data.loading import sliced
+from smolvlm_exp.data.loading import select_split
 from smolvlm_exp.data.messages import assistant, user
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def load(config: Config, split: str) -> "Dataset":
         name: Dataset.from_list([to_row(pair) for pair in pairs if pair["split"] == name], features=features())
         for name in ("train", "test")
     }
-    return sliced(splits, split)
+    return select_split(splits, split)
 
 
 def to_row(pair: dict[str, Any]) -> dict[str, Any]:

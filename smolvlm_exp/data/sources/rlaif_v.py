@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import conversation
-from smolvlm_exp.data.loading import convert, embedded, fetch
+from smolvlm_exp.data.loading import convert, fetch, require_embedded
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -31,7 +31,7 @@ def first_image(row: dict[str, Any]) -> dict[str, Any]:
     """Drop every picture but the first, and its part in the prompt."""
     try:
         words = conversation(row, images=1)
-        images = embedded((row["images"] or [])[:1])
+        images = require_embedded((row["images"] or [])[:1])
     except ValueError as error:
         return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": str(error)}
     prompt, seen = [], False

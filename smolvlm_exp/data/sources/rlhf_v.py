@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.images import PictureError
-from smolvlm_exp.data.loading import convert, embedded, fetch
+from smolvlm_exp.data.images import ImageError
+from smolvlm_exp.data.loading import convert, fetch, require_embedded
 from smolvlm_exp.data.messages import assistant, user
 
 if TYPE_CHECKING:
@@ -33,9 +33,9 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
     try:
         text = json.loads(row["text"])
         question, chosen, rejected = (str(text[key]) for key in ("question", "chosen", "rejected"))
-        images = embedded([row["image"]] if row["image"] else [])
+        images = require_embedded([row["image"]] if row["image"] else [])
         problem = ""
-    except PictureError as error:
+    except ImageError as error:
         images, question, chosen, rejected, problem = [], "", "", "", f"image 1 {error}"
     except (ValueError, KeyError, TypeError):
         images, question, chosen, rejected = [], "", "", ""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import as_png
-from smolvlm_exp.data.loading import workers
+from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 from smolvlm_exp.utils.fields import one_of
@@ -86,7 +86,7 @@ def load(config: Config, split: str) -> "Dataset":
         fn_kwargs={"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out},
         remove_columns="index",
         features=features,
-        num_proc=workers(config.num_proc, count),
+        num_proc=worker_count(config.num_proc, count),
         desc="scenes",
     )
 

@@ -111,8 +111,11 @@ def cell(value: float | None, ends: Any) -> str:
 def data_section(settings: Settings, run: dict[str, Any]) -> str:
     name = settings["data"].get("id", settings["data"]["source"])
     rows = (run.get("data") or {}).get("train", {}).get("rows")
-    licence = LICENCES.get(settings["data"]["source"], "see where it comes from")
-    return f"## Data\n\n`{name}`, split `{settings['data']['train']}`{f', {rows:,} pairs' if rows else ''}. Licence: {licence}."
+    licence, count = (
+        LICENCES.get(settings["data"]["source"], "see where it comes from"),
+        f", {rows:,} pairs" if rows else "",
+    )
+    return f"## Data\n\n`{name}`, split `{settings['data']['train']}`{count}. Licence: {licence}."
 
 
 def settings_section(settings: Settings) -> str:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolvlm_exp.deploy.export.options import ExportConfig
-from smolvlm_exp.evaluation.checks import Check, at_most, moved
+from smolvlm_exp.evaluation.checks import Check, mean_logp_change, require_at_most
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.statistics import Change
 
@@ -37,7 +37,7 @@ def parity(tuned: Evaluation, exported: Evaluation, effect: float | None) -> Par
     assert tuned.logps is not None
     assert exported.logps is not None
     accuracies = (each.metrics["preference_accuracy"] for each in (tuned, exported))
-    return Parity(len(tuned.logps.chosen), moved(tuned.logps, exported.logps), effect, *accuracies)
+    return Parity(len(tuned.logps.chosen), mean_logp_change(tuned.logps, exported.logps), effect, *accuracies)
 
 
 def gate(config: ExportConfig, found: Parity, changes: dict[str, Change]) -> list[Check]:
@@ -48,14 +48,16 @@ def gate(config: ExportConfig, found: Parity, changes: dict[str, Change]) -> lis
     """
     off = "of what the adapter changed" if found.effect else "nats a token"
     checks = [
-        at_most("fall of preference accuracy, tuned to exported", found.tuned - found.exported, config.max_drop),
-        at_most(f"answers' log-probability off by, {off}", found.share, config.max_error),
+        require_at_most(
+            "fall of preference accuracy, tuned to exported", found.tuned - found.exported, config.max_drop
+        ),
+        require_at_most(f"answers' log-probability off by, {off}", found.share, config.max_error),
     ]
     for name, direction in WORSE.items():
         if name in changes:
             change = changes[name]
             worse = direction * change.difference if change.p < SURE else 0.0
-            checks.append(at_most(f"{name}, worse by (where p < {SURE})", worse, config.max_drop))
+            checks.append(require_at_most(f"{name}, worse by (where p < {SURE})", worse, config.max_drop))
     return checks
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from PIL.Image import Image
 from pydantic import BaseModel, Field
 
-from smolvlm_exp.data.images import PictureError
+from smolvlm_exp.data.images import ImageError
 from smolvlm_exp.deploy.server.options import ServeConfig
 from smolvlm_exp.deploy.session.prompt import Prompt
 from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession
@@ -97,5 +97,5 @@ def picture(given: Url | None, session: SmolVLMSession, limits: ServeConfig) -> 
         return session.writer.open(base64.b64decode(found[1], validate=True))
     except binascii.Error as error:
         raise RequestError(f"a picture's data is no base64: {error}.") from error
-    except PictureError as error:
+    except ImageError as error:
         raise RequestError(f"a picture {error}.") from error

@@ -18,12 +18,12 @@ def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
 
     from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
-    from smolvlm_exp.models.model import PILLOW, readable_loading, resolve_dtype
+    from smolvlm_exp.models.model import PIL_BACKEND, readable_loading, resolve_dtype
 
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder}: there is no model in it (no config.json).")
     with readable_loading(str(folder)):
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **PILLOW)
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **PIL_BACKEND)
         if is_onnx(folder):
             return OnnxModel(folder, exported_precisions(folder, precision)), processor
         model = AutoModelForImageTextToText.from_pretrained(

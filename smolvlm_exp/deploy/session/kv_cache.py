@@ -5,7 +5,7 @@ from collections.abc import Hashable, Iterator
 from typing import Any
 
 
-class Kept:
+class LRUCache:
     """A dictionary that forgets what was used longest ago, once it holds more than `budget` bytes."""
 
     def __init__(self, budget: int) -> None:

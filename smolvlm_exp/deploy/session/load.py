@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smolvlm_exp.data.images import Limits
+from smolvlm_exp.data.images import ImageLimits
 from smolvlm_exp.deploy.export.options import SUFFIXES
 from smolvlm_exp.deploy.export.record import RECORD
 from smolvlm_exp.deploy.session.backends import is_onnx, load_folder
@@ -61,4 +61,4 @@ def load_session(
         tuned = load_finetuned_model(model, quant, adapter, seed)
         use_exact_dora(tuned)  # PEFT's own computes each layer's norm anew for every token
         parts = TorchModel(tuned), load_processor(model)
-    return SmolVLMSession(*parts, budget=budget, max_edge=data.max_edge, limits=Limits.of(data))
+    return SmolVLMSession(*parts, budget=budget, max_edge=data.max_edge, limits=ImageLimits.of(data))

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from smolvlm_exp.data.control_tokens import as_text, control_tokens
-from smolvlm_exp.data.images import Limits, open_picture, shrink, to_rgb
+from smolvlm_exp.data.control_tokens import control_tokens, escape_control_tokens
+from smolvlm_exp.data.images import ImageLimits, open_image, shrink, to_rgb
 from smolvlm_exp.utils.errors import RequestError
 
 
@@ -55,10 +55,10 @@ class Prompt:
         return next((at for at, picture in self.pictures if at < count < at + len(picture.ids)), count)
 
 
-class Writer:
+class PromptBuilder:
     """Writes prompts as the model's chat template has them. Control tokens that somebody typed are text."""
 
-    def __init__(self, processor: Any, max_edge: int, limits: Limits) -> None:
+    def __init__(self, processor: Any, max_edge: int, limits: ImageLimits) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_edge, self.limits = max_edge, limits
         self.controls = control_tokens(processor)
@@ -92,7 +92,9 @@ class Writer:
         Raises:
             RequestError: it is no text that a tokenizer can read.
         """
-        text = self.processor.apply_chat_template(as_text(messages, self.controls), add_generation_prompt=True)
+        text = self.processor.apply_chat_template(
+            escape_control_tokens(messages, self.controls), add_generation_prompt=True
+        )
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -127,4 +129,4 @@ class Writer:
         """
         here = isinstance(given, Path)
         entry = {"bytes": None if here else given, "path": str(given) if here else None}
-        return open_picture(entry, self.max_edge, self.limits)
+        return open_image(entry, self.max_edge, self.limits)

@@ -23,9 +23,9 @@ import torch
 from PIL.Image import Image
 from tokenizers.decoders import DecodeStream
 
-from smolvlm_exp.data.images import Limits
-from smolvlm_exp.deploy.session.kv_cache import Kept
-from smolvlm_exp.deploy.session.prompt import Picture, Prompt, Writer
+from smolvlm_exp.data.images import ImageLimits
+from smolvlm_exp.deploy.session.kv_cache import LRUCache
+from smolvlm_exp.deploy.session.prompt import Picture, Prompt, PromptBuilder
 from smolvlm_exp.utils.errors import RequestError
 
 GIB = 2**30
@@ -44,7 +44,7 @@ class Sampling:
 
 class SmolVLMSession:
     def __init__(
-        self, model: Any, processor: Any, budget: int = GIB, max_edge: int = 512, limits: Limits | None = None
+        self, model: Any, processor: Any, budget: int = GIB, max_edge: int = 512, limits: ImageLimits | None = None
     ) -> None:
         """
         Args:
@@ -54,8 +54,8 @@ class SmolVLMSession:
             limits: of pictures' files; None: the defaults of data.*.
         """
         self.model, self.processor = model, processor
-        self.writer = Writer(processor, max_edge, limits or Limits())
-        self.kept = Kept(budget)
+        self.writer = PromptBuilder(processor, max_edge, limits or ImageLimits())
+        self.kept = LRUCache(budget)
         self.limit: int = model.config.text_config.max_position_embeddings
         self.numbers = itertools.count()
         self.turns = threading.RLock()  # one step of the model at a time: answers take turns token by token
@@ -212,7 +212,7 @@ class Answer:
         room = min(sampling.max_new_tokens, session.limit - self.prompt_tokens)
         try:
             while not self.stopping.is_set():
-                token = choose(logits, sampling, draw)
+                token = sample_token(logits, sampling, draw)
                 self.first_token = self.first_token or time.perf_counter() - begun
                 self.ids.append(token)
                 self.prompt.add([token])
@@ -248,7 +248,7 @@ class Conversation:
         return answer
 
 
-def choose(logits: torch.Tensor, sampling: Sampling, draw: torch.Generator) -> int:
+def sample_token(logits: torch.Tensor, sampling: Sampling, draw: torch.Generator) -> int:
     """
     Args:
         logits: (vocabulary,).

@@ -14,7 +14,7 @@ Batch = dict[str, Any]  # pairs.collate's
 
 
 @dataclass
-class Numbers:
+class IndexCollator:
     """A feed.Collator for bare row numbers."""
 
     collator: Collator
@@ -23,12 +23,12 @@ class Numbers:
         return self.collator([{"row": number} for number in numbers])
 
 
-def numbered(rows: int) -> datasets.Dataset:
+def index_dataset(rows: int) -> datasets.Dataset:
     """What transformers and TRL take for the data: row numbers, and a column that says there are pictures."""
     return datasets.Dataset.from_dict({"row": range(rows), "images": [[]] * rows})
 
 
-def row_numbers(examples: Sequence[dict[str, int]]) -> dict[str, list[int]]:
+def collate_indices(examples: Sequence[dict[str, int]]) -> dict[str, list[int]]:
     """The collator of a loader whose batches are collated later."""
     return {"rows": [example["row"] for example in examples]}
 
@@ -47,7 +47,7 @@ def to_device(value: Any, device: torch.device) -> Any:
     return value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
 
 
-def pairs_of(tensors: Mapping[str, Any], part: slice, pairs: int) -> Any:
+def slice_pairs(tensors: Mapping[str, Any], part: slice, pairs: int) -> Any:
     """Some pairs of a batch's tensors, each (pairs, ...), or (2 pairs, ...) with the chosen answers first."""
     if part == slice(0, pairs):
         return tensors
@@ -55,7 +55,7 @@ def pairs_of(tensors: Mapping[str, Any], part: slice, pairs: int) -> Any:
     return type(tensors)(**cut)
 
 
-def joined(parts: Sequence[Mapping[str, Any]], pairs: Sequence[int]) -> Any:
+def concat_pairs(parts: Sequence[Mapping[str, Any]], pairs: Sequence[int]) -> Any:
     """Batches' tensors together, padded on the right to one length: undoes `pairs_of`.
 
     Args:

@@ -22,18 +22,20 @@ import torch
 import transformers
 from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
-from smolvlm_exp.engine.disk_cache import Mapped, Store, keep, key_of
+from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key, cached_tensors
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.inputs.tiles import decode, file_of, height_and_width, tile
-from smolvlm_exp.utils.distributed import share
+from smolvlm_exp.utils.distributed import rank_slice
 
 VERSION = 1  # raise when tiles change: it is part of the key under which they are kept
 SIDES = ("prompt", "chosen", "rejected")
-TOGETHER = 256  # rows whose texts are tokenised in one call
-TRAVEL = 2**22  # bytes of tiles that go from one process to another at a time: each journey costs some milliseconds
+TOKENISE_ROWS = 256  # rows whose texts are tokenised in one call
+TRANSFER_BYTES = (
+    2**22
+)  # bytes of tiles that go from one process to another at a time: each journey costs some milliseconds
 
 
-class Rows(torch.utils.data.Dataset):
+class PackedDataset(torch.utils.data.Dataset):
     """The rows of a preference data set as tensors on the CPU.
 
     `rows[i]` has `prompt_ids` (P,), `chosen_ids` (C,), `rejected_ids` (R,) int64; `tiles` (n, 3, S, S) uint8, those of
@@ -61,8 +63,8 @@ class Rows(torch.utils.data.Dataset):
             ValueError: a prompt leaves no room for an answer, or names more or fewer pictures than its row has.
         """
         self.image_processor = processor.image_processor
-        self.kept: torch.Tensor | Mapped | None = None
-        self.features: torch.Tensor | Mapped | None = None
+        self.kept: torch.Tensor | MappedTensor | None = None
+        self.features: torch.Tensor | MappedTensor | None = None
         self.reference: tuple[torch.Tensor, torch.Tensor] | None = None
         self.files = rows.select_columns(["images"]).with_format("arrow")  # their stored bytes: nothing is decoded
         grids = self.look_at_pictures(processor)
@@ -95,10 +97,10 @@ class Rows(torch.utils.data.Dataset):
         bounds = self.offsets[3 * i : 3 * i + 4]
         row = {f"{side}_ids": self.ids[bounds[k] : bounds[k + 1]].long() for k, side in enumerate(SIDES)}
         if self.features is None:
-            row["tiles"] = joined([self.tiles(n) for n in self.pictures[i]], self.nothing)
+            row["tiles"] = concat([self.tiles(n) for n in self.pictures[i]], self.nothing)
         else:
             parts = [self.features[self.spans[n] : self.spans[n + 1]] for n in self.pictures[i]]
-            row["features"] = joined(parts, self.features[:0])
+            row["features"] = concat(parts, self.features[:0])
         if self.reference is not None:
             row["ref_chosen_logps"], row["ref_rejected_logps"] = (logps[i] for logps in self.reference)
         return row
@@ -125,7 +127,7 @@ class Rows(torch.utils.data.Dataset):
             )
         return tiles
 
-    def keep_tiles(self, store: Store | None, ram_budget: int, num_proc: int) -> None:
+    def keep_tiles(self, store: DiskCache | None, ram_budget: int, num_proc: int) -> None:
         """Make all tiles now and keep them: in RAM within `ram_budget` bytes, else in the store, else not at all.
 
         Processes of a torch.distributed group call it together, share the work and the store's one file.
@@ -135,13 +137,13 @@ class Rows(torch.utils.data.Dataset):
         """
 
         def fill(tensors: Any, rank: int, processes: int) -> None:
-            for picture, tiles in self.stream(share(len(self.digests), rank, processes), num_proc):
+            for picture, tiles in self.stream(rank_slice(len(self.digests), rank, processes), num_proc):
                 tensors["tiles"][self.spans[picture] : self.spans[picture + 1]] = tiles
 
         layout = {"tiles": (torch.uint8, (self.spans[-1], *self.nothing.shape[1:]))}
         parts = self.tiles_made_of()
         what = f"tiles of {len(self.digests):,} pictures"
-        kept = keep(what, key_of("tiles", **parts), layout, fill, store, ram_budget, parts)
+        kept = cached_tensors(what, cache_key("tiles", **parts), layout, fill, store, ram_budget, parts)
         self.kept = kept["tiles"] if kept else None
 
     def tiles_made_of(self) -> dict[str, Any]:
@@ -158,9 +160,9 @@ class Rows(torch.utils.data.Dataset):
     def stream(self, pictures: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, its tiles) of each of `pictures` in their order, tiled by `num_proc` processes; 0: by this one."""
         workers = min(num_proc, len(pictures)) if self.kept is None else 0  # else there is nothing left to do
-        together = max(1, min(TRAVEL // self.largest, len(pictures) // (4 * workers))) if workers else 1
+        together = max(1, min(TRANSFER_BYTES // self.largest, len(pictures) // (4 * workers))) if workers else 1
         chunks = [pictures[i : i + together] for i in range(0, len(pictures), together)]
-        made = Pictures(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest))
+        made = TileLoader(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest))
         for chunk, tiles in zip(chunks, in_order(made, chunks, workers), strict=True):
             counts = [self.spans[picture + 1] - self.spans[picture] for picture in chunk]
             yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
@@ -185,14 +187,14 @@ class Rows(torch.utils.data.Dataset):
 
 
 @dataclass
-class Pictures(torch.utils.data.Dataset):
+class TileLoader(torch.utils.data.Dataset):
     """Some pictures' tiles: a tensor, which travels between processes in shared memory, or an array, in a pipe."""
 
-    rows: Rows
+    rows: PackedDataset
     arrays: bool
 
     def __getitem__(self, pictures: Sequence[int]) -> Any:
-        tiles = joined([self.rows.tiles(picture) for picture in pictures], self.rows.nothing)
+        tiles = concat([self.rows.tiles(picture) for picture in pictures], self.rows.nothing)
         return tiles.numpy() if self.arrays else tiles
 
 
@@ -203,12 +205,12 @@ def in_order(items: torch.utils.data.Dataset, keys: Sequence[Any], workers: int)
         batch_size=None,
         sampler=keys,
         num_workers=workers,
-        collate_fn=as_it_is,
+        collate_fn=identity,
         generator=torch.Generator(),  # or it would draw from the run's own
     )
 
 
-def as_it_is(item: Any) -> Any:
+def identity(item: Any) -> Any:
     return item
 
 
@@ -222,7 +224,7 @@ def room_in_shared_memory(size: int) -> bool:
 class Collator:
     """For a DataLoader over {"row": number}: pairs.collate's batch and `rows`, (B,), those numbers."""
 
-    rows: Rows
+    rows: PackedDataset
     pad_token_id: int
     image_token_id: int
 
@@ -232,7 +234,7 @@ class Collator:
         return {**fields, "rows": torch.tensor(numbers)}
 
 
-def joined(parts: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
+def concat(parts: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
     """Parts end to end; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat([nothing, *parts])
 
@@ -249,17 +251,17 @@ def tokenise(
     Returns:
         the tokens; (3 rows + 1,) int64, where each part begins.
     """
-    texts = Texts(rows.select_columns(list(SIDES)).with_format(None), processor, grids, max_length)
-    workers = min(num_proc, len(rows) // (4 * TOGETHER))  # to begin one costs what a thousand rows do
+    texts = TextTokenizer(rows.select_columns(list(SIDES)).with_format(None), processor, grids, max_length)
+    workers = min(num_proc, len(rows) // (4 * TOKENISE_ROWS))  # to begin one costs what a thousand rows do
     ids, lengths = [np.empty(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
-    for tokens, parts in in_order(texts, range(0, len(rows), TOGETHER), workers):
+    for tokens, parts in in_order(texts, range(0, len(rows), TOKENISE_ROWS), workers):
         ids.append(tokens)
         lengths.append(parts)
     return torch.from_numpy(np.concatenate(ids)), np.cumsum(np.concatenate(lengths))
 
 
 @dataclass
-class Texts(torch.utils.data.Dataset):
+class TextTokenizer(torch.utils.data.Dataset):
     """`TOGETHER` rows from `start` on: their tokens, (T,) int32, and how many each part has, (3 rows,) int64."""
 
     rows: datasets.Dataset
@@ -268,7 +270,7 @@ class Texts(torch.utils.data.Dataset):
     max_length: int | None
 
     def __getitem__(self, start: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers = range(start, min(start + TOGETHER, len(self.rows)))
+        numbers = range(start, min(start + TOKENISE_ROWS, len(self.rows)))
         texts = [text for i in numbers for text in row_texts(self.rows[i], self.processor, self.grids[i], i)]
         found = self.processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
         for k, number in zip(range(0, len(found), 3), numbers, strict=True):

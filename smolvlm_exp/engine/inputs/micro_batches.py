@@ -9,7 +9,7 @@ from smolvlm_exp.engine.inputs.collate import Batch
 
 
 @dataclass
-class Micro:
+class MicroBatch:
     """One forward and backward pass."""
 
     segments: list[list[int]]  # row numbers; TRL's loss code sees one segment at a time
@@ -25,16 +25,16 @@ class Step:
     """One optimiser step's rows in this process."""
 
     units: list[list[int]]  # the loader's batches
-    micros: list[Micro]
+    micros: list[MicroBatch]
     batches: list[Batch] = field(default_factory=list)  # collated ahead, one for each micro; or none
-    running: Micro = field(default_factory=lambda: Micro([], []))
+    running: MicroBatch = field(default_factory=lambda: MicroBatch([], []))
 
     @property
     def pairs(self) -> int:
         return sum(map(len, self.units))
 
 
-def split(units: list[list[int]], size: int, whole: bool) -> list[Micro]:
+def split_micro_batches(units: list[list[int]], size: int, whole: bool) -> list[MicroBatch]:
     """The loader's batches as micro-batches of at most `size` rows.
 
     Args:
@@ -43,16 +43,17 @@ def split(units: list[list[int]], size: int, whole: bool) -> list[Micro]:
     if whole:
         together = max(size // len(units[0]), 1)
         return [
-            Micro(units[i : i + together], [1.0] * len(units[i : i + together])) for i in range(0, len(units), together)
+            MicroBatch(units[i : i + together], [1.0] * len(units[i : i + together]))
+            for i in range(0, len(units), together)
         ]
     rows, shares = list(chain(*units)), [1 / len(unit) for unit in units for _ in unit]
-    return [Micro([rows[i : i + size]], [sum(shares[i : i + size])]) for i in range(0, len(rows), size)]
+    return [MicroBatch([rows[i : i + size]], [sum(shares[i : i + size])]) for i in range(0, len(rows), size)]
 
 
 class StepSampler:
     """Row numbers of one micro-batch at a time, for a loader whose workers prepare them ahead."""
 
-    def __init__(self, accumulate: int, into_micros: Callable[[list[list[int]]], list[Micro]]) -> None:
+    def __init__(self, accumulate: int, into_micros: Callable[[list[list[int]]], list[MicroBatch]]) -> None:
         self.accumulate, self.into_micros = accumulate, into_micros
         self.source: Iterator[dict[str, list[int]]] = iter(())
         self.steps: deque[Step] = deque()

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, product_f32
 
 
-class Clock:
+class ParameterVersion:
     """Counts optimiser steps. With it and the tensors' versions, what is derived from adapters is derived once a step.
 
     Versions alone would not do: FSDP writes into unsharded parameters without raising them.
@@ -42,7 +42,7 @@ class Clock:
         return (cls.steps, *((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors))
 
 
-register_optimizer_step_post_hook(Clock.tick)
+register_optimizer_step_post_hook(ParameterVersion.tick)
 
 
 def squared_norm(base: torch.Tensor, weight_a: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
@@ -74,7 +74,7 @@ class ExactDora:
     def norm(self) -> torch.Tensor:
         """(out,) ||W + s B A||, float32, a constant for the gradients (section 4.3)."""
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
-        now = Clock.now(a, b)
+        now = ParameterVersion.now(a, b)
         if self.found[0] != now or self.found[1] is None:
             weight, scaled = frozen_weight(self.layer.get_base_layer()), self.layer.scaling[self.name] * b.float()
             with torch.autocast(weight.device.type, enabled=False):
@@ -105,7 +105,7 @@ class ExactDora:
         return ((gain - 1) * base_result + gain * scaling * lora_B(lora_A(x))).to(base_result.dtype)
 
 
-def exact(layer: Any, name: str) -> ExactDora:
+def exact_dora(layer: Any, name: str) -> ExactDora:
     """The layer's `ExactDora`, put in its place if it is not there yet."""
     dora = layer.lora_magnitude_vector[name]
     if not isinstance(dora.forward, ExactDora):
@@ -124,7 +124,7 @@ def use_exact_dora(model: nn.Module) -> int:
     for layer in layers:
         for name, dora in layer.lora_magnitude_vector.items():
             if type(dora) is DoraLinearLayer:
-                norm = exact(layer, name).norm()
+                norm = exact_dora(layer, name).norm()
                 if not layer.lora_B[name].weight.any():
                     dora.weight.data = norm.clone()
                     fresh += 1

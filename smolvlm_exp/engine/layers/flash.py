@@ -16,7 +16,7 @@ from smolvlm_exp.engine.layers.shared_prefix_attention import Layout, padded
 State = tuple[Any, ...]  # what a kernel needs for its backward pass beside its inputs and its result
 
 
-def flash(query: torch.Tensor) -> bool:
+def uses_flash(query: torch.Tensor) -> bool:
     return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
 
 
@@ -31,7 +31,7 @@ def attend(
     Returns:
         (T, Q, D), and what `attend_backward` wants.
     """
-    if not flash(query):
+    if not uses_flash(query):
         return padded(query, key, value, layout, scale), ()
     lengths = max(layout.max_first, layout.max_second), max(layout.max_first, layout.max_keys)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
@@ -51,8 +51,8 @@ def attend_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
-    if not flash(query):
-        return by_autograd(partial(padded, layout=layout, scale=scale), dout, query, key, value)
+    if not uses_flash(query):
+        return recompute_gradients(partial(padded, layout=layout, scale=scale), dout, query, key, value)
     lse, rng, unused = state
     lengths = max(layout.max_first, layout.max_second), max(layout.max_first, layout.max_keys)
     return torch.ops.aten._flash_attention_backward(
@@ -65,7 +65,7 @@ def attend_tiles(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
 ) -> tuple[torch.Tensor, State]:
     """Within each tile, every patch to every patch; all (n, patches, heads, D)."""
-    if not flash(query):
+    if not uses_flash(query):
         return sdpa(query, key, value, scale), ()
     if cudnn(query):
         heads_first = (each.transpose(1, 2) for each in (query, key, value))
@@ -90,8 +90,8 @@ def attend_tiles_backward(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value of `attend_tiles`."""
-    if not flash(query):
-        return by_autograd(partial(sdpa, scale=scale), dout, query, key, value)
+    if not uses_flash(query):
+        return recompute_gradients(partial(sdpa, scale=scale), dout, query, key, value)
     if cudnn(query):
         lse, cu_q, cu_k, max_q, max_k, seed, offset = state
         heads_first = (each.transpose(1, 2) for each in (dout, query, key, value, out))
@@ -122,7 +122,7 @@ def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: flo
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
-def by_autograd(
+def recompute_gradients(
     function: Callable[..., torch.Tensor], dout: torch.Tensor, *inputs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value of `function`, which is computed again."""

@@ -5,7 +5,7 @@
 
 What autograd would do with the layer's some forty operations is done here with about twenty kernels a pass: products of
 several linear layers at once (linear.py), everything between two products in one pass over memory (ops.py), and
-nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is kept.
+nothing kept for the backward pass that is cheap to make again. `LEVELS` (footprint.py) says how much is saved.
 text_layer.py and vision_layer.py say what norm, attention and activation are.
 """
 
@@ -23,7 +23,7 @@ IN, OUT, FIRST, SECOND = range(4)  # a layer's products
 
 
 @dataclass
-class Pass:
+class LayerContext:
     """What a layer's forward and backward pass share beside its tensors: first of all its products' adapters."""
 
     adapters: list[Adapters | None]
@@ -42,7 +42,7 @@ class Pass:
 
 
 @dataclass
-class Kept:
+class SavedActivations:
     """What a layer keeps from its forward to its backward pass; None where it is to be computed again.
 
     `results` (T, N) and `own` (T, R) are its four products', `attended` attention's result and `state` what that keeps.
@@ -55,7 +55,7 @@ class Kept:
     state: tuple[Any, ...] = ()
 
     @classmethod
-    def nothing(cls, hidden: torch.Tensor) -> "Kept":
+    def nothing(cls, hidden: torch.Tensor) -> "SavedActivations":
         return cls(hidden, [None] * 4, [None] * 4)
 
     def result(self, product: int) -> torch.Tensor:
@@ -85,22 +85,22 @@ class FusedLayer:
     def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def attend(self, kept: Kept, scene: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
+    def attend(self, saved: SavedActivations, context: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
         """From IN's result to (..., heads, D), and what its backward pass wants."""
         raise NotImplementedError
 
     def attend_backward(
-        self, dattended: torch.Tensor, kept: Kept, scene: Any
+        self, dattended: torch.Tensor, saved: SavedActivations, context: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient for IN's result with room for its adapters, and its gain's."""
         raise NotImplementedError
 
-    def activated(self, u: torch.Tensor, scene: Any, tail: int) -> torch.Tensor:
+    def activated(self, u: torch.Tensor, context: Any, tail: int) -> torch.Tensor:
         """From FIRST's result to SECOND's input."""
         raise NotImplementedError
 
     def activated_backward(
-        self, da: torch.Tensor, u: torch.Tensor, scene: Any, again: bool, over: bool
+        self, da: torch.Tensor, u: torch.Tensor, context: Any, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """The gradient for FIRST's result with room for its adapters, SECOND's input once `again`, the gain's.
 
@@ -108,109 +108,117 @@ class FusedLayer:
         """
         raise NotImplementedError
 
-    def run(self, scene: Pass, hidden: torch.Tensor) -> torch.Tensor:
-        return LayerFunction.apply(self, scene, hidden, *scene.parameters)
+    def run(self, context: LayerContext, hidden: torch.Tensor) -> torch.Tensor:
+        return LayerFunction.apply(self, context, hidden, *context.parameters)
 
     def adapters(self, dtype: torch.dtype) -> list[Adapters | None]:
         """Those that are active now."""
         self.products = products_of(self.groups(), self.products)
         return [product.use(dtype) for product in self.products]
 
-    def product(self, which: int, x: torch.Tensor, kept: Kept, scene: Pass, spare: int = 0) -> None:
-        kept.results[which], kept.own[which] = self.products[which].forward(x, scene.adapters[which], spare)
+    def product(
+        self, which: int, x: torch.Tensor, saved: SavedActivations, context: LayerContext, spare: int = 0
+    ) -> None:
+        saved.results[which], saved.own[which] = self.products[which].forward(x, context.adapters[which], spare)
 
-    def room(self, which: int, scene: Pass) -> int:
-        return self.products[which].room(scene.adapters[which])
+    def room(self, which: int, context: LayerContext) -> int:
+        return self.products[which].room(context.adapters[which])
 
-    def attention_half(self, kept: Kept, scene: Pass) -> torch.Tensor:
-        """Fill in `kept` up to OUT; returns `middle`."""
-        if kept.results[IN] is None:
-            self.product(IN, self.normed(0, kept.hidden, self.room(IN, scene)), kept, scene)
-        if kept.attended is None:
-            kept.attended, kept.state = self.attend(kept, scene)
-        if kept.results[OUT] is None:
-            self.product(OUT, joined(kept.attended), kept, scene)
-        return ew.add(kept.hidden, kept.result(OUT), scene.gain(OUT), self.products[OUT].bias)
+    def attention_half(self, saved: SavedActivations, context: LayerContext) -> torch.Tensor:
+        """Fill in `saved` up to OUT; returns `middle`."""
+        if saved.results[IN] is None:
+            self.product(IN, self.normed(0, saved.hidden, self.room(IN, context)), saved, context)
+        if saved.attended is None:
+            saved.attended, saved.state = self.attend(saved, context)
+        if saved.results[OUT] is None:
+            self.product(OUT, joined(saved.attended), saved, context)
+        return ew.add(saved.hidden, saved.result(OUT), context.gain(OUT), self.products[OUT].bias)
 
-    def first(self, kept: Kept, middle: torch.Tensor, scene: Pass, spare: int = 0) -> None:
-        self.product(FIRST, self.normed(1, middle, self.room(FIRST, scene)), kept, scene, spare)
+    def first(self, saved: SavedActivations, middle: torch.Tensor, context: LayerContext, spare: int = 0) -> None:
+        self.product(FIRST, self.normed(1, middle, self.room(FIRST, context)), saved, context, spare)
 
-    def second(self, kept: Kept, scene: Pass) -> None:
-        self.product(SECOND, self.activated(kept.result(FIRST), scene, self.room(SECOND, scene)), kept, scene)
+    def second(self, saved: SavedActivations, context: LayerContext) -> None:
+        self.product(SECOND, self.activated(saved.result(FIRST), context, self.room(SECOND, context)), saved, context)
 
-    def forward(self, hidden: torch.Tensor, scene: Pass) -> tuple[torch.Tensor, Kept]:
+    def forward(self, hidden: torch.Tensor, context: LayerContext) -> tuple[torch.Tensor, SavedActivations]:
         """The layer's result, and what `keep` asks for."""
-        kept = Kept.nothing(hidden)
-        middle = self.attention_half(kept, scene)
-        self.first(kept, middle, scene)
-        self.second(kept, scene)
-        result = ew.add(middle, kept.result(SECOND), scene.gain(SECOND), self.products[SECOND].bias)
+        saved = SavedActivations.nothing(hidden)
+        middle = self.attention_half(saved, context)
+        self.first(saved, middle, context)
+        self.second(saved, context)
+        result = ew.add(middle, saved.result(SECOND), context.gain(SECOND), self.products[SECOND].bias)
         if self.keep == "inputs":
-            return result, Kept.nothing(hidden)
-        if scene.gain(SECOND) is None:
-            kept.results[SECOND] = None  # only a gain's gradient needs it
+            return result, SavedActivations.nothing(hidden)
+        if context.gain(SECOND) is None:
+            saved.results[SECOND] = None  # only a gain's gradient needs it
         if self.keep == "attention":
-            kept.results[FIRST] = None
-        return result, kept
+            saved.results[FIRST] = None
+        return result, saved
 
     def backward(
-        self, kept: Kept, scene: Pass, dy: torch.Tensor, needs_input: bool
+        self, saved: SavedActivations, context: LayerContext, dy: torch.Tensor, needs_input: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
         """Gradients for the layer's input, and for the adapters."""
-        middle = self.attention_half(kept, scene)
-        if scene.gain(OUT) is None:
-            kept.results[OUT] = None  # `middle` has it
-        again = kept.results[FIRST] is None
+        middle = self.attention_half(saved, context)
+        if context.gain(OUT) is None:
+            saved.results[OUT] = None  # `middle` has it
+        again = saved.results[FIRST] is None
         if again:
-            self.first(kept, middle, scene, spare=scene.tail(FIRST))
-        gained = scene.gain(SECOND) is not None and kept.results[SECOND] is None
-        if gained or (scene.adapters[SECOND] and kept.own[SECOND] is None):
-            self.second(kept, scene)
-        dmiddle, mlp_grads = self.mlp_backward(kept, middle, scene, dy, over=again)
-        kept.results[FIRST] = None
+            self.first(saved, middle, context, spare=context.tail(FIRST))
+        gained = context.gain(SECOND) is not None and saved.results[SECOND] is None
+        if gained or (context.adapters[SECOND] and saved.own[SECOND] is None):
+            self.second(saved, context)
+        dmiddle, mlp_grads = self.mlp_backward(saved, middle, context, dy, over=again)
+        saved.results[FIRST] = None
         del middle
-        dx, attention_grads = self.attention_half_backward(kept, scene, dmiddle, needs_input)
+        dx, attention_grads = self.attention_half_backward(saved, context, dmiddle, needs_input)
         return dx, [*attention_grads, *mlp_grads]
 
     def mlp_backward(
-        self, kept: Kept, middle: torch.Tensor, scene: Pass, dy: torch.Tensor, over: bool
+        self, saved: SavedActivations, middle: torch.Tensor, context: LayerContext, dy: torch.Tensor, over: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        du, dgain = ew.scale_backward(dy, kept.results[SECOND], scene.gain(SECOND), scene.tail(SECOND))
-        kept.results[SECOND] = None
-        dinner = self.products[SECOND].backward(du, scene.adapters[SECOND])
-        again = scene.adapters[SECOND] is not None
-        du_first, inner, dgain_first = self.activated_backward(dinner, kept.result(FIRST), scene, again, over)
-        grads = self.gradients(SECOND, du, inner, kept, dgain, scene)
+        du, dgain = ew.scale_backward(dy, saved.results[SECOND], context.gain(SECOND), context.tail(SECOND))
+        saved.results[SECOND] = None
+        dinner = self.products[SECOND].backward(du, context.adapters[SECOND])
+        again = context.adapters[SECOND] is not None
+        du_first, inner, dgain_first = self.activated_backward(dinner, saved.result(FIRST), context, again, over)
+        grads = self.gradients(SECOND, du, inner, saved, dgain, context)
         del du, dinner, inner
-        dx = self.products[FIRST].backward(du_first, scene.adapters[FIRST])
-        x = self.normed(1, middle) if scene.adapters[FIRST] else None
-        grads = [*self.gradients(FIRST, du_first, x, kept, dgain_first, scene), *grads]
+        dx = self.products[FIRST].backward(du_first, context.adapters[FIRST])
+        x = self.normed(1, middle) if context.adapters[FIRST] else None
+        grads = [*self.gradients(FIRST, du_first, x, saved, dgain_first, context), *grads]
         return self.norm_backward(1, dx, middle, residual=dy), grads
 
     def attention_half_backward(
-        self, kept: Kept, scene: Pass, dy: torch.Tensor, needs_input: bool
+        self, saved: SavedActivations, context: LayerContext, dy: torch.Tensor, needs_input: bool
     ) -> tuple[torch.Tensor | None, list[torch.Tensor]]:
-        assert kept.attended is not None
-        du, dgain = ew.scale_backward(dy, kept.results[OUT], scene.gain(OUT), scene.tail(OUT))
-        dattended = self.products[OUT].backward(du, scene.adapters[OUT]).view_as(kept.attended)
-        out_grads = self.gradients(OUT, du, joined(kept.attended), kept, dgain, scene)
-        kept.results[OUT] = None
+        assert saved.attended is not None
+        du, dgain = ew.scale_backward(dy, saved.results[OUT], context.gain(OUT), context.tail(OUT))
+        dattended = self.products[OUT].backward(du, context.adapters[OUT]).view_as(saved.attended)
+        out_grads = self.gradients(OUT, du, joined(saved.attended), saved, dgain, context)
+        saved.results[OUT] = None
         del du
-        du, dgain = self.attend_backward(dattended, kept, scene)
+        du, dgain = self.attend_backward(dattended, saved, context)
         del dattended
         dx = None
         if needs_input:
-            dx = self.products[IN].backward(du, scene.adapters[IN])
-            dx = self.norm_backward(0, dx, kept.hidden, residual=dy)
+            dx = self.products[IN].backward(du, context.adapters[IN])
+            dx = self.norm_backward(0, dx, saved.hidden, residual=dy)
         else:
-            self.products[IN].fill(du, scene.adapters[IN])
-        x = self.normed(0, kept.hidden) if scene.adapters[IN] else None
-        return dx, [*self.gradients(IN, du, x, kept, dgain, scene), *out_grads]
+            self.products[IN].fill(du, context.adapters[IN])
+        x = self.normed(0, saved.hidden) if context.adapters[IN] else None
+        return dx, [*self.gradients(IN, du, x, saved, dgain, context), *out_grads]
 
     def gradients(
-        self, which: int, du: torch.Tensor, x: torch.Tensor | None, kept: Kept, dgain: torch.Tensor | None, scene: Pass
+        self,
+        which: int,
+        du: torch.Tensor,
+        x: torch.Tensor | None,
+        saved: SavedActivations,
+        dgain: torch.Tensor | None,
+        context: LayerContext,
     ) -> list[torch.Tensor]:
-        return self.products[which].adapter_gradients(du, x, kept.own[which], dgain, scene.adapters[which])
+        return self.products[which].adapter_gradients(du, x, saved.own[which], dgain, context.adapters[which])
 
 
 class LayerFunction(torch.autograd.Function):
@@ -218,20 +226,20 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, layer: FusedLayer, scene: Pass, hidden: torch.Tensor, *parameters: torch.Tensor
+        ctx: Any, layer: FusedLayer, context: LayerContext, hidden: torch.Tensor, *parameters: torch.Tensor
     ) -> torch.Tensor:
         with torch.autocast(hidden.device.type, enabled=False):
-            result, kept = layer.forward(hidden, scene)
-        ctx.layer, ctx.scene, ctx.state = layer, scene, kept.state
-        ctx.save_for_backward(hidden, kept.attended, *kept.results, *kept.own)
+            result, saved = layer.forward(hidden, context)
+        ctx.layer, ctx.context, ctx.state = layer, context, saved.state
+        ctx.save_for_backward(hidden, saved.attended, *saved.results, *saved.own)
         return result
 
     @staticmethod
     def backward(ctx: Any, dy: torch.Tensor) -> Any:
         hidden, attended, *rest = ctx.saved_tensors
-        kept = Kept(hidden, rest[:4], rest[4:], attended, ctx.state)
+        saved = SavedActivations(hidden, rest[:4], rest[4:], attended, ctx.state)
         with torch.autocast(dy.device.type, enabled=False):
-            dx, grads = ctx.layer.backward(kept, ctx.scene, dy.contiguous(), ctx.needs_input_grad[2])
+            dx, grads = ctx.layer.backward(saved, ctx.context, dy.contiguous(), ctx.needs_input_grad[2])
         wanted = (grad if needed else None for grad, needed in zip(grads, ctx.needs_input_grad[3:], strict=True))
         return None, None, dx, *wanted
 

@@ -14,7 +14,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from smolvlm_exp.engine.layers.dora import Clock, exact, squared_norm
+from smolvlm_exp.engine.layers.dora import ParameterVersion, exact_dora, squared_norm
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
 
 ALIGNED = 8  # columns: rows of a product then start on 16 bytes in bfloat16
@@ -95,7 +95,7 @@ class Product:
         biases = [base.bias for base in self.bases]
         if biases[0] is None or len(biases) == 1:
             return biases[0]
-        now = Clock.now(*biases)
+        now = ParameterVersion.now(*biases)
         if self.joined[0] != now:
             self.joined = (now, torch.cat(biases))
         return self.joined[1]
@@ -104,7 +104,7 @@ class Product:
         """The adapters that are active now; None where none is."""
         active = [active_adapter(layer) for layer in self.layers]
         parameters = [p for adapter in active if adapter for p in adapter.parameters]
-        key = (dtype, *Clock.now(*parameters))
+        key = (dtype, *ParameterVersion.now(*parameters))
         if self.used[0] != key:
             self.used = (key, self.put_together(active, dtype) if parameters else None)
         return self.used[1]
@@ -123,7 +123,7 @@ class Product:
         if used.magnitude is not None:  # DoRA, and so are the others
             magnitudes: list[Any] = [each.magnitude for each in parts]
             squares = [
-                exact(layer, adapter.name).base_squares() if adapter else one
+                exact_dora(layer, adapter.name).base_squares() if adapter else one
                 for layer, adapter, one in zip(self.layers, active, magnitudes, strict=True)
             ]
             with torch.autocast(a.device.type, enabled=False):

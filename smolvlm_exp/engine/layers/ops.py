@@ -22,7 +22,7 @@ except ImportError:  # no Triton: nothing but a CPU here
 Gain = torch.Tensor | None
 
 
-def fused(x: torch.Tensor) -> bool:
+def uses_kernels(x: torch.Tensor) -> bool:
     return kernels is not None and x.is_cuda
 
 
@@ -33,7 +33,7 @@ def with_tail(x: torch.Tensor, tail: int) -> torch.Tensor:
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
     """x / rms(x) * weight (arXiv 1910.07467, eq. 4); (T, H) -> (T, H + tail)."""
-    if fused(x):
+    if uses_kernels(x):
         return kernels.rms_norm(x, weight, eps, tail)
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return with_tail((x.float() * scale).to(x.dtype) * weight, tail)
@@ -43,7 +43,7 @@ def rms_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
 ) -> torch.Tensor:
     """residual + the gradient of `rms_norm` for x, given the gradient `dy` of its result; all (T, H)."""
-    if fused(x):
+    if uses_kernels(x):
         return kernels.rms_norm_backward(dy, x, weight, eps, residual)
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     normal, inner = x.float() * scale, dy.float() * weight.float()
@@ -53,7 +53,7 @@ def rms_norm_backward(
 
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
     """(arXiv 1607.06450, eq. 4); (T, H) -> (T, H + tail)."""
-    if fused(x):
+    if uses_kernels(x):
         return kernels.layer_norm(x, weight, bias, eps, tail)
     return with_tail(F.layer_norm(x, (x.shape[-1],), weight, bias, eps), tail)
 
@@ -62,7 +62,7 @@ def layer_norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
 ) -> torch.Tensor:
     """residual + the gradient of `layer_norm` for x, given the gradient `dy` of its result; all (T, H)."""
-    if fused(x):
+    if uses_kernels(x):
         return kernels.layer_norm_backward(dy, x, weight, eps, residual)
     centred = x.float() - x.float().mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
@@ -73,14 +73,14 @@ def layer_norm_backward(
 
 def add(h: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
     """h + gain * u + bias; h: (T, H), u: (T, H) out of a product."""
-    if fused(h):
+    if uses_kernels(h):
         return kernels.add(h, u, gain, bias)
     return (h.float() + scaled(u, gain, bias)).to(h.dtype)
 
 
 def scale(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
     """gain * u + bias, (T, N), without holes in memory."""
-    if fused(u):
+    if uses_kernels(u):
         return kernels.scale(u, gain, bias)
     return scaled(u, gain, bias).to(u.dtype).contiguous()
 
@@ -95,7 +95,7 @@ def scale_backward_parts(
     grads: tuple[torch.Tensor, ...], u: torch.Tensor, gain: Gain, tail: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`scale_backward` for a gradient that comes in equal parts, side by side, each (T, N / parts) in any shape."""
-    if fused(u):
+    if uses_kernels(u):
         return kernels.scale_backward_parts(grads, u, gain, tail)
     return scale_backward(torch.cat([grad.reshape(u.shape[0], -1) for grad in grads], dim=1), u, gain, tail)
 
@@ -106,7 +106,7 @@ def scale_backward(
     """Of gain * u: du, (T, N + tail), and the gain's gradient."""
     if gain is None and tail == 0:
         return dy, None
-    if fused(dy):
+    if uses_kernels(dy):
         return kernels.scale_backward(dy, u, gain, tail)
     du = dy.new_empty(dy.shape[0], dy.shape[1] + tail)
     if gain is None:
@@ -119,7 +119,7 @@ def scale_backward(
 
 def swiglu(u: torch.Tensor, gain: Gain, tail: int = 0) -> torch.Tensor:
     """silu(gate) * up (arXiv 2002.05202, eq. 6); u: (T, 2I) = [gate | up] before their gains; (T, I + tail)."""
-    if fused(u):
+    if uses_kernels(u):
         return kernels.swiglu(u, gain, tail)
     gate, up = scaled(u, gain, None).chunk(2, dim=-1)
     return with_tail((F.silu(gate) * up).to(u.dtype), tail)
@@ -132,7 +132,7 @@ def swiglu_backward(
 
     It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
     """
-    if fused(da):
+    if uses_kernels(da):
         return kernels.swiglu_backward(da, u, gain, tail, again, over)
     gate, up = scaled(u, gain, None).chunk(2, dim=-1)
     sigmoid = torch.sigmoid(gate)
@@ -146,7 +146,7 @@ def swiglu_backward(
 
 def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int = 0) -> torch.Tensor:
     """GELU's tanh form (arXiv 1606.08415, sec. 2) of gain * u + bias; (T, I + tail)."""
-    if fused(u):
+    if uses_kernels(u):
         return kernels.gelu(u, gain, bias, tail)
     return with_tail(F.gelu(scaled(u, gain, bias), approximate="tanh").to(u.dtype), tail)
 
@@ -164,7 +164,7 @@ def gelu_backward(
 
     It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
     """
-    if fused(da):
+    if uses_kernels(da):
         return kernels.gelu_backward(da, u, gain, bias, tail, again, over)
     with torch.enable_grad():
         value = scaled(u, gain, bias).detach().requires_grad_()
@@ -186,7 +186,7 @@ def rotary(
     Returns:
         (T, Q, D) queries; (S, K, D) keys and values, as `layout.sources` lists them.
     """
-    if fused(u):
+    if uses_kernels(u):
         return kernels.rotary(u, gain, cos, sin, layout.slots, layout.middle, len(layout.sources), heads)
     query, key, value = split_heads(scaled(u, gain, None), heads)
     query, key = (rotate(each, cos, sin).to(u.dtype) for each in (query, key))
@@ -204,7 +204,7 @@ def rotary_backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of `rotary`: du (T, (Q + 2K) D + tail), the gain's gradient."""
     dquery, dkey, dvalue = grads
-    if fused(u):
+    if uses_kernels(u):
         return kernels.rotary_backward(grads, u, gain, cos, sin, layout.slots, layout.middle, tail)
     tokens = dquery.shape[0]
     dkey, dvalue = (

@@ -10,19 +10,19 @@ from transformers.activations import ACT2FN
 
 from smolvlm_exp.engine.layers import ops as ew
 from smolvlm_exp.engine.layers.flash import attend, attend_backward
-from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, Kept, Pass, fuse_layers
+from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, LayerContext, SavedActivations, fuse_layers
 from smolvlm_exp.engine.layers.linear import base_of, linear_obstacles
 from smolvlm_exp.engine.layers.shared_prefix_attention import Layout
 
 
 @dataclass
-class TextPass(Pass):
+class TextContext(LayerContext):
     layout: Layout
     cos: torch.Tensor  # (T, D)
     sin: torch.Tensor  # (T, D)
 
 
-class FusedDecoderLayer(FusedLayer):
+class FusedTextLayer(FusedLayer):
     """A decoder layer whenever it is given a layout."""
 
     def __init__(self, layer: Any, keep: str) -> None:
@@ -37,7 +37,7 @@ class FusedDecoderLayer(FusedLayer):
         if layout is None:
             return self.ordinary(hidden_states, *args, **kwargs)
         cos, sin = (each[0] for each in kwargs["position_embeddings"])
-        return self.run(TextPass(self.adapters(hidden_states.dtype), layout, cos, sin), hidden_states[0])[None]
+        return self.run(TextContext(self.adapters(hidden_states.dtype), layout, cos, sin), hidden_states[0])[None]
 
     def groups(self) -> list[list[nn.Module]]:
         attention, mlp = self.layer.self_attn, self.layer.mlp
@@ -50,34 +50,34 @@ class FusedDecoderLayer(FusedLayer):
     def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return ew.rms_norm_backward(dx, x, self.norms[which].weight, self.norms[which].variance_epsilon, residual)
 
-    def rotated(self, kept: Kept, scene: TextPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        return ew.rotary(kept.result(IN), scene.gain(IN), scene.cos, scene.sin, scene.layout, self.heads)
+    def rotated(self, saved: SavedActivations, context: TextContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        return ew.rotary(saved.result(IN), context.gain(IN), context.cos, context.sin, context.layout, self.heads)
 
-    def attend(self, kept: Kept, scene: TextPass) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        return attend(*self.rotated(kept, scene), scene.layout, self.scaling)
+    def attend(self, saved: SavedActivations, context: TextContext) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        return attend(*self.rotated(saved, context), context.layout, self.scaling)
 
     def attend_backward(
-        self, dattended: torch.Tensor, kept: Kept, scene: TextPass
+        self, dattended: torch.Tensor, saved: SavedActivations, context: TextContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert kept.attended is not None
-        rotated = self.rotated(kept, scene)
-        grads = attend_backward(dattended, *rotated, kept.attended, kept.state, scene.layout, self.scaling)
+        assert saved.attended is not None
+        rotated = self.rotated(saved, context)
+        grads = attend_backward(dattended, *rotated, saved.attended, saved.state, context.layout, self.scaling)
         del rotated
-        u, turn = kept.result(IN), (scene.cos, scene.sin)
-        return ew.rotary_backward(grads, u, scene.gain(IN), *turn, scene.layout, scene.tail(IN))
+        u, turn = saved.result(IN), (context.cos, context.sin)
+        return ew.rotary_backward(grads, u, context.gain(IN), *turn, context.layout, context.tail(IN))
 
-    def activated(self, u: torch.Tensor, scene: TextPass, tail: int) -> torch.Tensor:
-        return ew.swiglu(u, scene.gain(FIRST), tail)
+    def activated(self, u: torch.Tensor, context: TextContext, tail: int) -> torch.Tensor:
+        return ew.swiglu(u, context.gain(FIRST), tail)
 
     def activated_backward(
-        self, da: torch.Tensor, u: torch.Tensor, scene: TextPass, again: bool, over: bool
+        self, da: torch.Tensor, u: torch.Tensor, context: TextContext, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        return ew.swiglu_backward(da, u, scene.gain(FIRST), scene.tail(FIRST), again, over)
+        return ew.swiglu_backward(da, u, context.gain(FIRST), context.tail(FIRST), again, over)
 
 
 def fuse_decoder_layers(text_model: Any, keep: str) -> str | None:
     """Let the layers of `text_model` run fused over packed batches. See `fuse_layers`."""
-    return fuse_layers(text_model.layers, FusedDecoderLayer, obstacles, keep)
+    return fuse_layers(text_model.layers, FusedTextLayer, obstacles, keep)
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:

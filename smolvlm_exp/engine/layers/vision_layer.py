@@ -11,16 +11,16 @@ from torch import nn
 
 from smolvlm_exp.engine.layers import ops as ew
 from smolvlm_exp.engine.layers.flash import attend_tiles, attend_tiles_backward
-from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, Kept, Pass, fuse_layers
+from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, LayerContext, SavedActivations, fuse_layers
 from smolvlm_exp.engine.layers.linear import ALIGNED, linear_obstacles
 
 
 @dataclass
-class VisionPass(Pass):
+class VisionContext(LayerContext):
     patches: int  # in a tile
 
 
-class FusedEncoderLayer(FusedLayer):
+class FusedVisionLayer(FusedLayer):
     """A vision layer whenever no patch is masked, which is always so for whole tiles."""
 
     def __init__(self, layer: Any, keep: str) -> None:
@@ -31,8 +31,8 @@ class FusedEncoderLayer(FusedLayer):
     def __call__(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         if attention_mask is not None:
             return self.ordinary(hidden_states, attention_mask, **kwargs)
-        scene = VisionPass(self.adapters(hidden_states.dtype), hidden_states.shape[1])
-        return self.run(scene, hidden_states.flatten(0, 1)).view_as(hidden_states)
+        context = VisionContext(self.adapters(hidden_states.dtype), hidden_states.shape[1])
+        return self.run(context, hidden_states.flatten(0, 1)).view_as(hidden_states)
 
     def groups(self) -> list[list[nn.Module]]:
         attention, mlp = self.layer.self_attn, self.layer.mlp
@@ -45,36 +45,38 @@ class FusedEncoderLayer(FusedLayer):
     def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return ew.layer_norm_backward(dx, x, self.norms[which].weight, self.norms[which].eps, residual)
 
-    def queries_keys_values(self, kept: Kept, scene: VisionPass) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(
+        self, saved: SavedActivations, context: VisionContext
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Each (n, patches, heads, D)."""
-        whole = ew.scale(kept.result(IN), scene.gain(IN), self.products[IN].bias)
-        parts = whole.view(-1, scene.patches, 3, self.heads, whole.shape[1] // (3 * self.heads))
+        whole = ew.scale(saved.result(IN), context.gain(IN), self.products[IN].bias)
+        parts = whole.view(-1, context.patches, 3, self.heads, whole.shape[1] // (3 * self.heads))
         return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
 
-    def attend(self, kept: Kept, scene: VisionPass) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        return attend_tiles(*self.queries_keys_values(kept, scene), self.scaling)
+    def attend(self, saved: SavedActivations, context: VisionContext) -> tuple[torch.Tensor, tuple[Any, ...]]:
+        return attend_tiles(*self.queries_keys_values(saved, context), self.scaling)
 
     def attend_backward(
-        self, dattended: torch.Tensor, kept: Kept, scene: VisionPass
+        self, dattended: torch.Tensor, saved: SavedActivations, context: VisionContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert kept.attended is not None
-        inputs = self.queries_keys_values(kept, scene)
-        parts = attend_tiles_backward(dattended, *inputs, kept.attended, kept.state, self.scaling)
+        assert saved.attended is not None
+        inputs = self.queries_keys_values(saved, context)
+        parts = attend_tiles_backward(dattended, *inputs, saved.attended, saved.state, self.scaling)
         del inputs
-        return ew.scale_backward_parts(parts, kept.result(IN), scene.gain(IN), scene.tail(IN))
+        return ew.scale_backward_parts(parts, saved.result(IN), context.gain(IN), context.tail(IN))
 
-    def activated(self, u: torch.Tensor, scene: VisionPass, tail: int) -> torch.Tensor:
-        return ew.gelu(u, scene.gain(FIRST), self.products[FIRST].bias, tail)
+    def activated(self, u: torch.Tensor, context: VisionContext, tail: int) -> torch.Tensor:
+        return ew.gelu(u, context.gain(FIRST), self.products[FIRST].bias, tail)
 
     def activated_backward(
-        self, da: torch.Tensor, u: torch.Tensor, scene: VisionPass, again: bool, over: bool
+        self, da: torch.Tensor, u: torch.Tensor, context: VisionContext, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        return ew.gelu_backward(da, u, scene.gain(FIRST), self.products[FIRST].bias, scene.tail(FIRST), again, over)
+        return ew.gelu_backward(da, u, context.gain(FIRST), self.products[FIRST].bias, context.tail(FIRST), again, over)
 
 
 def fuse_encoder_layers(tower: Any, keep: str) -> str | None:
     """Let the layers of the vision tower run fused. See `fuse_layers`."""
-    return fuse_layers(tower.encoder.layers, FusedEncoderLayer, obstacles, keep)
+    return fuse_layers(tower.encoder.layers, FusedVisionLayer, obstacles, keep)
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:

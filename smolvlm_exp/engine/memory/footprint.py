@@ -54,7 +54,7 @@ class Stack:
 
 
 @dataclass(frozen=True)
-class Facts:
+class MemorySpec:
     """What does not depend on the rows or on the plan."""
 
     text: Stack
@@ -75,7 +75,7 @@ class Facts:
 
 
 @dataclass(frozen=True)
-class Load:
+class BatchLoad:
     """What some rows come to in one packed batch (packing.py)."""
 
     pairs: int
@@ -86,7 +86,7 @@ class Load:
     scores: int  # (query, key) products that attention computes a head
 
 
-class Rows:
+class RowSizes:
     """The rows of a data set by length: what any of them can come to together, and what they do on average."""
 
     def __init__(self, sizes: Sequence[Sequence[int]], pairs: bool = True) -> None:
@@ -99,12 +99,12 @@ class Rows:
         self.sums = [list(accumulate(column, initial=0)) for column in columns]
         self.count = len(sizes)
 
-    def longest(self, pairs: int) -> Load:
+    def longest(self, pairs: int) -> BatchLoad:
         """No batch of so many rows takes more: each count is the sum of the greatest ones."""
-        return Load(pairs, *(column[min(pairs, self.count)] for column in self.sums))
+        return BatchLoad(pairs, *(column[min(pairs, self.count)] for column in self.sums))
 
-    def average(self, pairs: int) -> Load:
-        return Load(pairs, *(round(column[-1] / self.count * pairs) for column in self.sums))
+    def average(self, pairs: int) -> BatchLoad:
+        return BatchLoad(pairs, *(round(column[-1] / self.count * pairs) for column in self.sums))
 
 
 def row_counts(pairs: bool):
@@ -122,27 +122,27 @@ def row_counts(pairs: bool):
     return count
 
 
-def resident(facts: Facts) -> int:
+def resident(facts: MemorySpec) -> int:
     """Bytes that are there throughout: weights, adapter with gradients and AdamW's moments, workspaces."""
     stored = STORED.get(facts.weights, facts.element)
     weights = stored * facts.matrix_weights + facts.element * facts.other_weights
     trained = (3 + facts.adapter) * facts.trained_weights * facts.trained_element  # a full model is counted above
-    derived = sum(prepared(stack, facts.element) for stack in (facts.text, facts.vision) if stack.fused)
+    derived = sum(adapter_copies(stack, facts.element) for stack in (facts.text, facts.vision) if stack.fused)
     return int(weights + trained + derived + workspace(facts) + facts.gpu * CUBLAS)
 
 
-def moments(facts: Facts) -> int:
+def moments(facts: MemorySpec) -> int:
     """Bytes of AdamW's two moments, which exist from the first optimiser step on."""
     return 2 * facts.trained_weights * facts.trained_element
 
 
-def prepared(stack: Stack, element: int) -> int:
+def adapter_copies(stack: Stack, element: int) -> int:
     """Bytes of what `Product` makes of its adapters: A and the blocks of s B; gain, norm and ||W||^2 in float32."""
     each = zip(stack.widths, stack.depths, stack.tails, stack.gains, strict=True)
     return stack.layers * sum(tail * (width + depth) * element + 12 * width * gain for width, depth, tail, gain in each)
 
 
-def workspace(facts: Facts) -> int:
+def workspace(facts: MemorySpec) -> int:
     """Bytes into which weights are unpacked: one product's, for all layers."""
     stacks = (facts.text, facts.vision)
     if facts.weights == "8bit":  # float32 numbers twice and the result, of one matrix
@@ -157,7 +157,7 @@ def workspace(facts: Facts) -> int:
     return facts.element * max(sizes)
 
 
-def kept(stack: Stack, keep: str, element: int) -> float:
+def saved_activations(stack: Stack, keep: str, element: int) -> float:
     """Numbers a token that one layer keeps from its forward to its backward pass."""
     if keep == "inputs":
         return stack.hidden
@@ -184,7 +184,7 @@ def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) ->
         "inputs": qkv + queries + hidden * stack.gains[1] + into + sum(stack.tails),
     }[keep]
     if not stack.fused:
-        again = kept(stack, "everything", element) if keep == "inputs" else 0
+        again = saved_activations(stack, "everything", element) if keep == "inputs" else 0
     # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
     # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was made again.
     over = gpu and stack.fused and keep != "everything"
@@ -201,12 +201,12 @@ def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) ->
     return max(mlp, attention)
 
 
-def peak(facts: Facts, load: Load, keep: str, keep_vision: str) -> int:
+def peak(facts: MemorySpec, load: BatchLoad, keep: str, keep_vision: str) -> int:
     """Bytes beside `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
     text, vision, element = facts.text, facts.vision, facts.element
     line, patches = load.tokens, load.tiles * facts.patches
-    text_kept = kept(text, keep, element) * line * text.trained
-    vision_kept = kept(vision, keep_vision, element) * patches * vision.trained
+    text_kept = saved_activations(text, keep, element) * line * text.trained
+    vision_kept = saved_activations(vision, keep_vision, element) * patches * vision.trained
     pictures = load.tiles * (facts.image_tokens * text.hidden * element if facts.features else facts.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle

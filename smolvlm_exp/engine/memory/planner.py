@@ -7,7 +7,7 @@ what was asked. Of the plans that fit, the fastest is taken (`seconds`); probe.p
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from smolvlm_exp.engine.memory.footprint import LEVELS, Facts, Load, Rows, Stack, peak, resident
+from smolvlm_exp.engine.memory.footprint import LEVELS, BatchLoad, MemorySpec, RowSizes, Stack, peak, resident
 
 GIB = 2**30
 MARGIN = 0.08  # of a budget, left free: what the allocator holds in pieces too small to use, rows of unequal length
@@ -53,15 +53,14 @@ class DoesNotFit(ValueError):
         self.least, self.budget = least, budget
         size, pairs = least.measured or least.peak, least.micro_batch
         super().__init__(
-            f"{'one pair' if pairs == 1 else f'{pairs} pairs'} at a time, and nothing kept that can be computed again, "
-            f"still takes {words(size)}; with {MARGIN:.0%} left free that is {words(size / (1 - MARGIN))}, over the "
-            f"budget of {words(budget)}"
+            f"micro-batch {pairs} with full activation checkpointing still takes {format_bytes(size)}; with "
+            f"{MARGIN:.0%} left free that is {format_bytes(size / (1 - MARGIN))}, over the budget of {format_bytes(budget)}"
         )
 
 
 def plan(
-    facts: Facts,
-    rows: Rows,
+    facts: MemorySpec,
+    rows: RowSizes,
     budget: int,
     effective: int,
     card: Card,
@@ -81,7 +80,7 @@ def plan(
 
 
 def proposals(
-    facts: Facts, rows: Rows, effective: int, card: Card, unit: int = 1, levels: Sequence[str] = LEVELS
+    facts: MemorySpec, rows: RowSizes, effective: int, card: Card, unit: int = 1, levels: Sequence[str] = LEVELS
 ) -> list[Plan]:
     """All plans there are.
 
@@ -105,7 +104,7 @@ def best(found: Sequence[Plan], budget: int) -> Plan:
     Raises:
         DoesNotFit: none does.
     """
-    fitting = [each for each in found if fits(each.peak, budget)]
+    fitting = [each for each in found if fits_budget(each.peak, budget)]
     if not fitting:
         raise DoesNotFit(frugal(found), budget)
     return min(fitting, key=lambda each: (each.seconds, each.peak))
@@ -115,29 +114,31 @@ def frugal(found: Sequence[Plan]) -> Plan:
     return min(found, key=lambda each: each.peak)
 
 
-def choices(facts: Facts, levels: Sequence[str]) -> list[tuple[str, str]]:
+def choices(facts: MemorySpec, levels: Sequence[str]) -> list[tuple[str, str]]:
     """What text and vision layers may keep: transformers' own layers, where some are not fused, all or none."""
     if not fused(facts):
         return [(level, level) for level in levels if level != "attention"]
     return [(keep, vision) for keep in levels for vision in (levels if facts.vision.trained else levels[-1:])]
 
 
-def fused(facts: Facts) -> bool:
+def fused(facts: MemorySpec) -> bool:
     return facts.text.fused and (facts.vision.fused or not facts.vision.trained)
 
 
-def proposal(facts: Facts, rows: Rows, micro: int, effective: int, keep: str, keep_vision: str, card: Card) -> Plan:
+def proposal(
+    facts: MemorySpec, rows: RowSizes, micro: int, effective: int, keep: str, keep_vision: str, card: Card
+) -> Plan:
     """What a choice comes to: memory for the longest rows, time for average ones."""
     activations = peak(facts, rows.longest(micro), keep, keep_vision)
     time = seconds(facts, rows.average(micro), keep, keep_vision, card) / micro
     return Plan(micro, effective // micro, keep, keep_vision, resident(facts), activations, time)
 
 
-def fits(size: float, budget: float) -> bool:
+def fits_budget(size: float, budget: float) -> bool:
     return size <= (1 - MARGIN) * budget
 
 
-def seconds(facts: Facts, load: Load, keep: str, keep_vision: str, card: Card) -> float:
+def seconds(facts: MemorySpec, load: BatchLoad, keep: str, keep_vision: str, card: Card) -> float:
     """Of one forward and backward pass: arithmetic and unpacking, or starting the kernels where that takes longer.
 
     Where both take about as long, now one waits and now the other, hence the fourth powers.
@@ -166,6 +167,6 @@ def passes(stack: Stack, keep: str) -> tuple[float, float]:
     return products, stack.layers + stack.trained * (2.5 + (keep == "inputs"))
 
 
-def words(size: float) -> str:
+def format_bytes(size: float) -> str:
     """Bytes for people."""
     return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

@@ -7,20 +7,20 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits, frugal
+from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget, frugal
 
 TRIES = 5  # plans that are run at most
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
-def available() -> int:
+def available_memory() -> int:
     """Bytes that this process may have on its GPU: what is free, and what it holds; less where it is capped."""
     free, total = torch.cuda.mem_get_info()
     cap = torch.cuda.get_per_process_memory_fraction() * total
     return int(min(free + torch.cuda.memory_reserved(), cap))
 
 
-def enforce(budget: int) -> None:
+def cap_memory(budget: int) -> None:
     """Let this process have no more than `budget` bytes of its GPU: asking for more is then out of memory."""
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0))
@@ -53,7 +53,7 @@ def probe(
     """
     tried: dict[tuple[int, str, str], Plan] = {}
     factor, offset = 1.0, 0  # what the formulas are off by
-    with undone(parameters):
+    with restored_state(parameters):
         for attempt in range(TRIES):
             likely = [
                 replace(each, resident=each.resident + offset, activations=round(factor * each.activations))
@@ -63,7 +63,7 @@ def probe(
                 chosen = best(likely, budget)
             except DoesNotFit as error:
                 chosen = error.least  # the formulas may be wrong
-            working = [each for each in tried.values() if fits(each.measured or 0, budget)]
+            working = [each for each in tried.values() if fits_budget(each.measured or 0, budget)]
             if attempt == TRIES - 1 and not working:
                 chosen = frugal(likely)
             key = chosen.micro_batch, chosen.keep, chosen.keep_vision
@@ -75,7 +75,7 @@ def probe(
             tried[key] = replace(chosen, measured=round(most))
             offset += round(resting) - chosen.resident
             factor *= (most - resting) / chosen.activations
-    working = [each for each in tried.values() if fits(each.measured or 0, budget)]
+    working = [each for each in tried.values() if fits_budget(each.measured or 0, budget)]
     if not working:
         raise DoesNotFit(min(tried.values(), key=lambda each: each.measured or 0), budget)
     return min(working, key=lambda each: each.seconds)
@@ -100,7 +100,7 @@ def measure(run: Callable[[Plan], None], plan: Plan) -> tuple[float, float]:
 
 
 @contextmanager
-def undone(parameters: Sequence[Any]) -> Iterator[None]:
+def restored_state(parameters: Sequence[Any]) -> Iterator[None]:
     """Gradients and random states are in the end what they were; peaks are counted anew."""
     gpu = torch.cuda.is_available()
     gradients = [parameter.grad for parameter in parameters]
@@ -124,7 +124,7 @@ def out_of_memory(error: RuntimeError) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
-def this_card(dtype: Any) -> Card:
+def measure_card(dtype: Any) -> Card:
     """The current GPU, its matrix products in `dtype` timed."""
     own = torch.Generator("cuda").manual_seed(0)  # the run's own random numbers stay as they are
     left = torch.randn(4096, 4096, device="cuda", generator=own).to(dtype)

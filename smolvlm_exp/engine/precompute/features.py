@@ -11,12 +11,12 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from smolvlm_exp.engine.disk_cache import Store, keep, key_of
+from smolvlm_exp.engine.disk_cache import DiskCache, cache_key, cached_tensors
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import Pixels, image_features
-from smolvlm_exp.engine.inputs.dataset import Rows
-from smolvlm_exp.engine.model_parts import core_of, learns
-from smolvlm_exp.utils.distributed import share
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.model_parts import core_of, is_trainable
+from smolvlm_exp.utils.distributed import rank_slice
 
 VERSION = 2  # raise when the numbers change for a reason that no part of the key tells
 Batches = Iterator[tuple[int, torch.Tensor]]  # where they begin among those of all, and tiles or their features
@@ -24,10 +24,10 @@ Batches = Iterator[tuple[int, torch.Tensor]]  # where they begin among those of 
 
 @torch.no_grad()
 def keep_features(
-    rows: Rows,
+    rows: PackedDataset,
     model: nn.Module,
     normalise: Pixels,
-    store: Store | None,
+    store: DiskCache | None,
     ram_budget: int,
     batch_tiles: int = 64,
     num_proc: int = 0,
@@ -45,7 +45,7 @@ def keep_features(
         ValueError: an adapter reaches the tower or the connector, or they are trained.
     """
     core = core_of(model)
-    refuse_learners(core)
+    require_frozen(core)
     core.vision_model.eval()
     core.connector.eval()
     parameter = next(core.connector.parameters())
@@ -63,16 +63,16 @@ def keep_features(
     }
 
     def fill(tensors: Any, rank: int, processes: int) -> None:
-        mine = batches(rows, share(len(rows.digests), rank, processes), batch_tiles, num_proc)
+        mine = batches(rows, rank_slice(len(rows.digests), rank, processes), batch_tiles, num_proc)
         for start, found in computed(mine, lambda tiles: image_features(core, normalise(tiles)), parameter.device):
             tensors["features"][start : start + len(found)] = found
 
     what = f"features of {len(rows.digests):,} pictures"
-    kept = keep(what, key_of("features", **parts), layout, fill, store, ram_budget, parts)
+    kept = cached_tensors(what, cache_key("features", **parts), layout, fill, store, ram_budget, parts)
     rows.features = kept["features"] if kept else None
 
 
-def batches(rows: Rows, pictures: range, size: int, num_proc: int) -> Batches:
+def batches(rows: PackedDataset, pictures: range, size: int, num_proc: int) -> Batches:
     """The tiles of neighbouring pictures, at most `size` at a time or those of one."""
     start, parts = rows.spans[pictures.start], list[torch.Tensor]()
     for _, tiles in rows.stream(pictures, num_proc):
@@ -104,7 +104,7 @@ def computed(batches: Batches, function: Pixels, device: torch.device) -> Batche
         yield waiting[:2]
 
 
-def refuse_learners(core: Any) -> None:
+def require_frozen(core: Any) -> None:
     """Features are kept for good, so nothing that makes them may change.
 
     Raises:
@@ -116,7 +116,7 @@ def refuse_learners(core: Any) -> None:
                 f"trainer.keep_features: adapter.target reaches the {name}, whose features then change at every step.\n"
                 "Adapt the text model alone with adapter.target=text, or set trainer.keep_features=false."
             )
-        if learns(part):
+        if is_trainable(part):
             raise ValueError(
                 f"trainer.keep_features: the {name} is trained, so its features change at every step.\n"
                 "Train an adapter on the text model (adapter.target=text), or set trainer.keep_features=false."

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from smolvlm_exp.engine.disk_cache import Mapped, Store, key_of
-from smolvlm_exp.engine.inputs.dataset import Collator, Rows
-from smolvlm_exp.utils.distributed import from_first, gather, place
+from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key
+from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather, rank_world
 
 Score = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]  # a collated batch -> chosen, rejected, (B,) each
 Table = dict[bytes, tuple[float, float]]  # a row's key -> its two log-probabilities
@@ -27,7 +27,7 @@ def reference_logps(
     collator: Collator,
     score: Score,
     key_parts: dict[str, Any],
-    store: Store | None,
+    store: DiskCache | None,
     batch_size: int,
     num_workers: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -53,10 +53,10 @@ def reference_logps(
     start, keys = time.perf_counter(), row_keys(collator.rows)
     parts = {**key_parts, **tiling(collator.rows), "image_token_id": collator.image_token_id}
     parts |= {"version": VERSION, "torch": torch.__version__}
-    name = key_of("reference", **parts)
+    name = cache_key("reference", **parts)
 
     def complete(read: Callable[[], Table]) -> tuple[Table, Table]:
-        found = from_first(read)
+        found = broadcast_from_rank0(read)
         missing = {key: i for i, key in enumerate(keys) if key not in found}  # one row for each key
         made = compute(list(missing.values()), collator, score, batch_size, num_workers)
         return found, dict(zip(missing, made, strict=True))
@@ -68,7 +68,7 @@ def reference_logps(
             found, made = complete(lambda: read_table(store, name))
             if made and writable:
                 write_table(store, name, made, parts)
-    if place()[0] == 0:
+    if rank_world()[0] == 0:
         seconds = time.perf_counter() - start
         print(f"reference: {len(keys):,} rows, {len(made):,} of them computed, {seconds:.1f} s")
     both = {**found, **made}
@@ -80,7 +80,7 @@ def compute(
     missing: list[int], collator: Collator, score: Score, batch_size: int, num_workers: int
 ) -> list[tuple[float, float]]:
     """The two log-probabilities of each row of `missing`; every process of a group scores a share of the batches."""
-    rank, processes = place()
+    rank, processes = rank_world()
     lengths = collator.rows.sizes[:, :3].sum(1)
     ordered = sorted(missing, key=lambda i: -lengths[i])  # the longest first: what fails, fails at once
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)][rank::processes]
@@ -102,17 +102,17 @@ def compute(
     return [tuple(found[i]) for i in missing]
 
 
-def read_table(store: Store, name: str) -> Table:
+def read_table(store: DiskCache, name: str) -> Table:
     """What is kept under `name`, in as many entries as there were passes; damaged ones are removed."""
     table: Table = {}
     for path in sorted(store.folder.glob(f"{name}.*")):
         if store.sound(path.name):
-            keys, logps = (Mapped(store.file(path.name), part)[:].numpy() for part in ("keys", "logps"))
+            keys, logps = (MappedTensor(store.file(path.name), part)[:].numpy() for part in ("keys", "logps"))
             table |= {key.tobytes(): (float(c), float(r)) for key, (c, r) in zip(keys, logps, strict=True)}
     return table
 
 
-def write_table(store: Store, name: str, table: Table, parts: Any) -> None:
+def write_table(store: DiskCache, name: str, table: Table, parts: Any) -> None:
     """One entry more under `name`."""
     keys = np.frombuffer(b"".join(table), dtype=np.uint8).reshape(-1, 16)
     entry = f"{name}.{hashlib.sha256(keys.tobytes()).hexdigest()[:16]}"
@@ -125,7 +125,7 @@ def write_table(store: Store, name: str, table: Table, parts: Any) -> None:
     store.get(entry, {"keys": (torch.uint8, keys.shape), "logps": (torch.float32, (len(table), 2))}, fill, parts)
 
 
-def row_keys(rows: Rows) -> list[bytes]:
+def row_keys(rows: PackedDataset) -> list[bytes]:
     """16 bytes for each row, of its token ids (so of tokenizer, template and cut) and its pictures' files."""
     ids, offsets = rows.ids.numpy(), rows.offsets
     keys = []
@@ -139,6 +139,6 @@ def row_keys(rows: Rows) -> list[bytes]:
     return keys
 
 
-def tiling(rows: Rows) -> dict[str, Any]:
+def tiling(rows: PackedDataset) -> dict[str, Any]:
     """What decides how any picture's file becomes tiles."""
     return {"tiling": {name: value for name, value in rows.tiles_made_of().items() if name != "pictures"}}

@@ -6,7 +6,7 @@ from peft import get_peft_model
 
 from smolvlm_exp.deploy.export.merge import load_base, load_merged, save_merged
 from smolvlm_exp.deploy.session.backends import load_folder
-from smolvlm_exp.evaluation.checks import moved
+from smolvlm_exp.evaluation.checks import mean_logp_change
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_finetuned_model
@@ -37,7 +37,7 @@ def scored(tuned, processor, rows):
     found = answer_logps(model, processor, rows.test, 16, None)
     with model.disable_adapter():
         base = answer_logps(model, processor, rows.test, 16, None)
-    return model, found, moved(base, found)
+    return model, found, mean_logp_change(base, found)
 
 
 def test_merged_into_what_it_was_trained_on(tuned, scored, processor, rows):
@@ -48,7 +48,7 @@ def test_merged_into_what_it_was_trained_on(tuned, scored, processor, rows):
         found = answer_logps(
             load_merged(tuned.model, tuned.quant, tuned.adapter, tuned.seed, onto), processor, rows.test, 16, None
         )
-        shares[onto] = moved(wanted, found) / effect
+        shares[onto] = mean_logp_change(wanted, found) / effect
     assert shares["dequantised"] < 1e-3  # what is left is the order of float32's sums
     assert shares["original"] > 0.1
 
@@ -57,7 +57,7 @@ def test_merged_by_peft_in_4_bits_loses_much(tuned, scored, processor, rows):
     """Why it is not done: the sum of weight and adapter is rounded to 4 bits again."""
     model, wanted, effect = scored
     found = answer_logps(model.merge_and_unload(), processor, rows.test, 16, None)
-    assert moved(wanted, found) / effect > 0.2
+    assert mean_logp_change(wanted, found) / effect > 0.2
 
 
 def test_dequantised_weights_are_the_4_bit_ones(processor, rows):
@@ -83,7 +83,7 @@ def test_saved_and_loaded(small, processor, rows, tmp_path, precision, most):
     save_merged(model, processor, tmp_path / precision, precision)
     assert torch.equal(answer_logps(model, processor, rows.test, 16, None).chosen, wanted.chosen)  # still what it was
     found = answer_logps(load_folder(tmp_path / precision, None)[0].model, processor, rows.test, 16, None)
-    assert moved(wanted, found) <= most
+    assert mean_logp_change(wanted, found) <= most
     size = sum(file.stat().st_size for file in (tmp_path / precision).glob("*.safetensors"))
     assert size == pytest.approx(model.num_parameters() * {"fp32": 4, "bf16": 2}[precision], rel=0.02)
 
@@ -97,4 +97,4 @@ def test_torchao_in_8_bits(small, processor, rows, tmp_path):
     assert sizes[1] < 0.75 * sizes[0]
     wanted = answer_logps(model, processor, rows.test, 16, None)
     found = answer_logps(load_folder(tmp_path / "int8", None)[0].model, processor, rows.test, 16, None)
-    assert 1e-5 < moved(wanted, found) < 0.1
+    assert 1e-5 < mean_logp_change(wanted, found) < 0.1

@@ -5,12 +5,12 @@ import os
 import pytest
 
 from smolvlm_exp.deploy.export.record import check_free, read_record, record
-from smolvlm_exp.runs.checkpoint import whole
+from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError, RunError
 
 
 def write(folder, text):
-    with whole(folder) as staging:
+    with atomic_folder(folder) as staging:
         (staging / "weights").write_text(text)
         record(staging, {"format": "merged"})
 
@@ -31,7 +31,7 @@ def test_nothing_is_left_of_what_failed(tmp_path, error):
     write(folder, "one")
 
     def fail():
-        with whole(folder) as staging:
+        with atomic_folder(folder) as staging:
             (staging / "weights").write_text("half")
             raise error
 
@@ -57,7 +57,7 @@ def test_a_kill_between_the_names_loses_neither(tmp_path, monkeypatch):
         write(folder, "two")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.old", ".merged.part"]
-    with pytest.raises(KeyError), whole(folder):
+    with pytest.raises(KeyError), atomic_folder(folder):
         raise KeyError((folder / "weights").read_text())
     assert (folder / "weights").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
@@ -67,7 +67,7 @@ def test_a_kill_between_the_names_loses_neither(tmp_path, monkeypatch):
 
 def test_a_full_disk_says_what_to_do(tmp_path):
     again = r"no room left in[\s\S]*give the command again: nothing half-written is left"
-    with pytest.raises(RunError, match=again), whole(tmp_path / "merged"):
+    with pytest.raises(RunError, match=again), atomic_folder(tmp_path / "merged"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
 

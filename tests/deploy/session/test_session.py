@@ -7,8 +7,8 @@ import torch
 from PIL import Image
 
 from smolvlm_exp.data.control_tokens import WORD_JOINER
-from smolvlm_exp.deploy.session.kv_cache import Kept
-from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession, choose
+from smolvlm_exp.deploy.session.kv_cache import LRUCache
+from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession, sample_token
 from smolvlm_exp.deploy.session.torch_backend import TorchModel
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.utils.errors import RequestError
@@ -142,7 +142,7 @@ def test_conversations_that_share_a_start_do_not_disturb_each_other(session, ref
 
 
 def test_what_was_used_longest_ago_goes_first():
-    kept = Kept(100)
+    kept = LRUCache(100)
     for name in "abc":
         kept.put(name, name.upper(), 40)
     assert [key for key, _ in kept.items()] == ["b", "c"]
@@ -253,7 +253,7 @@ def test_control_tokens_that_somebody_types_are_text(session, processor, picture
 
 def test_sampling():
     logits, draw = torch.tensor([0.0, 1.0, 5.0, 4.0]), torch.Generator().manual_seed(0)
-    assert choose(logits, Sampling(), draw) == 2
-    drawn = {choose(logits, Sampling(temperature=1.0, top_p=0.8), draw) for _ in range(50)}
+    assert sample_token(logits, Sampling(), draw) == 2
+    drawn = {sample_token(logits, Sampling(temperature=1.0, top_p=0.8), draw) for _ in range(50)}
     assert drawn == {2, 3}
-    assert {choose(logits, Sampling(temperature=1.0, top_p=0.5), draw) for _ in range(50)} == {2}
+    assert {sample_token(logits, Sampling(temperature=1.0, top_p=0.5), draw) for _ in range(50)} == {2}

@@ -11,9 +11,9 @@ from datasets import Dataset, Features, Image, List
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
 from smolvlm_exp.data.messages import assistant, user
-from smolvlm_exp.engine.disk_cache import Store, key_of
+from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.inputs import dataset as feed
-from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.inputs.tiles import decode, height_and_width, pixels, tile
 
 PLENTY = 2**40
@@ -76,11 +76,11 @@ def mixed():
 @pytest.mark.parametrize("room", [None, 1, 9, 20])
 def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, splitting, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "do_image_splitting", splitting)
-    normalise, everything = pixels(processor), Rows(mixed, processor, None)
+    normalise, everything = pixels(processor), PackedDataset(mixed, processor, None)
     assert len(everything) == len(mixed)
     for i in range(len(mixed)):
         max_length = None if room is None else len(everything[i]["prompt_ids"]) + room
-        row = Rows(mixed.select([i]), processor, max_length)[0]
+        row = PackedDataset(mixed.select([i]), processor, max_length)[0]
         batch = DataCollatorForVisionPreference(processor, max_length=max_length)([mixed[i]])
         for k, side in enumerate(("chosen", "rejected")):
             whole, answer = batch["attention_mask"][k].bool(), batch["completion_mask"][k].bool()
@@ -96,9 +96,9 @@ def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, split
 @pytest.mark.parametrize("num_proc", [0, 2])
 def test_tokens_are_the_same_serial_or_parallel(processor, mixed, monkeypatch, num_proc):
     """Also where the last of the rows that go together are fewer."""
-    whole = Rows(mixed, processor, 200)
-    monkeypatch.setattr(feed, "TOGETHER", 1 if num_proc else len(mixed) - 1)
-    rows = Rows(mixed, processor, 200, num_proc)
+    whole = PackedDataset(mixed, processor, 200)
+    monkeypatch.setattr(feed, "TOKENISE_ROWS", 1 if num_proc else len(mixed) - 1)
+    rows = PackedDataset(mixed, processor, 200, num_proc)
     assert torch.equal(rows.ids, whole.ids)
     assert rows.offsets.tolist() == whole.offsets.tolist()
     assert len(rows.offsets) == 3 * len(mixed) + 1
@@ -120,7 +120,7 @@ def test_a_png_that_lies_on_its_side(behind):
 
 
 def test_collator_gives_the_batch_and_its_row_numbers(processor, mixed):
-    rows = Rows(mixed, processor, None)
+    rows = PackedDataset(mixed, processor, None)
     collator = pickle.loads(pickle.dumps(Collator(rows, processor.tokenizer.pad_token_id, processor.image_token_id)))
     batch = collator([{"row": 2}, {"row": 0}])
     assert batch["rows"].tolist() == [2, 0]
@@ -131,13 +131,13 @@ def test_collator_gives_the_batch_and_its_row_numbers(processor, mixed):
 
 
 def test_sizes(processor, mixed):
-    rows = Rows(mixed, processor, None)
+    rows = PackedDataset(mixed, processor, None)
     parts = ("prompt_ids", "chosen_ids", "rejected_ids", "tiles")
     assert rows.sizes.tolist() == [[len(rows[i][name]) for name in parts] for i in range(len(rows))]
 
 
 def test_references_travel_with_the_rows(processor, mixed):
-    rows = Rows(mixed, processor, None)
+    rows = PackedDataset(mixed, processor, None)
     rows.reference = (torch.arange(6.0), -torch.arange(6.0))
     batch = Collator(rows, 2, processor.image_token_id)([{"row": 4}, {"row": 1}])
     assert batch["ref_chosen_logps"].tolist() == [4.0, 1.0]
@@ -146,7 +146,7 @@ def test_references_travel_with_the_rows(processor, mixed):
 
 
 def test_features_take_the_place_of_tiles(processor, mixed):
-    rows = Rows(mixed, processor, None)
+    rows = PackedDataset(mixed, processor, None)
     rows.features = torch.randn(rows.spans[-1], 16, 8)
     row = rows[2]
     assert "tiles" not in row
@@ -159,7 +159,7 @@ def test_features_take_the_place_of_tiles(processor, mixed):
 
 
 def test_a_shared_picture_is_one(processor, mixed):
-    rows = Rows(mixed, processor, None)
+    rows = PackedDataset(mixed, processor, None)
     assert len(rows.digests) == 6
     assert rows.pictures[4] == rows.pictures[2][:1]
     assert torch.equal(rows[4]["tiles"], rows[2]["tiles"][: len(rows[4]["tiles"])])
@@ -172,32 +172,32 @@ def test_tiles_are_bytes_before_rescaling_exactly(processor):
 
 
 def test_prompt_without_room_for_an_answer(processor, mixed):
-    longest = [len(Rows(mixed, processor, None)[i]["prompt_ids"]) for i in (1, 0)]
+    longest = [len(PackedDataset(mixed, processor, None)[i]["prompt_ids"]) for i in (1, 0)]
     with pytest.raises(
         ValueError, match=rf"row 1: its prompt is {longest[1]} tokens and data.max_length={longest[1]} "
     ):
-        Rows(mixed.select([1, 0]), processor, longest[1])
+        PackedDataset(mixed.select([1, 0]), processor, longest[1])
 
 
 def test_prompt_that_names_more_pictures_than_there_are(processor, mixed):
     row = mixed.select([4]).remove_columns("prompt").add_column("prompt", [[user("?", images=2)]])
     with pytest.raises(ValueError, match=r"row 0: .*images"):
-        Rows(row, processor, None)
+        PackedDataset(row, processor, None)
 
 
 def test_a_processor_whose_tiles_cannot_be_foretold(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "size", {"longest_edge": 130})
     rows = make(([encoded(picture((128, 126)))], "?", "A.", "B."))
-    found = Rows(rows, processor, None)
+    found = PackedDataset(rows, processor, None)
     with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles where the prompt has places for 7"):
         found[0]
 
 
 def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, mixed, tmp_path, capsys):
-    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    fresh = [PackedDataset(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
     for ram, num_proc in ((PLENTY, 0), (PLENTY, 2), (0, 0), (0, 2)):
-        rows = Rows(mixed, processor, None)
-        rows.keep_tiles(Store(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
+        rows = PackedDataset(mixed, processor, None)
+        rows.keep_tiles(DiskCache(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
         assert "tiles of 6 pictures" in capsys.readouterr().out
         assert rows.kept is not None
         assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
@@ -207,8 +207,8 @@ def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, mi
 
 
 def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, mixed, monkeypatch):
-    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
-    rows, moved = Rows(mixed, processor, None), []
+    fresh = [PackedDataset(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    rows, moved = PackedDataset(mixed, processor, None), []
     monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
     rows.keep_tiles(None, PLENTY, 2)
     assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
@@ -216,9 +216,11 @@ def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, mixed, m
 
 
 def test_small_pictures_travel_together(processor, mixed, monkeypatch):
-    fresh = [Rows(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
-    rows, journeys, split = Rows(mixed, processor, None), [], feed.Pictures.__getitem__
-    monkeypatch.setattr(feed.Pictures, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk))
+    fresh = [PackedDataset(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+    rows, journeys, split = PackedDataset(mixed, processor, None), [], feed.TileLoader.__getitem__
+    monkeypatch.setattr(
+        feed.TileLoader, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk)
+    )
     pictures = list(range(len(rows.digests))) * 5
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, sampler, **_: (data[chunk] for chunk in sampler))
     found = list(rows.stream(pictures, 1))
@@ -230,17 +232,19 @@ def test_small_pictures_travel_together(processor, mixed, monkeypatch):
 
 
 def test_kept_tiles_are_not_made_twice(processor, mixed, tmp_path, monkeypatch):
-    store = Store(tmp_path / "cache", PLENTY)
-    Rows(mixed, processor, None).keep_tiles(store, 0, 0)
+    store = DiskCache(tmp_path / "cache", PLENTY)
+    PackedDataset(mixed, processor, None).keep_tiles(store, 0, 0)
     monkeypatch.setattr(feed, "tile", lambda *_: pytest.fail("tiled again"))
-    again = Rows(mixed.select([5, 4, 3, 2, 1, 0]), processor, 250)  # other order, other lengths, the same pictures
+    again = PackedDataset(
+        mixed.select([5, 4, 3, 2, 1, 0]), processor, 250
+    )  # other order, other lengths, the same pictures
     again.keep_tiles(store, 0, 0)
     assert again[0]["tiles"].shape[1:] == (3, 64, 64)
 
 
 def test_without_room_tiles_are_made_when_asked_for(processor, mixed, tmp_path, capsys):
-    rows = Rows(mixed, processor, None)
-    rows.keep_tiles(Store(tmp_path / "cache", 1000), 1000, 0)
+    rows = PackedDataset(mixed, processor, None)
+    rows.keep_tiles(DiskCache(tmp_path / "cache", 1000), 1000, 0)
     assert rows.kept is None
     assert "trainer.cache_disk" in capsys.readouterr().out
     rows.keep_tiles(None, 1000, 0)
@@ -250,7 +254,7 @@ def test_without_room_tiles_are_made_when_asked_for(processor, mixed, tmp_path, 
 
 def test_the_tiles_key_follows_what_decides_their_bytes(processor, mixed, monkeypatch):
     def key(rows):
-        return key_of("tiles", **Rows(rows, processor, None).tiles_made_of())
+        return cache_key("tiles", **PackedDataset(rows, processor, None).tiles_made_of())
 
     before = key(mixed)
     assert key(mixed.select([5, 4, 3, 2, 1, 0])) == before
@@ -269,13 +273,13 @@ def test_keeping_tiles_leaves_the_runs_random_numbers_alone(processor, mixed):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    Rows(mixed, processor, None).keep_tiles(None, PLENTY, 0)
+    PackedDataset(mixed, processor, None).keep_tiles(None, PLENTY, 0)
     assert torch.rand(1) == expected
 
 
 def test_rows_with_kept_tiles_reach_spawned_workers(processor, mixed, tmp_path):
-    rows = Rows(mixed, processor, None)
-    rows.keep_tiles(Store(tmp_path / "cache", PLENTY), 0, 0)
+    rows = PackedDataset(mixed, processor, None)
+    rows.keep_tiles(DiskCache(tmp_path / "cache", PLENTY), 0, 0)
     collator = Collator(rows, 2, processor.image_token_id)
     loader = torch.utils.data.DataLoader(
         [{"row": i} for i in range(6)],

@@ -5,7 +5,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from smolvlm_exp.engine.layers.dora import exact, squared_norm, use_exact_dora
+from smolvlm_exp.engine.layers.dora import exact_dora, squared_norm, use_exact_dora
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.quant import quantization_config
 from tests.conftest import compose
@@ -67,7 +67,7 @@ def test_a_fresh_adapter_adds_nothing_in_any_precision(quant, dtype):
     layers = get_peft_model(model, LoraConfig(r=4, use_dora=True, target_modules="all-linear")).base_model.model.model
     assert use_exact_dora(layers) > 50
     for layer in (layers.text_model.layers[0].mlp.down_proj, layers.vision_model.encoder.layers[0].mlp.fc1):
-        gain = layer.lora_magnitude_vector["default"].weight / exact(layer, "default").norm()
+        gain = layer.lora_magnitude_vector["default"].weight / exact_dora(layer, "default").norm()
         assert torch.equal(gain, torch.ones_like(gain))
         if quant == "none":
             x = torch.randn(3, layer.in_features, dtype=dtype)
@@ -79,7 +79,7 @@ def test_the_norm_is_computed_once_until_something_changes(monkeypatch):
     tuned = adapted(Two())
     use_exact_dora(tuned)
     layer = tuned.base_model.model.without
-    dora, made = exact(layer, "default"), []
+    dora, made = exact_dora(layer, "default"), []
     monkeypatch.setattr("smolvlm_exp.engine.layers.dora.squared_norm", lambda *a: made.append(1) or squared_norm(*a))
     first = dora.norm()
     assert dora.norm() is first
@@ -96,11 +96,11 @@ def test_the_norm_is_the_same_within_autocast():
     layer = tuned.base_model.model.with_bias
     with torch.no_grad():
         layer.lora_B["default"].weight.normal_()
-    expected = exact(layer, "default").norm()
+    expected = exact_dora(layer, "default").norm()
     with torch.no_grad():
         layer.lora_B["default"].weight.mul_(1)
     with torch.autocast("cpu", torch.bfloat16):
-        found = exact(layer, "default").norm()
+        found = exact_dora(layer, "default").norm()
     assert found is not expected
     assert torch.equal(found, expected)
 

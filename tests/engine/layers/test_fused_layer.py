@@ -12,8 +12,8 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransfo
 from smolvlm_exp.engine.inputs import packing as pairs
 from smolvlm_exp.engine.layers import shared_prefix_attention as attention
 from smolvlm_exp.engine.layers.dora import use_exact_dora
-from smolvlm_exp.engine.layers.text_layer import FusedDecoderLayer, fuse_decoder_layers
-from smolvlm_exp.engine.layers.vision_layer import FusedEncoderLayer, fuse_encoder_layers, patch_product
+from smolvlm_exp.engine.layers.text_layer import FusedTextLayer, fuse_decoder_layers
+from smolvlm_exp.engine.layers.vision_layer import FusedVisionLayer, fuse_encoder_layers, patch_product
 from smolvlm_exp.engine.memory.footprint import LEVELS
 
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -176,14 +176,14 @@ def test_what_a_fused_layer_does_not_do_is_told(more, said):
     model = text_model()
     adapted(model, TEXT, False, **more)
     assert said in fuse_decoder_layers(model, "everything")
-    assert not isinstance(model.layers[0].forward, FusedDecoderLayer)
+    assert not isinstance(model.layers[0].forward, FusedTextLayer)
 
 
 def test_weights_that_train_are_told():
     model, tower = text_model(), vision_model()
     assert "itself is trained" in fuse_decoder_layers(model, "everything")
     assert "itself is trained" in fuse_encoder_layers(tower, "everything")
-    assert not isinstance(tower.encoder.layers[0].forward, FusedEncoderLayer)
+    assert not isinstance(tower.encoder.layers[0].forward, FusedVisionLayer)
 
 
 @pytest.mark.parametrize(("side", "patch"), [(32, 8), (31, 7)])  # 31: three pixels are left over, and rows are padded

@@ -14,11 +14,11 @@ from torch.utils._pytree import tree_leaves
 from smolvlm_exp.engine.forward import add_pair_forward
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.layers.fuse import fuse
-from smolvlm_exp.engine.memory.footprint import LEVELS, Rows, peak
+from smolvlm_exp.engine.memory.footprint import LEVELS, RowSizes, peak
 from smolvlm_exp.models.adapter import AdapterConfig, lora_config, matched_modules
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.shape import shape_from
-from smolvlm_exp.training.memory_spec import Adapted, facts_of
+from smolvlm_exp.training.memory_spec import AdapterSpec, memory_spec
 from tests.conftest import compose
 
 PAIRS, PROMPT, ANSWERS, TILES = 8, 90, (15, 11), 3
@@ -51,8 +51,13 @@ def adapted(request):
     model = load_model(compose().model)
     config = AdapterConfig(use_dora=True, target=request.param)
     names = matched_modules(model, request.param)
-    facts = facts_of(
-        shape_from(model.config), "whole", Adapted(names, config.r, True, False), features=False, element=4, gpu=False
+    facts = memory_spec(
+        shape_from(model.config),
+        "whole",
+        AdapterSpec(names, config.r, True, False),
+        features=False,
+        element=4,
+        gpu=False,
     )
     model = get_peft_model(model, lora_config(config, quantised=False))
     add_pair_forward(model.get_base_model(), lambda tiles: tiles.float(), ("log_probs",))
@@ -82,5 +87,5 @@ def test_a_pass_allocates_what_the_formula_says(adapted, batch, keep):
         model.zero_grad()
         with Allocated() as counted:
             model(packed=batch["packed"], labels=labels).log_probs.sum().backward()
-    load = Rows([(PROMPT, *ANSWERS, TILES)] * PAIRS).longest(PAIRS)
+    load = RowSizes([(PROMPT, *ANSWERS, TILES)] * PAIRS).longest(PAIRS)
     assert peak(facts, load, keep, keep) == pytest.approx(counted.most, rel=0.2)

@@ -10,12 +10,12 @@ from trl.kernels import chunked_logprob
 from smolvlm_exp.engine import forward
 from smolvlm_exp.engine.inputs.packing import pack
 from smolvlm_exp.engine.memory import footprint
-from smolvlm_exp.engine.memory.footprint import Rows, moments, peak, resident
+from smolvlm_exp.engine.memory.footprint import RowSizes, moments, peak, resident
 from smolvlm_exp.engine.memory.planner import GIB, MARGIN, Card, DoesNotFit, plan, seconds
-from smolvlm_exp.models.adapter import AdapterConfig, reached
+from smolvlm_exp.models.adapter import AdapterConfig, match_target
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import shape_of
-from smolvlm_exp.training.memory_spec import Adapted, facts_of, linear_sizes, stored
+from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_spec, weight_storage
 
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 H100 = Card("H100", 7.6e14)
@@ -41,16 +41,16 @@ def facts(target="text", model="smolvlm", quant=NF4, adapter=None):
     adapter = adapter or AdapterConfig(use_dora=True, target=target)
     adapted = None
     if adapter.type != "none":
-        names = reached(list(linear_sizes(shape_of(model))), adapter.target)
-        adapted = Adapted(names, adapter.r, adapter.use_dora, dropout=False)
-    return facts_of(shape_of(model), stored(quant), adapted, features=True, element=2, gpu=True)
+        names = match_target(list(linear_sizes(shape_of(model))), adapter.target)
+        adapted = AdapterSpec(names, adapter.r, adapter.use_dora, dropout=False)
+    return memory_spec(shape_of(model), weight_storage(quant), adapted, features=True, element=2, gpu=True)
 
 
 def benchmark_rows(pairs):
-    return Rows([(*(total / pairs for total in LENGTHS[pairs]), 13)] * pairs)
+    return RowSizes([(*(total / pairs for total in LENGTHS[pairs]), 13)] * pairs)
 
 
-LONG = Rows([(1225, 130, 130, 13)] * 64)
+LONG = RowSizes([(1225, 130, 130, 13)] * 64)
 
 
 @pytest.mark.parametrize(("target", "keep", "pairs", "measured", "_ms"), MEASURED)
@@ -92,14 +92,14 @@ def test_a_load_is_what_pairs_pack_to(sizes, both):
         }
         for p, c, r, n in sizes
     ]  # fmt: skip
-    packed, load = pack(rows, image_token_id=0), Rows(sizes, both).longest(len(sizes))
+    packed, load = pack(rows, image_token_id=0), RowSizes(sizes, both).longest(len(sizes))
     assert load.tokens == packed["tokens"]
     assert load.sources == packed["middle"] + len(packed["keys_at"])
     assert load.answers == len(packed["labels"])
     assert load.tiles == len(packed["tiles"])
     for each in range(1, len(sizes)):
-        some = Rows(sizes[:each], both).longest(each)
-        most = Rows(sizes, both).longest(each)
+        some = RowSizes(sizes[:each], both).longest(each)
+        most = RowSizes(sizes, both).longest(each)
         assert all(getattr(some, name) <= getattr(most, name) for name in ("tokens", "sources", "answers", "tiles"))
 
 

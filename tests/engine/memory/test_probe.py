@@ -6,7 +6,7 @@ from torch import nn
 
 from smolvlm_exp.engine.memory import probe as probe_module
 from smolvlm_exp.engine.memory.footprint import peak, resident
-from smolvlm_exp.engine.memory.planner import GIB, MARGIN, DoesNotFit, Plan, fits, proposals
+from smolvlm_exp.engine.memory.planner import GIB, MARGIN, DoesNotFit, Plan, fits_budget, proposals
 from smolvlm_exp.engine.memory.probe import probe
 from tests.engine.memory.test_planner import H100, LONG, facts
 
@@ -45,7 +45,7 @@ def test_a_probe_finds_what_really_fits(monkeypatch, off, budget, more):
     assert found.measured == pytest.approx(device.true(found), rel=1e-6)
     assert found.measured <= (1 - MARGIN) * budget * GIB
     assert found.micro_batch * found.accumulation == 32
-    assert found.seconds <= 1.02 * min(each.seconds for each in FOUND if fits(device.true(each), budget * GIB))
+    assert found.seconds <= 1.02 * min(each.seconds for each in FOUND if fits_budget(device.true(each), budget * GIB))
     assert len(device.runs) <= probe_module.TRIES
 
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from smolvlm_exp.engine.disk_cache import Mapped, Store
+from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor
 from smolvlm_exp.engine.forward import add_pair_forward, image_features
-from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.precompute import features as module
@@ -18,7 +18,7 @@ TEXT = r".*text_model.*\.(q|v)_proj"
 
 @pytest.fixture
 def fed(processor, rows):
-    return Rows(rows.train.select(range(12)), processor, None)
+    return PackedDataset(rows.train.select(range(12)), processor, None)
 
 
 @pytest.fixture
@@ -44,8 +44,8 @@ def passes(monkeypatch):
 def test_kept_features_are_those_of_every_batch(processor, fed, adapted, tmp_path, ram, batch_tiles):
     normalise = pixels(processor)
     expected = [image_features(core_of(adapted), normalise(fed[i]["tiles"])) for i in range(len(fed))]
-    keep_features(fed, adapted, normalise, Store(tmp_path / "cache", PLENTY), ram, batch_tiles)
-    assert isinstance(fed.features, torch.Tensor if ram else Mapped)
+    keep_features(fed, adapted, normalise, DiskCache(tmp_path / "cache", PLENTY), ram, batch_tiles)
+    assert isinstance(fed.features, torch.Tensor if ram else MappedTensor)
     for i in range(len(fed)):
         torch.testing.assert_close(fed[i]["features"], expected[i], rtol=0, atol=1e-5)
         assert not fed[i]["features"].requires_grad
@@ -68,7 +68,7 @@ def test_scores_with_kept_features_are_the_same(processor, fed, adapted):
 
 @pytest.mark.parametrize("kept", [PLENTY, 0])
 def test_features_from_kept_tiles_and_in_processes(processor, fed, adapted, tmp_path, kept):
-    store = Store(tmp_path / "cache", PLENTY)
+    store = DiskCache(tmp_path / "cache", PLENTY)
     keep_features(fed, adapted, pixels(processor), None, PLENTY, 7)
     expected = fed.features
     keep_features(fed, adapted, pixels(processor), None, PLENTY, 7, num_proc=2)
@@ -80,12 +80,14 @@ def test_features_from_kept_tiles_and_in_processes(processor, fed, adapted, tmp_
 
 def test_each_picture_goes_through_the_tower_once(processor, rows, adapted, tmp_path, passes):
     both = rows.train.select([0, 1, 2, 0, 1, 2])
-    fed, store = Rows(both, processor, None), Store(tmp_path / "cache", PLENTY)
+    fed, store = PackedDataset(both, processor, None), DiskCache(tmp_path / "cache", PLENTY)
     keep_features(fed, adapted, pixels(processor), store, 0, 4)
-    assert sum(passes) - 1 == fed.spans[-1] == sum(len(Rows(both, processor, None)[i]["tiles"]) for i in range(3))
+    assert (
+        sum(passes) - 1 == fed.spans[-1] == sum(len(PackedDataset(both, processor, None)[i]["tiles"]) for i in range(3))
+    )
     assert torch.equal(fed[0]["features"], fed[3]["features"])
     passes.clear()
-    again = Rows(both.select([2, 1, 0]), processor, None)
+    again = PackedDataset(both.select([2, 1, 0]), processor, None)
     keep_features(again, adapted, pixels(processor), store, 0, 4)
     assert sum(passes) == 1
     assert torch.equal(again[0]["features"], fed[2]["features"])
@@ -98,11 +100,11 @@ def test_no_gradient_and_the_models_own_dtype(processor, fed, model):
 
 
 def test_the_key_follows_tower_connector_pictures_and_dtype(processor, rows, model, tmp_path):
-    store = Store(tmp_path / "cache", PLENTY)
+    store = DiskCache(tmp_path / "cache", PLENTY)
     model.requires_grad_(False)
 
     def entries(which=range(4)):
-        keep_features(Rows(rows.train.select(which), processor, None), model, pixels(processor), store, 0)
+        keep_features(PackedDataset(rows.train.select(which), processor, None), model, pixels(processor), store, 0)
         return len(list(store.folder.glob("features-*")))
 
     assert entries() == 1
@@ -135,7 +137,7 @@ def test_a_trained_tower_is_refused(processor, fed, model):
 
 
 def test_without_room_the_rows_stay_as_they_were(processor, fed, adapted, tmp_path, capsys):
-    keep_features(fed, adapted, pixels(processor), Store(tmp_path / "cache", 1000), 1000)
+    keep_features(fed, adapted, pixels(processor), DiskCache(tmp_path / "cache", 1000), 1000)
     assert fed.features is None
     assert "tiles" in fed[0]
     assert "trainer.cache_disk" in capsys.readouterr().out

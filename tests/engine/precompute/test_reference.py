@@ -13,10 +13,10 @@ from conftest import compose
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
-from smolvlm_exp.engine.disk_cache import Store, key_of
+from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.fingerprint import content_hash, weights_key
 from smolvlm_exp.engine.forward import add_pair_forward
-from smolvlm_exp.engine.inputs.dataset import Collator, Rows
+from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys, tiling
 from smolvlm_exp.evaluation.preference import answer_logps
@@ -28,7 +28,9 @@ PARTS = {"weights": "of the test", "dtype": "float32", "ld_alpha": None}
 
 
 def collator(processor, rows, max_length=None):
-    return Collator(Rows(rows, processor, max_length), processor.tokenizer.pad_token_id, processor.image_token_id)
+    return Collator(
+        PackedDataset(rows, processor, max_length), processor.tokenizer.pad_token_id, processor.image_token_id
+    )
 
 
 class Count:
@@ -50,7 +52,7 @@ def lengths(rows):
 
 @pytest.fixture
 def store(tmp_path):
-    return Store(tmp_path / "cache", PLENTY)
+    return DiskCache(tmp_path / "cache", PLENTY)
 
 
 def test_the_numbers_are_those_of_plain_scoring(processor, rows, model):
@@ -144,11 +146,11 @@ def test_numbers_that_are_none_stop_the_run_and_are_not_kept(processor, rows, st
 
 def test_without_room_it_computes_all_the_same(processor, rows, tmp_path, capsys):
     feed = collator(processor, rows.train)
-    found = reference_logps(feed, Count(), PARTS, Store(tmp_path / "cache", 10), 5)
+    found = reference_logps(feed, Count(), PARTS, DiskCache(tmp_path / "cache", 10), 5)
     assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
     assert "trainer.cache_disk" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    reference_logps(feed, Count(), PARTS, Store(tmp_path / "file", PLENTY), 5)
+    reference_logps(feed, Count(), PARTS, DiskCache(tmp_path / "file", PLENTY), 5)
     assert "cannot be kept" in capsys.readouterr().out
 
 
@@ -159,7 +161,7 @@ def ask(feed, folder, log):
         time.sleep(0.5)
         return Count()(batch)
 
-    found = reference_logps(feed, slow, PARTS, Store(folder, PLENTY), 4)
+    found = reference_logps(feed, slow, PARTS, DiskCache(folder, PLENTY), 4)
     assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
 
 
@@ -194,8 +196,8 @@ BASE = ([encoded(picture((64, 64)))], "What is this?", "A red square.", "A dog."
 
 
 def keys_of(processor, row=BASE, max_length=None):
-    rows = Rows(make(row), processor, max_length)
-    return row_keys(rows)[0], key_of("", **tiling(rows))
+    rows = PackedDataset(make(row), processor, max_length)
+    return row_keys(rows)[0], cache_key("", **tiling(rows))
 
 
 def test_a_rows_key_follows_its_words_and_pixels(processor):
@@ -217,14 +219,14 @@ def test_a_rows_key_follows_its_words_and_pixels(processor):
 
 def test_a_rows_key_follows_where_prompt_and_answer_part(processor):
     """The same tokens in the same order, with another border between them, are another row."""
-    rows = Rows(make(BASE), processor, None)
+    rows = PackedDataset(make(BASE), processor, None)
     before = row_keys(rows)
     rows.offsets[1] -= 1
     assert row_keys(rows) != before
 
 
 def test_a_rows_key_follows_the_cut(processor):
-    row = Rows(make(BASE), processor, None)[0]
+    row = PackedDataset(make(BASE), processor, None)[0]
     whole = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     assert keys_of(processor, max_length=whole) == keys_of(processor)
     assert keys_of(processor, max_length=whole - 1)[0] != keys_of(processor)[0]
@@ -253,9 +255,9 @@ def test_the_key_follows_the_image_processor(processor, monkeypatch, name, value
 
 def test_keys_are_the_same_in_every_process(processor, model):
     code = (
-        "import test_reference as t\n"
-        "from smolvlm_exp.model import load_model, load_processor\n"
-        "from conftest import compose\n"
+        "import tests.engine.precompute.test_reference as t\n"
+        "from smolvlm_exp.models.model import load_model, load_processor\n"
+        "from tests.conftest import compose\n"
         "c = compose().model\n"
         "row, tiles = t.keys_of(load_processor(c))\n"
         "print(row.hex(), tiles, t.weights_key(load_model(c)))"
