@@ -25,6 +25,7 @@ from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import given_value
 from smolvlm_exp.utils.distributed import destroy_distributed, is_distributed
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
+from smolvlm_exp.utils.log import configure_logging
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
@@ -33,6 +34,7 @@ from smolvlm_exp.utils.versions import check_torchvision
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep, which returns its `metric` to the sweeper."""
+    configure_logging()
     config = parse(composed)
     folder = Path(HydraConfig.get().runtime.output_dir)
     many = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
@@ -81,6 +83,7 @@ def main() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):  # Hydra would first list every group of every plugin: seconds
         print(OmegaConf.load(CONF / "config.yaml").hydra.help.template)
         return
+    configure_logging()
     register_schemas()
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):

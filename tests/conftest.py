@@ -13,6 +13,7 @@ import pytest
 
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.schema import Config, parse
+from smolvlm_exp.utils.log import configure_logging
 from smolvlm_exp.utils.paths import CONF
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: one process a core is faster than two threads in one
@@ -20,6 +21,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
 register_schemas()
+configure_logging()
 
 # Three steps without warm-up: LoRA's A has no gradient until B has left zero.
 QUICK = (

@@ -8,6 +8,7 @@ picture (evaluation/held_out.py scores answers against it). Rows of questions wi
 """
 
 import json
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from smolvlm_exp.data.vocabulary import Words
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -71,7 +74,7 @@ def load_preferences(
         if not len(rows):
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
         counts = report[split]
-        print(
+        log.info(
             f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, "
             f"longest {counts['longest']}, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
         )
@@ -80,7 +83,9 @@ def load_preferences(
         both = leaked_rows(prints["train"], prints["test"])
         report["test"]["also_in_train"] = len(both)
         if both:
-            print(f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing")
+            log.warning(
+                f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing"
+            )
     words = source.words(config) if hasattr(source, "words") else None
     return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words, prints)
 

@@ -9,6 +9,7 @@ processes of one torch.distributed group make it together. JSON and safetensors 
 import contextlib
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -27,6 +28,9 @@ from filelock import FileLock, Timeout
 
 from smolvlm_exp.utils.distributed import all_ranks, broadcast_from_rank0, rank_world
 from smolvlm_exp.utils.files import fsync
+
+log = logging.getLogger(__name__)
+
 
 Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # what an entry holds: name -> dtype and shape
 Fill = Callable[[Mapping[str, torch.Tensor], int, int], None]  # (tensors, rank, processes): writes a rank's share
@@ -218,7 +222,7 @@ def cached_tensors(
     else:
         say(what, f"{gib(size)}, more than {RAM}={gib(ram_budget)}; computed anew wherever they are needed")
     if kept is not None and rank_world()[0] == 0:
-        print(f"{what}: {gib(size)} in {where}, {time.perf_counter() - start:.1f} s")
+        log.info(f"{what}: {gib(size)} in {where}, {time.perf_counter() - start:.1f} s")
     return kept
 
 
@@ -289,4 +293,4 @@ def gib(size: int) -> str:
 
 
 def say(key: str, line: str) -> None:
-    print(f"cache: {key.split('-')[0]}: {line}", flush=True)
+    log.info(f"cache: {key.split('-')[0]}: {line}")

@@ -11,6 +11,7 @@ so they follow the micro-batch; every other logged number is stock TRL's.
 """
 
 import contextlib
+import logging
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import islice
@@ -36,6 +37,9 @@ from smolvlm_exp.engine.inputs.dataset import Collator
 from smolvlm_exp.engine.inputs.micro_batches import MicroBatch, Step, StepSampler, split_micro_batches
 from smolvlm_exp.engine.memory.probe import out_of_memory
 from smolvlm_exp.utils.distributed import all_reduce_mean, gather, no_gather
+
+log = logging.getLogger(__name__)
+
 
 WORKERS = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "pin_memory": False}
 
@@ -276,7 +280,7 @@ class PackedTrainer(Trainer):
             raise RuntimeError(self.too_large(step)) from error
         self.micro_batch = smaller
         self.out_of_memory += 1
-        print(f"out of memory with {failed} pairs at a time: this step again, and all after it, with {smaller}")
+        log.warning(f"out of memory with {failed} pairs at a time: this step again, and all after it, with {smaller}")
 
     def too_large(self, step: Step) -> str:
         rows = step.running.rows
@@ -333,7 +337,7 @@ class PackedTrainer(Trainer):
             self.eval_micro_batch = size // 2
             if self.args.device.type == "cuda":
                 torch.cuda.empty_cache()
-            print(f"out of memory with {size} pairs without gradients: these again with {size // 2} at a time")
+            log.warning(f"out of memory with {size} pairs without gradients: these again with {size // 2} at a time")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]

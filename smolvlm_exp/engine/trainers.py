@@ -1,5 +1,6 @@
 """TRL's trainers on the engine: the loss and the metrics are TRL's own code, the rows are stock TRL's in its order."""
 
+import logging
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.engine.packed_trainer import PackedTrainer
 from smolvlm_exp.engine.precompute.reference import reference_logps
+
+log = logging.getLogger(__name__)
+
 
 BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: a mean over tokens, two sorts
 
@@ -80,7 +84,7 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         A fresh adapter adds nothing, so the reference is the model without it, and other runs can use what was found.
         """
         if self.live:
-            print("reference: with every batch anew, because 8-bit layers round a row by what else is in its batch")
+            log.info("reference: with every batch anew, because 8-bit layers round a row by what else is in its batch")
             return
         model = self.model
         assert isinstance(model, nn.Module)
@@ -187,7 +191,7 @@ def use_fused_layers(model: Any, args: Any) -> None:
     keep = "inputs" if args.gradient_checkpointing else "everything"
     reasons = fuse(model, keep, keep)
     for reason in reasons:
-        print(f"engine: {reason}")
+        log.info(f"engine: {reason}")
     if args.gradient_checkpointing and reasons:
         fuse(model, "everything", "everything")  # transformers checkpoints every layer or none
     elif args.gradient_checkpointing:

@@ -1,6 +1,7 @@
 """LoRA and its kin through PEFT: which adapter, and on which modules."""
 
 import contextlib
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from smolvlm_exp.utils.fields import at_least, one_of
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
     from transformers import PreTrainedModel
+
+log = logging.getLogger(__name__)
 
 
 # The published recipe's names. Bare suffixes: q, k and v match SigLIP's as well, so the vision tower is adapted too.
@@ -136,7 +139,7 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
     names = matched_modules(model, target)
     if target not in TARGETS:
         peft_config.target_modules = list(names)
-    print(f"adapter: {describe_target(names)}")
+    log.info(f"adapter: {describe_target(names)}")
 
 
 def saved_adapter(config: AdapterConfig, name: str) -> Path:
@@ -192,7 +195,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftMo
             f"model.adapter={folder} sits on {len(found)} layers and adapter.target={target} names {len(expected)}, "
             f"{other} in one of them alone: give adapter.target as it was made."
         )
-    print(f"adapter: {folder}, on {describe_target(sorted(found))}")
+    log.info(f"adapter: {folder}, on {describe_target(sorted(found))}")
     return tuned
 
 

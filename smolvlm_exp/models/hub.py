@@ -1,8 +1,12 @@
 """Whether the hub answers, found out within seconds: upstream tries every file six times first, 23 s each."""
 
+import logging
 import threading
 from functools import cache
 from pathlib import Path
+
+log = logging.getLogger(__name__)
+
 
 SECONDS = 10.0  # for an answer, before what is on this disk has to do
 
@@ -39,5 +43,5 @@ def is_offline() -> bool:
     found = ping(SECONDS)
     away = not found.startswith("HTTP")
     if away:
-        print(f"hub: {found}; models are taken from this disk")
+        log.warning(f"hub: {found}; models are taken from this disk")
     return away

@@ -1,6 +1,7 @@
 """Model and processor: from the hub, a folder, embedded in this package, or random weights in a real shape."""
 
 import contextlib
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,8 @@ from smolvlm_exp.utils.fields import one_of
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+
+log = logging.getLogger(__name__)
 
 
 EMBEDDED = Path(__file__).parent / "tiny"
@@ -83,7 +86,9 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
         from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 
         shape = random_shape(config)
-        print(f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {shape.vocab_size} tokens serves")
+        log.warning(
+            f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {shape.vocab_size} tokens serves"
+        )
         return make_processor(shape, stand_in_tokenizer(shape))
     with readable_loading(config.id):
         return AutoProcessor.from_pretrained(**load_location(config), trust_remote_code=False, **PIL_BACKEND)

@@ -1,6 +1,7 @@
 """Weights & Biases: online where there is an account, offline otherwise, without a question."""
 
 import contextlib
+import logging
 import os
 import queue
 import secrets
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
     from wandb import Run
 
     from smolvlm_exp.reporting.samples import Sample
+
+log = logging.getLogger(__name__)
+
 
 ANSWERS = 30.0  # seconds that W&B has to answer when a run begins
 PATIENCE = 60.0  # seconds that it has to take the rest when a run is at its end
@@ -68,7 +72,7 @@ class Tracker:
         own, settings = identity(folder), settings | flat | {"without_seed": without_seed}
         self.line = BackgroundWorker("wandb", lambda: init_run(config, folder, name, group, kind, tags, settings, own))
         if group is None:
-            self.line.put(lambda run: print(upload_hint(not run.offline, Path(run.dir).parent), flush=True))
+            self.line.put(lambda run: log.info(upload_hint(not run.offline, Path(run.dir).parent)))
 
     def log(self, values: dict[str, Any], step: int) -> None:
         if self.line:
@@ -96,7 +100,7 @@ class Tracker:
             return
         self.line.put(lambda run: log_results(run, summary, samples, exit_code))
         if not self.line.close(PATIENCE):
-            print(f"wandb: does not answer, so it is left behind; {relative_to_cwd(self.folder)} has everything")
+            log.warning(f"wandb: does not answer, so it is left behind; {relative_to_cwd(self.folder)} has everything")
 
 
 def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", exit_code: int) -> None:
@@ -181,7 +185,7 @@ def init_run(
                 raise OSError("it cannot be reached")
             return init("online")
         except (Exception, SystemExit) as error:  # it ends the program where it cannot log in
-            print(f"wandb: offline, because {(str(error) or type(error).__name__).splitlines()[0]}", flush=True)
+            log.warning(f"wandb: offline, because {(str(error) or type(error).__name__).splitlines()[0]}")
             wandb.teardown()  # else its service holds on to the run that did not begin
     return init("offline")
 
@@ -242,12 +246,12 @@ def track_table(
         run.log_artifact(artifact)
         run.summary.update(numbers)
         run.finish()
-        print(upload_hint(not run.offline, folder / "wandb" / "offline-run-*", *others))
+        log.info(upload_hint(not run.offline, folder / "wandb" / "offline-run-*", *others))
 
     line = BackgroundWorker("wandb", lambda: init_run(config, folder, "table", group, kind, config.tags, {}))
     line.put(hand_over_table)
     if not line.close(PATIENCE):
-        print(f"wandb: does not answer, so it is left behind; {relative_to_cwd(folder)} has everything")
+        log.warning(f"wandb: does not answer, so it is left behind; {relative_to_cwd(folder)} has everything")
 
 
 def has_account() -> bool:
@@ -293,4 +297,4 @@ class BackgroundWorker:
                 job(client)
         except (Exception, SystemExit) as error:  # W&B ends the program where it cannot log in
             reason = (str(error) or type(error).__name__).splitlines()[0]
-            print(f"{self.name}: no more is sent ({reason}); the run goes on, and its folder has everything")
+            log.warning(f"{self.name}: no more is sent ({reason}); the run goes on, and its folder has everything")

@@ -8,12 +8,16 @@ manifest alone, and nothing that does not agree with it is ever read.
 import contextlib
 import errno
 import json
+import logging
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.files import fsync, sha256
+
+log = logging.getLogger(__name__)
+
 
 MANIFEST = "manifest.json"
 SAVING = ".saving"  # beside the checkpoints: what is being written
@@ -44,15 +48,15 @@ def newest_intact(run: Path) -> Path:
         RequestError: there is none, so that there is nothing to go on from. Nothing starts from step 0 instead.
     """
     if (run / "checkpoints" / SAVING).exists():
-        print(f"checkpoint: a save in {run} was cut short; what it left is not used")
+        log.warning(f"checkpoint: a save in {run} was cut short; what it left is not used")
     problems: list[str] = []
     for checkpoint in reversed(checkpoint_folders(run)):
         problem = damage(checkpoint)
         if not problem:
             for each in problems:
-                print(f"checkpoint: {each}")
+                log.warning(f"checkpoint: {each}")
             if problems:
-                print(f"checkpoint: {checkpoint.name} is whole, and is used in their place")
+                log.warning(f"checkpoint: {checkpoint.name} is whole, and is used in their place")
             return checkpoint
         problems.append(f"{checkpoint.name} is not used: {problem}")
     if problems:

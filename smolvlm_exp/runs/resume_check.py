@@ -1,6 +1,7 @@
 """What a checkpoint says of the run that made it, and whether the run that would go on from it is the same."""
 
 import json
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from smolvlm_exp.utils.versions import versions
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 
 IDENTITY = "run.json"  # in a checkpoint
@@ -75,7 +78,7 @@ def refuse_change(checkpoint: Path, differ: Mapping[str, tuple[dict, dict]], set
     allowed = tuple(settings["resume_allow"])
     changed = [key for key in differ if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
     for key in differ.keys() - set(changed):
-        print(f"resume: {describe_change(key, *differ[key])}, as resume_allow says")
+        log.info(f"resume: {describe_change(key, *differ[key])}, as resume_allow says")
     if changed:
         told = "\n".join(f"  {describe_change(key, *differ[key])}" for key in changed)
         if "processes" in changed:

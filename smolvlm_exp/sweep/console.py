@@ -1,5 +1,6 @@
 """What a sweep says: before the first job what it will do, after the last what came of it."""
 
+import logging
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ from smolvlm_exp.sweep.time_estimate import estimate_time
 from smolvlm_exp.utils.formatting import duration, humanize, number, short_keys, short_value
 from smolvlm_exp.utils.paths import relative_to_cwd
 
+log = logging.getLogger(__name__)
+
+
 SHORT = {"train.seconds": "s", "train.memory_peak_gib": "GiB"}
 
 
@@ -38,19 +42,18 @@ def announce(folder: Path, what: str, varied: dict[str, str], states: Sequence[s
     """
     counts = {name: states.count(name) for name in dict.fromkeys(states)}
     before = "" if set(counts) <= {"missing"} else f": {', '.join(f'{n} {name}' for name, n in counts.items())}"
-    print(f"sweep: {what} in {relative_to_cwd(folder)}{before}")
+    log.info(f"sweep: {what} in {relative_to_cwd(folder)}{before}")
     width = max((len(key) for key in varied), default=0)
     for key, values in varied.items():
-        print(f"  {key:<{width}}  {values}")
+        log.info(f"  {key:<{width}}  {values}")
     if not left:
-        print("expected: nothing is left to do", flush=True)
+        log.info("expected: nothing is left to do")
     elif told := estimate_time(folder, left):
         about = f"{duration(told[0])} for {len(left)} job{'s' * (len(left) > 1)} one after the other"
-        print(f"expected: about {about}, by {told[1]}", flush=True)
+        log.info(f"expected: about {about}, by {told[1]}")
     else:
-        print(
+        log.info(
             "expected: known after the first job: no run of this model and data has finished here",
-            flush=True,
         )
 
 
@@ -63,12 +66,12 @@ def report_results(folder: Path, config: Config, stopped: bool, sections: Sectio
     page = write_page(found, sections)
     show(found)
     if best := found.best:
-        print(f"best: job {best.job.number}, {found.metric} {number(found.measured(best))}; again:")
-        print(f"  {job_command(best.job)}")
+        log.info(f"best: job {best.job.number}, {found.metric} {number(found.measured(best))}; again:")
+        log.info(f"  {job_command(best.job)}")
     track_sweep(config.tracker, folder, sweep_name(folder), rows)
-    print(relative_to_cwd(page))
+    log.info(relative_to_cwd(page))
     if stopped:
-        print(f"stopped; go on with: python -m smolvlm_exp -m sweep={shlex.quote(str(relative_to_cwd(folder)))}")
+        log.info(f"stopped; go on with: python -m smolvlm_exp -m sweep={shlex.quote(str(relative_to_cwd(folder)))}")
     return found
 
 

@@ -8,6 +8,7 @@ so elsewhere every job imports for itself (7 s).
 
 import contextlib
 import faulthandler
+import logging
 import multiprocessing
 import os
 import shutil
@@ -29,7 +30,11 @@ from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_state
 from smolvlm_exp.sweep.devices import assign_device
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.log import configure_logging
 from smolvlm_exp.utils.startup import silence_upstream
+
+log = logging.getLogger(__name__)
+
 
 STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
 STOPPED = 75  # exit code of a job that was stopped after saving
@@ -100,17 +105,18 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=PATIENCE)
     except Timeout:
-        print(f"[{folder.name}] another command is running this job", flush=True)
+        log.info(f"[{folder.name}] another command is running this job")
         return
     with (
         lock,
         assign_device(at_once),
-        (folder / "output.log").open("a", encoding="utf-8") as log,
-        tee_output(log, f"[{folder.name}] "),
+        (folder / "output.log").open("a", encoding="utf-8") as output,
+        tee_output(output, f"[{folder.name}] "),
     ):
         if job_state(folder) in ENDED:
             return
         silence_upstream()
+        configure_logging()
         resume = can_resume(folder)
         clear(folder, all_of_it=not resume)
         try:

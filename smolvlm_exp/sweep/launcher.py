@@ -1,5 +1,6 @@
 """Jobs to Hydra's launcher, whichever it is, and one way to stop them all: a file that each of them looks for."""
 
+import logging
 import os
 import sys
 import time
@@ -11,6 +12,8 @@ from typing import Any
 from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.sweep.job_process import STOP
 from smolvlm_exp.utils.signals import StopRequest
+
+log = logging.getLogger(__name__)
 
 
 class Stop(StopRequest):
@@ -50,7 +53,7 @@ def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: Stop) -> bool
                 _ = job.return_value  # raises what went wrong outside the jobs' own processes
         except Exception as error:  # Slurm is not there, a node died: what other jobs did is told all the same
             traceback.print_exc()
-            print(f"sweep: the launcher failed: {error}", file=sys.stderr, flush=True)
+            log.warning(f"sweep: the launcher failed: {error}")
             return False
     return True
 

@@ -1,5 +1,6 @@
 """One job's turn, in whatever process and on whatever machine the launcher gives it."""
 
+import logging
 from pathlib import Path
 from statistics import median
 
@@ -9,6 +10,8 @@ from smolvlm_exp.sweep.job_process import run_in_process, stop_asked
 from smolvlm_exp.sweep.results import JobResult, SweepResults, prune_checkpoints, read_results
 from smolvlm_exp.sweep.time_estimate import seconds_of
 from smolvlm_exp.utils.formatting import duration
+
+log = logging.getLogger(__name__)
 
 
 def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
@@ -21,11 +24,11 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
     if stop_asked():
         return None
     before = row_of(read_results(folder.parent, config.metric), folder)
-    print(f"[{folder.name}] {job_label(before.job, read_keys(folder.parent))}", flush=True)
+    log.info(f"[{folder.name}] {job_label(before.job, read_keys(folder.parent))}")
     run_in_process(config, folder, home, at_once)
     found = read_results(folder.parent, config.metric)
     row = row_of(found, folder)
-    print(f"[{folder.name}] {row.status}{f': {row.reason}' if row.reason else ''}{remaining_time(found)}", flush=True)
+    log.info(f"[{folder.name}] {row.status}{f': {row.reason}' if row.reason else ''}{remaining_time(found)}")
     prune_checkpoints(found, config.keep)
     return row.value(config.metric)
 

@@ -4,6 +4,7 @@ Runs that differ in their seed alone are one line. What a difference has to exce
 """
 
 import csv
+import logging
 from collections.abc import Sequence
 from glob import glob
 from pathlib import Path
@@ -21,6 +22,8 @@ from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, summary_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import relative_to_cwd
+
+log = logging.getLogger(__name__)
 
 
 def compare(config: Config, folder: Path) -> Comparison:
@@ -40,7 +43,7 @@ def compare(config: Config, folder: Path) -> Comparison:
     track_table(
         config.tracker, folder, "compare", f"compare {folder.parent.name} {folder.name}", rows, {"runs": len(rows)}
     )
-    print(f"{relative_to_cwd(folder)}/compare.html")
+    log.info(f"{relative_to_cwd(folder)}/compare.html")
     return found
 
 

@@ -3,6 +3,7 @@
 python -m smolvlm_exp task=export run=last export.format=onnx export.precision=int8
 """
 
+import logging
 import shutil
 import sys
 import tempfile
@@ -36,6 +37,9 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
+log = logging.getLogger(__name__)
+
+
 NEEDS = {"export": ("onnx", "onnxscript", "onnxruntime"), "int8": ("torchao",)}  # by the extra that has them
 
 
@@ -66,9 +70,9 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
             with atomic_folder(root / name) as staging:
                 getattr(delivery, f"write_{name}")(staging, root / name)
             written[name] = root / name
-            print(relative_to_cwd(root / name))
+            log.info(relative_to_cwd(root / name))
     if config.export.push_to_hub:
-        print(push(written[wanted[-1]], config.export.push_to_hub, config.export.private))
+        log.info(push(written[wanted[-1]], config.export.push_to_hub, config.export.private))
     return written
 
 
@@ -132,7 +136,7 @@ class Exporter:
         config, onto = self.config, self.config.export.merge
         model = load_merged(config.model, config.quant, config.adapter, config.seed, onto)
         if self.config.model.adapter:
-            print(f"merged into the {onto} base: {self.parity(model).in_words()}")
+            log.info(f"merged into the {onto} base: {self.parity(model).in_words()}")
         return model
 
     def write_adapter(self, staging: Path, target: Path) -> None:
@@ -144,7 +148,7 @@ class Exporter:
         self.processor.save_pretrained(staging)
         self.finish(staging, "adapter", {}, self.tuned)
         if self.config.adapter.use_dora:
-            print("adapter: vLLM and llama.cpp load no DoRA; they read the merged folder (export.format=merged)")
+            log.info("adapter: vLLM and llama.cpp load no DoRA; they read the merged folder (export.format=merged)")
 
     def write_merged(self, staging: Path, target: Path) -> None:
         from smolvlm_exp.deploy.session.backends import load_folder
@@ -166,7 +170,7 @@ class Exporter:
                 passed = passes(gate(self.config.export, found, {}))
                 told = ", ".join(f"{part} {kind}" for part, kind in tried.items())
                 size = f"{graphs.size(tried) / 2**20:.1f} MiB"
-                print(f"search: {told}: {size}; {found.in_words()}: {'holds' if passed else 'does not'}")
+                log.info(f"search: {told}: {size}; {found.in_words()}: {'holds' if passed else 'does not'}")
                 return passed
 
             chosen = search(graphs, holds) if self.config.export.search else precisions(self.config.export)
@@ -194,7 +198,9 @@ class Exporter:
                     file=sys.stderr,
                 )
                 sys.exit(1)
-            print(f"THE GATE HOLDS {form} BACK (see `fail` above); it is written with a mark: export.on_fail=mark")
+            log.warning(
+                f"THE GATE HOLDS {form} BACK (see `fail` above); it is written with a mark: export.on_fail=mark"
+            )
         content = {
             "format": form,
             "precisions": chosen,

@@ -1,6 +1,7 @@
 """task=generate: answers about pictures, base and tuned side by side, as JSONL that a second run completes."""
 
 import json
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -16,6 +17,9 @@ from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
 from smolvlm_exp.utils.paths import relative_to_cwd
+
+log = logging.getLogger(__name__)
+
 
 PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
@@ -42,7 +46,7 @@ def generate(config: Config, folder: Path) -> Path:
     names = ("base", "tuned") if config.model.adapter else ("answer",)
     done = answered(path, names)
     left = [each for each in asked if each not in done]
-    print(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {relative_to_cwd(path)}")
+    log.info(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {relative_to_cwd(path)}")
     model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
     processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
@@ -68,7 +72,7 @@ def generate(config: Config, folder: Path) -> Path:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-    print(relative_to_cwd(path))
+    log.info(relative_to_cwd(path))
     return path
 
 

@@ -3,6 +3,7 @@
 python -m smolvlm_exp task=serve run=last
 """
 
+import logging
 import socket
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +12,8 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.deploy.export.record import read_record
 from smolvlm_exp.deploy.session.load import load_session
 from smolvlm_exp.utils.errors import RequestError
+
+log = logging.getLogger(__name__)
 
 
 def serve(config: Config, folder: Path) -> None:
@@ -41,8 +44,7 @@ def serve(config: Config, folder: Path) -> None:
             name,
         )
         port = listening.getsockname()[1]
-        print(
+        log.info(
             f"http://{own.host}:{port} is the page, and http://{own.host}:{port}/v1 what OpenAI's clients take",
-            flush=True,
         )
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

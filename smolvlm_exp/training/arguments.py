@@ -1,5 +1,6 @@
 """Settings that every trainer has, and how they reach transformers' training arguments."""
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
     from smolvlm_exp.data.preferences import Preferences
+
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -122,7 +125,9 @@ def build_trl_config(cls: type, arguments: dict[str, Any]) -> Any:
         raise RequestError(f"trainer: {error}") from error
     if found.n_gpu > 1:
         # Upstream would wrap the model in nn.DataParallel, which TRL refuses and the engine does not know.
-        print(f"gpu: one of {found.n_gpu} is used; accelerate launch --num_processes {found.n_gpu} -m smolvlm_exp: all")
+        log.info(
+            f"gpu: one of {found.n_gpu} is used; accelerate launch --num_processes {found.n_gpu} -m smolvlm_exp: all"
+        )
         found._n_gpu = 1
     return found
 

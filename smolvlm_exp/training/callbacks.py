@@ -1,5 +1,6 @@
 """What happens beside the training steps: numbers to the run folder and the tracker, and a clean stop on a signal."""
 
+import logging
 import math
 import os
 import sys
@@ -20,6 +21,9 @@ from smolvlm_exp.utils.signals import StopRequest
 
 if TYPE_CHECKING:
     from smolvlm_exp.reporting.tracker import Tracker
+
+log = logging.getLogger(__name__)
+
 
 USUAL = 8  # losses before one can stand out
 SPIKE = 10.0  # median deviations over the median
@@ -96,7 +100,9 @@ class MetricsCallback(TrainerCallback):
             event |= self.speed(args, state, event.get("num_tokens", 0.0))
             usual = loss_spike([e["loss"] for e in state.log_history if "loss" in e])
             if usual is not None:
-                print(f"step {state.global_step}: the loss jumped to {event['loss']:.3g}, where {usual:.3g} is usual")
+                log.warning(
+                    f"step {state.global_step}: the loss jumped to {event['loss']:.3g}, where {usual:.3g} is usual"
+                )
         event |= memory_stats()
         with disk_full_as_run_error(self.path.parent):
             append_event(self.path, {key: json_safe(value) for key, value in event.items()})

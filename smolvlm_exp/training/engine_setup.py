@@ -1,5 +1,6 @@
 """A trainer on the engine (trainer.engine=shared): what it cannot do is told first, then its rows are made ready."""
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
     from smolvlm_exp.engine.disk_cache import DiskCache
     from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+
+log = logging.getLogger(__name__)
+
 
 STOCK_ONLY = (
     "assistant_only_loss", "auto_find_batch_size", "deepspeed", "include_for_metrics", "include_num_input_tokens_seen",
@@ -45,7 +49,7 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, adapter: AdapterCo
         if trainer.extra.get(name):
             raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
     if getattr(trainer, "disable_dropout", True) is False and adapter.lora_dropout:
-        print("engine: with dropout, both answers of a pair see the same noise on their prompt")
+        log.info("engine: with dropout, both answers of a pair see the same noise on their prompt")
 
 
 def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrainedModel") -> None:

@@ -1,5 +1,6 @@
 """trainer.memory_budget: a run's micro-batch and what its layers keep, planned from shapes, measured, and told."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,6 +14,9 @@ from smolvlm_exp.utils.units import size_of
 if TYPE_CHECKING:
     from smolvlm_exp.engine.memory.footprint import MemorySpec
     from smolvlm_exp.engine.memory.planner import Plan
+
+log = logging.getLogger(__name__)
+
 
 HELP = (
     "What takes less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
@@ -99,7 +103,7 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
     set_checkpointing(trainer, plan, memory.fused(facts))
     trainer.micro_batch = plan.micro_batch
     if rank_world()[0] == 0:
-        print(describe_plan(plan, budget, facts, card.name))
+        log.info(describe_plan(plan, budget, facts, card.name))
 
 
 def on_gpu(trainer: Any) -> bool:

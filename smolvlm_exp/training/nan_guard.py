@@ -4,6 +4,7 @@ The judgement stays on the device: torch's fused Adam leaves everything as it is
 verdict comes back to the host beside the work, read when it has arrived. Other optimizers on a GPU wait for it.
 """
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,9 @@ import torch
 from torch import nn
 
 from smolvlm_exp.utils.errors import RunError
+
+log = logging.getLogger(__name__)
+
 
 NAMED = 16  # rows that a message names
 
@@ -68,7 +72,7 @@ class NanGuard:
             if finite:
                 continue
             self.left_out.append(step)
-            print(f"step {step}: its loss or gradient is not finite, so it changes nothing; {self.rows(step)}")
+            log.warning(f"step {step}: its loss or gradient is not finite, so it changes nothing; {self.rows(step)}")
             last = self.left_out[-self.limit :]
             if len(last) == self.limit and last[0] == step - self.limit + 1:
                 self.stop(last)

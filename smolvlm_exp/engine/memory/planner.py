@@ -54,7 +54,8 @@ class DoesNotFit(ValueError):
         size, pairs = least.measured or least.peak, least.micro_batch
         super().__init__(
             f"micro-batch {pairs} with full activation checkpointing still takes {format_bytes(size)}; with "
-            f"{MARGIN:.0%} left free that is {format_bytes(size / (1 - MARGIN))}, over the budget of {format_bytes(budget)}"
+            f"{MARGIN:.0%} left free that is {format_bytes(size / (1 - MARGIN))}, over the budget of "
+            f"{format_bytes(budget)}"
         )
 
 

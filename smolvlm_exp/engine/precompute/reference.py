@@ -6,6 +6,7 @@ rows of the same set, or of the evaluation set, add to what is there.
 """
 
 import hashlib
+import logging
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,9 @@ import torch
 from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key
 from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather, rank_world
+
+log = logging.getLogger(__name__)
+
 
 Score = Callable[[dict[str, Any]], tuple[torch.Tensor, torch.Tensor]]  # a collated batch -> chosen, rejected, (B,) each
 Table = dict[bytes, tuple[float, float]]  # a row's key -> its two log-probabilities
@@ -70,7 +74,7 @@ def reference_logps(
                 write_table(store, name, made, parts)
     if rank_world()[0] == 0:
         seconds = time.perf_counter() - start
-        print(f"reference: {len(keys):,} rows, {len(made):,} of them computed, {seconds:.1f} s")
+        log.info(f"reference: {len(keys):,} rows, {len(made):,} of them computed, {seconds:.1f} s")
     both = {**found, **made}
     chosen, rejected = torch.tensor([both[key] for key in keys], dtype=torch.float32).view(-1, 2).unbind(1)
     return chosen.contiguous(), rejected.contiguous()
