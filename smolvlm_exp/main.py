@@ -23,7 +23,6 @@ from smolvlm_exp.config.schema import parse
 from smolvlm_exp.runs.find import find_ended_run
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import given_value
-from smolvlm_exp.utils.distributed import destroy_distributed, is_distributed
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
 from smolvlm_exp.utils.log import configure_logging
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
@@ -97,12 +96,14 @@ def main() -> None:
             typed = given_value(args, "hydra.run.dir", "")
             if typed and not given_value(args, "resume", "") and given_value(args, "task", "train") == "train":
                 check_unused(Path(typed))
-            if is_distributed():
+            if launch.is_distributed():
                 sys.argv[1:] = launch.join(argv, args)
         except RequestError as error:
             exit_with_error(error)
     job()
-    if is_distributed():
+    if launch.is_distributed():
+        from smolvlm_exp.utils.distributed import destroy_distributed
+
         destroy_distributed()
 
 

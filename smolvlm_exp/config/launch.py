@@ -11,8 +11,12 @@ import tempfile
 from typing import Any
 
 from smolvlm_exp.config.compose import folder_of
-from smolvlm_exp.utils.distributed import init_distributed
 from smolvlm_exp.utils.errors import RequestError
+
+
+def is_distributed() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join(argv: list[str], args: Any) -> list[str]:
@@ -26,7 +30,7 @@ def join(argv: list[str], args: Any) -> list[str]:
             "-m under accelerate launch or torchrun: a sweep starts its own processes. Type it without the launcher; "
             "hydra/launcher=parallel gives each job a GPU."
         )
-    from smolvlm_exp.utils.distributed import broadcast_from_rank0, rank_world
+    from smolvlm_exp.utils.distributed import broadcast_from_rank0, init_distributed, rank_world
 
     init_distributed()
     folder = broadcast_from_rank0(lambda: folder_of(args))

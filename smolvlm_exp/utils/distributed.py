@@ -125,11 +125,6 @@ def no_gather(accelerator: Any) -> Iterator[None]:
             delattr(accelerator, name)
 
 
-def is_distributed() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
 def init_distributed() -> None:
     """Form the group, each process on a GPU of its own where there are any."""
     import torch

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smolvlm_exp.data.images import ImageLimits
 from smolvlm_exp.deploy.export.options import SUFFIXES
 from smolvlm_exp.deploy.export.record import RECORD
 from smolvlm_exp.deploy.session.backends import is_onnx, load_folder
@@ -45,6 +44,7 @@ def load_session(
     Raises:
         RequestError: there is no such model, or a setting does not go with it.
     """
+    from smolvlm_exp.data.images import ImageLimits
     from smolvlm_exp.deploy.session.session import SmolVLMSession
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
     from smolvlm_exp.engine.layers.dora import use_exact_dora
