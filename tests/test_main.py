@@ -118,6 +118,8 @@ def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):
     assert list(run.glob("files/media/table/answers*.table.json"))
     (told,) = (json.loads(path.read_text()) for path in run.glob("files/media/table/checks*.table.json"))
     assert [dict(zip(told["columns"], row, strict=True)) for row in told["data"]] == summary["checks"]
+    for key in ("checks_passed", *(f"checks/{check['id']}" for check in summary["checks"])):
+        assert f'"{key}"' in read
     shown = [json.loads(path.read_text()) for path in sorted(run.glob("files/media/table/samples*.table.json"))]
     assert len(shown) == 2  # before the first step, and after the second of three
     assert {len(table["data"]) for table in shown} == {4}

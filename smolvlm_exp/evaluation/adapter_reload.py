@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.evaluation.checks import Check, require_at_most
+from smolvlm_exp.evaluation.checks import Check, require
 from smolvlm_exp.evaluation.preference import Logps, answer_logps
 
 if TYPE_CHECKING:
@@ -45,4 +45,4 @@ def check_adapter_reload(
         (getattr(found, side) - getattr(tuned, side)[: len(first)]).abs().max().item()
         for side in ("chosen", "rejected")
     )
-    return require_at_most("saved adapter, read back: log-probabilities off by", off, MOST_OFF)
+    return require("adapter_reload", "saved adapter, reloaded: largest log-prob error (nats)", off, "<=", MOST_OFF)

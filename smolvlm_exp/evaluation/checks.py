@@ -1,5 +1,7 @@
 """What two looks at the held-out rows, before and after, say about a run that its loss does not."""
 
+import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,12 +9,6 @@ import torch
 
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps
-
-BOTH = "held-out rows that are training rows too"
-# Names of checks on which there is advice.
-FALL = "fall of chosen answers' log-probability, nats a token"
-SIGHT_LEFT = "share of it that is left after tuning"
-
 
 SIDES = ("chosen", "rejected")
 LEAST_MOVE = 1e-4  # nats a token; what rounding does in float32 is a hundredth of it
@@ -30,27 +26,32 @@ FEWEST = 20  # rows for a share of variance to mean anything
 class Check:
     """As summary.json has it."""
 
-    name: str
+    id: str  # stable: scripts, W&B (`checks/<id>`) and advice go by it
+    name: str  # the same for people
     value: float
     threshold: str
     verdict: str  # ok, warn or fail
     detail: str = ""  # what is behind a verdict other than ok
 
 
-def require_at_least(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
-    return make_check(name, value, f">= {bound:g}", value >= bound, otherwise, detail)
+def require(
+    id: str, name: str, value: float, comparison: str, bound: float, otherwise: str = "fail", detail: str = ""
+) -> Check:
+    """
+    Args:
+        comparison: `<=`, `>=` or `>`, between the value and its bound.
+        otherwise: the verdict where it does not hold.
+    """
+    good = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}[comparison](value, bound)
+    return Check(id, name, float(value), f"{comparison} {bound:g}", "ok" if good else otherwise, "" if good else detail)
 
 
-def require_at_most(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
-    return make_check(name, value, f"<= {bound:g}", value <= bound, otherwise, detail)
+def leaked_rows(count: int) -> Check:
+    return require("leaked_rows", "held-out rows that are also in train", count, "<=", 0)
 
 
-def require_above(name: str, value: float, bound: float, otherwise: str = "fail", detail: str = "") -> Check:
-    return make_check(name, value, f"> {bound:g}", value > bound, otherwise, detail)
-
-
-def make_check(name: str, value: float, threshold: str, good: bool, otherwise: str, detail: str) -> Check:
-    return Check(name, float(value), threshold, "ok" if good else otherwise, "" if good else detail)
+def checks_passed(checks: Sequence[Check]) -> bool:
+    return all(check.verdict != "fail" for check in checks)
 
 
 def compare_evaluations(
@@ -62,27 +63,28 @@ def compare_evaluations(
         history: the trainer's logged events.
         data: Preferences.report.
     """
-    checks = [
-        require_at_most(BOTH, data["test"]["also_in_train"], 0),
-        policy_changed(before, after),
-    ]
+    checks = [leaked_rows(data["test"]["also_in_train"]), policy_changed(before, after)]
     checks += image_reliance(before.metrics, after.metrics)
     assert before.logps
     assert after.logps
     chosen, rejected = logprob_drop(before.logps, after.logps)
     detail = f"rejected answers fell by {rejected:.2g}"
-    checks.append(require_at_most(FALL, chosen, MOST_FALL, otherwise="warn", detail=detail))
+    name = "chosen log-prob drop (likelihood displacement), nats/token"
+    checks.append(require("likelihood_displacement", name, chosen, "<=", MOST_FALL, "warn", detail))
     margin = (after.logps.chosen - before.logps.chosen) - (after.logps.rejected - before.logps.rejected)
     if len(margin) >= FEWEST:
         share = squared_correlation(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
-        checks.append(require_at_most("share of the margin that length explains", share, MOST_LENGTH, otherwise="warn"))
+        name = "share of the reward margin explained by answer length"
+        checks.append(require("length_share", name, share, "<=", MOST_LENGTH, "warn"))
     last = [event["rewards/accuracies"] for event in history if "rewards/accuracies" in event][-LAST:]
     if last and "reward_accuracy" in after.metrics:
         gap = sum(last) / len(last) - after.metrics["reward_accuracy"]
-        checks.append(require_at_most("reward accuracy, training less held-out", gap, MOST_GAP, otherwise="warn"))
+        name = "generalization gap (reward accuracy, training minus held-out)"
+        checks.append(require("generalization_gap", name, gap, "<=", MOST_GAP, "warn"))
     if before.metrics.get("mean_length"):
-        longer = abs(after.metrics["mean_length"] / before.metrics["mean_length"] - 1)
-        checks.append(require_at_most("change of generated answers' length", longer, MOST_LONGER, otherwise="warn"))
+        change = abs(after.metrics["mean_length"] / before.metrics["mean_length"] - 1)
+        name = "relative change of generated answer length"
+        checks.append(require("length_change", name, change, "<=", MOST_LONGER, "warn"))
     return checks
 
 
@@ -90,10 +92,9 @@ def policy_changed(before: Evaluation, after: Evaluation) -> Check:
     """An adapter that is not on changes nothing."""
     if before.logps is None or after.logps is None:
         changed = sum(b != a for b, a in zip(before.answers, after.answers, strict=True)) / len(after.answers)
-        return require_above("generated answers that changed", changed, 0, otherwise="warn")
-    return require_at_least(
-        "change of answers' log-probability, nats a token", mean_logp_change(before.logps, after.logps), LEAST_MOVE
-    )
+        return require("answers_changed", "share of generated answers that changed", changed, ">", 0, "warn")
+    change = mean_logp_change(before.logps, after.logps)
+    return require("policy_changed", "mean change of answer log-prob (nats/token)", change, ">=", LEAST_MOVE)
 
 
 def mean_logp_change(before: Logps, after: Logps) -> float:
@@ -107,10 +108,12 @@ def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Ch
     name = next((key for key in ("wrong_image_drop", "blank_image_drop") if key in after), None)
     if name is None:
         return []
-    checks = [require_above("what the picture does for the answer, nats a token", abs(after[name]), 0)]
+    label = "image contribution to the chosen answer (nats/token)"
+    checks = [require("image_contribution", label, abs(after[name]), ">", 0)]
     if before[name] > NOTICED:
         share = after[name] / before[name]
-        checks.append(require_at_least(SIGHT_LEFT, share, LEAST_SIGHT, otherwise="warn"))
+        label = "image reliance kept after tuning (share of base)"
+        checks.append(require("image_reliance", label, share, ">=", LEAST_SIGHT, "warn"))
     return checks
 
 

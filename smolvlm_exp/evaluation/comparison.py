@@ -125,7 +125,7 @@ class Comparison:
             return "best"
         gap = self.gap(group)
         if gap.noise is None:
-            return "worse, or luck: it has no interval"
+            return "no confidence interval"
         return "worse" if abs(gap.difference) > gap.noise else "within the noise"
 
 

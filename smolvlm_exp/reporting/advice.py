@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from smolvlm_exp.evaluation.checks import FALL, SIGHT_LEFT
 from smolvlm_exp.runs.event_log import read_events
 
 Events = list[dict[str, float]]  # of metrics.jsonl
@@ -24,6 +23,10 @@ LEARNT = 0.6  # reward accuracy in training that is more than chance and its noi
 MOVED = 0.5  # nats that a chosen answer gains over its rejected one before a policy has moved: 1.6 times as likely
 WAITED = 0.2  # share of time without a batch
 RISE = 0.05  # of the held-out loss over its lowest
+OLD_NAMES = {  # of the checks that summaries had before checks had ids
+    "likelihood_displacement": "fall of chosen answers' log-probability, nats a token",
+    "image_reliance": "share of it that is left after tuning",
+}
 
 
 def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> list[str]:
@@ -157,23 +160,29 @@ def overfitting(summary: dict[str, Any], config: dict[str, Any], events: Events)
 
 
 def likelihood_displacement(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
-    for check in summary.get("checks", []):
-        if check["verdict"] == "warn" and check["name"] == FALL:
-            losses = config["trainer"].get("loss_type") or ["sigmoid"]
-            how = f"trainer.loss_type=[{','.join([*losses, 'sft'])}] trainer.loss_weights=[{'1,' * len(losses)}1], or "
-            how = "" if "sft" in losses else how
-            beta, rate = config["trainer"].get("beta", 0.1), config["trainer"]["learning_rate"]
-            yield (
-                f"unlearning: chosen answers lost {check['value']:.2g} nats a token.\n"
-                f"Try {how}trainer.beta={3 * beta:g}, or trainer.learning_rate={rate / 2:g}."
-            )
+    drop = warned(summary, "likelihood_displacement")
+    if drop is not None:
+        losses = config["trainer"].get("loss_type") or ["sigmoid"]
+        how = f"trainer.loss_type=[{','.join([*losses, 'sft'])}] trainer.loss_weights=[{'1,' * len(losses)}1], or "
+        how = "" if "sft" in losses else how
+        beta, rate = config["trainer"].get("beta", 0.1), config["trainer"]["learning_rate"]
+        yield (
+            f"likelihood displacement: chosen answers lost {drop:.2g} nats/token.\n"
+            f"Try {how}trainer.beta={3 * beta:g}, or trainer.learning_rate={rate / 2:g}."
+        )
 
 
 def low_image_reliance(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
-    for check in summary.get("checks", []):
-        if check["verdict"] == "warn" and check["name"] == SIGHT_LEFT:
-            yield (
-                f"the picture does {max(check['value'], 0):.0%} of what it did for the answers before tuning.\n"
-                "Prefer pairs that differ in what is seen, not in style; lower trainer.learning_rate="
-                f"{config['trainer']['learning_rate'] / 2:g}."
-            )
+    share = warned(summary, "image_reliance")
+    if share is not None:
+        yield (
+            f"the model relies on the image {max(share, 0):.0%} as much as the base does.\n"
+            "Prefer pairs that differ in what the image shows, not in style; or lower trainer.learning_rate="
+            f"{config['trainer']['learning_rate'] / 2:g}."
+        )
+
+
+def warned(summary: dict[str, Any], id: str) -> float | None:
+    """The value of a check whose verdict is `warn`, None where it is not."""
+    checks = (c for c in summary.get("checks", []) if c["verdict"] == "warn")
+    return next((c["value"] for c in checks if c.get("id") == id or c["name"] == OLD_NAMES[id]), None)

@@ -9,13 +9,13 @@ from rich.table import Table
 
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.evaluation.checks import Check
+from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change
 from smolvlm_exp.reporting.samples import Sample, SampleHistory
 
 
-def summarize(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
+def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check]) -> dict[str, Any]:
     """The parts of summary.json that say how good a model is, and how sure that is."""
     looks = {"before": before, **({"after": after} if after else {})}
     return {
@@ -23,24 +23,24 @@ def summarize(before: Evaluation, after: Evaluation | None) -> dict[str, Any]:
         "after": after.metrics if after else {},
         "intervals": {name: look.intervals() for name, look in looks.items()},
         "changes": {name: asdict(change) for name, change in after.changes(before).items()} if after else {},
+        "checks": [asdict(check) for check in checks],
+        "checks_passed": checks_passed(checks),
     }
 
 
-def print_results(
-    console: Console, found: dict[str, Any], checks: list[Check], names: tuple[str, str] = ("before", "after")
-) -> None:
-    """The table of `findings`, and the checks beneath it."""
-    table = Table("held out", *names, "change", "95 % interval", "p", title=None)
-    before, after, changes = found["before"], found["after"], found["changes"]
+def print_results(console: Console, summary: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
+    """The table of `summarize`, and the checks beneath it."""
+    table = Table("held out", *names, "change", "95 % CI", "p", title=None)
+    before, after, changes = summary["before"], summary["after"], summary["changes"]
     for key in after or before:
         numbers = ["" if v is None else f"{v:.3f}" for v in (before.get(key), after.get(key))]
         change = Change(**changes[key]) if key in changes else None
-        table.add_row(key, *numbers, *(in_words(change) if change else alone(found, key)))
+        table.add_row(key, *numbers, *(in_words(change) if change else alone(summary, key)))
     console.print(table)
-    for check in checks:
-        detail = f"; {check.detail}" if check.detail else ""
-        told = f"{check.verdict:>4}  {check.name}: {check.value:.2g} ({check.threshold}){detail}"
-        console.print(told, highlight=False, soft_wrap=True, markup=False)
+    for check in summary["checks"]:
+        detail = f"; {check['detail']}" if check["detail"] else ""
+        line = f"{check['verdict']:>4}  {check['name']}: {check['value']:.2g} ({check['threshold']}){detail}"
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 def in_words(change: Change) -> tuple[str, str, str]:

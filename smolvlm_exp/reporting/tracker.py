@@ -118,11 +118,11 @@ def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", ex
             run.summary.update({f"speed/{name}/{each['batch_size']}/{key}": value for key, value in each.items()})
     checks = summary.get("checks", [])
     for check in checks:
-        run.summary[f"checks/{check['name']}"] = check["verdict"]
+        run.summary[f"checks/{check['id']}"] = check["verdict"]
     if checks:
         columns: list[str | int] = list(checks[0])
         run.log({"checks": wandb.Table(columns=columns, data=[list(check.values()) for check in checks])})
-    run.summary["status"] = summary["status"]
+    run.summary.update({key: summary[key] for key in ("status", "checks_passed") if key in summary})
     if samples:
         columns = ["image", "question", "before", "after", "chosen", "rejected"]
         rows = [[wandb.Image(s.image), s.question, s.before, s.after, s.chosen, s.rejected] for s in samples]

@@ -3,7 +3,6 @@
 Runs that differ in their seed alone are one line. What a difference has to exceed is in comparison.py.
 """
 
-import csv
 import logging
 from collections.abc import Sequence
 from glob import glob
@@ -32,12 +31,11 @@ def compare(config: Config, folder: Path) -> Comparison:
     Raises:
         RequestError: fewer than two finished runs were named.
     """
+    import pandas
+
     found = comparison([read(path) for path in folders(config.runs)], config.metric)
     rows = flat(found)
-    with (folder / "compare.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
+    pandas.DataFrame(rows, dtype=object).to_csv(folder / "compare.csv", index=False)  # object: whole numbers stay so
     (folder / "compare.html").write_text(document(found, folder), encoding="utf-8")
     show(found)
     track_table(
@@ -93,11 +91,11 @@ def flat(found: Comparison) -> list[dict[str, Any]]:
             **group.settings,
             "seed": run.summary.get("seed"),
             **{path: run.value(path) for path in (*found.metrics, *COSTS)},
-            "group": found.verdict(group),
-            "from the best": found.gaps[number].difference,
-            "from the best +-": found.gaps[number].noise if number else None,
-            **{f"group {path}": group.value(path) for path in found.metrics},
-            **{f"group {path} +-": group.error(path) for path in found.metrics},
+            "verdict": found.verdict(group),
+            "delta_to_best": found.gaps[number].difference,
+            "delta_ci95": found.gaps[number].noise if number else None,
+            **{f"group_mean.{path}": group.value(path) for path in found.metrics},
+            **{f"group_ci95.{path}": group.error(path) for path in found.metrics},
         }
         for number, group in enumerate(found.groups)
         for run in group.runs

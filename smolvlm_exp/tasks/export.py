@@ -21,9 +21,9 @@ from smolvlm_exp.deploy.export.hub_upload import check_account, push
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
 from smolvlm_exp.deploy.export.model_card import model_card
 from smolvlm_exp.deploy.export.options import formats, merged_precision, precisions
-from smolvlm_exp.deploy.export.parity import Parity, facts, gate, parity, passes
+from smolvlm_exp.deploy.export.parity import Parity, facts, gate, parity
 from smolvlm_exp.deploy.export.record import check_free, read_record, record
-from smolvlm_exp.evaluation.checks import mean_logp_change
+from smolvlm_exp.evaluation.checks import checks_passed, mean_logp_change
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.held_out import evaluate as look
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
@@ -167,7 +167,7 @@ class Exporter:
 
             def holds(tried: dict[str, str]) -> bool:
                 found = self.parity(OnnxModel(graphs.folder, tried))
-                passed = passes(gate(self.config.export, found, {}))
+                passed = checks_passed(gate(self.config.export, found, {}))
                 told = ", ".join(f"{part} {kind}" for part, kind in tried.items())
                 size = f"{graphs.size(tried) / 2**20:.1f} MiB"
                 log.info(f"search: {told}: {size}; {found.in_words()}: {'holds' if passed else 'does not'}")
@@ -189,8 +189,8 @@ class Exporter:
         changes = exported.changes(self.tuned)
         checks = gate(config, found, changes)
         print(f"{form}{''.join(f', {part} {kind}' for part, kind in chosen.items())}: {found.in_words()}")
-        print_results(Console(), summarize(self.tuned, exported), checks, names=("tuned", "exported"))
-        if not passes(checks):
+        print_results(Console(), summarize(self.tuned, exported, checks), names=("tuned", "exported"))
+        if not checks_passed(checks):
             if config.on_fail == "refuse":
                 print(
                     f"smolvlm_exp: the gate holds export.format={form} back, and nothing of it was written: see `fail` "
@@ -211,7 +211,7 @@ class Exporter:
             "exported": exported.metrics,
             "intervals": {"tuned": self.tuned.intervals(), "exported": exported.intervals()},
             "changes": {name: asdict(change) for name, change in changes.items()},
-            "passes": passes(checks),
+            "passes": checks_passed(checks),
             "checks": [asdict(check) for check in checks],
             "versions": versions(),
             **further,

@@ -54,6 +54,7 @@ class Result:
             "after": {},
             "train": {},
             "checks": [],
+            "checks_passed": None,  # until there are any
             "versions": versions(),
         }
 
@@ -78,9 +79,8 @@ class Result:
             self.checks += self.saved(trainer)
         self.summary |= {
             "status": "stopped" if stopped else "done",
-            **summarize(self.before, self.after),
+            **summarize(self.before, self.after, self.checks),
             "train": self.speed(trainer),
-            "checks": [asdict(check) for check in self.checks],
             "seconds": time.perf_counter() - self.began,
         }
         self.summary["advice"] = self.advice()
@@ -140,7 +140,7 @@ class Result:
     def print(self) -> None:
         """The final table, the checks, and where everything lies."""
         console = Console()
-        print_results(console, self.summary, self.checks)
+        print_results(console, self.summary)
         for told in self.summary["advice"]:
             console.print(f"advice: {told}", highlight=False, soft_wrap=True, markup=False)
         train = self.summary["train"]

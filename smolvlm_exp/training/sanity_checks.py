@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from smolvlm_exp.evaluation.checks import Check, require_at_least, require_at_most
+from smolvlm_exp.evaluation.checks import Check, require
 from smolvlm_exp.utils.distributed import full_tensor
 
 LN2 = math.log(2)
@@ -26,15 +26,18 @@ class ParameterMonitor:
     def checks(self, trainer: Any) -> list[Check]:
         learnt = {name: parameter for name, parameter in self.model.named_parameters() if name in self.start}
         still = [name for name, p in learnt.items() if torch.equal(self.start[name], on_host(p))]
-        checks = [check_all_moved("trainable tensors that moved", still, len(learnt))]
+        checks = [check_all_moved("parameters_moved", "trainable tensors that moved (share)", still, len(learnt))]
         magnitudes = [name for name in learnt if "magnitude" in name]
         if magnitudes:
             named = [name for name in still if "magnitude" in name]
-            checks.append(check_all_moved("DoRA magnitudes that moved", named, len(magnitudes)))
+            checks.append(
+                check_all_moved("magnitudes_moved", "DoRA magnitudes that moved (share)", named, len(magnitudes))
+            )
         without = without_gradient(learnt, trainer.optimizer)
         if without is not None:
-            checks.append(check_all_moved("trainable tensors that got a gradient", without, len(learnt)))
-        checks.append(require_at_least("frozen weights unchanged", float(checksum(self.model) == self.base), 1))
+            name = "trainable tensors that got a gradient (share)"
+            checks.append(check_all_moved("parameters_with_gradient", name, without, len(learnt)))
+        checks.append(require("base_unchanged", "frozen weights unchanged", checksum(self.model) == self.base, ">=", 1))
         return [*checks, *first_step_checks(trainer)]
 
 
@@ -47,9 +50,9 @@ def on_host(parameter: torch.Tensor) -> torch.Tensor:
     return full_tensor(parameter).detach().float().cpu()
 
 
-def check_all_moved(name: str, missing: list[str], count: int) -> Check:
+def check_all_moved(id: str, name: str, missing: list[str], count: int) -> Check:
     detail = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-    return require_at_least(name, 1 - len(missing) / max(count, 1), 1, detail=f"not {detail}")
+    return require(id, name, 1 - len(missing) / max(count, 1), ">=", 1, detail=f"not {detail}")
 
 
 def without_gradient(learnt: dict[str, Any], optimizer: Any) -> list[str] | None:
@@ -67,9 +70,9 @@ def first_step_checks(trainer: Any) -> list[Check]:
     tolerance, checks = (5e-3 if trainer.args.bf16 else 1e-4), []
     if "rewards/chosen" in first:
         off = max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"]))
-        checks.append(require_at_most("policy minus reference at step 1", off, tolerance))
+        checks.append(require("reference_at_start", "policy minus reference at step 1 (reward)", off, "<=", tolerance))
     if first and getattr(trainer, "loss_types", None) == ["sigmoid"]:
-        checks.append(require_at_most("first loss minus ln 2", abs(first["loss"] - LN2), tolerance))
+        checks.append(require("first_loss_ln2", "first loss minus ln 2", abs(first["loss"] - LN2), "<=", tolerance))
     return checks
 
 

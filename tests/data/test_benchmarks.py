@@ -171,7 +171,7 @@ def test_answers_are_scored(files, name, monkeypatch):
         assert (before["chair_i"], before["recall"]) == (1 / 2, 1 / 2)
         assert (after["chair_s"], after["recall"]) == (0, 1)
     (check,) = summary["checks"]
-    assert (check["name"], check["verdict"]) == ("generated answers that changed", "ok")
+    assert (check["id"], check["verdict"]) == ("answers_changed", "ok")
     assert summary["changes"].keys() == before.keys() == after.keys()
     page = (files / "report.html").read_text()
     assert "<dt>Truth</dt>" in page

@@ -5,8 +5,7 @@ import json
 import pytest
 import torch
 
-from smolvlm_exp.evaluation.checks import FALL, SIGHT_LEFT
-from smolvlm_exp.reporting.advice import advise
+from smolvlm_exp.reporting.advice import OLD_NAMES, advise
 from smolvlm_exp.tasks.train import train
 from tests.conftest import compose
 
@@ -31,7 +30,7 @@ def course(**keys):
 
 
 def test_a_good_run_gets_none():
-    summary = {"train": {"out_of_memory": 0}, "checks": [{"name": "x", "verdict": "ok", "value": 1}]}
+    summary = {"train": {"out_of_memory": 0}, "checks": [{"id": "x", "name": "X", "verdict": "ok", "value": 1}]}
     assert advise(summary, config(), course()) == []
 
 
@@ -54,10 +53,11 @@ def test_a_good_run_gets_none():
         ({}, {}, course(data_wait=lambda i: 0.9 if i == 0 else 0.4), ["waited for its batches 40%", "num_workers=4"]),
         ({}, {}, course(eval_loss=lambda i: 0.6 - 0.02 * i if i < 5 else 0.5 + 0.02 * i),
          ["lowest at step 50 (0.52) and is 0.72", "max_steps=50"]),
-        ({"checks": [{"name": FALL, "verdict": "warn", "value": 0.4}]}, {},
-         course(), ["lost 0.4 nats", "loss_type=[sigmoid,sft] trainer.loss_weights=[1,1], or trainer.beta=0.3"]),
-        ({"checks": [{"name": SIGHT_LEFT, "verdict": "warn", "value": 0.31}]}, {},
-         course(), ["does 31% of what it did"]),
+        ({"checks": [{"id": "likelihood_displacement", "name": "Drop", "verdict": "warn", "value": 0.4}]}, {},
+         course(), ["likelihood displacement: chosen answers lost 0.4 nats/token",
+         "loss_type=[sigmoid,sft] trainer.loss_weights=[1,1], or trainer.beta=0.3"]),
+        ({"checks": [{"id": "image_reliance", "name": "Share", "verdict": "warn", "value": 0.31}]}, {},
+         course(), ["relies on the image 31% as much as the base"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value and isinstance(value[0], str) else "",
 )  # fmt: skip
@@ -104,3 +104,11 @@ def test_the_doctor_looks_at_a_run(command, tmp_path):
     done = command("task=doctor", "run=nowhere")
     assert (done.returncode, "no run has ended there" in done.stderr) == (2, True)
     assert compose().task.name == "train"
+
+
+@pytest.mark.parametrize("id", OLD_NAMES)
+def test_a_summary_from_before_checks_had_ids(id):
+    """Only the ways to name a check differ: the advice is the same."""
+    old, new = ({"checks": [{**key, "verdict": "warn", "value": 0.4}]} for key in (
+        {"name": OLD_NAMES[id]}, {"id": id, "name": "Label"}))  # fmt: skip
+    assert advise(old, config(), course()) == advise(new, config(), course()) != []

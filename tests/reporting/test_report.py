@@ -337,7 +337,7 @@ def test_lines_that_are_alike_have_one_colour_and_one_name() -> None:
 
 
 def test_importing_the_report_leaves_torch_alone() -> None:
-    code = "import sys, smolvlm_exp.report; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
+    code = "import sys, smolvlm_exp.reporting.report; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
 
 

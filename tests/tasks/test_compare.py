@@ -123,13 +123,15 @@ def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
     assert [row["run"] for row in rows] == ["outputs/day/a", "elsewhere", "outputs/day/b"]
-    assert [row["group"] for row in rows] == ["best", "within the noise", "worse"]
-    assert [float(row["group after.preference_accuracy +-"]) for row in rows] == pytest.approx([0.05, 0.3, 0.05])
-    assert [float(row["from the best"]) for row in rows] == pytest.approx([0, -0.2, -0.3])
+    assert [row["verdict"] for row in rows] == ["best", "within the noise", "worse"]
+    assert [float(row["group_ci95.after.preference_accuracy"]) for row in rows] == pytest.approx([0.05, 0.3, 0.05])
+    assert [float(row["delta_to_best"]) for row in rows] == pytest.approx([0, -0.2, -0.3])
     assert [row["seed"] for row in rows] == ["0", "3", "0"]
     (table,) = tmp_path.glob("out/wandb/offline-run-*/files/media/table/compare*.table.json")
     told = json.loads(table.read_text())
-    assert [dict(zip(told["columns"], row, strict=True))["group"] for row in told["data"]] == [r["group"] for r in rows]
+    assert [dict(zip(told["columns"], row, strict=True))["verdict"] for row in told["data"]] == [
+        r["verdict"] for r in rows
+    ]
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "90.0\u00a0%\u00a0±\u00a05.0" in page
     assert '<a href="../outputs/day/a/report.html">outputs/day/a</a>' in page

@@ -18,7 +18,7 @@ def losses(folder):
 
 
 def verdicts(summary):
-    return {check["name"]: check["verdict"] for check in summary["checks"]}
+    return {check["id"]: check["verdict"] for check in summary["checks"]}
 
 
 @pytest.mark.parametrize(

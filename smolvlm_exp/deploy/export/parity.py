@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from smolvlm_exp.deploy.export.options import ExportConfig
-from smolvlm_exp.evaluation.checks import Check, mean_logp_change, require_at_most
+from smolvlm_exp.evaluation.checks import Check, mean_logp_change, require
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.statistics import Change
 
 SURE = 0.05  # p below which a change of generated answers counts
-WORSE = {"chair_s": 1, "yes_no_accuracy": -1}  # the direction in which a metric is worse
+WORSE = {"chair_s": ("increase", 1), "yes_no_accuracy": ("drop", -1)}  # the direction in which a metric is worse
 
 
 @dataclass(frozen=True)
@@ -46,23 +46,18 @@ def gate(config: ExportConfig, found: Parity, changes: dict[str, Change]) -> lis
     Args:
         changes: from the tuned model's metrics to the exported one's; empty while nothing was generated.
     """
-    off = "of what the adapter changed" if found.effect else "nats a token"
+    drop, unit = found.tuned - found.exported, "share of the adapter's effect" if found.effect else "nats/token"
     checks = [
-        require_at_most(
-            "fall of preference accuracy, tuned to exported", found.tuned - found.exported, config.max_drop
-        ),
-        require_at_most(f"answers' log-probability off by, {off}", found.share, config.max_error),
+        require("accuracy_drop", "preference accuracy drop, tuned to exported", drop, "<=", config.max_drop),
+        require("logprob_error", f"mean error of answer log-prob ({unit})", found.share, "<=", config.max_error),
     ]
-    for name, direction in WORSE.items():
+    for name, (word, direction) in WORSE.items():
         if name in changes:
             change = changes[name]
             worse = direction * change.difference if change.p < SURE else 0.0
-            checks.append(require_at_most(f"{name}, worse by (where p < {SURE})", worse, config.max_drop))
+            label = f"{name} {word}, tuned to exported (0 unless p < {SURE})"
+            checks.append(require(f"{name}_{word}", label, worse, "<=", config.max_drop))
     return checks
-
-
-def passes(checks: list[Check]) -> bool:
-    return all(check.verdict != "fail" for check in checks)
 
 
 def facts(found: Parity) -> dict[str, Any]:
