@@ -9,12 +9,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.setting import GIB
 from smolvlm_exp.engine.forward import add_pair_forward
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.text_layer import fuse_decoder_layers
 from smolvlm_exp.engine.layers.vision_layer import fuse_encoder_layers
 from smolvlm_exp.models.shape import shape_of
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:
@@ -24,7 +27,7 @@ def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:
     from smolvlm_exp.models.model import ModelConfig, load_model
     from smolvlm_exp.models.quant import QuantConfig, quantization_config
 
-    config = ModelConfig(id="random", weights="random", device_map="cuda", dtype="bfloat16", attn_implementation="sdpa")
+    config = ModelConfig(id="random", weights="random", device_map=DEVICE, dtype="bfloat16", attn_implementation="sdpa")
     config.shape = shape_of(name)
     width = QuantConfig(load_in_4bit=quant, bnb_4bit_quant_type="nf4" if quant else None)
     if quant:
@@ -43,7 +46,7 @@ def make_rows(shape: Any, count: int, tiles: int, seed: int = 0) -> list[dict[st
 
     def words(low: int, high: int) -> torch.Tensor:
         length = int(torch.randint(low, high, (1,), generator=draw))
-        return torch.randint(3, 40000, (length,), generator=draw)
+        return torch.randint(3, min(40000, shape.image_token_id), (length,), generator=draw)
 
     for _ in range(count):
         picture = torch.full((shape.image_seq_len,), shape.image_token_id)
@@ -59,8 +62,31 @@ def make_rows(shape: Any, count: int, tiles: int, seed: int = 0) -> list[dict[st
 
 def moved(value: Any) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.cuda(non_blocking=True)
-    return {key: moved(each) for key, each in value.items()} if isinstance(value, dict) else value
+        return value.to(DEVICE, non_blocking=True)
+    return {key: moved(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def prepare(model: Any) -> None:
+    """Score packed pairs, with exact DoRA."""
+    statistics = ("log_probs", "entropy", "mean_logits", "is_top1")
+    add_pair_forward(model.get_base_model(), lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, statistics)
+    use_exact_dora(model)
+
+
+def make_batch(shape: Any, pairs: int, tiles: int, features: bool) -> tuple[Any, torch.Tensor]:
+    """A packed batch on the device, with random image features in place of tiles where `features`, and its labels."""
+    batch = moved(collate(make_rows(shape, pairs, tiles), 2, shape.image_token_id))
+    if features:
+        size = len(batch["packed"].pop("tiles")), shape.image_seq_len, shape.hidden_size
+        batch["packed"]["features"] = torch.randn(size, device=DEVICE).bfloat16()
+    return batch, batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+
+
+def dpo_loss(model: Any, batch: Any, labels: torch.Tensor) -> torch.Tensor:
+    """DPO's loss with the policy itself as the reference."""
+    chosen, rejected = model(labels=labels, packed=batch["packed"]).log_probs.sum(1).chunk(2)
+    margin = chosen - rejected
+    return -torch.nn.functional.logsigmoid(0.1 * (margin - margin.detach())).mean()
 
 
 def measure(step: Any, pairs: int, seconds: float = 3.0) -> tuple[float, float]:
@@ -74,7 +100,7 @@ def measure(step: Any, pairs: int, seconds: float = 3.0) -> tuple[float, float]:
         step()
         torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return sorted(times)[len(times) // 2] / pairs, torch.cuda.max_memory_allocated() / 2**30
+    return sorted(times)[len(times) // 2] / pairs, torch.cuda.max_memory_allocated() / GIB
 
 
 def main() -> None:
@@ -92,10 +118,7 @@ def main() -> None:
     torch.manual_seed(0)
     model, shape = make_model(asked.model, asked.adapter, asked.target, not asked.whole)
     core = model.get_base_model()
-    add_pair_forward(
-        core, lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, ("log_probs", "entropy", "mean_logits", "is_top1")
-    )
-    use_exact_dora(model)
+    prepare(model)
     for keep in asked.keep.split(","):
         for layer in [*core.model.text_model.layers, *core.model.vision_model.encoder.layers]:
             layer.__dict__.pop("forward", None)
@@ -106,22 +129,10 @@ def main() -> None:
             ):
                 assert why is None, why
         for micro in map(int, asked.micro.split(",")):
-            rows = make_rows(shape, micro, asked.tiles)
-            batch = moved(collate(rows, 2, shape.image_token_id))
-            if asked.target == "text":
-                tiles = batch["packed"].pop("tiles")
-                batch["packed"]["features"] = torch.randn(
-                    len(tiles), shape.image_seq_len, shape.hidden_size, device="cuda"
-                ).bfloat16()
-
-            labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
+            batch, labels = make_batch(shape, micro, asked.tiles, features=asked.target == "text")
 
             def step(batch: Any = batch, labels: torch.Tensor = labels) -> None:
-                out = model(labels=labels, packed=batch["packed"])
-                logps = out.log_probs.sum(1)
-                chosen, rejected = logps.chunk(2)
-                loss = -torch.nn.functional.logsigmoid(0.1 * (chosen - rejected - (chosen - rejected).detach())).mean()
-                loss.backward()
+                dpo_loss(model, batch, labels).backward()
                 model.zero_grad(set_to_none=True)
 
             try:
