@@ -167,7 +167,7 @@ def speed(runners: dict[str, Any], processor: Any, times: int, clock: Clock) -> 
     """Milliseconds a token with little and with much before it, a prompt, and a tile: a row for each."""
     tokens = [5] * max(DEPTHS)
     first = next(iter(runners.values()))
-    picture = SmolVLMSession(first, processor).writer.picture(Image.new("RGB", PICTURE, "teal"))
+    picture = SmolVLMSession(first, processor).prompts.encode_image(Image.new("RGB", PICTURE, "teal"))
     pixels = picture.pixel_values[:, :1], picture.pixel_attention_mask[:, :1]
     tell(header("milliseconds", *runners, f"{INT8}, times {TORCH}"))
 
@@ -250,7 +250,7 @@ def conversation(runner: Any, processor: Any) -> Told:
         answers.append(answer)
     anew = SmolVLMSession(runner, processor, budget=0).answer(asked, SAID)
     speed = finished(anew)
-    assert anew.known == 0 < answers[-1].known
+    assert anew.cached_tokens == 0 < answers[-1].cached_tokens
     return Told(
         (answers[0].prompt_tokens, anew.prompt_tokens),
         answers[0].first_token,

@@ -24,6 +24,12 @@ def escape_control_tokens(messages: Sequence[dict[str, Any]], controls: Sequence
     ]
 
 
+def render_prompt(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
+    """Messages as the text that an answer follows, in which every control token is the chat template's."""
+    escaped = escape_control_tokens(messages, control_tokens(processor))
+    return processor.apply_chat_template(escaped, add_generation_prompt=True)
+
+
 def escape_text(text: str | None, controls: Sequence[str]) -> str | None:
     """One text, its control tokens made text."""
     if not text or not controls or not any(control in text for control in controls):

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.data.control_tokens import control_tokens, escape_control_tokens
+from smolvlm_exp.data.control_tokens import render_prompt
 from smolvlm_exp.utils.distributed import scatter_map
 
 if TYPE_CHECKING:
@@ -62,10 +62,8 @@ def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
 
     Control tokens that a prompt spells are text; see data/control_tokens.py.
     """
-    controls = control_tokens(processor)
-    asked = [escape_control_tokens(row["prompt"], controls) for row in rows]
     return processor(
-        text=[processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in asked],
+        text=[render_prompt(processor, row["prompt"]) for row in rows],
         images=[row["images"] for row in rows],
         padding=True,
         padding_side="left",

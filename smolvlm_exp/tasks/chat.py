@@ -1,4 +1,4 @@
-"""task=chat: a conversation in the terminal, with pictures; whatever runs the model.
+"""task=chat: a conversation in the terminal, with images, by either backend.
 
 python -m smolvlm_exp task=chat run=last
 """
@@ -10,36 +10,45 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.data.images import ImageError
-from smolvlm_exp.deploy.session.load import load_session
+from smolvlm_exp.data.images import ImageError, ImageLimits
+from smolvlm_exp.deploy.session.load import load_backend
 from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.signals import StopRequest
+from smolvlm_exp.utils.units import bytes_of
 
 HELP = """\
-/image PATH ...   pictures for your next question; several, or again, add up
-/reset            forget the conversation
-/history          what was said so far
-/save FILE        the conversation as JSON
-/quit             leave (or Ctrl-D); Ctrl-C stops an answer"""
+/image PATH ...   attach images to your next message (may be repeated)
+/reset            start a new conversation
+/history          show the conversation
+/save FILE        save the conversation as JSON
+/quit             exit (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+def load_session(config: Config) -> SmolVLMSession:
+    """The session of task=chat and task=serve.
+
+    Raises:
+        RequestError: there is no such model, or a setting does not go with it.
+    """
+    budget = bytes_of("session.keep", config.session.keep)
+    backend = load_backend(config.session.precision, config.model, config.quant, config.adapter, config.seed)
+    return SmolVLMSession(*backend, budget, config.data.max_edge, ImageLimits.of(config.data))
 
 
 def chat(config: Config, folder: Path) -> None:
-    """Read lines until they end, and answer them.
+    """Answer line by line, until there are no more.
 
     Raises:
         RequestError: there is no such model.
     """
-    with contextlib.suppress(ImportError):  # editing and the lines before, where there is a terminal for it
+    with contextlib.suppress(ImportError):  # line editing and history, where there is a terminal
         import readline  # noqa: F401
-    chat = ChatLoop(
-        load_session(config.session, config.model, config.quant, config.adapter, config.data, config.seed),
-        Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed),
-    )
-    print(
-        f"chat with {config.model.id}{f' and {config.model.adapter}' if config.model.adapter else ''}; /help tells more"
-    )
+    sampling = Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed)
+    loop = ChatLoop(load_session(config), sampling)
+    adapter = f" with the adapter {config.model.adapter}" if config.model.adapter else ""
+    print(f"chat with {config.model.id}{adapter}; /help lists the commands")
     while True:
         try:
             line = input("> " if sys.stdin.isatty() else "").strip()
@@ -49,11 +58,11 @@ def chat(config: Config, folder: Path) -> None:
         if line == "/quit":
             return
         if line:
-            chat.handle(line)
+            loop.handle(line)
 
 
 class StopAnswer(StopRequest):
-    """Ctrl-C ends the answer and not the conversation; a second one leaves."""
+    """Ctrl-C ends the answer and not the conversation; a second one exits."""
 
     def __init__(self, answer: Answer) -> None:
         super().__init__()
@@ -64,63 +73,64 @@ class StopAnswer(StopRequest):
 
 
 class ChatLoop:
-    """What a person typed, line by line."""
+    """One conversation, and what was typed in it."""
 
     def __init__(self, session: SmolVLMSession, sampling: Sampling) -> None:
         self.session, self.sampling = session, sampling
-        self.waiting: list[Path] = []  # pictures for the next question
+        self.attached = list[Path]()  # images of the next message
         self.reset()
 
     def handle(self, line: str) -> None:
-        """A question, or a command. What is wrong with it is told, and the conversation stays as it was."""
+        """A message or a command. An error is printed, and the conversation stays as it was."""
         name, _, rest = line.partition(" ")
-        commands = {"/image": self.image, "/save": self.save}
+        commands = {"/image": self.attach, "/save": self.save}
         try:
             if name in commands:
                 commands[name](shlex.split(rest))
-            elif line in ("/reset", "/history", "/help"):
-                getattr(self, line[1:])()
+            elif line == "/reset":
+                self.reset()
+            elif line == "/history":
+                self.show_history()
+            elif line == "/help":
+                print(HELP)
             elif line.startswith("/"):
-                print(f"there is no {name}\n{HELP}")
+                print(f"unknown command {name}\n{HELP}")
             else:
                 self.ask(line)
         except (RequestError, ImageError, OSError, ValueError) as error:
-            print(f"! {error}")
+            print(f"error: {error}")
 
     def ask(self, text: str) -> None:
-        images = [self.session.writer.open(path) for path in self.waiting]
+        images = [self.session.prompts.open_image(path) for path in self.attached]
         answer = self.conversation.say(text, images, self.sampling)
         with StopAnswer(answer):
             for number, piece in enumerate(answer):
                 print(piece if number else piece.lstrip(), end="", flush=True)
-        print(" [stopped]" if answer.ended_by == "stopped" else " [cut]" if answer.ended_by == "length" else "")
-        self.said.append({"role": "user", "text": text, "images": [str(path) for path in self.waiting]})
-        self.said.append({"role": "assistant", "text": answer.text.strip()})
-        self.waiting = []
+        print({"stopped": " [stopped]", "length": " [cut off]"}.get(answer.ended_by, ""))
+        self.history.append({"role": "user", "text": text, "images": [str(path) for path in self.attached]})
+        self.history.append({"role": "assistant", "text": answer.text.strip()})
+        self.attached = []
 
-    def image(self, names: list[str]) -> None:
+    def attach(self, names: list[str]) -> None:
         paths = [Path(name).expanduser() for name in names]
         for path in paths:
-            self.session.writer.open(path)  # told now, and not with the question
-        self.waiting += paths
-        print(f"{len(self.waiting)} for your next question")
+            self.session.prompts.open_image(path)  # an error now, not with the message
+        self.attached += paths
+        print(f"{len(self.attached)} attached to your next message")
 
     def save(self, names: list[str]) -> None:
         if len(names) != 1:
-            raise RequestError("/save FILE")
+            raise RequestError("usage: /save FILE")
         path = Path(names[0]).expanduser()
-        write_json(path, self.said)
-        print(path)
+        write_json(path, self.history)
+        print(f"saved to {path}")
 
     def reset(self) -> None:
         self.conversation = self.session.conversation()
-        self.said: list[dict[str, Any]] = []
-        self.waiting = []
+        self.history: list[dict[str, Any]] = []
+        self.attached = []
 
-    def history(self) -> None:
-        for turn in self.said:
-            pictures = "".join(f" [{name}]" for name in turn.get("images", ()))
-            print(f"{turn['role']}:{pictures} {turn['text']}")
-
-    def help(self) -> None:
-        print(HELP)
+    def show_history(self) -> None:
+        for turn in self.history:
+            images = "".join(f" [{name}]" for name in turn.get("images", ()))
+            print(f"{turn['role']}:{images} {turn['text']}")

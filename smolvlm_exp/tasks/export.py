@@ -151,7 +151,7 @@ class Exporter:
             log.info("adapter: vLLM and llama.cpp load no DoRA; they read the merged folder (export.format=merged)")
 
     def write_merged(self, staging: Path, target: Path) -> None:
-        from smolvlm_exp.deploy.session.backends import load_folder
+        from smolvlm_exp.deploy.session.load import load_folder
 
         precision = merged_precision(self.config.export)
         save_merged(self.merged, self.processor, staging, precision)

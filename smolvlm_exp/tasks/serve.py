@@ -10,7 +10,7 @@ from pathlib import Path
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.deploy.export.record import read_record
-from smolvlm_exp.deploy.session.load import load_session
+from smolvlm_exp.tasks.chat import load_session
 from smolvlm_exp.utils.errors import RequestError
 
 log = logging.getLogger(__name__)
@@ -29,22 +29,14 @@ def serve(config: Config, folder: Path) -> None:
 
     from smolvlm_exp.deploy.server.app import build_app
 
-    own = config.serve
+    host, port = config.serve.host, config.serve.port
     try:
-        listening = socket.create_server((own.host, own.port))
+        listening = socket.create_server((host, port))
     except OSError as error:
-        raise RequestError(
-            f"serve.host={own.host} serve.port={own.port}: {error.strerror}. Try another port."
-        ) from error
+        raise RequestError(f"serve.host={host} serve.port={port}: {error.strerror}. Try another port.") from error
     with listening:
         name = config.name or read_record(Path(config.model.id)).get("model", config.model.id)
-        app = build_app(
-            load_session(config.session, config.model, config.quant, config.adapter, config.data, config.seed),
-            own,
-            name,
-        )
-        port = listening.getsockname()[1]
-        log.info(
-            f"http://{own.host}:{port} is the page, and http://{own.host}:{port}/v1 what OpenAI's clients take",
-        )
+        app = build_app(load_session(config), config.serve, name)
+        address = f"http://{host}:{listening.getsockname()[1]}"
+        log.info(f"page: {address}; base_url for OpenAI clients: {address}/v1")
         uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])

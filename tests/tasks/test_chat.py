@@ -6,9 +6,8 @@ import sys
 
 import pytest
 
-from smolvlm_exp.deploy.session.load import load_session
 from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession
-from smolvlm_exp.tasks.chat import ChatLoop
+from smolvlm_exp.tasks.chat import ChatLoop, load_session
 from smolvlm_exp.tasks.chat import chat as run_chat
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import PACKAGE
@@ -37,56 +36,54 @@ def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, caps
     assert "never read" not in out
 
 
-def test_pictures_have_the_limits_of_data(chat, small, capsys):
+def test_images_have_the_limits_of_data(chat, small, capsys):
     """The size of a file is looked at before it is read, and its pixels before they are decoded."""
     config = compose("task=chat", f"model.id={small}", "quant=none", "data.max_pixels=999", "data.max_image_mib=1")
-    chat.session.writer.limits = load_session(
-        config.session, config.model, config.quant, config.adapter, config.data, config.seed
-    ).writer.limits
+    chat.session.prompts.limits = load_session(config).prompts.limits
     chat.handle(f"/image {CAT}")
     assert "more than data.max_pixels=999" in capsys.readouterr().out
     chat.handle("/image /dev/zero")
     assert "is not there: /dev/zero" in capsys.readouterr().out
-    assert chat.waiting == []
+    assert chat.attached == []
 
 
 def test_commands(chat, capsys, tmp_path):
     (tmp_path / "a cat.jpg").write_bytes(CAT.read_bytes())
     chat.handle(f"/image '{tmp_path / 'a cat.jpg'}' {CAT}")
-    assert len(chat.waiting) == 2
+    assert len(chat.attached) == 2
     chat.handle("Describe the picture.")
-    assert chat.waiting == []
-    assert len(chat.conversation.so_far.pictures) == 2
+    assert chat.attached == []
+    assert len(chat.conversation.prompt.images) == 2
     chat.handle("/reset")
-    assert (chat.said, chat.conversation.so_far.ids) == ([], [])
-    assert "[cut]" in capsys.readouterr().out
+    assert (chat.history, chat.conversation.prompt.ids) == ([], [])
+    assert "[cut off]" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("/image nowhere.png", "! "),
+        ("/image nowhere.png", "error: "),
         (f"/image {__file__}", "cannot be decoded"),
-        ("a \udcff", "half a character"),
-        ("/save", "/save FILE"),
-        ("/sing", "there is no /sing"),
+        ("a \udcff", "lone surrogate"),
+        ("/save", "usage: /save FILE"),
+        ("/sing", "unknown command /sing"),
     ],
 )
-def test_what_cannot_be_done_is_told_and_changes_nothing(chat, capsys, line, message):
+def test_an_error_is_printed_and_changes_nothing(chat, capsys, line, message):
     chat.handle("Describe the picture.")
-    before = [*chat.said], [*chat.conversation.so_far.ids]
+    before = [*chat.history], [*chat.conversation.prompt.ids]
     chat.handle(line)
     assert message in capsys.readouterr().out
-    assert ([*chat.said], [*chat.conversation.so_far.ids]) == before
+    assert ([*chat.history], [*chat.conversation.prompt.ids]) == before
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
         (["session.keep=much"], "session.keep=much is no size"),
-        (["session.precision=int8"], "session.precision=int8 is an export's"),
-        (["model.id={graphs}", "model.adapter=some"], "has its adapter merged already"),
-        (["model.id={graphs}"], "onnx has a decoder in fp32, int8, int4: give session.precision"),
+        (["session.precision=int8"], "session.precision=int8 is for exported models"),
+        (["model.id={graphs}", "model.adapter=some"], "with its adapter merged already"),
+        (["model.id={graphs}"], "onnx has a decoder in fp32, int8, int4: set session.precision"),
     ],
 )
 def test_what_cannot_be_talked_to(graphs, tmp_path, overrides, message):

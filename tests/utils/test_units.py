@@ -2,7 +2,7 @@
 
 import pytest
 
-from smolvlm_exp.deploy.session.load import load_session
+from smolvlm_exp.tasks.chat import load_session
 from smolvlm_exp.training.engine_setup import check_request
 from smolvlm_exp.training.memory_budget import budget_of
 from smolvlm_exp.utils.errors import RequestError
@@ -30,5 +30,4 @@ def test_all_settings_take_all_units(unit, small):
     check_request(config.trainer, config.model, config.adapter)
     assert budget_of(f"1{unit}") == size_of(f"1{unit}")
     config = compose("task=chat", f"model.id={small}", "quant=none", f"session.keep=1{unit}")
-    session = load_session(config.session, config.model, config.quant, config.adapter, config.data, config.seed)
-    assert session.kept.budget == size_of(f"1{unit}")
+    assert load_session(config).cache.budget == size_of(f"1{unit}")

@@ -1,5 +1,6 @@
 """The endpoint: /v1/chat/completions and /v1/models as OpenAI's clients know them, and a page at /."""
 
+import asyncio
 import json
 import time
 import uuid
@@ -22,7 +23,6 @@ from smolvlm_exp.utils.errors import RequestError
 
 PAGE = Path(__file__).parent / "chat.html"
 LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
-REASONS = {"stop": "stop", "length": "length", "stopped": "stop"}
 
 
 def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAPI:
@@ -31,24 +31,24 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
         name: what the model is called in answers.
     """
     app = FastAPI(title="smolvlm_exp", docs_url=None, redoc_url=None, openapi_url=None)
-    texts = MEGABYTE  # a request's largest text, beside its pictures
-    app.add_middleware(BodyLimit, most=int(limits.max_images * limits.max_image_megabytes * MEGABYTE * 4 / 3) + texts)
-    if limits.host in ("127.0.0.1", "localhost", "::1"):  # a foreign page must not reach us by a name of its own
+    images = int(limits.max_images * limits.max_image_megabytes * MEGABYTE * 4 / 3)  # in base64
+    app.add_middleware(BodyLimit, max_bytes=images + MEGABYTE)  # with as much text
+    if limits.host in ("127.0.0.1", "localhost", "::1"):  # no foreign page reaches us by a host name of its own
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=LOOPBACK)
-    slots = Slots(limits.max_concurrency)
+    slots = asyncio.Semaphore(limits.max_concurrency)
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
-        return problem(400, str(error))
+        return error_response(400, str(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
         first = error.errors()[0]
-        return problem(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+        return error_response(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
 
     @app.exception_handler(HTTPException)
     async def failed(_: Request, error: HTTPException) -> JSONResponse:
-        return problem(error.status_code, str(error.detail))
+        return error_response(error.status_code, str(error.detail))
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -59,55 +59,38 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "smolvlm_exp"}]}
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def complete(asked: ChatRequest) -> JSONResponse | StreamingResponse | dict[str, Any]:
-        if not slots.take():
-            return problem(
-                429, f"{limits.max_concurrency} answers are being given: try again soon.", "rate_limit_error"
-            )
+    async def complete(request: ChatRequest) -> JSONResponse | StreamingResponse | dict[str, Any]:
+        if slots.locked():
+            message = f"the server is already generating {limits.max_concurrency} answers: try again soon."
+            return error_response(429, message, "rate_limit_error")
+        await slots.acquire()
         try:
-            prompt = await run_in_threadpool(asked.prompt, session, limits)
-            answer = session.answer(prompt, asked.sampling(limits))
+            prompt = await run_in_threadpool(request.prompt, session, limits)
+            reply = Reply(session.answer(prompt, request.sampling(limits)), name)
         except BaseException:
-            slots.give_back()
+            slots.release()
             raise
-        reply = Reply(answer, name)
-        usage = bool(asked.stream_options and asked.stream_options.include_usage)
-        pieces = reply.events(usage, slots)
-        await anext(pieces)  # from here on its end is reached, whatever becomes of whoever asked
-        if asked.stream:
-            return StreamingResponse(pieces, media_type="text/event-stream")
-        async for _ in pieces:
+        usage = bool(request.stream_options and request.stream_options.include_usage)
+        events = reply.events(usage, slots)
+        await anext(events)  # from here on its `finally` runs, even if the client disconnects
+        if request.stream:
+            return StreamingResponse(events, media_type="text/event-stream")
+        async for _ in events:
             pass
-        return reply.whole()
+        return reply.completion()
 
     return app
 
 
-class Slots:
-    """How many answers may be given at once; counted in the event loop alone."""
-
-    def __init__(self, count: int) -> None:
-        self.free = count
-
-    def take(self) -> bool:
-        if not self.free:
-            return False
-        self.free -= 1
-        return True
-
-    def give_back(self) -> None:
-        self.free += 1
-
-
 class Reply:
-    """An answer in OpenAI's words."""
+    """An answer in OpenAI's format."""
 
     def __init__(self, answer: Answer, model: str) -> None:
         self.answer = answer
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    async def events(self, usage: bool, slots: Slots) -> AsyncIterator[str]:
-        """Server-sent events, after an empty one. Whoever goes away has their answer stopped."""
+    async def events(self, usage: bool, slots: asyncio.Semaphore) -> AsyncIterator[str]:
+        """Server-sent events, after an empty one. The answer to a client that disconnects is stopped."""
         try:
             yield ""
             yield self.chunk({"role": "assistant", "content": ""})
@@ -115,30 +98,34 @@ class Reply:
             async for piece in iterate_in_threadpool(self.answer):
                 yield self.chunk({"content": piece.lstrip() if first else piece})
                 first = False
-            yield self.chunk({}, REASONS[self.answer.ended_by])
+            yield self.chunk({}, self.finish_reason)
             if usage:
                 yield event({**self.head, "object": "chat.completion.chunk", "choices": [], "usage": self.usage()})
             yield "data: [DONE]\n\n"
         finally:
             self.answer.stop()
-            slots.give_back()
+            slots.release()
 
-    def chunk(self, delta: dict[str, str], reason: str | None = None) -> str:
-        choice = {"index": 0, "delta": delta, "finish_reason": reason}
+    def chunk(self, delta: dict[str, str], finish_reason: str | None = None) -> str:
+        choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
         return event({**self.head, "object": "chat.completion.chunk", "choices": [choice]})
 
-    def whole(self) -> dict[str, Any]:
+    def completion(self) -> dict[str, Any]:
         message = {"role": "assistant", "content": self.answer.text.strip()}
-        choice = {"index": 0, "message": message, "finish_reason": REASONS[self.answer.ended_by]}
+        choice = {"index": 0, "message": message, "finish_reason": self.finish_reason}
         return {**self.head, "object": "chat.completion", "choices": [choice], "usage": self.usage()}
 
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.answer.ended_by == "length" else "stop"
+
     def usage(self) -> dict[str, Any]:
-        prompt, given = self.answer.prompt_tokens, len(self.answer.ids)
+        prompt, completion = self.answer.prompt_tokens, len(self.answer.ids)
         return {
             "prompt_tokens": prompt,
-            "completion_tokens": given,
-            "total_tokens": prompt + given,
-            "prompt_tokens_details": {"cached_tokens": self.answer.known},
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.answer.cached_tokens},
         }
 
 
@@ -146,26 +133,25 @@ def event(content: dict[str, Any]) -> str:
     return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
 
-def problem(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
-    error = {"message": message, "type": kind, "param": None, "code": None}
-    return JSONResponse({"error": error}, status_code=status)
+def error_response(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status_code=status)
 
 
 class BodyLimit:
-    """Refuses a request's body once it has more than `most` bytes, whatever it said of its length."""
+    """Refuses a request's body once it has more than `max_bytes`, whatever its headers say."""
 
-    def __init__(self, app: ASGIApp, most: int) -> None:
-        self.app, self.most = app, most
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        came = 0
+        received = 0
 
         async def counted() -> Message:
-            nonlocal came
+            nonlocal received
             message = await receive()
-            came += len(message.get("body", b""))
-            if came > self.most:
-                raise HTTPException(413, f"a request may have {self.most:,} bytes.")
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise HTTPException(413, f"a request may have at most {self.max_bytes:,} bytes.")
             return message
 
         await self.app(scope, counted, send)

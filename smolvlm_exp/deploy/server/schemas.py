@@ -1,6 +1,6 @@
-"""A chat completion's request, as OpenAI's clients send it, and what a session makes of it.
+"""A chat completion's request, as OpenAI's clients send it, and the prompt that a session makes of it.
 
-https://platform.openai.com/docs/api-reference/chat/create. Pictures come as data URLs; nothing is ever fetched.
+https://platform.openai.com/docs/api-reference/chat/create. Images come as data URLs; nothing is ever fetched.
 """
 
 import base64
@@ -20,14 +20,14 @@ from smolvlm_exp.utils.errors import RequestError
 MEGABYTE = 1_000_000
 
 
-class Url(BaseModel):
+class ImageUrl(BaseModel):
     url: str
 
 
 class Part(BaseModel):
     type: Literal["text", "image_url"]
     text: str | None = None
-    image_url: Url | None = None
+    image_url: ImageUrl | None = None
 
 
 class Message(BaseModel):
@@ -40,7 +40,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """What we act on; other fields that clients send are passed over, as their defaults mean what we do."""
+    """What we act on; other fields that clients send are ignored, as their defaults mean what we do."""
 
     model: str = ""
     messages: list[Message] = Field(min_length=1)
@@ -57,18 +57,18 @@ class ChatRequest(BaseModel):
     def sampling(self, limits: ServeConfig) -> Sampling:
         """
         Raises:
-            RequestError: more tokens are asked for than this server gives.
+            RequestError: more tokens than this server allows.
         """
-        asked = self.max_completion_tokens or self.max_tokens or limits.max_tokens
-        if asked > limits.max_tokens:
-            raise RequestError(f"max_tokens={asked} is more than this server gives: {limits.max_tokens}.")
+        requested = self.max_completion_tokens or self.max_tokens or limits.max_tokens
+        if requested > limits.max_tokens:
+            raise RequestError(f"max_tokens={requested} is more than this server allows: {limits.max_tokens}.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(asked, self.temperature, self.top_p, self.seed, tuple(filter(None, stop)))
+        return Sampling(requested, self.temperature, self.top_p, self.seed, tuple(filter(None, stop)))
 
     def prompt(self, session: SmolVLMSession, limits: ServeConfig) -> Prompt:
         """
         Raises:
-            RequestError: a picture, or a text, that cannot be taken.
+            RequestError: an image or a text that is not accepted.
         """
         messages: list[dict[str, Any]] = []
         images: list[Image] = []
@@ -80,22 +80,22 @@ class ChatRequest(BaseModel):
                     content.append({"type": "text", "text": part.text or ""})
                     continue
                 if len(images) == limits.max_images:
-                    raise RequestError(f"more pictures than this server takes in one request: {limits.max_images}.")
-                images.append(picture(part.image_url, session, limits))
+                    raise RequestError(f"too many images: this server accepts {limits.max_images} per request.")
+                images.append(decode_image(part.image_url, session, limits))
                 content.append({"type": "image"})
             messages.append({"role": message.role, "content": content})
-        return session.prompt(messages, images)
+        return session.prompts.build(messages, images)
 
 
-def picture(given: Url | None, session: SmolVLMSession, limits: ServeConfig) -> Image:
-    found = re.fullmatch(r"data:image/[\w.+-]+;base64,(.*)", given.url if given else "", re.DOTALL)
-    if not found:
+def decode_image(source: ImageUrl | None, session: SmolVLMSession, limits: ServeConfig) -> Image:
+    match = re.fullmatch(r"data:image/[\w.+-]+;base64,(.*)", source.url if source else "", re.DOTALL)
+    if not match:
         raise RequestError("image_url.url must be a data URL (data:image/png;base64,...): this server fetches nothing.")
-    if len(found[1]) * 3 / 4 > limits.max_image_megabytes * MEGABYTE:
-        raise RequestError(f"a picture's file has more than {limits.max_image_megabytes:g} MB.")
+    if len(match[1]) * 3 / 4 > limits.max_image_megabytes * MEGABYTE:
+        raise RequestError(f"an image file is larger than {limits.max_image_megabytes:g} MB.")
     try:
-        return session.writer.open(base64.b64decode(found[1], validate=True))
+        return session.prompts.open_image(base64.b64decode(match[1], validate=True))
     except binascii.Error as error:
-        raise RequestError(f"a picture's data is no base64: {error}.") from error
+        raise RequestError(f"an image is not valid base64: {error}.") from error
     except ImageError as error:
-        raise RequestError(f"a picture {error}.") from error
+        raise RequestError(f"an image {error}.") from error

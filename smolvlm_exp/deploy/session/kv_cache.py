@@ -1,34 +1,40 @@
-"""What is kept between turns: newest first, and no more bytes than allowed."""
+"""Keys and values of tokens that were read, as either backend has them, and the cache that keeps them between turns."""
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
 from typing import Any
+
+Past = tuple[Any, ...]  # key, value, key, value, ... of each layer: tensors or arrays (batch, kv heads, tokens, size)
+
+
+def past_length(past: Past) -> int:
+    """Tokens."""
+    return past[0].shape[2] if past else 0
+
+
+def truncate(past: Past, length: int) -> Past:
+    """Its first `length` tokens."""
+    return tuple(each[:, :, :length] for each in past) if length else ()
 
 
 class LRUCache:
-    """A dictionary that forgets what was used longest ago, once it holds more than `budget` bytes."""
+    """Tuples of tensors or arrays by key; those used longest ago are dropped once all take more than `budget` bytes."""
 
     def __init__(self, budget: int) -> None:
-        self.budget, self.bytes = budget, 0
-        self.entries: OrderedDict[Hashable, tuple[Any, int]] = OrderedDict()
+        self.budget = budget
+        self.entries: OrderedDict[tuple[Any, ...], tuple[Any, ...]] = OrderedDict()
 
-    def put(self, key: Hashable, value: Any, size: int) -> None:
-        self.drop(key)
-        self.entries[key] = value, size
-        self.bytes += size
-        while self.bytes > self.budget:
-            self.drop(next(iter(self.entries)))
+    @property
+    def bytes(self) -> int:
+        return sum(each.nbytes for entry in self.entries.values() for each in entry)
 
-    def get(self, key: Hashable) -> Any:
-        """The value, which is then the newest; None where there is none."""
-        if key not in self.entries:
-            return None
+    def put(self, key: tuple[Any, ...], entry: tuple[Any, ...]) -> None:
+        self.entries[key] = entry
         self.entries.move_to_end(key)
-        return self.entries[key][0]
+        while self.bytes > self.budget:
+            self.entries.popitem(last=False)
 
-    def drop(self, key: Hashable) -> None:
+    def get(self, key: tuple[Any, ...]) -> tuple[Any, ...]:
+        """The entry, which is then the newest; empty where there is none."""
         if key in self.entries:
-            self.bytes -= self.entries.pop(key)[1]
-
-    def items(self) -> Iterator[tuple[Hashable, Any]]:
-        return iter([(key, value) for key, (value, _) in self.entries.items()])
+            self.entries.move_to_end(key)
+        return self.entries.get(key, ())

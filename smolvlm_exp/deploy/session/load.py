@@ -1,22 +1,16 @@
-"""Which model a session talks to, and what runs it."""
+"""Which model a session talks to, and what runs it: ONNX Runtime for a folder with onnx/ in it, else PyTorch."""
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
-from smolvlm_exp.deploy.export.options import SUFFIXES
-from smolvlm_exp.deploy.export.record import RECORD
-from smolvlm_exp.deploy.session.backends import is_onnx, load_folder
+from smolvlm_exp.deploy.export.options import DECODER, PARTS, SUFFIXES
+from smolvlm_exp.deploy.export.record import RECORD, read_record
+from smolvlm_exp.models.adapter import AdapterConfig
+from smolvlm_exp.models.model import ModelConfig
+from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of
-from smolvlm_exp.utils.units import bytes_of
-
-if TYPE_CHECKING:
-    from smolvlm_exp.data.config import DataConfig
-    from smolvlm_exp.deploy.session.session import SmolVLMSession
-    from smolvlm_exp.models.adapter import AdapterConfig
-    from smolvlm_exp.models.model import ModelConfig
-    from smolvlm_exp.models.quant import QuantConfig
 
 
 @dataclass
@@ -28,37 +22,73 @@ class SessionConfig:
     keep: str = "1GiB"  # what is kept between turns, of all conversations together
 
 
-def load_session(
-    session: SessionConfig,
-    model: "ModelConfig",
-    quant: "QuantConfig",
-    adapter: "AdapterConfig",
-    data: "DataConfig",
-    seed: int,
-) -> "SmolVLMSession":
-    """What task=chat and task=serve talk to: a base, a tuned model, or an export, which runs as it was written.
-
-    Args:
-        data: says how large a picture may be.
+def load_backend(
+    precision: str | None, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int
+) -> tuple[Any, Any]:
+    """The backend and processor of a base, a fine-tuned model, or an export, which runs as it was written.
 
     Raises:
         RequestError: there is no such model, or a setting does not go with it.
     """
-    from smolvlm_exp.data.images import ImageLimits
-    from smolvlm_exp.deploy.session.session import SmolVLMSession
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
     from smolvlm_exp.engine.layers.dora import use_exact_dora
     from smolvlm_exp.models.model import load_finetuned_model, load_processor
 
-    folder, budget = Path(model.id), bytes_of("session.keep", session.keep)
+    folder = Path(model.id)
     if is_onnx(folder) or (folder / RECORD).is_file():
         if model.adapter:
-            raise RequestError(f"model.id={folder} has its adapter merged already: leave run= and model.adapter= out.")
-        parts = load_folder(folder, session.precision)
-    elif session.precision:
-        raise RequestError(f"session.precision={session.precision} is an export's, and model.id={folder} is none.")
-    else:
-        tuned = load_finetuned_model(model, quant, adapter, seed)
-        use_exact_dora(tuned)  # PEFT's own computes each layer's norm anew for every token
-        parts = TorchModel(tuned), load_processor(model)
-    return SmolVLMSession(*parts, budget=budget, max_edge=data.max_edge, limits=ImageLimits.of(data))
+            raise RequestError(
+                f"model.id={folder} is an export, with its adapter merged already: leave out run= and model.adapter=."
+            )
+        return load_folder(folder, precision)
+    if precision:
+        raise RequestError(f"session.precision={precision} is for exported models, and model.id={folder} is not one.")
+    finetuned = load_finetuned_model(model, quant, adapter, seed)
+    use_exact_dora(finetuned)  # PEFT's own computes each layer's norm anew for every token
+    return TorchModel(finetuned), load_processor(model)
+
+
+def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
+    """The backend and processor of a folder with a model in it.
+
+    Raises:
+        RequestError: no model is there, or not in that precision.
+    """
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
+    from smolvlm_exp.deploy.session.torch_backend import TorchModel
+    from smolvlm_exp.models.model import PIL_BACKEND, readable_loading, resolve_dtype
+
+    if not (folder / "config.json").is_file():
+        raise RequestError(f"{folder} holds no model: it has no config.json.")
+    with readable_loading(str(folder)):
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **PIL_BACKEND)
+        if is_onnx(folder):
+            return OnnxModel(folder, exported_precisions(folder, precision)), processor
+        model = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
+        )
+    return TorchModel(model), processor
+
+
+def is_onnx(folder: Path) -> bool:
+    return (folder / "onnx").is_dir()
+
+
+def exported_precisions(folder: Path, requested: str | None) -> dict[str, str]:
+    """The precision of each part: as requested, else as recorded by the export, else that of the only decoder.
+
+    Raises:
+        RequestError: there are several decoders and no record.
+    """
+    if requested:
+        return dict.fromkeys(PARTS, requested)
+    recorded = read_record(folder).get("precisions")
+    if recorded:
+        return recorded
+    available = [name for name, suffix in SUFFIXES.items() if (folder / "onnx" / f"{DECODER}{suffix}.onnx").is_file()]
+    if len(available) != 1:
+        listed = ", ".join(available) or "no precision"
+        raise RequestError(f"{folder}/onnx has a decoder in {listed}: set session.precision.")
+    return dict.fromkeys(PARTS, available[0])

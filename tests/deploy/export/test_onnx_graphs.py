@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
-from smolvlm_exp.deploy.session.backends import load_folder
+from smolvlm_exp.deploy.session.load import load_folder
 from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
 from smolvlm_exp.evaluation.generate import generate_answers, prompts
 from smolvlm_exp.utils.files import read_json
