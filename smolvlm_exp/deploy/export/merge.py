@@ -2,7 +2,7 @@
 
 An adapter learned what the weights it sat on lack. Those of a 4-bit run are the rounded ones, so they are what it is
 merged into by default, dequantised to float32 first: PEFT's own merge into 4-bit layers rounds the sum again and loses
-half of what was learned, and the adapter never saw the float base. Measured: benchmarks/RESULTS.md.
+half of what was learned, and the adapter never saw the float base. Measured: benchmarks/LOG.md.
 """
 
 from pathlib import Path

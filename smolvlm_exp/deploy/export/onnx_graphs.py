@@ -11,7 +11,7 @@ One decoder serves the prompt (past = 0) and every token after it. Batches, numb
 `attention_mask` may be shorter than past + length, as clients of those exports pass it: what it leaves out is seen.
 
 Operators are ONNX's own, so that browsers' runtimes have them. ONNX Runtime's fused ones were measured and do not pay
-over `grouped_attention`, which does (benchmarks/RESULTS.md).
+over `grouped_attention`, which does (benchmarks/LOG.md).
 """
 
 import logging
