@@ -155,18 +155,20 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
         bench.release(trainer)
 
 
-def use(trainer: Any, facts: MemorySpec, micro: int, keep: str) -> None:
+def use(trainer: Any, facts: MemorySpec, micro: int, checkpointing: str) -> None:
     from smolvlm_exp.engine.layers.fuse import fuse
 
     trainer.micro_batch = micro
-    fuse(trainer.model, keep, keep if facts.vision.trained else "inputs")
+    fuse(trainer.model, checkpointing, checkpointing if facts.vision.trained else "full")
 
 
 def hand(bench: Bench, trainer: Any, facts: MemorySpec) -> None:
-    for keep in LEVELS:
+    for checkpointing in LEVELS:
         for micro in HAND:
-            use(trainer, facts, micro, keep)
-            found = bench.measure(trainer, engine="shared", by="hand", target=bench.target, micro=micro, keep=keep)
+            use(trainer, facts, micro, checkpointing)
+            found = bench.measure(
+                trainer, engine="shared", by="hand", target=bench.target, micro=micro, checkpointing=checkpointing
+            )
             if found["seconds"] is None or trainer.micro_batch != micro:
                 found["seconds"] = None  # it recovered: no measurement of what was asked for
                 break

@@ -185,7 +185,7 @@ class Steps:
         self.name, self.pairs, self.passes = name, asked.pairs, asked.pairs // asked.micro
         self.model, shape = make_model(model, "dora", target, quant=True)
         prepare(self.model)
-        problems = fuse(self.model, asked.checkpointing, asked.checkpointing if target == "recipe" else "inputs")
+        problems = fuse(self.model, asked.checkpointing, asked.checkpointing if target == "recipe" else "full")
         assert not problems, problems
         self.batch = make_batch(shape, asked.micro, asked.tiles, features=target == "text")
         self.trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -286,7 +286,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7, help="measured, of every variant")
     parser.add_argument("--minutes", type=float, default=8.0)
     parser.add_argument("--tiles", type=int, default=13, help="of an image")
-    parser.add_argument("--checkpointing", default="everything")
+    parser.add_argument("--checkpointing", default="none")
     parser.add_argument("--settings", default=",".join(SETTINGS))
     parser.add_argument("--only", default="", help="variants beside the engine")
     parser.add_argument("--model", default=None, help="another model, in place of all settings' (tiny, on a CPU)")

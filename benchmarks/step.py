@@ -1,6 +1,6 @@
 """Seconds a pair and peak memory of the engine's own step, without a trainer around it; with --profile, where it goes.
 
-python -m benchmarks.step --model smolvlm --target text --adapter dora --keep everything --micro 1,4,16
+python -m benchmarks.step --model smolvlm --target text --adapter dora --checkpointing none --micro 1,4,16
 """
 
 import argparse
@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--model", default="smolvlm")
     parser.add_argument("--target", default="text")
     parser.add_argument("--adapter", default="dora")
-    parser.add_argument("--keep", default="everything")
+    parser.add_argument("--checkpointing", default="none")
     parser.add_argument("--micro", default="1,4,8,16")
     parser.add_argument("--tiles", type=int, default=13)
     parser.add_argument("--whole", action="store_true", help="bfloat16 weights instead of nf4")
@@ -119,13 +119,13 @@ def main() -> None:
     model, shape = make_model(asked.model, asked.adapter, asked.target, not asked.whole)
     core = model.get_base_model()
     prepare(model)
-    for keep in asked.keep.split(","):
+    for checkpointing in asked.checkpointing.split(","):
         for layer in [*core.model.text_model.layers, *core.model.vision_model.encoder.layers]:
             layer.__dict__.pop("forward", None)
         if not asked.unfused:
             for why in (
-                fuse_decoder_layers(core.model.text_model, keep),
-                fuse_encoder_layers(core.model.vision_model, keep),
+                fuse_decoder_layers(core.model.text_model, checkpointing),
+                fuse_encoder_layers(core.model.vision_model, checkpointing),
             ):
                 assert why is None, why
         for micro in map(int, asked.micro.split(",")):
@@ -138,11 +138,11 @@ def main() -> None:
             try:
                 each, peak = measure(step, micro)
             except torch.OutOfMemoryError:
-                print(f"{asked.target} {asked.adapter} {keep} micro {micro}: out of memory", flush=True)
+                print(f"{asked.target} {asked.adapter} {checkpointing} micro {micro}: out of memory", flush=True)
                 torch.cuda.empty_cache()
                 continue
             tokens = batch["packed"]["ids"].shape[1] / micro
-            case = f"{asked.target} {asked.adapter} {keep} micro {micro}"
+            case = f"{asked.target} {asked.adapter} {checkpointing} micro {micro}"
             print(f"{case}: {1000 * each:.1f} ms a pair, peak {peak:.2f} GiB, {tokens:.0f} tokens", flush=True)
         if asked.profile:
             from torch.profiler import ProfilerActivity, profile

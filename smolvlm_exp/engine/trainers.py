@@ -188,12 +188,12 @@ def use_fused_layers(model: Any, args: Any) -> None:
     """Before TRL looks at the model: layers that keep little need no checkpointing around them."""
     if getattr(args, "disable_dropout", False):
         disable_dropout_in_model(model)  # TRL will; an adapter without dropout can be fused
-    keep = "inputs" if args.gradient_checkpointing else "everything"
-    reasons = fuse(model, keep, keep)
+    checkpointing = "full" if args.gradient_checkpointing else "none"
+    reasons = fuse(model, checkpointing, checkpointing)
     for reason in reasons:
         log.info(f"engine: {reason}")
     if args.gradient_checkpointing and reasons:
-        fuse(model, "everything", "everything")  # transformers checkpoints every layer or none
+        fuse(model, "none", "none")  # transformers checkpoints every layer or none
     elif args.gradient_checkpointing:
         args.gradient_checkpointing = args.activation_checkpointing = False  # one name and its alias
 

@@ -101,7 +101,7 @@ def table(config: "Config", answers: dict[str, Plan | DoesNotFit], found: RowLen
     each = facts(config)
     shown = Table()
     for name, justify in (
-        ("", "left"), ("micro-batch x passes", "right"), ("kept in each layer", "left"),
+        ("", "left"), ("micro-batch x passes", "right"), ("checkpointing", "left"),
         ("peak GiB", "right"), (f"s a pair, {card.name}", "right"), ("hours", "right"),
     ):  # fmt: skip
         shown.add_column(name, justify=justify)  # type: ignore[arg-type]
@@ -112,7 +112,7 @@ def table(config: "Config", answers: dict[str, Plan | DoesNotFit], found: RowLen
             continue
         hours = f"{pairs * plan.seconds / 3600:.2f}" if pairs else "?"
         step = f"{plan.micro_batch} x {plan.accumulation}"
-        shown.add_row(name, step, kept(plan, each), f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3f}", hours)
+        shown.add_row(name, step, checkpointing(plan, each), f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3f}", hours)
     return shown
 
 
@@ -131,8 +131,9 @@ def headlines(config: "Config", each: MemorySpec) -> Iterator[str]:
     yield f"{effective} pairs a step, {pictures}"
 
 
-def kept(plan: Plan, each: MemorySpec) -> str:
-    return f"text {plan.keep}, vision {plan.keep_vision}" if each.vision.trained else plan.keep
+def checkpointing(plan: Plan, each: MemorySpec) -> str:
+    vision = f", vision {plan.vision_checkpointing}" if each.vision.trained else ""
+    return f"text {plan.checkpointing}{vision}" if vision else plan.checkpointing
 
 
 def pairs_in_all(config: "Config", found: RowLengths) -> float | None:
@@ -147,9 +148,7 @@ def remarks(
     config: "Config", found: RowLengths, card: Card, answers: dict[str, Plan | DoesNotFit], budgets: dict[str, int]
 ) -> Iterator[str]:
     """What the table assumes, and what would make fit what does not."""
-    yield (
-        "kept in each layer for the backward pass: everything; attention: its MLP is computed again; inputs: all of it"
-    )
+    yield "activation checkpointing: none; mlp: a layer's MLP is computed again; full: all of it"
     yield found.told
     pairs = pairs_in_all(config, found)
     how = f"hours: {pairs:,.0f} pairs" if pairs else "hours: give the number of rows, as task.rows=5000"

@@ -1,4 +1,4 @@
-"""trainer.memory_budget: a run's micro-batch and what its layers keep, planned from shapes, measured, and told."""
+"""trainer.memory_budget: a run's micro-batch and activation checkpointing, planned from shapes, measured, and told."""
 
 import logging
 from collections.abc import Iterator
@@ -115,9 +115,9 @@ def set_checkpointing(trainer: Any, plan: "Plan", fused: bool) -> None:
     from smolvlm_exp.engine.layers.fuse import fuse
 
     if fused:
-        fuse(trainer.model, plan.keep, plan.keep_vision)
+        fuse(trainer.model, plan.checkpointing, plan.vision_checkpointing)
         return
-    checkpointed = plan.keep == "inputs"
+    checkpointed = plan.checkpointing == "full"
     trainer.args.gradient_checkpointing = trainer.args.activation_checkpointing = checkpointed
     model = trainer.model
     (model.activation_checkpointing_enable if checkpointed else model.activation_checkpointing_disable)()
@@ -148,7 +148,7 @@ def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
     facts = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu)
     core = base.base_model
     text, vision = (
-        replace(stack, fused=hasattr(layers[0].forward, "keep"))
+        replace(stack, fused=hasattr(layers[0].forward, "checkpointing"))
         for stack, layers in ((facts.text, core.text_model.layers), (facts.vision, core.vision_model.encoder.layers))
     )
     return replace(facts, text=text, vision=vision)
@@ -161,10 +161,10 @@ def run_longest(trainer: Any, facts: "MemorySpec", plan: "Plan") -> None:
     from smolvlm_exp.engine.memory.planner import fused
 
     set_checkpointing(trainer, plan, fused(facts))
-    token = facts.text.trained * saved_activations(facts.text, plan.keep, facts.element)
-    tile = facts.vision.trained * saved_activations(facts.vision, plan.keep_vision, facts.element) * facts.patches
+    token = facts.text.trained * saved_activations(facts.text, plan.checkpointing, facts.element)
+    patch = facts.vision.trained * saved_activations(facts.vision, plan.vision_checkpointing, facts.element)
     sizes = trainer.collator.rows.sizes
-    costs = token * sizes[:, :3].sum(1) + tile * sizes[:, 3]
+    costs = token * sizes[:, :3].sum(1) + patch * facts.patches * sizes[:, 3]
     longest = (-costs).argsort(kind="stable")[: plan.micro_batch].tolist()
     trainer.model.train()
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
@@ -176,10 +176,13 @@ def describe_plan(plan: "Plan", budget: int, facts: "MemorySpec", card: str) -> 
     """The plan in two lines."""
     from smolvlm_exp.engine.memory.planner import MARGIN, format_bytes
 
-    what = f"{plan.keep} (text), {plan.keep_vision} (vision tower)" if facts.vision.trained else plan.keep
+    what = plan.checkpointing
+    if facts.vision.trained:
+        what = f"{what} (text), {plan.vision_checkpointing} (vision tower)"
     found = f", measured {format_bytes(plan.measured)}" if plan.measured else ""
     speed = f"; about {plan.seconds:.3f} s a pair on this {card}" if facts.gpu else ""
     return (
-        f"memory: {plan.micro_batch} pairs at a time, {plan.accumulation} times a step; each layer keeps {what}\n"
+        f"memory: {plan.micro_batch} pairs at a time, {plan.accumulation} times a step; "
+        f"activation checkpointing: {what}\n"
         f"memory: predicted {format_bytes(plan.peak)}{found} of {format_bytes(budget)}, {MARGIN:.0%} left free{speed}"
     )

@@ -38,13 +38,13 @@ def test_a_planned_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, check
     assert losses(tmp_path / "planned") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
 
 
-@pytest.mark.parametrize("keep", ["inputs", "everything"])
-def test_fused_layers_are_not_checkpointed_once_more(quick, tmp_path, monkeypatch, keep):
+@pytest.mark.parametrize("checkpointing", ["full", "none"])
+def test_fused_layers_are_not_checkpointed_once_more(quick, tmp_path, monkeypatch, checkpointing):
     built = []
     monkeypatch.setattr(dpo, "plan_memory", lambda config, trainer: built.append(trainer))
-    train(quick(*SIGMOID, "trainer.max_steps=1", f"trainer.gradient_checkpointing={keep == 'inputs'}"), tmp_path)
+    train(quick(*SIGMOID, "trainer.max_steps=1", f"trainer.gradient_checkpointing={checkpointing == 'full'}"), tmp_path)
     layers = built[0].model.get_base_model().base_model.text_model.layers
-    assert [layer.forward.keep for layer in layers] == [keep] * len(layers)
+    assert [layer.forward.checkpointing for layer in layers] == [checkpointing] * len(layers)
     assert not any(layer.gradient_checkpointing for layer in layers)
 
 
@@ -54,12 +54,12 @@ def test_a_probed_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, monkey
 
     def proposed(*args):
         found = proposals(*args)
-        predicted.update({(plan.micro_batch, plan.keep): plan for plan in found})
+        predicted.update({(plan.micro_batch, plan.checkpointing): plan for plan in found})
         return found
 
     def measured(run, plan):
         run(plan)
-        passes.append((plan.micro_batch, plan.keep))
+        passes.append((plan.micro_batch, plan.checkpointing))
         formula = predicted[passes[-1]]
         return formula.resident, formula.resident + 1.2 * formula.activations
 

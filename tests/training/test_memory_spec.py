@@ -53,7 +53,7 @@ def test_only_layers_above_the_lowest_adapter_keep_something():
     part = facts(adapter=AdapterConfig(target=r".*text_model\.layers\.(2[0-3])\.self_attn\.q_proj"))
     assert (part.text.trained, part.vision.trained, part.features) == (4, 0, True)
     assert part.text.tails == (8, 0, 0, 0)
-    assert peak(part, LONG.longest(4), "everything", "inputs") < peak(facts(), LONG.longest(4), "everything", "inputs")
+    assert peak(part, LONG.longest(4), "none", "full") < peak(facts(), LONG.longest(4), "none", "full")
     vision = facts(adapter=AdapterConfig(target=r".*vision_model.*\.layers\.(2[56])\..*fc1"))
     assert (vision.text.trained, vision.vision.trained, vision.features) == (24, 2, False)
 

@@ -8,14 +8,14 @@ from smolvlm_exp.engine.layers.vision_layer import fuse_encoder_layers
 from smolvlm_exp.engine.model_parts import core_of
 
 
-def fuse(model: Any, keep: str, keep_vision: str) -> list[str]:
+def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]:
     """Exact DoRA everywhere; text model and vision tower fused where nothing in them stands against it.
 
-    Call it once the adapter is on. Calling it again changes what is kept.
+    Call it once the adapter is on. Calling it again changes the checkpointing.
 
     Args:
         model: a SmolVLM, with or without an adapter.
-        keep, keep_vision: one of footprint.py's `LEVELS`, for the text model and for the vision tower.
+        checkpointing, vision_checkpointing: of text model and vision tower; of footprint.py's `LEVELS`.
 
     Returns:
         One sentence for each part that goes on with transformers' own layers.
@@ -23,7 +23,7 @@ def fuse(model: Any, keep: str, keep_vision: str) -> list[str]:
     use_exact_dora(model)
     core = core_of(model)
     reasons = {
-        "the text model": fuse_decoder_layers(core.text_model, keep),
-        "the vision tower": fuse_encoder_layers(core.vision_model, keep_vision),
+        "the text model": fuse_decoder_layers(core.text_model, checkpointing),
+        "the vision tower": fuse_encoder_layers(core.vision_model, vision_checkpointing),
     }
     return [f"{part} runs unfused, and slower: {reason}." for part, reason in reasons.items() if reason]

@@ -70,8 +70,8 @@ class FusedLayer:
     Hidden states are (T, H), gradients have their tensor's shape, and those for adapters come in the products' order.
     """
 
-    def __init__(self, layer: Any, keep: str) -> None:
-        self.layer, self.ordinary, self.keep = layer, layer.forward, keep
+    def __init__(self, layer: Any, checkpointing: str) -> None:
+        self.layer, self.ordinary, self.checkpointing = layer, layer.forward, checkpointing
         self.products = products_of(self.groups())
 
     def groups(self) -> list[list[nn.Module]]:
@@ -141,17 +141,17 @@ class FusedLayer:
         self.product(SECOND, self.activated(saved.result(FIRST), context, self.room(SECOND, context)), saved, context)
 
     def forward(self, hidden: torch.Tensor, context: LayerContext) -> tuple[torch.Tensor, SavedActivations]:
-        """The layer's result, and what `keep` asks for."""
+        """The layer's result, and what `checkpointing` asks for."""
         saved = SavedActivations.nothing(hidden)
         middle = self.attention_half(saved, context)
         self.first(saved, middle, context)
         self.second(saved, context)
         result = ew.add(middle, saved.result(SECOND), context.gain(SECOND), self.products[SECOND].bias)
-        if self.keep == "inputs":
+        if self.checkpointing == "full":
             return result, SavedActivations.nothing(hidden)
         if context.gain(SECOND) is None:
             saved.results[SECOND] = None  # only a gain's gradient needs it
-        if self.keep == "attention":
+        if self.checkpointing == "mlp":
             saved.results[FIRST] = None
         return result, saved
 
@@ -250,13 +250,13 @@ def joined(x: torch.Tensor) -> torch.Tensor:
 
 
 def fuse_layers(
-    layers: Iterable[Any], kind: type[FusedLayer], obstacles: Callable[[nn.Module], Iterator[str]], keep: str
+    layers: Iterable[Any], kind: type[FusedLayer], obstacles: Callable[[nn.Module], Iterator[str]], checkpointing: str
 ) -> str | None:
     """Let `layers` run as `kind`, or keep something else where they do already.
 
     Args:
         obstacles: what a layer of this kind does not do, in words.
-        keep: one of footprint.py's `LEVELS`.
+        checkpointing: one of footprint.py's `LEVELS`.
 
     Returns:
         None, or why they cannot be fused, in words; nothing is changed then.
@@ -268,7 +268,7 @@ def fuse_layers(
             return reason
     for layer in layers:
         if isinstance(layer.forward, kind):
-            layer.forward.keep = keep
+            layer.forward.checkpointing = checkpointing
         else:
-            layer.forward = kind(layer, keep)
+            layer.forward = kind(layer, checkpointing)
     return None

@@ -25,8 +25,8 @@ class TextContext(LayerContext):
 class FusedTextLayer(FusedLayer):
     """A decoder layer whenever it is given a layout."""
 
-    def __init__(self, layer: Any, keep: str) -> None:
-        super().__init__(layer, keep)
+    def __init__(self, layer: Any, checkpointing: str) -> None:
+        super().__init__(layer, checkpointing)
         attention = layer.self_attn
         size = attention.head_dim
         self.heads = (attention.q_proj.out_features // size, attention.k_proj.out_features // size)
@@ -75,9 +75,9 @@ class FusedTextLayer(FusedLayer):
         return ew.swiglu_backward(da, u, context.gain(FIRST), context.tail(FIRST), again, over)
 
 
-def fuse_decoder_layers(text_model: Any, keep: str) -> str | None:
+def fuse_decoder_layers(text_model: Any, checkpointing: str) -> str | None:
     """Let the layers of `text_model` run fused over packed batches. See `fuse_layers`."""
-    return fuse_layers(text_model.layers, FusedTextLayer, obstacles, keep)
+    return fuse_layers(text_model.layers, FusedTextLayer, obstacles, checkpointing)
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:

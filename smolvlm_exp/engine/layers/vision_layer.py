@@ -23,8 +23,8 @@ class VisionContext(LayerContext):
 class FusedVisionLayer(FusedLayer):
     """A vision layer whenever no patch is masked, which is always so for whole tiles."""
 
-    def __init__(self, layer: Any, keep: str) -> None:
-        super().__init__(layer, keep)
+    def __init__(self, layer: Any, checkpointing: str) -> None:
+        super().__init__(layer, checkpointing)
         self.heads, self.scaling = layer.self_attn.num_heads, layer.self_attn.scale
         self.norms = layer.layer_norm1, layer.layer_norm2
 
@@ -74,9 +74,9 @@ class FusedVisionLayer(FusedLayer):
         return ew.gelu_backward(da, u, context.gain(FIRST), self.products[FIRST].bias, context.tail(FIRST), again, over)
 
 
-def fuse_encoder_layers(tower: Any, keep: str) -> str | None:
+def fuse_encoder_layers(tower: Any, checkpointing: str) -> str | None:
     """Let the layers of the vision tower run fused. See `fuse_layers`."""
-    return fuse_layers(tower.encoder.layers, FusedVisionLayer, obstacles, keep)
+    return fuse_layers(tower.encoder.layers, FusedVisionLayer, obstacles, checkpointing)
 
 
 def obstacles(layer: nn.Module) -> Iterator[str]:

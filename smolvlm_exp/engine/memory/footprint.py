@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-LEVELS = ("everything", "attention", "inputs")  # what a layer keeps for its backward pass; see fused_layer.py
+LEVELS = ("none", "mlp", "full")  # activation checkpointing: what a layer computes again for its backward pass
 CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
 UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
@@ -157,19 +157,19 @@ def workspace(facts: MemorySpec) -> int:
     return facts.element * max(sizes)
 
 
-def saved_activations(stack: Stack, keep: str, element: int) -> float:
+def saved_activations(stack: Stack, checkpointing: str, element: int) -> float:
     """Numbers a token that one layer keeps from its forward to its backward pass."""
-    if keep == "inputs":
+    if checkpointing == "full":
         return stack.hidden
     qkv, out, into, down = stack.widths
     everything: float = stack.hidden + qkv + stack.queries + out + into + down * stack.gains[3] + sum(stack.tails)
     everything += stack.heads * 4 / element  # attention's log-sum-exp, float32
     if not stack.fused:
         return UNFUSED * everything
-    return everything if keep == "everything" else everything - into
+    return everything if checkpointing == "none" else everything - into
 
 
-def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) -> float:
+def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu: bool) -> float:
     """Numbers a token that one layer's backward pass takes at its worst moment, beside what it kept.
 
     Args:
@@ -179,15 +179,15 @@ def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) ->
     hidden, inner, queries = stack.hidden, stack.intermediate, stack.queries
     adapted = [bool(tail) or gain for tail, gain in zip(stack.tails, stack.gains, strict=True)]
     again: float = {
-        "everything": 0,
-        "attention": into + stack.tails[2],
-        "inputs": qkv + queries + hidden * stack.gains[1] + into + sum(stack.tails),
-    }[keep]
+        "none": 0,
+        "mlp": into + stack.tails[2],
+        "full": qkv + queries + hidden * stack.gains[1] + into + sum(stack.tails),
+    }[checkpointing]
     if not stack.fused:
-        again = saved_activations(stack, "everything", element) if keep == "inputs" else 0
+        again = saved_activations(stack, "none", element) if checkpointing == "full" else 0
     # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
     # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was made again.
-    over = gpu and stack.fused and keep != "everything"
+    over = gpu and stack.fused and checkpointing != "none"
     mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + (not gpu and bool(stack.tails[3])))
     mlp += (into + stack.tails[2]) * (not over)
     # The same two, the output product's input's gradient; q, k, v and their gradients beside flash attention's float32
@@ -201,12 +201,12 @@ def backward(stack: Stack, keep: str, element: int, spread: float, gpu: bool) ->
     return max(mlp, attention)
 
 
-def peak(facts: MemorySpec, load: BatchLoad, keep: str, keep_vision: str) -> int:
+def peak(facts: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str) -> int:
     """Bytes beside `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
     text, vision, element = facts.text, facts.vision, facts.element
     line, patches = load.tokens, load.tiles * facts.patches
-    text_kept = saved_activations(text, keep, element) * line * text.trained
-    vision_kept = saved_activations(vision, keep_vision, element) * patches * vision.trained
+    text_kept = saved_activations(text, checkpointing, element) * line * text.trained
+    vision_kept = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
     pictures = load.tiles * (facts.image_tokens * text.hidden * element if facts.features else facts.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle
@@ -217,10 +217,10 @@ def peak(facts: MemorySpec, load: BatchLoad, keep: str, keep_vision: str) -> int
     worst = [
         2 * facts.trained_weights * facts.trained_element,  # AdamW's own intermediate results
         whole + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
-        whole + backward(text, keep, element, spread, facts.gpu) * line * element * bool(text.trained),
+        whole + backward(text, checkpointing, element, spread, facts.gpu) * line * element * bool(text.trained),
     ]
     if vision.trained:
-        late = vision_kept + backward(vision, keep_vision, element, 1.0, facts.gpu) * patches
+        late = vision_kept + backward(vision, vision_checkpointing, element, 1.0, facts.gpu) * patches
         worst.append(late * element + pictures)
     elif not facts.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden

@@ -1,4 +1,4 @@
-"""What fits: a micro-batch and what its layers keep, from a budget; predicted from shapes, without a device.
+"""What fits: a micro-batch and activation checkpointing, from a budget; predicted from shapes, without a device.
 
 A step is the same mathematics whatever is chosen here: micro-batches divide the effective batch, which stays exactly
 what was asked. Of the plans that fit, the fastest is taken (`seconds`); probe.py puts the formulas right.
@@ -34,8 +34,8 @@ class Plan:
 
     micro_batch: int  # pairs in one forward and backward pass
     accumulation: int  # such passes in a step
-    keep: str  # what a text layer keeps for its backward pass: one of LEVELS
-    keep_vision: str  # and a layer of the vision tower, where adapters reach it
+    checkpointing: str  # of the text layers: one of LEVELS
+    vision_checkpointing: str  # of the vision tower, where adapters reach it
     resident: int  # predicted bytes that are there throughout
     activations: int  # predicted bytes beside them at the worst moment
     seconds: float  # predicted, a pair
@@ -92,10 +92,10 @@ def proposals(
     """
     assert effective % unit == 0
     return [
-        proposal(facts, rows, micro, effective, keep, keep_vision, card)
+        proposal(facts, rows, micro, effective, checkpointing, vision_checkpointing, card)
         for micro in range(unit, effective + 1, unit)
         if effective % micro == 0
-        for keep, keep_vision in choices(facts, levels)
+        for checkpointing, vision_checkpointing in choices(facts, levels)
     ]
 
 
@@ -118,8 +118,8 @@ def frugal(found: Sequence[Plan]) -> Plan:
 def choices(facts: MemorySpec, levels: Sequence[str]) -> list[tuple[str, str]]:
     """What text and vision layers may keep: transformers' own layers, where some are not fused, all or none."""
     if not fused(facts):
-        return [(level, level) for level in levels if level != "attention"]
-    return [(keep, vision) for keep in levels for vision in (levels if facts.vision.trained else levels[-1:])]
+        return [(level, level) for level in levels if level != "mlp"]
+    return [(text, vision) for text in levels for vision in (levels if facts.vision.trained else levels[-1:])]
 
 
 def fused(facts: MemorySpec) -> bool:
@@ -127,29 +127,35 @@ def fused(facts: MemorySpec) -> bool:
 
 
 def proposal(
-    facts: MemorySpec, rows: RowSizes, micro: int, effective: int, keep: str, keep_vision: str, card: Card
+    facts: MemorySpec,
+    rows: RowSizes,
+    micro: int,
+    effective: int,
+    checkpointing: str,
+    vision_checkpointing: str,
+    card: Card,
 ) -> Plan:
     """What a choice comes to: memory for the longest rows, time for average ones."""
-    activations = peak(facts, rows.longest(micro), keep, keep_vision)
-    time = seconds(facts, rows.average(micro), keep, keep_vision, card) / micro
-    return Plan(micro, effective // micro, keep, keep_vision, resident(facts), activations, time)
+    activations = peak(facts, rows.longest(micro), checkpointing, vision_checkpointing)
+    time = seconds(facts, rows.average(micro), checkpointing, vision_checkpointing, card) / micro
+    return Plan(micro, effective // micro, checkpointing, vision_checkpointing, resident(facts), activations, time)
 
 
 def fits_budget(size: float, budget: float) -> bool:
     return size <= (1 - MARGIN) * budget
 
 
-def seconds(facts: MemorySpec, load: BatchLoad, keep: str, keep_vision: str, card: Card) -> float:
+def seconds(facts: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str, card: Card) -> float:
     """Of one forward and backward pass: arithmetic and unpacking, or starting the kernels where that takes longer.
 
     Where both take about as long, now one waits and now the other, hence the fourth powers.
     """
     text, vision = facts.text, facts.vision
     flops, unpacked, started = 6.0 * facts.vocabulary * text.hidden * load.answers, 0.0, 0.0
-    stacks = [(text, keep, load.tokens, load.scores, card.launches[0])]
+    stacks = [(text, checkpointing, load.tokens, load.scores, card.launches[0])]
     if not facts.features:
         within = load.tiles * facts.patches**2
-        stacks.append((vision, keep_vision, load.tiles * facts.patches, within, card.launches[1]))
+        stacks.append((vision, vision_checkpointing, load.tiles * facts.patches, within, card.launches[1]))
     for stack, level, tokens, scores, launch in stacks:
         products, attentions = passes(stack, level)
         weights = sum(stack.matrices)
@@ -160,12 +166,12 @@ def seconds(facts: MemorySpec, load: BatchLoad, keep: str, keep_vision: str, car
     return (worked**4 + started**4) ** 0.25
 
 
-def passes(stack: Stack, keep: str) -> tuple[float, float]:
+def passes(stack: Stack, checkpointing: str) -> tuple[float, float]:
     """How often all layers' products and attentions are computed, in forward passes of the same length."""
     qkv, out, into, down = stack.matrices
-    again = {"everything": 0, "attention": into, "inputs": qkv + out + into + down * bool(stack.tails[3])}[keep]
+    again = {"none": 0, "mlp": into, "full": qkv + out + into + down * bool(stack.tails[3])}[checkpointing]
     products = stack.layers + stack.trained * (BACKWARD + again / (qkv + out + into + down))
-    return products, stack.layers + stack.trained * (2.5 + (keep == "inputs"))
+    return products, stack.layers + stack.trained * (2.5 + (checkpointing == "full"))
 
 
 def format_bytes(size: float) -> str:

@@ -66,7 +66,7 @@ def probe(
             working = [each for each in tried.values() if fits_budget(each.measured or 0, budget)]
             if attempt == TRIES - 1 and not working:
                 chosen = frugal(likely)
-            key = chosen.micro_batch, chosen.keep, chosen.keep_vision
+            key = chosen.micro_batch, chosen.checkpointing, chosen.vision_checkpointing
             if key in tried:
                 break
             resting, most = (agree(size + later) for size in measure(run, chosen))

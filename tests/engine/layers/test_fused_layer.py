@@ -86,32 +86,32 @@ def assert_near(found, expected, bound=3e-6):
         assert (found[name] - value).norm() <= bound * value.norm(), name
 
 
-@pytest.mark.parametrize("keep", LEVELS)
+@pytest.mark.parametrize("checkpointing", LEVELS)
 @pytest.mark.parametrize("dora", [True, False])
 @pytest.mark.parametrize("targets", [TEXT, ["q_proj", "v_proj", "down_proj"], ["up_proj"], ["o_proj"]], ids=len)
-def test_decoder_layers(keep, dora, targets):
+def test_decoder_layers(checkpointing, dora, targets):
     torch.manual_seed(0)
     model = text_model()
     tuned, packed = adapted(model, targets, dora), packed_rows()
     embeddings, result = text_pass(model, tuned, packed)
     expected, expected_input = gradients(tuned, result), embeddings.grad
-    assert fuse_decoder_layers(model, keep) is None
+    assert fuse_decoder_layers(model, checkpointing) is None
     embeddings, again = text_pass(model, tuned, packed)
     assert_near({"result": again}, {"result": result})
     assert_near(gradients(tuned, again), expected)
     assert_near({"input": embeddings.grad}, {"input": expected_input})
 
 
-@pytest.mark.parametrize("keep", LEVELS)
+@pytest.mark.parametrize("checkpointing", LEVELS)
 @pytest.mark.parametrize("dora", [True, False])
 @pytest.mark.parametrize("targets", [VISION, VISION[:3], ["fc2"], ["out_proj", "fc1"]], ids=len)
-def test_encoder_layers(keep, dora, targets):
+def test_encoder_layers(checkpointing, dora, targets):
     torch.manual_seed(0)
     model = vision_model()
     tuned, pixels = adapted(model, targets, dora), torch.randn(3, 3, 32, 32)
     result = model(pixel_values=pixels).last_hidden_state
     expected = gradients(tuned, result)
-    assert fuse_encoder_layers(model, keep) is None
+    assert fuse_encoder_layers(model, checkpointing) is None
     again = model(pixel_values=pixels).last_hidden_state
     assert_near({"result": again}, {"result": result})
     assert_near(gradients(tuned, again), expected)
@@ -121,7 +121,7 @@ def test_an_adapter_switched_off_is_off():
     torch.manual_seed(0)
     model = text_model(key_heads=4)
     tuned, packed = adapted(model, TEXT, True), packed_rows()
-    fuse_decoder_layers(model, "everything")
+    fuse_decoder_layers(model, "none")
     with torch.no_grad():
         _, on = text_pass(model, tuned, packed)
         with tuned.disable_adapter():
@@ -136,7 +136,7 @@ def test_an_optimiser_step_is_seen():
     torch.manual_seed(0)
     model = text_model()
     tuned, packed = adapted(model, TEXT, True), packed_rows()
-    fuse_decoder_layers(model, "inputs")
+    fuse_decoder_layers(model, "full")
     optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     gradients(tuned, text_pass(model, tuned, packed)[1])
     optimiser.step()
@@ -151,7 +151,7 @@ def test_a_copy_of_the_model_is_a_model_of_its_own():
     torch.manual_seed(0)
     model = text_model()
     tuned, packed = adapted(model, TEXT, True), packed_rows()
-    fuse_decoder_layers(model, "everything")
+    fuse_decoder_layers(model, "none")
     other = copy.deepcopy(tuned)
     for parameter in other.parameters():
         parameter.data.zero_()
@@ -164,7 +164,7 @@ def test_without_a_layout_nothing_changes():
     model = text_model()
     ids = torch.randint(0, 50, (2, 7))
     before = model(input_ids=ids).last_hidden_state
-    fuse_decoder_layers(model, "everything")
+    fuse_decoder_layers(model, "none")
     assert torch.equal(model(input_ids=ids).last_hidden_state, before)
 
 
@@ -175,14 +175,14 @@ def test_without_a_layout_nothing_changes():
 def test_what_a_fused_layer_does_not_do_is_told(more, said):
     model = text_model()
     adapted(model, TEXT, False, **more)
-    assert said in fuse_decoder_layers(model, "everything")
+    assert said in fuse_decoder_layers(model, "none")
     assert not isinstance(model.layers[0].forward, FusedTextLayer)
 
 
 def test_weights_that_train_are_told():
     model, tower = text_model(), vision_model()
-    assert "itself is trained" in fuse_decoder_layers(model, "everything")
-    assert "itself is trained" in fuse_encoder_layers(tower, "everything")
+    assert "itself is trained" in fuse_decoder_layers(model, "none")
+    assert "itself is trained" in fuse_encoder_layers(tower, "none")
     assert not isinstance(tower.encoder.layers[0].forward, FusedVisionLayer)
 
 

@@ -78,14 +78,14 @@ def batch():
     return collate([row] * PAIRS, 2, shape.image_token_id)
 
 
-@pytest.mark.parametrize("keep", LEVELS)
-def test_a_pass_allocates_what_the_formula_says(adapted, batch, keep):
+@pytest.mark.parametrize("checkpointing", LEVELS)
+def test_a_pass_allocates_what_the_formula_says(adapted, batch, checkpointing):
     model, facts = adapted
-    fuse(model, keep, keep)
+    fuse(model, checkpointing, checkpointing)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     for _ in range(2):  # the first derives what all others use
         model.zero_grad()
         with Allocated() as counted:
             model(packed=batch["packed"], labels=labels).log_probs.sum().backward()
     load = RowSizes([(PROMPT, *ANSWERS, TILES)] * PAIRS).longest(PAIRS)
-    assert peak(facts, load, keep, keep) == pytest.approx(counted.most, rel=0.2)
+    assert peak(facts, load, checkpointing, checkpointing) == pytest.approx(counted.most, rel=0.2)

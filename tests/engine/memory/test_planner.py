@@ -23,15 +23,15 @@ H100 = Card("H100", 7.6e14)
 # SmolVLM-Instruct's shape, nf4, DoRA r=8, 13 tiles a pair. GiB of max_memory_allocated in a step without an optimiser,
 # the same on both cards, and the H100's ms a pair where the host does not decide them.
 MEASURED = [
-    ("text", "everything", 1, 3.75, None), ("text", "everything", 4, 10.27, 34.2),
-    ("text", "everything", 8, 18.95, 29.2), ("text", "everything", 16, 35.74, 28.0),
-    ("text", "attention", 1, 2.64, None), ("text", "attention", 4, 5.85, 38.6), ("text", "attention", 8, 10.13, 33.1),
-    ("text", "attention", 16, 18.40, 31.8), ("text", "inputs", 1, 1.83, None), ("text", "inputs", 4, 2.62, 46.0),
-    ("text", "inputs", 8, 3.67, 40.0), ("text", "inputs", 16, 5.70, 38.6),
-    ("recipe", "inputs", 1, 2.47, None), ("recipe", "inputs", 4, 5.06, 111.8), ("recipe", "inputs", 8, 8.51, 108.4),
-    ("recipe", "attention", 1, 6.00, None), ("recipe", "attention", 4, 19.24, 95.6),
-    ("recipe", "attention", 8, 36.88, 92.1), ("recipe", "everything", 1, 9.17, None),
-    ("recipe", "everything", 4, 31.87, 86.5), ("recipe", "everything", 8, 62.11, 84.1),
+    ("text", "none", 1, 3.75, None), ("text", "none", 4, 10.27, 34.2),
+    ("text", "none", 8, 18.95, 29.2), ("text", "none", 16, 35.74, 28.0),
+    ("text", "mlp", 1, 2.64, None), ("text", "mlp", 4, 5.85, 38.6), ("text", "mlp", 8, 10.13, 33.1),
+    ("text", "mlp", 16, 18.40, 31.8), ("text", "full", 1, 1.83, None), ("text", "full", 4, 2.62, 46.0),
+    ("text", "full", 8, 3.67, 40.0), ("text", "full", 16, 5.70, 38.6),
+    ("recipe", "full", 1, 2.47, None), ("recipe", "full", 4, 5.06, 111.8), ("recipe", "full", 8, 8.51, 108.4),
+    ("recipe", "mlp", 1, 6.00, None), ("recipe", "mlp", 4, 19.24, 95.6),
+    ("recipe", "mlp", 8, 36.88, 92.1), ("recipe", "none", 1, 9.17, None),
+    ("recipe", "none", 4, 31.87, 86.5), ("recipe", "none", 8, 62.11, 84.1),
 ]  # fmt: skip
 # Tokens of the prompts, the chosen and the rejected answers of the benchmark's rows, by their number.
 LENGTHS = {1: (1227, 112, 179), 4: (4901, 572, 566), 8: (9790, 1071, 1197), 16: (19574, 1945, 2182)}
@@ -53,17 +53,17 @@ def benchmark_rows(pairs):
 LONG = RowSizes([(1225, 130, 130, 13)] * 64)
 
 
-@pytest.mark.parametrize(("target", "keep", "pairs", "measured", "_ms"), MEASURED)
-def test_the_formula_predicts_the_measured_peak(target, keep, pairs, measured, _ms):
+@pytest.mark.parametrize(("target", "level", "pairs", "measured", "_ms"), MEASURED)
+def test_the_formula_predicts_the_measured_peak(target, level, pairs, measured, _ms):
     each = facts(target)
-    predicted = resident(each) - moments(each) + peak(each, benchmark_rows(pairs).longest(pairs), keep, keep)
+    predicted = resident(each) - moments(each) + peak(each, benchmark_rows(pairs).longest(pairs), level, level)
     assert predicted / GIB == pytest.approx(measured, rel=0.015)
 
 
-@pytest.mark.parametrize(("target", "keep", "pairs", "_gib", "ms"), [row for row in MEASURED if row[-1]])
-def test_the_formula_predicts_the_measured_speed(target, keep, pairs, _gib, ms):
+@pytest.mark.parametrize(("target", "level", "pairs", "_gib", "ms"), [row for row in MEASURED if row[-1]])
+def test_the_formula_predicts_the_measured_speed(target, level, pairs, _gib, ms):
     load = benchmark_rows(pairs).average(pairs)
-    assert 1e3 * seconds(facts(target), load, keep, keep, H100) / pairs == pytest.approx(ms, rel=0.12)
+    assert 1e3 * seconds(facts(target), load, level, level, H100) / pairs == pytest.approx(ms, rel=0.12)
 
 
 def test_names_and_numbers_are_those_of_the_code_they_describe():
@@ -143,16 +143,16 @@ def test_more_memory_is_never_slower(chosen, one, other):
 
 
 def test_the_fastest_is_taken():
-    """On an H100 8 GiB take 16 pairs that keep inputs alone rather than 4 that keep more (39 against 45 ms)."""
+    """On an H100 8 GiB take 16 pairs with full checkpointing rather than 4 with none (39 against 45 ms)."""
     found = plan(facts(), LONG, 8 * GIB, 32, H100)
-    assert (found.micro_batch, found.keep) == (16, "inputs")
+    assert (found.micro_batch, found.checkpointing) == (16, "full")
     whole = plan(facts(), LONG, 139 * GIB, 32, H100)
-    assert (whole.micro_batch, whole.keep) == (32, "everything")
+    assert (whole.micro_batch, whole.checkpointing) == (32, "none")
 
 
 def test_levels_can_be_given():
-    found = plan(facts(), LONG, 80 * GIB, 8, H100, levels=("inputs",))
-    assert (found.keep, found.micro_batch) == ("inputs", 8)
+    found = plan(facts(), LONG, 80 * GIB, 8, H100, levels=("full",))
+    assert (found.checkpointing, found.micro_batch) == ("full", 8)
 
 
 def test_what_does_not_fit_says_how_much_it_takes():

@@ -32,7 +32,7 @@ class Truth:
         return resident(RECIPE) + self.more
 
     def true(self, chosen):
-        keeps = chosen.keep, chosen.keep_vision
+        keeps = chosen.checkpointing, chosen.vision_checkpointing
         return self.resting + round(self.off * peak(RECIPE, LONG.longest(chosen.micro_batch), *keeps))
 
 
@@ -104,7 +104,7 @@ def test_out_of_memory_in_a_probe_is_an_answer_and_other_errors_are_not(monkeypa
         monkeypatch.setattr(torch.cuda, name, lambda: None)
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 7)
-    least = Plan(1, 1, "inputs", "inputs", 0, 0, 0.0)
+    least = Plan(1, 1, "full", "full", 0, 0, 0.0)
 
     def fails(error):
         def run(_):
