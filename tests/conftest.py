@@ -1,10 +1,13 @@
 """What the tests share: composing a configuration, running the command people type, and the embedded model."""
 
 import gc
+import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -84,15 +87,55 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("smolvlm_exp.tasks.result.Result.saved", lambda *args: [])
 
 
-@pytest.fixture
-def command(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """`python -m smolvlm_exp ...`, typed in an empty folder."""
+class CommandServer:
+    """Runs `python -m smolvlm_exp ...`, one after the other, in forks of one process (command_server.py)."""
 
-    def run(*arguments: str, cwd: Path = tmp_path, env: dict[str, str] | None = None, timeout: float = 240):
-        return subprocess.run(
-            [sys.executable, "-m", "smolvlm_exp", *arguments],
-            cwd=cwd, env={**os.environ, **(env or {})}, capture_output=True, text=True, timeout=timeout,
-        )  # fmt: skip
+    def __init__(self, folder: Path) -> None:
+        self.stdout, self.stderr = folder / "stdout", folder / "stderr"
+        command = [sys.executable, "-m", "tests.command_server"]
+        root = Path(__file__).parent.parent
+        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+
+    def run(self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float):
+        assert self.server.stdin
+        assert self.server.stdout
+        for path in (self.stdout, self.stderr):
+            path.write_text("")
+        output = {"stdout": str(self.stdout), "stderr": str(self.stderr)}
+        request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env), **output}
+        print(json.dumps(request), file=self.server.stdin, flush=True)
+        child = int(self.server.stdout.readline())
+        watchdog = threading.Timer(timeout, os.kill, (child, signal.SIGKILL))
+        watchdog.start()
+        code = int(self.server.stdout.readline())
+        watchdog.cancel()
+        return subprocess.CompletedProcess(arguments, code, self.stdout.read_text(), self.stderr.read_text())
+
+
+@pytest.fixture(scope="session")
+def command_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[CommandServer]:
+    commands = CommandServer(tmp_path_factory.mktemp("commands"))
+    yield commands
+    commands.server.terminate()
+    commands.server.wait()
+
+
+@pytest.fixture
+def command(tmp_path: Path, command_server: CommandServer) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`python -m smolvlm_exp ...`, typed in an empty folder; `fresh`: with an interpreter of its own."""
+
+    def run(
+        *arguments: str,
+        cwd: Path = tmp_path,
+        env: dict[str, str] | None = None,
+        timeout: float = 240,
+        fresh: bool = False,
+    ):
+        environment = {**os.environ, **(env or {})}
+        if not fresh:
+            return command_server.run(arguments, cwd, environment, timeout)
+        typed = [sys.executable, "-m", "smolvlm_exp", *arguments]
+        return subprocess.run(typed, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
 
     return run
 

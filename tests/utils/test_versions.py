@@ -25,7 +25,7 @@ def torchvision(tmp_path):
 
 def test_a_torchvision_for_another_torch_is_named(torchvision, command, tmp_path):
     """transformers tells of it as "Could not import module 'AutoProcessor'", and of nothing to be done."""
-    done = command("task=chat", env=torchvision)
+    done = command("task=chat", env=torchvision, fresh=True)
     assert done.returncode == 2
     assert "torchvision 0.25.0 does not go with torch" in done.stderr
     assert "nms does not exist): pip uninstall torchvision; Pillow serves" in done.stderr
