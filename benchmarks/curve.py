@@ -43,7 +43,7 @@ def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attent
     from smolvlm_exp.models.model import load_model, load_processor, resolve_dtype
     from smolvlm_exp.models.quant import quantization_config
     from smolvlm_exp.training import dpo
-    from smolvlm_exp.training.arguments import RunContext, TrainerInputs
+    from smolvlm_exp.training.arguments import TrainerInputs
 
     folder = Path("outputs/benchmark")
     folder.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attent
         f"trainer.engine={engine}", f"trainer.max_steps={steps}",
         f"trainer.per_device_train_batch_size={micro}", f"trainer.gradient_accumulation_steps={16 // micro}",
     )  # fmt: skip
-    arguments = dpo.build_arguments(config.trainer, RunContext(folder, 0, resolve_dtype(dtype), None))
+    arguments = dpo.build_arguments(config.trainer, folder, dtype, None, 0)
     model = load_model(config.model, quantization_config(config.quant, resolve_dtype(dtype)))
     processor, peft_config = load_processor(config.model), lora_config(config.adapter, quantised=True)
     assert peft_config is not None

@@ -64,7 +64,7 @@ class Bench:
         from smolvlm_exp.data.preferences import Preferences
         from smolvlm_exp.models.adapter import check_adapter_target, lora_config
         from smolvlm_exp.training import dpo
-        from smolvlm_exp.training.arguments import RunContext, TrainerInputs
+        from smolvlm_exp.training.arguments import TrainerInputs
 
         folder = Path("outputs/benchmark")
         folder.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ class Bench:
         assert peft_config is not None
         check_adapter_target(peft_config, self.base, config.adapter.target)
         config.trainer.max_steps = steps
-        arguments = dpo.build_arguments(config.trainer, RunContext(folder, 0, torch.bfloat16, None))
+        arguments = dpo.build_arguments(config.trainer, folder, "bfloat16", None, 0)
         clock = Clock(warm)
         parts = TrainerInputs(
             self.base, self.processor, peft_config, Preferences(self.rows, self.rows, {}), [clock], folder

@@ -35,7 +35,6 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         model: Any,
         *,
         normalise: Pixels,
-        peft_config: PeftConfig | None = None,
         collator: Collator,
         eval_collator: Collator | None = None,
         micro_batch: int | None = None,
@@ -43,14 +42,14 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
     ) -> None:
         """
         Args:
-            model: with or without its adapter; `peft_config` puts one on.
+            model: as `attach_and_fuse` leaves it.
             normalise: tiles.pixels.
             collator: of the training rows; eval_collator: of the held-out rows.
             micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
             trl: DPOTrainer's own arguments.
         """
         args = trl["args"]
-        model, masters = prepared(model, peft_config, args)
+        masters = trainable_data(model)
         super().__init__(
             collator=collator,
             eval_collator=eval_collator,
@@ -133,7 +132,6 @@ class SharedPrefixSFTTrainer(PackedTrainer, SFTTrainer):
         model: Any,
         *,
         normalise: Pixels,
-        peft_config: PeftConfig | None = None,
         collator: Collator,
         eval_collator: Collator | None = None,
         micro_batch: int | None = None,
@@ -143,7 +141,7 @@ class SharedPrefixSFTTrainer(PackedTrainer, SFTTrainer):
         Args:
             as SharedPrefixTrainer's; the collators are of `ChosenRows`.
         """
-        model, masters = prepared(model, peft_config, trl["args"])
+        masters = trainable_data(model)
         super().__init__(
             collator=collator, eval_collator=eval_collator, micro_batch=micro_batch, whole=False, model=model, **trl
         )
@@ -171,17 +169,24 @@ class NoReference(nn.Module):
         self.config = config
 
 
-def prepared(model: Any, peft_config: PeftConfig | None, args: Any) -> tuple[Any, list[Any]]:
-    """The model with its adapter on and its layers fused, and (parameter, its float32 numbers) of all that learns.
+def attach_and_fuse(model: Any, peft_config: PeftConfig | None, args: Any) -> Any:
+    """The model with its adapter on and its layers fused, in this order: fusing sets the magnitudes of a fresh DoRA.
 
-    In this order: fusing sets the magnitudes of a fresh DoRA.
+    Args:
+        peft_config: None where the adapter is on already, or every weight is trained.
+        args: the trainer's; what the fused layers do themselves is taken out of it.
     """
     if peft_config is not None:
         set_seed(args.seed)  # where TRL would, so that the adapter starts with the same numbers
         with keeping_scales(model):
             model = get_peft_model(model, peft_config)
     use_fused_layers(model, args)
-    return model, [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
+    return model
+
+
+def trainable_data(model: nn.Module) -> list[Any]:
+    """(parameter, its numbers) of all that learns, before TRL rounds them; `restore` undoes that."""
+    return [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
 
 
 def use_fused_layers(model: Any, args: Any) -> None:

@@ -127,7 +127,7 @@ def slow_convergence(summary: dict[str, Any], config: dict[str, Any], events: Ev
         return
     trainer = config["trainer"]
     accuracy, margin = sum(accuracies[-ENOUGH:]) / ENOUGH, sum(margins[-ENOUGH:]) / ENOUGH
-    least = MOVED * trainer.get("beta", 0.1)
+    least = MOVED * trainer["beta"]
     if -least < margin and (accuracy < LEARNT or margin < least):
         yield (
             f"slow: after {events[-1]['step']} steps at a rate of {trainer['learning_rate']:g} the policy prefers the "
@@ -162,14 +162,15 @@ def overfitting(summary: dict[str, Any], config: dict[str, Any], events: Events)
 def likelihood_displacement(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     drop = warned(summary, "likelihood_displacement")
     if drop is not None:
-        losses = config["trainer"].get("loss_type") or ["sigmoid"]
-        how = f"trainer.loss_type=[{','.join([*losses, 'sft'])}] trainer.loss_weights=[{'1,' * len(losses)}1], or "
-        how = "" if "sft" in losses else how
-        beta, rate = config["trainer"].get("beta", 0.1), config["trainer"]["learning_rate"]
-        yield (
-            f"likelihood displacement: chosen answers lost {drop:.2g} nats/token.\n"
-            f"Try {how}trainer.beta={3 * beta:g}, or trainer.learning_rate={rate / 2:g}."
-        )
+        trainer = config["trainer"]
+        losses, changes = trainer.get("loss_type", []), [f"trainer.learning_rate={trainer['learning_rate'] / 2:g}"]
+        if "beta" in trainer:
+            changes.insert(0, f"trainer.beta={3 * trainer['beta']:g}")
+        if losses and "sft" not in losses:
+            weights = ",".join(["1"] * len(losses))
+            changes.insert(0, f"trainer.loss_type=[{','.join(losses)},sft] trainer.loss_weights=[{weights},1]")
+        told = ", or ".join(changes)
+        yield f"likelihood displacement: chosen answers lost {drop:.2g} nats/token.\nTry {told}."
 
 
 def low_image_reliance(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:

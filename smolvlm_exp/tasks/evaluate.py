@@ -58,8 +58,8 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     after, checks = None, []
     if adapter:
         tuned: Any = load_adapter(model, adapter, config.adapter.target).eval()
-        beta = getattr(config.trainer, "beta", 1.0)
-        after = look(tuned, processor, preferences, batch_size, reference=before.logps, beta=beta, **how)
+        how |= {"reference": before.logps, "beta": config.trainer.reward_scale}
+        after = look(tuned, processor, preferences, batch_size, **how)
         speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
         checks = [policy_changed(before, after), *image_reliance(before.metrics, after.metrics)]
         trained = load_per_row(adapter.parent)

@@ -13,7 +13,7 @@ from rich.console import Console
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.adapter_reload import check_adapter_reload
-from smolvlm_exp.evaluation.checks import Check
+from smolvlm_exp.evaluation.checks import Check, compare_evaluations
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.per_row import save_per_row
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
@@ -25,8 +25,10 @@ from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
-from smolvlm_exp.training.callbacks import memory_stats
+from smolvlm_exp.training.callbacks import MetricsCallback, memory_stats
 from smolvlm_exp.training.sample_callback import FILE as SAMPLES
+from smolvlm_exp.training.sample_callback import SamplesCallback
+from smolvlm_exp.training.sanity_checks import ParameterMonitor
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -37,9 +39,8 @@ class Result:
     """Collects a run's findings and writes them, whether the run ends well, is stopped or fails."""
 
     before: Evaluation
-    after: Evaluation | None = None
+    after: Evaluation | None = None  # None: the run was stopped
     training: Any
-    checks: list[Check]
 
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
@@ -72,13 +73,26 @@ class Result:
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
             print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
 
-    def save(self, trainer: Any, stopped: bool) -> None:
+    def callbacks(self, processor: Any) -> list[Any]:
+        """Of the trainer: what it logs, and what it answers under way."""
+        metrics = MetricsCallback(self.folder, self.tracker)
+        every, start = self.config.trainer.sample_steps, self.before.answers
+        return [metrics, SamplesCallback(every, processor, self.preferences, start, metrics)]
+
+    def monitor(self, trainer: Any) -> None:
+        """Before training: remember the weights, so that `checks` can say what became of them."""
+        self.parameters = ParameterMonitor(trainer.model)
+
+    def save(self, trainer: Any) -> None:
         """Write everything down; a stopped run leaves out what only a whole one has."""
-        if not stopped:
+        self.checks = self.parameters.checks(trainer)
+        if self.after:
             save_finetuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
+            log = trainer.state.log_history
+            self.checks += compare_evaluations(self.before, self.after, log, self.preferences.report)
             self.checks += self.saved(trainer)
         self.summary |= {
-            "status": "stopped" if stopped else "done",
+            "status": "done" if self.after else "stopped",
             **summarize(self.before, self.after, self.checks),
             "train": self.speed(trainer),
             "seconds": time.perf_counter() - self.began,

@@ -1,7 +1,7 @@
 """Settings that every trainer has, and how they reach transformers' training arguments."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,6 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least, one_of
 
 if TYPE_CHECKING:
-    import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
@@ -54,6 +53,11 @@ class TrainerConfig:
     cache_disk: str = "50GiB"  # for everything in `cache`
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
 
+    @property
+    def reward_scale(self) -> float:
+        """Of the implicit reward: it is reward_scale * log(policy / reference)."""
+        return 1.0
+
 
 OWN_KEYS = (
     "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features", "cache", "cache_ram",
@@ -68,42 +72,47 @@ class TrainerInputs:
 
     model: "PreTrainedModel"
     processor: "ProcessorMixin"
-    peft_config: "LoraConfig | None"
+    peft_config: "LoraConfig | None"  # None: the adapter is on, or every weight is trained
     preferences: "Preferences"
     callbacks: "list[TrainerCallback]"
     folder: Path
+    identity: dict[str, Any] = field(default_factory=dict)  # what checkpoints say of the run; see resume_check.py
+
+    def common(self, config: TrainerConfig, arguments: Any) -> dict[str, Any]:
+        """What every trainer's constructor takes."""
+        return {
+            "args": arguments,
+            "processing_class": self.processor,
+            "callbacks": self.callbacks,
+            "identity": self.identity,
+            "not_finite_limit": config.not_finite_limit,
+        }
 
 
-@dataclass
-class RunContext:
-    """What training arguments take from the rest of the run."""
-
-    folder: Path
-    seed: int
-    dtype: "torch.dtype"
-    max_length: int | None
-
-
-def training_arguments(config: TrainerConfig, run: RunContext, own: tuple[str, ...]) -> dict[str, Any]:
-    """Keyword arguments for TRL's configuration class: the common settings and, by name, the trainer's `own`.
+def training_arguments(
+    config: TrainerConfig, folder: Path, dtype: str, max_length: int | None, seed: int
+) -> dict[str, Any]:
+    """Keyword arguments for TRL's configuration class. All processes call it together.
 
     Raises:
         RequestError: a length by which rows would be cut after they were checked.
     """
     import torch
 
+    from smolvlm_exp.models.model import resolve_dtype
+    from smolvlm_exp.utils.distributed import broadcast_from_rank0
+
     if "max_length" in config.extra:
         raise RequestError("trainer.extra.max_length: give data.max_length, by which rows are checked before.")
-    shared = [name for name in TrainerConfig.__dataclass_fields__ if name not in OWN_KEYS]
     on_gpu = torch.cuda.is_available()
     return {
-        **{name: getattr(config, name) for name in (*shared, *own)},
-        "output_dir": str(run.folder / "checkpoints"),
-        "max_length": run.max_length,
+        **{field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN_KEYS},
+        "output_dir": str(broadcast_from_rank0(lambda: folder) / "checkpoints"),
+        "max_length": max_length,
         # The same in one kernel, which can leave out a step without anyone waiting; see nan_guard.py.
         "optim": "adamw_torch_fused" if on_gpu and config.optim == "adamw_torch" else config.optim,
-        "seed": run.seed,
-        "bf16": run.dtype is torch.bfloat16,
+        "seed": seed,
+        "bf16": resolve_dtype(dtype) is torch.bfloat16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
@@ -132,28 +141,10 @@ def build_trl_config(cls: type, arguments: dict[str, Any]) -> Any:
     return found
 
 
-def attach_adapter(parts: TrainerInputs, seed: int) -> "tuple[Any, LoraConfig | None]":
-    """Model and adapter for a trainer: a PiSSA adapter is put on here, any other by the trainer."""
+def attach_pissa_adapter(inputs: TrainerInputs, seed: int) -> "tuple[Any, LoraConfig | None]":
+    """Model and adapter for a trainer: a PiSSA adapter is put on here, any other by the trainer or the engine."""
     from smolvlm_exp.models.adapter import attach_pissa, is_pissa
 
-    if parts.peft_config is None or not is_pissa(parts.peft_config):
-        return parts.model, parts.peft_config
-    return attach_pissa(parts.model, parts.peft_config, parts.folder, seed), None
-
-
-def finalise_trainer(trainer: Any, config: TrainerConfig) -> Any:
-    """What both of TRL's trainers need once they are built."""
-    from transformers import PrinterCallback, ProgressCallback
-
-    from smolvlm_exp.training.callbacks import Progress
-
-    for stock in (PrinterCallback, ProgressCallback):
-        trainer.remove_callback(stock)
-    trainer.add_callback(Progress)
-    trainer.guard.limit = config.not_finite_limit
-    if not trainer.args.bf16:
-        # TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 has no use for.
-        for parameter in trainer.model.parameters():
-            if parameter.requires_grad:
-                parameter.data = parameter.data.float()
-    return trainer
+    if inputs.peft_config is None or not is_pissa(inputs.peft_config):
+        return inputs.model, inputs.peft_config
+    return attach_pissa(inputs.model, inputs.peft_config, inputs.folder, seed), None

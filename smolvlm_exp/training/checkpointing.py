@@ -12,10 +12,11 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import Trainer
+from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
+from smolvlm_exp.training.callbacks import Progress
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.distributed import full_tensor
@@ -25,16 +26,10 @@ from smolvlm_exp.utils.files import write_json
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
-def reliable(kind: Any) -> Any:
-    """A trainer class with `Reliable` before it."""
-    return type(kind.__name__, (CheckpointMixin, kind), {})
-
-
 class CheckpointMixin(Trainer):
-    """Comes before any of the trainers among a class's bases.
+    """Comes before any of TRL's and the engine's trainers among a class's bases; see trainers.py.
 
     Attributes:
-        identity: what a checkpoint says of its run; see resume_check.py.
         resumed_at: the step that training began at.
         guard: see nan_guard.py.
     """
@@ -42,15 +37,29 @@ class CheckpointMixin(Trainer):
     _metrics: Any  # TRL's
     _total_train_tokens: Any
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, model: Any, *, identity: dict[str, Any], not_finite_limit: int, **kwargs: Any) -> None:
+        """
+        Args:
+            identity: what a checkpoint says of its run; see resume_check.py.
+            not_finite_limit: steps in a row that end the run; see nan_guard.py.
+            kwargs: the trainer's own.
+        """
         # transformers would look at every loss as it comes, wait for it, and hide those that are no number
         kwargs["args"].logging_nan_inf_filter = False
-        super().__init__(*args, **kwargs)
-        self.identity: dict[str, Any] = {}
+        super().__init__(model, **kwargs)
+        self.identity = identity
         self.resumed_at = 0
         self.saving: Path | None = None
         self.step_loss: Any = 0.0
-        self.guard = NanGuard(3, self.rows_of)
+        self.guard = NanGuard(not_finite_limit, self.rows_of)
+        for stock in (PrinterCallback, ProgressCallback):
+            self.remove_callback(stock)
+        self.add_callback(Progress)
+        if not self.args.bf16:
+            # TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 cannot use
+            for parameter in self.model.parameters():  # type: ignore[union-attr]
+                if parameter.requires_grad:
+                    parameter.data = parameter.data.float()
 
     # Random numbers: a resumed run makes its loaders anew, so none of them may draw from the run's own
 

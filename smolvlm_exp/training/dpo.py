@@ -3,19 +3,18 @@
 import contextlib
 import copy
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.models.adapter import plain_initialisation
 from smolvlm_exp.training.arguments import (
-    RunContext,
     TrainerConfig,
     TrainerInputs,
-    attach_adapter,
+    attach_pissa_adapter,
     build_trl_config,
-    finalise_trainer,
     training_arguments,
 )
-from smolvlm_exp.training.engine_setup import build_engine_trainer, disk_cache
+from smolvlm_exp.training.engine_setup import attach_adapter, disk_cache, packed_collators, precompute_images
 from smolvlm_exp.training.memory_budget import plan_memory
 from smolvlm_exp.utils.fields import above, at_least, one_of, some_of
 
@@ -42,52 +41,53 @@ class Config(TrainerConfig):
     use_weighting: bool = False  # WPO
     disable_dropout: bool = True  # TRL's default; adapter.lora_dropout then has no effect
 
+    @property
+    def reward_scale(self) -> float:
+        return self.beta
 
-OWN = tuple(name for name in Config.__dataclass_fields__ if name not in TrainerConfig.__dataclass_fields__)
 
-
-def build_arguments(config: Config, run: RunContext) -> "DPOConfig":
+def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | None, seed: int) -> "DPOConfig":
     """TRL's configuration, before anything else is built, so that what it refuses is refused early."""
     from trl import DPOConfig
 
-    return build_trl_config(DPOConfig, training_arguments(config, run, OWN))
+    return build_trl_config(DPOConfig, training_arguments(config, folder, dtype, max_length, seed))
 
 
-def build_trainer(config: Config, arguments: "DPOConfig", parts: TrainerInputs) -> "DPOTrainer":
-    """TRL's trainer, on the engine or as it is."""
-    return (build_shared if config.engine == "shared" else build_stock)(config, arguments, parts)
-
-
-def build_shared(config: Config, arguments: "DPOConfig", parts: TrainerInputs) -> "DPOTrainer":
-    """On the engine. The reference is the policy before its first step, once for all rows."""
+def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs) -> "DPOTrainer":
+    """TRL's trainer, ready to train; on the engine, or as it is."""
+    if config.engine == "stock":
+        return build_stock(config, arguments, inputs)
     from smolvlm_exp.engine.inputs.dataset import PackedDataset
-    from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer
+    from smolvlm_exp.engine.inputs.tiles import pixels
+    from smolvlm_exp.training.trainers import EngineDPOTrainer
 
-    trainer = build_engine_trainer(SharedPrefixDPOTrainer, PackedDataset, config, arguments, parts)
+    model = attach_adapter(inputs, arguments)
+    collator, eval_collator = packed_collators(config, inputs, arguments.max_length, PackedDataset)
+    precompute_images(config, model, inputs.processor, (collator, eval_collator))
+    trainer = EngineDPOTrainer(
+        model, collator=collator, eval_collator=eval_collator, normalise=pixels(inputs.processor),
+        **inputs.common(config, arguments),
+    )  # fmt: skip
     trainer.score_references(disk_cache(config), arguments.per_device_eval_batch_size)
     plan_memory(config, trainer)
-    return finalise_trainer(trainer, config)
+    return trainer
 
 
-def build_stock(config: Config, arguments: "DPOConfig", parts: TrainerInputs) -> "DPOTrainer":
-    """As it is. The reference is the same model with its adapter off, or a copy where there is no adapter."""
+def build_stock(config: Config, arguments: "DPOConfig", inputs: TrainerInputs) -> "DPOTrainer":
+    """The reference is the same model with its adapter off, or a copy where there is no adapter."""
     from peft import PeftModel
-    from trl import DPOTrainer
 
-    from smolvlm_exp.training.checkpointing import reliable
+    from smolvlm_exp.training.trainers import StockDPOTrainer
 
-    model, peft_config = attach_adapter(parts, arguments.seed)
+    model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
     adapted = isinstance(model, PeftModel)
     # Where the adapter is on already, TRL keeps a second, frozen copy of it as the reference.
     with plain_initialisation(model) if adapted else contextlib.nullcontext():
-        trainer = reliable(DPOTrainer)(
-            model=model,
+        return StockDPOTrainer(
+            model,
             ref_model=None if adapted or peft_config else copy.deepcopy(model),
-            args=arguments,
-            train_dataset=parts.preferences.train,
-            eval_dataset=parts.preferences.test if config.eval_strategy != "no" else None,
-            processing_class=parts.processor,
+            train_dataset=inputs.preferences.train,
+            eval_dataset=inputs.preferences.test if config.eval_strategy != "no" else None,
             peft_config=peft_config,
-            callbacks=parts.callbacks,
+            **inputs.common(config, arguments),
         )
-    return finalise_trainer(trainer, config)

@@ -1,24 +1,32 @@
-"""A trainer on the engine (trainer.engine=shared): what it cannot do is told first, then its rows are made ready."""
+"""What a trainer starts from: requests that cannot work are refused, then model, rows and images are made ready."""
 
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.models.adapter import AdapterConfig, matched_modules
-from smolvlm_exp.models.model import ModelConfig, resolve_attention
-from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_adapter
+from smolvlm_exp.models.adapter import (
+    AdapterConfig,
+    check_adapter_target,
+    load_adapter,
+    lora_config,
+    matched_modules,
+    saved_adapter,
+)
+from smolvlm_exp.models.model import ModelConfig, load_model, resolve_attention, resolve_dtype
+from smolvlm_exp.models.quant import QuantConfig, quantization_config
+from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter
 from smolvlm_exp.training.memory_budget import budget_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.units import bytes_of
 
 if TYPE_CHECKING:
+    from peft import LoraConfig
     from transformers import PreTrainedModel
 
     from smolvlm_exp.engine.disk_cache import DiskCache
     from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 
 log = logging.getLogger(__name__)
-
 
 STOCK_ONLY = (
     "assistant_only_loss", "auto_find_batch_size", "deepspeed", "include_for_metrics", "include_num_input_tokens_seen",
@@ -29,12 +37,15 @@ STOCK_ONLY = (
 FEATURE_TILES = 64  # tiles that go through the tower together where their features are kept
 
 
-def check_request(trainer: TrainerConfig, model: ModelConfig, adapter: AdapterConfig) -> None:
+def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig) -> None:
     """Before anything is loaded.
 
     Raises:
-        RequestError: the engine, or this machine, does not do what is asked for.
+        RequestError: the groups do not go together, or the engine or this machine does not do what is asked for.
     """
+    lora_config(adapter, quantised=quantization_config(quant, resolve_dtype(model.dtype)) is not None)
+    if model.adapter:
+        saved_adapter(adapter, model.adapter)
     resolve_attention(model.attn_implementation)
     budget_of(trainer.memory_budget)
     bytes_of("trainer.cache_ram", trainer.cache_ram)
@@ -52,6 +63,25 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, adapter: AdapterCo
         log.info("engine: with dropout, both answers of a pair see the same noise on their prompt")
 
 
+def load_trainable_model(
+    trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int
+) -> "tuple[Any, LoraConfig | None]":
+    """The model that is trained, with the adapter it starts from; else the adapter that a trainer puts on.
+
+    Raises:
+        RequestError: it cannot be had, or trained as asked.
+    """
+    quantization = quantization_config(quant, resolve_dtype(model.dtype))
+    peft_config = lora_config(adapter, quantised=quantization is not None)
+    base = load_model(model, quantization, seed)
+    check_model(trainer, adapter, base)
+    if model.adapter:
+        return load_adapter(base, saved_adapter(adapter, model.adapter), adapter.target), None
+    if peft_config:
+        check_adapter_target(peft_config, base, adapter.target)
+    return base, peft_config
+
+
 def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrainedModel") -> None:
     """Raises:
     RequestError: the engine is given a model in parts; image features are to be kept though what makes them learns.
@@ -59,7 +89,7 @@ def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrain
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1 and trainer.engine == "shared":
         raise RequestError(
-            f"model.device_map parts the model over {len(devices)} devices, which needs trainer.engine=stock; with "
+            f"model.device_map splits the model over {len(devices)} devices, which needs trainer.engine=stock; with "
             "model.device_map=auto all of it is on one GPU."
         )
     if not trainer.keep_features:
@@ -67,10 +97,10 @@ def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrain
     if adapter.type == "none":
         raise RequestError("trainer.keep_features=true needs an adapter: adapter=none trains the vision tower too.")
     names = matched_modules(model, adapter.target)
-    found = next((name for name in names if ".vision_model." in name or ".connector." in name), None)
-    if found:
+    vision = next((name for name in names if ".vision_model." in name or ".connector." in name), None)
+    if vision:
         raise RequestError(
-            f"trainer.keep_features=true: adapter.target={adapter.target} reaches {found}, so image features "
+            f"trainer.keep_features=true: adapter.target={adapter.target} reaches {vision}, so image features "
             "change at every step.\nUse adapter.target=text, or leave trainer.keep_features out."
         )
 
@@ -81,58 +111,43 @@ def disk_cache(config: TrainerConfig) -> "DiskCache":
     return DiskCache(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
 
 
-def collators(
-    config: TrainerConfig, parts: TrainerInputs, max_length: int | None, kind: "type[PackedDataset]"
+def attach_adapter(inputs: TrainerInputs, arguments: Any) -> Any:
+    """The model as the engine trains it: its adapter on, its layers fused."""
+    from smolvlm_exp.engine.trainers import attach_and_fuse
+
+    if inputs.model.device.type != arguments.device.type:  # model.device_map=null leaves it on the CPU
+        inputs.model.to(arguments.device)
+    model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
+    return attach_and_fuse(model, peft_config, arguments)
+
+
+def packed_collators(
+    config: TrainerConfig, inputs: TrainerInputs, max_length: int | None, kind: "type[PackedDataset]"
 ) -> "tuple[Collator, Collator | None]":
     """Of the training rows, and of the held-out rows where they are evaluated during training."""
     from smolvlm_exp.engine.inputs.dataset import Collator
 
-    splits = [parts.preferences.train, *([parts.preferences.test] if config.eval_strategy != "no" else [])]
-    processor: Any = parts.processor
+    splits = [inputs.preferences.train, *([inputs.preferences.test] if config.eval_strategy != "no" else [])]
+    processor: Any = inputs.processor
     pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
     workers = config.dataloader_num_workers
     made = [Collator(kind(rows, processor, max_length, workers), pad, image) for rows in splits]
     return made[0], made[1] if len(made) > 1 else None
 
 
-def build_engine_trainer(
-    kind: Any, rows: "type[PackedDataset]", config: TrainerConfig, arguments: Any, parts: TrainerInputs
-) -> Any:
-    """A trainer of engine/trainers.py over `rows`, its pictures ready."""
-    from smolvlm_exp.engine.inputs.tiles import pixels
-    from smolvlm_exp.training.checkpointing import reliable
-
-    model, peft_config = attach_adapter(parts, arguments.seed)
-    collator, eval_collator = collators(config, parts, arguments.max_length, rows)
-    trainer = reliable(kind)(
-        model=model,
-        normalise=pixels(parts.processor),
-        peft_config=peft_config,
-        collator=collator,
-        eval_collator=eval_collator,
-        args=arguments,
-        processing_class=parts.processor,
-        callbacks=parts.callbacks,
-    )
-    precompute_images(config, trainer, parts.processor)
-    return trainer
-
-
-def precompute_images(config: TrainerConfig, trainer: Any, processor: Any) -> None:
+def precompute_images(
+    config: TrainerConfig, model: Any, processor: Any, collators: "tuple[Collator, Collator | None]"
+) -> None:
     """Keep image features where nothing that makes them learns, tiles elsewhere."""
     from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.engine.model_parts import core_of, is_trainable
     from smolvlm_exp.engine.precompute.features import keep_features
 
-    core = core_of(trainer.model)
+    core = core_of(model)
     features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
     ram, workers = bytes_of("trainer.cache_ram", config.cache_ram), config.dataloader_num_workers
-    for collator in (trainer.collator, trainer.eval_collator):
-        if collator is None:
-            continue
+    for collator in filter(None, collators):
         if features:
-            keep_features(
-                collator.rows, trainer.model, pixels(processor), disk_cache(config), ram, FEATURE_TILES, workers
-            )
+            keep_features(collator.rows, model, pixels(processor), disk_cache(config), ram, FEATURE_TILES, workers)
         if collator.rows.features is None:
             collator.rows.keep_tiles(disk_cache(config), ram, workers)

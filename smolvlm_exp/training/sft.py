@@ -1,18 +1,17 @@
 """Supervised fine-tuning on the chosen answers: TRL's SFTTrainer, the loss on the answer's tokens alone."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.training.arguments import (
-    RunContext,
     TrainerConfig,
     TrainerInputs,
-    attach_adapter,
+    attach_pissa_adapter,
     build_trl_config,
-    finalise_trainer,
     training_arguments,
 )
-from smolvlm_exp.training.engine_setup import build_engine_trainer
+from smolvlm_exp.training.engine_setup import attach_adapter, packed_collators, precompute_images
 from smolvlm_exp.training.memory_budget import plan_memory
 
 if TYPE_CHECKING:
@@ -25,46 +24,41 @@ class Config(TrainerConfig):
     """Names and meanings are trl.SFTConfig's own."""
 
 
-def build_arguments(config: Config, run: RunContext) -> "SFTConfig":
+def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | None, seed: int) -> "SFTConfig":
     """TRL's configuration, before anything else is built, so that what it refuses is refused early."""
     from trl import SFTConfig
 
-    return build_trl_config(SFTConfig, {"completion_only_loss": True, **training_arguments(config, run, own=())})
-
-
-def build_trainer(config: Config, arguments: "SFTConfig", parts: TrainerInputs) -> "SFTTrainer":
-    """TRL's trainer on prompt and chosen answer, on the engine or as it is."""
-    return (build_shared if config.engine == "shared" else build_stock)(config, arguments, parts)
-
-
-def build_shared(config: Config, arguments: "SFTConfig", parts: TrainerInputs) -> "SFTTrainer":
-    """On the engine."""
-    from smolvlm_exp.engine.trainers import ChosenDataset, SharedPrefixSFTTrainer
-
-    trainer = build_engine_trainer(SharedPrefixSFTTrainer, ChosenDataset, config, arguments, parts)
-    plan_memory(config, trainer, pairs=False)
-    return finalise_trainer(trainer, config)
-
-
-def build_stock(config: Config, arguments: "SFTConfig", parts: TrainerInputs) -> "SFTTrainer":
-    """As it is."""
-    from trl import SFTTrainer
-
-    from smolvlm_exp.training.checkpointing import reliable
-
-    model, peft_config = attach_adapter(parts, arguments.seed)
-    return finalise_trainer(
-        reliable(SFTTrainer)(
-            model=model,
-            args=arguments,
-            train_dataset=completions(parts.preferences.train),
-            eval_dataset=completions(parts.preferences.test) if config.eval_strategy != "no" else None,
-            processing_class=parts.processor,
-            peft_config=peft_config,
-            callbacks=parts.callbacks,
-        ),
-        config,
+    return build_trl_config(
+        SFTConfig, {"completion_only_loss": True, **training_arguments(config, folder, dtype, max_length, seed)}
     )
+
+
+def build_trainer(config: Config, arguments: "SFTConfig", inputs: TrainerInputs) -> "SFTTrainer":
+    """TRL's trainer on prompt and chosen answer, ready to train; on the engine, or as it is."""
+    from smolvlm_exp.training.trainers import EngineSFTTrainer, StockSFTTrainer
+
+    common = inputs.common(config, arguments)
+    if config.engine == "stock":
+        model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
+        rows = inputs.preferences
+        return StockSFTTrainer(
+            model,
+            train_dataset=completions(rows.train),
+            eval_dataset=completions(rows.test) if config.eval_strategy != "no" else None,
+            peft_config=peft_config,
+            **common,
+        )
+    from smolvlm_exp.engine.inputs.tiles import pixels
+    from smolvlm_exp.engine.trainers import ChosenDataset
+
+    model = attach_adapter(inputs, arguments)
+    collator, eval_collator = packed_collators(config, inputs, arguments.max_length, ChosenDataset)
+    precompute_images(config, model, inputs.processor, (collator, eval_collator))
+    trainer = EngineSFTTrainer(
+        model, collator=collator, eval_collator=eval_collator, normalise=pixels(inputs.processor), **common
+    )
+    plan_memory(config, trainer, pairs=False)
+    return trainer
 
 
 def completions(rows: "Dataset") -> "Dataset":

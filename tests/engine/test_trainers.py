@@ -19,7 +19,7 @@ from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.layers.dora import exact_dora
-from smolvlm_exp.engine.trainers import ChosenDataset, SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
+from smolvlm_exp.engine.trainers import ChosenDataset, SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.models.shape import shape_of
@@ -97,20 +97,22 @@ class Bench:
     def shared(self, adapter=("text",), rows=None, micro_batch=None, **changes):
         target, *options = adapter
         collator, eval_collator = self.collators(rows, PackedDataset)
+        args = self.arguments(DPOConfig, **changes)
         trainer = SharedPrefixDPOTrainer(
-            small_model(), normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
-            eval_collator=eval_collator, peft_config=self.adapter(target, **dict(options)),
-            args=self.arguments(DPOConfig, **changes), processing_class=self.processor,
+            attach_and_fuse(small_model(), self.adapter(target, **dict(options)), args),
+            normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
+            eval_collator=eval_collator, args=args, processing_class=self.processor,
         )  # fmt: skip
         trainer.score_references(None, 8)
         return trainer
 
     def shared_sft(self, micro_batch=None, **changes):
         collator, eval_collator = self.collators(None, ChosenDataset)
+        args = self.arguments(SFTConfig, completion_only_loss=True, **changes)
         return SharedPrefixSFTTrainer(
-            small_model(), normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
-            eval_collator=eval_collator, peft_config=self.adapter(),
-            args=self.arguments(SFTConfig, completion_only_loss=True, **changes), processing_class=self.processor,
+            attach_and_fuse(small_model(), self.adapter(), args),
+            normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
+            eval_collator=eval_collator, args=args, processing_class=self.processor,
         )  # fmt: skip
 
     def stock_sft(self, **changes):
@@ -335,9 +337,10 @@ def test_adapters_on_quantised_weights_are_float32(bench):
     model = small_model()
     model.is_loaded_in_4bit = True  # all that TRL looks at
     collator, eval_collator = bench.collators(None, PackedDataset)
+    args = bench.arguments(DPOConfig)
     trainer = SharedPrefixDPOTrainer(
-        model, normalise=pixels(bench.processor), collator=collator, eval_collator=eval_collator,
-        peft_config=bench.adapter(), args=bench.arguments(DPOConfig), processing_class=bench.processor,
+        attach_and_fuse(model, bench.adapter(), args), normalise=pixels(bench.processor), collator=collator,
+        eval_collator=eval_collator, args=args, processing_class=bench.processor,
     )  # fmt: skip
     plain = bench.shared()
     for name, parameter in learnt(trainer).items():
@@ -352,9 +355,10 @@ def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, kind):
     model.is_loaded_in_4bit = True  # all that TRL looks at before it rounds
     rows, arguments = (PackedDataset, DPOConfig) if kind is SharedPrefixDPOTrainer else (ChosenDataset, SFTConfig)
     collator, eval_collator = bench.collators(None, rows)
+    args = bench.arguments(arguments)
     trainer = kind(
-        model, normalise=pixels(bench.processor), collator=collator, eval_collator=eval_collator,
-        peft_config=bench.adapter(use_dora=True), args=bench.arguments(arguments), processing_class=bench.processor,
+        attach_and_fuse(model, bench.adapter(use_dora=True), args), normalise=pixels(bench.processor),
+        collator=collator, eval_collator=eval_collator, args=args, processing_class=bench.processor,
     )  # fmt: skip
     layers = [layer for layer in trainer.model.modules() if isinstance(layer, LoraLayer)]
     assert len(layers) == 14

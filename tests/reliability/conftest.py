@@ -25,7 +25,7 @@ from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.runs.checkpoint import checkpoint_folders, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.training import dpo
-from smolvlm_exp.training.arguments import RunContext, TrainerInputs
+from smolvlm_exp.training.arguments import TrainerInputs
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from tests.conftest import SIGMOID, compose
 
@@ -56,19 +56,17 @@ class Bench:
     def trainer(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
         config = self.config(*overrides)
         quantization = quantization_config(config.quant, torch.float32)
-        arguments = dpo.build_arguments(config.trainer, RunContext(folder, config.seed, torch.float32, None))
+        arguments = dpo.build_arguments(config.trainer, folder, "float32", None, config.seed)
         tracker = SimpleNamespace(log=lambda values, step: None)
         model = load_model(config.model, quantization, config.seed)
         identity = check_same_run(asdict(config), None, self.preferences.train, model)
         parts = TrainerInputs(
             model, self.processor,
             lora_config(config.adapter, quantised=quantization is not None), self.preferences,
-            [MetricsCallback(folder, tracker), *callbacks], folder,
+            [MetricsCallback(folder, tracker), *callbacks], folder, identity,
         )  # fmt: skip
         parts.peft_config.target_modules = r".*text_model\.layers\.[01]\.self_attn\.(q|v)_proj"
-        trainer = dpo.build_trainer(config.trainer, arguments, parts)
-        trainer.identity = identity
-        return trainer
+        return dpo.build_trainer(config.trainer, arguments, parts)
 
     def moved(self, trainer: Any, folder: Path) -> Any:
         """A trainer that has not begun, to another folder."""

@@ -173,7 +173,7 @@ def test_every_file_and_every_damage(run, capsys):
 def test_no_whole_checkpoint_is_refused_before_anything_is_loaded(bench, run, monkeypatch):
     for path in checkpoints(run):
         flip(path / "optimizer.safetensors")
-    monkeypatch.setattr("smolvlm_exp.tasks.train.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("smolvlm_exp.training.engine_setup.load_model", lambda *a: pytest.fail("the model was loaded"))
     with pytest.raises(RequestError, match=r"resume=.*run: none of its checkpoints is whole, so nothing was started"):
         train(bench.config(f"resume={run}"), run)
 

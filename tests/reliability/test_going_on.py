@@ -204,7 +204,7 @@ def test_what_changes_no_number_may_change(bench, saved):
 
 
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):
-    monkeypatch.setattr("smolvlm_exp.tasks.train.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("smolvlm_exp.training.engine_setup.load_model", lambda *a: pytest.fail("the model was loaded"))
     run = saved.parent.parent
     with pytest.raises(RequestError, match=r"adapter\.r was 2 and is 4"):
         train(bench.config(f"resume={run}", "adapter.r=4"), run)

@@ -104,7 +104,7 @@ def test_eager_attention_on_the_stock_engine(quick, tmp_path):
 def test_a_model_in_parts_is_refused():
     config, stock = compose("model.device_map=balanced"), compose("trainer.engine=stock")
     parted = SimpleNamespace(hf_device_map={"model.text_model": 0, "lm_head": 1})
-    with pytest.raises(RequestError, match=r"parts the model over 2 devices, .* model\.device_map=auto"):
+    with pytest.raises(RequestError, match=r"splits the model over 2 devices, .* model\.device_map=auto"):
         check_model(config.trainer, config.adapter, parted)
     check_model(stock.trainer, stock.adapter, parted)
     parted.hf_device_map = {"": 1}

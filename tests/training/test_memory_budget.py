@@ -95,17 +95,17 @@ def test_a_loss_that_cannot_be_parted_keeps_its_batch(quick, tmp_path, capsys):
     loss = ("trainer.loss_type=[aot]", "trainer.loss_weights=null")
     train(quick(*loss, *STEP, "trainer.max_steps=1", "trainer.memory_budget=60MiB"), tmp_path)
     assert "4 pairs at a time, 2 times a step" in capsys.readouterr().out
-    with pytest.raises(RequestError, match="4 pairs at a time"):
+    with pytest.raises(RequestError, match="micro-batch 4 with full"):
         train(quick(*loss, *STEP, "trainer.max_steps=1", "trainer.memory_budget=27MiB"), tmp_path)
 
 
 def test_too_small_a_budget_is_refused_with_what_helps(quick, tmp_path):
-    with pytest.raises(RequestError, match=r"memory_budget=9MiB: one pair at a time.*\n.*adapter\.target=text"):
+    with pytest.raises(RequestError, match=r"memory_budget=9MiB: micro-batch 1 with full.*\n.*adapter\.target=text"):
         train(quick(*SIGMOID, *STEP, "trainer.memory_budget=9MiB"), tmp_path)
 
 
 def test_a_wrong_budget_is_refused_before_anything_is_loaded(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr("smolvlm_exp.tasks.train.load_model", lambda *a: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("smolvlm_exp.training.engine_setup.load_model", lambda *a: pytest.fail("the model was loaded"))
     with pytest.raises(RequestError, match=r"trainer\.memory_budget=lots is no size"):
         train(quick("trainer.memory_budget=lots"), tmp_path)
 

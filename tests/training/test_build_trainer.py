@@ -1,0 +1,60 @@
+"""A trainer is complete when it is built: nothing outside sets anything on it, and beta has one home."""
+
+import json
+import re
+from importlib import import_module
+
+import pytest
+from transformers import TrainerCallback
+
+from smolvlm_exp.models.adapter import lora_config
+from smolvlm_exp.models.model import load_model
+from smolvlm_exp.training.arguments import TrainerInputs
+from smolvlm_exp.utils.paths import PACKAGE
+
+STEP = ("adapter.r=2", "quant=none", "trainer.max_steps=1", "trainer.save_strategy=steps", "trainer.save_steps=1")
+
+
+class Counter(TrainerCallback):
+    steps = 0
+
+    def on_step_end(self, *args, **kwargs):
+        self.steps += 1
+
+
+@pytest.mark.parametrize("name", ["dpo", "sft"])
+@pytest.mark.parametrize("engine", ["shared", "stock"])
+def test_a_built_trainer_trains_without_the_pipeline(quick, rows, processor, tmp_path, name, engine):
+    config = quick(*STEP, f"trainer={name}", f"trainer.engine={engine}", "trainer.not_finite_limit=7")
+    algorithm, counter = import_module(f"smolvlm_exp.training.{name}"), Counter()
+    arguments = algorithm.build_arguments(config.trainer, tmp_path, "auto", None, 0)
+    peft_config, identity = lora_config(config.adapter, quantised=False), {"run": "this one"}
+    inputs = TrainerInputs(load_model(config.model), processor, peft_config, rows, [counter], tmp_path, identity)
+    trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
+    assert type(trainer).__name__ == ("Engine" if engine == "shared" else "Stock") + name.upper() + "Trainer"
+    assert trainer.guard.limit == 7
+    assert not {"PrinterCallback", "ProgressCallback"} & {type(c).__name__ for c in trainer.callback_handler.callbacks}
+    trainer.train()
+    assert counter.steps == 1
+    saved = tmp_path / "checkpoints" / "checkpoint-1"
+    assert json.loads((saved / "run.json").read_text()) == identity
+    assert (saved / "manifest.json").is_file()
+
+
+def test_nothing_sets_anything_on_a_built_trainer():
+    """But the memory plan, which is a step of building it."""
+    found = {
+        f"{path.relative_to(PACKAGE)}: {line.strip()}"
+        for path in PACKAGE.rglob("*.py")
+        for line in path.read_text(encoding="utf-8").splitlines()
+        if re.match(r"\s*(self\.)?trainer\.[\w.]+(, [\w.]+)* \+?= ", line)
+    }
+    assert {line.partition(":")[0] for line in found} <= {"training/memory_budget.py"}
+
+
+def test_beta_has_one_home(quick):
+    assert quick("trainer.beta=0.3").trainer.reward_scale == 0.3
+    assert quick("trainer=sft").trainer.reward_scale == 1
+    sources = {path.relative_to(PACKAGE): path.read_text(encoding="utf-8") for path in PACKAGE.rglob("*.py")}
+    named = [str(path) for path, text in sources.items() if re.search(r"""["']beta["'],""", text)]
+    assert not named, "a second default of beta"
