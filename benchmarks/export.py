@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from smolvlm_exp.config.compose import check_command, register_schemas
-from smolvlm_exp.deploy.export.onnx_export import Graphs, with_data
+from smolvlm_exp.deploy.export.onnx_export import Graphs
 from smolvlm_exp.deploy.export.options import DECODER, PARTS, SUFFIXES
 from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
 from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
@@ -114,7 +114,7 @@ def exported(folder: Path, model: Any, processor: Any) -> Graphs:
         tell(f"{precision}: {time.perf_counter() - begun:.0f} s more")
 
     def mib(part: str, name: str) -> float:
-        return sum(file.stat().st_size for file in with_data(graphs.file(part, name))) / MIB
+        return graphs.size({part: name}) / MIB
 
     tell(header("MiB", *SUFFIXES))
     for part in PARTS:

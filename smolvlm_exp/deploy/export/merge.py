@@ -6,20 +6,15 @@ half of what was learned, and the adapter never saw the float base. Measured: be
 """
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.models.model import ModelConfig, load_model, resolve_dtype
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.utils.files import read_json, write_json
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
-
-def load_merged(
-    model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int, onto: str
-) -> "PreTrainedModel":
+def load_merged(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int, onto: str) -> Any:
     """The tuned model as one of plain float32 weights; without an adapter, the model itself.
 
     Args:
@@ -52,26 +47,21 @@ def save_merged(model: Any, processor: Any, folder: Path, precision: str) -> Non
     """Write a folder that `from_pretrained` loads, and converters read.
 
     Args:
-        precision: fp32, bf16, or int8 (weights alone, by torchao).
+        precision: fp32, bf16, or int8: linear layers' weights in 8 bits with a scale per row, by torchao.
     """
     import torch
-
-    name = "float32" if precision == "fp32" else "bfloat16"
-    rounded = {key: tensor.to(getattr(torch, name)) for key, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=rounded)  # the model itself stays whole: other formats are made of it
-    write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": name})
-    processor.save_pretrained(folder)
-    if precision == "int8":
-        quantise_in_place(folder)
-
-
-def quantise_in_place(folder: Path) -> None:
-    """A saved model's linear layers in 8 bits, a scale a row: weights alone, by torchao, which runs on a CPU too."""
-    from torchao.quantization import Int8WeightOnlyConfig
     from transformers import AutoModelForImageTextToText, TorchAoConfig
 
-    how = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
-    model = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=how)
-    for file in folder.glob("model*.safetensors*"):
-        file.unlink()
-    model.save_pretrained(folder)
+    dtype = "float32" if precision == "fp32" else "bfloat16"
+    state = {key: tensor.to(getattr(torch, dtype)) for key, tensor in model.state_dict().items()}
+    model.save_pretrained(folder, state_dict=state)  # `model` itself keeps its dtype: other formats are made of it
+    write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": dtype})
+    processor.save_pretrained(folder)
+    if precision == "int8":
+        from torchao.quantization import Int8WeightOnlyConfig
+
+        config = TorchAoConfig(Int8WeightOnlyConfig(), modules_to_not_convert=["lm_head"])
+        quantized = AutoModelForImageTextToText.from_pretrained(folder, quantization_config=config)
+        for file in folder.glob("model*.safetensors*"):
+            file.unlink()
+        quantized.save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""An ONNX export in the precision that was asked for, or in the smallest that the gate lets pass."""
+"""An ONNX export in the requested precisions, or in the smallest that pass the parity gate."""
 
 import shutil
 from collections.abc import Callable
@@ -10,74 +10,62 @@ from smolvlm_exp.deploy.export.onnx_quantize import quantize
 from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, SUFFIXES, VISION
 from smolvlm_exp.utils.files import read_json, write_json
 
-LARGEST_FIRST = (DECODER, VISION, EMBEDDING)  # of the smaller SmolVLMs; the order in which a search gives bits up
-SMALLEST_FIRST = ("int4", "int8")
+SEARCH_ORDER = (DECODER, VISION, EMBEDDING)  # the largest first, in the smaller SmolVLMs
 
 
 class Graphs:
-    """A folder with the three graphs in float32, and in other precisions once they are asked for."""
+    """A folder with the three graphs in float32, and in other precisions once they are requested."""
 
     def __init__(self, folder: Path, model: Any, processor: Any) -> None:
         self.folder = folder
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
-        save_beside(folder, model, processor)
+        save_configuration(folder, model, processor)
         export_graphs(model, folder / "onnx")
 
-    def file(self, part: str, precision: str) -> Path:
-        """The part's graph, made where it is not there yet."""
-        file = self.folder / "onnx" / f"{part}{SUFFIXES[precision]}.onnx"
-        if not file.is_file():
-            quantize(self.file(part, "fp32"), file, precision)
-        return file
+    def files(self, precisions: dict[str, str]) -> list[Path]:
+        """Of these parts, with their external weights; quantised where they are not there yet."""
+        files = []
+        for part, precision in precisions.items():
+            file = self.folder / "onnx" / f"{part}{SUFFIXES[precision]}.onnx"
+            if not file.is_file():
+                quantize(self.folder / "onnx" / f"{part}.onnx", file, precision)
+            files += [file, *file.parent.glob(f"{file.name}_data")]
+        return files
 
     def size(self, precisions: dict[str, str]) -> int:
-        """Bytes of the parts together."""
-        return sum(each.stat().st_size for file in self.files(precisions) for each in with_data(file))
+        """Bytes of these parts."""
+        return sum(file.stat().st_size for file in self.files(precisions))
 
-    def files(self, precisions: dict[str, str]) -> list[Path]:
-        return [self.file(part, precision) for part, precision in precisions.items()]
-
-    def place(self, target: Path, precisions: dict[str, str]) -> None:
-        """All but the graphs in other precisions, into `target`."""
+    def copy_to(self, target: Path, precisions: dict[str, str]) -> None:
+        """Copy the configuration, and the graphs in these precisions alone."""
         (target / "onnx").mkdir()
-        for file in self.folder.iterdir():
-            if file.is_file():
-                shutil.copy(file, target / file.name)
-        for file in self.files(precisions):
-            for each in with_data(file):
-                shutil.copy(each, target / "onnx" / each.name)
+        for file in (*self.folder.glob("*.*"), *self.files(precisions)):
+            shutil.copy(file, target / file.relative_to(self.folder))
 
 
-def with_data(file: Path) -> list[Path]:
-    """A graph's file, and that of its weights where they lie apart."""
-    apart = file.with_name(f"{file.name}_data")
-    return [file, apart] if apart.is_file() else [file]
-
-
-def save_beside(folder: Path, model: Any, processor: Any) -> None:
-    """What clients read beside the graphs: configuration, tokenizer, processor, chat template."""
+def save_configuration(folder: Path, model: Any, processor: Any) -> None:
+    """What clients read besides the graphs: configuration, tokenizer, processor, chat template."""
     model.config.save_pretrained(folder)
     model.generation_config.save_pretrained(folder)
     processor.save_pretrained(folder)
     # transformers.js looks for these two where transformers 4 wrote them, and stops without them.
     images = {**processor.image_processor.to_dict(), "processor_class": type(processor).__name__}
     write_json(folder / "preprocessor_config.json", images)
-    words = {**read_json(folder / "tokenizer_config.json"), "chat_template": processor.chat_template}
-    write_json(folder / "tokenizer_config.json", words)
+    tokenizer = {**read_json(folder / "tokenizer_config.json"), "chat_template": processor.chat_template}
+    write_json(folder / "tokenizer_config.json", tokenizer)
 
 
-def search(graphs: Graphs, holds: Callable[[dict[str, str]], bool]) -> dict[str, str]:
-    """The smallest precisions that hold, found a part at a time: at most two trials a part.
+def search(graphs: Graphs, passes: Callable[[dict[str, str]], bool]) -> dict[str, str]:
+    """The smallest precisions that pass, part by part: at most two trials each.
 
     Args:
-        holds: whether a model with these precisions passes.
+        passes: whether a model with these precisions passes the gate.
     """
-    chosen = dict.fromkeys(LARGEST_FIRST, "fp32")
-    for part in LARGEST_FIRST:
-        sizes = {kind: graphs.size({part: kind}) for kind in (*SMALLEST_FIRST, "fp32")}
-        for kind in SMALLEST_FIRST:
-            tried = {**chosen, part: kind}
-            if sizes[kind] < sizes["fp32"] and holds(tried):
-                chosen = tried
+    chosen = dict.fromkeys(SEARCH_ORDER, "fp32")
+    for part in SEARCH_ORDER:
+        for precision in ("int4", "int8"):
+            trial = {**chosen, part: precision}
+            if graphs.size({part: precision}) < graphs.size({part: "fp32"}) and passes(trial):
+                chosen = trial
                 break
     return chosen

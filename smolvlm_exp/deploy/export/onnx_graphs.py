@@ -1,14 +1,14 @@
 """SmolVLM as three ONNX graphs: names, inputs and outputs as the ONNX community's exports of it have them.
 
     onnx/vision_encoder.onnx         pixel_values (batch, tiles, 3, S, S), pixel_attention_mask (batch, tiles, S, S)
-                                     -> image_features (tiles that are not all zeros, tokens a tile, hidden)
+                                     -> image_features (tiles that are not all zeros, tokens per tile, hidden)
     onnx/embed_tokens.onnx           input_ids (batch, length) -> inputs_embeds (batch, length, hidden)
     onnx/decoder_model_merged.onnx   inputs_embeds, attention_mask (batch, past + length), position_ids (batch, length),
                                      past_key_values.<layer>.key and .value (batch, kv heads, past, head size)
                                      -> logits (batch, length, vocabulary), present.<layer>.key and .value
 
 One decoder serves the prompt (past = 0) and every token after it. Batches, numbers of tiles and lengths are free.
-`attention_mask` may be shorter than past + length, as clients of those exports pass it: what it leaves out is seen.
+`attention_mask` may be shorter than past + length, as clients of those exports pass it: earlier tokens are attended to.
 
 Operators are ONNX's own, so that browsers' runtimes have them. ONNX Runtime's fused ones were measured and do not pay
 over `grouped_attention`, which does (benchmarks/LOG.md).
@@ -16,9 +16,8 @@ over `grouped_attention`, which does (benchmarks/LOG.md).
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from transformers import AttentionInterface
 from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, VISION
 
 OPSET = 18  # what the browsers' runtimes have had since 2023
-LARGEST = 1_800_000_000  # bytes in one file: protobuf ends at 2 GiB, beyond it weights lie in <file>_data
+MAX_FILE_BYTES = 1_800_000_000  # protobuf ends at 2 GiB: the weights of larger graphs are in <file>_data
 
 
 class VisionEncoder(nn.Module):
@@ -68,15 +67,15 @@ class Decoder(nn.Module):
     ) -> tuple[torch.Tensor, ...]:
         from transformers import DynamicCache
 
-        cache: Any = DynamicCache(past)  # made anew: a cache that is an input would be traced as a constant
+        cache: Any = DynamicCache(past)  # a cache that is an input would be traced as a constant
         old, new = past[0][0].shape[2], inputs_embeds.shape[1]
         keys = torch.arange(old + new)
-        given = keys - (old + new - attention_mask.shape[1])
-        seen = (given < 0) | attention_mask.bool().index_select(1, given.clamp(min=0))
+        in_mask = keys - (old + new - attention_mask.shape[1])
+        visible = (in_mask < 0) | attention_mask.bool().index_select(1, in_mask.clamp(min=0))
         causal = keys[None] <= torch.arange(new)[:, None] + old
         output = self.text_model(
             inputs_embeds=inputs_embeds,
-            attention_mask=as_bias((causal[None] & seen[:, None])[:, None]),
+            attention_mask=as_bias((causal[None] & visible[:, None])[:, None]),
             position_ids=position_ids,
             past_key_values=cache,
             use_cache=True,
@@ -85,23 +84,19 @@ class Decoder(nn.Module):
         return self.head(output.last_hidden_state), *present
 
 
-def as_bias(seen: torch.Tensor) -> torch.Tensor:
-    """What attention adds to its scores: 0 where `seen`, and so little elsewhere that it counts for nothing."""
-    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+def as_bias(visible: torch.Tensor) -> torch.Tensor:
+    """What attention adds to its scores: 0 where `visible`, and the lowest number elsewhere."""
+    return torch.where(visible, 0.0, torch.finfo(torch.float32).min)
 
 
-@dataclass(frozen=True)
-class Graph:
-    module: Callable[[Any], nn.Module]  # of the whole model
-    inputs: list[str]
-    outputs: list[str]
-    example: tuple[Any, ...]
-    dynamic: tuple[Any, ...]
+@torch.no_grad()
+def export_graphs(model: Any, folder: Path) -> None:
+    """Write the three graphs in float32 into `folder`.
 
-
-def graphs(config: Any) -> dict[str, Graph]:
-    """The three graphs of a model with this configuration, by the name of their file."""
-    text, side = config.text_config, config.vision_config.image_size
+    Args:
+        model: float32, without adapters or quantised layers.
+    """
+    text, side = model.config.text_config, model.config.vision_config.image_size
     layers, heads = text.num_hidden_layers, text.num_key_value_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     batch, images, length, past, total = map(
@@ -109,26 +104,32 @@ def graphs(config: Any) -> dict[str, Graph]:
         ("batch_size", "num_images", "sequence_length", "past_sequence_length", "total_sequence_length"),
     )
     tiles = torch.ones(2, 3, 3, side, side)
-    tiles[1, 2] = 0
+    tiles[1, 2] = 0  # padding
     cache = [(torch.randn(2, heads, 5, size), torch.randn(2, heads, 5, size)) for _ in range(layers)]
     names = [f"{layer}.{kind}" for layer in range(layers) for kind in ("key", "value")]
-    return {
-        VISION: Graph(
-            module=lambda model: VisionEncoder(model.model),
+    AttentionInterface.register("grouped", grouped_attention)
+    attention = model.config._attn_implementation
+    model.set_attn_implementation("grouped")
+    with quiet():
+        write_graph(
+            folder / f"{VISION}.onnx",
+            VisionEncoder(model.model),
             inputs=["pixel_values", "pixel_attention_mask"],
             outputs=["image_features"],
             example=(tiles, torch.ones(2, 3, side, side, dtype=torch.bool)),
             dynamic=({0: batch, 1: images}, {0: batch, 1: images}),
-        ),
-        EMBEDDING: Graph(
-            module=lambda model: model.get_input_embeddings(),
+        )
+        write_graph(
+            folder / f"{EMBEDDING}.onnx",
+            model.get_input_embeddings(),
             inputs=["input_ids"],
             outputs=["inputs_embeds"],
             example=(torch.ones(2, 3, dtype=torch.long),),
             dynamic=({0: batch, 1: length},),
-        ),
-        DECODER: Graph(
-            module=Decoder,
+        )
+        write_graph(
+            folder / f"{DECODER}.onnx",
+            Decoder(model),
             inputs=["inputs_embeds", "attention_mask", "position_ids", *(f"past_key_values.{n}" for n in names)],
             outputs=["logits", *(f"present.{n}" for n in names)],
             example=(
@@ -143,34 +144,27 @@ def graphs(config: Any) -> dict[str, Graph]:
                 {0: batch, 1: length},
                 [({0: batch, 2: past}, {0: batch, 2: past})] * layers,
             ),
-        ),
-    }
+        )
+    model.set_attn_implementation(attention)
 
 
-@torch.no_grad()
-def export_graphs(model: Any, folder: Path) -> None:
-    """Write the three graphs in float32 into `folder`.
-
-    Args:
-        model: float32, without adapters or quantised layers.
-    """
+def write_graph(
+    file: Path, module: nn.Module, inputs: list[str], outputs: list[str], example: tuple[Any, ...], dynamic: Any
+) -> None:
     import onnx_ir
 
-    with exportable(model), quiet():
-        for name, graph in graphs(model.config).items():
-            program: Any = torch.onnx.export(
-                graph.module(model).eval(),
-                graph.example,
-                input_names=graph.inputs,
-                output_names=graph.outputs,
-                dynamic_shapes=graph.dynamic,
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
-            weights = sum(each.const_value.nbytes for each in program.model.graph.initializers.values())
-            apart = f"{name}.onnx_data" if weights > LARGEST else None
-            onnx_ir.save(program.model, folder / f"{name}.onnx", external_data=apart)
+    program: Any = torch.onnx.export(
+        module.eval(),
+        example,
+        input_names=inputs,
+        output_names=outputs,
+        dynamic_shapes=dynamic,
+        opset_version=OPSET,
+        dynamo=True,
+        verbose=False,
+    )
+    weights = sum(each.const_value.nbytes for each in program.model.graph.initializers.values())
+    onnx_ir.save(program.model, file, external_data=f"{file.name}_data" if weights > MAX_FILE_BYTES else None)
 
 
 def grouped_attention(
@@ -192,25 +186,13 @@ def grouped_attention(
     together = (batch, key.shape[1], heads // key.shape[1] * new)
     scores = (query * scaling).reshape(*together, size) @ key.transpose(2, 3)
     weights = (scores.reshape(batch, heads, new, -1) + attention_mask).softmax(-1)
-    found = weights.reshape(*together, -1) @ value
-    return found.reshape(batch, heads, new, size).transpose(1, 2), None
-
-
-@contextmanager
-def exportable(model: Any) -> Iterator[None]:
-    """The model with `grouped_attention`."""
-    AttentionInterface.register("grouped", grouped_attention)
-    kept = model.config._attn_implementation
-    model.set_attn_implementation("grouped")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(kept)
+    output = weights.reshape(*together, -1) @ value
+    return output.reshape(batch, heads, new, size).transpose(1, 2), None
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporter and the quantisers tell their own developers, a line a node."""
+    """Without what the exporter and the quantisers log for their own developers, a line per node."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

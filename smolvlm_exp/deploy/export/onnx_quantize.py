@@ -1,17 +1,17 @@
 """An ONNX graph in 8 or 4 bits, by ONNX Runtime's own tools.
 
-int8: products compute in integers, weights with a scale a column, activations quantised as they come; an embedding's
-table has one scale. int4: weights alone, a scale for every 32 of them (MatMulNBits, GatherBlockQuantized).
+int8: matrix products in integers, weights with a scale per column, activations quantised dynamically; an embedding
+table has one scale. int4: weights only, a scale per block of 32 (MatMulNBits, GatherBlockQuantized).
 """
 
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.deploy.export.onnx_graphs import LARGEST, quiet
+from smolvlm_exp.deploy.export.onnx_graphs import MAX_FILE_BYTES, quiet
 
-BLOCK = 32  # weights that share a scale in blocks
-ALIKE = 4  # MatMulNBits' accuracy level: products in int8
+BLOCK_SIZE = 32  # weights that share a scale
+ACCURACY_LEVEL = 4  # of MatMulNBits: products in int8
 
 
 def quantize(source: Path, target: Path, precision: str) -> None:
@@ -19,43 +19,42 @@ def quantize(source: Path, target: Path, precision: str) -> None:
     import onnx
 
     model = onnx.load(source)
-    del model.graph.value_info[:]  # what was inferred for float32: the tools would trust it
-    embeds = not any(node.op_type == "MatMul" for node in model.graph.node)
+    del model.graph.value_info[:]  # inferred for float32: the tools would trust it
     with quiet():
-        made = in_integers(model, "Gather" if embeds else "MatMul") if precision == "int8" else in_blocks(model)
-    large = made.ByteSize() > LARGEST
-    onnx.save(made, target, save_as_external_data=large, location=f"{target.name}_data" if large else None)
+        quantized = to_int8(model) if precision == "int8" else to_int4(model)
+    large = quantized.ByteSize() > MAX_FILE_BYTES
+    onnx.save(quantized, target, save_as_external_data=large, location=f"{target.name}_data" if large else None)
 
 
-def in_integers(model: Any, operator: str) -> Any:
+def to_int8(model: Any) -> Any:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    is_embedding = not any(node.op_type == "MatMul" for node in model.graph.node)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "quantized.onnx"
-        large = model.ByteSize() > LARGEST
         quantize_dynamic(
             model,
             file,
-            op_types_to_quantize=[operator],
+            op_types_to_quantize=["Gather" if is_embedding else "MatMul"],
             per_channel=True,
             weight_type=QuantType.QInt8,
-            use_external_data_format=large,
-            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # fused operators tell no types
+            use_external_data_format=model.ByteSize() > MAX_FILE_BYTES,
+            extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},  # fused operators have no type information
         )
         return onnx.load(file)
 
 
-def in_blocks(model: Any) -> Any:
+def to_int4(model: Any) -> Any:
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    made = MatMulNBitsQuantizer(
+    quantizer = MatMulNBitsQuantizer(
         model,
         bits=4,
-        block_size=BLOCK,
+        block_size=BLOCK_SIZE,
         is_symmetric=True,
-        accuracy_level=ALIKE,
+        accuracy_level=ACCURACY_LEVEL,
         op_types_to_quantize=("MatMul", "Gather"),
     )
-    made.process()
-    return made.model.model
+    quantizer.process()
+    return quantizer.model.model

@@ -1,4 +1,4 @@
-"""The folder of an export, which `checkpoint.whole` writes: nobody else's files are touched."""
+"""export.json, and the folder around it: `atomic_folder` replaces it, so nobody else's files may be in it."""
 
 from pathlib import Path
 from typing import Any
@@ -6,34 +6,33 @@ from typing import Any
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
 
-RECORD = "export.json"  # in every export: what it was made of, how good it is, and its files
+RECORD = "export.json"  # what an export was made of, how good it is, and its files
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """What an export of ours says of itself; empty where there is none."""
+    """Empty where there is no export."""
     return read_json(folder / RECORD)
+
+
+def write_record(folder: Path, content: dict[str, Any]) -> None:
+    """The last file of an export: it lists the others."""
+    write_json(folder / RECORD, {"written_by": "smolvlm_exp", **content, "files": file_sizes(folder)})
 
 
 def check_free(folder: Path) -> None:
     """
     Raises:
-        RequestError: there is something in `folder` that an export of ours did not put there.
+        RequestError: `folder` has files that no export wrote.
     """
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder} is a file: give another export.folder.")
-    own = {RECORD, *read_record(folder).get("files", {})}
-    other = next((name for name in files_in(folder) if name not in own), None)
+        raise RequestError(f"{folder} is a file: set another export.folder.")
+    exported = {RECORD, *read_record(folder).get("files", {})}
+    other = next((name for name in file_sizes(folder) if name not in exported), None)
     if other:
-        raise RequestError(f"{folder} has something else in it ({other}): give another export.folder, or move it away.")
+        raise RequestError(f"{folder} also has other files ({other}): set another export.folder, or move them away.")
 
 
-def files_in(folder: Path) -> dict[str, int]:
+def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file below, by its path from there."""
-    found = sorted(path for path in folder.rglob("*") if path.is_file())
-    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in found}
-
-
-def record(folder: Path, content: dict[str, Any]) -> None:
-    """Write RECORD, with the files that `folder` has; it is the last of them."""
-    whole = {"written_by": "smolvlm_exp", **content, "files": files_in(folder)}
-    write_json(folder / RECORD, whole)
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}

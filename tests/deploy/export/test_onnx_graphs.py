@@ -174,13 +174,13 @@ def test_large_weights_lie_in_a_file_of_their_own(small, tmp_path, monkeypatch, 
     from smolvlm_exp.deploy.export.onnx_export import Graphs
 
     for each in (module, quantize):
-        monkeypatch.setattr(each, "LARGEST", 100_000)
+        monkeypatch.setattr(each, "MAX_FILE_BYTES", 100_000)
     made = Graphs(tmp_path / "work", torch_model, processor)
     inputs = prompts(processor, asked(rows, 2))
     for precision in SUFFIXES:
         chosen = dict.fromkeys(PARTS, precision)
         (tmp_path / precision).mkdir()
-        made.place(tmp_path / precision, chosen)
+        made.copy_to(tmp_path / precision, chosen)
         assert list((tmp_path / precision / "onnx").glob("*.onnx_data"))
         found = OnnxModel(tmp_path / precision, chosen)(**inputs).logits
         with torch.no_grad():

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from smolvlm_exp.deploy.export.record import check_free, read_record, record
+from smolvlm_exp.deploy.export.record import check_free, read_record, write_record
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError, RunError
 
@@ -12,7 +12,7 @@ from smolvlm_exp.utils.errors import RequestError, RunError
 def write(folder, text):
     with atomic_folder(folder) as staging:
         (staging / "weights").write_text(text)
-        record(staging, {"format": "merged"})
+        write_record(staging, {"format": "merged"})
 
 
 def test_written_whole_and_again(tmp_path):
@@ -75,7 +75,7 @@ def test_a_full_disk_says_what_to_do(tmp_path):
 def test_somebody_elses_files(tmp_path):
     check_free(tmp_path / "none")
     (tmp_path / "thesis.txt").write_text("")
-    with pytest.raises(RequestError, match=r"has something else in it \(thesis.txt\)"):
+    with pytest.raises(RequestError, match=r"also has other files \(thesis.txt\)"):
         check_free(tmp_path)
     write(tmp_path / "merged", "one")
     (tmp_path / "merged" / "notes.txt").write_text("")
