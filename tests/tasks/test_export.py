@@ -71,7 +71,7 @@ def test_a_search_gives_up_the_bits_that_are_not_missed(export, capsys):
 
 
 def test_the_gate(export, tmp_path, capsys):
-    with pytest.raises(RunError, match="onnx failed the parity gate .* and was not written"):
+    with pytest.raises(RunError, match=r"onnx failed the parity gate .* and was not written"):
         export("export.precision=int4", "export.max_error=0.001")
     assert [path.name for path in (tmp_path / "export").iterdir()] == [".lock"]
     folder = export("export.precision=int4", "export.max_error=0.001", "export.on_fail=mark")["onnx"]

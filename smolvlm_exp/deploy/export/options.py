@@ -44,8 +44,8 @@ def formats(config: ExportConfig) -> tuple[str, ...]:
         )
     if config.format == "merged" and config.precision == "int4":
         raise RequestError(
-            "export.precision=int4: merged weights are not stored in 4 bits. Use fp32, bf16 or int8 (and load them with "
-            "quant=nf4), or export.format=onnx."
+            "export.precision=int4: merged weights are not stored in 4 bits. Use fp32, bf16 or int8 (and "
+            "quant=nf4 to load them), or export.format=onnx."
         )
     own = next((part for part in PARTS if getattr(config, part)), None)
     if "onnx" not in wanted and (own or config.search):

@@ -1,4 +1,4 @@
-"""Does an export do what the tuned model does? Both score and answer the same held-out rows, each by its own backend."""
+"""Does an export match the tuned model? Both score and answer the same held-out rows, each by its own backend."""
 
 from dataclasses import dataclass
 
