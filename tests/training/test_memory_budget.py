@@ -34,7 +34,7 @@ def test_a_planned_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, check
         told = capsys.readouterr().out
         assert ("memory:" in told) == (budget != "none")
     assert "2 pairs at a time, 4 times a step" in told
-    assert f"each layer keeps {'inputs' if checkpointing else 'everything'}" in told
+    assert f"activation checkpointing: {'full' if checkpointing else 'none'}" in told
     assert losses(tmp_path / "planned") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
 
 
@@ -76,7 +76,7 @@ def test_a_probed_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, monkey
     assert len(passes) == 2
     told = capsys.readouterr().out
     assert f"{passes[1][0]} pairs at a time" in told
-    assert f"keeps {passes[1][1]}" in told
+    assert f"checkpointing: {passes[1][1]}" in told
     assert "measured" in told
     assert losses(tmp_path / "probed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
 

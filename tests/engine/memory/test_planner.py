@@ -156,5 +156,5 @@ def test_levels_can_be_given():
 
 
 def test_what_does_not_fit_says_how_much_it_takes():
-    with pytest.raises(DoesNotFit, match=r"one pair at a time.*takes 2\.\d GiB;.*over the budget of 2\.0 GiB"):
+    with pytest.raises(DoesNotFit, match=r"micro-batch 1 with full.*takes 2\.\d GiB;.*over the budget of 2\.0 GiB"):
         plan(facts("recipe"), LONG, 2 * GIB, 32, H100)
