@@ -1,4 +1,4 @@
-"""What the numbers of an evaluation are called, which direction is good, and the before/after table as HTML."""
+"""What the numbers of an evaluation are called, and which direction is good."""
 
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ class Metric:
 METRICS = {
     "chair_s": Metric("Captions with an object that is not there", "CHAIR_s, lower is better", -1),
     "chair_i": Metric("Named objects that are not there", "CHAIR_i, lower is better", -1),
-    "recall": Metric("Objects in the picture that are named", "recall, higher is better", 1),
+    "recall": Metric("Objects in the image that are named", "recall, higher is better", 1),
     "cog": Metric("Absent objects that people would expect, named", "Cog, lower is better", -1),
     "preference_accuracy": Metric("Preference accuracy", "the chosen answer is the likelier one", 1),
     "reward_accuracy": Metric("Reward accuracy", "DPO's implicit reward against the base model", 1),
@@ -25,8 +25,8 @@ METRICS = {
     "yes_no_f1": Metric("Yes/no F1", "higher is better", 1),
     "no_f1": Metric("No F1", "no is the positive, higher is better", 1),
     "yes_ratio": Metric("Questions answered with yes", "neither direction is better"),
-    "blank_image_drop": Metric("Lost without the picture", "nats a token of the chosen answer", share=False),
-    "wrong_image_drop": Metric("Lost with another row's picture", "nats a token of the chosen answer", share=False),
+    "blank_image_drop": Metric("Log-prob drop with a blank image", "chosen answer, nats/token", share=False),
+    "wrong_image_drop": Metric("Log-prob drop with another row's image", "chosen answer, nats/token", share=False),
     "mean_length": Metric("Mean answer length", "neither direction is better", share=False),
 }
 

@@ -1,9 +1,9 @@
 """task=compare for people: compare.html and the table in the terminal, groups of runs with the best first."""
 
-import html
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from rich.console import Console
@@ -12,21 +12,16 @@ from rich.table import Table
 from smolvlm_exp.evaluation.comparison import Comparison, Group, Run
 from smolvlm_exp.evaluation.metrics import GOALS, METRICS
 from smolvlm_exp.reporting.charts import line_chart
-from smolvlm_exp.reporting.html import NOTHING, format_value, page, table
+from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.report import CURVES
 from smolvlm_exp.runs.event_log import metric_points, read_events
-from smolvlm_exp.utils.formatting import MINUS, NBSP, humanize, percent, short_keys, short_value
+from smolvlm_exp.utils.formatting import MINUS, humanize, percent, short_keys, short_value
 from smolvlm_exp.utils.paths import relative_to_cwd
 
 POINTS = " points"
 NAMES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i", "cog": "Cog"}  # as the papers have them
 ARROWS = {1: "↑", -1: "↓", 0: ""}
 COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pairs_per_second": "pairs/s"}
-HINT = (
-    "±: half of the 95 % interval, over other held-out rows and, where a line has several seeds, over other seeds. "
-    "From the best: the difference in the metric that decides; of the same held-out rows it is measured row by row, so "
-    "it may be surer than the two numbers beside it. Worse: it is larger than its ±."
-)
 
 
 def written(path: str, value: float | None, error: float | None) -> str:
@@ -74,25 +69,33 @@ def show(found: Comparison) -> None:
 
 def document(found: Comparison, folder: Path) -> str:
     """compare.html, in `folder`: the table, and the curves of all runs over each other."""
-    named = [(name_of(found, group, run), called(found, group), run) for group in found.groups for run in group.runs]
-    pages = [
-        (name, str(relative_to_cwd(run.folder)), quote(os.path.relpath(run.folder / "report.html", folder)))
-        for name, _, run in named
-    ]
-    links = "".join(
-        f'<div><dt>{html.escape(name)}</dt><dd><a href="{link}">{html.escape(path)}</a></dd></div>'
-        for name, path, link in pages
+    runs = [(name_of(found, group, run), called(found, group), run) for group in found.groups for run in group.runs]
+    paths = [*found.metrics[:3], *COSTS, *found.metrics[3:]]  # what decides is in sight before anything is scrolled
+    heads = (COSTS.get(path) or headed(path) for path in paths)
+    return render(
+        "compare.html.jinja",
+        kind="",
+        heading="Comparison",
+        lead=lead(found),
+        head=[*short_keys(found.keys).values(), "Runs", "", "Δ to best", *heads],
+        rows=[table_row(found, group, paths) for group in found.groups],
+        curves=curves(runs),
+        reports=[
+            (name, relative_to_cwd(run.folder), quote(os.path.relpath(run.folder / "report.html", folder)))
+            for name, _, run in runs
+        ],
     )
-    sections = [
-        ("table", "The runs", f'<p class="hint">{html.escape(HINT)}</p>{groups_table(found)}'),
-        ("curves", "Curves", curves(named)),
-        ("folders", "Their reports", f'<dl class="facts">{links}</dl>'),
-    ]
-    header = (
-        '<header><p class="eyebrow">smolvlm_exp</p><h1>Comparison</h1>'
-        f'<p class="lead">{html.escape(lead(found))}</p></header>'
-    )
-    return page("Comparison · smolvlm_exp", header, sections)
+
+
+def table_row(found: Comparison, group: Group, paths: Sequence[str]) -> dict[str, Any]:
+    verdict = found.verdict(group)
+    return {
+        "tone": {"best": "better", "worse": "worse"}.get(verdict, ""),
+        "settings": [short_value(group.settings[key]) for key in found.keys],
+        "runs": len(group.runs),
+        "verdict": verdict,
+        "cells": [apart(found, group), *(written(path, group.value(path), group.error(path)) for path in paths)],
+    }
 
 
 def lead(found: Comparison) -> str:
@@ -137,29 +140,12 @@ def name_of(found: Comparison, group: Group, run: Run) -> str:
     return f"{called(found, group)} {own}".strip() if len(seeds) > 1 else called(found, group) or own
 
 
-def groups_table(found: Comparison) -> str:
-    paths = [*found.metrics[:3], *COSTS, *found.metrics[3:]]  # what decides is in sight before anything is scrolled
-    heads = (COSTS.get(path) or headed(path) for path in paths)
-    head = [*short_keys(found.keys).values(), "Runs", "", "From the best", *heads]
-    rows = []
-    for group in found.groups:
-        cells = [format_value(short_value(group.settings[key])) for key in found.keys]
-        texts = [str(len(group.runs)), found.verdict(group), apart(found, group)]
-        texts += [written(path, group.value(path), group.error(path)) for path in paths]
-        cells += [html.escape(text).replace(" ", NBSP) or NOTHING for text in texts]
-        tone = {"best": "better", "worse": "worse"}.get(found.verdict(group), "")
-        verdict = len(found.keys) + 1
-        cells[verdict] = f'<span class="change">{cells[verdict]}</span>'  # in the row's colour
-        rows.append(f'<tr class="{tone}">{"".join(f"<td>{cell}</td>" for cell in cells)}</tr>')
-    return table("jobs", head, rows)
-
-
-def curves(named: Sequence[tuple[str, str, Run]]) -> str:
-    """One chart a quantity, one line a run, one colour a group."""
-    drawn, groups = [], {name: group or name for name, group, _ in named}
-    events = {name: read_events(run.folder / "metrics.jsonl") for name, _, run in named}
+def curves(runs: Sequence[tuple[str, str, Run]]) -> list[str]:
+    """One chart per quantity, one line per run, one colour per group."""
+    drawn, groups = [], {name: group or name for name, group, _ in runs}
+    events = {name: read_events(run.folder / "metrics.jsonl") for name, _, run in runs}
     for title, keys, options in CURVES:
         for kind, key in keys.items():
             series = {name: metric_points(each, key) for name, each in events.items()}
             drawn.append(line_chart(series, f"{title}, {kind}" if len(keys) > 1 else title, alike=groups, **options))
-    return f'<div class="charts">{"".join(drawn)}</div>'
+    return [chart for chart in drawn if chart]

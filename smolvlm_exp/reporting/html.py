@@ -1,27 +1,80 @@
-"""What every HTML report of ours shares: the page around it, its tables and facts, its pictures.
-
-Plain functions that return HTML. Whatever comes from outside (names, answers, settings) goes through `html.escape`,
-and the page forbids itself, by its own content security policy, to run a script or to load anything.
-"""
+"""jinja2 for all HTML: `render` fills a template of `templates/` and escapes whatever it is given."""
 
 import base64
 import html
 import io
 import re
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.utils.formatting import number
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from smolvlm_exp.utils.formatting import number, percent
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-STYLE = Path(__file__).parent / "templates" / "report.css"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+TEMPLATES = Path(__file__).parent / "templates"
 DISPLAY_EDGE = 880  # pixels of a photo's long edge: twice what the page shows, for dense screens
-SMALL_EDGE = 256  # up to it a picture is a small drawing: kept to the pixel, and enlarged by the page
-NOTHING = '<span class="none">&ndash;</span>'
+SMALL_EDGE = 256  # up to it an image is a drawing: kept to the pixel, and enlarged by the page
+NOTHING = Markup('<span class="none">&ndash;</span>')
+
+
+def render(template: str, **data: Any) -> Markup:
+    """A filled template as HTML: what is text in `data` is escaped, what was rendered before is not."""
+    return Markup(environment().get_template(template).render(data))
+
+
+@cache
+def environment() -> Environment:
+    loader = FileSystemLoader(TEMPLATES)
+    made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    made.filters |= {"value": format_value, "number": number, "percent": percent}
+    return made
+
+
+def format_value(value: Any) -> Markup:
+    """Any value as text, a dash where there is none."""
+    if value is None or value == "":
+        return NOTHING
+    if isinstance(value, bool):
+        return Markup("yes" if value else "no")
+    return escape(number(value) if isinstance(value, float) else value)
+
+
+def highlight(text: str, words: Iterable[str]) -> Markup:
+    """The text with these words marked, whatever their case, in the plural too."""
+    wanted = sorted({word.strip() for word in words if word.strip()}, key=len, reverse=True)
+    if not wanted:
+        return escape(text)
+    pattern = rf"(?<!\w)((?:{'|'.join(map(re.escape, wanted))})(?:e?s)?)(?!\w)"
+    pieces = re.split(pattern, text, flags=re.IGNORECASE)
+    return Markup("").join(
+        Markup("<mark>{}</mark>").format(piece) if i % 2 else piece for i, piece in enumerate(pieces)
+    )
+
+
+def embed(image: "Image") -> dict[str, Any]:
+    """The image inside the page: PNG for drawings, JPEG for photos."""
+    small = max(image.size) <= SMALL_EDGE
+    shown = image.convert("RGB")  # a copy
+    if not small:
+        shown.thumbnail((DISPLAY_EDGE, DISPLAY_EDGE))
+    file = io.BytesIO()
+    shown.save(file, "PNG" if small else "JPEG", quality=85)
+    kind, mime = ("small", "png") if small else ("photo", "jpeg")
+    data = base64.b64encode(file.getvalue()).decode("ascii")
+    return {
+        "kind": kind, "width": shown.width, "height": shown.height, "src": f"data:image/{mime};base64,{data}",
+    }  # fmt: skip
+
+
+# What follows goes as soon as sweep.html is a template too.
+STYLE = TEMPLATES / "report.css"
+POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
 
 
 def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> str:
@@ -81,39 +134,3 @@ def status_pill(word: str) -> str:
         "failed": ("✕", "bad"),
     }.get(word, ("", "plain"))
     return f'<span class="pill {tone}"><span aria-hidden="true">{sign}</span> {html.escape(word)}</span>'
-
-
-def format_value(value: Any) -> str:
-    """Any value as escaped text."""
-    if value is None or value == "":
-        return NOTHING
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return html.escape(number(value) if isinstance(value, float) else str(value))
-
-
-def highlight(text: str, targets: Iterable[str]) -> str:
-    """Escaped text with these words marked, whatever their case, in the plural too."""
-    wanted = sorted({w.strip() for w in targets if w.strip()}, key=len, reverse=True)
-    if not wanted:
-        return html.escape(text)
-    pattern = rf"(?<!\w)((?:{'|'.join(map(re.escape, wanted))})(?:e?s)?)(?!\w)"
-    pieces = re.split(pattern, text, flags=re.IGNORECASE)
-    return "".join(f"<mark>{html.escape(p)}</mark>" if i % 2 else html.escape(p) for i, p in enumerate(pieces))
-
-
-def picture(image: "Image") -> str:
-    """An <img> with the picture inside: PNG for drawings, JPEG for photos."""
-    small = max(image.size) <= SMALL_EDGE
-    drawn = image if image.mode == "RGB" else image.convert("RGB")
-    if not small:
-        drawn = drawn.copy()
-        drawn.thumbnail((DISPLAY_EDGE, DISPLAY_EDGE))
-    file = io.BytesIO()
-    drawn.save(file, "PNG" if small else "JPEG", quality=85)
-    data = base64.b64encode(file.getvalue()).decode("ascii")
-    kind, mime = ("small", "png") if small else ("photo", "jpeg")
-    return (
-        f'<div class="picture {kind}"><img width="{drawn.width}" height="{drawn.height}" '
-        f'alt="The picture of this row" src="data:image/{mime};base64,{data}"></div>'
-    )

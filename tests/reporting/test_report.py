@@ -14,7 +14,7 @@ from PIL import Image
 
 from smolvlm_exp.reporting.charts import line_chart, thin, ticks
 from smolvlm_exp.reporting.html import highlight
-from smolvlm_exp.reporting.metrics_table import results
+from smolvlm_exp.reporting.metrics_table import result_rows
 from smolvlm_exp.reporting.report import headline, write_report
 from smolvlm_exp.reporting.samples import Sample
 from smolvlm_exp.runs.event_log import read_events
@@ -34,8 +34,8 @@ SUMMARY: dict[str, Any] = {
         "last_loss": 0.1473, "trainable_parameters": 11269248, "total_parameters": 2257542128,
     },
     "checks": [
-        {"name": "recall_drop", "value": 0.0093, "threshold": 0.02, "verdict": "ok"},
-        {"name": "CHAIR_s <= half", "value": 0.61, "threshold": 0.5, "verdict": "fail"},
+        {"id": "a", "name": "recall drop", "value": 0.0093, "threshold": "<= 0.02", "verdict": "ok", "detail": ""},
+        {"id": "b", "name": "CHAIR_s", "value": 0.61, "threshold": "<= 0.5", "verdict": "fail", "detail": "by 0.1"},
     ],
     "versions": {"smolvlm_exp": "0.1.0", "torch": "2.13.0+cpu"},
 }  # fmt: skip
@@ -119,7 +119,8 @@ def test_shows_the_numbers(tmp_path: Path) -> None:
     assert "20240101" in text  # a seed is a name, not a quantity
     assert "1 of 2 checks failed" in text
     assert "recall drop" in text
-    assert "CHAIR_s &lt;= half" in text
+    assert "CHAIR_s<small>by 0.1</small>" in text
+    assert "&lt;= 0.5" in text
     assert "loss_type:\n  - sigmoid" in text
     assert "where: /data/x" in text
     assert "<dt>smolvlm_exp</dt>" in text
@@ -128,34 +129,47 @@ def test_shows_the_numbers(tmp_path: Path) -> None:
 
 def test_sections_come_in_order(tmp_path: Path) -> None:
     found = re.findall(r'<section id="(\w+)"', report(tmp_path))
-    assert found == ["results", "checks", "curves", "samples", "speed", "config", "versions", "replay"]
+    assert found == ["results", "checks", "curves", "samples", "speed", "config", "versions", "reproduce"]
 
 
 @pytest.mark.parametrize(
-    ("key", "before", "after", "tone", "change"),
+    ("key", "before", "after", "tone", "arrow", "change"),
     [
-        ("chair_s", 0.5, 0.25, "better", "↓</span> \u221225.0\u00a0points"),
-        ("chair_i", 0.1, 0.2, "worse", "↑</span> +10.0\u00a0points"),
-        ("recall", 0.99, 0.98, "worse", "↓</span> \u22121.0\u00a0points"),
-        ("preference_accuracy", 0.4, 0.9, "better", "↑</span> +50.0\u00a0points"),
-        ("yes_no_accuracy", 0.9, 0.9, "neutral", "no change"),
-        ("mean_length", 13.5, 12.0, "neutral", "↓</span> \u22121.5"),
-        ("yes_ratio", 0.5, 0.6, "neutral", "↑</span> +10.0\u00a0points"),
-        ("a_new_metric", 1.0, 2.0, "neutral", "↑</span> +1"),
+        ("chair_s", 0.5, 0.25, "better", "↓", "\u221225.0\u00a0points"),
+        ("chair_i", 0.1, 0.2, "worse", "↑", "+10.0\u00a0points"),
+        ("recall", 0.99, 0.98, "worse", "↓", "\u22121.0\u00a0points"),
+        ("preference_accuracy", 0.4, 0.9, "better", "↑", "+50.0\u00a0points"),
+        ("yes_no_accuracy", 0.9, 0.9, "neutral", "", "no change"),
+        ("mean_length", 13.5, 12.0, "neutral", "↓", "\u22121.5"),
+        ("yes_ratio", 0.5, 0.6, "neutral", "↑", "+10.0\u00a0points"),
+        ("a_new_metric", 1.0, 2.0, "neutral", "↑", "+1"),
     ],
 )
-def test_each_metric_knows_its_good_direction(key: str, before: float, after: float, tone: str, change: str) -> None:
-    table = results({key: before}, {key: after}, {})
-    assert f'<tr class="{tone}">' in table
-    assert change in table
-    assert ("(better)" in table, "(worse)" in table) == (tone == "better", tone == "worse")  # told without colour too
+def test_each_metric_knows_its_good_direction(key, before, after, tone, arrow, change) -> None:
+    (line,) = result_rows({key: before}, {key: after}, {})
+    assert (line.tone, line.arrow, line.change) == (tone, arrow, change)
 
 
-def test_a_metric_known_only_after_has_no_change() -> None:
-    line = row(results({}, {"reward_accuracy": 0.9458}, {}), "Reward accuracy")
+def test_a_change_is_told_without_colour_too(tmp_path: Path) -> None:
+    text = report(tmp_path)
+    assert "(better)" in row(text, "CHAIR_s, lower")
+    assert "(worse)" in row(text, "recall, higher")
+
+
+def test_a_metric_known_only_after_has_no_change(tmp_path: Path) -> None:
+    line = row(report(tmp_path), "Reward accuracy")
     assert "94.6\u00a0%" in line
     assert "neutral" in line
     assert "points" not in line
+
+
+def test_a_change_says_how_sure_it_is() -> None:
+    change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
+    (line,) = result_rows({"chair_s": 0.6}, {"chair_s": 0.1}, change)
+    assert line.interval == "\u221259.0 to +2.0, p < 0.001"
+    assert line.tone == "neutral"  # its interval holds zero
+    (line,) = result_rows({"recall": 0.5}, {"recall": 0.6}, {"recall": {"low": 0, "high": 0.1, "p": 0.25}})
+    assert line.interval.endswith("p = 0.250")
 
 
 def test_headline() -> None:
@@ -164,22 +178,17 @@ def test_headline() -> None:
     )
     sft = {"status": "stopped", "train": {"first_loss": 2.5, "last_loss": 0.42}}
     assert headline(sft) == "The run was stopped before its end. Training loss: 2.5 → 0.42."
-    assert headline({"after": {"recall": 0.9}}) == "Objects in the picture that are named: 90\u00a0%."
-    assert headline({}) == "Nothing was measured."
+    assert headline({"status": "done", "after": {"recall": 0.9}}) == "Objects in the image that are named: 90\u00a0%."
+    assert headline({"status": "done"}) == "Nothing was measured."
 
 
 def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     evil = "</pre></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+    check = {"name": evil, "value": 1.0, "threshold": evil, "verdict": evil, "detail": evil}
     summary = {
-        "status": evil,
-        "seed": evil,
-        "settings": {evil: evil},
-        "before": {evil: evil, "recall": evil},
-        "after": {evil: 1.0},
-        "train": {"steps": evil, "seconds": evil},
-        "checks": [{"name": evil, "value": evil, "threshold": evil, "verdict": evil}],
-        "versions": {evil: evil},
-    }
+        **SUMMARY, "status": evil, "seed": evil, "settings": {evil: evil}, "before": {evil: 1.0}, "after": {evil: 1.0},
+        "checks": [check], "versions": {evil: evil}, "advice": [evil],
+    }  # fmt: skip
     hurt = sample(
         question=evil, chosen=evil, rejected=evil, before=evil, after=evil, hallucinated_before=["script", "<"]
     )
@@ -242,20 +251,19 @@ def test_a_resumed_and_killed_log_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "summary",
+    "changes",
     [
-        {},
-        {"status": None, "before": None, "after": None, "train": None, "checks": None, "versions": None},
-        {"status": "failed", "before": {"chair_s": None}, "after": {"chair_s": math.nan, "recall": math.inf}},
-        {"train": {"seconds": math.nan, "trainable_parameters": 5, "total_parameters": 0}, "checks": [None, {}]},
-        {"after": {"preference_accuracy": 10**400, "chair_s": True}, "before": {"chair_s": 0.1}},
+        {"status": "stopped", "after": {}, "train": {**SUMMARY["train"], "first_loss": None, "last_loss": math.nan}},
+        {"train": {}, "checks": [], "speed": {"base": [{"batch_size": 1, "first_token": 0.1, "tokens_per_second": 9.0,
+                                                        "memory_peak_gib": None}]}},
     ],
-)
-def test_works_with_little(tmp_path: Path, summary: dict[str, Any]) -> None:
-    text = report(tmp_path, summary, samples=[])
+    ids=["stopped", "task=evaluate"],
+)  # fmt: skip
+def test_runs_that_lack_something(tmp_path: Path, changes: dict[str, Any]) -> None:
+    text = report(tmp_path, {**SUMMARY, **changes})
     Strict(text)
-    assert "No training log was written." in text
-    assert "No samples were kept." in text
+    assert "There is no training log." in text
+    assert ("<td>0.1</td>" in text) == ("speed" in changes)
 
 
 def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path: Path) -> None:
@@ -263,7 +271,7 @@ def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path: Path) -> Non
         tmp_path, {"step": 1, "loss": 0.5}, {"step": 2, "loss": math.nan}, {"step": 3, "loss": math.inf},
         {"step": 4, "loss": None, "grad_norm": math.nan}, {"step": 5, "loss": 10**400}, {"step": 6, "loss": 0.4},
     )  # fmt: skip
-    text = report(tmp_path, {**SUMMARY, "train": {"last_loss": math.nan}})
+    text = report(tmp_path, {**SUMMARY, "train": {**SUMMARY["train"], "last_loss": math.nan}})
     assert "3 not finite" in text
     assert "<dd>nan</dd>" in text
     for points in re.findall(r'points="(.*?)"', text):
@@ -276,7 +284,7 @@ def test_replays_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.Monke
     folder = tmp_path / "outputs" / "my run"
     folder.mkdir(parents=True)
     text = report(folder)
-    assert "--config-path &#x27;outputs/my run/.hydra&#x27; --config-name config" in text
+    assert "--config-path &#39;outputs/my run/.hydra&#39; --config-name config" in text
     assert "resume=" not in text
     assert "resume=" in report(folder, {**SUMMARY, "status": "stopped"})
 
@@ -339,11 +347,3 @@ def test_lines_that_are_alike_have_one_colour_and_one_name() -> None:
 def test_importing_the_report_leaves_torch_alone() -> None:
     code = "import sys, smolvlm_exp.reporting.report; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-def test_a_change_says_how_sure_it_is() -> None:
-    change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
-    line = row(results({"chair_s": 0.6}, {"chair_s": 0.1}, change), "Captions with an object")
-    assert "<small>\u221259.0 to +2.0, p &lt; 0.001</small>" in line
-    assert 'class="neutral"' in line  # its interval holds zero
-    assert "p = 0.250" in results({"recall": 0.5}, {"recall": 0.6}, {"recall": {"low": 0, "high": 0.1, "p": 0.25}})

@@ -133,7 +133,7 @@ def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
         r["verdict"] for r in rows
     ]
     page = (tmp_path / "out" / "compare.html").read_text()
-    assert "90.0\u00a0%\u00a0±\u00a05.0" in page
+    assert "90.0\u00a0% ± 5.0" in page
     assert '<a href="../outputs/day/a/report.html">outputs/day/a</a>' in page
     assert len(re.findall(r"learning_rate=0\.0001", page)) >= 2  # a line of the chart, and its folder
     assert "90.0" in done.stdout
