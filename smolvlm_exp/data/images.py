@@ -4,6 +4,7 @@ Nothing here raises for a bad picture: one broken file among 80,000 must not sto
 plain words and the caller decides (`data.on_bad_row`).
 """
 
+import hashlib
 import io
 import re
 import warnings
@@ -13,8 +14,6 @@ from typing import Any, Self
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-
-VERSION = 2  # raise when prepared pictures change: it is part of the key under which `datasets` keeps them
 
 # Pillow also opens EPS (it runs Ghostscript) and scientific containers: none of them is a photograph.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
@@ -42,31 +41,28 @@ class ImageError(ValueError):
     """What is wrong with one picture, worded to follow "image 1 "."""
 
 
-def prepare_images(
-    row: dict[str, Any], max_edge: int, version: int, limits: ImageLimits = ImageLimits()
-) -> dict[str, Any]:
-    """Prepare one row's pictures. Bytes that are fine already are kept as they are.
+def prepare_images(row: dict[str, Any], max_edge: int, limits: ImageLimits = ImageLimits()) -> dict[str, Any]:
+    """Prepare one row's images. Bytes that are fine already are kept as they are.
 
     Args:
         row: has `images`, a list of {"bytes", "path"} as `datasets.Image(decode=False)` gives them, and may have a
             `problem` that its source found, which is kept.
         max_edge: pixels of the long edge, at most.
-        version: `VERSION`; unused here, but `datasets` keys its cache by the arguments.
 
     Returns:
-        `images` (PNG bytes where a change was needed), `sizes` [[width, height], ...], `problem` (empty when fine).
+        `images` (PNG bytes where a change was needed), `image_sha256` of those bytes, `sizes` [[width, height], ...],
+        `problem` (empty when fine).
     """
-    if row.get("problem"):
-        return {"images": [], "sizes": [], "problem": row["problem"]}
-    images, sizes = [], []
-    for number, entry in enumerate(row["images"] or [], start=1):
+    images, hashes, sizes, problem = [], [], [], row.get("problem") or ""
+    for number, entry in enumerate([] if problem else row["images"] or [], start=1):
         try:
             data, size = prepare_image(read_image_bytes(entry, limits), max_edge, limits)
         except ImageError as error:
-            return {"images": [], "sizes": [], "problem": f"image {number} {error}"}
+            return {"images": [], "image_sha256": [], "sizes": [], "problem": f"image {number} {error}"}
         images.append({"bytes": data, "path": None})
+        hashes.append(hashlib.sha256(data).digest())
         sizes.append(list(size))
-    return {"images": images, "sizes": sizes, "problem": ""}
+    return {"images": images, "image_sha256": hashes, "sizes": sizes, "problem": problem}
 
 
 def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits()) -> tuple[bytes, tuple[int, int]]:

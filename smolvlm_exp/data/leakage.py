@@ -2,14 +2,16 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from smolvlm_exp.data.messages import text_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 
 def leaked_rows(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
-    """The held-out rows whose pictures and question are those of a training row, whatever its answers.
+    """The held-out rows whose images and question are those of a training row, whatever its answers.
 
     Args:
         train, test: fingerprints of their rows.
@@ -19,15 +21,9 @@ def leaked_rows(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
 
 
 def fingerprints(rows: "Dataset") -> list[bytes]:
-    """A hash of each row's question and of its pictures' files; nothing is decoded."""
-    from smolvlm_exp.data.messages import text_of
-
-    stored: Any = rows.select_columns(["images", "prompt"]).with_format("arrow")
-    found = []
-    for batch in stored.iter(256):
-        for images, prompt in zip(batch["images"].to_pylist(), batch["prompt"].to_pylist(), strict=True):
-            digest = hashlib.sha256(text_of(prompt).encode())
-            for entry in images or []:
-                digest.update(hashlib.sha256(entry["bytes"]).digest())
-            found.append(digest.digest())
-    return found
+    """A hash of each row's question and of its images' files."""
+    columns = rows.select_columns(["image_sha256", "prompt"])[:]
+    return [
+        hashlib.sha256(b"".join([text_of(prompt).encode(), *images])).digest()
+        for images, prompt in zip(columns["image_sha256"], columns["prompt"], strict=True)
+    ]

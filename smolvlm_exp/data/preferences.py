@@ -1,10 +1,13 @@
 """One normal form for preference data, whatever the source, and the checks every row passes before any training.
 
-A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of pictures, the others lists of chat messages
-whose content is a list of parts, one `{"type": "image"}` part for each picture. It is the schema of
+A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of images, the others lists of chat messages whose
+content is a list of parts, one `{"type": "image"}` part for each image. It is the schema of
 HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is really in the
-picture (evaluation/held_out.py scores answers against it). Rows of questions with truth alone have no `chosen` and
+image (evaluation/held_out.py scores answers against it). Rows of questions with truth alone have no `chosen` and
 `rejected`; they can be evaluated on, not trained on.
+
+What is known of a row is worked out here, once, and travels with it: `image_sha256` of each image's file, `tile_rows`
+and `tile_columns` of its tiles, `token_ids` (prompt, chosen and rejected, cut to data.max_length) and their counts.
 """
 
 import json
@@ -19,13 +22,14 @@ from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.control_tokens import control_tokens, escape_control_tokens
 from smolvlm_exp.data.leakage import fingerprints, leaked_rows
 from smolvlm_exp.data.loading import worker_count
-from smolvlm_exp.data.validation import check_bad_row_share, origin_suffix, row_origin, validate_rows
+from smolvlm_exp.data.validation import COUNTS, SIDES, RowValidator, check_bad_row_share, facts_schema
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import ProcessorMixin
 
+    from smolvlm_exp.data.images import ImageLimits
     from smolvlm_exp.data.vocabulary import Words
 
 log = logging.getLogger(__name__)
@@ -37,11 +41,9 @@ class Preferences:
 
     train: "Dataset"
     test: "Dataset"
-    report: dict[
-        str, dict[str, Any]
-    ]  # a split's counts: rows, skipped, cut, image_tokens, longest; test's also_in_train
+    report: dict[str, dict[str, Any]]  # per split: rows, skipped, cut, image_tokens, longest; test's also_in_train
     words: "Words | None" = None  # reads the objects out of a caption, where the truth of captions is known
-    prints: dict[str, list[bytes]] = field(default_factory=dict)  # a split's rows by question and pictures
+    prints: dict[str, list[bytes]] = field(default_factory=dict)  # a split's rows by question and images
 
 
 def load_preferences(
@@ -55,72 +57,113 @@ def load_preferences(
     source = import_module(f"smolvlm_exp.data.sources.{config.source}")
     checked, report, bad = {}, {}, []
     for split in splits:
-        rows = prepare(source.load(config, getattr(config, split)), config, control_tokens(processor))
-        good, report[split], problems = validate_rows(rows, processor, config)
-        bad += [{"split": split, "row": i, **row_origin(rows, i), "reason": reason} for i, reason in problems]
-        checked[split] = rows if len(good) == len(rows) else rows.select(good)
+        rows = prepare(source.load(config, getattr(config, split)), processor, config)
+        checked[split], skipped = part(rows)
+        report[split] = {**count(checked[split]), "skipped": len(skipped)}
+        bad += [{"split": split, **row} for row in skipped]
     if bad and config.on_bad_row == "error":
-        listed = "\n".join(f"  {b['split']} row {b['row']}{origin_suffix(b)}: {b['reason']}" for b in bad[:10])
+        origins = [f" ({b['from']})" if "from" in b else "" for b in bad[:10]]
+        named = zip(bad, origins, strict=False)
+        listed = "\n".join(f"  {b['split']} row {b['row']}{origin}: {b['reason']}" for b, origin in named)
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise RequestError(
             f"{len(bad)} bad rows in data={config.source}:\n{listed}{more}\n"
-            "Mend them, or leave them out with data.on_bad_row=skip."
+            "Fix them, or leave them out with data.on_bad_row=skip."
         )
     if bad:
         lines = "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
         (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")
         check_bad_row_share(report, config)
-    for split, rows in checked.items():
-        if not len(rows):
+    for split, counts in report.items():
+        if not counts["rows"]:
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
-        counts = report[split]
         log.info(
-            f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens a row, "
-            f"longest {counts['longest']}, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
+            f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens per row, longest row "
+            f"{counts['longest']} tokens, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
         )
     prints = {split: fingerprints(rows) for split, rows in checked.items()}
     if len(checked) > 1:
-        both = leaked_rows(prints["train"], prints["test"])
-        report["test"]["also_in_train"] = len(both)
-        if both:
-            log.warning(
-                f"data: {len(both)} test rows are trained on too, as row {both[0]}: scores on them prove nothing"
-            )
+        leaked = leaked_rows(prints["train"], prints["test"])
+        report["test"]["also_in_train"] = len(leaked)
+        if leaked:
+            log.warning(f"data leakage: {len(leaked)} test rows are also in train (e.g. row {leaked[0]})")
     words = source.words(config) if hasattr(source, "words") else None
     return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words, prints)
 
 
-def prepare(rows: "Dataset", config: DataConfig, controls: Sequence[str] = ()) -> "Dataset":
-    """Bring the pictures into shape, in parallel; adds `sizes` [[width, height], ...] and `problem` (empty when fine).
+def part(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":
+    """The good ones of prepared rows; of each bad one its number, where it was read (if known) and why it is bad."""
+    problems = rows.select_columns("problem")[:]["problem"]
+    good = [index for index, problem in enumerate(problems) if not problem]
+    bad = []
+    for index, problem in enumerate(problems):
+        if problem:
+            origin = {"from": rows[index : index + 1]["origin"][0]} if "origin" in rows.column_names else {}
+            bad.append({"row": index, **origin, "reason": problem})
+    return rows if not bad else rows.select(good), bad
 
-    Control tokens that a prompt's text spells become text; see control_tokens.py.
 
-    `datasets` keeps the result on disk by content, so a second run over stored rows does not decode them again.
+def count(rows: "Dataset") -> dict[str, Any]:
+    """What a split's good rows come to, in tokens."""
+    columns = rows.select_columns(list(COUNTS))[:]
+    kept = [prompt + max(answers) for prompt, *answers in zip(*(columns[f"{s}_tokens"] for s in SIDES), strict=True)]
+    return {
+        "rows": len(rows),
+        "cut": sum(uncut > length for uncut, length in zip(columns["uncut_tokens"], kept, strict=True)),
+        "image_tokens": round(sum(columns["image_tokens"]) / max(len(rows), 1), 1),
+        "longest": max(columns["uncut_tokens"], default=0),
+    }
+
+
+def prepare(rows: "Dataset", processor: "ProcessorMixin", config: DataConfig) -> "Dataset":
+    """A source's rows with their images and prompts brought into shape, and the columns of `RowValidator` added.
+
+    `datasets` keeps the result on disk by content, so a second run over the same rows decodes and tokenises nothing.
+    """
+    from datasets import Features, Image, List, Value, concatenate_datasets
+
+    from smolvlm_exp.data.images import ImageLimits
+
+    plain, workers = Image(decode=False), worker_count(config.num_proc, len(rows))
+    undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
+    prepared = undecoded.map(
+        RowPreparer(config.max_edge, ImageLimits.of(config), control_tokens(processor)),
+        features=Features(  # not inferred: a first batch may hold bad rows alone
+            {
+                **undecoded.features,
+                "images": List(Image()),
+                "image_sha256": List(Value("binary")),
+                "sizes": List(List(Value("int32"))),
+                "problem": Value("string"),
+            }
+        ),
+        num_proc=workers,
+        desc="images",
+    )
+    facts = prepared.remove_columns("images").map(
+        RowValidator(processor, config.max_length, config.on_long_answer),
+        remove_columns=[name for name in prepared.column_names if name not in ("images", "problem")],
+        features=facts_schema(),
+        num_proc=workers,
+        desc="checks",
+    )
+    return concatenate_datasets([prepared.remove_columns(["sizes", "problem"]), facts], axis=1)
+
+
+@dataclass
+class RowPreparer:
+    """Brings a row's images into shape, and makes text of control tokens that its prompt spells; see control_tokens.py.
+
+    Adds `image_sha256` and `sizes`, [width, height], of each image, and `problem`, empty when there is none.
     """
 
-    from datasets import Features, Image, List, Value
+    max_edge: int
+    limits: "ImageLimits"
+    controls: list[str]
+    version: int = 3  # raise when rows come out differently: it is part of the key under which `datasets` keeps them
 
-    from smolvlm_exp.data.images import VERSION, ImageLimits
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        from smolvlm_exp.data.images import prepare_images
 
-    plain = Image(decode=False)
-    undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
-    added = {"images": List(Image()), "sizes": List(List(Value("int32"))), "problem": Value("string")}
-    return undecoded.map(
-        prepare_row,
-        fn_kwargs={
-            "max_edge": config.max_edge,
-            "version": VERSION,
-            "limits": ImageLimits.of(config),
-            "controls": list(controls),
-        },
-        features=Features({**undecoded.features, **added}),  # not inferred: a first batch may hold bad rows alone
-        num_proc=worker_count(config.num_proc, len(rows)),
-        desc="pictures",
-    )
-
-
-def prepare_row(row: dict[str, Any], controls: Sequence[str], **kwargs: Any) -> dict[str, Any]:
-    """See `prepare`."""
-    from smolvlm_exp.data.images import prepare_images
-
-    return {**prepare_images(row, **kwargs), "prompt": escape_control_tokens(row["prompt"] or [], controls)}
+        prompt = escape_control_tokens(row["prompt"] or [], self.controls)
+        return {**prepare_images(row, self.max_edge, self.limits), "prompt": prompt}

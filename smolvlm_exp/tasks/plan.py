@@ -149,7 +149,7 @@ def remarks(
 ) -> Iterator[str]:
     """What the table assumes, and what would make fit what does not."""
     yield "activation checkpointing: none; mlp: a layer's MLP is computed again; full: all of it"
-    yield found.told
+    yield found.description
     pairs = pairs_in_all(config, found)
     how = f"hours: {pairs:,.0f} pairs" if pairs else "hours: give the number of rows, as task.rows=5000"
     yield f"{how}; the reference's log-probabilities, image features and evaluation come on top"

@@ -62,7 +62,7 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
     from smolvlm_exp.training.trainers import EngineDPOTrainer
 
     model = attach_adapter(inputs, arguments)
-    collator, eval_collator = packed_collators(config, inputs, arguments.max_length, PackedDataset)
+    collator, eval_collator = packed_collators(config, inputs, PackedDataset)
     precompute_images(config, model, inputs.processor, (collator, eval_collator))
     trainer = EngineDPOTrainer(
         model, collator=collator, eval_collator=eval_collator, normalise=pixels(inputs.processor),

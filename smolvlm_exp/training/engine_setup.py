@@ -122,7 +122,7 @@ def attach_adapter(inputs: TrainerInputs, arguments: Any) -> Any:
 
 
 def packed_collators(
-    config: TrainerConfig, inputs: TrainerInputs, max_length: int | None, kind: "type[PackedDataset]"
+    config: TrainerConfig, inputs: TrainerInputs, kind: "type[PackedDataset]"
 ) -> "tuple[Collator, Collator | None]":
     """Of the training rows, and of the held-out rows where they are evaluated during training."""
     from smolvlm_exp.engine.inputs.dataset import Collator
@@ -130,8 +130,7 @@ def packed_collators(
     splits = [inputs.preferences.train, *([inputs.preferences.test] if config.eval_strategy != "no" else [])]
     processor: Any = inputs.processor
     pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
-    workers = config.dataloader_num_workers
-    made = [Collator(kind(rows, processor, max_length, workers), pad, image) for rows in splits]
+    made = [Collator(kind(rows, processor), pad, image) for rows in splits]
     return made[0], made[1] if len(made) > 1 else None
 
 

@@ -1,6 +1,7 @@
-"""How long a data set's rows will be, for `task=plan`: looked at where the data is on this disk, assumed elsewhere.
+"""How long a data set's rows will be, for `task=plan`: measured where the data is on this disk, assumed elsewhere.
 
-Nothing is prepared and no picture is decoded: a header tells how many tiles it becomes.
+Nothing is prepared and no image is decoded: its header tells how many tiles it becomes. Upstream's own functions for
+this would take seconds to import.
 """
 
 import io
@@ -13,15 +14,16 @@ from typing import Any
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.data.tokens import image_span
 from smolvlm_exp.models.model import EMBEDDED, ModelConfig
 from smolvlm_exp.models.shape import Shape
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least
 
 SAMPLE_SIZE = 256  # rows, evenly spaced
-CHARS_PER_TOKEN = 3.5  # a token, where no tokenizer is on this disk: English prose has 4 to 4.5
+CHARS_PER_TOKEN = 3.5  # where no tokenizer is on this disk: English prose has 4 to 4.5
 TEMPLATE, ANSWER_END, QUESTION = 12, 2, 40  # tokens of the chat template, behind an answer, of an assumed question
-TAG, PLAIN_TAG = 2, 10  # tokens before a tile: two of them, or `<row_1_col_1>` in pieces
+PLAIN_TAG = 8  # tokens more that `<row_1_col_1>` takes where it is text to the tokenizer
 HUB_ROWS = {"rlaif_v": {"train": 78_975, "test": 4_157}, "rlhf_v": {"train": 5_733}}  # of the default data.id
 
 
@@ -29,108 +31,97 @@ HUB_ROWS = {"rlaif_v": {"train": 78_975, "test": 4_157}, "rlhf_v": {"train": 5_7
 class PlanConfig:
     """What `task=plan` assumes of data that is not on this disk, and of the card."""
 
-    picture: str = "512x384"  # width x height of most pictures; the largest are taken to be square
+    picture: str = "512x384"  # width x height of most images; the largest are taken to be square
     answer_tokens: int = at_least(1, 100)  # of most answers; the longest are taken to be twice as long
     rows: int | None = at_least(1, None)  # of the data set, where they are not known
-    matmul_tflops: float | None = above(
-        0, None
-    )  # of your card, in bfloat16, for its seconds; null: the reference card's
+    matmul_tflops: float | None = above(0, None)  # of your card, in bfloat16, for seconds; null: the reference card's
 
 
 @dataclass
 class RowLengths:
-    sizes: list[tuple[int, int, int, int]]  # tokens of prompt, chosen, rejected, and tiles: rows or a sample of them
+    sizes: list[tuple[int, int, int, int]]  # tokens of prompt, chosen, rejected, and tiles: of all rows or a sample
     rows: int | None  # of the data set
-    told: str  # where these numbers come from
+    description: str  # of where these numbers come from
 
 
-def row_lengths(data: DataConfig, model: ModelConfig, asked: PlanConfig) -> RowLengths:
+def row_lengths(data: DataConfig, model: ModelConfig, task: PlanConfig) -> RowLengths:
     """
     Raises:
         RequestError: the data is on this disk and cannot be read, or task.picture is no size.
     """
     assert model.shape is not None
-    if is_local(data):
+    if not hasattr(data, "id") or Path(data.id).expanduser().is_dir():  # sources without an id read local files alone
         return sample_lengths(data, model, model.shape)
-    typical = tiles_of(*picture_size(asked.picture), model.shape, data.max_edge)
-    largest = tiles_of(data.max_edge, data.max_edge, model.shape, data.max_edge)
-    prompts = [span(tiles, model.shape) + TEMPLATE + QUESTION for tiles in (typical, largest)]
-    short, long = (times * asked.answer_tokens for times in (1, 2))
+    typical = tile_grid(*image_size(task.picture), model.shape, data.max_edge)
+    largest = tile_grid(data.max_edge, data.max_edge, model.shape, data.max_edge)
+    prompts = [image_tokens(*grid, model.shape) + TEMPLATE + QUESTION for grid in (typical, largest)]
+    tiles, most_tiles = (rows * columns + 1 if rows else 1 for rows, columns in (typical, largest))
+    short, long = task.answer_tokens, 2 * task.answer_tokens
     # One row in ten is of the longest: enough of them to fill any micro-batch.
-    sizes = [*[(prompts[0], short, short, typical)] * 9, (prompts[1], long, long, largest)] * 256
-    told = (
-        f"assumed rows: a picture of {asked.picture} ({typical} tiles, {typical * model.shape.image_seq_len:,} tokens) "
-        f"and answers of {short} tokens; the longest have {largest} tiles and answers of {long} tokens "
+    sizes = [*[(prompts[0], short, short, tiles)] * 9, (prompts[1], long, long, most_tiles)] * 256
+    description = (
+        f"assumed rows: an image of {task.picture} ({tiles} tiles, {tiles * model.shape.image_seq_len:,} tokens) "
+        f"and answers of {short} tokens; the longest have {most_tiles} tiles and answers of {long} tokens "
         "(task.picture, task.answer_tokens)"
     )
-    return RowLengths(sizes, asked.rows or hub_rows(data), told)
-
-
-def is_local(data: Any) -> bool:
-    """Whether the source reads what is on this disk alone."""
-    if hasattr(data, "id"):
-        return Path(data.id).expanduser().is_dir()
-    return True
+    return RowLengths(sizes, task.rows or hub_rows(data), description)
 
 
 def sample_lengths(data: DataConfig, model: ModelConfig, shape: Shape) -> RowLengths:
     """The sizes of some of the data set's own rows."""
     from datasets import disable_progress_bars
+    from PIL import Image
 
-    from smolvlm_exp.data.images import read_image_bytes
+    from smolvlm_exp.data.images import FORMATS, read_image_bytes
     from smolvlm_exp.data.loading import undecoded
 
     disable_progress_bars()
-    count: int | None = getattr(data, "train_rows", None)  # drawn ones: as many as are looked at will do
+    count: int | None = getattr(data, "train_rows", None)  # of drawn rows no more than the sample need be drawn
     drawn: dict[str, Any] = {} if count is None else {"train_rows": min(count, SAMPLE_SIZE)}
     rows = import_module(f"smolvlm_exp.data.sources.{data.source}").load(replace(data, **drawn), data.train)
     step = max(len(rows) // SAMPLE_SIZE, 1)
-    tokens, counted = token_counter(model)
+    tokens, method = token_counter(model)
     sizes = []
     for row in undecoded(rows.select(range(0, len(rows), step)), ["images", "prompt", "chosen", "rejected"]):
+        grids = []
         try:
-            tiles = [tiles_of(*header(read_image_bytes(entry)), shape, data.max_edge) for entry in row["images"] or []]
+            for entry in row["images"] or []:
+                with Image.open(io.BytesIO(read_image_bytes(entry)), formats=FORMATS) as image:
+                    grids.append(tile_grid(*image.size, shape, data.max_edge))
         except (OSError, ValueError):
-            continue  # a bad row: the run itself will say so
-        prompt = sum(span(count, shape) for count in tiles) + TEMPLATE + tokens(text_of(row["prompt"]))
+            continue  # a bad row, which the run itself reports
+        prompt = sum(image_tokens(*grid, shape) for grid in grids) + TEMPLATE + tokens(text_of(row["prompt"]))
         chosen, rejected = (tokens(text_of(row[side])) + ANSWER_END for side in ("chosen", "rejected"))
-        sizes.append((prompt, chosen, rejected, sum(tiles)))
+        sizes.append((prompt, chosen, rejected, sum(r * c + 1 if r else 1 for r, c in grids)))
     if not sizes:
         raise RequestError(f"data={data.source}: none of its rows in data.train={data.train} can be read.")
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected, _ in sizes)
-    told = (
+    description = (
         f"rows: {len(sizes)} of data={data.source}, the longest {longest:,} tokens, "
-        f"at most {max(size[3] for size in sizes)} tiles ({counted})"
+        f"at most {max(size[3] for size in sizes)} tiles ({method})"
     )
-    return RowLengths(sizes, count or len(rows), told)
+    return RowLengths(sizes, count or len(rows), description)
 
 
-def header(data: bytes) -> tuple[int, int]:
-    """Width and height of a picture."""
-    from PIL import Image
-
-    from smolvlm_exp.data.images import FORMATS
-
-    with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-        return image.size
-
-
-def tiles_of(width: int, height: int, shape: Shape, max_edge: int) -> int:
-    """Tiles of a picture: transformers' Idefics3ImageProcessor.get_number_of_image_patches, in a few lines."""
+def tile_grid(width: int, height: int, shape: Shape, max_edge: int) -> tuple[int, int]:
+    """Rows and columns of an image's tiles, as Idefics3ImageProcessor.get_number_of_image_patches has them."""
     shrink = min(max_edge / max(width, height), 1.0)
     width, height = max(round(width * shrink), 1), max(round(height * shrink), 1)
     short = int(shape.longest_edge * min(width, height) / max(width, height))
-    across, down = (math.ceil(max(edge + edge % 2, 1) / shape.image_size) for edge in (shape.longest_edge, short))
-    return across * down + 1 if across * down > 1 else 1
+    along, across = (math.ceil(max(edge + edge % 2, 1) / shape.image_size) for edge in (shape.longest_edge, short))
+    if along * across == 1:
+        return 0, 0
+    return (across, along) if width >= height else (along, across)
 
 
-def span(tiles: int, shape: Shape) -> int:
-    """Tokens of a picture, its tags included."""
-    tag = PLAIN_TAG if shape.global_image_token_id is None else TAG
-    return tiles * (shape.image_seq_len + tag) + math.isqrt(tiles) + 2
+def image_tokens(rows: int, columns: int, shape: Shape) -> int:
+    """Tokens of an image in a prompt, its tags included."""
+    span = image_span(rows, columns, shape.image_seq_len)
+    plain = PLAIN_TAG if shape.global_image_token_id is None else 0
+    return span.count("<") + rows + plain * (rows * columns + 1)
 
 
-def picture_size(text: str) -> tuple[int, int]:
+def image_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise RequestError(f"task.picture={text} is no size; write it as 512x384.")
@@ -147,9 +138,7 @@ def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
     if not file.is_file():
         file = try_to_load_from_cache(model.id, "tokenizer.json", revision=model.revision) if "/" in model.id else None
     if not isinstance(file, (str, Path)):
-        return lambda text: math.ceil(
-            len(text) / CHARS_PER_TOKEN
-        ), f"a token counted for each {CHARS_PER_TOKEN} letters"
+        return lambda text: math.ceil(len(text) / CHARS_PER_TOKEN), f"one token per {CHARS_PER_TOKEN} letters"
     tokenizer = Tokenizer.from_file(str(file))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "the model's own tokenizer"
 

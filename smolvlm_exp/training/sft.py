@@ -52,7 +52,7 @@ def build_trainer(config: Config, arguments: "SFTConfig", inputs: TrainerInputs)
     from smolvlm_exp.engine.trainers import ChosenDataset
 
     model = attach_adapter(inputs, arguments)
-    collator, eval_collator = packed_collators(config, inputs, arguments.max_length, ChosenDataset)
+    collator, eval_collator = packed_collators(config, inputs, ChosenDataset)
     precompute_images(config, model, inputs.processor, (collator, eval_collator))
     trainer = EngineSFTTrainer(
         model, collator=collator, eval_collator=eval_collator, normalise=pixels(inputs.processor), **common

@@ -1,5 +1,6 @@
 """Pictures of every kind that people have come out as a person sees them; broken ones are named, and stop nothing."""
 
+import hashlib
 import io
 import zlib
 from pathlib import Path
@@ -8,8 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smolvlm_exp.data import images
-from smolvlm_exp.data.images import ImageError, locate, prepare_image, prepare_images, shrink, to_rgb
+from smolvlm_exp.data.images import ImageError, ImageLimits, locate, prepare_image, prepare_images, shrink, to_rgb
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -22,7 +22,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 def prepared(data: bytes, max_edge: int = 512) -> Image.Image:
     """What comes out for one picture's bytes, decoded, after checking what is always true of it."""
-    row = prepare_images({"images": [{"bytes": data, "path": None}]}, max_edge, images.VERSION)
+    row = prepare_images({"images": [{"bytes": data, "path": None}]}, max_edge)
     assert row["problem"] == ""
     image = Image.open(io.BytesIO(row["images"][0]["bytes"]))
     assert image.mode == "RGB"
@@ -31,7 +31,7 @@ def prepared(data: bytes, max_edge: int = 512) -> Image.Image:
 
 
 def problem(entry: dict | None) -> str:
-    row = prepare_images({"images": [entry]}, 512, images.VERSION)
+    row = prepare_images({"images": [entry]}, 512)
     assert row["images"] == row["sizes"] == []
     return row["problem"]
 
@@ -43,8 +43,14 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_bytes_that_are_fine_are_kept(format):
     data = encoded(noise(40, 30), format)
-    row = prepare_images({"images": [{"bytes": data, "path": "name.jpg"}]}, 40, images.VERSION)
-    assert row == {"images": [{"bytes": data, "path": None}], "sizes": [[40, 30]], "problem": ""}
+    row = prepare_images({"images": [{"bytes": data, "path": "name.jpg"}]}, 40)
+    assert row == {
+        "images": [{"bytes": data, "path": None}],
+        "sizes": [[40, 30]],
+        "problem": "",
+        "image_sha256": row["image_sha256"],
+    }
+    assert row["image_sha256"] == [hashlib.sha256(data).digest()]
 
 
 @pytest.mark.parametrize(
@@ -176,7 +182,7 @@ def test_a_bomb_is_refused():
 def test_the_limit_does_not_depend_on_pillow_settings(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries leave it
     with pytest.raises(ImageError, match=r"more than data\.max_pixels=99 pixels"):
-        prepare_image(encoded(Image.new("RGB", (10, 10))), 512, images.ImageLimits(max_pixels=99))
+        prepare_image(encoded(Image.new("RGB", (10, 10))), 512, ImageLimits(max_pixels=99))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
@@ -217,24 +223,24 @@ def test_what_cannot_be_read_is_named(entry, expected):
 
 def test_a_local_file_is_read(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (3, 2), RED)))
-    row = prepare_images({"images": [{"bytes": None, "path": str(tmp_path / "a.png")}]}, 512, images.VERSION)
+    row = prepare_images({"images": [{"bytes": None, "path": str(tmp_path / "a.png")}]}, 512)
     assert row["sizes"] == [[3, 2]]
 
 
 def test_the_second_of_two_is_named_and_none_is_kept():
     fine, broken = {"bytes": encoded(Image.new("RGB", (2, 2))), "path": None}, {"bytes": b"x", "path": None}
-    row = prepare_images({"images": [fine, broken]}, 512, images.VERSION)
+    row = prepare_images({"images": [fine, broken]}, 512)
     assert row["images"] == []
     assert row["problem"].startswith("image 2 cannot be decoded")
 
 
 def test_a_problem_that_the_source_found_is_kept():
-    row = prepare_images({"images": [], "problem": "found before"}, 512, images.VERSION)
-    assert row == {"images": [], "sizes": [], "problem": "found before"}
+    row = prepare_images({"images": [], "problem": "found before"}, 512)
+    assert row == {"images": [], "image_sha256": [], "sizes": [], "problem": "found before"}
 
 
 def test_a_row_without_pictures_is_left_to_the_check():
-    assert prepare_images({"images": None}, 512, images.VERSION) == {"images": [], "sizes": [], "problem": ""}
+    assert prepare_images({"images": None}, 512) == {"images": [], "image_sha256": [], "sizes": [], "problem": ""}
 
 
 @pytest.fixture

@@ -1,6 +1,9 @@
-"""The checks every row passes: exact token counts from sizes alone, and each defect named."""
+"""The checks every row passes: exact token ids from sizes alone, and each defect named."""
 
+import hashlib
 import itertools
+import json
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -9,9 +12,12 @@ from PIL import Image
 
 from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import assistant, user
-from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.preferences import count, load_preferences, prepare
+from smolvlm_exp.data.sources.files import Config as FilesConfig
 from smolvlm_exp.data.sources.shapes import Config
-from smolvlm_exp.data.validation import token_counter, validate_rows
+from smolvlm_exp.data.tokens import image_span
+from smolvlm_exp.data.validation import SIDES, RowValidator
+from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
@@ -23,10 +29,12 @@ def row(**changes):
         "prompt": [user("What is it?")],
         "chosen": [assistant("A star.")],
         "rejected": [assistant("A moon.")],
-        "sizes": [[96, 64]],
-        "problem": "",
     }
     return {**good, **changes}
+
+
+def problems_of(processor, *rows, **settings):
+    return prepare(Dataset.from_list(list(rows)), processor, Config(**settings))["problem"][:]
 
 
 @pytest.mark.parametrize(
@@ -36,32 +44,23 @@ def row(**changes):
         ({"rejected": []}, "`rejected` is empty"),
         ({"prompt": [user("")]}, "`prompt` is empty"),
         ({"rejected": [assistant("A star. ")]}, "are the same"),
-        ({"images": [], "sizes": []}, "has no image"),
+        ({"images": []}, "has no image"),
         ({"prompt": [user("What?", images=2)]}, "1 images but its prompt names 2"),
         ({"chosen": [assistant("A <image> star.")]}, "contains <image>"),
         ({"chosen": [assistant("A star.<end_of_utterance>")]}, "contains <end_of_utterance>"),
-        ({"problem": "image 1 cannot be decoded"}, "cannot be decoded"),
     ],
 )
 def test_a_bad_row_is_named_with_its_reason(processor, changes, reason):
-    rows = Dataset.from_list([row(), row(**changes), row()])
-    good, counts, problems = validate_rows(rows, processor, Config())
-    assert good == [0, 2]
-    assert counts["skipped"] == 1
-    ((index, said),) = problems
-    assert index == 1
-    assert reason in said
+    first, problem, last = problems_of(processor, row(), row(**changes), row())
+    assert first == last == ""
+    assert reason in problem
 
 
 def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
     from smolvlm_exp.data.sources import shapes
 
     def load(config, split):
-        rows = [
-            {k: v for k, v in r.items() if k not in ("sizes", "problem")}
-            for r in (row(), row(rejected=[assistant("")]))
-        ]
-        return Dataset.from_list(rows)
+        return Dataset.from_list([row(), row(rejected=[assistant("")])])
 
     monkeypatch.setattr(shapes, "load", load)
     with pytest.raises(RequestError, match=r"train row 1: `rejected` is empty[\s\S]*data.on_bad_row=skip"):
@@ -72,38 +71,76 @@ def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
 
 
 def test_length_policy(processor):
-    rows = Dataset.from_list([row(), row(chosen=[assistant("A star. " * 30)])])
-    whole = validate_rows(rows, processor, Config())[1]
-    assert whole["cut"] == 0
-    short = whole["longest"] - 20
-    assert validate_rows(rows, processor, Config(max_length=short))[1]["cut"] == 1
-    _, counts, problems = validate_rows(rows, processor, Config(max_length=short, on_long_answer="report"))
-    assert counts["cut"] == 0
-    assert problems == [(1, f"the longer answer runs 20 tokens past data.max_length={short}")]
-    _, _, problems = validate_rows(rows, processor, Config(max_length=50))
-    assert len(problems) == 2
-    assert "leaves none for the answer" in problems[0][1]
+    two = row(), row(chosen=[assistant("A star. " * 30)])
+    full = count(prepare(Dataset.from_list(two), processor, Config()))
+    assert full["cut"] == 0
+    short = full["longest"] - 20
+    cut = prepare(Dataset.from_list(two), processor, Config(max_length=short))
+    assert count(cut) == {**full, "cut": 1}
+    assert cut[1]["prompt_tokens"] + cut[1]["chosen_tokens"] == short
+    assert problems_of(processor, *two, max_length=short, on_long_answer="report") == [
+        "", f"the longer answer runs 20 tokens past data.max_length={short}"
+    ]  # fmt: skip
+    assert all("leaves none for the answer" in problem for problem in problems_of(processor, *two, max_length=50))
 
 
 SIZES = list(itertools.product((17, 64, 100, 129, 511, 640), (33, 64, 384, 500, 1023)))
 
 
-@pytest.mark.parametrize("name", ["tiny", "smolvlm", "smolvlm_256m"])
-def test_tokens_are_counted_exactly_without_decoding(name):
+@pytest.mark.parametrize("name", ["tiny", "smolvlm", "smolvlm_500m", "smolvlm_256m", "smolvlm2_2b", "smolvlm2_256m"])
+def test_token_ids_are_the_processors_without_decoding(name):
     """Against the processor itself, over many aspect ratios."""
     from trl.data_utils import apply_chat_template
 
     processor = make_processor(shape_of(name), stand_in_tokenizer(shape_of(name)))
-    count = token_counter(processor)
+    validate = RowValidator(processor, None, "cut")
     for width, height in SIZES[:: 1 if name == "tiny" else 6]:
-        example = row(sizes=[[width, height]])
-        counted = count(example)
+        example = row()
+        facts = validate({**example, "sizes": [[width, height]], "problem": ""})
         texts = apply_chat_template({k: example[k] for k in ("prompt", "chosen", "rejected")}, processor)
-        ids = processor(images=[[Image.new("RGB", (width, height))]], text=[texts["prompt"]], add_special_tokens=False)[
-            "input_ids"
-        ][0]
-        assert counted["prompt"] == len(ids), (width, height)
-        assert counted["image"] == list(ids).count(processor.image_token_id)
+        made = processor(images=[[Image.new("RGB", (width, height))]], text=[texts["prompt"]], add_special_tokens=False)
+        ids = list(made["input_ids"][0])
+        assert facts["token_ids"][: facts["prompt_tokens"]] == ids, (width, height)
+        assert facts["image_tokens"] == ids.count(processor.image_token_id)
+        answers = [processor.tokenizer(texts[side], add_special_tokens=False)["input_ids"] for side in SIDES[1:]]
+        assert facts["token_ids"][len(ids) :] == [*answers[0], *answers[1]]
+        rows, columns = facts["tile_rows"][0], facts["tile_columns"][0]
+        assert image_span(rows, columns, processor.image_seq_len) == processor.replace_image_token(
+            {"rows": [[rows]], "cols": [[columns]]}, 0
+        )
+
+
+def test_an_image_is_decoded_hashed_and_tokenised_once(processor, tmp_path, monkeypatch):
+    """On its way from a file to a batch; what is cut into tiles is the row's own, prepared image."""
+    calls = Counter()
+
+    def counted(kind, owner, name):
+        function = getattr(owner, name)
+
+        def count(*args, **kwargs):
+            if kind != "hash" or len(b"".join(args)) > 200:  # an image's file, and no key
+                calls[kind] += 1
+            return function(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, count)
+
+    Image.effect_noise((200, 100), 50).convert("RGB").save(tmp_path / "noise.png")
+    pair = {"image": "noise.png", "question": "What is it?", "chosen": "A star.", "rejected": "A moon."}
+    (tmp_path / "train.jsonl").write_text(json.dumps(pair) + "\n")
+    (tmp_path / "test.jsonl").write_text(json.dumps({**pair, "question": "Which?"}) + "\n")
+    counted("open", Image, "open")
+    counted("hash", hashlib, "sha256")
+    counted("tokenise", type(processor.tokenizer), "__call__")
+    config = FilesConfig(source="files", folder=str(tmp_path))
+    train = load_preferences(config, processor, tmp_path).train
+    assert calls == {"open": 2, "hash": 2, "tokenise": 4}  # two rows; their texts, and an image's span
+    calls.clear()
+    rows = PackedDataset(train, processor)
+    assert not calls
+    batch = Collator(rows, 2, processor.image_token_id)([{"row": 0}])
+    assert calls == {"open": 1}
+    (down,), (across,) = train["tile_rows"][0], train["tile_columns"][0]
+    assert len(batch["packed"]["tiles"]) == down * across + 1
 
 
 def test_small_sets_are_prepared_in_this_process():

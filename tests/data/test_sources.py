@@ -1,6 +1,7 @@
 """Every source gives the normal form, whatever the columns were called; what cannot be read is named, with the fix."""
 
 import csv
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,9 @@ from smolvlm_exp.data.loading import hold_out, select_split
 from smolvlm_exp.data.messages import assistant, text_of, user
 from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.data.sources import files, mmpr, photos, rlaif_v, rlhf_v
+from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.utils.errors import RequestError
+from tests.conftest import compose
 
 ROOT = Path(__file__).parents[2]
 RED = (255, 0, 0)
@@ -57,9 +60,18 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
+@functools.cache
+def processor():
+    return load_processor(compose().model)
+
+
+def prepared(rows: datasets.Dataset, config: DataConfig) -> datasets.Dataset:
+    return prepare(rows, processor(), config)
+
+
 def load_files(folder: Path, split: str = "train", **changes: Any) -> datasets.Dataset:
     config = files.Config(source="files", folder=str(folder), **changes)
-    return prepare(files.load(config, split), config)
+    return prepared(files.load(config, split), config)
 
 
 # The columns of other projects
@@ -177,7 +189,7 @@ def test_a_folder_round_trip(folder, write: Callable[[Path, list[dict[str, Any]]
         assert row["chosen"] == [assistant(f"It is {number}.")]
         assert row["rejected"] == [assistant(AWKWARD)]
         assert row["images"][0].getpixel((0, 0)) == (20 * number, 0, 0)
-        assert row["sizes"] == [[6, 4]]
+        assert row["images"][0].size == (6, 4)
 
 
 def test_train_and_test_files_are_used(folder):
@@ -242,15 +254,15 @@ def test_a_split_of_bad_rows_alone(folder):
     write_lines(folder / "train.jsonl", [plain(0, image="gone.png")])
     write_lines(folder / "test.jsonl", [plain(1)])
     rows = load_files(folder)
-    assert (rows["images"][0], rows["sizes"][0]) == ([], [])
+    assert (rows["images"][0], rows["image_sha256"][0]) == ([], [])
 
 
 def test_a_picture_that_changed_is_read_again(folder):
     write_lines(folder / "train.jsonl", [plain(0)])
     write_lines(folder / "test.jsonl", [plain(1)])
-    assert load_files(folder)[0]["sizes"] == [[6, 4]]
+    assert load_files(folder)[0]["images"][0].size == (6, 4)
     picture(folder / "0.png", size=(9, 9))
-    assert load_files(folder)[0]["sizes"] == [[9, 9]]
+    assert load_files(folder)[0]["images"][0].size == (9, 9)
 
 
 def test_missing_columns_are_answered_with_what_is_expected(folder):
@@ -336,8 +348,8 @@ def test_rlaif_v_from_a_local_copy(folder, tmp_path, monkeypatch, saved):
             rows.to_parquet(copy / f"{name}-00000-of-00001.parquet")
     monkeypatch.chdir(folder)  # its files have the names of the pictures in the rows, and must not stand in for them
     config = rlaif_v.Config(source="rlaif_v", id=str(copy))
-    train = prepare(rlaif_v.load(config, config.train), config)
-    test = prepare(rlaif_v.load(config, "test[:20%]"), config)
+    train = prepared(rlaif_v.load(config, config.train), config)
+    test = prepared(rlaif_v.load(config, "test[:20%]"), config)
     assert (len(train), len(test)) == (3, 2)
     assert train[1]["prompt"] == [user("What is 1?")]
     assert train[1]["chosen"] == [assistant("A cat.")]
@@ -354,7 +366,7 @@ def test_rlhf_v_from_a_local_copy(folder, tmp_path):
     table = datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
     table.save_to_disk(tmp_path / "copy")
     config = rlhf_v.Config(source="rlhf_v", id=str(tmp_path / "copy"))
-    train, test = (prepare(rlhf_v.load(config, split), config) for split in (config.train, config.test))
+    train, test = (prepared(rlhf_v.load(config, split), config) for split in (config.train, config.test))
     assert (len(train), len(test)) == (49, 1)
     assert train[0]["problem"] == "`text` is not a JSON object with question, chosen and rejected"
     assert {key: train[1][key] for key in NORMAL} == NORMAL
@@ -365,7 +377,7 @@ def test_mmpr_from_local_files(folder, tmp_path):
     rows = [plain(number, question=f"<image>\nWhat is {number}?", extra=1) for number in range(10)]
     write_lines(tmp_path / "part.jsonl", [*rows, plain(3, image="../secret.png")])
     config = mmpr.Config(annotations=str(tmp_path / "part.jsonl"), images=str(folder), test_fraction=0.2)
-    train, test = (prepare(mmpr.load(config, split), config) for split in ("train", "test"))
+    train, test = (prepared(mmpr.load(config, split), config) for split in ("train", "test"))
     assert len(train) + len(test) == 11
     assert len(test) == 3
     good = [row for row in [*train, *test] if not row["problem"]]
@@ -434,12 +446,12 @@ def test_slices_are_those_of_load_dataset():
 
 def test_the_photos():
     config = photos.Config()
-    train, test = (prepare(photos.load(config, split), config) for split in ("train", "test"))
+    train, test = (prepared(photos.load(config, split), config) for split in ("train", "test"))
     assert (len(train), len(test)) == (14, 4)
     for row in [*train, *test]:
         assert row["problem"] == ""
         assert row["images"][0].mode == "RGB"
-        assert max(row["sizes"][0]) == 384
+        assert max(row["images"][0].size) == 384
         assert text_of(row["chosen"]) != text_of(row["rejected"])
 
 

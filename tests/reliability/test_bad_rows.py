@@ -212,7 +212,7 @@ def test_control_tokens_typed_in_a_question_are_text(folder, processor, tmp_path
     def controls(ids):
         return [i for i in ids if i in processor.tokenizer.added_tokens_decoder]
 
-    ours = PackedDataset(rows, processor, None)
+    ours = PackedDataset(rows, processor)
     plain = controls(ours[2]["prompt_ids"].tolist())
     assert plain
     assert controls(ours[0]["prompt_ids"].tolist()) == plain

@@ -10,7 +10,7 @@ from PIL import Image
 
 from smolvlm_exp.config.schema import every_key
 from smolvlm_exp.data.images import FORMATS, ImageError, ImageLimits, prepare_image
-from smolvlm_exp.data.preferences import prepare_row
+from smolvlm_exp.data.preferences import RowPreparer
 from smolvlm_exp.data.sources.files import to_row
 from smolvlm_exp.data.validation import RowValidator
 from smolvlm_exp.utils.errors import RequestError
@@ -55,14 +55,14 @@ def tries(examiner, folder, examples):
     from smolvlm_exp.data.formats import features
 
     (folder / "good.png").write_bytes(encoded("PNG"))
-    columns, seen = features(), {"good": 0, "bad": 0}
+    columns, seen, prepare = features(), {"good": 0, "bad": 0}, RowPreparer(64, LIMITS, examiner.controls)
 
     @settings(max_examples=examples, **QUIET)
     @given(ROWS)
     def one(row):
         made = to_row(row, folder, "")
         stored = Dataset.from_list([made], features=columns).with_format("arrow")[0].to_pylist()[0]
-        prepared = {**stored, **prepare_row(stored, examiner.controls, max_edge=64, version=0, limits=LIMITS)}
+        prepared = {**stored, **prepare(stored)}
         problem = examiner(prepared)["problem"]
         seen["bad" if problem else "good"] += 1
 

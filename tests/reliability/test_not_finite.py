@@ -111,7 +111,7 @@ def test_an_input_that_is_not_finite_is_named_by_its_row(bench, tmp_path, capsys
     trainer = bench.trainer(tmp_path, *FOUR)
     rows = trainer.collator.rows
     features = torch.cat([rows.features[i : i + 1] for i in range(rows.spans[-1])])
-    (picture,) = rows.pictures[5]
+    (picture,) = rows.images[5]
     features[rows.spans[picture]] = BAD
     rows.features = features
     trainer.train()

@@ -69,7 +69,7 @@ def test_they_agree(tmp_path):
 def keep_both(rows, processor, rank, folder):
     """Tiles and features of the same pictures; each process notes which it made."""
     made = []
-    fed = PackedDataset(rows, processor, None)
+    fed = PackedDataset(rows, processor)
     stream = fed.stream
 
     def noted(pictures, num_proc):
@@ -79,22 +79,20 @@ def keep_both(rows, processor, rank, folder):
     fed.stream = noted
     store = DiskCache(folder / "cache", PLENTY)
     fed.keep_tiles(store, PLENTY, 0)
-    assert sorted(chain(*gather(list(made)))) == list(range(len(fed.digests)))
+    assert sorted(chain(*gather(list(made)))) == list(range(len(fed.image_hashes)))
     made.clear()
     model = get_peft_model(load_model(compose().model), LoraConfig(target_modules=r".*text_model.*q_proj"))
     keep_features(fed, model, pixels(processor), store, PLENTY, batch_tiles=5)
-    assert sorted(chain(*gather(list(made)))) == list(range(len(fed.digests)))
-    assert 0 < len(made) < len(fed.digests)
+    assert sorted(chain(*gather(list(made)))) == list(range(len(fed.image_hashes)))
+    assert 0 < len(made) < len(fed.image_hashes)
     torch.save([fed[i]["features"] for i in range(len(fed))], folder / f"features{rank}.pt")
-    assert all(
-        torch.equal(fed.tiles(n), PackedDataset(rows, processor, None).tiles(n)) for n in range(len(fed.digests))
-    )
+    assert all(torch.equal(fed.tiles(n), PackedDataset(rows, processor).tiles(n)) for n in range(len(fed.image_hashes)))
 
 
 def test_tiles_and_features_are_shared_out(processor, rows, tmp_path):
     few = rows.train.select(range(9))
     assert together(tmp_path, functools.partial(keep_both, few, processor)) == [0, 0]
-    alone = PackedDataset(few, processor, None)
+    alone = PackedDataset(few, processor)
     keep_features(alone, load_model(compose().model).requires_grad_(False), pixels(processor), None, PLENTY)
     for rank in range(2):
         for i, features in enumerate(torch.load(tmp_path / f"features{rank}.pt")):

@@ -16,6 +16,7 @@ from PIL.Image import Image
 
 from smolvlm_exp.data.control_tokens import render_prompt
 from smolvlm_exp.data.images import ImageLimits, open_image, shrink, to_rgb
+from smolvlm_exp.data.tokens import image_span
 from smolvlm_exp.utils.errors import RequestError
 
 
@@ -96,7 +97,7 @@ class PromptBuilder:
         image = shrink(to_rgb(image), self.max_edge)
         key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
         encoded = self.processor.image_processor(images=[[image]], return_row_col_info=True, return_tensors="pt")
-        span = self.processor.replace_image_token({"rows": encoded["rows"], "cols": encoded["cols"]}, 0)
+        span = image_span(int(encoded["rows"][0][0]), int(encoded["cols"][0][0]), self.processor.image_seq_len)
         ids = self.tokenizer(span, add_special_tokens=False)["input_ids"]
         return EncodedImage(key, ids, encoded["pixel_values"], encoded["pixel_attention_mask"])
 

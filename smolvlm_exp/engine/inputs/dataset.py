@@ -10,8 +10,8 @@ import math
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import accumulate, chain
+from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,16 @@ import numpy as np
 import PIL.Image
 import torch
 import transformers
-from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 
 from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key, cached_tensors
 from smolvlm_exp.engine.inputs.packing import collate
-from smolvlm_exp.engine.inputs.tiles import decode, file_of, height_and_width, tile
+from smolvlm_exp.engine.inputs.tiles import decode, tile
 from smolvlm_exp.utils.distributed import rank_slice
 
 VERSION = 1  # raise when tiles change: it is part of the key under which they are kept
 SIDES = ("prompt", "chosen", "rejected")
-TOKENISE_ROWS = 256  # rows whose texts are tokenised in one call
+COUNTS = tuple(f"{side}_tokens" for side in SIDES)
+IMAGE_FACTS = ("image_sha256", "tile_rows", "tile_columns")
 TRANSFER_BYTES = (
     2**22
 )  # bytes of tiles that go from one process to another at a time: each journey costs some milliseconds
@@ -39,67 +39,57 @@ class PackedDataset(torch.utils.data.Dataset):
     """The rows of a preference data set as tensors on the CPU.
 
     `rows[i]` has `prompt_ids` (P,), `chosen_ids` (C,), `rejected_ids` (R,) int64; `tiles` (n, 3, S, S) uint8, those of
-    the row's pictures in their order, or `features` (n, tokens, H) in their place; and `ref_chosen_logps`,
+    the row's images in their order, or `features` (n, tokens, H) in their place; and `ref_chosen_logps`,
     `ref_rejected_logps`, 0-dim float32, where `reference` is set.
 
     Attributes:
-        digests: sha256 of each distinct picture's file, in ascending order: pictures are numbered by it.
-        pictures: for each row the numbers of its pictures among the distinct ones.
-        spans: (pictures + 1,) where each distinct picture's tiles begin among the tiles of all.
+        ids: (T,) int32, all rows' tokens in one line: prompt, chosen, rejected of the first row, then of the second ...
+        offsets: (3 rows + 1,) int64, where each part begins in `ids`.
+        image_hashes: sha256 of each distinct image's file, in ascending order: images are numbered by it.
+        images: for each row the numbers of its images among the distinct ones.
+        spans: (images + 1,) where each distinct image's tiles begin among the tiles of all.
         kept: None, or (tiles of all, 3, S, S) uint8; see `keep_tiles`.
         features: None, or (tiles of all, tokens, H); see features.py.
         reference: None, or two of (rows,) float32, chosen and rejected; see reference.py.
     """
 
-    def __init__(self, rows: datasets.Dataset, processor: Any, max_length: int | None, num_proc: int = 0) -> None:
-        """Tokenises all rows; opens no picture beyond its header.
+    def __init__(self, rows: datasets.Dataset, processor: Any) -> None:
+        """Opens no image.
 
         Args:
-            rows: columns `images`, `prompt`, `chosen`, `rejected`; see data/preferences.py.
-            max_length: tokens in prompt plus answer; an answer that runs past it is cut. None: no limit.
-            num_proc: processes that tokenise; 0: this one.
-
-        Raises:
-            ValueError: a prompt leaves no room for an answer, or names more or fewer pictures than its row has.
+            rows: prepared and good; see data/preferences.py.
         """
         self.image_processor = processor.image_processor
         self.kept: torch.Tensor | MappedTensor | None = None
         self.features: torch.Tensor | MappedTensor | None = None
         self.reference: tuple[torch.Tensor, torch.Tensor] | None = None
         self.files = rows.select_columns(["images"]).with_format("arrow")  # their stored bytes: nothing is decoded
-        grids = self.look_at_pictures(processor)
-        self.ids, self.offsets = tokenise(rows, processor, grids, max_length, num_proc)
-
-    def look_at_pictures(self, processor: Any) -> list[list[tuple[int, int]]]:
-        """Find the distinct pictures. For each row's pictures: (rows, columns) of tiles, (0, 0) for a single one."""
-        shape = cache(processor.image_processor.get_number_of_image_patches)
-        found: dict[bytes, tuple[tuple[int, int], tuple[int, int]]] = {}  # its first row and place there; its grid
-        names: list[list[bytes]] = []
-        for i in range(len(self.files)):
-            names.append([])
-            for j, entry in enumerate(self.entries(i)):
-                data = file_of(entry)
-                names[-1].append(hashlib.sha256(data).digest())
-                if names[-1][-1] not in found:
-                    found[names[-1][-1]] = (i, j), shape(*height_and_width(data))[1:]
-        self.digests = sorted(found)  # whatever the order of the rows, so that it is no part of a key
-        self.places = [found[digest][0] for digest in self.digests]
-        grids = [found[digest][1] for digest in self.digests]
-        self.spans = [0, *accumulate(rows * columns + 1 if rows else 1 for rows, columns in grids)]
-        numbers = {digest: number for number, digest in enumerate(self.digests)}
-        self.pictures = [[numbers[digest] for digest in row] for row in names]
-        return [[grids[number] for number in row] for row in self.pictures]
+        columns: Any = rows.select_columns([*COUNTS, *IMAGE_FACTS, "token_ids"]).with_format("arrow")[:]
+        parts = [chunk.flatten().to_numpy() for chunk in columns["token_ids"].chunks]
+        self.ids = torch.from_numpy(np.concatenate([np.empty(0, dtype=np.int32), *parts]))
+        counts = np.column_stack([columns[name].to_numpy() for name in COUNTS])
+        self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
+        hashes, *shapes = (columns[name].to_pylist() for name in IMAGE_FACTS)
+        first: dict[bytes, tuple[tuple[int, int], int]] = {}  # the first row that has it, and its place there; tiles
+        for i, row in enumerate(zip(hashes, *shapes, strict=True)):
+            for j, (image, down, across) in enumerate(zip(*row, strict=True)):
+                first.setdefault(image, ((i, j), down * across + 1 if down else 1))
+        self.image_hashes = sorted(first)  # whatever the order of the rows, so that it is no part of a key
+        self.places = [first[image][0] for image in self.image_hashes]
+        self.spans = [0, *accumulate(first[image][1] for image in self.image_hashes)]
+        numbers = {image: number for number, image in enumerate(self.image_hashes)}
+        self.images = [[numbers[image] for image in row] for row in hashes]
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         bounds = self.offsets[3 * i : 3 * i + 4]
         row = {f"{side}_ids": self.ids[bounds[k] : bounds[k + 1]].long() for k, side in enumerate(SIDES)}
         if self.features is None:
-            row["tiles"] = concat([self.tiles(n) for n in self.pictures[i]], self.nothing)
+            row["tiles"] = concat([self.tiles(n) for n in self.images[i]], self.nothing)
         else:
-            parts = [self.features[self.spans[n] : self.spans[n + 1]] for n in self.pictures[i]]
+            parts = [self.features[self.spans[n] : self.spans[n + 1]] for n in self.images[i]]
             row["features"] = concat(parts, self.features[:0])
         if self.reference is not None:
             row["ref_chosen_logps"], row["ref_rejected_logps"] = (logps[i] for logps in self.reference)
@@ -137,12 +127,12 @@ class PackedDataset(torch.utils.data.Dataset):
         """
 
         def fill(tensors: Any, rank: int, processes: int) -> None:
-            for picture, tiles in self.stream(rank_slice(len(self.digests), rank, processes), num_proc):
+            for picture, tiles in self.stream(rank_slice(len(self.image_hashes), rank, processes), num_proc):
                 tensors["tiles"][self.spans[picture] : self.spans[picture + 1]] = tiles
 
         layout = {"tiles": (torch.uint8, (self.spans[-1], *self.nothing.shape[1:]))}
         parts = self.tiles_made_of()
-        what = f"tiles of {len(self.digests):,} pictures"
+        what = f"tiles of {len(self.image_hashes):,} pictures"
         kept = cached_tensors(what, cache_key("tiles", **parts), layout, fill, store, ram_budget, parts)
         self.kept = kept["tiles"] if kept else None
 
@@ -150,7 +140,7 @@ class PackedDataset(torch.utils.data.Dataset):
         """All that decides the tiles' bytes, for keys: the pictures' files, the image processor, its code."""
         return {
             "version": VERSION,
-            "pictures": hashlib.sha256(b"".join(self.digests)).hexdigest(),
+            "pictures": hashlib.sha256(b"".join(self.image_hashes)).hexdigest(),
             "image_processor": json.loads(self.image_processor.to_json_string()),
             "backend": type(self.image_processor).__name__,
             "pillow": PIL.__version__,
@@ -182,7 +172,7 @@ class PackedDataset(torch.utils.data.Dataset):
     def sizes(self) -> np.ndarray:
         """(rows, 4) int64: tokens of the prompt, of the chosen and of the rejected answer; tiles."""
         counts = np.diff(self.spans)
-        tiles = [counts[row].sum() for row in self.pictures]
+        tiles = [counts[row].sum() for row in self.images]
         return np.column_stack((np.diff(self.offsets).reshape(-1, 3), np.array(tiles, dtype=np.int64)))
 
 
@@ -237,68 +227,3 @@ class Collator:
 def concat(parts: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
     """Parts end to end; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat([nothing, *parts])
-
-
-def tokenise(
-    rows: datasets.Dataset,
-    processor: Any,
-    grids: list[list[tuple[int, int]]],
-    max_length: int | None,
-    num_proc: int = 0,
-) -> tuple[torch.Tensor, np.ndarray]:
-    """All rows' tokens in one line, (T,) int32: prompt, chosen, rejected of the first row, then of the second, ...
-
-    Returns:
-        the tokens; (3 rows + 1,) int64, where each part begins.
-    """
-    texts = TextTokenizer(rows.select_columns(list(SIDES)).with_format(None), processor, grids, max_length)
-    workers = min(num_proc, len(rows) // (4 * TOKENISE_ROWS))  # to begin one costs what a thousand rows do
-    ids, lengths = [np.empty(0, dtype=np.int32)], [np.zeros(1, dtype=np.int64)]
-    for tokens, parts in in_order(texts, range(0, len(rows), TOKENISE_ROWS), workers):
-        ids.append(tokens)
-        lengths.append(parts)
-    return torch.from_numpy(np.concatenate(ids)), np.cumsum(np.concatenate(lengths))
-
-
-@dataclass
-class TextTokenizer(torch.utils.data.Dataset):
-    """`TOGETHER` rows from `start` on: their tokens, (T,) int32, and how many each part has, (3 rows,) int64."""
-
-    rows: datasets.Dataset
-    processor: Any
-    grids: list[list[tuple[int, int]]]
-    max_length: int | None
-
-    def __getitem__(self, start: int) -> tuple[np.ndarray, np.ndarray]:
-        numbers = range(start, min(start + TOKENISE_ROWS, len(self.rows)))
-        texts = [text for i in numbers for text in row_texts(self.rows[i], self.processor, self.grids[i], i)]
-        found = self.processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-        for k, number in zip(range(0, len(found), 3), numbers, strict=True):
-            room = None if self.max_length is None else self.max_length - len(found[k])
-            found[k + 1 : k + 3] = [ids[:room] for ids in found[k + 1 : k + 3]]
-            if (room is not None and room <= 0) or not all(found[k + 1 : k + 3]):
-                raise ValueError(
-                    f"row {number}: its prompt is {len(found[k])} tokens and data.max_length={self.max_length} leaves "
-                    "none of an answer. Raise it, or leave such rows out with data.on_bad_row=skip."
-                )
-        return np.fromiter(chain.from_iterable(found), dtype=np.int32), np.array([len(ids) for ids in found])
-
-
-def row_texts(row: dict[str, Any], processor: Any, grids: list[tuple[int, int]], number: int) -> list[str]:
-    """The row's prompt, with each picture's placeholder written out, and its two answers, as the tokenizer reads them.
-
-    Args:
-        grids: (rows, columns) of tiles of each of its pictures.
-    """
-    try:
-        prompt = prepare_multimodal_messages(row["prompt"], images=[None] * len(grids))
-    except ValueError as error:
-        raise ValueError(f"row {number}: {error}") from None
-    answers = {side: prepare_multimodal_messages(row[side]) for side in SIDES[1:]}
-    texts = apply_chat_template({"prompt": prompt, **answers}, processor)
-    words = texts["prompt"].split(processor.image_token)
-    if len(words) != len(grids) + 1:
-        raise ValueError(f"row {number}: its prompt names {len(words) - 1} images and it has {len(grids)}")
-    spans = [processor.replace_image_token({"rows": [[r]], "cols": [[c]]}, 0) for r, c in grids]
-    written = "".join(word + span for word, span in zip(words, [*spans, ""], strict=True))
-    return [written, texts["chosen"], texts["rejected"]]

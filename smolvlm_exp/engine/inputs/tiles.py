@@ -3,10 +3,8 @@
 Bytes until the last moment: a tile is a quarter of its floats, and a device normalises it in no time.
 """
 
-import io
 from collections.abc import Callable
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import datasets
@@ -16,22 +14,6 @@ import torch
 # Memory that Pillow keeps for its next picture, in 16 MiB blocks: else each resize pays for fresh pages, 4,700 of them
 # and a fifth of the time for a photo's 13 tiles.
 PIL.Image.core.set_blocks_max(4)
-
-ORIENTATION = 0x0112  # EXIF; 5 to 8 lie on their side
-
-
-def file_of(entry: dict[str, Any]) -> bytes:
-    """A picture's file, from the row itself or from disk."""
-    return entry["bytes"] if entry["bytes"] is not None else Path(entry["path"]).read_bytes()
-
-
-def height_and_width(data: bytes) -> tuple[int, int]:
-    """A picture's size as `decode` will give it, from its header alone."""
-    with PIL.Image.open(io.BytesIO(data)) as image:
-        width, height = image.size
-        # A PNG may say how it lies behind its pixels, so that Pillow unpacks all of them to look there.
-        plain = image.format == "PNG" and not any(word in data for word in (b"eXIf", b"exif", b"Orientation"))
-        return (width, height) if not plain and image.getexif().get(ORIENTATION, 1) >= 5 else (height, width)
 
 
 def decode(entry: dict[str, Any]) -> PIL.Image.Image:

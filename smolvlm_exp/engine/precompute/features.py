@@ -63,11 +63,11 @@ def keep_features(
     }
 
     def fill(tensors: Any, rank: int, processes: int) -> None:
-        mine = batches(rows, rank_slice(len(rows.digests), rank, processes), batch_tiles, num_proc)
+        mine = batches(rows, rank_slice(len(rows.image_hashes), rank, processes), batch_tiles, num_proc)
         for start, found in computed(mine, lambda tiles: image_features(core, normalise(tiles)), parameter.device):
             tensors["features"][start : start + len(found)] = found
 
-    what = f"features of {len(rows.digests):,} pictures"
+    what = f"features of {len(rows.image_hashes):,} pictures"
     kept = cached_tensors(what, cache_key("features", **parts), layout, fill, store, ram_budget, parts)
     rows.features = kept["features"] if kept else None
 

@@ -133,12 +133,12 @@ def row_keys(rows: PackedDataset) -> list[bytes]:
     """16 bytes for each row, of its token ids (so of tokenizer, template and cut) and its pictures' files."""
     ids, offsets = rows.ids.numpy(), rows.offsets
     keys = []
-    for i, pictures in enumerate(rows.pictures):
+    for i, pictures in enumerate(rows.images):
         bounds = offsets[3 * i : 3 * i + 4]
         found = hashlib.blake2b(np.diff(bounds).tobytes(), digest_size=16)
         found.update(ids[bounds[0] : bounds[-1]].tobytes())
         for picture in pictures:
-            found.update(rows.digests[picture])
+            found.update(rows.image_hashes[picture])
         keys.append(found.digest())
     return keys
 

@@ -10,11 +10,13 @@ import torch
 from datasets import Dataset, Features, Image, List
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.messages import assistant, user
+from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.inputs import dataset as feed
 from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
-from smolvlm_exp.engine.inputs.tiles import decode, height_and_width, pixels, tile
+from smolvlm_exp.engine.inputs.tiles import pixels, tile
 
 PLENTY = 2**40
 
@@ -45,6 +47,15 @@ def make(*rows):
     return plain.add_column("images", pictures.data.column("images")).cast_column("images", List(Image()))
 
 
+def packed(rows, processor, max_length=None):
+    return PackedDataset(prepare(rows, processor, DataConfig(max_length=max_length)), processor)
+
+
+@pytest.fixture(scope="module")
+def prepared(processor, mixed):
+    return prepare(mixed, processor, DataConfig())
+
+
 @pytest.fixture(scope="module")
 def mixed():
     """Every shape that matters: split or not, wide and tall, grey, JPEG, lying on its side, several a row, shared."""
@@ -73,71 +84,46 @@ def mixed():
 
 
 @pytest.mark.parametrize("splitting", [True, False])
-@pytest.mark.parametrize("room", [None, 1, 9, 20])
+@pytest.mark.parametrize("room", [None, 1, 9])
 def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, splitting, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "do_image_splitting", splitting)
-    normalise, everything = pixels(processor), PackedDataset(mixed, processor, None)
-    assert len(everything) == len(mixed)
-    for i in range(len(mixed)):
-        max_length = None if room is None else len(everything[i]["prompt_ids"]) + room
-        row = PackedDataset(mixed.select([i]), processor, max_length)[0]
-        batch = DataCollatorForVisionPreference(processor, max_length=max_length)([mixed[i]])
+    normalise, full = pixels(processor), packed(mixed, processor)
+    max_length = None if room is None else int(full.sizes[:, 0].max()) + room
+    prepared = prepare(mixed, processor, DataConfig(max_length=max_length))
+    rows = PackedDataset(prepared, processor)
+    assert len(rows) == len(mixed)
+    for i, row in enumerate(rows):
+        batch = DataCollatorForVisionPreference(processor, max_length=max_length)([prepared[i]])
         for k, side in enumerate(("chosen", "rejected")):
-            whole, answer = batch["attention_mask"][k].bool(), batch["completion_mask"][k].bool()
-            assert torch.equal(torch.cat((row["prompt_ids"], row[f"{side}_ids"])), batch["input_ids"][k][whole])
+            own, answer = batch["attention_mask"][k].bool(), batch["completion_mask"][k].bool()
+            assert torch.equal(torch.cat((row["prompt_ids"], row[f"{side}_ids"])), batch["input_ids"][k][own])
             assert torch.equal(row[f"{side}_ids"], batch["input_ids"][k][answer])
             assert row[f"{side}_ids"].dtype == torch.int64
-            assert len(row[f"{side}_ids"]) == min(len(everything[i][f"{side}_ids"]), room or 1000)
+            left = None if max_length is None else max_length - len(row["prompt_ids"])
+            assert len(row[f"{side}_ids"]) == len(full[i][f"{side}_ids"][:left])
         assert row["tiles"].dtype == torch.uint8
-        assert torch.equal(row["tiles"], everything[i]["tiles"])
         torch.testing.assert_close(normalise(row["tiles"]), batch["pixel_values"][0], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("num_proc", [0, 2])
-def test_tokens_are_the_same_serial_or_parallel(processor, mixed, monkeypatch, num_proc):
-    """Also where the last of the rows that go together are fewer."""
-    whole = PackedDataset(mixed, processor, 200)
-    monkeypatch.setattr(feed, "TOKENISE_ROWS", 1 if num_proc else len(mixed) - 1)
-    rows = PackedDataset(mixed, processor, 200, num_proc)
-    assert torch.equal(rows.ids, whole.ids)
-    assert rows.offsets.tolist() == whole.offsets.tolist()
-    assert len(rows.offsets) == 3 * len(mixed) + 1
-
-
-@pytest.mark.parametrize("behind", [False, True])
-def test_a_png_that_lies_on_its_side(behind):
-    """It may say so behind its pixels too, where Pillow finds it once it has unpacked them."""
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    entry = encoded(picture((100, 40)), exif=exif)
-    if behind:
-        data, at = entry["bytes"], entry["bytes"].index(b"eXIf") - 4
-        end = at + 12 + int.from_bytes(data[at : at + 4])
-        entry["bytes"] = data[:at] + data[end:-12] + data[at:end] + data[-12:]  # before IEND
-    assert decode(entry).size == (40, 100)
-    assert height_and_width(entry["bytes"]) == (100, 40)
-    assert height_and_width(encoded(picture((100, 40)))["bytes"]) == (40, 100)
-
-
-def test_collator_gives_the_batch_and_its_row_numbers(processor, mixed):
-    rows = PackedDataset(mixed, processor, None)
+def test_collator_gives_the_batch_and_its_row_numbers(processor, prepared):
+    rows = PackedDataset(prepared, processor)
     collator = pickle.loads(pickle.dumps(Collator(rows, processor.tokenizer.pad_token_id, processor.image_token_id)))
     batch = collator([{"row": 2}, {"row": 0}])
     assert batch["rows"].tolist() == [2, 0]
     assert len(batch["packed"]["tiles"]) == len(rows[2]["tiles"]) + len(rows[0]["tiles"])
-    stock = DataCollatorForVisionPreference(processor)([mixed[2], mixed[0]])
+    stock = DataCollatorForVisionPreference(processor)([prepared[2], prepared[0]])
     for name in ("input_ids", "attention_mask", "completion_mask"):
         assert torch.equal(batch[name], stock[name])
 
 
-def test_sizes(processor, mixed):
-    rows = PackedDataset(mixed, processor, None)
+def test_sizes(processor, prepared):
+    rows = PackedDataset(prepared, processor)
     parts = ("prompt_ids", "chosen_ids", "rejected_ids", "tiles")
     assert rows.sizes.tolist() == [[len(rows[i][name]) for name in parts] for i in range(len(rows))]
 
 
-def test_references_travel_with_the_rows(processor, mixed):
-    rows = PackedDataset(mixed, processor, None)
+def test_references_travel_with_the_rows(processor, prepared):
+    rows = PackedDataset(prepared, processor)
     rows.reference = (torch.arange(6.0), -torch.arange(6.0))
     batch = Collator(rows, 2, processor.image_token_id)([{"row": 4}, {"row": 1}])
     assert batch["ref_chosen_logps"].tolist() == [4.0, 1.0]
@@ -145,12 +131,12 @@ def test_references_travel_with_the_rows(processor, mixed):
     assert batch["ref_chosen_logps"].dtype == torch.float32
 
 
-def test_features_take_the_place_of_tiles(processor, mixed):
-    rows = PackedDataset(mixed, processor, None)
+def test_features_take_the_place_of_tiles(processor, prepared):
+    rows = PackedDataset(prepared, processor)
     rows.features = torch.randn(rows.spans[-1], 16, 8)
     row = rows[2]
     assert "tiles" not in row
-    first, second = rows.pictures[2]
+    first, second = rows.images[2]
     expected = torch.cat([rows.features[rows.spans[n] : rows.spans[n + 1]] for n in (first, second)])
     assert torch.equal(row["features"], expected)
     batch = Collator(rows, 2, processor.image_token_id)([{"row": 2}, {"row": 4}])
@@ -158,10 +144,10 @@ def test_features_take_the_place_of_tiles(processor, mixed):
     assert "tiles" not in batch["packed"]
 
 
-def test_a_shared_picture_is_one(processor, mixed):
-    rows = PackedDataset(mixed, processor, None)
-    assert len(rows.digests) == 6
-    assert rows.pictures[4] == rows.pictures[2][:1]
+def test_a_shared_picture_is_one(processor, prepared):
+    rows = PackedDataset(prepared, processor)
+    assert len(rows.image_hashes) == 6
+    assert rows.images[4] == rows.images[2][:1]
     assert torch.equal(rows[4]["tiles"], rows[2]["tiles"][: len(rows[4]["tiles"])])
 
 
@@ -171,79 +157,63 @@ def test_tiles_are_bytes_before_rescaling_exactly(processor):
     assert torch.equal(tile(image, processor.image_processor).float(), (with_floats * 255).round())
 
 
-def test_prompt_without_room_for_an_answer(processor, mixed):
-    longest = [len(PackedDataset(mixed, processor, None)[i]["prompt_ids"]) for i in (1, 0)]
-    with pytest.raises(
-        ValueError, match=rf"row 1: its prompt is {longest[1]} tokens and data.max_length={longest[1]} "
-    ):
-        PackedDataset(mixed.select([1, 0]), processor, longest[1])
-
-
-def test_prompt_that_names_more_pictures_than_there_are(processor, mixed):
-    row = mixed.select([4]).remove_columns("prompt").add_column("prompt", [[user("?", images=2)]])
-    with pytest.raises(ValueError, match=r"row 0: .*images"):
-        PackedDataset(row, processor, None)
-
-
 def test_a_processor_whose_tiles_cannot_be_foretold(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "size", {"longest_edge": 130})
     rows = make(([encoded(picture((128, 126)))], "?", "A.", "B."))
-    found = PackedDataset(rows, processor, None)
+    found = packed(rows, processor)
     with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles where the prompt has places for 7"):
         found[0]
 
 
-def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, mixed, tmp_path, capsys):
-    fresh = [PackedDataset(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
+def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, prepared, tmp_path, capsys):
+    fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
     for ram, num_proc in ((PLENTY, 0), (PLENTY, 2), (0, 0), (0, 2)):
-        rows = PackedDataset(mixed, processor, None)
+        rows = PackedDataset(prepared, processor)
         rows.keep_tiles(DiskCache(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
         assert "tiles of 6 pictures" in capsys.readouterr().out
         assert rows.kept is not None
-        assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
+        assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
     first, second = (next((tmp_path / f"cache{n}").glob("tiles-*/data.safetensors")) for n in (0, 2))
     assert first.parent.name == second.parent.name
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, mixed, monkeypatch):
-    fresh = [PackedDataset(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
-    rows, moved = PackedDataset(mixed, processor, None), []
+def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, prepared, monkeypatch):
+    fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
+    rows, moved = PackedDataset(prepared, processor), []
     monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
     rows.keep_tiles(None, PLENTY, 2)
-    assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(mixed)))
+    assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
     assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]  # so few pictures travel one by one
 
 
-def test_small_pictures_travel_together(processor, mixed, monkeypatch):
-    fresh = [PackedDataset(mixed, processor, None)[i]["tiles"] for i in range(len(mixed))]
-    rows, journeys, split = PackedDataset(mixed, processor, None), [], feed.TileLoader.__getitem__
+def test_small_pictures_travel_together(processor, prepared, monkeypatch):
+    fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
+    rows, journeys, split = PackedDataset(prepared, processor), [], feed.TileLoader.__getitem__
     monkeypatch.setattr(
         feed.TileLoader, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk)
     )
-    pictures = list(range(len(rows.digests))) * 5
+    pictures = list(range(len(rows.image_hashes))) * 5
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, sampler, **_: (data[chunk] for chunk in sampler))
     found = list(rows.stream(pictures, 1))
     assert [number for number, _ in found] == pictures
     assert max(len(chunk) for chunk in journeys) > 1
     kept = dict(found)
-    made = [torch.cat([kept[n] for n in rows.pictures[i]]) for i in range(len(mixed)) if rows.pictures[i]]
+    made = [torch.cat([kept[n] for n in rows.images[i]]) for i in range(len(prepared)) if rows.images[i]]
     assert all(torch.equal(one, other) for one, other in zip(made, (t for t in fresh if len(t)), strict=True))
 
 
-def test_kept_tiles_are_not_made_twice(processor, mixed, tmp_path, monkeypatch):
+def test_kept_tiles_are_not_made_twice(processor, prepared, tmp_path, monkeypatch):
     store = DiskCache(tmp_path / "cache", PLENTY)
-    PackedDataset(mixed, processor, None).keep_tiles(store, 0, 0)
+    PackedDataset(prepared, processor).keep_tiles(store, 0, 0)
     monkeypatch.setattr(feed, "tile", lambda *_: pytest.fail("tiled again"))
-    again = PackedDataset(
-        mixed.select([5, 4, 3, 2, 1, 0]), processor, 250
-    )  # other order, other lengths, the same pictures
+    again = PackedDataset(prepared.select([5, 4, 3, 2, 1, 0]), processor)  # another order, the same images
     again.keep_tiles(store, 0, 0)
     assert again[0]["tiles"].shape[1:] == (3, 64, 64)
 
 
-def test_without_room_tiles_are_made_when_asked_for(processor, mixed, tmp_path, capsys):
-    rows = PackedDataset(mixed, processor, None)
+def test_without_room_tiles_are_made_when_asked_for(processor, prepared, tmp_path, capsys):
+    rows = PackedDataset(prepared, processor)
     rows.keep_tiles(DiskCache(tmp_path / "cache", 1000), 1000, 0)
     assert rows.kept is None
     assert "trainer.cache_disk" in capsys.readouterr().out
@@ -252,33 +222,33 @@ def test_without_room_tiles_are_made_when_asked_for(processor, mixed, tmp_path, 
     assert len(rows[0]["tiles"]) == 5
 
 
-def test_the_tiles_key_follows_what_decides_their_bytes(processor, mixed, monkeypatch):
+def test_the_tiles_key_follows_what_decides_their_bytes(processor, prepared, monkeypatch):
     def key(rows):
-        return cache_key("tiles", **PackedDataset(rows, processor, None).tiles_made_of())
+        return cache_key("tiles", **PackedDataset(rows, processor).tiles_made_of())
 
-    before = key(mixed)
-    assert key(mixed.select([5, 4, 3, 2, 1, 0])) == before
+    before = key(prepared)
+    assert key(prepared.select([5, 4, 3, 2, 1, 0])) == before
     pixel = picture((64, 64))
     pixel.putpixel((5, 5), (1, 2, 3))
-    changed = make(([encoded(pixel)], "What is this?", "A red square.", "A dog."))
-    assert key(changed) != key(mixed.select([0]))
+    changed = prepare(make(([encoded(pixel)], "What?", "A red square.", "A dog.")), processor, DataConfig())
+    assert key(changed) != key(prepared.select([0]))
     for name, value in (("size", {"longest_edge": 64}), ("resample", 3)):
         with monkeypatch.context() as patch:
             patch.setattr(processor.image_processor, name, value)
-            assert key(mixed) != before
-    assert key(mixed) == before
+            assert key(prepared) != before
+    assert key(prepared) == before
 
 
-def test_keeping_tiles_leaves_the_runs_random_numbers_alone(processor, mixed):
+def test_keeping_tiles_leaves_the_runs_random_numbers_alone(processor, prepared):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    PackedDataset(mixed, processor, None).keep_tiles(None, PLENTY, 0)
+    PackedDataset(prepared, processor).keep_tiles(None, PLENTY, 0)
     assert torch.rand(1) == expected
 
 
-def test_rows_with_kept_tiles_reach_spawned_workers(processor, mixed, tmp_path):
-    rows = PackedDataset(mixed, processor, None)
+def test_rows_with_kept_tiles_reach_spawned_workers(processor, prepared, tmp_path):
+    rows = PackedDataset(prepared, processor)
     rows.keep_tiles(DiskCache(tmp_path / "cache", PLENTY), 0, 0)
     collator = Collator(rows, 2, processor.image_token_id)
     loader = torch.utils.data.DataLoader(

@@ -18,7 +18,7 @@ TEXT = r".*text_model.*\.(q|v)_proj"
 
 @pytest.fixture
 def fed(processor, rows):
-    return PackedDataset(rows.train.select(range(12)), processor, None)
+    return PackedDataset(rows.train.select(range(12)), processor)
 
 
 @pytest.fixture
@@ -80,14 +80,12 @@ def test_features_from_kept_tiles_and_in_processes(processor, fed, adapted, tmp_
 
 def test_each_picture_goes_through_the_tower_once(processor, rows, adapted, tmp_path, passes):
     both = rows.train.select([0, 1, 2, 0, 1, 2])
-    fed, store = PackedDataset(both, processor, None), DiskCache(tmp_path / "cache", PLENTY)
+    fed, store = PackedDataset(both, processor), DiskCache(tmp_path / "cache", PLENTY)
     keep_features(fed, adapted, pixels(processor), store, 0, 4)
-    assert (
-        sum(passes) - 1 == fed.spans[-1] == sum(len(PackedDataset(both, processor, None)[i]["tiles"]) for i in range(3))
-    )
+    assert sum(passes) - 1 == fed.spans[-1] == sum(len(PackedDataset(both, processor)[i]["tiles"]) for i in range(3))
     assert torch.equal(fed[0]["features"], fed[3]["features"])
     passes.clear()
-    again = PackedDataset(both.select([2, 1, 0]), processor, None)
+    again = PackedDataset(both.select([2, 1, 0]), processor)
     keep_features(again, adapted, pixels(processor), store, 0, 4)
     assert sum(passes) == 1
     assert torch.equal(again[0]["features"], fed[2]["features"])
@@ -104,7 +102,7 @@ def test_the_key_follows_tower_connector_pictures_and_dtype(processor, rows, mod
     model.requires_grad_(False)
 
     def entries(which=range(4)):
-        keep_features(PackedDataset(rows.train.select(which), processor, None), model, pixels(processor), store, 0)
+        keep_features(PackedDataset(rows.train.select(which), processor), model, pixels(processor), store, 0)
         return len(list(store.folder.glob("features-*")))
 
     assert entries() == 1

@@ -21,16 +21,14 @@ from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys, tiling
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.model import load_model
-from tests.engine.inputs.test_dataset import encoded, make, picture
+from tests.engine.inputs.test_dataset import encoded, make, packed, picture
 
 PLENTY = 2**40
 PARTS = {"weights": "of the test", "dtype": "float32", "ld_alpha": None}
 
 
-def collator(processor, rows, max_length=None):
-    return Collator(
-        PackedDataset(rows, processor, max_length), processor.tokenizer.pad_token_id, processor.image_token_id
-    )
+def collator(processor, rows):
+    return Collator(PackedDataset(rows, processor), processor.tokenizer.pad_token_id, processor.image_token_id)
 
 
 class Count:
@@ -196,7 +194,7 @@ BASE = ([encoded(picture((64, 64)))], "What is this?", "A red square.", "A dog."
 
 
 def keys_of(processor, row=BASE, max_length=None):
-    rows = PackedDataset(make(row), processor, max_length)
+    rows = packed(make(row), processor, max_length)
     return row_keys(rows)[0], cache_key("", **tiling(rows))
 
 
@@ -219,14 +217,14 @@ def test_a_rows_key_follows_its_words_and_pixels(processor):
 
 def test_a_rows_key_follows_where_prompt_and_answer_part(processor):
     """The same tokens in the same order, with another border between them, are another row."""
-    rows = PackedDataset(make(BASE), processor, None)
+    rows = packed(make(BASE), processor)
     before = row_keys(rows)
     rows.offsets[1] -= 1
     assert row_keys(rows) != before
 
 
 def test_a_rows_key_follows_the_cut(processor):
-    row = PackedDataset(make(BASE), processor, None)[0]
+    row = packed(make(BASE), processor)[0]
     whole = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     assert keys_of(processor, max_length=whole) == keys_of(processor)
     assert keys_of(processor, max_length=whole - 1)[0] != keys_of(processor)[0]
