@@ -92,7 +92,7 @@ class Bench:
 
     def collators(self, rows, kind):
         pad, image = self.processor.tokenizer.pad_token_id, self.processor.image_token_id
-        return [Collator(kind(each, self.processor, None), pad, image) for each in (self.rows(rows), self.data.test)]
+        return [Collator(kind(each, self.processor), pad, image) for each in (self.rows(rows), self.data.test)]
 
     def shared(self, adapter=("text",), rows=None, micro_batch=None, **changes):
         target, *options = adapter

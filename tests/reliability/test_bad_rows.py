@@ -111,8 +111,8 @@ ROWS = [  # what may be wrong with the rest of a row
     ({"chosen": 3.5}, "a role and a content"),
     ({"chosen": True}, "a role and a content"),
     ({"chosen": {"text": "A star."}}, "role is None"),
-    ({"chosen": [{"role": "user", "content": "A star."}]}, "`chosen` is said by user"),
-    ({"chosen": "A star.<image>"}, "`chosen` has a picture, or <image>, in it"),
+    ({"chosen": [{"role": "user", "content": "A star."}]}, "`chosen` has the role user"),
+    ({"chosen": "A star.<image>"}, "`chosen` has an image, or <image>, in it"),
     ({"chosen": "A star.<end_of_utterance>"}, "contains <end_of_utterance>"),
     ({"chosen": "A \ud800 star."}, "half a character"),
     ({"rejected": ""}, "`rejected` is empty"),
@@ -185,7 +185,7 @@ def test_they_stop_the_run_unless_they_are_to_be_skipped(folder, processor, tmp_
 
 def test_skipping_has_a_ceiling(folder, processor, tmp_path):
     write(folder, [GOOD, GOOD, GOOD, {**GOOD, "chosen": ""}])
-    with pytest.raises(RequestError, match=r"1 of 4 train rows are bad, more than data\.max_bad_rows=0\.2 of them"):
+    with pytest.raises(RequestError, match=r"1 of 4 train rows are bad, more than data\.max_bad_rows=0\.2:"):
         load_preferences(config(folder, on_bad_row="skip"), processor, tmp_path)
     assert (tmp_path / "skipped_rows.jsonl").read_text().count("\n") == 1
     load_preferences(config(folder, on_bad_row="skip", max_bad_rows=0.25), processor, tmp_path)
