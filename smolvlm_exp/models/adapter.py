@@ -19,12 +19,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-# The published recipe's names. Bare suffixes: q, k and v match SigLIP's as well, so the vision tower is adapted too.
-RECIPE = ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"]
+# recipe: the published one. Its bare suffixes q, k and v match SigLIP as well, so the vision tower is adapted too.
 TARGETS: dict[str, str | list[str]] = {
     "text": r".*text_model.*\.(q|k|v|o|gate|up|down)_proj",
-    "recipe": RECIPE,
+    "recipe": ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"],
     "all": "all-linear",
 }
 START = "adapter_start"  # in the run folder: where a PiSSA adapter began
@@ -33,11 +31,11 @@ PARTS = {"text_model": "text model", "vision_model": "vision tower", "connector"
 
 @dataclass
 class AdapterConfig:
-    type: str = one_of("lora", "none")  # none: every weight is trained
+    type: str = one_of("lora", "none")  # none: full fine-tuning
     r: int = at_least(1, 8)
     lora_alpha: int = at_least(1, 8)
     lora_dropout: float = at_least(0, 0.0)
-    use_dora: bool = False  # magnitude and direction apart (DoRA, arXiv 2402.09353)
+    use_dora: bool = False  # a magnitude learned apart from the direction (DoRA, arXiv 2402.09353)
     use_rslora: bool = False  # scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
     init_lora_weights: Any = True  # true | gaussian | pissa | pissa_niter_16 | ...: PEFT's names
     target: str = "text"  # text | recipe | all | a regular expression over module names
@@ -45,20 +43,20 @@ class AdapterConfig:
 
 
 def lora_config(config: AdapterConfig, quantised: bool) -> "LoraConfig | None":
-    """PEFT's configuration; None when every weight is to be trained.
+    """PEFT's configuration; None for full fine-tuning.
 
     Raises:
-        RequestError: the combination cannot work: a full fine-tune of 4-bit weights, or PiSSA on them.
+        RequestError: full fine-tuning or PiSSA of quantised weights, or PEFT's own complaint.
     """
     from peft import LoraConfig
 
     if config.type == "none":
         if quantised:
-            raise RequestError("adapter=none trains every weight, which quantised ones do not allow: add quant=none.")
+            raise RequestError("adapter=none is full fine-tuning and needs quant=none.")
         return None
     if is_pissa(config) and quantised:
         raise RequestError(
-            "adapter=pissa starts from the singular vectors of whole weights: add quant=none, or use adapter=dora."
+            "adapter=pissa takes singular vectors of unquantised weights: add quant=none, or use adapter=dora."
         )
     try:
         return LoraConfig(
@@ -76,16 +74,12 @@ def lora_config(config: AdapterConfig, quantised: bool) -> "LoraConfig | None":
 
 
 def is_pissa(config: "AdapterConfig | LoraConfig") -> bool:
-    """Whether the adapter takes its start out of the base weights, so that "adapter off" is not the base any more."""
+    """Whether initialisation changes the base weights, so that "adapter off" is no longer the base."""
     return str(config.init_lora_weights).startswith("pissa")
 
 
 def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
-    """Names of the linear layers that `target` reaches.
-
-    Raises:
-        RequestError: it reaches none, or is no regular expression.
-    """
+    """Names of the model's linear layers that `target` matches, but for the head; see `match_target`."""
     from torch import nn
 
     head = model.get_output_embeddings()
@@ -94,10 +88,10 @@ def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
 
 
 def match_target(names: list[str], target: str) -> list[str]:
-    """Those of a model's linear layers that `target` reaches.
+    """Those of these linear layers that `target` matches.
 
     Raises:
-        RequestError: it reaches none, or is no regular expression.
+        RequestError: it matches none, or is not a regular expression.
     """
     modules = TARGETS.get(target, target)
     if modules == "all-linear":
@@ -107,18 +101,18 @@ def match_target(names: list[str], target: str) -> list[str]:
     try:
         pattern = re.compile(modules)
     except re.error as error:
-        raise RequestError(f"adapter.target={target} is no regular expression: {error}.") from error
+        raise RequestError(f"adapter.target={target} is not a valid regular expression: {error}.") from error
     matched = [name for name in names if pattern.fullmatch(name)]
     if not matched:
         raise RequestError(
-            f"adapter.target={target} matches no linear layer. Use text, recipe or all, or a regular expression over "
-            f"names as {names[0]}."
+            f"adapter.target={target} matches no linear layer. Use text, recipe, all, or a regular expression over "
+            f"names such as {names[0]}."
         )
     return matched
 
 
 def describe_target(names: list[str]) -> str:
-    """`168 layers: 168 in the text model (24 each of down_proj, ...)`: one clause for each part of the model."""
+    """`168 layers: 168 in the text model (24 down_proj, ...)`: one clause per part of the model."""
     parts: dict[str, Counter[str]] = {}
     for name in names:
         part = next((title for key, title in PARTS.items() if key in name), "elsewhere")
@@ -131,10 +125,10 @@ def describe_target(names: list[str]) -> str:
 
 
 def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> None:
-    """Print which layers the adapter will sit on; a target that reaches none is refused.
+    """Log which layers are adapted; a target that matches none is refused.
 
-    A person's regular expression may also match what is no linear layer, which PEFT would refuse, so it is replaced by
-    the names it reaches.
+    A regular expression may also match modules that are not linear, which PEFT would refuse, so it is replaced by the
+    names of the linear layers that it matches.
     """
     names = matched_modules(model, target)
     if target not in TARGETS:
@@ -143,10 +137,10 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
 
 
 def saved_adapter(config: AdapterConfig, name: str) -> Path:
-    """The folder of a saved adapter (`model.adapter`), which has to be one that the adapter group describes.
+    """The folder of a saved adapter (`model.adapter`).
 
     Raises:
-        RequestError: there is none, or it is another.
+        RequestError: there is none, or the adapter group describes another.
     """
     from peft import PeftConfig
 
@@ -156,24 +150,22 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
     if config.type == "none":
         raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
     if not (folder / "adapter_model.safetensors").is_file():
-        raise RequestError(
-            f"model.adapter={name}: there is no adapter_model.safetensors in {folder}; no pickle is read."
-        )
+        raise RequestError(f"model.adapter={name}: {folder} has no adapter_model.safetensors; pickles are not loaded.")
     saved: Any = PeftConfig.from_pretrained(str(folder))
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         if getattr(saved, key) != getattr(config, key):
             raise RequestError(
-                f"model.adapter={name} was made with {key}={getattr(saved, key)}, and adapter.{key} is "
-                f"{getattr(config, key)}: give adapter.{key}={str(getattr(saved, key)).lower()}."
+                f"model.adapter={name} was trained with {key}={getattr(saved, key)}, but adapter.{key} is "
+                f"{getattr(config, key)}: set adapter.{key}={str(getattr(saved, key)).lower()}."
             )
     return folder
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
-    """The model with a saved adapter, whose weights go on learning.
+    """The model with a saved adapter, trainable.
 
     Raises:
-        RequestError: its file is not whole (PEFT goes on without a word), or it sits elsewhere than `target` says.
+        RequestError: its file lacks tensors (PEFT ignores that), or it adapts other layers than `target`.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer
@@ -183,24 +175,23 @@ def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftMo
     expected = set(matched_modules(model, target))
     with keeping_scales(model):
         tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    whole = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    lacks = sorted(whole.keys() - load_peft_weights(str(folder), device="cpu").keys())
-    if lacks:
-        raise RequestError(f"model.adapter={folder}: its file lacks {len(lacks)} tensors, {lacks[0]} among them.")
+    state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
+    missing = sorted(state.keys() - load_peft_weights(str(folder), device="cpu").keys())
+    if missing:
+        raise RequestError(f"model.adapter={folder}: its file lacks {len(missing)} tensors, e.g. {missing[0]}.")
     base: Any = tuned.get_base_model()
-    found = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
-    if found != expected:
-        other = sorted(found ^ expected)[0]
+    adapted = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    if adapted != expected:
         raise RequestError(
-            f"model.adapter={folder} sits on {len(found)} layers and adapter.target={target} names {len(expected)}, "
-            f"{other} in one of them alone: give adapter.target as it was made."
+            f"model.adapter={folder} adapts {len(adapted)} layers, but adapter.target={target} matches {len(expected)} "
+            f"(they differ in e.g. {min(adapted ^ expected)}): set adapter.target as it was in training."
         )
-    log.info(f"adapter: {folder}, on {describe_target(sorted(found))}")
+    log.info(f"adapter: {folder}, on {describe_target(sorted(adapted))}")
     return tuned
 
 
 def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Path, seed: int) -> "PeftModel":
-    """Put a PiSSA adapter on, and keep its start: the difference from it is what can be saved as an ordinary LoRA."""
+    """The model with a PiSSA adapter, its start saved: the difference from it is saved as an ordinary LoRA."""
     import torch
     from peft import get_peft_model
 
@@ -213,7 +204,7 @@ def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Pa
 
 @contextlib.contextmanager
 def plain_initialisation(model: Any) -> Iterator[None]:
-    """While it lasts, `model`'s adapter says that it starts plainly: a copy of it leaves the base alone."""
+    """Within, `model`'s adapter claims the plain initialisation, so that a copy of it leaves the base alone."""
     config = model.peft_config["default"]
     init, config.init_lora_weights = config.init_lora_weights, True
     try:
@@ -223,21 +214,21 @@ def plain_initialisation(model: Any) -> Iterator[None]:
 
 
 def save_finetuned(model: Any, config: AdapterConfig, folder: Path) -> None:
-    """Write `adapter/`, an ordinary PEFT adapter for the untouched base, or `model/` where every weight was trained."""
+    """Write `adapter/`, an ordinary PEFT adapter of the untouched base, or `model/` after full fine-tuning."""
     if config.type == "none":
         with atomic_folder(folder / "model") as staging:
             model.save_pretrained(str(staging), state_dict=gather_state(model.state_dict()))
         return
-    learnt = gather_state({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    trained = gather_state({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
     with atomic_folder(folder / "adapter") as staging:
-        model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=learnt, **conversion)
+        model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=trained, **conversion)
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any] | None:
-    """Sharded weights whole again, by all processes together; None where none is sharded."""
-    from smolvlm_exp.utils import distributed as group
+    """Sharded weights, gathered by all processes together; None where none is sharded."""
+    from smolvlm_exp.utils.distributed import full_tensor, is_sharded
 
-    if not any(map(group.is_sharded, state.values())):
-        return None
-    return {name: group.full_tensor(tensor) for name, tensor in state.items()}
+    return (
+        {name: full_tensor(tensor) for name, tensor in state.items()} if any(map(is_sharded, state.values())) else None
+    )

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,31 +10,27 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, saved_adapter
-from smolvlm_exp.models.hub import must_load_locally
+from smolvlm_exp.models.hub import is_offline
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
-from smolvlm_exp.models.shape import Shape, make_processor, model_config
+from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import one_of
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel, ProcessorMixin
+    from transformers import PreTrainedModel, ProcessorMixin
 
 log = logging.getLogger(__name__)
 
-
-EMBEDDED = Path(__file__).parent / "tiny"
 PIL_BACKEND = {"backend": "pil"}  # the same pixels with torchvision and without it
 
 
 @dataclass
 class ModelConfig:
-    id: str = MISSING  # a hub id, a folder, or `embedded`
+    id: str = MISSING  # a Hub id, a folder, or `embedded`
     revision: str | None = None
-    adapter: str | None = None  # a saved adapter to go on from: its folder, or that of the run which made it
-    weights: str = one_of(
-        "pretrained", "random"
-    )  # random: the real shape without its weights, for dry runs and benchmarks
+    adapter: str | None = None  # a saved adapter to continue from: its folder, or its run's
+    weights: str = one_of("pretrained", "random")  # random: the real shape, for dry runs and benchmarks
     attn_implementation: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
     dtype: str = "auto"  # auto: bfloat16 on a GPU that has it, float32 otherwise
     device_map: str | None = "auto"  # auto: the whole model on one GPU, where upstream's would spread it over all
@@ -45,7 +42,7 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     """The model `config` names, in evaluation mode, quantised when `quantization_config` is given.
 
     Raises:
-        RequestError: it cannot be had: no such folder, no way to the hub, or no shape for random weights.
+        RequestError: there is no such folder, no connection to the Hub, or no shape for random weights.
     """
     from transformers import AutoModelForImageTextToText
 
@@ -59,19 +56,19 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
         "use_safetensors": True,  # no pickles
     }
     if config.weights == "random":
-        return with_random_weights(model_config(random_shape(config)), kwargs, seed)
+        return with_random_weights(random_shape(config), kwargs, seed)
     with readable_loading(config.id):
         model = AutoModelForImageTextToText.from_pretrained(**load_location(config), **kwargs)
     return freeze_layout(model.eval())
 
 
-def device_map(asked: str | None) -> Any:
+def device_map(requested: str | None) -> Any:
     """What upstream is to be given for `model.device_map`."""
     import torch
 
     if not torch.cuda.is_available():
         return None
-    return {"": torch.cuda.current_device()} if asked == "auto" else asked
+    return {"": torch.cuda.current_device()} if requested == "auto" else requested
 
 
 def load_processor(config: ModelConfig) -> "ProcessorMixin":
@@ -86,61 +83,53 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
         from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 
         shape = random_shape(config)
-        log.warning(
-            f"model: {config.id}'s tokenizer is not on this disk; a stand-in of {shape.vocab_size} tokens serves"
-        )
+        log.warning(f"model: no local tokenizer of {config.id}; using a stand-in of {shape.vocab_size} tokens")
         return make_processor(shape, stand_in_tokenizer(shape))
     with readable_loading(config.id):
         return AutoProcessor.from_pretrained(**load_location(config), trust_remote_code=False, **PIL_BACKEND)
 
 
 def random_shape(config: ModelConfig) -> Shape:
-    """Of random weights.
-
+    """
     Raises:
-        RequestError: none is given.
+        RequestError: `model.shape` is not set.
     """
     if config.shape is None:
-        raise RequestError(f"model.weights=random needs model.shape, and model={config.id} gives none.")
+        raise RequestError(f"model.weights=random needs model.shape, and model={config.id} has none.")
     return config.shape
 
 
 def load_location(config: ModelConfig) -> dict[str, Any]:
-    """What upstream's `from_pretrained` is told of the place of a model's files."""
+    """Where upstream's `from_pretrained` finds a model's files."""
     name = str(EMBEDDED) if config.id == "embedded" else config.id
-    return {
-        "pretrained_model_name_or_path": name, "revision": config.revision, "local_files_only": must_load_locally(name)
-    }  # fmt: skip
+    local = not Path(name).is_dir() and is_offline()
+    return {"pretrained_model_name_or_path": name, "revision": config.revision, "local_files_only": local}
 
 
 @contextlib.contextmanager
-def readable_loading(name: str):
-    """The hub's many errors, in two lines that say what to do."""
+def readable_loading(name: str) -> Iterator[None]:
+    """The Hub's many errors, in two lines that say what to do."""
     try:
         yield
-    except ImportError as error:
-        first = str(error).strip().splitlines()[0]
-        raise RequestError(f"model.id={name}: {first}\nInstall what it needs: pip install '.[gpu]'") from error
-    except (OSError, ValueError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise RequestError(
-            f"model.id={name}: {first}\nGive a folder that holds the model, connect to the hub, "
-            "or build the shape with model.weights=random."
-        ) from error
+    except (ImportError, OSError, ValueError) as error:
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        advice = "Give a folder that holds the model, connect to the Hub, or use model.weights=random."
+        if isinstance(error, ImportError):
+            advice = "Install what it needs: pip install '.[gpu]'"
+        raise RequestError(f"model.id={name}: {first}\n{advice}") from error
 
 
-def with_random_weights(architecture: "PretrainedConfig", kwargs: dict[str, Any], seed: int) -> "PreTrainedModel":
-    """Random weights in a real shape. To be quantised they take the loader's own way, through a temporary folder."""
+def with_random_weights(shape: Shape, kwargs: dict[str, Any], seed: int) -> "PreTrainedModel":
+    """Random weights in a real shape. Quantising needs `from_pretrained`, so these are saved to a temporary folder."""
     import torch
     from transformers import AutoModelForImageTextToText
 
     from smolvlm_exp.utils.distributed import shared_folder
 
     torch.manual_seed(seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    with torch.device(device):
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForImageTextToText.from_config(
-            architecture, dtype=kwargs["dtype"], attn_implementation=kwargs["attn_implementation"]
+            model_config(shape), dtype=kwargs["dtype"], attn_implementation=kwargs["attn_implementation"]
         )
     if kwargs["quantization_config"] is None:
         return model.eval()
@@ -168,7 +157,7 @@ def resolve_dtype(name: str) -> "torch.dtype":
         return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
-        raise RequestError(f"model.dtype={name} is no torch dtype; try auto, bfloat16, float16 or float32.")
+        raise RequestError(f"model.dtype={name} is not a torch dtype: use auto, bfloat16, float16 or float32.")
     return dtype
 
 
@@ -176,28 +165,27 @@ def resolve_attention(name: str) -> str:
     """`auto` is flash-attention where it is installed and a GPU can run it, SDPA elsewhere.
 
     Raises:
-        RequestError: flash-attention was asked for by name and cannot run here.
+        RequestError: flash-attention is requested by name and cannot run here.
     """
     import torch
     from transformers.utils import is_flash_attn_2_available
 
     usable = torch.cuda.is_available() and is_flash_attn_2_available()
     if name == "flash_attention_2" and not usable:
-        why = "flash-attn is not installed" if torch.cuda.is_available() else "there is no CUDA device"
-        raise RequestError(
-            f"model.attn_implementation=flash_attention_2: {why}. Use auto or sdpa"
-            + (", or pip install --no-build-isolation '.[flash]'." if torch.cuda.is_available() else ".")
-        )
+        fix = "there is no CUDA device. Use auto or sdpa."
+        if torch.cuda.is_available():
+            fix = "flash-attn is not installed. Use auto or sdpa, or pip install --no-build-isolation '.[flash]'."
+        raise RequestError(f"model.attn_implementation=flash_attention_2: {fix}")
     if name == "auto":
         return "flash_attention_2" if usable else "sdpa"
     return name
 
 
 def load_finetuned_model(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int) -> Any:
-    """The model as a run trained it: its base in its quantisation, with its adapter (`model.adapter`) if it has one.
+    """The model as a run trained it: the quantised base, with its adapter (`model.adapter`) if it has one.
 
     Raises:
-        RequestError: one of them cannot be had, or they do not go together.
+        RequestError: one of them is missing, or they do not fit each other.
     """
     folder = saved_adapter(adapter, model.adapter) if model.adapter else None
     base = load_model(model, quantization_config(quant, resolve_dtype(model.dtype)), seed)

@@ -16,18 +16,18 @@ class QuantConfig:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
     bnb_4bit_quant_type: str | None = one_of(None, "nf4", "fp4")  # type: ignore[arg-type]
-    bnb_4bit_use_double_quant: bool | None = None  # quantise the scales too: 0.4 bits a weight less
+    bnb_4bit_use_double_quant: bool | None = None  # quantise the scales too: 0.4 bits less per weight
     bnb_4bit_compute_dtype: str | None = None  # null: the model's dtype
     llm_int8_threshold: float | None = None  # activations beyond it stay in 16 bits; null: 6.0
 
 
 def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
-    """What `from_pretrained` is given; None for whole weights.
+    """For `from_pretrained`; None for unquantised weights.
 
-    Upstream accepts an option that has no effect and says nothing; here it is refused.
+    Options without effect, which upstream ignores, are refused.
 
     Raises:
-        RequestError: both widths, an option without its width, or a bitsandbytes that does not work on this machine.
+        RequestError: both widths, an option without its width, or bitsandbytes does not work on this machine.
     """
     from transformers import BitsAndBytesConfig
 
@@ -53,7 +53,11 @@ def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBy
 
 
 def require_bitsandbytes(config: QuantConfig) -> None:
-    """Quantise a small matrix for real, on the device that will do it."""
+    """Quantise a small matrix on the device that will be used.
+
+    Raises:
+        RequestError: that fails.
+    """
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -67,8 +71,8 @@ def require_bitsandbytes(config: QuantConfig) -> None:
         else:
             functional.int8_vectorwise_quant(weight.half())
     except Exception as error:
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
         raise RequestError(
-            f"quant: {width} weights need bitsandbytes, which does not work on this machine's {device} "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}).\n"
+            f"quant: {width} weights need bitsandbytes, which does not work on this machine's {device} ({reason}).\n"
             "Use quant=none, or see `python -m smolvlm_exp task=doctor`."
         ) from error

@@ -1,4 +1,4 @@
-"""A SmolVLM's dimensions, and what can be built of them alone: configuration, processor."""
+"""A SmolVLM's dimensions, and what can be built from them alone: configuration, processor."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -6,18 +6,25 @@ from typing import TYPE_CHECKING, Any, cast
 from omegaconf import MISSING, OmegaConf
 
 from smolvlm_exp.utils.fields import one_of
-from smolvlm_exp.utils.paths import CONF
+from smolvlm_exp.utils.paths import CONF, PACKAGE
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
 
-CHAT_TEMPLATE = (
-    "<|im_start|>{% for message in messages %}{{message['role'] | capitalize}}"
-    "{% if message['content'][0]['type'] == 'image' %}{{':'}}{% else %}{{': '}}{% endif %}"
-    "{% for line in message['content'] %}{% if line['type'] == 'text' %}{{line['text']}}"
-    "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}<end_of_utterance>\n"
-    "{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
-)
+EMBEDDED = PACKAGE / "models" / "tiny"  # its chat template is every SmolVLM's
+# Fields of `Shape` and what transformers calls them in a model's text and vision configuration.
+TEXT_FIELDS = (
+    "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+VISION_FIELDS = {
+    "vision_hidden_size": "hidden_size",
+    "vision_num_hidden_layers": "num_hidden_layers",
+    "vision_intermediate_size": "intermediate_size",
+    "vision_num_attention_heads": "num_attention_heads",
+    "image_size": "image_size",
+    "patch_size": "patch_size",
+}
 
 
 @dataclass
@@ -37,10 +44,10 @@ class Shape:
     vision_num_hidden_layers: int = MISSING
     vision_intermediate_size: int = MISSING
     vision_num_attention_heads: int = MISSING
-    image_size: int = MISSING  # pixels a side of a tile
+    image_size: int = MISSING  # pixels per side of a tile
     patch_size: int = MISSING
     scale_factor: int = MISSING  # pixel shuffle: scale_factor^2 patches become one token
-    longest_edge: int = MISSING  # pixels the processor scales a picture's long edge to, up or down, before tiling
+    longest_edge: int = MISSING  # pixels to which the processor scales an image's long edge before tiling
     image_token_id: int = MISSING
     fake_image_token_id: int = MISSING
     end_of_utterance_id: int = MISSING
@@ -48,7 +55,7 @@ class Shape:
 
     @property
     def image_seq_len(self) -> int:
-        """Tokens a tile becomes."""
+        """Tokens per tile."""
         return (self.image_size // self.patch_size) ** 2 // self.scale_factor**2
 
 
@@ -59,14 +66,8 @@ def model_config(shape: Shape) -> "PretrainedConfig":
     from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
 
     text = LlamaConfig(  # type: ignore[call-arg]  # rope_theta is still accepted
-        hidden_size=shape.hidden_size,
-        num_hidden_layers=shape.num_hidden_layers,
-        intermediate_size=shape.intermediate_size,
-        num_attention_heads=shape.num_attention_heads,
-        num_key_value_heads=shape.num_key_value_heads,
-        vocab_size=shape.vocab_size,
+        **{name: getattr(shape, name) for name in TEXT_FIELDS},
         rope_theta=shape.rope_theta,
-        max_position_embeddings=shape.max_position_embeddings,
         rms_norm_eps=1e-5,
         tie_word_embeddings=False,
         bos_token_id=1,
@@ -79,14 +80,7 @@ def model_config(shape: Shape) -> "PretrainedConfig":
     }[shape.architecture]
     return composite(  # type: ignore[call-arg]
         text_config=text,
-        vision_config=vision(
-            hidden_size=shape.vision_hidden_size,
-            num_hidden_layers=shape.vision_num_hidden_layers,
-            intermediate_size=shape.vision_intermediate_size,
-            num_attention_heads=shape.vision_num_attention_heads,
-            image_size=shape.image_size,
-            patch_size=shape.patch_size,
-        ),
+        vision_config=vision(**{theirs: getattr(shape, ours) for ours, theirs in VISION_FIELDS.items()}),
         scale_factor=shape.scale_factor,
         image_token_id=shape.image_token_id,
         pad_token_id=2,
@@ -95,24 +89,13 @@ def model_config(shape: Shape) -> "PretrainedConfig":
 
 
 def shape_from(config: Any) -> Shape:
-    """A loaded model's dimensions: `model_config` the other way round. Pictures' longest edge is the processor's."""
+    """A loaded model's dimensions: `model_config` reversed. The longest edge is the processor's."""
     text, vision = config.text_config, config.vision_config
     return Shape(
         architecture=config.model_type,
-        hidden_size=text.hidden_size,
-        num_hidden_layers=text.num_hidden_layers,
-        intermediate_size=text.intermediate_size,
-        num_attention_heads=text.num_attention_heads,
-        num_key_value_heads=text.num_key_value_heads,
-        vocab_size=text.vocab_size,
+        **{name: getattr(text, name) for name in TEXT_FIELDS},
         rope_theta=text.rope_parameters["rope_theta"],
-        max_position_embeddings=text.max_position_embeddings,
-        vision_hidden_size=vision.hidden_size,
-        vision_num_hidden_layers=vision.num_hidden_layers,
-        vision_intermediate_size=vision.intermediate_size,
-        vision_num_attention_heads=vision.num_attention_heads,
-        image_size=vision.image_size,
-        patch_size=vision.patch_size,
+        **{ours: getattr(vision, theirs) for ours, theirs in VISION_FIELDS.items()},
         scale_factor=config.scale_factor,
         image_token_id=config.image_token_id,
         end_of_utterance_id=text.eos_token_id,
@@ -120,7 +103,7 @@ def shape_from(config: Any) -> Shape:
 
 
 def make_processor(shape: Shape, tokenizer: Any) -> "ProcessorMixin":
-    """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat pictures alike."""
+    """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat images alike."""
     from transformers import Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
@@ -130,7 +113,8 @@ def make_processor(shape: Shape, tokenizer: Any) -> "ProcessorMixin":
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],
     )
-    return Idefics3Processor(images, tokenizer, image_seq_len=shape.image_seq_len, chat_template=CHAT_TEMPLATE)
+    template = (EMBEDDED / "chat_template.jinja").read_text(encoding="utf-8")
+    return Idefics3Processor(images, tokenizer, image_seq_len=shape.image_seq_len, chat_template=template)
 
 
 def shape_of(model: str) -> Shape:

@@ -15,16 +15,19 @@ if TYPE_CHECKING:
 
     from smolvlm_exp.models.shape import Shape
 
-FIRST = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 in every SmolVLM
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")  # ids 0, 1, 2 in every SmolVLM
 TILES = ("<global-img>", *(f"<row_{r}_col_{c}>" for r in range(1, 7) for c in range(1, 7)))
 
 
 def stand_in_tokenizer(shape: "Shape") -> "PreTrainedTokenizerFast":
     """A tokenizer of exactly `shape.vocab_size` tokens with the control tokens at the real ids.
 
-    It splits words far finer than the real one (its merges come from the embedded data), so texts are longer;
-    ids that no text yields are named `<unused_N>`.
+    Byte-level BPE is trained on the embedded data's texts, so it splits other texts far finer than the real one.
+    SPECIAL_TOKENS, bytes and merges come first; ids that no text yields are named `<unused_N>`.
     """
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
     controls = {
         shape.fake_image_token_id: "<fake_token_around_image>",
         shape.image_token_id: "<image>",
@@ -32,18 +35,6 @@ def stand_in_tokenizer(shape: "Shape") -> "PreTrainedTokenizerFast":
     }
     if shape.global_image_token_id is not None:
         controls |= {shape.global_image_token_id + i: token for i, token in enumerate(TILES)}
-    return build(controls, shape.vocab_size)
-
-
-def build(controls: dict[int, str], vocab_size: int) -> "PreTrainedTokenizerFast":
-    """Train byte-level BPE on the embedded data's texts; lay out FIRST, bytes and merges, then `controls` at their ids.
-
-    Raises:
-        ValueError: an id of `controls` lies where the trained vocabulary stands.
-    """
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
     splitting = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
@@ -51,22 +42,23 @@ def build(controls: dict[int, str], vocab_size: int) -> "PreTrainedTokenizerFast
     trained.pre_tokenizer = splitting
     trainer = trainers.BpeTrainer(
         vocab_size=min(min(controls), 600),
-        special_tokens=list(FIRST),
+        special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     trained.train_from_iterator(corpus(), trainer)
     vocabulary = trained.get_vocab()
-    if len(vocabulary) > min(controls):
-        raise ValueError(f"the vocabulary of {len(vocabulary)} reaches over the control token at {min(controls)}")
+    assert len(vocabulary) <= min(controls), "a control token's id lies within the trained vocabulary"
     merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
     taken = set(vocabulary.values()) | set(controls)
     vocabulary |= {token: i for i, token in controls.items()}
-    vocabulary |= {f"<unused_{i}>": i for i in range(vocab_size) if i not in taken}
+    vocabulary |= {f"<unused_{i}>": i for i in range(shape.vocab_size) if i not in taken}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.pre_tokenizer = splitting
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in (*FIRST, *controls.values())])
+    tokenizer.add_special_tokens(
+        [AddedToken(t, special=True, normalized=False) for t in (*SPECIAL_TOKENS, *controls.values())]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         bos_token="<|im_start|>",
@@ -86,12 +78,12 @@ def corpus() -> Iterable[str]:
     for index in range(3000):
         rng = random.Random(f"tokenizer/{index}")
         scene = draw_scene_content(rng, shapes.choose_kinds(rng))
-        for ask in (
+        pairs = (
             shapes.caption_pair(scene, "exact", rng),
             shapes.presence_pair(scene, rng),
             shapes.detail_pair(scene, rng),
-        ):
-            question, chosen, rejected = ask
+        )
+        for question, chosen, rejected in pairs:
             yield f"User:{question}\nAssistant: {chosen}\n\n"
             yield f" {rejected}"
 

@@ -95,7 +95,7 @@ def test_a_misspelt_file_is_named(command, tmp_path, file, text, key, fix):
         (["adapter.target=nothing_like_it"], "matches no linear layer"),
         (["quant=none", "quant.bnb_4bit_quant_type=nf4"], "has no effect without quant.load_in_4bit=true"),
         (["model.id=no/such-model"], "model.weights=random"),
-        (["model.dtype=float12"], "is no torch dtype"),
+        (["model.dtype=float12"], "is not a torch dtype"),
         (["trainer.loss_type=[sigmoid]"], "same length as `loss_type`"),
         (["+trainer.extra.no_such_argument=1"], "no_such_argument"),
         (["+adapter.extra.no_such_argument=1"], "no_such_argument"),

@@ -115,6 +115,6 @@ def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys
         with pytest.raises(RequestError, match=r"(?s)model\.id=HuggingFaceTB/SmolVLM-Instruct.*Give a folder"):
             load(config)
     assert len(asked) == 1
-    assert capsys.readouterr().out.count("hub: ConnectError; models are taken from this disk") == 1
+    assert capsys.readouterr().out.count("hub: ConnectError; using local files only") == 1
     load_processor(compose().model)  # embedded: nothing to ask
     is_offline.cache_clear()

@@ -41,9 +41,9 @@ def test_preferences_after_supervised_fine_tuning(quick, tuned, tmp_path, engine
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["adapter.r=8"], r"model\.adapter=.* was made with r=4, and adapter\.r is 8: give adapter\.r=4\."),
+        (["adapter.r=8"], r"model\.adapter=.* was trained with r=4, but adapter\.r is 8: set adapter\.r=4\."),
         (["adapter=lora"], r"use_dora=True, and adapter\.use_dora is False: give adapter\.use_dora=true\."),
-        (["adapter.target=recipe"], r"sits on 42 layers and adapter\.target=recipe names \d+"),
+        (["adapter.target=recipe"], r"adapts 42 layers, but adapter\.target=recipe matches \d+"),
         (["adapter=none", "quant=none"], r"adapter=none exclude each other"),
     ],
 )
