@@ -5,7 +5,6 @@ import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -19,9 +18,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from smolvlm_exp.deploy.server.options import ServeConfig
 from smolvlm_exp.deploy.server.schemas import MEGABYTE, ChatRequest
 from smolvlm_exp.deploy.session.session import Answer, SmolVLMSession
+from smolvlm_exp.reporting.html import render
 from smolvlm_exp.utils.errors import RequestError
 
-PAGE = Path(__file__).parent / "chat.html"
 LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
 
 
@@ -52,7 +51,7 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
 
     @app.get("/")
     async def page() -> HTMLResponse:
-        return HTMLResponse(PAGE.read_text(encoding="utf-8"))
+        return HTMLResponse(render("chat.html.jinja", model=name))
 
     @app.get("/v1/models")
     async def models() -> dict[str, Any]:
