@@ -23,6 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
+from smolvlm_exp.engine.forward import Pixels, add_pair_forward
 from smolvlm_exp.engine.inputs.collate import (
     Batch,
     IndexCollator,
@@ -36,6 +37,7 @@ from smolvlm_exp.engine.inputs.collate import (
 from smolvlm_exp.engine.inputs.dataset import Collator
 from smolvlm_exp.engine.inputs.micro_batches import MicroBatch, Step, StepSampler, split_micro_batches
 from smolvlm_exp.engine.memory.probe import out_of_memory
+from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.utils.distributed import all_reduce_mean, gather, no_gather
 
 log = logging.getLogger(__name__)
@@ -48,9 +50,12 @@ class PackedTrainer(Trainer):
     """What turns one of TRL's trainers into the engine's; comes before it among a class's bases.
 
     Args:
+        model: as trainers.py's `attach_and_fuse` leaves it.
+        normalise: tiles.pixels.
         collator: of the training rows; eval_collator: of the held-out rows.
         micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
         whole: the loss is not a mean over pairs; see `split`.
+        trl: the TRL trainer's own arguments.
     """
 
     _metrics: dict[str, defaultdict[Any, list[Any]]]  # TRL's
@@ -59,7 +64,15 @@ class PackedTrainer(Trainer):
     _signature_columns: Any
 
     def __init__(
-        self, *, collator: Collator, eval_collator: Collator | None, micro_batch: int | None, whole: bool, **trl: Any
+        self,
+        model: Any,
+        *,
+        normalise: Pixels,
+        collator: Collator,
+        eval_collator: Collator | None = None,
+        micro_batch: int | None = None,
+        whole: bool = False,
+        **trl: Any,
     ) -> None:
         args = trl["args"]
         unit = args.per_device_train_batch_size
@@ -77,16 +90,21 @@ class PackedTrainer(Trainer):
             )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every row has a picture, so every parameter is used
+        weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
+            model=model,
             data_collator=collate_indices,
             train_dataset=index_dataset(len(collator.rows)),
             eval_dataset=index_dataset(len(eval_collator.rows)) if eval_collator else None,
             **trl,
         )
+        for parameter, data in weights:  # TRL rounds adapters on quantised weights to bfloat16
+            parameter.data = data.to(parameter.device)
         if self.is_fsdp_enabled:  # accelerate would have what learns rounded to bfloat16 in every forward pass
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.into_micros)
         self.batches = self.prepared()
+        add_pair_forward(base_of(model), normalise, self.statistics())
 
     def prepared(self) -> Any:
         """A loader of whole steps' micro-batches, whose workers last until it is let go."""
@@ -106,6 +124,10 @@ class PackedTrainer(Trainer):
 
     def into_micros(self, units: list[list[int]]) -> list[MicroBatch]:
         return split_micro_batches(units, self.micro_batch, self.whole)
+
+    def statistics(self) -> tuple[str, ...]:
+        """Which of forward.py's `STATISTICS` TRL's loss and metrics ask for."""
+        raise NotImplementedError
 
     def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
         """TRL's loss of one segment; it adds to TRL's metrics."""
@@ -272,27 +294,26 @@ class PackedTrainer(Trainer):
         smaller = failed // 2 // unit * unit
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RuntimeError(
-                f"out of memory with {failed} pairs at a time; weights are sharded, so all processes would have to "
-                "follow.\n"
+                f"Out of memory at micro-batch {failed}, which sharded weights cannot lower during a run.\n"
                 "Lower trainer.memory_budget, so that smaller micro-batches are planned."
             ) from error
         if not smaller:
             raise RuntimeError(self.too_large(step)) from error
         self.micro_batch = smaller
         self.out_of_memory += 1
-        log.warning(f"out of memory with {failed} pairs at a time: this step again, and all after it, with {smaller}")
+        log.warning(f"Out of memory at micro-batch {failed}: retrying this step and continuing with {smaller}")
 
     def too_large(self, step: Step) -> str:
         rows = step.running.rows
         sizes = self.collator.rows.sizes[rows]
         if len(rows) > 1:
             return (
-                f"out of memory with {len(rows)} pairs, and this loss needs them at once.\n"
+                f"Out of memory with {len(rows)} pairs, which this loss needs together.\n"
                 "Lower trainer.per_device_train_batch_size and raise trainer.gradient_accumulation_steps."
             )
         return (
-            f"out of memory with one pair alone, row {rows[0]}: {sizes[0, :3].sum()} tokens, {sizes[0, 3]} tiles.\n"
-            "What helps: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
+            f"Out of memory with a single pair, row {rows[0]}: {sizes[0, :3].sum()} tokens, {sizes[0, 3]} tiles.\n"
+            "Try trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
             "smaller model."
         )
 
@@ -337,7 +358,7 @@ class PackedTrainer(Trainer):
             self.eval_micro_batch = size // 2
             if self.args.device.type == "cuda":
                 torch.cuda.empty_cache()
-            log.warning(f"out of memory with {size} pairs without gradients: these again with {size // 2} at a time")
+            log.warning(f"Out of memory evaluating {size} pairs at once: retrying and continuing with {size // 2}")
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         mode = "train" if self.model.training else "eval"  # type: ignore[union-attr]

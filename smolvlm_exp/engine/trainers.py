@@ -1,6 +1,7 @@
 """TRL's trainers on the engine: the loss and the metrics are TRL's own code, the rows are stock TRL's in its order."""
 
 import logging
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
-from smolvlm_exp.engine.forward import Pixels, add_pair_forward
 from smolvlm_exp.engine.inputs.collate import Batch, to_device
 from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.layers.fuse import fuse
@@ -30,43 +30,16 @@ BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pa
 class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
     """DPO on packed pairs. The reference's log-probabilities come with the rows: call `score_references` first."""
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        normalise: Pixels,
-        collator: Collator,
-        eval_collator: Collator | None = None,
-        micro_batch: int | None = None,
-        **trl: Any,
-    ) -> None:
-        """
-        Args:
-            model: as `attach_and_fuse` leaves it.
-            normalise: tiles.pixels.
-            collator: of the training rows; eval_collator: of the held-out rows.
-            micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
-            trl: DPOTrainer's own arguments.
-        """
-        args = trl["args"]
-        masters = trainable_data(model)
-        super().__init__(
-            collator=collator,
-            eval_collator=eval_collator,
-            micro_batch=micro_batch,
-            whole=bool(BATCH_LOSSES & set(args.loss_type)),
-            model=model,
-            ref_model=NoReference(model.config),
-            **trl,
-        )
-        restore(masters)
+    def __init__(self, model: Any, **kwargs: Any) -> None:
+        whole = bool(BATCH_LOSSES & set(kwargs["args"].loss_type))
+        super().__init__(model, whole=whole, ref_model=NoReference(model.config), **kwargs)
         self.ref_model: Any = None
         self.precompute_ref_logps = True
         self.live = depends_on_its_batch(model)
-        statistics = ("log_probs", "entropy", "mean_logits", "is_top1")
-        add_pair_forward(
-            base_of(model), normalise, (*statistics, "log_sum_sq_probs") if self.use_weighting else statistics
-        )
+
+    def statistics(self) -> tuple[str, ...]:
+        needed = ("log_probs", "entropy", "mean_logits", "is_top1")
+        return (*needed, "log_sum_sq_probs") if self.use_weighting else needed
 
     def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
         return self._compute_loss(lambda **_: outputs, fields, False)
@@ -83,7 +56,7 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         A fresh adapter adds nothing, so the reference is the model without it, and other runs can use what was found.
         """
         if self.live:
-            log.info("reference: with every batch anew, because 8-bit layers round a row by what else is in its batch")
+            log.info("reference: recomputed per batch (int8 results depend on the batch)")
             return
         model = self.model
         assert isinstance(model, nn.Module)
@@ -102,51 +75,28 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         }
         for collator in (self.collator, self.eval_collator):
             if collator is not None:
-                score = Score(self, model, collator)
+                score = partial(self.reference_scores, collator=collator)
                 workers = self.args.dataloader_num_workers
                 collator.rows.reference = reference_logps(collator, score, parts, store, batch_size, workers)
         self.ref_model = None
 
+    def reference_scores(self, batch: Batch, collator: Collator) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference on a batch of `collator`, in parts that fit."""
 
-class Score:
-    """The reference on a batch, for reference_logps."""
+        def score(part: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+            fields = to_device({name: value for name, value in part.items() if name != "rows"}, self.args.device)
+            return self.compute_ref_log_probs(self.model, fields)
 
-    def __init__(self, trainer: SharedPrefixDPOTrainer, model: nn.Module, collator: Collator) -> None:
-        self.trainer, self.model, self.collator = trainer, model, collator
-
-    def __call__(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        parts, _ = self.trainer.in_parts(batch, self.collator, self.score)
+        parts, _ = self.in_parts(batch, collator, score)
         chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
         return chosen, rejected
-
-    def score(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-        fields = to_device({name: value for name, value in batch.items() if name != "rows"}, self.trainer.args.device)
-        return self.trainer.compute_ref_log_probs(self.model, fields)
 
 
 class SharedPrefixSFTTrainer(PackedTrainer, SFTTrainer):
     """Supervised fine-tuning on prompt and chosen answer, packed; the mean is over the whole step's tokens."""
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        normalise: Pixels,
-        collator: Collator,
-        eval_collator: Collator | None = None,
-        micro_batch: int | None = None,
-        **trl: Any,
-    ) -> None:
-        """
-        Args:
-            as SharedPrefixTrainer's; the collators are of `ChosenRows`.
-        """
-        masters = trainable_data(model)
-        super().__init__(
-            collator=collator, eval_collator=eval_collator, micro_batch=micro_batch, whole=False, model=model, **trl
-        )
-        restore(masters)
-        add_pair_forward(base_of(model), normalise, ("log_probs", "entropy", "is_top1"))
+    def statistics(self) -> tuple[str, ...]:
+        return "log_probs", "entropy", "is_top1"
 
     def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
         return self.compute_loss(lambda **_: outputs, fields, num_items_in_batch=num_items_in_batch)
@@ -180,17 +130,6 @@ def attach_and_fuse(model: Any, peft_config: PeftConfig | None, args: Any) -> An
         set_seed(args.seed)  # where TRL would, so that the adapter starts with the same numbers
         with keeping_scales(model):
             model = get_peft_model(model, peft_config)
-    use_fused_layers(model, args)
-    return model
-
-
-def trainable_data(model: nn.Module) -> list[Any]:
-    """(parameter, its numbers) of all that learns, before TRL rounds them; `restore` undoes that."""
-    return [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
-
-
-def use_fused_layers(model: Any, args: Any) -> None:
-    """Before TRL looks at the model: layers that keep little need no checkpointing around them."""
     if getattr(args, "disable_dropout", False):
         disable_dropout_in_model(model)  # TRL will; an adapter without dropout can be fused
     checkpointing = "full" if args.gradient_checkpointing else "none"
@@ -201,12 +140,7 @@ def use_fused_layers(model: Any, args: Any) -> None:
         fuse(model, "none", "none")  # transformers checkpoints every layer or none
     elif args.gradient_checkpointing:
         args.gradient_checkpointing = args.activation_checkpointing = False  # one name and its alias
-
-
-def restore(masters: list[Any]) -> None:
-    """Undo TRL's rounding to bfloat16, which it does to adapters on quantised weights."""
-    for parameter, data in masters:
-        parameter.data = data.to(parameter.device)
+    return model
 
 
 def adds_nothing(model: PeftModel) -> bool:

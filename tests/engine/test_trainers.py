@@ -266,8 +266,8 @@ def test_running_out_of_memory_changes_nothing(bench, where, capsys):
         trainer.accelerator.backward = Failing(trainer.accelerator.backward, **failing)
     trainer.train()
     out = capsys.readouterr().out
-    assert "out of memory with 4 pairs at a time: this step again, and all after it, with 2" in out
-    assert "out of memory with 2 pairs at a time: this step again, and all after it, with 1" in out
+    assert "Out of memory at micro-batch 4: retrying this step and continuing with 2" in out
+    assert "Out of memory at micro-batch 2: retrying this step and continuing with 1" in out
     assert trainer.micro_batch == 1
     assert trainer.eval_micro_batch == 4
     compare(trainer.state.log_history, wanted, without=TOKEN_MEANS, tolerance=1e-6)
@@ -278,7 +278,7 @@ def test_running_out_of_memory_for_good(bench):
     trainer = bench.shared(micro_batch=1)
     trainer.accelerator.backward = Failing(trainer.accelerator.backward, [2])
     with pytest.raises(
-        RuntimeError, match=r"out of memory with one pair alone, row \d+: \d+ tokens, \d+ tiles\.\n.*quant=nf4"
+        RuntimeError, match=r"Out of memory with a single pair, row \d+: \d+ tokens, \d+ tiles\.\n.*quant=nf4"
     ):
         trainer.train()
     trainer = bench.shared(loss_type=["sft"])
@@ -308,7 +308,7 @@ def test_evaluation_has_a_size_of_its_own(bench, capsys):
     trainer = bench.shared()
     trainer.score = Failing(trainer.score, [5, 6])  # the first evaluation's first calls
     trainer.train()
-    assert "out of memory with 4 pairs without gradients: these again with 2 at a time" in capsys.readouterr().out
+    assert "Out of memory evaluating 4 pairs at once: retrying and continuing with 2" in capsys.readouterr().out
     assert (trainer.micro_batch, trainer.eval_micro_batch) == (2, 1)
     compare(trainer.state.log_history, wanted)
 

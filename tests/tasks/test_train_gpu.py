@@ -76,7 +76,7 @@ def test_out_of_memory_is_recovered_from(tmp_path):
         found.append((done.stdout, [entry["loss"] for entry in losses if "loss" in entry]))
     (free, wanted), (capped, losses) = found
     assert "out of memory" not in free
-    assert "out of memory with 8 pairs at a time: this step again, and all after it, with 4" in capped
+    assert "Out of memory at micro-batch 8: retrying this step and continuing with 4" in capped
     assert losses == pytest.approx(wanted, abs=2e-2)  # bfloat16 adds up in another order
 
 

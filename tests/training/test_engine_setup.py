@@ -72,7 +72,7 @@ def test_the_next_run_finds_the_reference(quick, tmp_path, capsys):
 def test_what_8_bit_layers_and_dropout_mean_is_said(quick, tmp_path, capsys):
     train(quick("quant=int8", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"), tmp_path)
     out = capsys.readouterr().out
-    assert "reference: with every batch anew" in out
+    assert "reference: recomputed per batch" in out
     assert "both answers of a pair see the same noise on their prompt" in out
 
 
