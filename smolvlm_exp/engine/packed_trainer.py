@@ -313,7 +313,7 @@ class PackedTrainer(Trainer):
             )
         return (
             f"Out of memory with a single pair, row {rows[0]}: {sizes[0, :3].sum()} tokens, {sizes[0, 3]} tiles.\n"
-            "Try trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
+            "Try: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
             "smaller model."
         )
 

@@ -283,7 +283,7 @@ def test_running_out_of_memory_for_good(bench):
         trainer.train()
     trainer = bench.shared(loss_type=["sft"])
     trainer.accelerator.backward = Failing(trainer.accelerator.backward, [1])
-    with pytest.raises(RuntimeError, match=r"2 pairs, and this loss needs them at once.\nLower trainer.per_device"):
+    with pytest.raises(RuntimeError, match=r"2 pairs, which this loss needs together.\nLower trainer.per_device"):
         trainer.train()
     trainer = bench.shared()
     trainer.accelerator.backward = Failing(trainer.accelerator.backward, [1], error=RuntimeError("something else"))
