@@ -1,9 +1,10 @@
 """A command, read to the end before Hydra runs it: every job composed and checked, mistakes told in a line or three."""
 
+import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import MISSING, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,27 +17,35 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from smolvlm_exp.config.renamed import KEYS, check_renamed, rename_settings
 from smolvlm_exp.config.schema import (
-    POLYMORPHIC,
+    SELECTORS,
     Config,
+    default_of,
     every_key,
     key_paths,
     own_config,
     own_configs,
     parse,
     schema,
+    settings,
     suggestion,
     unknown_keys,
 )
 from smolvlm_exp.config.security import check_hydra, check_search_path, check_setting
+from smolvlm_exp.config.tasks import misplaced, readers
+from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import CONF
+
+log = logging.getLogger(__name__)
 
 NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
 
@@ -64,6 +73,7 @@ def check_command(args: Any) -> list[Config]:
                 given = (override.input_line or "").partition("=")[2]
                 check_setting(override.key_or_group, given)
                 check_search_path(given)
+                check_renamed(override.key_or_group, given)
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
@@ -71,16 +81,26 @@ def check_command(args: Any) -> list[Config]:
             for override in groups:
                 check_option(override)
             check_keys(name, groups, [o for o in overrides if o not in groups])
-            return [read(name, job) for job in jobs(name, overrides, args.multirun)]
+            return [read(name, job, replay=folder != CONF) for job in jobs(name, overrides, args.multirun)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
 
 
-def read(name: str, job: list[str]) -> Config:
-    """One job's settings, its own and Hydra's."""
+def read(name: str, job: list[str], replay: bool) -> Config:
+    """One job's settings, its own and Hydra's.
+
+    Args:
+        replay: the file composed from has a value for every setting, so only those of `job` were asked for.
+    """
     composed = compose(name, overrides=job, return_hydra_config=True)
     check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
-    return parse(composed)
+    config = parse(composed)
+    asked = {key_of(override) for override in job}
+    for key, setting, value in settings(config):
+        problem = misplaced(key, config.task.name)
+        if problem and value != default_of(setting) and (key in asked or not replay):
+            raise RequestError(problem)
+    return config
 
 
 def folder_of(args: Any) -> str:
@@ -89,6 +109,24 @@ def folder_of(args: Any) -> str:
     with search_path(folder, args.config_dir):
         composed = compose(args.config_name or "config", overrides=args.overrides, return_hydra_config=True)
         return str(composed.hydra.run.dir)
+
+
+def run_in_hydra(task: Callable[[DictConfig], Any], overrides: list[str]) -> Any:
+    """What `task` returns in a new run folder: as the command line runs it, for Python."""
+    with search_path(CONF, None):
+        hydra = GlobalHydra.instance().hydra
+        assert hydra is not None
+        return hydra.run("config", task, overrides, with_log_configuration=False).return_value
+
+
+def log_tuned_settings(config: Config) -> None:
+    """Name the file of settings for this model that a trainer option of ours applied, and those of them that hold."""
+    choices = HydraConfig.get().runtime.choices
+    path = CONF / "tuned" / f"{choices.get('tuned@trainer')}.yaml"
+    if path.is_file():
+        tuned = yaml.safe_load(path.read_text(encoding="utf-8"))
+        held = [f"trainer.{key}={value}" for key, value in tuned.items() if getattr(config.trainer, key, None) == value]
+        log.info(f"settings tuned for model={choices['model']}: conf/tuned/{path.name} ({' '.join(held)})")
 
 
 def compose(name: str, **asked: Any) -> DictConfig:
@@ -126,18 +164,17 @@ def search_path(folder: Path, own: str | None) -> Iterator[None]:
 def register_schemas() -> None:
     """Tell Hydra every setting's default and type.
 
-    conf/config.yaml starts from `schema`; a file in conf/data or conf/trainer starts from its own, as
+    conf/config.yaml starts from `schema`; a file in conf/task, conf/data or conf/trainer starts from its own, as
     `/schema/data@_here_: shapes`.
     """
     store, root = ConfigStore.instance(), {}
     for setting in fields(Config):
         kind = get_type_hints(Config)[setting.name]
-        default = setting.default if setting.default_factory is MISSING else setting.default_factory()
-        root[setting.name] = kind if is_dataclass(kind) else default
-    for group, folder in POLYMORPHIC.items():
+        root[setting.name] = kind if is_dataclass(kind) else default_of(setting)
+    for group in SELECTORS:
         root[group] = {}
-        for name in own_configs(folder):
-            store.store(group=f"schema/{group}", name=name, node=own_config(folder, name))
+        for name in own_configs(group):
+            store.store(group=f"schema/{group}", name=name, node=own_config(group, name))
     store.store(name="schema", node=root)
 
 
@@ -152,7 +189,7 @@ def explain(error: Exception) -> str:
         key = inner.full_key
         if key.split(".")[0] not in get_type_hints(Config) and file:
             key = f"{file.group(1).split('/')[0]}.{key}"
-        return f"{where}{key}: no such setting. {suggestion(key, every_key())}"
+        return f"{where}{unknown(key, every_key())}"
     if isinstance(inner, OmegaConfBaseException) and inner.full_key:
         return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
     if isinstance(error, OverrideParseException):
@@ -242,20 +279,31 @@ def check_keys(name: str, groups: list[Override], values: list[Override]) -> Non
     """Unknown keys in the files that the command chooses, then on the command line itself."""
     composed = compose(name, overrides=combinations(groups)[0], return_hydra_config=True)
     check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
+    rename_settings(composed)
     expected = schema(composed)
     known = list(key_paths(expected))
     plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
     for key in unknown_keys(plain, expected):
-        raise RequestError(f"{file_of(key, composed)}: {key}: no such setting. {suggestion(key, known)}")
+        if not readers(key):  # else a saved run's, of another task
+            raise RequestError(f"{file_of(key, composed)}: {unknown(key, known)}")
     for override in values:
         key = override.key_or_group
         free = ".extra." in key or key.startswith("hydra.")
         if not free and not any(path == key or path.startswith(f"{key}.") for path in known):
             options = GlobalHydra.instance().config_loader().list_groups("")
-            raise RequestError(f"{key}: no such setting. {suggestion(key, [*options, *known])}")
+            raise RequestError(misplaced(key, composed.task.name) or unknown(key, [*options, *known]))
         adds = override.is_add() or override.is_force_add()
         if ".extra." in key and not adds and OmegaConf.select(composed, key) is None:
             raise RequestError(f"{key}: further arguments are added with a plus: +{override.input_line}")
+
+
+def unknown(key: str, known: list[str]) -> str:
+    """What to say of a setting that does not exist here."""
+    if key in KEYS:
+        return f"{key} is now {KEYS[key]}."
+    if readers(key):
+        return f"{key} belongs to task={'|'.join(readers(key))}."
+    return f"{key}: no such setting. {suggestion(key, known)}"
 
 
 def file_of(key: str, composed: DictConfig) -> str:

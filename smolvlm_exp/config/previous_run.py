@@ -1,10 +1,11 @@
 """resume=, run= and -m sweep=: a command completed by the settings of what it goes on with."""
 
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from smolvlm_exp.config.renamed import rename_override
+from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
 from smolvlm_exp.runs.find import find_finished_run, find_run, overrides_of, summary_of
 from smolvlm_exp.runs.overrides import given_value, key_of
@@ -33,7 +34,7 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
             f"resume={asked}: {folder} is at its end. To train it longer, add trainer.max_steps=... and "
             "'resume_allow=[trainer.max_steps]'."
         )
-    kept = [override for override in overrides_of(folder) if key_of(override) not in given]
+    kept = settings_of(overrides_of(folder), "train", given)
     own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
     return [*(a for a in argv if not a.startswith("resume=")), *kept, f"resume={folder}", *own]
 
@@ -55,7 +56,8 @@ def run_command(argv: list[str], args: Any) -> list[str]:
     folder = find_finished_run(asked)
     given = {key_of(override) for override in args.overrides} | {"task", "resume", "sweep", "run"}
     # A group that the command chooses anew takes none of the settings that went with the run's choice.
-    kept = [o for o in overrides_of(folder) if not {key_of(o), key_of(o).partition(".")[0]} & given]
+    saved = settings_of(overrides_of(folder), task, given)
+    kept = [override for override in saved if key_of(override).partition(".")[0] not in given]
     tuned = [f"model.adapter={folder}/adapter"]
     if not (folder / "adapter").is_dir():
         tuned = [f"model.id={folder}/model", "model.weights=pretrained"]
@@ -73,11 +75,12 @@ def sweep_command(argv: list[str], args: Any) -> list[str]:
         raise RequestError("sweep=... goes on with many runs: add -m (resume=... goes on with one).")
     folder = find_sweep(asked)
     given = {key_of(override) for override in args.overrides} | set(OWN)
-    kept = [override for override in saved(folder) if key_of(override) not in given]
+    saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
+    kept = settings_of([*saved["task"], *saved["hydra"]], "train", given)
     return [*(a for a in argv if not a.startswith("sweep=")), *kept, f"hydra.sweep.dir={folder}"]
 
 
-def saved(folder: Path) -> list[str]:
-    """The overrides of the command that started a sweep, Hydra's own too."""
-    overrides = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
-    return [*overrides["task"], *overrides["hydra"]]
+def settings_of(overrides: list[str], task: str, given: set[str]) -> list[str]:
+    """Saved overrides under today's names, without those that the command gives anew or `task` does not read."""
+    renamed = map(rename_override, overrides)
+    return [o for o in renamed if key_of(o) not in given and not misplaced(key_of(o), task)]

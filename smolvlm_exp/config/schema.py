@@ -3,14 +3,16 @@
 import difflib
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from importlib import import_module
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from smolvlm_exp.config.renamed import rename_settings
 from smolvlm_exp.config.security import check_setting
+from smolvlm_exp.config.tasks import TASKS, readers
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.deploy.export.options import ExportConfig
 from smolvlm_exp.deploy.server.options import ServeConfig
@@ -21,34 +23,19 @@ from smolvlm_exp.models.model import ModelConfig
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.reporting.tracker import TrackerConfig
 from smolvlm_exp.training.arguments import TrainerConfig
-from smolvlm_exp.training.row_lengths import PlanConfig
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.fields import at_least, one_of
+from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.paths import PACKAGE
 
-POLYMORPHIC = {
-    "data": "data/sources",
-    "trainer": "training",
-}  # groups whose schema goes with the option, and their folders
-
-
-@dataclass
-class TaskConfig(PlanConfig):
-    name: str = one_of("train", "evaluate", "generate", "compare", "export", "chat", "serve", "doctor", "plan")
-    temperature: float = at_least(0, 0.0)  # of answers that task=evaluate and task=generate give; 0: greedy
-    max_new_tokens: int = at_least(1, 256)  # at which they, and those that a run or an export is judged by, are cut
-    batch_sizes: list[int] = field(default_factory=list)  # that task=evaluate times; []: 1 and the evaluation's own
-    images: str | None = None  # task=generate: the folder that pictures lie in
-    question: str = "Describe the picture."  # asked about each of them
-    questions: str | None = None  # or a JSONL file with `image` and `question` a line
-    answers: str | None = None  # the JSONL file to write, or to complete; null: answers.jsonl in the run's folder
+SELECTORS = {"task": "name", "data": "source", "trainer": "algorithm"}  # group -> the key that selects its schema
+FOLDERS = {"data": "data/sources", "trainer": "training"}  # of the modules with a `Config`
 
 
 @dataclass
 class Config:
-    """A whole run. `data` and `trainer` are the chosen source's and trainer's own `Config`."""
+    """A whole run. `task`, `data` and `trainer` are the chosen option's own `Config`."""
 
-    task: TaskConfig
+    task: Any  # config/tasks.py
     model: ModelConfig
     quant: QuantConfig
     adapter: AdapterConfig
@@ -59,39 +46,44 @@ class Config:
     session: SessionConfig = field(default_factory=SessionConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
     seed: int = 0
-    name: str | None = None
-    resume: str | None = None
-    resume_allow: list[str] = field(default_factory=list)
-    run: str | None = None
-    runs: list[str] = field(default_factory=list)
-    sweep: str | None = None
-    keep: str = one_of("best", "last", "all")
-    metric: str = one_of(*GOALS)
+    name: str | None = None  # the run's name; null: the settings that differ from the defaults
+    resume: str | None = None  # a run folder, or `last`: resume a run that stopped
+    resume_allow: list[str] = field(default_factory=list)  # settings that may change on resume, as [trainer.max_steps]
+    run: str | None = None  # a run folder, or `last`: what a task other than train works on
+    runs: list[str] = field(default_factory=list)  # what task=compare compares: run or sweep folders, patterns, `last`
+    sweep: str | None = None  # with -m: a sweep folder, or `last`: run the jobs it lacks
+    keep_checkpoints: str = one_of("best", "last", "all")  # after a sweep: of the best job, the newest of each, or all
+    metric: str = one_of(*GOALS)  # of summary.json: what runs are compared by
 
 
 def schema(composed: DictConfig) -> DictConfig:
-    """The schema of one run, with the chosen source's and trainer's own `Config` in their places."""
+    """The schema of one run, with the `Config` of the chosen task, source and trainer in their places."""
     root = OmegaConf.structured(Config)
     for name, kind in typing.get_type_hints(Config).items():
         if is_dataclass(kind):
             root[name] = OmegaConf.structured(kind)
-    for group, key in (("data", "source"), ("trainer", "algorithm")):
-        folder, name = POLYMORPHIC[group], OmegaConf.select(composed, f"{group}.{key}")
-        known = own_configs(folder)
+    for group, key in SELECTORS.items():
+        name = OmegaConf.select(composed, f"{group}.{key}")
+        known = own_configs(group)
         if name not in known:
             raise RequestError(f"{group}.{key}={name}: no such module. {suggestion(str(name), known)}")
-        root[group] = OmegaConf.structured(own_config(folder, name))
+        root[group] = OmegaConf.structured(own_config(group, name))
     return root
 
 
-def own_configs(folder: str) -> list[str]:
-    """Modules of a folder that have a `Config`: adding one is all it takes to add a source or a trainer."""
-    files = sorted((PACKAGE / folder).glob("*.py"))
+def own_configs(group: str) -> list[str]:
+    """The options of a group that have a schema: for a source or a trainer, the modules with a `Config`."""
+    if group == "task":
+        return list(TASKS)
+    files = sorted((PACKAGE / FOLDERS[group]).glob("*.py"))
     return [file.stem for file in files if "\nclass Config(" in file.read_text(encoding="utf-8")]
 
 
-def own_config(folder: str, name: str) -> type:
-    return import_module(f"smolvlm_exp.{folder.replace('/', '.')}.{name}").Config
+def own_config(group: str, name: str) -> type:
+    if group == "task":
+        return TASKS[name]
+    config: type = import_module(f"smolvlm_exp.{FOLDERS[group].replace('/', '.')}.{name}").Config
+    return config
 
 
 def parse(composed: DictConfig) -> Config:
@@ -103,7 +95,11 @@ def parse(composed: DictConfig) -> Config:
     composed = composed.copy()
     with open_dict(composed):
         composed.pop("hydra", None)
+    rename_settings(composed)
     expected = schema(composed)
+    with open_dict(composed):
+        for key in [key for key in composed.task if readers(f"task.{key}") and key not in expected.task]:
+            composed.task.pop(key)  # a run of an earlier release saved those of all tasks
     for key in unknown_keys(composed, expected):
         raise RequestError(f"{key}: no such setting. {suggestion(key, list(key_paths(expected)))}")
     try:
@@ -138,11 +134,7 @@ def every_key() -> list[str]:
     """The full names of all settings, whichever source and trainer are chosen."""
     keys: set[str] = set()
     for name, kind in typing.get_type_hints(Config).items():
-        kinds = (
-            [own_config(POLYMORPHIC[name], own) for own in own_configs(POLYMORPHIC[name])]
-            if name in POLYMORPHIC
-            else [kind]
-        )
+        kinds = [own_config(name, own) for own in own_configs(name)] if name in SELECTORS else [kind]
         for each in kinds:
             keys |= set(key_paths(OmegaConf.structured(each), f"{name}.")) if is_dataclass(each) else {name}
     return sorted(keys)
@@ -165,6 +157,10 @@ def key_paths(expected: DictConfig, path: str = "") -> Iterator[str]:
             yield from key_paths(node, f"{path}{key}.")
         else:
             yield f"{path}{key}"
+
+
+def default_of(setting: Field[Any]) -> Any:
+    return setting.default if setting.default_factory is MISSING else setting.default_factory()
 
 
 def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -13,7 +13,20 @@ from smolvlm_exp.utils.paths import OUTPUTS
 PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
 JOBS = "sweeps/*/*/*"
 # Settings that are no part of what a run does: runs that differ in these alone are repetitions.
-NON_IDENTITY_KEYS = ("seed", "name", "resume", "run", "runs", "sweep", "keep", "metric", "tracker", "task", "hydra")
+NON_IDENTITY_KEYS = (
+    "seed",
+    "name",
+    "resume",
+    "run",
+    "runs",
+    "sweep",
+    "keep",
+    "keep_checkpoints",
+    "metric",
+    "tracker",
+    "task",
+    "hydra",
+)
 
 
 def find_run(name: str, root: Path = OUTPUTS) -> Path:

@@ -22,8 +22,8 @@ IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
 # Settings that change no number that is learnt: where things lie, what is kept, who is told, how many help.
 RESUME_FREE_KEYS = (
-    "task", "export", "session", "serve", "tracker", "name", "keep", "metric", "resume", "resume_allow", "run", "runs",
-    "sweep", "data.num_proc", "trainer.cache", "trainer.cache_disk", "trainer.cache_ram",
+    "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
+    "resume_allow", "run", "runs", "sweep", "data.num_proc", "trainer.cache", "trainer.cache_disk", "trainer.cache_ram",
     "trainer.dataloader_num_workers", "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps",
     "trainer.save_steps", "trainer.save_strategy", "trainer.save_total_limit",
 )  # fmt: skip

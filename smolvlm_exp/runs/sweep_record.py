@@ -11,7 +11,7 @@ from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.formatting import short_keys, short_value
 from smolvlm_exp.utils.paths import OUTPUTS
 
-DISPLAY_KEYS = ("keep", "metric")  # what a sweep does with its jobs: no part of what a job is
+DISPLAY_KEYS = ("keep", "keep_checkpoints", "metric")  # what a sweep does with its jobs: no part of what a job is
 
 
 ENDED = ("done", "pruned")  # nothing is left to do

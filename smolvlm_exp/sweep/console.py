@@ -60,7 +60,7 @@ def announce(folder: Path, what: str, varied: dict[str, str], states: Sequence[s
 def report_results(folder: Path, config: Config, stopped: bool, sections: Sections = ()) -> SweepResults:
     """Write sweep.csv and sweep.html (`sections` in place of main effects), print the table, hand it to W&B."""
     found = read_results(folder, config.metric)
-    prune_checkpoints(found, config.keep)
+    prune_checkpoints(found, config.keep_checkpoints)
     rows = results_table(found)
     write_csv(folder / "sweep.csv", rows)
     page = write_page(found, sections)

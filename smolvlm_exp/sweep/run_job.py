@@ -29,7 +29,7 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
     found = read_results(folder.parent, config.metric)
     row = row_of(found, folder)
     log.info(f"[{folder.name}] {row.status}{f': {row.reason}' if row.reason else ''}{remaining_time(found)}")
-    prune_checkpoints(found, config.keep)
+    prune_checkpoints(found, config.keep_checkpoints)
     return row.value(config.metric)
 
 

@@ -32,7 +32,7 @@ def load_session(config: Config) -> SmolVLMSession:
     Raises:
         RequestError: there is no such model, or a setting does not go with it.
     """
-    budget = bytes_of("session.keep", config.session.keep)
+    budget = bytes_of("session.cache", config.session.cache)
     backend = load_backend(config.session.precision, config.model, config.quant, config.adapter, config.seed)
     return SmolVLMSession(*backend, budget, config.data.max_edge, ImageLimits.of(config.data))
 

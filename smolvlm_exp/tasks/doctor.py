@@ -19,10 +19,15 @@ from dataclasses import dataclass
 from functools import partial
 from importlib import metadata, util
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.models.hub import ping
+from smolvlm_exp.runs.find import find_ended_run
+from smolvlm_exp.utils.paths import OUTPUTS
 from smolvlm_exp.utils.versions import check_torchvision
+
+if TYPE_CHECKING:
+    from smolvlm_exp.config.schema import Config
 
 GIB = 1 << 30
 COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
@@ -45,7 +50,21 @@ class Finding:
     fix: str = ""
 
 
-def doctor(outputs: Path) -> int:
+def doctor(config: "Config", folder: Path) -> None:
+    """Check this machine, or with `run=` say what a run's own figures advise.
+
+    Raises:
+        SystemExit: 1: the main job cannot run here.
+    """
+    if config.run:
+        from smolvlm_exp.reporting.advice import print_advice  # imports torch
+
+        print_advice(find_ended_run(config.run))
+    elif check_machine(OUTPUTS):
+        raise SystemExit(1)
+
+
+def check_machine(outputs: Path) -> int:
     """Run every check, a line each. Returns 0, or 1 when the main job cannot run. `outputs` need not exist."""
     # name, function, and the verdict and fix when it raises
     checks: list[tuple[str, Callable[[], Finding], str, str]] = [

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -33,8 +34,8 @@ CONTEXT = 0.6  # GiB of a card that the driver and CUDA take before anything els
 SMALLER = {"idefics3": ("smolvlm_500m", "smolvlm_256m"), "smolvlm": ("smolvlm2_500m", "smolvlm2_256m")}
 
 
-def plan(config: "Config") -> int:
-    """Print the table, what it assumes, and what helps where something does not fit. Returns the exit code, 0.
+def plan(config: "Config", folder: Path) -> None:
+    """Print the table, what it assumes, and what helps where something does not fit.
 
     Raises:
         RequestError: it cannot be answered: plain TRL, a model whose shape is not known, data that cannot be read.
@@ -59,7 +60,6 @@ def plan(config: "Config") -> int:
     console.print(table(config, answers, found, card))
     for line in remarks(config, found, card, answers, {name: int(size) for name, size in budgets.items()}):
         say(line)
-    return 0
 
 
 def rows_of(config: "Config", found: RowLengths) -> RowSizes:

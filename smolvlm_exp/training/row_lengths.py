@@ -29,9 +29,9 @@ HUB_ROWS = {"rlaif_v": {"train": 78_975, "test": 4_157}, "rlhf_v": {"train": 5_7
 
 @dataclass
 class PlanConfig:
-    """What `task=plan` assumes of data that is not on this disk, and of the card."""
+    """What `task=plan` assumes of data that is not on this disk, and of the GPU."""
 
-    picture: str = "512x384"  # width x height of most images; the largest are taken to be square
+    image_size: str = "512x384"  # width x height of most images; the largest are taken to be square
     answer_tokens: int = at_least(1, 100)  # of most answers; the longest are taken to be twice as long
     rows: int | None = at_least(1, None)  # of the data set, where they are not known
     matmul_tflops: float | None = above(0, None)  # of your card, in bfloat16, for seconds; null: the reference card's
@@ -47,12 +47,12 @@ class RowLengths:
 def row_lengths(data: DataConfig, model: ModelConfig, task: PlanConfig) -> RowLengths:
     """
     Raises:
-        RequestError: the data is on this disk and cannot be read, or task.picture is no size.
+        RequestError: the data is on this disk and cannot be read, or task.image_size is no size.
     """
     assert model.shape is not None
     if not hasattr(data, "id") or Path(data.id).expanduser().is_dir():  # sources without an id read local files alone
         return sample_lengths(data, model, model.shape)
-    typical = tile_grid(*image_size(task.picture), model.shape, data.max_edge)
+    typical = tile_grid(*parse_image_size(task.image_size), model.shape, data.max_edge)
     largest = tile_grid(data.max_edge, data.max_edge, model.shape, data.max_edge)
     prompts = [image_tokens(*grid, model.shape) + TEMPLATE + QUESTION for grid in (typical, largest)]
     tiles, most_tiles = (rows * columns + 1 if rows else 1 for rows, columns in (typical, largest))
@@ -60,9 +60,9 @@ def row_lengths(data: DataConfig, model: ModelConfig, task: PlanConfig) -> RowLe
     # One row in ten is of the longest: enough of them to fill any micro-batch.
     sizes = [*[(prompts[0], short, short, tiles)] * 9, (prompts[1], long, long, most_tiles)] * 256
     description = (
-        f"assumed rows: an image of {task.picture} ({tiles} tiles, {tiles * model.shape.image_seq_len:,} tokens) "
+        f"assumed rows: an image of {task.image_size} ({tiles} tiles, {tiles * model.shape.image_seq_len:,} tokens) "
         f"and answers of {short} tokens; the longest have {most_tiles} tiles and answers of {long} tokens "
-        "(task.picture, task.answer_tokens)"
+        "(task.image_size, task.answer_tokens)"
     )
     return RowLengths(sizes, task.rows or hub_rows(data), description)
 
@@ -121,10 +121,10 @@ def image_tokens(rows: int, columns: int, shape: Shape) -> int:
     return span.count("<") + rows + plain * (rows * columns + 1)
 
 
-def image_size(text: str) -> tuple[int, int]:
+def parse_image_size(text: str) -> tuple[int, int]:
     width, _, height = text.partition("x")
     if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise RequestError(f"task.picture={text} is no size; write it as 512x384.")
+        raise RequestError(f"task.image_size={text} is no size; write it as 512x384.")
     return int(width), int(height)
 
 

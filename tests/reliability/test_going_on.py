@@ -196,8 +196,9 @@ def test_the_base_is_the_one_it_was(bench, saved):
 
 def test_what_changes_no_number_may_change(bench, saved):
     free = (
-        "tracker.project=another", "name=other", "trainer.save_steps=5", "trainer.save_total_limit=1", "keep=all",
-        "trainer.dataloader_num_workers=2", "trainer.memory_budget=none", "trainer.cache=elsewhere", "data.num_proc=2",
+        "tracker.project=another", "name=other", "trainer.save_steps=5", "trainer.save_total_limit=1",
+        "keep_checkpoints=all", "trainer.dataloader_num_workers=2", "trainer.memory_budget=none",
+        "trainer.cache=elsewhere", "data.num_proc=2",
     )  # fmt: skip
     config = compose(*[f"+{o}" if ".extra." in o else o for o in LONG], *free, "resume=it")
     check_same_run(asdict(config), saved, bench.preferences.train)

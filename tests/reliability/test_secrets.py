@@ -112,7 +112,7 @@ def test_all_that_is_stored_is_plain_and_holds_no_secret(command, tmp_path):
     """A sweep of two jobs with W&B and its cache, then an export in every format, where the environment has secrets."""
     secrets = {"HF_TOKEN": TOKEN, "WANDB_API_KEY": "0123456789abcdef" * 2 + "01234567", "WANDB_MODE": "offline"}
     brief = ("trainer.max_steps=2", "trainer.save_steps=1", "data.train_rows=16", "data.test_rows=8")
-    done = command("-m", *brief, "adapter.r=2,4", "hydra.sweep.dir=sweep", "keep=all", env=secrets)
+    done = command("-m", *brief, "adapter.r=2,4", "hydra.sweep.dir=sweep", "keep_checkpoints=all", env=secrets)
     assert done.returncode == 0, done.stderr[-3000:]
     asked = ("task=export", "run=sweep/0", "export.format=all", "export.precision=int8", "export.on_fail=mark")
     exported = command(*asked, "hydra.run.dir=export", env=secrets)

@@ -18,7 +18,7 @@ from tests.conftest import QUICK
 
 SHORT = [s for s in QUICK if not s.startswith(("trainer.save", "trainer.max", "tracker"))]
 SHORT += ["trainer.max_steps=2", "data.test_rows=4"]
-LONG = [*SHORT, "tracker=none", "trainer.max_steps=14", "trainer.save_steps=2", "keep=all"]
+LONG = [*SHORT, "tracker=none", "trainer.max_steps=14", "trainer.save_steps=2", "keep_checkpoints=all"]
 WANDB = str(Path(sys.executable).parent / "wandb")
 
 

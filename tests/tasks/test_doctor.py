@@ -19,7 +19,7 @@ from packaging.requirements import Requirement
 from wandb.sdk import wandb_setup
 
 from smolvlm_exp.tasks import doctor as module
-from smolvlm_exp.tasks.doctor import Finding, attempt, doctor, line
+from smolvlm_exp.tasks.doctor import Finding, attempt, check_machine, line
 
 KEY = "0123456789abcdef" * 3
 
@@ -45,7 +45,7 @@ def printed(capsys) -> dict[str, tuple[str, str]]:
 
 def test_a_sound_machine_can_run_the_main_job(capsys, tmp_path):
     start = time.perf_counter()
-    assert doctor(tmp_path / "outputs" / "new") == 0
+    assert check_machine(tmp_path / "outputs" / "new") == 0
     assert time.perf_counter() - start < 15
     seen = printed(capsys)
     assert list(seen) == [
@@ -59,7 +59,7 @@ def test_a_sound_machine_can_run_the_main_job(capsys, tmp_path):
 
 
 def test_columns_line_up(capsys, tmp_path):
-    doctor(tmp_path)
+    check_machine(tmp_path)
     rows = capsys.readouterr().out.split("\n\n")[0].splitlines()
     width = max(len(row.split()[1]) for row in rows)
     assert {row[6 + width : 8 + width] for row in rows} == {"  "}
@@ -73,7 +73,7 @@ def test_only_a_terminal_gets_colour():
 
 
 def test_torch_is_imported_late():
-    code = "import sys, smolvlm_exp.doctor; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
+    code = "import sys, smolvlm_exp.tasks.doctor; sys.exit('torch' in sys.modules or 'wandb' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -91,7 +91,7 @@ def test_nf4_is_measured_against_float():
 @pytest.mark.parametrize("broken", [lambda layer, x: x * 0, lambda layer, x: x * float("nan")])
 def test_a_wrong_4_bit_answer_fails_the_doctor(broken, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(Linear4bit, "forward", broken)
-    assert doctor(tmp_path) == 1
+    assert check_machine(tmp_path) == 1
     out = capsys.readouterr().out
     assert re.search(r"^fail +nf4 .*limit 0\.12.* -> reinstall bitsandbytes.*quant=none$", out, re.M)
     assert "cannot run here. Fix first: nf4." in out
@@ -118,7 +118,7 @@ def test_an_exception_is_a_line_and_not_a_traceback(monkeypatch, capsys, tmp_pat
         raise RuntimeError("no kernel image\nis available for execution")
 
     monkeypatch.setattr(torch.nn.Module, "to", broken)
-    assert doctor(tmp_path) == 1
+    assert check_machine(tmp_path) == 1
     out, err = capsys.readouterr()
     assert "Traceback" not in out + err
     told = r"^fail +nf4 +RuntimeError: no kernel image is available for execution  -> reinstall bitsandbytes"
@@ -131,7 +131,7 @@ def test_every_check_may_raise(monkeypatch, capsys, tmp_path):
 
     for name in [n for n in vars(module) if n.startswith("check_")]:
         monkeypatch.setattr(module, name, broken)
-    assert doctor(tmp_path) == 1
+    assert check_machine(tmp_path) == 1
     seen = printed(capsys)
     assert len(seen) == 14
     assert all("ImportError: libsomething.so  -> " in rest for _, rest in seen.values())
@@ -149,7 +149,7 @@ def test_ctrl_c_still_stops():
 
 def test_a_folder_that_cannot_be_written_fails(capsys, tmp_path):
     (tmp_path / "file").write_text("")
-    assert doctor(tmp_path / "file" / "outputs") == 1
+    assert check_machine(tmp_path / "file" / "outputs") == 1
     verdict, rest = printed(capsys)["disk"]
     assert verdict == "fail"
     assert rest.endswith("-> write elsewhere: hydra.run.dir=FOLDER")
@@ -176,7 +176,7 @@ def test_little_room_warns(monkeypatch, tmp_path):
 )
 def test_a_version_outside_its_bounds_is_named(need, verdict, told, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(module, "requirements", lambda: [Requirement("pillow>=1"), Requirement(need)])
-    assert doctor(tmp_path) == (verdict == "fail")
+    assert check_machine(tmp_path) == (verdict == "fail")
     got, rest = printed(capsys)["packages"]
     assert got == verdict
     assert re.fullmatch(f"{told}  -> pip install '{re.escape(need)}'", rest)
@@ -200,7 +200,7 @@ def test_a_plain_checkout_is_said(monkeypatch, capsys, tmp_path):
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(metadata, "requires", absent)
-    assert doctor(tmp_path) == 0
+    assert check_machine(tmp_path) == 0
     verdict, rest = printed(capsys)["packages"]
     assert verdict == "warn"
     assert "smolvlm-exp" in rest
@@ -292,7 +292,7 @@ def test_a_key_is_found_and_never_printed(where, monkeypatch, capfd, tmp_path):
         monkeypatch.setenv("WANDB_API_KEY", KEY)
     else:
         (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
-    doctor(tmp_path)
+    check_machine(tmp_path)
     out, err = capfd.readouterr()
     assert re.search(r"^ok +w&b +online: logged in$", out, re.M)
     assert KEY not in out + err
@@ -304,7 +304,7 @@ def test_a_key_is_found_and_never_printed(where, monkeypatch, capfd, tmp_path):
 def test_a_broken_netrc_does_not_show_its_key(netrc, capfd, tmp_path):
     (tmp_path / "netrc").write_text(netrc)
     assert module.check_wandb().verdict == "warn"
-    doctor(tmp_path)
+    check_machine(tmp_path)
     out, err = capfd.readouterr()
     assert KEY[:20] not in out + err
 

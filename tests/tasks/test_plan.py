@@ -1,6 +1,7 @@
 """`task=plan`: the command as people type it, what it assumes, and what it advises."""
 
 import time
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -20,7 +21,7 @@ from tests.conftest import compose
 
 
 def told(capsys, *overrides):
-    assert plan(compose("task=plan", *overrides)) == 0
+    plan(compose("task=plan", *overrides), Path())
     return capsys.readouterr().out
 
 
@@ -89,7 +90,7 @@ def test_another_card_and_other_rows(capsys):
     fast = told(capsys, "model=smolvlm", "data=rlaif_v")
     assert float(row(slow, "24 GB card")[4]) > 2.5 * float(row(fast, "24 GB card")[4])
     assert "165 TFLOP/s" in slow
-    small = told(capsys, "model=smolvlm", "data=rlaif_v", "task.picture=512x128", "task.answer_tokens=20")
+    small = told(capsys, "model=smolvlm", "data=rlaif_v", "task.image_size=512x128", "task.answer_tokens=20")
     assert "5 tiles, 405 tokens" in small
     assert float(row(small, "24 GB card")[4]) < float(row(fast, "24 GB card")[4])
     many = told(capsys, "model=smolvlm", "data=rlaif_v", "data.id=some/one", "task.rows=1000", "trainer=sft")
@@ -107,13 +108,13 @@ def test_local_rows_are_looked_at(capsys):
     [
         (["trainer.engine=stock"], "trainer.engine=shared"),
         (["trainer.memory_budget=8Gi"], "trainer.memory_budget=8Gi is no size"),
-        (["data=rlaif_v", "task.picture=512"], "task.picture=512 is no size; write it as 512x384"),
+        (["data=rlaif_v", "task.image_size=512"], "task.image_size=512 is no size; write it as 512x384"),
         (["data=mmpr", "data.annotations=x", "data.images=x"], "data.annotations=x: there is no such file"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(settings, said):
     with pytest.raises(RequestError, match=said):
-        plan(compose("task=plan", *settings))
+        plan(compose("task=plan", *settings), Path())
 
 
 # What a row comes to

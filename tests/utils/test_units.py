@@ -29,5 +29,5 @@ def test_all_settings_take_all_units(unit, small):
     config = compose(f"trainer.cache_ram=1{unit}", f"trainer.cache_disk=1{unit}")
     check_request(config.trainer, config.model, config.quant, config.adapter)
     assert budget_of(f"1{unit}") == size_of(f"1{unit}")
-    config = compose("task=chat", f"model.id={small}", "quant=none", f"session.keep=1{unit}")
+    config = compose("task=chat", f"model.id={small}", "quant=none", f"session.cache=1{unit}")
     assert load_session(config).cache.budget == size_of(f"1{unit}")

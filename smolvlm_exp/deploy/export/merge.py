@@ -18,7 +18,7 @@ def load_merged(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, 
     """The tuned model as one of plain float32 weights; without an adapter, the model itself.
 
     Args:
-        onto: `dequantised`: the base weights that the adapter was trained on; `original`: those before quantising.
+        onto: `dequantized`: the base weights that the adapter was trained on; `original`: those before quantising.
     """
     import torch
     from peft import PeftModel
@@ -36,7 +36,7 @@ def load_base(config: ModelConfig, quant: QuantConfig, seed: int, onto: str) -> 
     """The run's base weights in float32; see `load_merged`."""
     import torch
 
-    quantization = quantization_config(quant, resolve_dtype(config.dtype)) if onto == "dequantised" else None
+    quantization = quantization_config(quant, resolve_dtype(config.dtype)) if onto == "dequantized" else None
     model: Any = load_model(config, quantization, seed)
     if quantization is not None:
         model = model.dequantize(dtype=torch.float32)

@@ -19,7 +19,7 @@ class ExportConfig:
     embed_tokens: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]
     decoder_model_merged: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]
     search: bool = False  # try precisions part by part, and write the smallest that pass the parity gate
-    merge: str = one_of("dequantised", "original")  # which base an adapter is merged into; see deploy/export/merge.py
+    merge: str = one_of("dequantized", "original")  # which base an adapter is merged into; see deploy/export/merge.py
     folder: str | None = None  # null: export/ in the run's folder, or in this task's
     max_drop: float = at_least(0, 0.01)  # the parity gate: drop of preference accuracy, tuned to exported
     max_error: float = at_least(

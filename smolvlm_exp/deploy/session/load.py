@@ -19,7 +19,7 @@ class SessionConfig:
 
     precision: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]  # of an exported model; null: as exported
     max_new_tokens: int = at_least(1, 256)
-    keep: str = "1GiB"  # what is kept between turns, of all conversations together
+    cache: str = "1GiB"  # keys, values and image features kept between turns, of all conversations together
 
 
 def load_backend(

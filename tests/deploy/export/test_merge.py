@@ -18,7 +18,7 @@ def tuned(request, tmp_path_factory):
     """A configuration whose model.adapter moved answers about as far as a run does."""
     plain = compose(f"adapter={request.param}")
     model = get_peft_model(
-        load_base(plain.model, plain.quant, plain.seed, "dequantised"), lora_config(plain.adapter, quantised=False)
+        load_base(plain.model, plain.quant, plain.seed, "dequantized"), lora_config(plain.adapter, quantised=False)
     )
     torch.manual_seed(0)
     with torch.no_grad():
@@ -44,12 +44,12 @@ def test_merged_into_what_it_was_trained_on(tuned, scored, processor, rows):
     _, wanted, effect = scored
     assert effect > 0.02
     shares = {}
-    for onto in ("dequantised", "original"):
+    for onto in ("dequantized", "original"):
         found = answer_logps(
             load_merged(tuned.model, tuned.quant, tuned.adapter, tuned.seed, onto), processor, rows.test, 16, None
         )
         shares[onto] = mean_logp_change(wanted, found) / effect
-    assert shares["dequantised"] < 1e-3  # what is left is the order of float32's sums
+    assert shares["dequantized"] < 1e-3  # what is left is the order of float32's sums
     assert shares["original"] > 0.1
 
 

@@ -1,0 +1,42 @@
+"""Settings that were renamed: who types the old name is told the new one; in a saved run it is translated."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from smolvlm_exp.utils.errors import RequestError
+
+KEYS = {"keep": "keep_checkpoints", "session.keep": "session.cache", "task.picture": "task.image_size"}
+VALUES = {"export.merge": {"dequantised": "dequantized"}}
+
+
+def check_renamed(key: str, value: Any = None) -> None:
+    """
+    Raises:
+        RequestError: an old name; the message has the new one.
+    """
+    if key in KEYS:
+        raise RequestError(f"{key} is now {KEYS[key]}.")
+    if isinstance(value, str) and value in VALUES.get(key, {}):
+        raise RequestError(f"{key}={value} is now {key}={VALUES[key][value]}.")
+
+
+def rename_override(override: str) -> str:
+    """`keep=all` -> `keep_checkpoints=all`."""
+    key, equals, value = override.partition("=")
+    new = KEYS.get(key, key)
+    return f"{new}{equals}{VALUES.get(new, {}).get(value, value)}"
+
+
+def rename_settings(composed: DictConfig) -> None:
+    """Put a saved configuration's old names right, in place."""
+    with open_dict(composed):
+        for old, new in KEYS.items():
+            group, _, key = old.rpartition(".")
+            node = OmegaConf.select(composed, group) if group else composed
+            if isinstance(node, DictConfig) and key in node:
+                OmegaConf.update(composed, new, node.pop(key))
+        for key, values in VALUES.items():
+            value = OmegaConf.select(composed, key)
+            if value in values:
+                OmegaConf.update(composed, key, values[value])

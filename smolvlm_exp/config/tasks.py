@@ -1,0 +1,74 @@
+"""What each task reads: a `Config` of its own under `task.*`, and the groups that no other task reads.
+
+They stand here and not in `tasks/`, because a command is checked, and a mistake answered, before torch is imported.
+"""
+
+from dataclasses import dataclass, field
+
+from omegaconf import MISSING
+
+from smolvlm_exp.training.row_lengths import PlanConfig
+from smolvlm_exp.utils.fields import at_least
+
+READERS = {"export": ("export",), "serve": ("serve",), "session": ("chat", "serve"), "runs": ("compare",)}
+
+
+@dataclass
+class Task:
+    name: str = MISSING  # the module in smolvlm_exp/tasks
+
+
+@dataclass
+class Train(Task):
+    max_new_tokens: int = at_least(1, 256)  # of an answer; longer ones are cut
+
+
+@dataclass
+class Export(Train):
+    """The answers by which an export is judged."""
+
+
+@dataclass
+class Chat(Task):
+    temperature: float = at_least(0, 0.0)  # of sampling; 0: greedy
+
+
+@dataclass
+class Evaluate(Chat, Train):
+    batch_sizes: list[int] = field(default_factory=list)  # to time; []: 1 and trainer.per_device_eval_batch_size
+
+
+@dataclass
+class Generate(Chat, Train):
+    images: str | None = None  # the folder of images
+    question: str = "Describe the picture."  # asked about each image
+    questions: str | None = None  # or a JSONL file with `image` and `question` per line
+    answers: str | None = None  # the JSONL file to write or complete; null: answers.jsonl in the run's folder
+
+
+@dataclass
+class Plan(PlanConfig, Task):
+    """See training/row_lengths.py."""
+
+
+TASKS: dict[str, type[Task]] = {
+    "train": Train, "evaluate": Evaluate, "generate": Generate, "compare": Task, "export": Export, "chat": Chat,
+    "serve": Task, "doctor": Task, "plan": Plan,
+}  # fmt: skip
+
+
+def readers(key: str) -> tuple[str, ...]:
+    """The tasks that read a setting; empty: all of them, or there is no such setting."""
+    group, _, name = key.partition(".")
+    if group == "task":
+        found = tuple(task for task, config in TASKS.items() if name in config.__dataclass_fields__)
+        return () if len(found) == len(TASKS) else found
+    return READERS.get(group, ())
+
+
+def misplaced(key: str, task: str) -> str:
+    """Where a setting belongs that `task` does not read, as an error message; empty where it does."""
+    found = readers(key)
+    if not found or task in found:
+        return ""
+    return f"{key} belongs to task={'|'.join(found)}, and this is task={task}."
