@@ -1,10 +1,13 @@
 """Packages that do not go together: said by name, before any work, and not as a fault of something else."""
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 
 import pytest
+from packaging.requirements import Requirement
 
 from smolvlm_exp.utils.paths import PACKAGE
 from smolvlm_exp.utils.versions import check_torchvision
@@ -33,7 +36,7 @@ def test_a_torchvision_for_another_torch_is_named(torchvision, command, tmp_path
 
 
 def test_the_doctor_names_it_too(torchvision):
-    code = "from smolvlm_exp.doctor import attempt, check_imports; print(attempt('imports', check_imports, 'fail', ''))"
+    code = "from smolvlm_exp.tasks.doctor import *; print(attempt('imports', check_imports, 'fail', ''))"
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **torchvision}, capture_output=True, text=True, check=True
     )
@@ -48,3 +51,19 @@ def test_pillow_serves_with_torchvision_and_without(processor, small):
     check_torchvision()
     for each in (processor, load_folder(small, None)[1]):
         assert type(each.image_processor).__name__ == "Idefics3ImageProcessorPil"
+
+
+def test_constraints_are_exact_and_cover_what_pyproject_asks_for():
+    """On any machine: no host, path or local build tag in it, and no requirement that it leaves to the day."""
+    lines = (PACKAGE.parent / "constraints.txt").read_text().splitlines()
+    pins = dict(line.lower().replace("_", "-").split("==") for line in lines if not line.startswith("#"))
+    assert all(re.fullmatch(r"[0-9a-z.]+", version) for version in pins.values())
+    project = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    wanted = [
+        *project["dependencies"],
+        *extras["test"][1:],
+        *(r for e in ("search", "export", "serve") for r in extras[e]),
+    ]
+    for requirement in map(Requirement, wanted):
+        assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
