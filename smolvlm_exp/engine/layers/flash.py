@@ -21,21 +21,27 @@ def uses_flash(query: torch.Tensor) -> bool:
 
 
 def attend(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout | None, scale: float
 ) -> tuple[torch.Tensor, State]:
-    """Both halves of a packed line at once: 2B sequences, each causal from the bottom right.
+    """Both halves of a packed line at once, 2B sequences, each causal from the bottom right; or tiles.
 
     Args:
         query: (T, Q, D); key and value: (S, K, D), the tokens `layout.sources`; K may be smaller (GQA).
+        layout: None: within each tile every patch to every patch, all (n, patches, heads, D).
 
     Returns:
-        (T, Q, D), and what `attend_backward` wants.
+        The result, in `query`'s shape, and what `attend_backward` wants.
     """
     if not uses_flash(query):
-        return padded(query, key, value, layout, scale), ()
-    lengths = max(layout.max_first, layout.max_second), max(layout.max_first, layout.max_keys)
+        return reference_attention(query, key, value, layout, scale), ()
+    if layout is None and has_cudnn_attention(query.device.index):
+        heads_first = (part.transpose(1, 2) for part in (query, key, value))
+        out, *state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            *heads_first, None, True, 0.0, False, False, scale=scale
+        )
+        return out.transpose(1, 2), tuple(state)
     out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        query, key, value, layout.cu_queries, layout.cu_sources, *lengths, 0.0, True, False, scale=scale
+        query, key, value, *sequences(query, layout), 0.0, layout is not None, False, scale=scale
     )
     return out, (lse, rng, unused)
 
@@ -47,64 +53,32 @@ def attend_backward(
     value: torch.Tensor,
     out: torch.Tensor,
     state: State,
-    layout: Layout,
+    layout: Layout | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
     if not uses_flash(query):
-        return recompute_gradients(partial(padded, layout=layout, scale=scale), dout, query, key, value)
-    lse, rng, unused = state
-    lengths = max(layout.max_first, layout.max_second), max(layout.max_first, layout.max_keys)
-    return torch.ops.aten._flash_attention_backward(
-        dout, query, key, value, out, lse, layout.cu_queries, layout.cu_sources, *lengths, 0.0, True, rng, unused,
-        scale=scale,
-    )  # fmt: skip
-
-
-def attend_tiles(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
-) -> tuple[torch.Tensor, State]:
-    """Within each tile, every patch to every patch; all (n, patches, heads, D)."""
-    if not uses_flash(query):
-        return sdpa(query, key, value, scale), ()
-    if cudnn(query):
-        heads_first = (each.transpose(1, 2) for each in (query, key, value))
-        out, *state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            *heads_first, None, True, 0.0, False, False, scale=scale
-        )
-        return out.transpose(1, 2), tuple(state)
-    patches = query.shape[1]
-    out, lse, rng, unused, _ = torch.ops.aten._flash_attention_forward(
-        query, key, value, None, None, patches, patches, 0.0, False, False, scale=scale
-    )
-    return out, (lse, rng, unused)
-
-
-def attend_tiles_backward(
-    dout: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    state: State,
-    scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients for query, key and value of `attend_tiles`."""
-    if not uses_flash(query):
-        return recompute_gradients(partial(sdpa, scale=scale), dout, query, key, value)
-    if cudnn(query):
+        function = partial(reference_attention, layout=layout, scale=scale)
+        return recompute_gradients(function, dout, query, key, value)
+    if layout is None and has_cudnn_attention(query.device.index):
         lse, cu_q, cu_k, max_q, max_k, seed, offset = state
-        heads_first = (each.transpose(1, 2) for each in (dout, query, key, value, out))
+        heads_first = (part.transpose(1, 2) for part in (dout, query, key, value, out))
         grads = torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
             *heads_first, lse, seed, offset, None, cu_q, cu_k, max_q, max_k, 0.0, False, scale=scale
         )
         dquery, dkey, dvalue = (grad.transpose(1, 2) for grad in grads)
         return dquery, dkey, dvalue
     lse, rng, unused = state
-    patches = query.shape[1]
     return torch.ops.aten._flash_attention_backward(
-        dout, query, key, value, out, lse, None, None, patches, patches, 0.0, False, rng, unused, scale=scale
+        dout, query, key, value, out, lse, *sequences(query, layout), 0.0, layout is not None, rng, unused, scale=scale
     )
+
+
+def sequences(query: torch.Tensor, layout: Layout | None) -> tuple[Any, Any, int, int]:
+    """Where sequences of queries and of keys begin, and the longest of each; tiles are a batch of equal ones."""
+    if layout is None:
+        return None, None, query.shape[1], query.shape[1]
+    return layout.cu_queries, layout.cu_sources, layout.max_queries, layout.max_sources
 
 
 @cache
@@ -113,12 +87,12 @@ def has_cudnn_attention(device: int) -> bool:
     return torch.backends.cudnn.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def cudnn(query: torch.Tensor) -> bool:
-    return has_cudnn_attention(query.device.index)
-
-
-def sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> torch.Tensor:
-    q, k, v = (each.transpose(1, 2) for each in (query, key, value))
+def reference_attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout | None, scale: float
+) -> torch.Tensor:
+    if layout is not None:
+        return padded(query, key, value, layout, scale)
+    q, k, v = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
@@ -127,7 +101,7 @@ def recompute_gradients(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value of `function`, which is computed again."""
     with torch.enable_grad():
-        query, key, value = (each.detach().requires_grad_() for each in inputs)
+        query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
         again = function(query, key, value)
     dquery, dkey, dvalue = torch.autograd.grad(again, (query, key, value), dout)
     return dquery, dkey, dvalue

@@ -34,7 +34,7 @@ def with_tail(x: torch.Tensor, tail: int) -> torch.Tensor:
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
     """x / rms(x) * weight (arXiv 1910.07467, eq. 4); (T, H) -> (T, H + tail)."""
     if uses_kernels(x):
-        return kernels.rms_norm(x, weight, eps, tail)
+        return kernels.norm(x, weight, None, eps, tail)
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return with_tail((x.float() * scale).to(x.dtype) * weight, tail)
 
@@ -44,7 +44,7 @@ def rms_norm_backward(
 ) -> torch.Tensor:
     """residual + the gradient of `rms_norm` for x, given the gradient `dy` of its result; all (T, H)."""
     if uses_kernels(x):
-        return kernels.rms_norm_backward(dy, x, weight, eps, residual)
+        return kernels.norm_backward(dy, x, weight, eps, residual, centred=False)
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     normal, inner = x.float() * scale, dy.float() * weight.float()
     dx = scale * (inner - normal * (inner * normal).mean(-1, keepdim=True))
@@ -54,7 +54,7 @@ def rms_norm_backward(
 def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
     """(arXiv 1607.06450, eq. 4); (T, H) -> (T, H + tail)."""
     if uses_kernels(x):
-        return kernels.layer_norm(x, weight, bias, eps, tail)
+        return kernels.norm(x, weight, bias, eps, tail)
     return with_tail(F.layer_norm(x, (x.shape[-1],), weight, bias, eps), tail)
 
 
@@ -63,7 +63,7 @@ def layer_norm_backward(
 ) -> torch.Tensor:
     """residual + the gradient of `layer_norm` for x, given the gradient `dy` of its result; all (T, H)."""
     if uses_kernels(x):
-        return kernels.layer_norm_backward(dy, x, weight, eps, residual)
+        return kernels.norm_backward(dy, x, weight, eps, residual, centred=True)
     centred = x.float() - x.float().mean(-1, keepdim=True)
     scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     normal, inner = centred * scale, dy.float() * weight.float()
@@ -74,14 +74,14 @@ def layer_norm_backward(
 def add(h: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
     """h + gain * u + bias; h: (T, H), u: (T, H) out of a product."""
     if uses_kernels(h):
-        return kernels.add(h, u, gain, bias)
+        return kernels.affine(h, u, gain, bias)
     return (h.float() + scaled(u, gain, bias)).to(h.dtype)
 
 
 def scale(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
     """gain * u + bias, (T, N), without holes in memory."""
     if uses_kernels(u):
-        return kernels.scale(u, gain, bias)
+        return kernels.affine(None, u, gain, bias)
     return scaled(u, gain, bias).to(u.dtype).contiguous()
 
 
@@ -107,7 +107,7 @@ def scale_backward(
     if gain is None and tail == 0:
         return dy, None
     if uses_kernels(dy):
-        return kernels.scale_backward(dy, u, gain, tail)
+        return kernels.scale_backward_parts((dy,), u, gain, tail)
     du = dy.new_empty(dy.shape[0], dy.shape[1] + tail)
     if gain is None:
         du[:, : dy.shape[1]] = dy

@@ -1,6 +1,6 @@
 """Attention over a packed batch whose answers share their prompts (packing.py), for transformers' models.
 
-Two calls a layer: causal over each [P C]; and the queries of [p R] over the keys [P before p, p R], causal from the
+Two sets of sequences: causal over each [P C]; and the queries of [p R] over the keys [P before p, p R], causal from the
 bottom right. Both see what they would see if every answer had its prompt to itself. bfloat16 and float16 on a GPU run
 `varlen_attn` (flash attention over sequences of any length); everything else runs SDPA on padded copies.
 """
@@ -68,6 +68,14 @@ class Layout:
     def cu_sources(self) -> torch.Tensor:
         """(2B + 1,) int32 over `sources`."""
         return torch.cat((self.cu_first, self.cu_keys[1:] + self.middle))
+
+    @property
+    def max_queries(self) -> int:
+        return max(self.max_first, self.max_second)
+
+    @property
+    def max_sources(self) -> int:
+        return max(self.max_first, self.max_keys)
 
     @cached_property
     def padded_first(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -146,37 +154,18 @@ def shared_prefix_attention(
         (T, heads, D).
     """
     query, key, value = (each.transpose(0, 1) for each in (query, key, value))
-    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and varlen_attn is not None:
-        return varlen(query, key, value, layout, scale)
-    return padded(query, key[layout.sources], value[layout.sources], layout, scale)
-
-
-def varlen(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """The same with flash attention; every tensor is (T, heads, D)."""
+    key, value = key[layout.sources], value[layout.sources]
+    if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or varlen_attn is None:
+        return padded(query, key, value, layout, scale)
     causal: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}  # aligned at the bottom right
     if query.shape[1] != key.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
         causal["enable_gqa"] = True
-    middle, cu_first = layout.middle, layout.cu_first
-    first = varlen_attn(
-        query[:middle], key[:middle], value[:middle], cu_first, cu_first, layout.max_first, layout.max_first, **causal
-    )
-    if middle == layout.tokens:  # no rejected answers
-        return first
-    second = varlen_attn(
-        query[middle:],
-        key.index_select(0, layout.keys_at),
-        value.index_select(0, layout.keys_at),
-        layout.cu_second,
-        layout.cu_keys,
-        layout.max_second,
-        layout.max_keys,
-        **causal,
-    )
-    return torch.cat((first, second))
+    cu_lengths = layout.cu_queries, layout.cu_sources
+    return varlen_attn(query, key, value, *cu_lengths, layout.max_queries, layout.max_sources, **causal)
 
 
 def padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: Layout, scale: float) -> torch.Tensor:
-    """The same with SDPA on padded copies, one call a half, for any device and dtype.
+    """The same with SDPA on padded copies, one call per half, for any device and dtype.
 
     Args:
         query: (T, Q, D); key and value: (S, K, D), the tokens `layout.sources`.

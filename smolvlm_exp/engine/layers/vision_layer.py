@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smolvlm_exp.engine.layers import ops as ew
-from smolvlm_exp.engine.layers.flash import attend_tiles, attend_tiles_backward
+from smolvlm_exp.engine.layers.flash import attend, attend_backward
 from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, LayerContext, SavedActivations, fuse_layers
 from smolvlm_exp.engine.layers.linear import ALIGNED, linear_obstacles
 
@@ -54,14 +54,14 @@ class FusedVisionLayer(FusedLayer):
         return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
 
     def attend(self, saved: SavedActivations, context: VisionContext) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        return attend_tiles(*self.queries_keys_values(saved, context), self.scaling)
+        return attend(*self.queries_keys_values(saved, context), None, self.scaling)
 
     def attend_backward(
         self, dattended: torch.Tensor, saved: SavedActivations, context: VisionContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         assert saved.attended is not None
         inputs = self.queries_keys_values(saved, context)
-        parts = attend_tiles_backward(dattended, *inputs, saved.attended, saved.state, self.scaling)
+        parts = attend_backward(dattended, *inputs, saved.attended, saved.state, None, self.scaling)
         del inputs
         return ew.scale_backward_parts(parts, saved.result(IN), context.gain(IN), context.tail(IN))
 

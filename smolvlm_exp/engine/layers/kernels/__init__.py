@@ -6,12 +6,11 @@ part of a wider one, so each kernel takes the distance between rows beside the p
 
 from smolvlm_exp.engine.layers.kernels.activations import gelu, gelu_backward, swiglu, swiglu_backward
 from smolvlm_exp.engine.layers.kernels.nf4 import unpack_4bit, unpacks
-from smolvlm_exp.engine.layers.kernels.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from smolvlm_exp.engine.layers.kernels.norms import norm, norm_backward
 from smolvlm_exp.engine.layers.kernels.rotary import rotary, rotary_backward
-from smolvlm_exp.engine.layers.kernels.scaling import add, scale, scale_backward, scale_backward_parts
+from smolvlm_exp.engine.layers.kernels.scaling import affine, scale_backward_parts
 
 __all__ = [
-    "add", "gelu", "gelu_backward", "layer_norm", "layer_norm_backward", "rms_norm", "rms_norm_backward", "rotary",
-    "rotary_backward", "scale", "scale_backward", "scale_backward_parts", "swiglu", "swiglu_backward", "unpack_4bit",
-    "unpacks",
+    "affine", "gelu", "gelu_backward", "norm", "norm_backward", "rotary", "rotary_backward", "scale_backward_parts",
+    "swiglu", "swiglu_backward", "unpack_4bit", "unpacks",
 ]  # fmt: skip

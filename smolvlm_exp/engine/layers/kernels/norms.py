@@ -8,15 +8,8 @@ import triton
 import triton.language as tl
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tail: int) -> torch.Tensor:
-    return _norm(x, weight, None, eps, tail)
-
-
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, tail: int) -> torch.Tensor:
-    return _norm(x, weight, bias, eps, tail)
-
-
-def _norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, tail: int) -> torch.Tensor:
+def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, tail: int) -> torch.Tensor:
+    """LayerNorm; without a bias RMSNorm."""
     rows, columns = x.shape
     out = x.new_empty(rows, columns + tail)
     _norm_forward[(rows,)](
@@ -42,19 +35,7 @@ def _norm_forward(x, weight, bias, out, out_row, columns, eps, CENTRED: tl.const
     tl.store(out + row * out_row + at, normal.to(out.dtype.element_ty), mask=inside)
 
 
-def rms_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
-) -> torch.Tensor:
-    return _norm_gradient(dy, x, weight, eps, residual, centred=False)
-
-
-def layer_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
-) -> torch.Tensor:
-    return _norm_gradient(dy, x, weight, eps, residual, centred=True)
-
-
-def _norm_gradient(
+def norm_backward(
     dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, centred: bool
 ) -> torch.Tensor:
     out = torch.empty_like(x)

@@ -10,15 +10,8 @@ import triton.language as tl
 from smolvlm_exp.engine.layers.kernels.launch_grid import BM, BN, WIDE, Gain, split_rows
 
 
-def add(h: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
-    return _affine(h, u, gain, bias)
-
-
-def scale(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
-    return _affine(None, u, gain, bias)
-
-
-def _affine(h: torch.Tensor | None, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
+def affine(h: torch.Tensor | None, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
+    """h + gain * u + bias, or without h."""
     rows, columns = u.shape
     out = u.new_empty(rows, columns)
     _scaled[(rows, triton.cdiv(columns, WIDE))](
@@ -44,12 +37,6 @@ def _scaled(
     if ADD:
         value += tl.load(h + row * columns + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * columns + at, value.to(out.dtype.element_ty), mask=inside)
-
-
-def scale_backward(
-    dy: torch.Tensor, u: torch.Tensor | None, gain: Gain, tail: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    return scale_backward_parts((dy,), u, gain, tail)
 
 
 def scale_backward_parts(
