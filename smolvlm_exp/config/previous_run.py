@@ -1,5 +1,6 @@
 """resume=, run= and -m sweep=: a command completed by the settings of what it goes on with."""
 
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -7,7 +8,7 @@ import yaml
 from smolvlm_exp.config.renamed import rename_override
 from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
-from smolvlm_exp.runs.find import find_finished_run, find_run, overrides_of, summary_of
+from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, summary_of
 from smolvlm_exp.runs.overrides import given_value, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
@@ -34,7 +35,7 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
             f"resume={asked}: {folder} is at its end. To train it longer, add trainer.max_steps=... and "
             "'resume_allow=[trainer.max_steps]'."
         )
-    kept = settings_of(overrides_of(folder), "train", given)
+    kept = settings_of(saved_overrides(folder), "train", given)
     own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
     return [*(a for a in argv if not a.startswith("resume=")), *kept, f"resume={folder}", *own]
 
@@ -56,7 +57,7 @@ def run_command(argv: list[str], args: Any) -> list[str]:
     folder = find_finished_run(asked)
     given = {key_of(override) for override in args.overrides} | {"task", "resume", "sweep", "run"}
     # A group that the command chooses anew takes none of the settings that went with the run's choice.
-    saved = settings_of(overrides_of(folder), task, given)
+    saved = settings_of(saved_overrides(folder), task, given)
     kept = [override for override in saved if key_of(override).partition(".")[0] not in given]
     tuned = [f"model.adapter={folder}/adapter"]
     if not (folder / "adapter").is_dir():
@@ -78,6 +79,12 @@ def sweep_command(argv: list[str], args: Any) -> list[str]:
     saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
     kept = settings_of([*saved["task"], *saved["hydra"]], "train", given)
     return [*(a for a in argv if not a.startswith("sweep=")), *kept, f"hydra.sweep.dir={folder}"]
+
+
+def saved_overrides(folder: Path) -> list[str]:
+    """A run's overrides; before `rpo` was a trainer option, `trainer=dpo` stood for it with the embedded model."""
+    rpo = choices(folder).get("tuned") == "tiny_dpo"
+    return ["trainer=rpo" if rpo and override == "trainer=dpo" else override for override in overrides_of(folder)]
 
 
 def settings_of(overrides: list[str], task: str, given: set[str]) -> list[str]:

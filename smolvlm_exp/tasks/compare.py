@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 from omegaconf import OmegaConf
 
+from smolvlm_exp.config.renamed import rename_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.comparison import Comparison, Run, comparison
 from smolvlm_exp.evaluation.per_row import load_per_row
@@ -72,7 +73,9 @@ def ended(folder: Path) -> bool:
 
 
 def read(folder: Path) -> Run:
-    config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    composed = OmegaConf.create(yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")))
+    rename_settings(composed)
+    config = OmegaConf.to_container(composed)
     settings = {key: str(value) for key, value in flattened(config) if key.partition(".")[0] not in NON_IDENTITY_KEYS}
     return Run(folder, settings, summary_of(folder), load_per_row(folder))
 

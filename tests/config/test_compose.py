@@ -1,11 +1,18 @@
 """The command line as people type it: what it refuses, how fast it answers, and that every option composes."""
 
 import time
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from smolvlm_exp.config.compose import check_command
+from smolvlm_exp.config.previous_run import resume_command, run_command
+from smolvlm_exp.config.schema import Config
+from smolvlm_exp.tasks.compare import read
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import CONF
@@ -206,3 +213,66 @@ def test_the_recipe_is_the_published_one():
     assert config.quant.bnb_4bit_quant_type == "nf4"
     assert config.quant.bnb_4bit_use_double_quant
     assert config.data.max_length is None  # TRL's 1024 would cut every answer to nothing
+
+
+def old_run(folder: Path, *overrides: str) -> Path:
+    """A folder as a run of the release before left it: all tasks' settings, under their old names."""
+    config = OmegaConf.create(asdict(compose(*overrides)))
+    config.task.update({"picture": "512x384", "answers": None, "temperature": 0.0, "rows": None})
+    config.keep, config.session.keep = config.pop("keep_checkpoints"), config.session.pop("cache")
+    config.export.merge = "dequantised"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "adapter").mkdir()
+    (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint-2" / "manifest.json").write_text("{}")
+    OmegaConf.save(config, folder / ".hydra" / "config.yaml")
+    choices = {"config_sources": [], "choices": {"trainer": "dpo", "tuned": "tiny_dpo"}}
+    OmegaConf.save({"hydra": {"runtime": choices}}, folder / ".hydra" / "hydra.yaml")
+    typed = ["trainer=dpo", "keep=all", "task.matmul_tflops=3", "export.search=true", "seed=3"]
+    OmegaConf.save(typed, folder / ".hydra" / "overrides.yaml")
+    return folder
+
+
+def checked(*argv: str, config_path: Path | None = None) -> Config:
+    args = SimpleNamespace(
+        overrides=list(argv), multirun=False, config_path=config_path, config_name=None, config_dir=None
+    )
+    for completed in (resume_command, run_command):
+        args.overrides = completed(args.overrides, args)
+    return check_command(args)[0]
+
+
+def test_a_run_of_the_release_before_replays_resumes_and_is_worked_on(tmp_path):
+    folder = old_run(tmp_path / "old")
+    replayed = checked("tracker.type=none", config_path=folder / ".hydra")
+    assert (replayed.keep_checkpoints, replayed.session.cache, replayed.export.merge) == ("best", "1GiB", "dequantized")
+    assert replayed.trainer.loss_type == ["sigmoid", "sft"]
+    with pytest.raises(RequestError, match=r"export\.search belongs to task=export"):
+        checked("export.search=true", config_path=folder / ".hydra")
+    resumed = checked(f"resume={folder}", "tracker=none")
+    assert (resumed.keep_checkpoints, resumed.seed, resumed.export.search) == ("all", 3, False)
+    assert resumed.trainer.loss_type == ["sigmoid", "sft"]
+    assert checked("task=export", f"run={folder}").export.search
+    assert not checked("task=evaluate", f"run={folder}").export.search
+    assert read(folder).settings["session.cache"] == "1GiB"
+
+
+def test_a_trainer_option_of_ones_own_keeps_its_values(tmp_path):
+    """Each of ours has the embedded model's rates; one that starts from ours has them where it says nothing else."""
+    (tmp_path / "trainer").mkdir()
+    for base, steps, batch in (("/schema/trainer@_here_: dpo", -1, 1), ("dpo", 110, 16)):
+        own = f"defaults:\n  - {base}\n\nalgorithm: dpo\nlearning_rate: 3.0e-4\n"
+        (tmp_path / "trainer" / "mine.yaml").write_text(own)
+        args = SimpleNamespace(
+            overrides=["trainer=mine"], multirun=False, config_path=None, config_name=None, config_dir=str(tmp_path)
+        )
+        trainer = check_command(args)[0].trainer
+        assert (trainer.learning_rate, trainer.max_steps, trainer.per_device_train_batch_size) == (3e-4, steps, batch)
+    tuned = yaml.safe_load((CONF / "tuned" / "tiny.yaml").read_text())
+    for option in ("rpo", "dpo", "ipo", "hinge", "robust", "apo_zero", "mpo"):
+        ours = asdict(compose(f"trainer={option}").trainer)
+        assert {key: ours[key] for key in tuned} == tuned
+    assert compose("trainer=sft").trainer.max_steps == 80
+    assert compose("trainer=dpo").trainer.loss_type == ["sigmoid"]
+    assert compose().trainer == compose("trainer=rpo").trainer
+    assert compose("model=smolvlm").trainer == compose("model=smolvlm", "trainer=dpo").trainer
