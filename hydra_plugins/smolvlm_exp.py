@@ -1,6 +1,7 @@
 """The sweepers, where Hydra looks for plugins: in this namespace alone. What they do is in `smolvlm_exp/sweep`."""
 
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig
 
+from smolvlm_exp.sweep.optuna_study import SearchConf
 from smolvlm_exp.utils.errors import RequestError, exit_with_error
 
 
@@ -20,7 +22,8 @@ class GridConf(BasicSweeperConf):
 
 
 class Grid(BasicSweeper):
-    """Every combination, each in a process of its own; `sweep=FOLDER` goes on. Tasks but train go Hydra's plain way."""
+    """Every combination, each in a process of its own; `sweep=FOLDER` resumes. Only for task=train; others go Hydra's
+    plain way."""
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None
@@ -28,35 +31,14 @@ class Grid(BasicSweeper):
             return super().sweep(arguments)
         from smolvlm_exp.sweep.grid import sweep_grid
 
-        try:
-            code = sweep_grid(self, arguments)
-        except RequestError as error:
-            exit_with_error(error)
-        sys.exit(code)
-
-
-@dataclass
-class SearchConf:
-    """hydra/sweeper=search. Names are Optuna's own."""
-
-    _target_: str = "hydra_plugins.smolvlm_exp.Search"
-    params: dict[str, str] | None = (
-        None  # the space: key -> choice(4,8), range(1,9), interval(0,1), tag(log,interval(...))
-    )
-    n_trials: int = 20  # in all: with sweep=FOLDER, what is left of them
-    n_jobs: int = 1  # trials that the launcher gets at once
-    storage: str | None = None  # null: Optuna's journal in the sweep's folder; or sqlite:///outputs/study.db
-    seed: int | None = None  # of the sampler, where a study begins
-    prune: str | None = None  # evaluated while training, as eval_rewards/accuracies; null: every trial runs to its end
-    n_startup_trials: int = 5  # trials at random, and before any is pruned
-    n_warmup_steps: int = 0  # training steps before which none is pruned
+        return exit_with_code_of(sweep_grid, self, arguments)
 
 
 class Search(Sweeper):
     """Optuna's trials as jobs, handed to Hydra's launcher as a grid's are."""
 
-    def __init__(self, params: DictConfig | None, **options: Any) -> None:
-        self.params, self.options = dict(params or {}), options
+    def __init__(self, **options: Any) -> None:
+        self.options = SearchConf(**options)
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.config = hydra_context, config
@@ -67,11 +49,15 @@ class Search(Sweeper):
     def sweep(self, arguments: list[str]) -> Any:
         from smolvlm_exp.sweep.search import sweep_search
 
-        try:
-            code = sweep_search(self, arguments)
-        except RequestError as error:
-            exit_with_error(error)
-        sys.exit(code)
+        exit_with_code_of(sweep_search, self, arguments)
+
+
+def exit_with_code_of(sweep: Callable[[Any, list[str]], int], sweeper: Sweeper, arguments: list[str]) -> None:
+    try:
+        code = sweep(sweeper, arguments)
+    except RequestError as error:
+        exit_with_error(error)
+    sys.exit(code)
 
 
 # In the place of Hydra's own, which -m means where nothing else is said: an experiment could not override our choice.

@@ -4,15 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any
 
 import numpy as np
 
-from smolvlm_exp.evaluation.metrics import GOALS, METRICS
+from smolvlm_exp.evaluation.metrics import GOALS, METRICS, summary_value
 from smolvlm_exp.evaluation.per_row import PerRowResults
-from smolvlm_exp.evaluation.statistics import Ratio, T, changes
-from smolvlm_exp.utils.formatting import as_finite
+from smolvlm_exp.evaluation.statistics import Ratio, changes, t_interval
 
 
 @dataclass(frozen=True)
@@ -23,8 +22,7 @@ class Run:
     rows: PerRowResults | None = None
 
     def value(self, path: str) -> float | None:
-        part, _, key = path.partition(".")
-        return as_finite((self.summary.get(part) or {}).get(key))
+        return summary_value(self.summary, path)
 
     def half(self, path: str) -> float | None:
         """Half of the 95 % interval that the run measured over its own held-out rows."""
@@ -50,8 +48,7 @@ class Group:
 
     def luck(self, path: str) -> float:
         """What other seeds would change: half of Student's t interval; 0 for a single run, which cannot know."""
-        found = self.seeds(path)
-        return T[min(len(found) - 1, len(T)) - 1] * stdev(found) / len(found) ** 0.5 if len(found) > 1 else 0.0
+        return t_interval(self.seeds(path)) or 0.0
 
     def half(self, path: str) -> float | None:
         """What other held-out rows would change: half of the bootstrap's interval."""

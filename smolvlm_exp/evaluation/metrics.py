@@ -1,6 +1,9 @@
 """What the numbers of an evaluation are called, and which direction is good."""
 
 from dataclasses import dataclass
+from typing import Any
+
+from smolvlm_exp.utils.formatting import as_finite
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,9 @@ GOALS = {"after.preference_accuracy": 1} | {
     f"after.{key}": metric.good for key, metric in METRICS.items() if metric.good
 }
 GOALS |= {"train.seconds": -1, "train.memory_peak_gib": -1, "train.last_loss": -1, "train.pairs_per_second": 1}
+
+
+def summary_value(summary: dict[str, Any], path: str) -> float | None:
+    """A number of summary.json by its path (`after.recall`); None where it is missing or not finite."""
+    part, _, key = path.partition(".")
+    return as_finite((summary.get(part) or {}).get(key))

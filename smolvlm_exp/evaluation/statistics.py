@@ -6,6 +6,7 @@ resampling rows serves all: bootstrap intervals, and a paired test of one model 
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import stdev
 
 import numpy as np
 
@@ -58,6 +59,12 @@ def ratio(top: Sequence[float], bottom: Sequence[float], empty: float = 0.0) -> 
 def mean(values: Sequence[float]) -> Ratio:
     """A row's value, averaged."""
     return ratio(values, [1.0] * len(values))
+
+
+def t_interval(values: Sequence[float]) -> float | None:
+    """Half of Student's 95 % interval of a mean; None for a single value."""
+    n = len(values)
+    return T[min(n - 1, len(T)) - 1] * stdev(values) / n**0.5 if n > 1 else None
 
 
 def intervals(metrics: Mapping[str, Ratio]) -> dict[str, tuple[float, float]]:

@@ -1,10 +1,9 @@
 """jinja2 for all HTML: `render` fills a template of `templates/` and escapes whatever it is given."""
 
 import base64
-import html
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,67 +69,3 @@ def embed(image: "Image") -> dict[str, Any]:
     return {
         "kind": kind, "width": shown.width, "height": shown.height, "src": f"data:image/{mime};base64,{data}",
     }  # fmt: skip
-
-
-# What follows goes as soon as sweep.html is a template too.
-STYLE = TEMPLATES / "report.css"
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-
-
-def page(title: str, header: str, sections: Sequence[tuple[str, str, str]]) -> str:
-    """A whole document.
-
-    Args:
-        title: plain text.
-        header: HTML above the sections.
-        sections: (anchor, plain title, HTML).
-    """
-    nav = "".join(f'<a href="#{key}">{html.escape(name)}</a>' for key, name, _ in sections)
-    body = "\n".join(
-        f'<section id="{key}"><h2>{html.escape(name)}</h2>{content}</section>' for key, name, content in sections
-    )
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta name="color-scheme" content="light dark">'
-        f"<title>{html.escape(title)}</title>\n<style>{STYLE.read_text(encoding='utf-8')}</style></head>\n"
-        f'<body><main>{header}<nav aria-label="Sections">{nav}</nav>\n{body}</main></body></html>\n'
-    )
-
-
-def table(kind: str, head: Sequence[str], rows: Sequence[str]) -> str:
-    """A table of finished <tr> rows that scrolls by itself where the screen is narrow."""
-    columns = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in head)
-    return (
-        f'<div class="scroll"><table class="{kind}"><thead><tr>{columns}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
-
-
-def empty(text: str) -> str:
-    """The line that stands where there is nothing to show."""
-    return f'<p class="empty">{html.escape(text)}</p>'
-
-
-def definition_list(told: Iterable[tuple[str, Any]]) -> str:
-    """Names over values, side by side; a value of None is left out."""
-    items = "".join(
-        f"<div><dt>{html.escape(name)}</dt><dd>{format_value(value)}</dd></div>"
-        for name, value in told
-        if value is not None
-    )
-    return f'<dl class="facts">{items}</dl>' if items else empty("Nothing was recorded.")
-
-
-def status_pill(word: str) -> str:
-    """A status or a verdict, told by sign, word and colour."""
-    sign, tone = {
-        "ok": ("✓", "good"),
-        "done": ("✓", "good"),
-        "warn": ("!", "warning"),
-        "stopped": ("!", "warning"),
-        "fail": ("✕", "bad"),
-        "failed": ("✕", "bad"),
-    }.get(word, ("", "plain"))
-    return f'<span class="pill {tone}"><span aria-hidden="true">{sign}</span> {html.escape(word)}</span>'

@@ -1,4 +1,4 @@
-"""Several jobs at once on one machine: each has a GPU of its own, or its share of the cores where there is none."""
+"""Several jobs at once on one machine: each gets a GPU of its own or, without GPUs, its share of the cores."""
 
 import contextlib
 import getpass
@@ -13,16 +13,16 @@ from filelock import FileLock, Timeout
 
 @contextlib.contextmanager
 def assign_device(jobs: int) -> Iterator[None]:
-    """Within, this process sees one GPU that no other job of this person uses, or computes with a share of the cores.
+    """Within, this process sees one GPU that no other job of this user has, or uses a share of the cores.
 
     Args:
-        jobs: at once on this machine; -1: one a core. One alone has all of it.
+        jobs: at once on this machine; -1: one per core. A single job has the whole machine.
     """
     if jobs == 1:
         yield
-    elif cards := visible_gpus():
-        with free_gpu(cards) as card:
-            os.environ["CUDA_VISIBLE_DEVICES"] = card
+    elif gpus := visible_gpus():
+        with free_gpu(gpus) as gpu:
+            os.environ["CUDA_VISIBLE_DEVICES"] = gpu
             yield
     else:
         import torch
@@ -34,26 +34,26 @@ def assign_device(jobs: int) -> Iterator[None]:
 
 def visible_gpus() -> list[str]:
     """The GPUs this process may use, without starting CUDA on any of them."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if told is not None:
-        return [card.strip() for card in told.split(",") if card.strip()]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [gpu.strip() for gpu in visible.split(",") if gpu.strip()]
     import torch
 
-    return [str(card) for card in range(torch.cuda.device_count())]
+    return [str(gpu) for gpu in range(torch.cuda.device_count())]
 
 
 @contextlib.contextmanager
-def free_gpu(cards: list[str]) -> Iterator[str]:
-    """One of `cards` that no other job holds; waits for one. A job that dies lets go of its own."""
+def free_gpu(gpus: list[str]) -> Iterator[str]:
+    """Waits for one of `gpus` that no other job holds, and holds it. A job that dies releases its own."""
     folder = Path(tempfile.gettempdir()) / f"smolvlm_exp-{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
-    locks = {card: FileLock(folder / f"card-{card}.lock") for card in cards}
+    locks = {gpu: FileLock(folder / f"card-{gpu}.lock") for gpu in gpus}
     while True:
-        for card, lock in locks.items():
+        for gpu, lock in locks.items():
             with contextlib.suppress(Timeout):
                 lock.acquire(timeout=0)
                 try:
-                    yield card
+                    yield gpu
                 finally:
                     lock.release()
                 return

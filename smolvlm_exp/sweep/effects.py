@@ -1,47 +1,45 @@
-"""What each setting does to the metric: means over everything else, with Student's t intervals over the seeds."""
+"""Main effects: the metric's mean for each value of a setting, over all other settings, with intervals over seeds."""
 
 from dataclasses import dataclass
-from statistics import mean, stdev
+from statistics import mean
 
-from smolvlm_exp.evaluation.statistics import T
+from smolvlm_exp.evaluation.statistics import t_interval
 from smolvlm_exp.sweep.results import JobResult, SweepResults
 
 
 @dataclass(frozen=True)
 class Effect:
-    """The metric's mean where a setting has this value."""
+    """The metric's mean over the jobs where a setting has this value."""
 
     value: str
     mean: float
-    interval: float | None  # half of a 95 % interval over the seeds; None where there is but one
+    interval: float | None  # half of a 95 % interval over the seeds; None for a single seed
     seeds: int
-    runs: int
+    jobs: int
 
 
-def main_effects(found: SweepResults) -> dict[str, list[Effect]]:
-    """Setting -> an effect a value, over the combinations of all other settings in which every value has finished.
+def main_effects(results: SweepResults) -> dict[str, list[Effect]]:
+    """Setting -> an effect per value, over the combinations of all other settings in which every value has finished.
 
-    Where a run is missing, its combination is left out for the other values too, so that like is compared with like.
+    Where a job is missing, its combination is left out for the other values too, so that like is compared with like.
     """
-    return {key: effects_of(key, found) for key in found.varied}
+    return {key: effects_of(key, results) for key in results.settings}
 
 
-def effects_of(key: str, found: SweepResults) -> list[Effect]:
+def effects_of(key: str, results: SweepResults) -> list[Effect]:
     blocks: dict[tuple[str, ...], dict[str, JobResult]] = {}
-    others = [other for other in found.keys if other != key]
-    for row in found.done:
-        block = tuple(row.job.settings.get(other, "") for other in others)
-        blocks.setdefault(block, {})[row.job.settings.get(key, "")] = row
-    values = list(dict.fromkeys(row.job.settings.get(key, "") for row in found.rows))
-    whole = [block for block in blocks.values() if len(block) == len(values)]
-    return [effect(value, [block[value] for block in whole], found) for value in values] if whole else []
+    others = [other for other in results.keys if other != key]
+    for job in results.done:
+        block = tuple(job.settings.get(other, "") for other in others)
+        blocks.setdefault(block, {})[job.settings.get(key, "")] = job
+    values = list(dict.fromkeys(job.settings.get(key, "") for job in results.jobs))
+    complete = [block for block in blocks.values() if len(block) == len(values)]
+    return [effect(value, [block[value] for block in complete], results) for value in values] if complete else []
 
 
-def effect(value: str, rows: list[JobResult], found: SweepResults) -> Effect:
+def effect(value: str, jobs: list[JobResult], results: SweepResults) -> Effect:
     seeds: dict[str, list[float]] = {}
-    for row in rows:
-        seeds.setdefault(row.job.settings.get("seed", ""), []).append(found.measured(row))
+    for job in jobs:
+        seeds.setdefault(job.settings.get("seed", ""), []).append(results.measured(job))
     means = [mean(values) for values in seeds.values()]
-    n = len(means)
-    interval = T[min(n - 1, len(T)) - 1] * stdev(means) / n**0.5 if n > 1 else None
-    return Effect(value, mean(means), interval, n, len(rows))
+    return Effect(value, mean(means), t_interval(means), len(means), len(jobs))

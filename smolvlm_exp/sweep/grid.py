@@ -1,4 +1,4 @@
-"""Every combination of the values given: announced, run where it is missing, told in a table."""
+"""A grid: every combination of the values given, run where it is not done yet."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ from smolvlm_exp.runs.sweep_record import (
 )
 from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.job_process import STOPPED
-from smolvlm_exp.sweep.launcher import Stop, launch
+from smolvlm_exp.sweep.launcher import SweepStop, launch
 
 
 def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
-    """What the grid sweeper does with a command's overrides; returns the command's exit code.
+    """Run a command's grid; returns the exit code.
 
     Raises:
         RequestError: the folder has another sweep's jobs.
@@ -36,23 +36,23 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
     write_jobs(folder, jobs, list(differing_settings(jobs)))
     states = [job_state(folder / str(job.number)) for job in jobs]
-    left = [job for job, known in zip(jobs, states, strict=True) if known not in ENDED]
+    left = [job for job, state in zip(jobs, states, strict=True) if state not in ENDED]
     varied = {key: ", ".join(values) for key, values in differing_settings(jobs).items()}
     if "seed" in varied:
         varied["seed"] += "  (repetitions)"
     config = compose(sweeper, jobs[0])
     announce(folder, f"{len(jobs)} job{'s' * (len(jobs) > 1)}", varied, states, [compose(sweeper, job) for job in left])
-    with Stop(folder) as stop:
+    with SweepStop(folder) as stop:
         launch(sweeper.launcher, folder, left, stop)
-    found = report_results(folder, config, stop.asked)
-    return STOPPED if stop.asked else int(found.failed)
+    results = report_results(folder, config, stop.asked)
+    return STOPPED if stop.asked else int(results.failed)
 
 
 def number_jobs(folder: Path, lists: Sequence[Sequence[str]]) -> list[Job]:
-    """Each combination once, with the number it has in the sweep's folder already, or its place in the command."""
+    """Each combination once, with the number it has in the sweep's folder already, or its index in the command."""
     unique = {job.identity: job for job in (Job(0, tuple(overrides)) for overrides in lists)}
     known = {job.identity: job.number for job in read_jobs(folder)}
-    return [Job(known.get(identity, place), job.overrides) for place, (identity, job) in enumerate(unique.items())]
+    return [Job(known.get(identity, index), job.overrides) for index, (identity, job) in enumerate(unique.items())]
 
 
 def compose(sweeper: Any, job: Job) -> Config:

@@ -1,9 +1,9 @@
-"""One job of a sweep in a process of its own: whatever becomes of it, the others go on, under every launcher alike.
+"""One job of a sweep in a process of its own: however it ends, the other jobs continue, under every launcher.
 
-An exception, memory that runs out and kill -9 end the process and are written into the job's summary.json. The process
+An exception, running out of memory and kill -9 end the process and are recorded in the job's summary.json. The process
 holds its folder's lock, so that no job runs twice at once, and stops after saving when its parent is gone. On Linux
-without a GPU it is forked from a server that has imported torch and its kin already; CUDA and forks do not go together,
-so elsewhere every job imports for itself (7 s).
+without a GPU it is forked from a server that has already imported torch, transformers and TRL; CUDA does not work in
+forks, so elsewhere every job imports them itself (7 s).
 """
 
 import contextlib
@@ -36,33 +36,34 @@ from smolvlm_exp.utils.startup import silence_upstream
 log = logging.getLogger(__name__)
 
 
-STOP = "SMOLVLM_EXP_STOP"  # names the file that, once there, ends the sweep's jobs after saving (launch.py makes it)
+STOP = "SMOLVLM_EXP_STOP"  # path of a file; once it exists, the sweep's jobs stop after saving (launcher.py creates it)
 STOPPED = 75  # exit code of a job that was stopped after saving
-PATIENCE = 30.0  # seconds for a job whose sweep was killed a moment ago to save and let go of its folder
+PATIENCE = 30.0  # seconds for a job whose sweep was just killed to save and release its folder
 
 
-def run_in_process(config: Config, folder: Path, home: Path, at_once: int) -> dict[str, Any]:
-    """Run one job in a child process and wait for it; returns its summary, whatever became of it.
+def run_in_process(config: Config, folder: Path, home: Path, at_once: int) -> None:
+    """Run one job in a child process and wait for it; its summary.json says how it ended.
 
     Args:
-        home: where the command was typed, which need not be where a cluster's worker stands.
-        at_once: jobs at once on this machine; -1: one a core.
+        home: where the command was typed; a cluster's worker may start elsewhere.
+        at_once: jobs at once on this machine; -1: one per core.
     """
     method = "forkserver" if can_fork() else "spawn"
-    multiprocessing.set_start_method(method, force=True)  # joblib's workers say `loky`, which no child of theirs knows
+    multiprocessing.set_start_method(
+        method, force=True
+    )  # joblib's workers set `loky`, which their children do not know
     multiprocessing.set_forkserver_preload(["smolvlm_exp.sweep.preload"])
     child = multiprocessing.Process(target=run_child, args=(config, folder, home, at_once))
     child.start()
-    told = False
+    stopping = False
     with ignore_sigint():
         while child.exitcode is None:
             child.join(timeout=0.2)
-            if stop_asked() and not told:
-                told = True
+            if stop_requested() and not stopping:
+                stopping = True
                 child.terminate()
-    if child.exitcode not in (0, STOPPED) and not told and summary_of(folder).get("exit_code") != child.exitcode:
+    if child.exitcode not in (0, STOPPED) and not stopping and summary_of(folder).get("exit_code") != child.exitcode:
         record_failure(config, folder, describe_exit(child.exitcode), child.exitcode)
-    return summary_of(folder)
 
 
 def can_fork() -> bool:
@@ -71,9 +72,9 @@ def can_fork() -> bool:
 
 @contextlib.contextmanager
 def ignore_sigint() -> Iterator[None]:
-    """In a launcher's worker: the terminal tells it too, but what is to stop is the sweep's command's to say."""
-    alone = threading.current_thread() is threading.main_thread()
-    worker = alone and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    """In a launcher's worker: Ctrl-C reaches it too, but the sweep's command decides what stops."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    worker = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if worker:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
@@ -83,29 +84,29 @@ def ignore_sigint() -> Iterator[None]:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def stop_asked() -> bool:
+def stop_requested() -> bool:
     return Path(os.environ.get(STOP, "/dev/null/none")).exists()
 
 
 def describe_exit(exit_code: int) -> str:
-    """What a process that could not say it itself died of."""
+    """Why a process ended that could not record it itself."""
     if exit_code > 0:
         return f"its process ended with exit code {exit_code}"
     number = -exit_code
     name = signal.Signals(number).name
-    why = " (by a person, or by the system for want of memory)" if number == signal.SIGKILL else ""
-    return f"killed by {name}{why}"
+    hint = " (by a user, or by the system because memory ran out)" if number == signal.SIGKILL else ""
+    return f"killed by {name}{hint}"
 
 
 def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
-    """What the child does. Its exit code: 0 done or someone else's, 1 failed, 75 stopped after saving."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server's is not for its jobs
+    """Runs in the child. Its exit code: 0 done or run by another command, 1 failed, 75 stopped after saving."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
     os.chdir(home)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=PATIENCE)
     except Timeout:
-        log.info(f"[{folder.name}] another command is running this job")
+        log.info(f"[{folder.name}] another command is already running this job")
         return
     with (
         lock,
@@ -118,7 +119,7 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
         silence_upstream()
         configure_logging()
         resume = can_resume(folder)
-        clear(folder, all_of_it=not resume)
+        clear(folder, resume)
         try:
             from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
             from smolvlm_exp.tasks.result import tracker_of
@@ -131,11 +132,11 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
             return
         except Exception as error:
             traceback.print_exc()
-            if not summary_of(folder):  # before the run had told anyone of itself
+            if not summary_of(folder):  # it failed before the run had reached the tracker
                 tracker_of(config, folder).finish({"status": "failed"}, [], exit_code=1)
             record_failure(config, folder, f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
-        except (KeyboardInterrupt, SystemExit):  # asked twice, or before there was anything to save
+        except (KeyboardInterrupt, SystemExit):  # a second signal, or before there was anything to save
             (folder / "summary.json").unlink(missing_ok=True)
             sys.exit(STOPPED)
     sys.exit(STOPPED if summary["status"] == "stopped" else 0)
@@ -149,33 +150,33 @@ def stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def clear(folder: Path, all_of_it: bool) -> None:
-    """Take an earlier try's verdict away, and what it logged and saved where this one starts anew."""
-    for name in ("summary.json", *(("metrics.jsonl", "checkpoints") if all_of_it else ())):
+def clear(folder: Path, resume: bool) -> None:
+    """Remove an earlier attempt's summary and, where this one starts over, its logs and checkpoints."""
+    for name in ("summary.json", *(() if resume else ("metrics.jsonl", "checkpoints"))):
         path = folder / name
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def record_failure(config: Config, folder: Path, reason: str, exit_code: int) -> None:
-    """Into summary.json, beside what the run itself could still say."""
+    """Add the failure to what the run itself has written into summary.json."""
     known = summary_of(folder) or {"seed": config.seed, "settings": choices(folder)}
     write_json(folder / "summary.json", {**known, "status": "failed", "reason": reason, "exit_code": exit_code})
 
 
 class Tee:
-    """A text stream that also writes to a log, and begins each line on the terminal with the job's number."""
+    """A text stream that also writes to a log, and prefixes each line on the terminal with the job's number."""
 
     def __init__(self, terminal: TextIO, log: TextIO, prefix: str) -> None:
         self.terminal, self.log, self.prefix = terminal, log, prefix
-        self.begins = True  # the next character begins a line
+        self.at_line_start = True
 
     def write(self, text: str) -> int:
         self.log.write(text)
         lines = text.splitlines(keepends=True)
-        marked = "".join((self.prefix if i or self.begins else "") + line for i, line in enumerate(lines))
-        self.begins = text.endswith("\n") if text else self.begins
-        self.terminal.write(marked)
-        if self.begins:
+        prefixed = "".join((self.prefix if i or self.at_line_start else "") + line for i, line in enumerate(lines))
+        self.at_line_start = text.endswith("\n") if text else self.at_line_start
+        self.terminal.write(prefixed)
+        if self.at_line_start:
             self.flush()
         return len(text)
 
@@ -184,12 +185,12 @@ class Tee:
         self.log.flush()
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.log, name)  # encoding, fileno; a log is no terminal, so nothing draws bars
+        return getattr(self.log, name)  # encoding, fileno; no terminal, so no progress bars
 
 
 @contextlib.contextmanager
 def tee_output(log: TextIO, prefix: str) -> Iterator[None]:
-    """Within, what this process prints, and the stack of one that crashes, also goes to `log`."""
+    """Within, what this process prints, and the stack trace of a crash, also go to `log`."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Tee(stream, log, prefix) for stream in before)
     faulthandler.enable(file=log)

@@ -1,4 +1,4 @@
-"""Jobs to Hydra's launcher, whichever it is, and one way to stop them all: a file that each of them looks for."""
+"""Hands jobs to Hydra's launcher, whichever it is, and stops them all by a file that each of them checks for."""
 
 import logging
 import os
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hydra.core.override_parser.types import Quote, QuotedString
+
 from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.sweep.job_process import STOP
 from smolvlm_exp.utils.signals import StopRequest
@@ -16,10 +18,10 @@ from smolvlm_exp.utils.signals import StopRequest
 log = logging.getLogger(__name__)
 
 
-class Stop(StopRequest):
-    """Ctrl-C and SIGTERM make a file that every job's parent looks for, on whatever machine it waits.
+class SweepStop(StopRequest):
+    """On Ctrl-C or SIGTERM, creates a file that every job's parent checks for, on whatever machine it waits.
 
-    A job that runs saves and ends, one that has not begun does not begin. A second signal leaves at once.
+    Running jobs save and stop; no other job starts. A second signal exits at once.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -32,14 +34,18 @@ class Stop(StopRequest):
 
     def heard(self) -> None:
         self.file.touch()
-        print("\nstopping the sweep: what runs saves first; once more to leave at once", file=sys.stderr, flush=True)
+        print(
+            "\nstopping the sweep after running jobs have saved; press Ctrl-C again to exit at once",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
-def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: Stop) -> bool:
-    """Run jobs into their folders. Hydra's basic launcher gets one at a time, so that a stop comes between two.
+def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: SweepStop) -> bool:
+    """Run jobs into their folders. Hydra's basic launcher gets one at a time, so that a stop takes effect between two.
 
     Returns:
-        Whether the launcher did its part; what became of the jobs is in their folders.
+        Whether the launcher worked; how each job ended is in its folder.
     """
     from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
@@ -51,22 +57,20 @@ def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: Stop) -> bool
             returned = launcher.launch([hydra_overrides(job, folder, stop) for job in batch], batch[0].number)
             for job in returned:
                 _ = job.return_value  # raises what went wrong outside the jobs' own processes
-        except Exception as error:  # Slurm is not there, a node died: what other jobs did is told all the same
+        except Exception as error:  # Slurm is not there, a node died: the other jobs' results are still reported
             traceback.print_exc()
             log.warning(f"sweep: the launcher failed: {error}")
             return False
     return True
 
 
-def hydra_overrides(job: Job, folder: Path, stop: Stop) -> list[str]:
-    """The job's overrides, where it writes and looks; features go to the disk, where the next job finds them."""
-    own = {"hydra.sweep.dir": folder.resolve(), "hydra.sweep.subdir": job.number}
-    own[f"+hydra.job.env_set.{STOP}"] = stop.file.resolve()
+def hydra_overrides(job: Job, folder: Path, stop: SweepStop) -> list[str]:
+    """The job's overrides, its folder and its stop file; image features go to disk, where the next job finds them."""
+    own = {
+        "hydra.sweep.dir": folder.resolve(),
+        "hydra.sweep.subdir": job.number,
+        f"+hydra.job.env_set.{STOP}": stop.file.resolve(),
+    }
     if "trainer.cache_ram" not in job.settings:
         own["trainer.cache_ram"] = "0MiB"
-    return [*job.overrides, *(f"{key}={quoted(str(value))}" for key, value in own.items())]
-
-
-def quoted(value: str) -> str:
-    """A value that Hydra's grammar reads as this very text."""
-    return "'" + value.replace("\\", "\\\\").replace("'", "\\'") + "'"
+    return [*job.overrides, *(f"{k}={QuotedString(str(v), Quote.single).with_quotes()}" for k, v in own.items())]

@@ -1,9 +1,9 @@
-"""Optuna's study of a search: its space out of Hydra's own sweep syntax, its storage, and whose trials are whose.
+"""The Optuna study of a search: its space from Hydra's sweep syntax, its storage, and which command owns a trial.
 
     choice(4,8,16)   range(1,9)   interval(0.0,0.5)   tag(log,interval(1e-5,1e-3))
 
-Each command that works on a study holds a lock of its own as long as it lives, and writes its name on the trials it
-asks for: a trial whose command is gone belongs to whoever finds it.
+Each command that works on a study holds a lock as long as it lives, and writes the lock's name on the trials it asks
+for: a trial whose lock is free is taken over by the next command.
 """
 
 import warnings
@@ -27,17 +27,20 @@ NAME = "search"
 WORKER, COMMAND = "worker", "command"  # attributes of a trial, of the study
 
 
-@dataclass(frozen=True)
-class Options:
-    """hydra.sweeper's settings (hydra_plugins/smolvlm_exp.py says what they mean)."""
+@dataclass
+class SearchConf:
+    """hydra/sweeper=search. Names are Optuna's own."""
 
-    n_trials: int
-    n_jobs: int
-    storage: str | None
-    seed: int | None
-    prune: str | None
-    n_startup_trials: int
-    n_warmup_steps: int
+    _target_: str = "hydra_plugins.smolvlm_exp.Search"
+    # the space: key -> choice(4,8), range(1,9), interval(0,1), tag(log,interval(...))
+    params: dict[str, str] | None = None
+    n_trials: int = 20  # in all: with sweep=FOLDER, those that are left
+    n_jobs: int = 1  # trials that the launcher gets at once
+    storage: str | None = None  # null: Optuna's journal in the sweep's folder; or sqlite:///outputs/study.db
+    seed: int | None = None  # of the sampler of a new study
+    prune: str | None = None  # a metric evaluated during training, as eval_rewards/accuracies; null: no pruning
+    n_startup_trials: int = 5  # random trials at first; none is pruned before as many have finished
+    n_warmup_steps: int = 0  # training steps before which no trial is pruned
 
 
 def require_optuna() -> None:
@@ -53,13 +56,13 @@ def require_optuna() -> None:
 
 
 def distribution(override: Override) -> "BaseDistribution":
-    """What a swept override means to Optuna."""
+    """A swept override as Optuna's distribution."""
     from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
     sweep: Any = override.value()
     if isinstance(sweep, IntervalSweep):
-        whole = isinstance(sweep.start, int) and isinstance(sweep.end, int)
-        kind = IntDistribution if whole else FloatDistribution
+        integers = isinstance(sweep.start, int) and isinstance(sweep.end, int)
+        kind = IntDistribution if integers else FloatDistribution
         return kind(sweep.start, sweep.end, log="log" in sweep.tags)  # type: ignore[arg-type]
     if isinstance(sweep, RangeSweep) and all(isinstance(n, int) for n in (sweep.start, sweep.stop, sweep.step)):
         values = list(sweep.range())
@@ -76,22 +79,22 @@ def open_storage(folder: Path, storage: str | None) -> Any:
     return RDBStorage(storage) if storage else JournalStorage(JournalFileBackend(str(folder / "study.log")))
 
 
-def pruner(n_startup_trials: int, n_warmup_steps: int) -> Any:
-    """A trial ends where it is below the median of the others at the same step."""
+def median_pruner(n_startup_trials: int, n_warmup_steps: int) -> Any:
+    """Ends a trial that is worse than the median of the others at the same step."""
     from optuna.pruners import MedianPruner
 
     return MedianPruner(n_startup_trials, n_warmup_steps)
 
 
-def open_study(folder: Path, options: Options, goal: int, command: Sequence[str]) -> "Study":
-    """The sweep's study, begun where there is none.
+def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[str]) -> "Study":
+    """The sweep's study; a new one where there is none.
 
     Args:
-        goal: 1 where more of the metric is better, -1 where less is.
+        goal: 1 to maximize the metric, -1 to minimize it.
         command: the metric, the fixed overrides and the space.
 
     Raises:
-        RequestError: it was begun by another command.
+        RequestError: another command began it.
     """
     import optuna
     from optuna.study import StudyDirection
@@ -99,23 +102,24 @@ def open_study(folder: Path, options: Options, goal: int, command: Sequence[str]
     storage = open_storage(folder, options.storage)
     direction = StudyDirection.MAXIMIZE if goal > 0 else StudyDirection.MINIMIZE
     name = NAME if options.storage is None else "/".join((NAME, *folder.parts[-2:]))
-    prune = pruner(options.n_startup_trials, options.n_warmup_steps)
+    pruner = median_pruner(options.n_startup_trials, options.n_warmup_steps)
     study = optuna.create_study(
-        storage=storage, study_name=name, direction=direction, load_if_exists=True, pruner=prune
+        storage=storage, study_name=name, direction=direction, load_if_exists=True, pruner=pruner
     )
-    begun = study.user_attrs.get(COMMAND)
-    if begun is not None and set(begun) != set(command):
-        here, there = ", ".join(set(command) - set(begun)), ", ".join(set(begun) - set(command))
-        raise RequestError(f"sweep={folder}: that search was another: {here or 'less'} here, {there or 'less'} there.")
+    original = study.user_attrs.get(COMMAND, command)
+    if set(original) != set(command):
+        new, old = ", ".join(set(command) - set(original)), ", ".join(set(original) - set(command))
+        raise RequestError(
+            f"sweep={folder} is another search: {new or 'fewer settings'} here, {old or 'fewer settings'} there."
+        )
     study.set_user_attr(COMMAND, list(command))
-    seed = None if study.trials else options.seed  # a sampler that starts over would propose the same again
+    seed = None if study.trials else options.seed  # the same seed again would propose the same trials again
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=options.n_startup_trials, constant_liar=True)
     return study
 
 
 def job_of(trial: "FrozenTrial", fixed: Sequence[str]) -> Job:
-    chosen = [f"{key}={value}" for key, value in trial.params.items()]
-    return Job(trial.number, (*fixed, *chosen))
+    return Job(trial.number, (*fixed, *(f"{key}={value}" for key, value in trial.params.items())))
 
 
 def is_abandoned(folder: Path, trial: "FrozenTrial") -> bool:

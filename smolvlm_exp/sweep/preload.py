@@ -1,6 +1,6 @@
-"""What the server that a sweep's jobs are forked from imports, once for all of them (see job_process.py).
+"""Imported by the server that a sweep's jobs are forked from, once for all of them (see job_process.py).
 
-The jobs are then of one code, whatever is edited while the sweep runs.
+All jobs then run the same code, whatever is edited while the sweep runs.
 """
 
 import signal
@@ -8,7 +8,9 @@ from importlib import import_module
 
 from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 
-signal.signal(signal.SIGTERM, signal.SIG_IGN)  # said to a whole group, it is for the jobs, whose end the server tells
+signal.signal(
+    signal.SIGTERM, signal.SIG_IGN
+)  # sent to the process group, it is for the jobs; the server reports their end
 with fast_imports():
     silence_upstream()
     for module in (

@@ -1,4 +1,4 @@
-"""How long a sweep's jobs will take, from runs that were measured; where there are none, nothing is said."""
+"""How long a sweep's jobs will take, from finished runs of the same model, data and trainer."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -13,36 +13,39 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, summary_of
 from smolvlm_exp.utils.paths import OUTPUTS, relative_to_cwd
 
-LATEST = 50  # earlier runs that are looked at
+MAX_RUNS = 50  # earlier runs to search
 
 
 def estimate_time(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | None:
-    """(seconds for the jobs that are left, one after the other; what that is drawn from), or None: nothing is known."""
-    own = [seconds for folder in sweep.glob("*/") if (seconds := seconds_of(folder)) is not None]
+    """(seconds of the jobs that are left, one after the other; what the estimate is from); None where nothing is known.
+
+    An earlier run gives its time outside training, and its speed for the pairs that a job trains on.
+    """
+    own = [summary["seconds"] for folder in sweep.glob("*/") if (summary := finished(folder))]
     if own:
         return median(own) * len(left), f"the {len(own)} that are done"
-    total, source = 0.0, None
+    total, source = 0.0, ""
     for config in left:
         run = next((run for run in earlier_runs() if same_workload(config, run)), None)
         if run is None:
             return None
-        summary, source = summary_of(run), run
-        around = summary["seconds"] - summary["train"]["seconds"]  # loading, evaluating, writing
-        total += around + pair_count(config, summary) / summary["train"]["pairs_per_second"]
-    return (total, f"{relative_to_cwd(source)}, the latest run of this model and data") if source else None
+        summary, source = summary_of(run), str(relative_to_cwd(run))
+        outside_training = summary["seconds"] - summary["train"]["seconds"]
+        total += outside_training + pair_count(config, summary) / summary["train"]["pairs_per_second"]
+    return (total, f"{source}, the latest run of this model and data") if left else None
 
 
-def seconds_of(folder: Path) -> float | None:
-    """All that a finished run took."""
+def finished(folder: Path) -> dict[str, Any]:
+    """The summary of a run that is done and says how long it took; else nothing."""
     summary = summary_of(folder)
-    return summary.get("seconds") if summary.get("status") == "done" else None
+    return summary if summary.get("status") == "done" and "seconds" in summary else {}
 
 
 @cache
 def earlier_runs() -> list[Path]:
     """Finished runs whose time is known, the newest first."""
     newest = newest_first(OUTPUTS, "summary.json", places=(*PLACES, JOBS))
-    return [path.parent for path in newest[:LATEST] if seconds_of(path.parent)]
+    return [path.parent for path in newest[:MAX_RUNS] if finished(path.parent)]
 
 
 @cache
@@ -52,7 +55,7 @@ def saved_config(run: Path) -> dict[str, Any]:
 
 
 def same_workload(config: Config, run: Path) -> bool:
-    """The same model on the same data by the same trainer, whatever the adapter, rate and batch."""
+    """The same model, data, algorithm and engine, whatever the adapter, learning rate and batch."""
     saved, trainer = saved_config(run), config.trainer
     if saved.get("model") != asdict(config.model) or saved.get("data") != asdict(config.data):
         return False

@@ -89,7 +89,7 @@ def test_it_says_what_it_will_do_before_the_first_job(whole):
     assert f"sweep: 4 jobs in outputs/sweeps/{sweep.parent.name}/{sweep.name}" in before
     assert re.search(r"adapter\.r +2, 4\n", before)
     assert re.search(r"seed +0, 1 +\(repetitions\)", before)
-    assert "expected: known after the first job" in before
+    assert "estimated time: unknown until the first job finishes" in before
     assert re.search(r"\[0\] done; 3 of 4 jobs left, about \d+", out)
 
 
@@ -167,7 +167,7 @@ def test_a_sweep_that_is_done_is_left_alone_and_told_again(whole):
     done = typed(folder, "-m", "sweep=last", "metric=train.last_loss")
     assert done.returncode == 0, done.stderr
     assert "4 done" in done.stdout
-    assert "expected: nothing is left to do" in done.stdout
+    assert "nothing is left to run" in done.stdout
     assert {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")} == before
     (best,) = (row for row in rows_of(sweep) if row["best"] == "True")
     assert float(best["train.last_loss"]) == min(float(row["train.last_loss"]) for row in rows_of(sweep))

@@ -5,21 +5,21 @@ from pathlib import Path
 
 import pytest
 
-from smolvlm_exp.sweep import job_process as isolation
+from smolvlm_exp.sweep import job_process
 
 
 @pytest.mark.slow
 def test_a_spawned_job_runs_and_tells(quick, tmp_path, monkeypatch):
-    monkeypatch.setattr(isolation, "can_fork", lambda: False)
+    monkeypatch.setattr(job_process, "can_fork", lambda: False)
     folder = tmp_path / "0"
     folder.mkdir()
-    summary = isolation.run_in_process(quick(), folder, Path.cwd(), at_once=2)
-    assert summary["status"] == "done"
-    assert summary == json.loads((folder / "summary.json").read_text())
+    job_process.run_in_process(quick(), folder, Path.cwd(), at_once=2)
+    assert json.loads((folder / "summary.json").read_text())["status"] == "done"
     assert "step 3/3" in (folder / "output.log").read_text()
     other = tmp_path / "1"
     other.mkdir()
-    failed = isolation.run_in_process(quick("adapter.target=nothing_like_it"), other, Path.cwd(), at_once=1)
+    job_process.run_in_process(quick("adapter.target=nothing_like_it"), other, Path.cwd(), at_once=1)
+    failed = json.loads((other / "summary.json").read_text())
     assert failed["exit_code"] == 1
     assert "matches no linear layer" in failed["reason"]
 
@@ -29,4 +29,4 @@ def test_a_spawned_job_runs_and_tells(quick, tmp_path, monkeypatch):
     [(1, "its process ended with exit code 1"), (-9, "killed by SIGKILL"), (-11, "killed by SIGSEGV")],
 )
 def test_what_a_process_died_of_is_told(code, reason):
-    assert isolation.describe_exit(code).startswith(reason)
+    assert job_process.describe_exit(code).startswith(reason)

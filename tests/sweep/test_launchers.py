@@ -40,7 +40,7 @@ def test_a_launcher_that_cannot_launch_is_told_with_the_table(command, tmp_path)
         pytest.skip("there is a Slurm here")
     done = command("-m", "hydra/launcher=slurm", "adapter.r=2,4", "tracker=none")
     assert done.returncode == 1
-    assert 'the launcher failed: Could not detect "srun"' in done.stderr
+    assert 'the launcher failed: Could not detect "srun"' in done.stdout
     assert statuses(tmp_path) == ["missing", "missing"]
 
 

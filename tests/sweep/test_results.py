@@ -60,7 +60,7 @@ def test_main_effects_are_means_over_the_rest_with_t_intervals_over_seeds(tmp_pa
     effects = main_effects(made(tmp_path, grid(values)))
     assert list(effects) == ["adapter.r", "trainer.learning_rate"], "a seed repeats; it is no setting"
     four, eight = effects["adapter.r"]
-    assert (four.value, four.seeds, four.runs) == ("4", 2, 4)
+    assert (four.value, four.seeds, four.jobs) == ("4", 2, 4)
     assert four.mean == pytest.approx(0.62)
     assert four.interval == pytest.approx(12.706 * 0.0282843 / 2**0.5, rel=1e-4)  # t of one degree of freedom
     assert eight.mean == pytest.approx(0.70)
@@ -70,25 +70,25 @@ def test_main_effects_are_means_over_the_rest_with_t_intervals_over_seeds(tmp_pa
 def test_a_missing_run_takes_its_combination_out_of_the_comparison(tmp_path):
     values = {("4", "1e-4", "0"): 0.5, ("4", "1e-3", "0"): 0.9, ("8", "1e-4", "0"): 0.6}
     missing = {("adapter.r=8", "trainer.learning_rate=1e-3", "seed=0"): {"status": "failed", "reason": "x"}}
-    found = made(tmp_path, grid(values) | missing)
-    four, eight = main_effects(found)["adapter.r"]
+    results = made(tmp_path, grid(values) | missing)
+    four, eight = main_effects(results)["adapter.r"]
     assert (four.mean, eight.mean) == (0.5, 0.6), "not (0.7, 0.6)"
     assert four.interval is None
-    assert found.failed
+    assert results.failed
 
 
 def test_the_best_and_the_front(tmp_path):
     results = {("r=1",): (0.8, 10, 2.0), ("r=2",): (0.9, 20, 2.0), ("r=3",): (0.9, 30, 3.0), ("r=4",): (0.7, 30, 1.0)}
-    found = made(tmp_path, results)
-    assert found.best is not None
-    assert found.best.job.number == 1
-    assert [row.job.number for row in found.front] == [0, 1, 3]
-    rows = results_table(found)
+    results = made(tmp_path, results)
+    assert results.best is not None
+    assert results.best.number == 1
+    assert [job.number for job in results.front] == [0, 1, 3]
+    rows = results_table(results)
     assert [row["pareto"] for row in rows] == [True, True, False, True]
     assert rows[1]["command"] == "python -m smolvlm_exp r=2"
     least = read_results(tmp_path, "train.seconds")
     assert least.best is not None
-    assert least.best.job.number == 0, "less is better"
+    assert least.best.number == 0, "less is better"
 
 
 class Strict(HTMLParser):
@@ -112,13 +112,13 @@ def test_the_page_holds_whatever_there_is(tmp_path):
 
 @pytest.mark.parametrize(("keep", "left"), [("all", [2, 2, 1]), ("last", [1, 1, 1]), ("best", [0, 1, 1])])
 def test_what_is_kept_of_checkpoints(tmp_path, keep, left):
-    found = made(tmp_path, {("r=1",): (0.8, 1, 1), ("r=2",): (0.9, 1, 1), ("r=3",): {"status": "stopped"}})
+    results = made(tmp_path, {("r=1",): (0.8, 1, 1), ("r=2",): (0.9, 1, 1), ("r=3",): {"status": "stopped"}})
     for job, steps in (("0", (2, 10)), ("1", (2, 10)), ("2", (2,))):
         for step in steps:
             checkpoint = tmp_path / job / "checkpoints" / f"checkpoint-{step}"
             checkpoint.mkdir(parents=True)
             (checkpoint / "manifest.json").write_text("{}")
-    prune_checkpoints(found, keep)
+    prune_checkpoints(results, keep)
     assert [len(list((tmp_path / job / "checkpoints").iterdir())) for job in "012"] == left
     assert can_resume(tmp_path / "2")
     if keep == "last":
@@ -167,10 +167,10 @@ def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monke
 
     import yaml
 
-    from smolvlm_exp.sweep import time_estimate as estimate
+    from smolvlm_exp.sweep import time_estimate
 
-    monkeypatch.setattr(estimate, "OUTPUTS", tmp_path)
-    estimate.earlier_runs.cache_clear()
+    monkeypatch.setattr(time_estimate, "OUTPUTS", tmp_path)
+    time_estimate.earlier_runs.cache_clear()
     half = compose("trainer.max_steps=40")
     sweep = tmp_path / "sweeps" / "a" / "b"
     assert estimate_time(sweep, [half]) is None
@@ -179,13 +179,13 @@ def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monke
     (run / ".hydra" / "config.yaml").write_text(yaml.dump(asdict(compose())))
     train = {"seconds": 60.0, "pairs_per_second": 80 * 16 / 60}
     (run / "summary.json").write_text(json.dumps({"status": "done", "seconds": 100.0, "train": train}))
-    estimate.earlier_runs.cache_clear()
-    told = estimate_time(sweep, [half, half])
-    assert told is not None
-    assert told[0] == pytest.approx(140)
-    assert "latest run of this model and data" in told[1]
+    time_estimate.earlier_runs.cache_clear()
+    estimate = estimate_time(sweep, [half, half])
+    assert estimate is not None
+    assert estimate[0] == pytest.approx(140)
+    assert "latest run of this model and data" in estimate[1]
     assert estimate_time(sweep, [compose("data.train_rows=64")]) is None, "other data, nothing known"
-    estimate.earlier_runs.cache_clear()
+    time_estimate.earlier_runs.cache_clear()
 
 
 def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
@@ -194,8 +194,8 @@ def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert visible_gpus() == ["4", "7"]
     hold = (
-        "import sys, time; from smolvlm_exp.sweep.share import *\n"
-        "with share_of_machine(2): print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
+        "import sys, time; from smolvlm_exp.sweep.devices import *\n"
+        "with assign_device(2): print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
     )
     other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=os.environ)
     assert other.stdout is not None

@@ -14,8 +14,8 @@ import pytest
 
 from smolvlm_exp.config.compose import parsed
 from smolvlm_exp.runs.sweep_record import read_jobs
-from smolvlm_exp.sweep.launcher import Stop
-from smolvlm_exp.sweep.optuna_study import Options, distribution, is_abandoned, open_study
+from smolvlm_exp.sweep.launcher import SweepStop
+from smolvlm_exp.sweep.optuna_study import SearchConf, distribution, is_abandoned, open_study
 from smolvlm_exp.sweep.search import Search
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import QUICK, compose
@@ -45,10 +45,10 @@ class Launcher:
 
 def search(folder: Path, launcher: Launcher, **options) -> optuna.Study:
     folder.mkdir(exist_ok=True)
-    chosen = Options(**{**OPTIONS, "n_warmup_steps": 0, **options})
+    chosen = SearchConf(**{**OPTIONS, **options})
     study = open_study(folder, chosen, 1, SPACE)
     space = {override.get_key_element(): override for override in parsed(SPACE)}
-    with Stop(folder) as stop:
+    with SweepStop(folder) as stop:
         Search(folder, study, chosen, space, ["tracker=none"], compose()).run(launcher, stop)
     return study
 
@@ -81,7 +81,7 @@ def test_failed_and_pruned_trials_are_told_and_count(tmp_path):
 def test_a_trial_of_a_living_command_is_left_to_it(tmp_path):
     from filelock import FileLock
 
-    study = open_study(tmp_path, Options(**OPTIONS, n_warmup_steps=0), 1, SPACE)
+    study = open_study(tmp_path, SearchConf(**OPTIONS), 1, SPACE)
     trial = study.ask({"x": optuna.distributions.IntDistribution(1, 3)})
     trial.set_user_attr("worker", ".worker-other")
     with FileLock(tmp_path / ".worker-other"):
@@ -90,7 +90,7 @@ def test_a_trial_of_a_living_command_is_left_to_it(tmp_path):
 
 
 def test_another_search_in_the_folder_is_refused(tmp_path):
-    options = Options(**OPTIONS, n_warmup_steps=0)
+    options = SearchConf(**OPTIONS)
     open_study(tmp_path, options, 1, ["adapter.r=choice(4,8)"])
     with pytest.raises(RequestError, match=r"adapter.r=choice\(4,16\) here, adapter.r=choice\(4,8\) there"):
         open_study(tmp_path, options, 1, ["adapter.r=choice(4,16)"])
@@ -121,7 +121,7 @@ def test_a_trial_that_falls_behind_is_pruned(tmp_path):
     from smolvlm_exp.utils.errors import Pruned
 
     options = {**OPTIONS, "n_warmup_steps": 0, "prune": "eval_rewards/accuracies"}
-    study = open_study(tmp_path, Options(**options), 1, SPACE)
+    study = open_study(tmp_path, SearchConf(**options), 1, SPACE)
     for _ in range(5):
         other = study.ask()
         other.report(0.9, 10)
@@ -136,7 +136,7 @@ def test_a_trial_that_falls_behind_is_pruned(tmp_path):
     callback.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.95})
     (folder / "trial.json").write_text(json.dumps({**told, "trial": study.ask()._trial_id}))
     (worse,) = pruning_callbacks(folder)
-    with pytest.raises(Pruned, match="at step 10 is below"):
+    with pytest.raises(Pruned, match="at step 10 is worse"):
         worse.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.1})
     with pytest.raises(RequestError, match="not evaluated"):
         callback.on_evaluate(None, state, None, metrics={"eval_loss": 0.1})

@@ -119,7 +119,7 @@ def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
     run(tmp_path / "outputs" / "day" / "a", 0.9)
     run(tmp_path / "outputs" / "day" / "b", 0.6, rate=1e-5)
     run(tmp_path / "elsewhere", 0.7, rate=1e-3, interval=0.3, seed=3)
-    done = command("task=compare", "runs=[outputs/day/*,elsewhere]", "hydra.run.dir=out")
+    done = command("task=compare", "runs=[outputs/day/*,elsewhere]", "hydra.run.dir=out", fresh=True)
     assert done.returncode == 0, done.stderr
     rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
     assert [row["run"] for row in rows] == ["outputs/day/a", "elsewhere", "outputs/day/b"]
