@@ -24,7 +24,7 @@ from smolvlm_exp.deploy.export.parity import Parity, gate, parity
 from smolvlm_exp.deploy.export.record import check_free, read_record, write_record
 from smolvlm_exp.evaluation.checks import checks_passed, mean_logp_change
 from smolvlm_exp.evaluation.held_out import Evaluation, evaluate
-from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
+from smolvlm_exp.evaluation.preference import answer_logps, preference_metrics
 from smolvlm_exp.models.adapter import saved_adapter
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.reporting.summary import print_results, summarize
@@ -91,40 +91,23 @@ class Exporter:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config = config
         self.processor = load_processor(config.model)
-        self.preferences = load_preferences(config.data, self.processor, folder, splits=("test",))
-        if "chosen" not in self.preferences.test.column_names:
+        preferences = load_preferences(config.data, self.processor, folder, splits=("test",))
+        if "chosen" not in preferences.test.column_names:
             raise RequestError(
                 f"task=export needs preference pairs to measure on, and data={config.data.source} has none."
             )
+        sizes = config.trainer.per_device_eval_batch_size, config.data.max_length
+        sampling: dict[str, Any] = {"seed": config.seed, "max_new_tokens": config.task.max_new_tokens}
+        self.score = lambda model: answer_logps(model, self.processor, preferences.test, *sizes)
+        self.evaluate = lambda model: evaluate(model, self.processor, preferences, *sizes, **sampling)
         self.run = summary_of(Path(config.run)) if config.run else {}
-        self.tuned, self.effect = self.evaluate_finetuned()
-
-    def evaluate_finetuned(self) -> tuple[Evaluation, float | None]:
-        """The tuned model's evaluation, and by how much its adapter changed the answers' log-probabilities."""
-        config = self.config
         model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
-        tuned = self.evaluate(model)
-        assert tuned.logps is not None
-        if not config.model.adapter:
-            return tuned, None
-        with model.disable_adapter():
-            return tuned, mean_logp_change(self.score(model), tuned.logps)
-
-    def evaluate(self, model: Any) -> Evaluation:
-        config = self.config
-        return evaluate(
-            model,
-            self.processor,
-            self.preferences,
-            config.trainer.per_device_eval_batch_size,
-            config.data.max_length,
-            seed=config.seed,
-            max_new_tokens=config.task.max_new_tokens,
-        )
-
-    def score(self, model: Any) -> Logps:
-        batch_size = self.config.trainer.per_device_eval_batch_size
-        return answer_logps(model, self.processor, self.preferences.test, batch_size, self.config.data.max_length)
+        self.tuned: Evaluation = self.evaluate(model)
+        self.effect: float | None = None
+        if config.model.adapter:  # by how much it changed the answers' log-probabilities
+            assert self.tuned.logps is not None
+            with model.disable_adapter():
+                self.effect = mean_logp_change(self.score(model), self.tuned.logps)
 
     def parity(self, model: Any) -> Parity:
         """Of log-probabilities alone: nothing is generated."""
@@ -133,10 +116,10 @@ class Exporter:
 
     @cached_property
     def merged(self) -> Any:
-        config, onto = self.config, self.config.export.merge
-        model = load_merged(config.model, config.quant, config.adapter, config.seed, onto)
+        config = self.config
+        model = load_merged(config.model, config.quant, config.adapter, config.seed, config.export.merge)
         if config.model.adapter:
-            log.info(f"merged into the {onto} base: {self.parity(model)}")
+            log.info(f"merged into the {config.export.merge} base: {self.parity(model)}")
         return model
 
     def write_adapter(self, staging: Path, target: Path) -> None:

@@ -40,19 +40,32 @@ def files(folder):
     return sorted(path.name for path in (folder / "onnx").iterdir())
 
 
-def test_onnx_in_8_bits_and_then_in_4_beside(export, capsys):
+def test_onnx_in_8_bits_then_one_part_in_4_and_the_gate(export, capsys):
     folder = export("export.precision=int8")["onnx"]
-    assert files(folder) == sorted(f"{part}_int8.onnx" for part in PARTS)
+    int8 = sorted(f"{part}_int8.onnx" for part in PARTS)
+    assert files(folder) == int8
     assert "preference accuracy" in capsys.readouterr().out
-    found = read_record(folder)
-    assert found["passes"]
-    assert found["parity"]["error"] < 0.2
-    assert found["exported"].keys() == found["tuned"].keys() >= {"preference_accuracy", "chair_s", "yes_no_accuracy"}
-    export("export.precision=int8", "export.embed_tokens=int4", "export.on_fail=mark", "export.max_drop=1")
-    assert files(folder) == sorted([*(f"{part}_int8.onnx" for part in PARTS), "embed_tokens_q4.onnx"])
-    session = SmolVLMSession.load(folder)
-    assert read_record(folder)["precisions"]["embed_tokens"] == "int4"
-    assert session.conversation().say("Describe the picture.").finish()
+    record = read_record(folder)
+    assert record["passes"]
+    assert record["parity"]["error"] < 0.2
+    assert record["exported"].keys() == record["tuned"].keys() >= {"preference_accuracy", "chair_s", "yes_no_accuracy"}
+    other = "export.precision=int8", "export.embed_tokens=int4", "export.max_error=0.001"
+    with pytest.raises(RunError, match=r"onnx failed the parity gate .* and was not written"):
+        export(*other)
+    assert read_record(folder) == record
+    assert sorted(path.name for path in folder.parent.iterdir()) == [".lock", "onnx"]
+    capsys.readouterr()
+    export(*other, "export.on_fail=mark")
+    assert "WARNING: onnx failed the parity gate; written anyway (export.on_fail=mark)" in capsys.readouterr().out
+    assert files(folder) == sorted([*int8, "embed_tokens_q4.onnx"])
+    record = read_record(folder)
+    assert (record["passes"], record["precisions"]["embed_tokens"]) == (False, "int4")
+    ids = ["accuracy_drop", "logprob_error", "chair_s_increase", "yes_no_accuracy_drop"]
+    assert [check["id"] for check in record["checks"]] == ids
+    card = (folder / "README.md").read_text()
+    assert "Parity check failed: differs from the tuned model" in card
+    assert "x64quantprecision" in card  # what int8 parts need in other clients
+    assert SmolVLMSession.load(folder).conversation().say("Describe the picture.").finish()
 
 
 def test_a_search_gives_up_the_bits_that_are_not_missed(export, capsys):
@@ -67,36 +80,42 @@ def test_a_search_gives_up_the_bits_that_are_not_missed(export, capsys):
     last = [line for line in told if line.endswith("passes")][-1]
     assert all(f"{part} {kind}" in last for part, kind in chosen.items())
     assert read_record(folder)["parity"]["share"] <= 0.012
-    assert "x64quantprecision" in (folder / "README.md").read_text()  # int8 parts, and what they ask of others
 
 
-def test_the_gate(export, tmp_path, capsys):
-    with pytest.raises(RunError, match=r"onnx failed the parity gate .* and was not written"):
-        export("export.precision=int4", "export.max_error=0.001")
-    assert [path.name for path in (tmp_path / "export").iterdir()] == [".lock"]
-    folder = export("export.precision=int4", "export.max_error=0.001", "export.on_fail=mark")["onnx"]
-    record = read_record(folder)
-    assert not record["passes"]
-    ids = ["accuracy_drop", "logprob_error", "chair_s_increase", "yes_no_accuracy_drop"]
-    assert [check["id"] for check in record["checks"]] == ids
-    card = (folder / "README.md").read_text()
-    assert "Parity check failed: differs from the tuned model" in card
-    assert "x64quantprecision" not in card
-    assert "WARNING: onnx failed the parity gate; written anyway (export.on_fail=mark)" in capsys.readouterr().out
+def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
+    import huggingface_hub
 
+    class Hub:
+        calls: list = []  # noqa: RUF012
 
-def test_merged_and_its_card(export, tmp_path):
+        def whoami(self):
+            return {"name": "me"}
+
+        def create_repo(self, name, private, exist_ok):
+            self.calls.append((name, private, exist_ok))
+            return f"https://huggingface.co/{name}"
+
+        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
+            self.calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()), ignore_patterns))
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
     (tmp_path / "training_args.bin").write_text("a token in clear")
-    folder = export("export.format=merged", "export.precision=fp32", "export.license=apache-2.0")["merged"]
-    found = read_record(folder)
-    assert found["parity"]["error"] < 1e-6
-    assert "training_args.bin" not in found["files"]
+    published = "export.license=apache-2.0", "export.push_to_hub=me/it"
+    folder = export("export.format=merged", "export.precision=fp32", *published)["merged"]
+    record = read_record(folder)
+    assert record["parity"]["error"] < 1e-6
+    assert "training_args.bin" not in record["files"]
     card = (folder / "README.md").read_text()
     for expected in ("license: apache-2.0", "| held out | tuned | exported |", "data.source: shapes", "## Limits"):
         assert expected in card
-    assert str(tmp_path) not in card
-    low, high = found["intervals"]["exported"]["preference_accuracy"]
+    for unexpected in (str(tmp_path), "x64quantprecision", "Parity check failed"):
+        assert unexpected not in card
+    low, high = record["intervals"]["exported"]["preference_accuracy"]
     assert f"({low:.3f} to {high:.3f})" in card
+    (created, (name, sent, ignored)) = Hub.calls
+    assert (created, name) == (("me/it", True, True), "me/it")
+    assert {"README.md", "model.safetensors", "export.json"} <= set(sent)
+    assert {"training_args.bin", "**/training_args.bin"} <= set(ignored)
 
 
 @pytest.mark.parametrize(
@@ -121,31 +140,6 @@ def test_a_folder_with_something_else_in_it(export, tmp_path):
     (tmp_path / "export" / "onnx" / "thesis.txt").write_text("")
     with pytest.raises(RequestError, match="thesis"):
         export()
-
-
-def test_what_is_published(export, monkeypatch):
-    import huggingface_hub
-
-    class Hub:
-        calls: list = []  # noqa: RUF012
-
-        def whoami(self):
-            return {"name": "me"}
-
-        def create_repo(self, name, private, exist_ok):
-            self.calls.append((name, private, exist_ok))
-            return f"https://huggingface.co/{name}"
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
-            self.calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()), ignore_patterns))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
-    export("export.format=merged", "export.precision=fp32", "export.push_to_hub=me/it")
-    (created, (name, sent, never)) = Hub.calls
-    assert created == ("me/it", True, True)
-    assert name == "me/it"
-    assert {"README.md", "model.safetensors", "export.json"} <= set(sent)
-    assert {"training_args.bin", "**/training_args.bin"} <= set(never)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ from typing import Any
 from smolvlm_exp.deploy.export.options import DECODER, PARTS, SUFFIXES
 from smolvlm_exp.deploy.export.record import RECORD, read_record
 from smolvlm_exp.models.adapter import AdapterConfig
-from smolvlm_exp.models.model import ModelConfig
+from smolvlm_exp.models.model import ModelConfig, load_finetuned_model, load_model, load_processor
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of
@@ -32,7 +32,6 @@ def load_backend(
     """
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
     from smolvlm_exp.engine.layers.dora import use_exact_dora
-    from smolvlm_exp.models.model import load_finetuned_model, load_processor
 
     folder = Path(model.id)
     if is_onnx(folder) or (folder / RECORD).is_file():
@@ -54,22 +53,16 @@ def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
     Raises:
         RequestError: no model is there, or not in that precision.
     """
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
     from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
-    from smolvlm_exp.models.model import PIL_BACKEND, readable_loading, resolve_dtype
 
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} holds no model: it has no config.json.")
-    with readable_loading(str(folder)):
-        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=False, **PIL_BACKEND)
-        if is_onnx(folder):
-            return OnnxModel(folder, exported_precisions(folder, precision)), processor
-        model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=resolve_dtype("auto"), trust_remote_code=False, use_safetensors=True
-        )
-    return TorchModel(model), processor
+    config = ModelConfig(id=str(folder))
+    processor = load_processor(config)
+    if is_onnx(folder):
+        return OnnxModel(folder, exported_precisions(folder, precision)), processor
+    return TorchModel(load_model(config)), processor
 
 
 def is_onnx(folder: Path) -> bool:
