@@ -152,7 +152,7 @@ def test_a_run_the_whole_way(command, tmp_path):
     exported = ("task=export", "run=last", "export.format=all", "export.precision=int8", "export.max_drop=0.1")
     done = command(*exported, timeout=500)
     assert done.returncode == 0, done.stderr
-    assert "merged into the dequantised base: answer log-prob error" in done.stdout
+    assert "merged into the dequantized base: answer log-prob error" in done.stdout
     root = tmp_path / "outputs" / "a" / "run" / "export"
     assert {path.name for path in root.iterdir() if path.is_dir()} == {"adapter", "merged", "onnx"}
     record = json.loads((root / "onnx" / "export.json").read_text())
