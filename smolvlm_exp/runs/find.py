@@ -1,5 +1,6 @@
 """Run folders: finding them, and going on with one."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -116,7 +117,7 @@ def choices(folder: Path) -> dict[str, str]:
     if not saved.is_file():
         return {}
     runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
-    own = {group: option for group, option in runtime["choices"].items() if "/" not in group}
+    own = {group: option for group, option in runtime["choices"].items() if not re.search("[/@]|^local$", group)}
     origin = replayed(folder)
     return own or (choices(origin) if origin else {})
 

@@ -1,0 +1,159 @@
+"""docs/settings.md and docs/settings.schema.json, from the dataclasses and the comments of their fields.
+
+python -m smolvlm_exp.config.settings        # in a checkout: writes both
+"""
+
+import ast
+import inspect
+import json
+import re
+import textwrap
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from smolvlm_exp.config.schema import SELECTORS, Config, own_config, own_configs
+from smolvlm_exp.utils.paths import PACKAGE
+
+JSON_TYPES: dict[Any, str] = {
+    int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object",
+    types.NoneType: "null",
+}  # fmt: skip
+INTRODUCTION = """\
+Written by `python -m smolvlm_exp.config.settings`. Files in `conf/` may choose other defaults; `--cfg job`
+shows what holds.
+
+Your own defaults (a cache, W&B's entity, a launcher) go into `conf/local/default.yaml`, which git ignores:
+
+```yaml
+# @package _global_
+tracker:
+  entity: my_team
+```
+
+`docs/settings.schema.json` is the same for editors; in a YAML file:
+`# yaml-language-server: $schema=../../docs/settings.schema.json`."""
+COMMENT = re.compile(r"#\s(?!type:|noqa|fmt:)([^#]*(?:#\s(?!type:|noqa|fmt:)[^#]*)?)$")
+
+
+def comments(cls: type) -> dict[str, str]:
+    """Field -> the comment on its line."""
+    source = textwrap.dedent(inspect.getsource(cls))
+    lines = source.splitlines()
+    body = ast.parse(source).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for node in body.body:
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
+            comment = COMMENT.search(lines[(node.end_lineno or node.lineno) - 1])
+            found[node.target.id] = comment[1].strip() if comment else ""
+    return found
+
+
+def properties(cls: type, path: str = "") -> Iterator[tuple[str, Field[Any], Any, str]]:
+    """(full name, dataclass field, type, meaning) of every setting of a dataclass."""
+    hints = typing.get_type_hints(cls)
+    meaning: dict[str, str] = {}
+    for base in reversed(cls.__mro__[:-1]):
+        meaning |= comments(base)
+    for setting in fields(cls):
+        kind = hints[setting.name]
+        inner = next((part for part in (kind, *typing.get_args(kind)) if is_dataclass(part)), None)
+        if inner:
+            assert isinstance(inner, type)
+            yield from properties(inner, f"{path}{setting.name}.")
+        else:
+            yield f"{path}{setting.name}", setting, kind, meaning[setting.name]
+
+
+def tables() -> Iterator[tuple[str, type]]:
+    """(heading, dataclass) of every group, with one table for each option that has settings of its own."""
+    for name, kind in typing.get_type_hints(Config).items():
+        if name in SELECTORS:
+            yield from ((f"{name}={option}", own_config(name, option)) for option in own_configs(name))
+        elif is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield name, kind
+
+
+def default_text(setting: Field[Any]) -> str:
+    if setting.default_factory is not MISSING:
+        return json.dumps(setting.default_factory())
+    return "required" if setting.default in (MISSING, "???") else json.dumps(setting.default)
+
+
+def type_text(setting: Field[Any], kind: Any) -> str:
+    choices = setting.metadata.get("choices")
+    if choices:
+        return " ".join(f"`{'null' if choice is None else choice}`" for choice in choices)
+    return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace(
+        "None", "null"
+    )
+
+
+def markdown() -> str:
+    """The page."""
+    lines = ["# Settings", "", INTRODUCTION, ""]
+    roots = [f for f in fields(Config) if f.name not in SELECTORS and not is_dataclass(f.type)]
+    whole = {key: (setting, kind, text) for key, setting, kind, text in properties(Config)}
+    seen: set[tuple[str, str, str]] = set()  # of an option, only what the group's other options do not have is told
+    sections = [("general", [(f.name, *whole[f.name]) for f in roots if f.name in whole])]
+    sections += [(heading, list(properties(cls, f"{heading.partition('=')[0]}."))) for heading, cls in tables()]
+    for heading, rows in sections:
+        told = {(key, default_text(setting), text): (key, setting, kind, text) for key, setting, kind, text in rows}
+        new = [row for entry, row in told.items() if entry not in seen]
+        seen |= told.keys()
+        if new:
+            lines += [f"## {heading}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
+            cells = ((key, type_text(s, kind), f"`{default_text(s)}`", text) for key, s, kind, text in new)
+            lines += [
+                "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{row[0]}`", *row[1:])) + " |"
+                for row in cells
+            ]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def json_schema() -> dict[str, Any]:
+    """For editors: which keys a group's YAML file, or an experiment, may have."""
+    root: dict[str, Any] = {
+        "type": "object",
+        "properties": {"defaults": {"type": "array"}, "hydra": {"type": "object"}},
+    }
+    for heading, cls in [("", Config), *tables()]:
+        prefix = f"{heading.partition('=')[0]}." if heading else ""
+        for key, setting, kind, text in properties(cls, prefix):
+            node = root
+            *groups, name = key.split(".")
+            for group in groups:
+                node = node["properties"].setdefault(group, {"type": "object", "properties": {}})
+            if key not in SELECTORS:
+                node["properties"][name] = json_property(setting, kind, text)
+    return {"$schema": "http://json-schema.org/draft-07/schema#", "title": "smolvlm_exp", **root}
+
+
+def json_property(setting: Field[Any], kind: Any, text: str) -> dict[str, Any]:
+    if kind is Any:
+        return {"description": text}
+    parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    names = [JSON_TYPES.get(typing.get_origin(part) or part, "string") for part in parts]
+    found: dict[str, Any] = {"type": names[0] if len(names) == 1 else names, "description": text}
+    if "choices" in setting.metadata and names[0] != "array":
+        found["enum"] = list(setting.metadata["choices"])
+    return found
+
+
+def files() -> dict[Path, str]:
+    docs = PACKAGE.parent / "docs"
+    return {
+        docs / "settings.md": markdown(),
+        docs / "settings.schema.json": json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n",
+    }
+
+
+if __name__ == "__main__":
+    for path, text in files().items():
+        path.write_text(text, encoding="utf-8")

@@ -1,0 +1,53 @@
+"""docs/settings.md and its JSON schema are current and complete; a person's own defaults are read."""
+
+import json
+
+import pytest
+import yaml
+
+from smolvlm_exp.config import settings
+from smolvlm_exp.config.compose import search_path
+from smolvlm_exp.config.schema import every_key
+from smolvlm_exp.utils.paths import CONF
+
+
+def test_the_page_and_the_schema_are_current():
+    for path, text in settings.files().items():
+        assert path.read_text(encoding="utf-8") == text, "python -m smolvlm_exp.config.settings writes them"
+
+
+def test_every_setting_is_in_both():
+    page, schema = settings.markdown(), settings.json_schema()
+    for key in every_key():
+        assert f"| `{key}` |" in page
+        node = schema
+        for name in key.split("."):
+            node = node["properties"][name]
+
+
+def test_the_schema_has_every_key_of_our_files():
+    def check(node, schema, where):
+        for key, value in node.items():
+            if where or key not in ("defaults", "hydra"):
+                assert key in schema["properties"], (where, key)
+                if isinstance(value, dict) and "properties" in schema["properties"][key]:
+                    check(value, schema["properties"][key], f"{where}.{key}")
+
+    for path in (CONF / "experiment").glob("*.yaml"):
+        check(yaml.safe_load(path.read_text()), settings.json_schema(), "")
+    assert json.loads((CONF.parent / "docs" / "settings.schema.json").read_text())["type"] == "object"
+
+
+@pytest.mark.parametrize("override", [[], ["seed=9"]])
+def test_own_defaults_hold_unless_the_command_says_otherwise(tmp_path, override):
+    import hydra
+
+    (tmp_path / "local").mkdir()
+    own = "# @package _global_\nseed: 5\ntracker:\n  entity: my_team\ntrainer:\n  cache: /tmp/cache\n"
+    (tmp_path / "local" / "default.yaml").write_text(own)
+    with search_path(CONF, str(tmp_path)):
+        composed = hydra.compose("config", overrides=override)
+    assert (composed.tracker.entity, composed.trainer.cache) == ("my_team", "/tmp/cache")
+    assert composed.seed == (9 if override else 5)
+    ignored = (CONF.parent / ".gitignore").read_text().splitlines()
+    assert "/conf/local/" in ignored
