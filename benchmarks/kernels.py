@@ -78,14 +78,14 @@ def compiled(plain: Any, backend: str) -> Replacements:
         return torch.compile(function, dynamic=True, backend=backend)
 
     names = [name for functions in KERNELS.values() for name in functions]
-    found: Replacements = {(ops, name): compile(getattr(plain, name)) for name in names}
+    made: Replacements = {(ops, name): compile(getattr(plain, name)) for name in names}
     rotary = compile(lambda *a: plain.rotary(*a[:4], Sources(a[4]), a[5]))
     rotary_backward = compile(lambda *a: plain.rotary_backward(*a[:5], Sources(a[5]), a[6]))
-    found[ops, "rotary"] = lambda u, gain, cos, sin, layout, heads: rotary(u, gain, cos, sin, layout.sources, heads)
-    found[ops, "rotary_backward"] = lambda grads, u, gain, cos, sin, layout, tail: rotary_backward(
+    made[ops, "rotary"] = lambda u, gain, cos, sin, layout, heads: rotary(u, gain, cos, sin, layout.sources, heads)
+    made[ops, "rotary_backward"] = lambda grads, u, gain, cos, sin, layout, tail: rotary_backward(
         grads, u, gain, cos, sin, layout.sources, tail
     )
-    return found
+    return made
 
 
 def liger(plain: Any) -> Replacements:
@@ -203,7 +203,7 @@ class Steps:
         return float((gradient - self.expected).norm() / self.expected.norm())
 
     def step(self, replacements: Replacements) -> tuple[float, float]:
-        """Seconds a pair, peak GiB."""
+        """Seconds per pair, peak GiB."""
         wait()
         if DEVICE == "cuda":
             torch.cuda.reset_peak_memory_stats()
@@ -260,7 +260,7 @@ def measure(
             table[name]["seconds"].append(seconds)
             table[name]["peak"] = max(table[name]["peak"], peak)
         line = ", ".join(f"{name} {1000 * measured[name][0]:.2f}" for name in names)
-        print(f"{steps.name}, round {turn}, ms a pair: {line}", flush=True)
+        print(f"{steps.name}, round {turn}, ms per pair: {line}", flush=True)
         save(list(table.values()))
     return list(table.values())
 

@@ -1,4 +1,4 @@
-"""Seconds a pair and peak memory of the engine's own step, without a trainer around it; with --profile, where it goes.
+"""Seconds per pair and peak memory of the engine's own step, without a trainer; with --profile, where the time goes.
 
 python -m benchmarks.step --model smolvlm --target text --adapter dora --checkpointing none --micro 1,4,16
 """
@@ -40,7 +40,7 @@ def make_model(name: str, adapter: str, target: str, quant: bool) -> Any:
 
 
 def make_rows(shape: Any, count: int, tiles: int, seed: int = 0) -> list[dict[str, torch.Tensor]]:
-    """Rows like the recipe's: a picture in `tiles` tiles, eleven tokens before each, answers of 40 to 200."""
+    """Rows like the recipe's: a image in `tiles` tiles, eleven tokens before each, answers of 40 to 200."""
     draw = torch.Generator().manual_seed(seed)
     rows = []
 
@@ -49,8 +49,8 @@ def make_rows(shape: Any, count: int, tiles: int, seed: int = 0) -> list[dict[st
         return torch.randint(3, min(40000, shape.image_token_id), (length,), generator=draw)
 
     for _ in range(count):
-        picture = torch.full((shape.image_seq_len,), shape.image_token_id)
-        prompt = torch.cat([part for _ in range(tiles) for part in (words(11, 12), picture)] + [words(20, 40)])
+        image = torch.full((shape.image_seq_len,), shape.image_token_id)
+        prompt = torch.cat([part for _ in range(tiles) for part in (words(11, 12), image)] + [words(20, 40)])
         pixels = torch.randint(
             0, 256, (tiles, 3, shape.image_size, shape.image_size), generator=draw, dtype=torch.uint8
         )
@@ -136,21 +136,21 @@ def main() -> None:
                 model.zero_grad(set_to_none=True)
 
             try:
-                each, peak = measure(step, micro)
+                seconds, peak = measure(step, micro)
             except torch.OutOfMemoryError:
                 print(f"{asked.target} {asked.adapter} {checkpointing} micro {micro}: out of memory", flush=True)
                 torch.cuda.empty_cache()
                 continue
             tokens = batch["packed"]["ids"].shape[1] / micro
             case = f"{asked.target} {asked.adapter} {checkpointing} micro {micro}"
-            print(f"{case}: {1000 * each:.1f} ms a pair, peak {peak:.2f} GiB, {tokens:.0f} tokens", flush=True)
+            print(f"{case}: {1000 * seconds:.1f} ms per pair, peak {peak:.2f} GiB, {tokens:.0f} tokens", flush=True)
         if asked.profile:
             from torch.profiler import ProfilerActivity, profile
 
-            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as found:
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
                 step()
                 torch.cuda.synchronize()
-            print(found.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=70))
+            print(profiler.key_averages().table(sort_by="cuda_time_total", row_limit=28, max_name_column_width=70))
 
 
 if __name__ == "__main__":

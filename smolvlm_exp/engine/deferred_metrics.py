@@ -1,6 +1,7 @@
 """TRL's loss code reads a dozen numbers off the device for its metrics, and each reading waits for the device.
 
-Under `Deferred` they stay there as 0-dim tensors, and `settle` reads them when they are logged. The loss is untouched.
+Under `DeferredMetrics` they stay there as 0-dim tensors, and `flush_metrics` reads them when they are logged. The loss
+is untouched.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from torch.overrides import TorchFunctionMode
 class DeferredMetrics(TorchFunctionMode):
     """While it is on: `.item()` gives the tensor itself, `if tensor:` is true, `tensor[mask]` has a sum and a mean.
 
-    The one thing that TRL asks a tensor with `if` is whether there are tokens to divide by, and there are: pairs.pack
+    The one thing that TRL asks a tensor with `if` is whether there are tokens to divide by, and there are: packing.pack
     takes no answer without.
     """
 

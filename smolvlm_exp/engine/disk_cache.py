@@ -212,18 +212,18 @@ def cached_tensors(
     """`what` in RAM where `ram_budget` bytes hold it (in one process alone: several share the file's pages), else in
     the store, else None: compute it anew. Says which, and the seconds it took."""
     start, size, where = time.perf_counter(), size_of(layout), "RAM"
-    kept: CachedTensors | None = None
+    cached: CachedTensors | None = None
     if size <= ram_budget and rank_world()[1] == 1:
         tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
         fill(tensors, 0, 1)
-        kept = tensors
+        cached = tensors
     elif store is not None:
-        kept, where = store.get(key, layout, fill, parts), str(store.folder)
+        cached, where = store.get(key, layout, fill, parts), str(store.folder)
     else:
         say(what, f"{gib(size)}, more than {RAM}={gib(ram_budget)}; computed anew wherever they are needed")
-    if kept is not None and rank_world()[0] == 0:
+    if cached is not None and rank_world()[0] == 0:
         log.info(f"{what}: {gib(size)} in {where}, {time.perf_counter() - start:.1f} s")
-    return kept
+    return cached
 
 
 def size_of(layout: Layout) -> int:

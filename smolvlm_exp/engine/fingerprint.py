@@ -43,13 +43,13 @@ def weights_key(model: nn.Module, adapter: str | None = None) -> str:
         else:
             names.append([name, str(value)])
     config: Any = getattr(model, "config", None)
-    found = hashlib.sha256(
+    digest = hashlib.sha256(
         json.dumps(
             [type(model).__name__, canonical_config(config.to_dict() if config else {}), names], sort_keys=True
         ).encode()
     )
-    found.update(content_hash(tensors).numpy().tobytes())
-    return found.hexdigest()
+    digest.update(content_hash(tensors).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def named_contents(module: nn.Module, adapter: str | None, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""One forward a batch of pairs: each picture once, each prompt once, log-probabilities of the answers' tokens alone.
+"""One forward a batch of pairs: each image once, each prompt once, log-probabilities of the answers' tokens alone.
 
 The result has TRL's layout, (2B, L - 1) with zeros outside the answers, so that its losses and metrics run unchanged.
 """
@@ -53,7 +53,7 @@ def score_pairs(
     """Log-probabilities of both answers' tokens, and the other `statistics`, each (2B, L - 1).
 
     Args:
-        packed: pairs.pack's, on the model's device; `features` (n, tokens, H) may take the place of `tiles`.
+        packed: packing.pack's, on the model's device; `features` (n, tokens, H) may take the place of `tiles`.
         labels: (2B, L), TRL's: -100 outside the answers.
     """
     head: Any = model.get_output_embeddings()
@@ -89,7 +89,7 @@ def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pix
 
 
 def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(n, 3, S, S) -> (n, tokens a tile, H): vision tower and connector, without gradients where nothing learns.
+    """(n, 3, S, S) -> (n, tokens per tile, H): vision tower and connector, without gradients where nothing learns.
 
     Tiles are whole, so that the encoder needs no mask, which the tower's own `forward` makes and looks into.
     """

@@ -54,7 +54,7 @@ class PackedTrainer(Trainer):
         normalise: tiles.pixels.
         collator: of the training rows; eval_collator: of the held-out rows.
         micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
-        whole: the loss is not a mean over pairs; see `split`.
+        whole: the loss is not a mean over pairs; see `split_micro_batches`.
         trl: the TRL trainer's own arguments.
     """
 
@@ -89,7 +89,7 @@ class PackedTrainer(Trainer):
                 f"needs multiples of trainer.per_device_train_batch_size={unit}."
             )
         if args.ddp_find_unused_parameters is None:
-            args.ddp_find_unused_parameters = False  # every row has a picture, so every parameter is used
+            args.ddp_find_unused_parameters = False  # every row has an image, so every parameter is used
         weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
@@ -147,13 +147,13 @@ class PackedTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Of row numbers alone: `self.batches` has the workers."""
-        kept = {name: getattr(self.args, f"dataloader_{name}") for name in WORKERS}
+        settings = {name: getattr(self.args, f"dataloader_{name}") for name in WORKERS}
         try:
             for name, none in WORKERS.items():
                 setattr(self.args, f"dataloader_{name}", none)
             return super().get_train_dataloader()
         finally:
-            for name, value in kept.items():
+            for name, value in settings.items():
                 setattr(self.args, f"dataloader_{name}", value)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -249,7 +249,7 @@ class PackedTrainer(Trainer):
             part = slice(start, start := start + len(segment))
             weight = len(segment) / pairs if num_items_in_batch is None else 1.0  # TRL has divided by it already
             self.shares["train"].append(share)
-            mine, answers = (slice_pairs(each, part, len(micro.rows)) for each in (fields, outputs))
+            mine, answers = (slice_pairs(values, part, len(micro.rows)) for values in (fields, outputs))
             with DeferredMetrics(), no_gather(self.accelerator):
                 loss += weight * self.loss_of(answers, mine, num_items_in_batch)
         return loss
@@ -334,7 +334,7 @@ class PackedTrainer(Trainer):
         assert self.eval_collator is not None
         with torch.no_grad(), self.compute_loss_context_manager():
             parts, sizes = self.in_parts(inputs, self.eval_collator, lambda batch: self.score(model, batch))
-            fields, outputs = (concat_pairs(each, sizes) for each in zip(*parts, strict=True))
+            fields, outputs = (concat_pairs(part, sizes) for part in zip(*parts, strict=True))
             self.shares["eval"].append(1.0)
             with DeferredMetrics():
                 loss = self.loss_of(outputs, fields, None)
@@ -366,7 +366,7 @@ class PackedTrainer(Trainer):
         if self.accelerator.num_processes > 1:
             everyone = gather(dict(self._metrics[mode]))
             for name in self._metrics[mode]:
-                columns = zip(*(each[name] for each in everyone), strict=True)
+                columns = zip(*(metrics[name] for metrics in everyone), strict=True)
                 self._metrics[mode][name] = [sum(column) / len(column) for column in columns]
         self.shares[mode].clear()
         super().log(logs, start_time)

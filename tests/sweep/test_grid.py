@@ -98,7 +98,7 @@ def test_jobs_share_pictures_and_reference(whole):
     _, _, out = whole
     assert "[0] reference: 32 rows, 32 of them computed" in out
     assert out.count("reference: 32 rows, 0 of them computed") == 3
-    assert len(re.findall(r"features of 32 pictures: .* in outputs/cache", out)) == 4
+    assert len(re.findall(r"features of 32 images: .* in outputs/cache", out)) == 4
 
 
 def test_the_table_holds_every_job(whole):

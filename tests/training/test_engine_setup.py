@@ -50,7 +50,7 @@ def test_both_engines_write_the_same_numbers(quick, tmp_path, request, setting):
 def test_features_where_nothing_that_makes_them_learns_and_tiles_elsewhere(quick, tmp_path, capsys):
     train(quick(), tmp_path)
     out = capsys.readouterr().out
-    assert "features of 32 pictures" in out
+    assert "features of 32 images" in out
     assert "tiles of" not in out
     train(quick("adapter.target=recipe"), tmp_path)
     out = capsys.readouterr().out

@@ -60,7 +60,7 @@ class ExactDora:
     def __init__(self, layer: Any, name: str) -> None:
         self.layer, self.name = layer, name
         self.squares: torch.Tensor | None = None
-        self.found: tuple[Any, torch.Tensor | None] = (None, None)
+        self.cached: tuple[Any, torch.Tensor | None] = (None, None)
 
     @torch.no_grad()
     def base_squares(self) -> torch.Tensor:
@@ -75,14 +75,14 @@ class ExactDora:
         """(out,) ||W + s B A||, float32, a constant for the gradients (section 4.3)."""
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
         now = ParameterVersion.now(a, b)
-        if self.found[0] != now or self.found[1] is None:
+        if self.cached[0] != now or self.cached[1] is None:
             weight, scaled = frozen_weight(self.layer.get_base_layer()), self.layer.scaling[self.name] * b.float()
             with torch.autocast(weight.device.type, enabled=False):
                 weight_a = product_f32(weight, a.to(weight.dtype).T)
                 squares = squared_norm(self.base_squares(), weight_a, a.float(), scaled)
-            self.found = (now, squares.sqrt())
-        assert self.found[1] is not None
-        return self.found[1]
+            self.cached = (now, squares.sqrt())
+        assert self.cached[1] is not None
+        return self.cached[1]
 
     def __call__(
         self,

@@ -59,9 +59,9 @@ class SavedActivations:
         return cls(hidden, [None] * 4, [None] * 4)
 
     def result(self, product: int) -> torch.Tensor:
-        found = self.results[product]
-        assert found is not None
-        return found
+        result = self.results[product]
+        assert result is not None
+        return result
 
 
 class FusedLayer:

@@ -113,30 +113,30 @@ class Product:
     def put_together(self, active: list[Adapter | None], dtype: torch.dtype) -> Adapters:
         used = next(filter(None, active))
         parts = [adapter or absent(base, used.a) for adapter, base in zip(active, self.bases, strict=True)]
-        scaling = [s for each in parts for s in [each.scaling] * each.a.shape[0]]
+        scaling = [s for part in parts for s in [part.scaling] * part.a.shape[0]]
         spare = -len(scaling) % ALIGNED
-        a = torch.cat([*(each.a for each in parts), used.a.new_zeros(spare, used.a.shape[1])])
-        b = torch.block_diag(*(each.scaled_b for each in parts), used.b.new_zeros(0, spare))
-        found = Adapters(active, a.to(dtype), b.to(dtype))
+        a = torch.cat([*(part.a for part in parts), used.a.new_zeros(spare, used.a.shape[1])])
+        b = torch.block_diag(*(part.scaled_b for part in parts), used.b.new_zeros(0, spare))
+        adapters = Adapters(active, a.to(dtype), b.to(dtype))
         if any(s != 1 for s in scaling):
-            found.scaling = torch.tensor([*scaling, *[1.0] * spare]).to(a.device, non_blocking=True)
+            adapters.scaling = torch.tensor([*scaling, *[1.0] * spare]).to(a.device, non_blocking=True)
         if used.magnitude is not None:  # DoRA, and so are the others
-            magnitudes: list[Any] = [each.magnitude for each in parts]
+            magnitudes: list[Any] = [part.magnitude for part in parts]
             squares = [
                 exact_dora(layer, adapter.name).base_squares() if adapter else one
                 for layer, adapter, one in zip(self.layers, active, magnitudes, strict=True)
             ]
             with torch.autocast(a.device.type, enabled=False):
-                found.norm = squared_norm(torch.cat(squares), self.times(found.a), a.float(), b.float()).sqrt()
-            found.gain = torch.cat(magnitudes) / found.norm
-        return found
+                adapters.norm = squared_norm(torch.cat(squares), self.times(adapters.a), a.float(), b.float()).sqrt()
+            adapters.gain = torch.cat(magnitudes) / adapters.norm
+        return adapters
 
     def times(self, a: torch.Tensor) -> torch.Tensor:
         """W A^T (N, R), float32."""
         if self.packed:
-            whole = workspace(self.width, a.shape[1], a)
-            self.unpack_into(whole)
-            return product_f32(whole, a.T)
+            weight = workspace(self.width, a.shape[1], a)
+            self.unpack_into(weight)
+            return product_f32(weight, a.T)
         return torch.cat([product_f32(frozen_weight(base, a.dtype), a.T) for base in self.bases])
 
     def room(self, adapters: Adapters | None) -> int:
@@ -159,21 +159,21 @@ class Product:
             for base, rows in zip(self.bases, self.rows, strict=True):
                 result[:, rows] = plain_product(base, x)
         else:
-            whole = workspace(self.width, x.shape[1], x)
-            self.unpack_into(whole[:, :columns])
+            weight = workspace(self.width, x.shape[1], x)
+            self.unpack_into(weight[:, :columns])
             if adapters and own is not None and x.shape[1] > columns:
                 x[:, columns:] = own
-                whole[:, columns:] = adapters.b
-                return torch.mm(x, whole.T, out=result), own
-            torch.mm(x, whole.T, out=result)
+                weight[:, columns:] = adapters.b
+                return torch.mm(x, weight.T, out=result), own
+            torch.mm(x, weight.T, out=result)
         if adapters and own is not None:
             result.addmm_(own, adapters.b.T)
         return result, own
 
-    def unpack_into(self, whole: torch.Tensor) -> None:
+    def unpack_into(self, weight: torch.Tensor) -> None:
         """Write [W1; W2; ...] of 4-bit layers into the first N rows."""
         for base, rows in zip(self.bases, self.rows, strict=True):
-            unpack_4bit(base, whole[rows])
+            unpack_4bit(base, weight[rows])
 
     def backward(self, du: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
         """The gradient for the input, (T, in).
@@ -183,11 +183,11 @@ class Product:
         """
         self.fill(du, adapters)
         if self.packed:
-            whole = workspace(du.shape[1], self.bases[0].in_features, du)
+            weight = workspace(du.shape[1], self.bases[0].in_features, du)
             if adapters:
-                whole[self.width :] = adapters.a
-            self.unpack_into(whole)
-            return du @ whole
+                weight[self.width :] = adapters.a
+            self.unpack_into(weight)
+            return du @ weight
         dx = du[:, self.width :] @ adapters.a if adapters else None
         for base, rows in zip(self.bases, self.rows, strict=True):
             weight = frozen_weight(base, du.dtype)
@@ -253,8 +253,7 @@ def active_adapter(layer: Any) -> Adapter | None:
     if not names:
         return None
     (name,) = names
-    found: Any = layer
-    a, b, magnitudes = found.lora_A[name].weight, found.lora_B[name].weight, found.lora_magnitude_vector
+    a, b, magnitudes = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_magnitude_vector
     return Adapter(name, a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
 
 

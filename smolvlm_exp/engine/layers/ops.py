@@ -1,6 +1,6 @@
 """What happens between a layer's matrix products, forward and backward: norms, rotary positions, SwiGLU, GELU, gains.
 
-Each function has one meaning and two ways: Triton kernels on a GPU (kernels.py), and the torch code here elsewhere,
+Each function has one meaning and two ways: Triton kernels on a GPU (kernels/), and the torch code here elsewhere,
 which is also what the kernels are tested against. All sums are float32; results have the inputs' dtype.
 
 A *product* (linear.py) is one matrix multiplication for several linear layers and their adapters; `u` is its (T, N)
@@ -189,7 +189,7 @@ def rotary(
     if uses_kernels(u):
         return kernels.rotary(u, gain, cos, sin, layout.slots, layout.middle, len(layout.sources), heads)
     query, key, value = split_heads(scaled(u, gain, None), heads)
-    query, key = (rotate(each, cos, sin).to(u.dtype) for each in (query, key))
+    query, key = (rotate(part, cos, sin).to(u.dtype) for part in (query, key))
     return query, key[layout.sources], value.to(u.dtype)[layout.sources]
 
 

@@ -1,4 +1,4 @@
-"""The weight of a frozen linear layer, whatever it is stored in: whole numbers, 8 bits, 4 bits."""
+"""The weight of a frozen linear layer, whatever it is stored in: 16 or 32 bits, 8 bits, 4 bits."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -59,10 +59,10 @@ def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
     absmax = state.absmax
     if state.nested:
         absmax = bnb.functional.dequantize_blockwise(absmax, state.state2) + state.offset
-    whole = torch.ops.bitsandbytes.dequantize_4bit(
+    weights = torch.ops.bitsandbytes.dequantize_4bit(
         weight.data, absmax.float(), state.blocksize, state.quant_type, state.shape, out.dtype
     )
-    return out.copy_(whole)
+    return out.copy_(weights)
 
 
 def product_f32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

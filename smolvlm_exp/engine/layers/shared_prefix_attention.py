@@ -29,7 +29,7 @@ PREFIX = "shared_prefix_"
 
 @dataclass
 class Layout:
-    """Where each sequence of a packed batch lies: pairs.pack's fields of the same names."""
+    """Where each sequence of a packed batch lies: packing.pack's fields of the same names."""
 
     tokens: int
     middle: int
@@ -153,7 +153,7 @@ def shared_prefix_attention(
     Returns:
         (T, heads, D).
     """
-    query, key, value = (each.transpose(0, 1) for each in (query, key, value))
+    query, key, value = (part.transpose(0, 1) for part in (query, key, value))
     key, value = key[layout.sources], value[layout.sources]
     if not query.is_cuda or query.dtype not in (torch.bfloat16, torch.float16) or varlen_attn is None:
         return padded(query, key, value, layout, scale)
@@ -176,11 +176,11 @@ def padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: 
     gqa: Any = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     middle = layout.middle
     there, back = layout.padded_first
-    q, k, v = (each[:middle][there].transpose(1, 2) for each in (query, key, value))  # (B, heads, max_first, D)
+    q, k, v = (part[:middle][there].transpose(1, 2) for part in (query, key, value))  # (B, heads, max_first, D)
     first = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
     there_second, back_second = layout.padded_second
     keys = layout.padded_keys
     second_rows = query[middle:][there_second], key[middle:][keys], value[middle:][keys]
-    q, k, v = (each.transpose(1, 2) for each in second_rows)
+    q, k, v = (part.transpose(1, 2) for part in second_rows)
     second = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.second_mask, **gqa)
     return torch.cat([rows.transpose(1, 2).flatten(0, 1)[way] for rows, way in ((first, back), (second, back_second))])

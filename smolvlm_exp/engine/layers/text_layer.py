@@ -36,7 +36,7 @@ class FusedTextLayer(FusedLayer):
     def __call__(self, hidden_states: torch.Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
         if layout is None:
             return self.ordinary(hidden_states, *args, **kwargs)
-        cos, sin = (each[0] for each in kwargs["position_embeddings"])
+        cos, sin = (part[0] for part in kwargs["position_embeddings"])
         return self.run(TextContext(self.adapters(hidden_states.dtype), layout, cos, sin), hidden_states[0])[None]
 
     def groups(self) -> list[list[nn.Module]]:

@@ -49,8 +49,8 @@ class FusedVisionLayer(FusedLayer):
         self, saved: SavedActivations, context: VisionContext
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Each (n, patches, heads, D)."""
-        whole = ew.scale(saved.result(IN), context.gain(IN), self.products[IN].bias)
-        parts = whole.view(-1, context.patches, 3, self.heads, whole.shape[1] // (3 * self.heads))
+        qkv = ew.scale(saved.result(IN), context.gain(IN), self.products[IN].bias)
+        parts = qkv.view(-1, context.patches, 3, self.heads, qkv.shape[1] // (3 * self.heads))
         return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
 
     def attend(self, saved: SavedActivations, context: VisionContext) -> tuple[torch.Tensor, tuple[Any, ...]]:
@@ -88,10 +88,10 @@ def obstacles(layer: nn.Module) -> Iterator[str]:
 
 
 def use_patch_product(tower: Any) -> None:
-    """Let the tower cut its pictures into patches by `patch_product` on a GPU.
+    """Let the tower cut its images into patches by `patch_product` on a GPU.
 
     cuDNN computes 104 tiles by another algorithm than 52 and rounds otherwise, so that a policy would begin off a
-    reference that was computed with other pictures beside it. A product's rows do not depend on how many there are.
+    reference that was computed with other images beside it. A product's rows do not depend on how many there are.
     """
     convolution = tower.embeddings.patch_embedding
     if type(convolution) is nn.Conv2d:
@@ -108,8 +108,8 @@ def patch_product(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.T
     """A convolution whose patches do not overlap, as one matrix product: (n, C, S, S) -> (n, H, S // p, S // p)."""
     high, wide = convolution.kernel_size
     rows, columns = pixel_values.shape[2] // high, pixel_values.shape[3] // wide  # 384 pixels are 27 patches of 14
-    whole = pixel_values[:, :, : rows * high, : columns * wide]
-    patches = whole.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    cropped = pixel_values[:, :, : rows * high, : columns * wide]
+    patches = cropped.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5).flatten(3)
     weight = convolution.weight.flatten(1)
     spare = -weight.shape[1] % ALIGNED
     if spare:

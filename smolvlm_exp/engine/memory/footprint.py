@@ -13,7 +13,7 @@ LEVELS = ("none", "mlp", "full")  # activation checkpointing: what a layer compu
 CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
 UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
-STORED = {  # bytes a weight of the linear layers; 4 bits have a scale for each 64 weights, in 8 bits where doubled
+STORED = {  # bytes per weight of the linear layers; 4 bits have a scale for each 64 weights, in 8 bits where doubled
     "4bit": 0.5 + 4 / 64,
     "4bit double": 0.5 + 1 / 64 + 4 / (64 * 256),
     "8bit": 1.0,
@@ -70,7 +70,7 @@ class MemorySpec:
     trained_weights: int  # an adapter's, or all where there is none
     trained_element: int = 4  # bytes of one of these: adapters are float32
     adapter: bool = True
-    features: bool = False  # pictures come as features, computed before
+    features: bool = False  # images come as features, computed before
     gpu: bool = True
 
 
@@ -92,7 +92,7 @@ class RowSizes:
     def __init__(self, sizes: Sequence[Sequence[int]], pairs: bool = True) -> None:
         """
         Args:
-            sizes: tokens of prompt, chosen and rejected answer, and tiles, for each row, as feed.Rows has them.
+            sizes: tokens of prompt, chosen and rejected answer, and tiles, for each row, as inputs/dataset.py has them.
             pairs: both answers are scored; else the chosen ones alone (supervised fine-tuning).
         """
         columns = [sorted(column, reverse=True) for column in zip(*map(row_counts(pairs), sizes), strict=True)]
@@ -108,7 +108,7 @@ class RowSizes:
 
 
 def row_counts(pairs: bool):
-    """A function from a row's sizes to what it adds to each count of a Load."""
+    """A function from a row's sizes to what it adds to each count of a BatchLoad."""
 
     def count(row: Sequence[int]) -> tuple[int, int, int, int, int]:
         prompt, chosen, rejected, tiles = map(int, row)
@@ -138,8 +138,10 @@ def moments(facts: MemorySpec) -> int:
 
 def adapter_copies(stack: Stack, element: int) -> int:
     """Bytes of what `Product` makes of its adapters: A and the blocks of s B; gain, norm and ||W||^2 in float32."""
-    each = zip(stack.widths, stack.depths, stack.tails, stack.gains, strict=True)
-    return stack.layers * sum(tail * (width + depth) * element + 12 * width * gain for width, depth, tail, gain in each)
+    products = zip(stack.widths, stack.depths, stack.tails, stack.gains, strict=True)
+    return stack.layers * sum(
+        tail * (width + depth) * element + 12 * width * gain for width, depth, tail, gain in products
+    )
 
 
 def workspace(facts: MemorySpec) -> int:
@@ -207,11 +209,11 @@ def peak(facts: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpoi
     line, patches = load.tokens, load.tiles * facts.patches
     text_kept = saved_activations(text, checkpointing, element) * line * text.trained
     vision_kept = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
-    pictures = load.tiles * (facts.image_tokens * text.hidden * element if facts.features else facts.pixels)
+    images = load.tiles * (facts.image_tokens * text.hidden * element if facts.features else facts.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle
         states += load.tiles * facts.image_tokens * text.hidden + patches * vision.hidden
-    whole = (text_kept + vision_kept + states) * element + pictures
+    whole = (text_kept + vision_kept + states) * element + images
     logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, facts.vocabulary) * element
     spread = load.sources / line
     worst = [
@@ -221,8 +223,8 @@ def peak(facts: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpoi
     ]
     if vision.trained:
         late = vision_kept + backward(vision, vision_checkpointing, element, 1.0, facts.gpu) * patches
-        worst.append(late * element + pictures)
+        worst.append(late * element + images)
     elif not facts.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
-        worst.append(layer * patches * element + 5 * pictures)
+        worst.append(layer * patches * element + 5 * images)
     return int(max(worst))

@@ -99,20 +99,20 @@ def proposals(
     ]
 
 
-def best(found: Sequence[Plan], budget: int) -> Plan:
+def best(plans: Sequence[Plan], budget: int) -> Plan:
     """The fastest that fits.
 
     Raises:
         DoesNotFit: none does.
     """
-    fitting = [each for each in found if fits_budget(each.peak, budget)]
+    fitting = [candidate for candidate in plans if fits_budget(candidate.peak, budget)]
     if not fitting:
-        raise DoesNotFit(frugal(found), budget)
-    return min(fitting, key=lambda each: (each.seconds, each.peak))
+        raise DoesNotFit(frugal(plans), budget)
+    return min(fitting, key=lambda candidate: (candidate.seconds, candidate.peak))
 
 
-def frugal(found: Sequence[Plan]) -> Plan:
-    return min(found, key=lambda each: each.peak)
+def frugal(plans: Sequence[Plan]) -> Plan:
+    return min(plans, key=lambda candidate: candidate.peak)
 
 
 def choices(facts: MemorySpec, levels: Sequence[str]) -> list[tuple[str, str]]:

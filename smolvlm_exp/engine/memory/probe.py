@@ -27,7 +27,7 @@ def cap_memory(budget: int) -> None:
 
 
 def probe(
-    found: Sequence[Plan],
+    plans: Sequence[Plan],
     run: Callable[[Plan], None],
     budget: int,
     parameters: Sequence[Any],
@@ -39,7 +39,7 @@ def probe(
     Gradients and random states are afterwards what they were.
 
     Args:
-        found: see `proposals`.
+        plans: see `proposals`.
         run: a plan's forward and backward pass over the longest rows.
         parameters: those that get gradients.
         later: bytes that will be there in training and are not now: the optimiser's.
@@ -56,14 +56,14 @@ def probe(
     with restored_state(parameters):
         for attempt in range(TRIES):
             likely = [
-                replace(each, resident=each.resident + offset, activations=round(factor * each.activations))
-                for each in found
+                replace(plan, resident=plan.resident + offset, activations=round(factor * plan.activations))
+                for plan in plans
             ]
             try:
                 chosen = best(likely, budget)
             except DoesNotFit as error:
                 chosen = error.least  # the formulas may be wrong
-            working = [each for each in tried.values() if fits_budget(each.measured or 0, budget)]
+            working = [plan for plan in tried.values() if fits_budget(plan.measured or 0, budget)]
             if attempt == TRIES - 1 and not working:
                 chosen = frugal(likely)
             key = chosen.micro_batch, chosen.checkpointing, chosen.vision_checkpointing
@@ -75,10 +75,10 @@ def probe(
             tried[key] = replace(chosen, measured=round(most))
             offset += round(resting) - chosen.resident
             factor *= (most - resting) / chosen.activations
-    working = [each for each in tried.values() if fits_budget(each.measured or 0, budget)]
+    working = [plan for plan in tried.values() if fits_budget(plan.measured or 0, budget)]
     if not working:
-        raise DoesNotFit(min(tried.values(), key=lambda each: each.measured or 0), budget)
-    return min(working, key=lambda each: each.seconds)
+        raise DoesNotFit(min(tried.values(), key=lambda plan: plan.measured or 0), budget)
+    return min(working, key=lambda plan: plan.seconds)
 
 
 def measure(run: Callable[[Plan], None], plan: Plan) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """Image features, computed once where nothing that makes them learns, and kept by content.
 
-They depend on the tower's and the connector's weights and on the pictures alone. At SmolVLM-Instruct's shape a picture
+They depend on the tower's and the connector's weights and on the images alone. At SmolVLM-Instruct's shape an image
 of 13 tiles is 4.3 MB of bfloat16, so they have a budget: RAM, then a file that is mapped, then none.
 """
 
@@ -32,10 +32,10 @@ def keep_features(
     batch_tiles: int = 64,
     num_proc: int = 0,
 ) -> None:
-    """Run every distinct picture through tower and connector once and set `rows.features`, in the model's own dtype.
+    """Run every distinct image through tower and connector once and set `rows.features`, in the model's own dtype.
 
     In RAM within `ram_budget` bytes, else in the store, else `rows` stays as it was, which has been said: the features
-    are then computed with every batch. Processes of a torch.distributed group call it together and share the pictures.
+    are then computed with every batch. Processes of a torch.distributed group call it together and share the images.
 
     Args:
         batch_tiles: tiles that go through the tower together.
@@ -64,18 +64,18 @@ def keep_features(
 
     def fill(tensors: Any, rank: int, processes: int) -> None:
         mine = batches(rows, rank_slice(len(rows.image_hashes), rank, processes), batch_tiles, num_proc)
-        for start, found in computed(mine, lambda tiles: image_features(core, normalise(tiles)), parameter.device):
-            tensors["features"][start : start + len(found)] = found
+        for start, features in computed(mine, lambda tiles: image_features(core, normalise(tiles)), parameter.device):
+            tensors["features"][start : start + len(features)] = features
 
-    what = f"features of {len(rows.image_hashes):,} pictures"
-    kept = cached_tensors(what, cache_key("features", **parts), layout, fill, store, ram_budget, parts)
-    rows.features = kept["features"] if kept else None
+    what = f"features of {len(rows.image_hashes):,} images"
+    cached = cached_tensors(what, cache_key("features", **parts), layout, fill, store, ram_budget, parts)
+    rows.features = cached["features"] if cached else None
 
 
-def batches(rows: PackedDataset, pictures: range, size: int, num_proc: int) -> Batches:
-    """The tiles of neighbouring pictures, at most `size` at a time or those of one."""
-    start, parts = rows.spans[pictures.start], list[torch.Tensor]()
-    for _, tiles in rows.stream(pictures, num_proc):
+def batches(rows: PackedDataset, images: range, size: int, num_proc: int) -> Batches:
+    """The tiles of neighbouring images, at most `size` at a time or those of one."""
+    start, parts = rows.spans[images.start], list[torch.Tensor]()
+    for _, tiles in rows.stream(images, num_proc):
         if parts and sum(map(len, parts)) + len(tiles) > size:
             yield start, torch.cat(parts)
             start, parts = start + sum(map(len, parts)), []
@@ -91,8 +91,8 @@ def computed(batches: Batches, function: Pixels, device: torch.device) -> Batche
         return
     waiting: tuple[int, torch.Tensor, torch.cuda.Event] | None = None
     for start, tiles in batches:
-        found = function(tiles.pin_memory().to(device, non_blocking=True))
-        back = torch.empty(found.shape, dtype=found.dtype, pin_memory=True).copy_(found, non_blocking=True)
+        features = function(tiles.pin_memory().to(device, non_blocking=True))
+        back = torch.empty(features.shape, dtype=features.dtype, pin_memory=True).copy_(features, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         if waiting:

@@ -1,7 +1,7 @@
 """Log-probabilities of a data set's answers under the reference, computed once and kept by content.
 
 They depend on weights, quantisation, processor, template, lengths and rows, not on rank, learning rate or accumulation:
-a whole sweep pays for one pass. Every row is kept under a hash of its token ids and its pictures' files, so that other
+a whole sweep pays for one pass. Every row is kept under a hash of its token ids and its images' files, so that other
 rows of the same set, or of the evaluation set, add to what is there.
 """
 
@@ -60,22 +60,22 @@ def reference_logps(
     name = cache_key("reference", **parts)
 
     def complete(read: Callable[[], Table]) -> tuple[Table, Table]:
-        found = broadcast_from_rank0(read)
-        missing = {key: i for i, key in enumerate(keys) if key not in found}  # one row for each key
+        stored = broadcast_from_rank0(read)
+        missing = {key: i for i, key in enumerate(keys) if key not in stored}  # one row for each key
         made = compute(list(missing.values()), collator, score, batch_size, num_workers)
-        return found, dict(zip(missing, made, strict=True))
+        return stored, dict(zip(missing, made, strict=True))
 
     if store is None:
-        found, made = complete(dict)
+        stored, made = complete(dict)
     else:
         with store.held(name) as writable:
-            found, made = complete(lambda: read_table(store, name))
+            stored, made = complete(lambda: read_table(store, name))
             if made and writable:
                 write_table(store, name, made, parts)
     if rank_world()[0] == 0:
         seconds = time.perf_counter() - start
         log.info(f"reference: {len(keys):,} rows, {len(made):,} of them computed, {seconds:.1f} s")
-    both = {**found, **made}
+    both = {**stored, **made}
     chosen, rejected = torch.tensor([both[key] for key in keys], dtype=torch.float32).view(-1, 2).unbind(1)
     return chosen.contiguous(), rejected.contiguous()
 
@@ -99,11 +99,11 @@ def compute(
     scored = [torch.stack(score(batch)).detach().float() for batch in loader]
     mine = torch.cat(scored, dim=1).cpu().T.tolist() if scored else []
     numbers = [i for batch in batches for i in batch]
-    found = {i: logps for part in gather(list(zip(numbers, mine, strict=True))) for i, logps in part}
+    scores = {i: logps for part in gather(list(zip(numbers, mine, strict=True))) for i, logps in part}
     for i in missing:
-        if not np.isfinite(found[i]).all():
-            raise ValueError(f"row {i}: the reference's log-probabilities are {found[i]}, which no training can use.")
-    return [tuple(found[i]) for i in missing]
+        if not np.isfinite(scores[i]).all():
+            raise ValueError(f"row {i}: the reference's log-probabilities are {scores[i]}, which no training can use.")
+    return [tuple(scores[i]) for i in missing]
 
 
 def read_table(store: DiskCache, name: str) -> Table:
@@ -130,19 +130,19 @@ def write_table(store: DiskCache, name: str, table: Table, parts: Any) -> None:
 
 
 def row_keys(rows: PackedDataset) -> list[bytes]:
-    """16 bytes for each row, of its token ids (so of tokenizer, template and cut) and its pictures' files."""
+    """16 bytes for each row, of its token ids (so of tokenizer, template and cut) and its images' files."""
     ids, offsets = rows.ids.numpy(), rows.offsets
     keys = []
-    for i, pictures in enumerate(rows.images):
+    for i, images in enumerate(rows.images):
         bounds = offsets[3 * i : 3 * i + 4]
-        found = hashlib.blake2b(np.diff(bounds).tobytes(), digest_size=16)
-        found.update(ids[bounds[0] : bounds[-1]].tobytes())
-        for picture in pictures:
-            found.update(rows.image_hashes[picture])
-        keys.append(found.digest())
+        digest = hashlib.blake2b(np.diff(bounds).tobytes(), digest_size=16)
+        digest.update(ids[bounds[0] : bounds[-1]].tobytes())
+        for image in images:
+            digest.update(rows.image_hashes[image])
+        keys.append(digest.digest())
     return keys
 
 
 def tiling(rows: PackedDataset) -> dict[str, Any]:
-    """What decides how any picture's file becomes tiles."""
+    """What decides how any image's file becomes tiles."""
     return {"tiling": {name: value for name, value in rows.tiles_made_of().items() if name != "pictures"}}
