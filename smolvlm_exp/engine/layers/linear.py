@@ -253,7 +253,8 @@ def active_adapter(layer: Any) -> Adapter | None:
     if not names:
         return None
     (name,) = names
-    a, b, magnitudes = layer.lora_A[name].weight, layer.lora_B[name].weight, layer.lora_magnitude_vector
+    lora: Any = layer
+    a, b, magnitudes = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.lora_magnitude_vector
     return Adapter(name, a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
 
 
