@@ -28,7 +28,7 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
         raise RequestError("resume=... goes on with one run; it does not go with -m.")
     folder = find_run(asked)
     if not checkpoint_folders(folder):
-        raise RequestError(f"resume={folder}: it has saved no checkpoint yet, so there is nothing to go on from.")
+        raise RequestError(f"resume={folder}: this run has saved no checkpoint, so there is nothing to resume from.")
     given = {key_of(override) for override in args.overrides}
     if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):
         raise RequestError(

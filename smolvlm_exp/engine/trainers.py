@@ -17,14 +17,12 @@ from smolvlm_exp.engine.inputs.collate import Batch, to_device
 from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.layers.fuse import fuse
 from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
+from smolvlm_exp.engine.memory.planner import BATCH_LOSSES
 from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.engine.packed_trainer import PackedTrainer
 from smolvlm_exp.engine.precompute.reference import reference_logps
 
 log = logging.getLogger(__name__)
-
-
-BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: a mean over tokens, two sorts
 
 
 class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):

@@ -1,4 +1,4 @@
-"""metrics.jsonl and samples.jsonl: a JSON object a line, written and read so that a kill spoils none but the last."""
+"""metrics.jsonl and samples.jsonl: JSON Lines, written and read so that a kill can only spoil the last line."""
 
 import json
 import os
@@ -10,7 +10,7 @@ from smolvlm_exp.utils.formatting import as_finite, as_float
 
 
 def read_events(path: Path) -> list[dict[str, Any]]:
-    """The log events by step. A line cut short, as a killed run leaves it, is passed over."""
+    """The log events by step; an incomplete line, as a killed run leaves it, is skipped."""
     if not path.is_file():
         return []
     events = []
@@ -31,7 +31,7 @@ def metric_points(events: list[dict[str, Any]], key: str) -> list[tuple[float, f
 
 
 def append_event(path: Path, event: dict[str, Any]) -> None:
-    """A line more of JSON. Half a line at the end, as a kill leaves it, does not spoil the next."""
+    """Append a line of JSON; an incomplete last line, as a kill leaves it, does not spoil it."""
     with path.open("a+b") as file:
         if file.tell():
             file.seek(-1, os.SEEK_END)
@@ -39,23 +39,13 @@ def append_event(path: Path, event: dict[str, Any]) -> None:
                 file.write(b"\n")
         file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
         file.flush()
-        os.fsync(file.fileno())  # a checkpoint that is there never knows more than this file
+        os.fsync(file.fileno())  # so that no checkpoint is ahead of this file
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Take away what was logged after `step`, which is done again now, and the half line that a kill left.
-
-    At step 0 that is all: a run that was killed before its first checkpoint may have logged already.
-    """
-    if not path.exists():
-        return
-    kept = []
-    for _, line in json_lines(path.read_text(encoding="utf-8")):
-        try:
-            if json.loads(line)["step"] <= step and step:
-                kept.append(line + "\n")
-        except (ValueError, KeyError, TypeError):
-            continue
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("".join(kept), encoding="utf-8")
-    part.replace(path)
+    """Remove what was logged after `step`, and an incomplete line; at step 0 everything."""
+    if path.exists():
+        events = [event for event in read_events(path) if step and event["step"] <= step]
+        part = path.with_name(f".{path.name}.part")
+        part.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events), encoding="utf-8")
+        part.replace(path)

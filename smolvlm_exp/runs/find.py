@@ -1,4 +1,4 @@
-"""Run folders: finding them, and going on with one."""
+"""Run folders: finding them, and what is known of one."""
 
 import re
 from pathlib import Path
@@ -13,25 +13,14 @@ from smolvlm_exp.utils.paths import OUTPUTS
 
 PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
 JOBS = "sweeps/*/*/*"
-# Settings that are no part of what a run does: runs that differ in these alone are repetitions.
+# Settings that do not change what a run does: runs that differ in these alone are repetitions.
 NON_IDENTITY_KEYS = (
-    "seed",
-    "name",
-    "resume",
-    "run",
-    "runs",
-    "sweep",
-    "keep",
-    "keep_checkpoints",
-    "metric",
-    "tracker",
-    "task",
-    "hydra",
-)
+    "seed", "name", "resume", "run", "runs", "sweep", "keep", "keep_checkpoints", "metric", "tracker", "task", "hydra",
+)  # fmt: skip
 
 
 def find_run(name: str, root: Path = OUTPUTS) -> Path:
-    """The run folder that `name` (a path, or `last`) means.
+    """The run folder that `name` (a path, or `last`) means, to resume.
 
     Raises:
         RequestError: there is none.
@@ -41,23 +30,14 @@ def find_run(name: str, root: Path = OUTPUTS) -> Path:
         if not saved:
             raise RequestError(f"resume=last: no run under {root}/ has saved a checkpoint yet.")
         return saved[0].parent.parent
-    folder = Path(name)
-    if not (folder / ".hydra").is_dir():
-        raise RequestError(f"resume={name}: that is no run folder (there is no .hydra in it).")
-    return folder
-
-
-def newest_first(root: Path, *names: str, places: tuple[str, ...] = PLACES) -> list[Path]:
-    """What runs have by these names, by when it was written."""
-    found = [path for place in places for name in names for path in root.glob(f"{place}/{name}")]
-    return sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    return run_folder("resume", name)
 
 
 def find_ended_run(name: str, root: Path = OUTPUTS) -> Path:
-    """The run folder that `name` (a path, or `last`) means, whatever became of the run.
+    """The run folder that `name` (a path, or `last`) means, done, stopped or failed.
 
     Raises:
-        RequestError: there is none that has come to an end, good or bad.
+        RequestError: there is none that has ended.
     """
     if name == "last":
         ended = newest_first(root, "summary.json", places=(*PLACES, JOBS))
@@ -65,12 +45,12 @@ def find_ended_run(name: str, root: Path = OUTPUTS) -> Path:
             raise RequestError(f"run=last: no run under {root}/ has ended yet.")
         return ended[0].parent
     if not (Path(name) / "summary.json").is_file():
-        raise RequestError(f"run={name}: there is no summary.json in it: no run has ended there.")
+        raise RequestError(f"run={name}: no run has ended there (it has no summary.json).")
     return Path(name)
 
 
 def find_finished_run(name: str, root: Path = OUTPUTS) -> Path:
-    """The run folder that `name` (a path, or `last`) means, with what it tuned in it.
+    """The run folder that `name` (a path, or `last`) means, with its fine-tuned weights.
 
     Raises:
         RequestError: there is none.
@@ -78,23 +58,33 @@ def find_finished_run(name: str, root: Path = OUTPUTS) -> Path:
     if name == "last":
         saved = newest_first(root, "adapter", "model")
         if not saved:
-            raise RequestError(f"run=last: no run under {root}/ is at its end yet.")
+            raise RequestError(f"run=last: no run under {root}/ has finished yet.")
         return saved[0].parent
-    folder = Path(name)
-    if not (folder / ".hydra").is_dir():
-        raise RequestError(f"run={name}: that is no run folder (there is no .hydra in it).")
+    folder = run_folder("run", name)
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
-        raise RequestError(f"run={name}: it is not at its end (no adapter/ in it); go on with it by resume={name}.")
+        raise RequestError(f"run={name}: it has not finished (no adapter/ in it); resume it with resume={name}.")
     return folder
 
 
+def run_folder(key: str, name: str) -> Path:
+    if not (Path(name) / ".hydra").is_dir():
+        raise RequestError(f"{key}={name}: not a run folder (there is no .hydra in it).")
+    return Path(name)
+
+
+def newest_first(root: Path, *names: str, places: tuple[str, ...] = PLACES) -> list[Path]:
+    """Files or folders of these names in runs, by when they were written."""
+    paths = [path for place in places for name in names for path in root.glob(f"{place}/{name}")]
+    return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
+
+
 def summary_of(folder: Path) -> dict[str, Any]:
-    """What a run found; nothing where it has not come so far."""
+    """A run's summary.json; empty where it has not ended."""
     return read_json(folder / "summary.json")
 
 
 def overrides_of(folder: Path) -> list[str]:
-    """What a run's command set; for a replayed run, what the run set that it replays, and its own over that."""
+    """The overrides of a run's command, after those of the run it replays, if any."""
     overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
     origin = replayed(folder)
     if origin is None:
@@ -104,7 +94,7 @@ def overrides_of(folder: Path) -> list[str]:
 
 
 def replayed(folder: Path) -> Path | None:
-    """The run whose `.hydra` a run was started from, where it was."""
+    """The run whose `.hydra` a run was started from, if any."""
     saved = folder / ".hydra" / "hydra.yaml"
     runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
     origin = next((Path(s["path"]) for s in runtime["config_sources"] if s["provider"] == "main"), folder)
@@ -123,7 +113,7 @@ def choices(folder: Path) -> dict[str, str]:
 
 
 def run_name(folder: Path) -> str:
-    """What tells a run from others: its overrides, or its groups' options where there are none."""
+    """A run's overrides, or its groups' options where there are none."""
     saved = folder / ".hydra" / "overrides.yaml"
     overrides = (yaml.safe_load(saved.read_text(encoding="utf-8")) or []) if saved.is_file() else []
     chosen = choices(folder)

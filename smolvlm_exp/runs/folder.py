@@ -1,4 +1,4 @@
-"""A run's folder is its own: one process at a time writes into it, and no other run ever does."""
+"""One process at a time writes into a run's folder, and no other run ever does."""
 
 import contextlib
 import os
@@ -9,16 +9,16 @@ from filelock import FileLock, Timeout
 
 from smolvlm_exp.utils.errors import RequestError
 
-PATIENCE = 10.0  # seconds for data workers of a run that was killed a moment ago to notice it
-RUN_FILES = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")  # what tells that a run was here
+PATIENCE = 10.0  # seconds for the data workers of a run that was just killed to end
+RUN_FILES = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")  # signs of a run
 
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Within, the folder is this process's. A process that dies lets go of it.
+    """Within, the folder is this process's; the lock ends with the process.
 
     Raises:
-        RequestError: another process is at work in it.
+        RequestError: another process is writing in it.
     """
     lock = FileLock(folder / ".lock")
     try:
@@ -37,17 +37,17 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def check_unused(folder: Path) -> None:
-    """Before a new run begins in a folder that the command names.
+    """Before a new run starts in a folder that the command names.
 
     Raises:
         RequestError: there is a run in it already.
     """
-    found = next((name for name in RUN_FILES if (folder / name).exists()), None)
-    if found:
+    existing = next((name for name in RUN_FILES if (folder / name).exists()), None)
+    if existing:
         raise RequestError(
-            f"hydra.run.dir={folder}: there is a run in it already ({found}), which is not written over.\n"
-            f"Go on with it by resume={folder}, or give another folder."
+            f"hydra.run.dir={folder} already holds a run ({existing}), which is never overwritten.\n"
+            f"Resume it with resume={folder}, or use another folder."
         )
-    there = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    if not (there.is_dir() and os.access(there, os.W_OK)):
-        raise RequestError(f"hydra.run.dir={folder}: nothing can be written there ({there}).")
+    parent = next((path for path in (folder, *folder.parents) if path.exists()), folder)
+    if not (parent.is_dir() and os.access(parent, os.W_OK)):
+        raise RequestError(f"hydra.run.dir={folder}: {parent} is not writable.")

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def given_value(args: Any, key: str, otherwise: str) -> str:
-    """What a command line says of `key`."""
+    """A key's value on a command line."""
     return next((o.partition("=")[2] for o in args.overrides if o.startswith(f"{key}=")), otherwise)
 
 

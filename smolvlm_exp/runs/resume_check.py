@@ -1,4 +1,4 @@
-"""What a checkpoint says of the run that made it, and whether the run that would go on from it is the same."""
+"""The identity of a run, saved in its checkpoints, and whether a resumed run is the same one."""
 
 import json
 import logging
@@ -17,10 +17,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
-# Settings that change no number that is learnt: where things lie, what is kept, who is told, how many help.
+# Settings that change no learnt number: paths, what is kept, tracking, workers.
 RESUME_FREE_KEYS = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
     "resume_allow", "run", "runs", "sweep", "data.num_proc", "trainer.cache", "trainer.cache_disk", "trainer.cache_ram",
@@ -28,19 +27,19 @@ RESUME_FREE_KEYS = (
     "trainer.save_steps", "trainer.save_strategy", "trainer.save_total_limit",
 )  # fmt: skip
 BATCH_KEYS = ("processes", "trainer.gradient_accumulation_steps")  # their product is what counts
-VERSION_KEYS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pillow")  # packages that do
+VERSION_KEYS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pillow")  # that may change them
 
 
 def check_same_run(
     settings: Mapping[str, Any], checkpoint: Path | None, rows: "Dataset | None" = None, model: Any = None
 ) -> dict[str, Any]:
-    """What a checkpoint of this run says of it, as full name -> value.
+    """This run's identity, as full name -> value.
 
     Args:
-        settings: the whole configuration, as nested dictionaries.
-        checkpoint: the one to go on from.
-        rows: to train on; None where they have not been read yet: they are then not compared.
-        model: as it was loaded, with the adapter that it starts from; None where it has not been: likewise.
+        settings: the full configuration, as nested dictionaries.
+        checkpoint: the one to resume from.
+        rows: to train on; not compared while None.
+        model: as loaded, with the adapter that it starts from; not compared while None.
 
     Raises:
         RequestError: the checkpoint is another run's; it says what differs.
@@ -59,55 +58,58 @@ def check_same_run(
 
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
     if checkpoint is not None:
-        there = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
-        free = BATCH_KEYS if resumes_equally(there, here) else ()
-        differ = [key for key in dict.fromkeys([*there, *here]) if there.get(key) != here.get(key) and key not in free]
-        known = [key for key in differ if key in here or key not in (ROWS, BASE)]
-        refuse_change(checkpoint, dict.fromkeys(known, (there, here)), settings)
+        saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
+        free = BATCH_KEYS if resumes_equally(saved, here) else ()
+        unknown = {ROWS, BASE} - here.keys()
+        keys = [key for key in dict.fromkeys([*saved, *here]) if key not in free and key not in unknown]
+        refuse_changes(checkpoint, [key for key in keys if saved.get(key) != here.get(key)], saved, here, settings)
     return here
 
 
-def resumes_equally(there: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether another number of processes takes the same rows a step, and none of them draws random numbers."""
-    before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (there, here))
+def resumes_equally(saved: dict[str, Any], here: dict[str, Any]) -> bool:
+    """Whether another number of processes takes the same rows per step, and none of them draws random numbers."""
+    before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (saved, here))
     dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
     return before == now and not dropout
 
 
-def refuse_change(checkpoint: Path, differ: Mapping[str, tuple[dict, dict]], settings: Mapping[str, Any]) -> None:
+def refuse_changes(
+    checkpoint: Path, keys: list[str], saved: dict[str, Any], here: dict[str, Any], settings: Mapping[str, Any]
+) -> None:
     allowed = tuple(settings["resume_allow"])
-    changed = [key for key in differ if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
-    for key in differ.keys() - set(changed):
-        log.info(f"resume: {describe_change(key, *differ[key])}, as resume_allow says")
+    changed = [key for key in keys if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
+    for key in set(keys) - set(changed):
+        log.info(f"resume: {describe_change(key, saved, here)}, accepted by resume_allow")
     if changed:
-        told = "\n".join(f"  {describe_change(key, *differ[key])}" for key in changed)
+        lines = [f"  {describe_change(key, saved, here)}" for key in changed]
         if "processes" in changed:
-            told += f"\n{same_rows(*differ['processes'])}"
+            lines.append(same_rows(saved, here))
+        listed = "\n".join(lines)
         raise RequestError(
-            f"resume={settings['resume']}: this is not the run that was saved at step {step_of(checkpoint)}.\n{told}\n"
-            f"Take that back, or go on all the same with 'resume_allow=[{','.join(changed)}]'."
+            f"resume={settings['resume']}: this is not the run that was saved at step {step_of(checkpoint)}.\n"
+            f"{listed}\nUndo the change, or accept it with 'resume_allow=[{','.join(changed)}]'."
         )
 
 
-def same_rows(there: dict[str, Any], here: dict[str, Any]) -> str:
-    """How another number of processes can go on."""
-    steps, left = divmod(math.prod(there.get(key, 1) for key in BATCH_KEYS), here["processes"])
-    if left:
-        return f"A step's rows cannot be shared out among {here['processes']} processes."
-    return f"With trainer.gradient_accumulation_steps={steps}, and without dropout, a step has the same rows here."
+def same_rows(saved: dict[str, Any], here: dict[str, Any]) -> str:
+    """How another number of processes can resume."""
+    accumulation, rest = divmod(math.prod(saved.get(key, 1) for key in BATCH_KEYS), here["processes"])
+    if rest:
+        return f"A step's rows cannot be divided among {here['processes']} processes."
+    return f"With trainer.gradient_accumulation_steps={accumulation} and no dropout, a step has the same rows here."
 
 
-def describe_change(key: str, there: dict[str, Any], here: dict[str, Any]) -> str:
+def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> str:
     if key == ROWS:
-        return "data.rows: the training rows or their pictures are others"
+        return "data.rows: the training rows or their images have changed"
     if key == BASE:
-        return "model.base: the weights that the run begins with are others"
-    was, now = (json.dumps(side[key]) if key in side else "not there" for side in (there, here))
-    return f"{key} was {was} and is {now}"
+        return "model.base: the weights that the run starts from have changed"
+    before, now = (json.dumps(side[key]) if key in side else "not set" for side in (saved, here))
+    return f"{key} was {before} and is {now}"
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; an empty dictionary is no setting."""
+    """{"a": {"b": 1}} -> {"a.b": 1}; empty dictionaries are dropped."""
     if not isinstance(tree, dict):
         return {path: tree}
     return {
@@ -116,13 +118,13 @@ def flatten(tree: Any, path: str = "") -> dict[str, Any]:
 
 
 def digest(rows: "Dataset") -> str:
-    """A hash of all that rows train on: their pictures' bytes and their texts, in order."""
+    """A hash of the rows' images and texts, in order."""
     import xxhash
 
-    found = xxhash.xxh3_128()
+    hasher = xxhash.xxh3_128()
     for batch in rows.select_columns(["images", "prompt", "chosen", "rejected"]).with_format("arrow").iter(256):
         for row in batch.to_pylist():
             for image in row.pop("images") or []:
-                found.update(image["bytes"] or str(image["path"]).encode())
-            found.update(json.dumps(row, sort_keys=True).encode())
-    return found.hexdigest()
+                hasher.update(image["bytes"] or str(image["path"]).encode())
+            hasher.update(json.dumps(row, sort_keys=True).encode())
+    return hasher.hexdigest()

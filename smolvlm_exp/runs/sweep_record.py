@@ -1,7 +1,7 @@
-"""What the disk knows of a sweep: its jobs in `sweep.json`, and each job's state by the files in its folder."""
+"""A sweep on disk: its jobs in `sweep.json`, and each job's state by the files in its folder."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smolvlm_exp.runs.checkpoint import checkpoints
@@ -11,17 +11,15 @@ from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.formatting import short_keys, short_value
 from smolvlm_exp.utils.paths import OUTPUTS
 
-DISPLAY_KEYS = ("keep", "keep_checkpoints", "metric")  # what a sweep does with its jobs: no part of what a job is
-
-
-ENDED = ("done", "pruned")  # nothing is left to do
+DISPLAY_KEYS = ("keep", "keep_checkpoints", "metric")  # of the sweep, not part of what a job is
+ENDED = ("done", "pruned")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One run of a sweep. `number` is its folder's name; what it is are its overrides."""
+    """One run of a sweep."""
 
-    number: int
+    number: int  # its folder's name
     overrides: tuple[str, ...]  # as typed for a single run: `adapter.r=8`
 
     @property
@@ -45,43 +43,42 @@ def split_override(override: str) -> tuple[str, str]:
 
 
 def differing_settings(jobs: Sequence[Job]) -> dict[str, list[str]]:
-    """The keys whose values are not the same in all jobs, with those values, each in the order of the jobs."""
+    """The keys whose values differ between jobs, with those values in the order of the jobs."""
     values: dict[str, dict[str, None]] = {}
     for job in jobs:
         for key, value in job.settings.items():
             values.setdefault(key, {})[value] = None
-    return {key: list(found) for key, found in values.items() if len(found) > 1 and key not in DISPLAY_KEYS}
+    return {key: list(v) for key, v in values.items() if len(v) > 1 and key not in DISPLAY_KEYS}
 
 
 def job_label(job: Job, keys: Sequence[str]) -> str:
-    """What tells this job from the others: `r=8 learning_rate=5e-05`."""
+    """The settings in which this job differs: `r=8 learning_rate=5e-05`."""
     names = short_keys(keys)
     return " ".join(f"{names[key]}={short_value(job.settings[key])}" for key in keys if key in job.settings)
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs of the sweep in `folder`; none where it has not begun."""
+    """The jobs of the sweep in `folder`; none where it has not started."""
     return [Job(job["number"], tuple(job["overrides"])) for job in read_json(folder / "sweep.json").get("jobs", [])]
 
 
 def write_jobs(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
-    """Write down a sweep's jobs, and the keys of the settings that tell them apart."""
-    told = [{"number": job.number, "overrides": job.overrides} for job in jobs]
-    write_json(folder / "sweep.json", {"keys": keys, "jobs": told})
+    """Write a sweep's jobs, and the keys in which they differ."""
+    write_json(folder / "sweep.json", {"keys": keys, "jobs": [asdict(job) for job in jobs]})
 
 
 def read_keys(folder: Path) -> list[str]:
-    """The keys of the settings that tell a sweep's jobs apart."""
+    """The keys in which a sweep's jobs differ."""
     return read_json(folder / "sweep.json").get("keys", [])
 
 
 def job_state(folder: Path) -> str:
-    """done, pruned, failed or stopped, as summary.json says; else `cut` (killed after a checkpoint) or `missing`."""
+    """done, pruned, failed or stopped, from summary.json; else `cut` (killed after a checkpoint) or `missing`."""
     return summary_of(folder).get("status") or ("cut" if checkpoints(folder) else "missing")
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether a job starts from its newest checkpoint: it was stopped or killed. One that raised starts anew."""
+    """Whether a job resumes from its newest checkpoint: it was stopped or killed. One that raised starts again."""
     summary = summary_of(folder)
     raised = summary.get("status") == "failed" and summary.get("exit_code", 1) > 0
     return bool(checkpoints(folder)) and not raised
@@ -93,7 +90,7 @@ def sweep_name(sweep: Path) -> str:
 
 
 def sweep_position(folder: Path) -> tuple[str, dict[str, str]] | None:
-    """Of a run in a sweep: (the sweep's name, what tells the run from the others: short key -> value)."""
+    """Of a run in a sweep: (the sweep's name, {short key: value} of the settings in which its jobs differ)."""
     jobs = read_jobs(folder.parent)
     own = next((job for job in jobs if str(job.number) == folder.name), None)
     if own is None:
@@ -111,12 +108,12 @@ def find_sweep(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none.
     """
     if name == "last":
-        found = sorted(root.glob("sweeps/*/*/sweep.json"), key=lambda path: path.stat().st_mtime)
-        if not found:
+        sweeps = sorted(root.glob("sweeps/*/*/sweep.json"), key=lambda path: path.stat().st_mtime)
+        if not sweeps:
             raise RequestError(f"sweep=last: there is no sweep under {root}/sweeps/ yet.")
-        return found[-1].parent
+        return sweeps[-1].parent
     if not read_jobs(Path(name)):
-        raise RequestError(f"sweep={name}: that is no sweep's folder (there is no sweep.json in it).")
+        raise RequestError(f"sweep={name}: not a sweep folder (there is no sweep.json in it).")
     return Path(name)
 
 
@@ -129,14 +126,14 @@ def check_same_jobs(folder: Path, jobs: Sequence[Job]) -> None:
         return
     keys = dict.fromkeys(key for job in [*jobs, *before] for key in job.settings if key not in DISPLAY_KEYS)
     here, there = ({key: setting_values(group, key) for key in keys} for group in (jobs, before))
-    told = [
+    changes = [
         f"{key} is {', '.join(here[key]) or 'not set'} here and {', '.join(there[key]) or 'not set'} there"
         for key in here
         if set(here[key]) != set(there[key])
     ]
     raise RequestError(
-        f"sweep={folder}: that sweep has other jobs: {'; '.join(told) or 'other combinations of the same values'}.\n"
-        f"Repeat its command as it was, or leave sweep= out for a new sweep."
+        f"sweep={folder}: that sweep has other jobs: {'; '.join(changes) or 'other combinations of the same values'}.\n"
+        f"Repeat its command unchanged, or leave sweep= out for a new sweep."
     )
 
 

@@ -32,7 +32,7 @@ class SweepStop(StopRequest):
         super().__exit__(*exc)
         self.file.unlink(missing_ok=True)
 
-    def heard(self) -> None:
+    def on_request(self) -> None:
         self.file.touch()
         print(
             "\nstopping the sweep after running jobs have saved; press Ctrl-C again to exit at once",

@@ -68,7 +68,7 @@ class StopAnswer(StopRequest):
         super().__init__()
         self.answer = answer
 
-    def heard(self) -> None:
+    def on_request(self) -> None:
         self.answer.stop()
 
 

@@ -142,7 +142,7 @@ class Result:
             "first_loss": history[0]["loss"] if history else None,
             "last_loss": history[-1]["loss"] if history else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
-            "not_finite": trainer.guard.left_out,  # steps that changed nothing
+            "not_finite": trainer.guard.skipped,  # steps whose update was skipped
             "trainable_parameters": trainable,
             "total_parameters": total,
             **({"resumed_at": trainer.resumed_at} if trainer.resumed_at else {}),  # seconds are of the steps since

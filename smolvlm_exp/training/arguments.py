@@ -1,4 +1,4 @@
-"""Settings that every trainer has, and how they reach transformers' training arguments."""
+"""Settings that every trainer has, and how they become TRL's training arguments."""
 
 import logging
 from dataclasses import dataclass, field, fields
@@ -21,21 +21,21 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class TrainerConfig:
-    """Names and meanings are transformers.TrainingArguments' own, save for `sample_steps` to `cache_disk`."""
+    """Names and meanings are transformers.TrainingArguments' own, except `sample_steps` to `cache_disk`."""
 
     algorithm: str = MISSING  # the module in smolvlm_exp/training
     learning_rate: float = above(0, 5.0e-5)
     lr_scheduler_type: str = "cosine"
-    warmup_steps: float = at_least(0, 0.05)  # below 1: a share of all steps
+    warmup_steps: float = at_least(0, 0.05)  # below 1: a fraction of all steps
     num_train_epochs: float = above(0, 1.0)
-    max_steps: int = -1  # optimiser steps; -1: num_train_epochs decides
+    max_steps: int = -1  # optimizer steps; -1: num_train_epochs decides
     per_device_train_batch_size: int = at_least(1, 1)
     gradient_accumulation_steps: int = at_least(1, 16)
     per_device_eval_batch_size: int = at_least(1, 1)
     max_grad_norm: float = at_least(0, 1.0)
     weight_decay: float = at_least(0, 0.0)
     optim: str = "adamw_torch"
-    gradient_checkpointing: bool = True  # of the engine's layers too, but where memory_budget decides
+    gradient_checkpointing: bool = True  # unless memory_budget decides
     logging_steps: int = at_least(1, 10)
     eval_strategy: str = one_of("steps", "epoch", "no")
     eval_steps: float | None = None  # null: as logging_steps
@@ -43,12 +43,16 @@ class TrainerConfig:
     save_steps: float = above(0, 100)
     save_total_limit: int | None = 2
     dataloader_num_workers: int = at_least(0, 0)
-    sample_steps: float = at_least(0, 0.25)  # between looks at what it answers; below 1: a share of all; 0: none
-    memory_budget: str = "auto"  # of a GPU: auto (what is free), 8GiB, none (micro-batches as set above)
-    not_finite_limit: int = at_least(1, 3)  # steps in a row whose loss or gradient is no number: then the run stops
-    engine: str = one_of("shared", "stock")  # shared: each picture and prompt once a pair; stock: plain TRL
-    keep_features: bool | None = None  # image features computed once; null: wherever nothing that makes them learns
-    cache: str = "outputs/cache"  # where tiles, features and reference values are kept, by content, for all runs
+    sample_steps: float = at_least(0, 0.25)  # between sample answers; below 1: a fraction of all steps; 0: none
+    memory_budget: str = "auto"  # of the GPU: auto (what is free), 8GiB, none (micro-batches as set above)
+    not_finite_limit: int = at_least(
+        1, 3
+    )  # stop after so many steps in a row with a loss or gradient that is not finite
+    engine: str = one_of("shared", "stock")  # shared: each image and prompt once per pair; stock: plain TRL
+    keep_features: bool | None = (
+        None  # image features computed once; null: wherever vision tower and connector are frozen
+    )
+    cache: str = "outputs/cache"  # tiles, features and reference log-probabilities, by content, for all runs
     cache_ram: str = "4GiB"  # for tiles and features in memory
     cache_disk: str = "50GiB"  # for everything in `cache`
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
@@ -60,9 +64,8 @@ class TrainerConfig:
 
 
 OWN_KEYS = (
-    "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features", "cache", "cache_ram",
-    "cache_disk",
-    "extra",
+    "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features",
+    "cache", "cache_ram", "cache_disk", "extra",
 )  # fmt: skip
 
 
@@ -103,13 +106,13 @@ def training_arguments(
     from smolvlm_exp.utils.distributed import broadcast_from_rank0
 
     if "max_length" in config.extra:
-        raise RequestError("trainer.extra.max_length: give data.max_length, by which rows are checked before.")
+        raise RequestError("trainer.extra.max_length: set data.max_length instead, which the row checks know.")
     on_gpu = torch.cuda.is_available()
     return {
         **{field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN_KEYS},
         "output_dir": str(broadcast_from_rank0(lambda: folder) / "checkpoints"),
         "max_length": max_length,
-        # The same in one kernel, which can leave out a step without anyone waiting; see nan_guard.py.
+        # The same in one kernel, which can skip a step without waiting for the GPU; see nan_guard.py.
         "optim": "adamw_torch_fused" if on_gpu and config.optim == "adamw_torch" else config.optim,
         "seed": seed,
         "bf16": resolve_dtype(dtype) is torch.bfloat16,
@@ -123,26 +126,24 @@ def training_arguments(
 
 
 def build_trl_config(cls: type, arguments: dict[str, Any]) -> Any:
-    """Upstream's configuration object, for one GPU a process; its own complaint is kept.
+    """TRL's configuration object, for one GPU per process.
 
     Raises:
         RequestError: an unknown argument, or a value that upstream refuses.
     """
     try:
-        found: Any = cls(**arguments)
+        built: Any = cls(**arguments)
     except (TypeError, ValueError) as error:
         raise RequestError(f"trainer: {error}") from error
-    if found.n_gpu > 1:
-        # Upstream would wrap the model in nn.DataParallel, which TRL refuses and the engine does not know.
-        log.info(
-            f"gpu: one of {found.n_gpu} is used; accelerate launch --num_processes {found.n_gpu} -m smolvlm_exp: all"
-        )
-        found._n_gpu = 1
-    return found
+    if built.n_gpu > 1:  # upstream would wrap the model in nn.DataParallel, which TRL refuses
+        count = built.n_gpu
+        log.info(f"Using 1 of {count} GPUs. For all: accelerate launch --num_processes {count} -m smolvlm_exp")
+        built._n_gpu = 1
+    return built
 
 
 def attach_pissa_adapter(inputs: TrainerInputs, seed: int) -> "tuple[Any, LoraConfig | None]":
-    """Model and adapter for a trainer: a PiSSA adapter is put on here, any other by the trainer or the engine."""
+    """Model and adapter for a trainer; a PiSSA adapter is attached here, any other by TRL or the engine."""
     from smolvlm_exp.models.adapter import attach_pissa, is_pissa
 
     if inputs.peft_config is None or not is_pissa(inputs.peft_config):

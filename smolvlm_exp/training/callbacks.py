@@ -1,4 +1,4 @@
-"""What happens beside the training steps: numbers to the run folder and the tracker, and a clean stop on a signal."""
+"""What happens around the training steps: metrics to the run folder and the tracker, and a clean stop on a signal."""
 
 import logging
 import math
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
-USUAL = 8  # losses before one can stand out
+MIN_LOSSES = 8  # before one can stand out
 SPIKE = 10.0  # median deviations over the median
-
-
 GIB = 2**30
+ON_CONSOLE = (
+    "loss", "eval_loss", "rewards/accuracies", "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy"
+)  # fmt: skip
 
 
 def memory_stats() -> dict[str, float]:
@@ -42,10 +42,9 @@ def memory_stats() -> dict[str, float]:
         }
     import resource
 
-    resident = psutil.Process().memory_info().rss / GIB
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss counts bytes there, KiB elsewhere
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
-    return {"memory_allocated_gib": resident, "memory_peak_gib": peak}
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is bytes there, KiB elsewhere
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"memory_allocated_gib": psutil.Process().memory_info().rss / GIB, "memory_peak_gib": peak / GIB}
 
 
 class MetricsCallback(TrainerCallback):
@@ -54,55 +53,44 @@ class MetricsCallback(TrainerCallback):
     def __init__(self, folder: Path, tracker: "Tracker") -> None:
         self.path = folder / "metrics.jsonl"
         self.tracker = tracker
-        self.since = (0.0, 0, 0.0)  # clock, step and tokens at the last log
+        self.last_log = (0.0, 0, 0.0)  # clock, step, tokens
         self.evaluating = 0.0  # seconds of evaluation since the last log
         self.waiting = 0.0  # seconds without a batch since the last log
-        self.began = 0.0
+        self.step_end = 0.0
         self.idle = 0.0  # clock, when all that comes between two steps but fetching batches was done
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         truncate_after(self.path, state.global_step)
         self.idle = time.perf_counter()
-        self.since = (self.idle, state.global_step, 0.0)
+        self.last_log = (self.idle, state.global_step, 0.0)
 
-    def on_step_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.waiting += time.perf_counter() - self.idle
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.began = self.idle = time.perf_counter()
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.step_end = self.idle = time.perf_counter()
 
-    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self.leave_out()
+    def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        self.exclude_time()
 
-    def leave_out(self) -> None:
+    def exclude_time(self) -> None:
         """What went by since the step's end, or since the last such call, was no training."""
         self.idle = time.perf_counter()
-        self.evaluating += self.idle - self.began
-        self.began = self.idle
+        self.evaluating += self.idle - self.step_end
+        self.step_end = self.idle
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, *args: Any, **kwargs: Any) -> None:
         self.idle = time.perf_counter()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any
     ) -> None:
         event = {"step": state.global_step, **(logs or {})}
         if "loss" in event:
             event |= self.speed(args, state, event.get("num_tokens", 0.0))
             usual = loss_spike([e["loss"] for e in state.log_history if "loss" in e])
             if usual is not None:
-                log.warning(
-                    f"step {state.global_step}: the loss jumped to {event['loss']:.3g}, where {usual:.3g} is usual"
-                )
+                log.warning(f"step {state.global_step}: loss spike, {event['loss']:.3g} (median so far {usual:.3g})")
         event |= memory_stats()
         with disk_full_as_run_error(self.path.parent):
             append_event(self.path, {key: json_safe(value) for key, value in event.items()})
@@ -110,13 +98,13 @@ class MetricsCallback(TrainerCallback):
         self.idle = time.perf_counter()
 
     def speed(self, args: TrainingArguments, state: TrainerState, tokens: float) -> dict[str, float]:
-        """Since the last log, evaluation left out: pairs and tokens a second, the share of time without a batch."""
+        """Since the last log, without evaluation: pairs and tokens per second, the share of time without a batch."""
         now = time.perf_counter()
-        clock, step, before = self.since
+        clock, step, before = self.last_log
         seconds = max(now - clock - self.evaluating, 1e-9)
         pairs = (state.global_step - step) * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         waited = self.waiting / seconds
-        self.since, self.evaluating, self.waiting = (now, state.global_step, tokens), 0.0, 0.0
+        self.last_log, self.evaluating, self.waiting = (now, state.global_step, tokens), 0.0, 0.0
         return {
             "pairs_per_second": pairs / seconds,
             "tokens_per_second": max(tokens - before, 0.0) / seconds,
@@ -125,54 +113,35 @@ class MetricsCallback(TrainerCallback):
 
 
 def json_safe(value: Any) -> Any:
-    """JSON has no NaN; null says it as plainly."""
+    """JSON has no NaN; null stands for it."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class Progress(ProgressCallback):
-    """A bar on a terminal, and one line a log event anywhere."""
+class ConsoleProgress(ProgressCallback):
+    """One line per log event, and a progress bar on a terminal."""
 
-    SHOWN = (
-        "loss",
-        "eval_loss",
-        "rewards/accuracies",
-        "rewards/margins",
-        "eval_rewards/accuracies",
-        "mean_token_accuracy",
-    )
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
         if sys.stderr.isatty():
-            super().on_train_begin(args, state, control, **kwargs)
+            super().on_train_begin(*args, **kwargs)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
-            super().on_step_end(args, state, control, **kwargs)
+            super().on_step_end(*args, **kwargs)
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
         if self.training_bar is not None:
-            super().on_train_end(args, state, control, **kwargs)
+            super().on_train_end(*args, **kwargs)
 
     def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
         if sys.stderr.isatty():
             super().on_prediction_step(*args, **kwargs)
 
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        shown = [f"{key} {logs[key]:.4f}" for key in self.SHOWN if logs and key in logs]
+    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and ("loss" in logs or "eval_loss" in logs):
-            line = f"step {state.global_step}/{state.max_steps}  " + "  ".join(shown)
-            (self.training_bar.write if self.training_bar is not None else print)(line)
+            metrics = "  ".join(f"{key} {logs[key]:.4f}" for key in ON_CONSOLE if key in logs)
+            (self.training_bar.write if self.training_bar is not None else log.info)(
+                f"step {state.global_step}/{state.max_steps}  {metrics}"
+            )
 
 
 class StopCallback(StopRequest, TrainerCallback):
@@ -182,8 +151,8 @@ class StopCallback(StopRequest, TrainerCallback):
         """Whether any process of the run was asked: all of them stop at the same step."""
         return any(gather(self.asked))
 
-    def heard(self) -> None:
-        print("\nstopping at the end of this step, after saving; once more to leave at once", file=sys.stderr)
+    def on_request(self) -> None:
+        print("\nstopping after this step and saving; press Ctrl-C again to exit at once", file=sys.stderr)
 
     def leave(self, code: int) -> None:
         """At once: a tracker or a worker that hangs holds nobody up, and kill -9 loses nothing either."""
@@ -191,19 +160,16 @@ class StopCallback(StopRequest, TrainerCallback):
         sys.stderr.flush()
         os._exit(code)
 
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.agreed():
-            control.should_save = True
-            control.should_training_stop = True
+            control.should_save = control.should_training_stop = True
         return control
 
 
 def loss_spike(losses: Sequence[float]) -> float | None:
-    """What is usual, the median, where the last loss lies far above the others; None where it does not."""
+    """The median, where the last loss lies far above the others; None where it does not."""
     before = [loss for loss in losses[:-1] if math.isfinite(loss)][-50:]
-    if len(before) < USUAL or not math.isfinite(losses[-1]):
+    if len(before) < MIN_LOSSES or not math.isfinite(losses[-1]):
         return None
     usual = median(before)
     spread = median(abs(loss - usual) for loss in before)

@@ -1,22 +1,24 @@
-"""What each of the trainers gets so that nothing is lost: whole checkpoints, counters that go on, finite steps.
+"""What every trainer has so that nothing is lost: complete checkpoints, counters that continue, finite steps.
 
-A checkpoint holds safetensors and JSON alone, so that reading one runs no code, and no training arguments, which hold
-tokens in clear. transformers writes it, into a folder that is not yet called a checkpoint; see checkpoint.py.
+A checkpoint holds safetensors and JSON only, so that reading one runs no code, and no training arguments, which hold
+tokens in clear text. transformers writes it into a staging folder, which is renamed at the end; see runs/checkpoint.py.
 """
 
 import copy
 import math
+import random
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
-from smolvlm_exp.training.callbacks import Progress
+from smolvlm_exp.training.callbacks import ConsoleProgress
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.distributed import full_tensor
@@ -44,7 +46,7 @@ class CheckpointMixin(Trainer):
             not_finite_limit: steps in a row that end the run; see nan_guard.py.
             kwargs: the trainer's own.
         """
-        # transformers would look at every loss as it comes, wait for it, and hide those that are no number
+        # transformers would wait for every loss, and hide those that are not finite
         kwargs["args"].logging_nan_inf_filter = False
         super().__init__(model, **kwargs)
         self.identity = identity
@@ -52,21 +54,22 @@ class CheckpointMixin(Trainer):
         self.saving: Path | None = None
         self.step_loss: Any = 0.0
         self.guard = NanGuard(not_finite_limit, self.rows_of)
-        for stock in (PrinterCallback, ProgressCallback):
-            self.remove_callback(stock)
-        self.add_callback(Progress)
+        for callback in (PrinterCallback, ProgressCallback):
+            self.remove_callback(callback)
+        self.add_callback(ConsoleProgress)
         if not self.args.bf16:
-            # TRL turns adapters on quantised weights to bfloat16, which a model that computes in float32 cannot use
+            # TRL casts adapters on quantized weights to bfloat16, which a model that computes in float32 cannot use
             for parameter in self.model.parameters():  # type: ignore[union-attr]
                 if parameter.requires_grad:
                     parameter.data = parameter.data.float()
 
-    # Random numbers: a resumed run makes its loaders anew, so none of them may draw from the run's own
+    # Random numbers: a resumed run makes its loaders again, so they must not draw from the run's own random state
 
     def get_train_dataloader(self) -> Any:
         loader: Any = super().get_train_dataloader()
-        for each in (loader, getattr(loader, "base_dataloader", loader)):  # accelerate's wrapper, and what it wraps
-            each.generator = torch.Generator()
+        loader.generator = torch.Generator()
+        if hasattr(loader, "base_dataloader"):  # under accelerate's wrapper
+            loader.base_dataloader.generator = torch.Generator()
         return loader
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -81,7 +84,7 @@ class CheckpointMixin(Trainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """The last thing before `optimizer.step()`, which does nothing where the norm or the loss is not finite."""
+        """The last call before `optimizer.step()`, which skips its update where the norm or the loss is not finite."""
         norm = full_tensor(super()._get_grad_norm(model, grad_norm))
         finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device) + self.step_loss)
         finite = self.accelerator.gather(finite[None]).all()  # a loss may differ between processes
@@ -98,15 +101,15 @@ class CheckpointMixin(Trainer):
     def rows_of(self, step: int) -> list[int]:
         """The row numbers of an optimiser step, in this process; steps count from 1."""
         loader: Any = self.callback_handler.train_dataloader
-        batches, accumulate = copy.deepcopy(loader.batch_sampler), self.args.gradient_accumulation_steps
-        epoch, at = divmod(step - 1, math.ceil(len(batches) / accumulate))
-        if hasattr(batches.sampler, "set_epoch"):
-            batches.sampler.set_epoch(epoch)
-        units = list(batches)[at * accumulate : (at + 1) * accumulate]
-        return [int(row) for unit in units for row in unit]
+        sampler, accumulation = copy.deepcopy(loader.batch_sampler), self.args.gradient_accumulation_steps
+        epoch, index = divmod(step - 1, math.ceil(len(sampler) / accumulation))
+        if hasattr(sampler.sampler, "set_epoch"):
+            sampler.sampler.set_epoch(epoch)
+        batches = list(sampler)[index * accumulation : (index + 1) * accumulation]
+        return [int(row) for batch in batches for row in batch]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing after the last step: a run that was killed between it and its end would take one more."""
+        """Nothing after the last step: a run that was killed right after it would take one more."""
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
@@ -122,7 +125,7 @@ class CheckpointMixin(Trainer):
         try:
             with disk_full_as_run_error(folder.parent):
                 if self.args.should_save:
-                    shutil.rmtree(folder / SAVING, ignore_errors=True)  # of a save that was cut short
+                    shutil.rmtree(folder / SAVING, ignore_errors=True)  # of an interrupted save
                     staging.mkdir(parents=True)
                 self.accelerator.wait_for_everyone()
                 self.saving = staging.parent
@@ -137,7 +140,7 @@ class CheckpointMixin(Trainer):
                 shutil.rmtree(folder / SAVING, ignore_errors=True)
 
     def seal_checkpoint(self, staging: Path, final: Path) -> None:
-        """What transformers wrote becomes a checkpoint, and those that are too many go."""
+        """What transformers wrote becomes a checkpoint; old ones are pruned."""
         if self.state.best_global_step:
             self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
             self.state.save_to_json(str(staging / "trainer_state.json"))
@@ -149,12 +152,12 @@ class CheckpointMixin(Trainer):
         return str(self.saving) if self.saving else super()._get_output_dir(trial)
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """What learns, and no training_args.bin: it is a pickle, and holds tokens in clear."""
+        """Trainable weights, and no training_args.bin: it is a pickle, and holds tokens in clear text."""
         model: Any = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """None beside checkpoints: TRL's would be one more file that a kill can cut short."""
+        """None in checkpoints: TRL writes its own outside the staging folder."""
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         if self.sharded:
@@ -164,27 +167,25 @@ class CheckpointMixin(Trainer):
             save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Random states, and what has been counted since the last log: each process has its own."""
+        """Random states, and what was counted since the last log, per process."""
         states = {"random": random_states(self.args.device), "counters": self.counters()}
-        save_state(self.own_file(output_dir), states)
+        save_state(self.process_file(output_dir), states)
 
-    # Going on
+    # Resuming
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Raises:
-        RunError: there is a pickle, or the weights are others than the model's (what `resume_allow` let through).
+        RunError: there is a pickle, or the weights are not this model's (what `resume_allow` let through).
         """
-        found = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
-        if found and not self.sharded:
-            raise RunError(
-                f"{resume_from_checkpoint} holds {found}: no checkpoint of ours does, and no pickle is read."
-            )
+        pickle = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
+        if pickle and not self.sharded:
+            raise RunError(f"{resume_from_checkpoint} holds {pickle}; pickles are never read, and never written here.")
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(
                 f"{resume_from_checkpoint} does not fit this model: {str(error).splitlines()[0]}\n"
-                "resume_allow cannot make it: go on with the adapter and model that the run had."
+                "Resume with the adapter and model that the run had; resume_allow cannot change that."
             ) from error
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -199,23 +200,23 @@ class CheckpointMixin(Trainer):
         """Called once, right before the first step."""
         if checkpoint is None:
             return
-        mine = self.own_file(checkpoint)
-        if not mine.is_file():  # it was made by fewer processes: same_run.goes_on_alike
-            mine = mine.with_name("process-0.safetensors")
-        states = load_state(mine)
+        path = self.process_file(checkpoint)
+        if not path.is_file():  # made by fewer processes; see resume_check.resumes_equally
+            path = path.with_name("process-0.safetensors")
+        states = load_state(path)
         set_random_states(states["random"], self.args.device)
-        self.count_on(states["counters"])
+        self.restore_counters(states["counters"])
 
     @property
     def sharded(self) -> bool:
         """Whether another library writes the optimizer's state, in parts."""
         return self.is_fsdp_enabled or self.is_deepspeed_enabled
 
-    def own_file(self, checkpoint: str) -> Path:
+    def process_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"process-{self.args.process_index}.safetensors"
 
     def counters(self) -> dict[str, Any]:
-        """What transformers, TRL and the engine have added up: in a resumed run it goes on, and is logged as whole."""
+        """Running sums of transformers, TRL and the engine since the last log."""
         return {
             "loss": self._tr_loss,
             "total_loss": self._total_loss_scalar,
@@ -223,11 +224,10 @@ class CheckpointMixin(Trainer):
             "tokens": self._total_train_tokens,
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "shares": list(getattr(self, "shares", {}).get("train", [])),
-            "left_out": self.guard.left_out,
+            "left_out": self.guard.skipped,
         }
 
-    def count_on(self, counters: dict[str, Any]) -> None:
-        """Undoes `counters`."""
+    def restore_counters(self, counters: dict[str, Any]) -> None:
         self._tr_loss = counters["loss"].to(self.args.device)
         self._total_loss_scalar = counters["total_loss"]
         self._globalstep_last_logged = counters["last_logged"]
@@ -237,7 +237,7 @@ class CheckpointMixin(Trainer):
             self._metrics["train"][name] += [on_device(value, self.args.device) for value in values]
         if hasattr(self, "shares"):
             self.shares["train"][:] = counters["shares"]
-        self.guard.left_out = counters["left_out"]
+        self.guard.skipped = counters["left_out"]
 
 
 def on_device(value: Any, device: torch.device) -> Any:
@@ -246,20 +246,12 @@ def on_device(value: Any, device: torch.device) -> Any:
 
 def random_states(device: torch.device) -> dict[str, Any]:
     """Of Python, NumPy, torch and the GPU."""
-    import random
-
-    import numpy as np
-
     gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
     states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
     return {**states, "cuda": gpu}
 
 
 def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    import random
-
-    import numpy as np
-
     random.setstate(states["python"])
     np.random.set_state(states["numpy"])
     torch.set_rng_state(states["torch"])

@@ -33,8 +33,8 @@ class Config(TrainerConfig):
     """Names and meanings are trl.DPOConfig's own."""
 
     loss_type: list[str] = some_of(*LOSSES)
-    loss_weights: list[float] | None = None  # one for each loss_type; null: 1 each
-    beta: float = above(0, 0.1)  # how dear it is to leave the reference
+    loss_weights: list[float] | None = None  # one per loss_type; null: 1 each
+    beta: float = above(0, 0.1)  # KL strength; higher stays closer to the reference
     label_smoothing: float = at_least(0, 0.0)
     f_divergence_type: str = one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
     ld_alpha: float | None = None  # LD-DPO: weight of the tokens past the shorter answer's length

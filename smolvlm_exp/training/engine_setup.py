@@ -34,7 +34,7 @@ STOCK_ONLY = (
     "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
     "torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
-FEATURE_TILES = 64  # tiles that go through the tower together where their features are kept
+FEATURE_TILES = 64  # tiles per forward pass of the vision tower, for precomputed features
 
 
 def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig) -> None:
@@ -60,7 +60,7 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
         if trainer.extra.get(name):
             raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
     if getattr(trainer, "disable_dropout", True) is False and adapter.lora_dropout:
-        log.info("engine: with dropout, both answers of a pair see the same noise on their prompt")
+        log.info("engine: both answers of a pair share the dropout mask on their prompt")
 
 
 def load_trainable_model(
@@ -84,7 +84,7 @@ def load_trainable_model(
 
 def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrainedModel") -> None:
     """Raises:
-    RequestError: the engine is given a model in parts; image features are to be kept though what makes them learns.
+    RequestError: the engine is given a model split over devices; image features are to be kept though they change.
     """
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1 and trainer.engine == "shared":
@@ -124,7 +124,7 @@ def attach_adapter(inputs: TrainerInputs, arguments: Any) -> Any:
 def packed_collators(
     config: TrainerConfig, inputs: TrainerInputs, kind: "type[PackedDataset]"
 ) -> "tuple[Collator, Collator | None]":
-    """Of the training rows, and of the held-out rows where they are evaluated during training."""
+    """For the training rows, and for the held-out rows where they are evaluated during training."""
     from smolvlm_exp.engine.inputs.dataset import Collator
 
     splits = [inputs.preferences.train, *([inputs.preferences.test] if config.eval_strategy != "no" else [])]
@@ -137,7 +137,7 @@ def packed_collators(
 def precompute_images(
     config: TrainerConfig, model: Any, processor: Any, collators: "tuple[Collator, Collator | None]"
 ) -> None:
-    """Keep image features where nothing that makes them learns, tiles elsewhere."""
+    """Cache image features where vision tower and connector are frozen, tiles elsewhere."""
     from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.engine.model_parts import core_of, is_trainable
     from smolvlm_exp.engine.precompute.features import keep_features

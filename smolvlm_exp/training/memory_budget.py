@@ -1,4 +1,4 @@
-"""trainer.memory_budget: a run's micro-batch and activation checkpointing, planned from shapes, measured, and told."""
+"""trainer.memory_budget: micro-batch and activation checkpointing, planned from shapes and measured on the GPU."""
 
 import logging
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.engine.memory.planner import BATCH_LOSSES
 from smolvlm_exp.training.arguments import TrainerConfig
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.units import size_of
@@ -17,12 +18,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 HELP = (
-    "What takes less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
-    "`task=plan` with the same settings says which."
+    "To use less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
+    "`task=plan` with the same settings compares them."
 )
-BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # losses that are no mean over pairs: engine/trainers.py's WHOLE
 
 
 def budget_of(text: str) -> int | str:
@@ -33,20 +32,20 @@ def budget_of(text: str) -> int | str:
     """
     if text in ("auto", "none"):
         return text
-    found = size_of(text)
-    if not found:
-        raise RequestError(f"trainer.memory_budget={text} is no size; write auto, none, 8GiB or 512MiB.")
-    return found
+    size = size_of(text)
+    if not size:
+        raise RequestError(f"trainer.memory_budget={text} is not a size; write auto, none, 8GiB or 512MiB.")
+    return size
 
 
 def unsplittable_pairs(config: TrainerConfig) -> int:
-    """Pairs that cannot be parted: those of one device's batch, where the loss is no mean over them."""
+    """Pairs that must go together: those of one device's batch, where the loss is not a mean over pairs."""
     return config.per_device_train_batch_size if BATCH_LOSSES & set(getattr(config, "loss_type", ())) else 1
 
 
 @contextmanager
 def memory_cap(text: str) -> Iterator[None]:
-    """Within, this process gets no more of its GPU than a given size, so that a large card behaves like a small one."""
+    """Within, this process gets no more GPU memory than a given size, so that a large GPU behaves like a small one."""
     import torch
 
     budget = budget_of(text)
@@ -65,10 +64,10 @@ def memory_cap(text: str) -> Iterator[None]:
 
 
 def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
-    """Plan the trainer's steps within `memory_budget`, run the plan where there is a GPU, and say what it is.
+    """Choose the trainer's micro-batch and activation checkpointing within `memory_budget`; on a GPU, measure them.
 
     Args:
-        trainer: of engine/trainers.py, its rows ready: pictures kept, the reference scored.
+        trainer: of engine/trainers.py, images precomputed and the reference scored.
         pairs: both answers of a row are trained on.
 
     Raises:
@@ -77,33 +76,32 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
     from smolvlm_exp.engine.memory import planner as memory
     from smolvlm_exp.engine.memory import probe
     from smolvlm_exp.engine.memory.footprint import LEVELS, RowSizes, moments
-    from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather, rank_world
+    from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather
 
-    asked, gpu = budget_of(config.memory_budget), on_gpu(trainer)
-    if asked == "none" or (asked == "auto" and not gpu):
+    requested, gpu = budget_of(config.memory_budget), on_gpu(trainer)
+    if requested == "none" or (requested == "auto" and not gpu):
         return
     free = min(gather(probe.available_memory())) if gpu else None  # all processes plan alike
-    budget = min(size for size in (asked, free) if isinstance(size, int))
-    facts = spec_of_model(trainer, gpu)
+    budget = min(size for size in (requested, free) if isinstance(size, int))
+    spec = spec_of_model(trainer, gpu)
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
     unit = config.per_device_train_batch_size if trainer.whole else 1
     rows = RowSizes(trainer.collator.rows.sizes.tolist(), pairs)
     card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else memory.CPU
     levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
-    found = memory.proposals(facts, rows, effective, card, unit, levels)
+    plans = memory.proposals(spec, rows, effective, card, unit, levels)
     try:
         if gpu and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # sharded later than here
             learning = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-            run = partial(run_longest, trainer, facts)
-            plan = probe.probe(found, run, budget, learning, moments(facts), lambda size: max(gather(size)))
+            run = partial(run_longest, trainer, spec)
+            plan = probe.probe(plans, run, budget, learning, moments(spec), lambda size: max(gather(size)))
         else:
-            plan = memory.best(found, budget)
+            plan = memory.best(plans, budget)
     except memory.DoesNotFit as error:
         raise RequestError(f"trainer.memory_budget={config.memory_budget}: {error}.\n{HELP}") from error
-    set_checkpointing(trainer, plan, memory.fused(facts))
+    set_checkpointing(trainer, plan, memory.fused(spec))
     trainer.micro_batch = plan.micro_batch
-    if rank_world()[0] == 0:
-        log.info(describe_plan(plan, budget, facts, card.name))
+    log.info(describe_plan(plan, budget, spec, card.name))
 
 
 def on_gpu(trainer: Any) -> bool:
@@ -111,7 +109,7 @@ def on_gpu(trainer: Any) -> bool:
 
 
 def set_checkpointing(trainer: Any, plan: "Plan", fused: bool) -> None:
-    """Let the model's layers keep what the plan says; transformers' own layers everything or their inputs."""
+    """Activation checkpointing as planned; of transformers' own layers in all or none."""
     from smolvlm_exp.engine.layers.fuse import fuse
 
     if fused:
@@ -124,7 +122,7 @@ def set_checkpointing(trainer: Any, plan: "Plan", fused: bool) -> None:
 
 
 def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
-    """What the planner wants to know, from the model as it is."""
+    """What the planner needs, from the loaded model."""
     from peft.tuners.lora import LoraLayer
 
     from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
@@ -145,26 +143,26 @@ def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
     if packed is not None:
         weights = "4bit double" if packed.weight.quant_state.nested else "4bit"
     features = trainer.collator.rows.features is not None
-    facts = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu)
+    spec = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu)
     core = base.base_model
     text, vision = (
         replace(stack, fused=hasattr(layers[0].forward, "checkpointing"))
-        for stack, layers in ((facts.text, core.text_model.layers), (facts.vision, core.vision_model.encoder.layers))
+        for stack, layers in ((spec.text, core.text_model.layers), (spec.vision, core.vision_model.encoder.layers))
     )
-    return replace(facts, text=text, vision=vision)
+    return replace(spec, text=text, vision=vision)
 
 
-def run_longest(trainer: Any, facts: "MemorySpec", plan: "Plan") -> None:
-    """A forward and backward pass over the rows that take most, as many as the plan takes together."""
+def run_longest(trainer: Any, spec: "MemorySpec", plan: "Plan") -> None:
+    """A forward and backward pass over the rows that take most memory, a micro-batch of them."""
     from smolvlm_exp.engine.inputs.collate import IndexCollator
     from smolvlm_exp.engine.memory.footprint import saved_activations
     from smolvlm_exp.engine.memory.planner import fused
 
-    set_checkpointing(trainer, plan, fused(facts))
-    token = facts.text.trained * saved_activations(facts.text, plan.checkpointing, facts.element)
-    patch = facts.vision.trained * saved_activations(facts.vision, plan.vision_checkpointing, facts.element)
+    set_checkpointing(trainer, plan, fused(spec))
+    token = spec.text.trained * saved_activations(spec.text, plan.checkpointing, spec.element)
+    patch = spec.vision.trained * saved_activations(spec.vision, plan.vision_checkpointing, spec.element)
     sizes = trainer.collator.rows.sizes
-    costs = token * sizes[:, :3].sum(1) + patch * facts.patches * sizes[:, 3]
+    costs = token * sizes[:, :3].sum(1) + patch * spec.patches * sizes[:, 3]
     longest = (-costs).argsort(kind="stable")[: plan.micro_batch].tolist()
     trainer.model.train()
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
@@ -172,17 +170,18 @@ def run_longest(trainer: Any, facts: "MemorySpec", plan: "Plan") -> None:
         outputs.log_probs.sum().backward()
 
 
-def describe_plan(plan: "Plan", budget: int, facts: "MemorySpec", card: str) -> str:
+def describe_plan(plan: "Plan", budget: int, spec: "MemorySpec", card: str) -> str:
     """The plan in two lines."""
     from smolvlm_exp.engine.memory.planner import MARGIN, format_bytes
 
-    what = plan.checkpointing
-    if facts.vision.trained:
-        what = f"{what} (text), {plan.vision_checkpointing} (vision tower)"
-    found = f", measured {format_bytes(plan.measured)}" if plan.measured else ""
-    speed = f"; about {plan.seconds:.3f} s a pair on this {card}" if facts.gpu else ""
+    levels = plan.checkpointing
+    if spec.vision.trained:
+        levels = f"{levels} (text), {plan.vision_checkpointing} (vision tower)"
+    measured = f", measured {format_bytes(plan.measured)}" if plan.measured else ""
+    speed = f"; about {plan.seconds:.3f} s per pair on this {card}" if spec.gpu else ""
     return (
-        f"memory: {plan.micro_batch} pairs at a time, {plan.accumulation} times a step; "
-        f"activation checkpointing: {what}\n"
-        f"memory: predicted {format_bytes(plan.peak)}{found} of {format_bytes(budget)}, {MARGIN:.0%} left free{speed}"
+        f"memory plan: micro-batch {plan.micro_batch} x {plan.accumulation} accumulation; "
+        f"activation checkpointing: {levels}\n"
+        f"memory plan: predicted {format_bytes(plan.peak)}{measured} of {format_bytes(budget)}, "
+        f"{MARGIN:.0%} left free{speed}"
     )

@@ -1,4 +1,4 @@
-"""What the memory planner wants to know of a run, from its settings alone: no weights, no torch."""
+"""A run's MemorySpec, which the memory planner needs, from settings alone: no weights, no torch."""
 
 import math
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ def memory_spec(
 ) -> MemorySpec:
     """
     Args:
-        weights: how the linear layers' are stored; see `stored`.
-        adapted: None where every weight is trained.
-        features: pictures come as features, computed before, where nothing that makes them learns.
+        weights: how the linear layers' are stored; see `weight_storage`.
+        adapted: None for full fine-tuning.
+        features: images come as precomputed features, where vision tower and connector are frozen.
         element: bytes of a number in the model's dtype.
     """
     sizes = linear_sizes(shape)
@@ -119,7 +119,7 @@ def rest_of(shape: Shape) -> int:
 
 
 def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted: AdapterSpec | None) -> Stack:
-    """`plain` with what adapts it, each layer taken to be like the one with most adapters."""
+    """`plain` with adapters, every layer counted as the one with most of them."""
     if adapted is None:
         return with_all_layers(replace(plain, fused=False))
     layers: dict[int, set[str]] = {}
@@ -140,7 +140,7 @@ def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted:
 
 
 def with_all_layers(stack: Stack) -> Stack:
-    """Gradients pass through the whole of it."""
+    """Gradients pass through all of its layers."""
     return replace(stack, trained=stack.layers)
 
 

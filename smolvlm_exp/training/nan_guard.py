@@ -1,7 +1,7 @@
-"""A loss or gradient that is no number never reaches weights or optimizer state; several in a row end the run.
+"""A loss or gradient that is not finite never reaches weights or optimizer state; several in a row end the run.
 
-The judgement stays on the device: torch's fused Adam leaves everything as it is where `found_inf` says so, and the
-verdict comes back to the host beside the work, read when it has arrived. Other optimizers on a GPU wait for it.
+The decision stays on the device: torch's fused Adam skips its update where `found_inf` is set, and the flag is copied
+to the host asynchronously. Other optimizers on a GPU wait for it.
 """
 
 import logging
@@ -16,15 +16,14 @@ from smolvlm_exp.utils.errors import RunError
 
 log = logging.getLogger(__name__)
 
-
 NAMED = 16  # rows that a message names
 
 
 class NanGuard:
-    """Judges every optimiser step before it is taken.
+    """Checks every optimizer step before it is taken.
 
     Attributes:
-        left_out: steps whose update was left out, in order.
+        skipped: steps whose update was skipped, in order.
     """
 
     def __init__(self, limit: int, rows_of: Callable[[int], list[int]]) -> None:
@@ -34,11 +33,11 @@ class NanGuard:
             rows_of: the row numbers of a step, which counts from 1.
         """
         self.limit, self.rows_of = limit, rows_of
-        self.left_out: list[int] = []
-        self.waiting: deque[tuple[int, torch.Tensor, Any]] = deque()  # step, its verdict on the host, when it is there
+        self.skipped: list[int] = []
+        self.pending: deque[tuple[int, torch.Tensor, Any]] = deque()  # step, its flag on the host, when it is there
 
     def mask_update(self, step: int, finite: torch.Tensor, model: nn.Module, optimizer: Any) -> None:
-        """Before `optimizer.step()`: let it do nothing where `finite` is false.
+        """Before `optimizer.step()`: make it skip its update where `finite` is false.
 
         Args:
             finite: 0-dim bool on the model's device.
@@ -47,33 +46,33 @@ class NanGuard:
         if finite.is_cuda and all(group.get("fused") for group in inner.param_groups):
             inner.found_inf = (~finite).float()
         elif not finite:
-            model.zero_grad(set_to_none=True)  # a parameter without a gradient is passed over, its state too
+            model.zero_grad(set_to_none=True)  # a parameter without a gradient is skipped, its state too
         arrived = None
         if finite.is_cuda:
             finite = finite.to("cpu", non_blocking=True)
             arrived = torch.cuda.Event()
             arrived.record()
-        self.waiting.append((step, finite, arrived))
+        self.pending.append((step, finite, arrived))
         self.poll(wait=False)
 
     def poll(self, wait: bool) -> None:
-        """Tell of the steps whose verdicts have arrived.
+        """Report the steps whose flags have arrived.
 
         Args:
             wait: for all of them.
 
         Raises:
-            RunError: `limit` steps in a row were left out.
+            RunError: `limit` steps in a row were skipped.
         """
-        while self.waiting and (wait or self.waiting[0][2] is None or self.waiting[0][2].query()):
-            step, finite, arrived = self.waiting.popleft()
+        while self.pending and (wait or self.pending[0][2] is None or self.pending[0][2].query()):
+            step, finite, arrived = self.pending.popleft()
             if arrived is not None:
                 arrived.synchronize()
             if finite:
                 continue
-            self.left_out.append(step)
-            log.warning(f"step {step}: its loss or gradient is not finite, so it changes nothing; {self.rows(step)}")
-            last = self.left_out[-self.limit :]
+            self.skipped.append(step)
+            log.warning(f"step {step}: loss or gradient is not finite, update skipped; {self.rows(step)}")
+            last = self.skipped[-self.limit :]
             if len(last) == self.limit and last[0] == step - self.limit + 1:
                 self.stop(last)
 
@@ -84,9 +83,9 @@ class NanGuard:
 
     def stop(self, steps: list[int]) -> None:
         raise RunError(
-            f"steps {steps[0]} to {steps[-1]}, {len(steps)} in a row, had a loss or gradient that is not finite: the "
-            f"run is stopped.\nStep {steps[-1]}: {self.rows(steps[-1])}. The weights are as after step "
-            f"{steps[0] - 1}, and every checkpoint is from before.\n"
-            "Look at these rows; a lower trainer.learning_rate, a longer trainer.warmup_steps or model.dtype=float32 "
-            "help where the rows are fine. trainer.not_finite_limit says how many in a row are borne."
+            f"stopped: loss or gradient not finite in {len(steps)} steps in a row ({steps[0]} to {steps[-1]}).\n"
+            f"Step {steps[-1]}: {self.rows(steps[-1])}. The weights are those after step {steps[0] - 1}, and every "
+            "checkpoint is from before.\n"
+            "Check these rows. If they are fine, try a lower trainer.learning_rate, a longer trainer.warmup_steps or "
+            "model.dtype=float32; trainer.not_finite_limit sets how many such steps in a row are tolerated."
         )

@@ -1,11 +1,13 @@
-"""Did it really train? Cheap facts about a run that is easy to believe and hard to see."""
+"""Sanity checks of a training run: what moved, what did not, and where the loss began."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
+from smolvlm_exp.engine.fingerprint import content_hash
 from smolvlm_exp.evaluation.checks import Check, require
 from smolvlm_exp.utils.distributed import full_tensor
 
@@ -14,30 +16,27 @@ NAMED = 3  # tensors that a check names
 
 
 class ParameterMonitor:
-    """Remembers a model's trainable tensors and a checksum of the frozen ones, and says later what became of them."""
+    """Keeps a copy of a model's trainable tensors and a hash of the frozen ones, and compares them after training."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.start = {
-            n: on_host(p).clone() for n, p in model.named_parameters() if p.requires_grad or is_adapter_parameter(n)
-        }
-        self.base = checksum(model)
+        trained = {n: p for n, p in model.named_parameters() if p.requires_grad or is_adapter_parameter(n)}
+        self.start = {name: on_host(parameter).clone() for name, parameter in trained.items()}
+        self.frozen = frozen_hash(model)
 
     def checks(self, trainer: Any) -> list[Check]:
-        learnt = {name: parameter for name, parameter in self.model.named_parameters() if name in self.start}
-        still = [name for name, p in learnt.items() if torch.equal(self.start[name], on_host(p))]
-        checks = [check_all_moved("parameters_moved", "trainable tensors that moved (share)", still, len(learnt))]
-        magnitudes = [name for name in learnt if "magnitude" in name]
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if name in self.start}
+        unmoved = [name for name, p in trained.items() if torch.equal(self.start[name], on_host(p))]
+        magnitudes = [name for name in trained if "magnitude" in name]
+        checks = [share_check("parameters_moved", "trainable tensors that moved (share)", trained, unmoved)]
         if magnitudes:
-            named = [name for name in still if "magnitude" in name]
-            checks.append(
-                check_all_moved("magnitudes_moved", "DoRA magnitudes that moved (share)", named, len(magnitudes))
-            )
-        without = without_gradient(learnt, trainer.optimizer)
-        if without is not None:
+            checks.append(share_check("magnitudes_moved", "DoRA magnitudes that moved (share)", magnitudes, unmoved))
+        zero = without_gradient(trained, trainer.optimizer)
+        if zero is not None:
             name = "trainable tensors that got a gradient (share)"
-            checks.append(check_all_moved("parameters_with_gradient", name, without, len(learnt)))
-        checks.append(require("base_unchanged", "frozen weights unchanged", checksum(self.model) == self.base, ">=", 1))
+            checks.append(share_check("parameters_with_gradient", name, trained, zero))
+        unchanged = torch.equal(frozen_hash(self.model), self.frozen)
+        checks.append(require("base_unchanged", "frozen weights unchanged", unchanged, ">=", 1))
         return [*checks, *first_step_checks(trainer)]
 
 
@@ -50,18 +49,19 @@ def on_host(parameter: torch.Tensor) -> torch.Tensor:
     return full_tensor(parameter).detach().float().cpu()
 
 
-def check_all_moved(id: str, name: str, missing: list[str], count: int) -> Check:
+def share_check(id: str, name: str, of: Collection[str], missing: list[str]) -> Check:
+    missing = [tensor for tensor in missing if tensor in of]
     detail = ", ".join(missing[:NAMED]) + (f" and {len(missing) - NAMED} more" if len(missing) > NAMED else "")
-    return require(id, name, 1 - len(missing) / max(count, 1), ">=", 1, detail=f"not {detail}")
+    return require(id, name, 1 - len(missing) / max(len(of), 1), ">=", 1, detail=f"not {detail}")
 
 
-def without_gradient(learnt: dict[str, Any], optimizer: Any) -> list[str] | None:
-    """The tensors whose every gradient was zero, from Adam's second moments; None where the optimiser has none."""
+def without_gradient(trained: dict[str, Any], optimizer: Any) -> list[str] | None:
+    """The tensors whose every gradient was zero, from Adam's second moments; None where the optimizer has none."""
     states = getattr(optimizer, "optimizer", optimizer).state
-    moments = {name: states.get(parameter, {}).get("exp_avg_sq") for name, parameter in learnt.items()}
-    if not any(isinstance(each, torch.Tensor) for each in moments.values()):
+    moments = {name: states.get(parameter, {}).get("exp_avg_sq") for name, parameter in trained.items()}
+    if not any(isinstance(moment, torch.Tensor) for moment in moments.values()):
         return None
-    return [name for name, each in moments.items() if each is None or not full_tensor(each).any()]
+    return [name for name, moment in moments.items() if moment is None or not full_tensor(moment).any()]
 
 
 def first_step_checks(trainer: Any) -> list[Check]:
@@ -76,11 +76,6 @@ def first_step_checks(trainer: Any) -> list[Check]:
     return checks
 
 
-def checksum(model: nn.Module) -> int:
-    """A sum over the bytes of the frozen parameters: any changed weight changes it, save for a conspiracy."""
-    total = 0
-    for parameter in model.parameters():
-        if not parameter.requires_grad:
-            flat = full_tensor(parameter).detach().contiguous().view(torch.uint8).flatten()
-            total += int(flat.sum(dtype=torch.int64))
-    return total
+def frozen_hash(model: nn.Module) -> torch.Tensor:
+    """Of the bytes of all frozen parameters, computed where they lie."""
+    return content_hash([parameter for parameter in model.parameters() if not parameter.requires_grad])

@@ -1,6 +1,6 @@
-"""What optimizers, schedules and random generators hold, as one safetensors file: tensors, and JSON for all the rest.
+"""State of optimizers, schedules and random generators as one safetensors file: tensors, and JSON for the rest.
 
-Reading one runs no code, and what was written comes back as it was: its types, every bit of its numbers.
+Reading one runs no code; types and numbers come back exactly.
 """
 
 import json
@@ -24,14 +24,14 @@ def save_state(path: Path, tree: Any) -> None:
         TypeError: it holds something else.
     """
     tensors: dict[str, torch.Tensor] = {}
-    told = json.dumps(encode(tree, tensors))
-    save_file(tensors, path, metadata={KEY: told})
+    text = json.dumps(encode(tree, tensors))
+    save_file(tensors, path, metadata={KEY: text})
 
 
 def load_state(path: Path) -> Any:
-    """What `save_tree` wrote, its tensors on the CPU."""
+    """What `save_state` wrote, on the CPU."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no dictionary
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
         return decode(json.loads(file.metadata()[KEY]), tensors)
 
 
@@ -44,18 +44,18 @@ def encode(tree: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if isinstance(tree, torch.Tensor | np.ndarray):
         kind, tensor = ("tensor", tree) if isinstance(tree, torch.Tensor) else ("array", torch.from_numpy(tree))
         name = str(len(tensors))
-        tensors[name] = tensor.detach().cpu().clone().contiguous()  # one's own memory: safetensors shares none
+        tensors[name] = tensor.detach().cpu().clone().contiguous()  # safetensors takes no shared memory
         return {kind: name}
     if tree is None or isinstance(tree, str | int | float):
         return tree
     raise TypeError(f"a checkpoint cannot hold {type(tree).__name__}")
 
 
-def decode(told: Any, tensors: dict[str, torch.Tensor]) -> Any:
-    """Undoes `packed`."""
-    if not isinstance(told, dict):
-        return told
-    ((kind, content),) = told.items()
+def decode(encoded: Any, tensors: dict[str, torch.Tensor]) -> Any:
+    """The inverse of `encode`."""
+    if not isinstance(encoded, dict):
+        return encoded
+    ((kind, content),) = encoded.items()
     if kind == "dict":
         return {decode(key, tensors): decode(value, tensors) for key, value in content}
     if kind in ("tensor", "array"):

@@ -14,7 +14,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 S = TypeVar("S")
 T = TypeVar("T")
-TOGETHER = 2**26  # bytes of gradients in one message
+MESSAGE_BYTES = 2**26  # of gradients
 
 
 def rank_world() -> tuple[int, int]:
@@ -22,22 +22,22 @@ def rank_world() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
 
 
-def broadcast_from_rank0(answer: Callable[[], Any]) -> Any:
-    """What the first process answers, in every process; where it raises, all do."""
+def broadcast_from_rank0(function: Callable[[], Any]) -> Any:
+    """Rank 0's result, in every process; where it raises, all do."""
     rank, processes = rank_world()
     if processes == 1:
-        return answer()
+        return function()
     value, error = None, None
     if rank == 0:
         try:
-            value = answer()
+            value = function()
         except Exception as problem:
             error = problem
-    said = [value, f"{type(error).__name__}: {error}" if error else None]
-    dist.broadcast_object_list(said)
-    if said[1]:
-        raise error or RuntimeError(f"in the first process: {said[1]}")
-    return said[0]
+    message = [value, f"{type(error).__name__}: {error}" if error else None]
+    dist.broadcast_object_list(message)
+    if message[1]:
+        raise error or RuntimeError(f"rank 0: {message[1]}")
+    return message[0]
 
 
 def gather(value: Any) -> list[Any]:
@@ -55,7 +55,7 @@ def all_ranks(flag: bool) -> bool:
 
 @contextlib.contextmanager
 def shared_folder(fill: Callable[[str], None]) -> Iterator[str]:
-    """A temporary folder of this machine that the first process fills, and removes when all are done with it."""
+    """A temporary folder that rank 0 fills, and removes when all processes are done with it."""
     with tempfile.TemporaryDirectory() as own:
         broadcast_from_rank0(partial(fill, own))
         del fill  # it may hold what it has written
@@ -64,14 +64,13 @@ def shared_folder(fill: Callable[[str], None]) -> Iterator[str]:
 
 
 def rank_slice(count: int, rank: int, processes: int) -> range:
-    """A rank's share of `count` things, in one piece."""
+    """A rank's contiguous share of `count` items."""
     return range(count * rank // processes, count * (rank + 1) // processes)
 
 
 def full_tensor(tensor: Any) -> torch.Tensor:
     """A sharded tensor, gathered by all processes together; any other as it is."""
-    found: torch.Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor
-    return found
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
 def is_sharded(tensor: Any) -> bool:
@@ -82,7 +81,7 @@ def scatter_map(items: Sequence[S], work: Callable[[S], T], model: nn.Module) ->
     """work(item) of every item, each done by one process of the group; all of them in every process.
 
     Args:
-        model: what `work` runs. Where its weights are sharded, processes fetch them together, so each does everything.
+        model: what `work` runs. Sharded weights are fetched by all processes together, so there each does everything.
     """
     rank, processes = rank_world()
     if processes == 1 or any(map(is_sharded, model.parameters())):
@@ -97,7 +96,7 @@ def all_reduce_mean(tensors: Sequence[torch.Tensor]) -> None:
     for tensor in tensors:
         part = waiting.setdefault(tensor.dtype, [])
         part.append(tensor)
-        if sum(each.nbytes for each in part) >= TOGETHER:
+        if sum(tensor.nbytes for tensor in part) >= MESSAGE_BYTES:
             average_part(waiting.pop(tensor.dtype))
     for part in waiting.values():
         average_part(part)
@@ -126,10 +125,7 @@ def no_gather(accelerator: Any) -> Iterator[None]:
 
 
 def init_distributed() -> None:
-    """Form the group, each process on a GPU of its own where there are any."""
-    import torch
-    import torch.distributed as dist
-
+    """Form the group, each process on its own GPU where there are any."""
     gpu = torch.cuda.is_available()
     if gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
@@ -137,8 +133,6 @@ def init_distributed() -> None:
 
 
 def destroy_distributed() -> None:
-    """At a good end; after a bad one the launcher ends the other processes."""
-    import torch.distributed as dist
-
+    """At a successful end; after a failure the launcher ends the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()

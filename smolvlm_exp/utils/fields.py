@@ -1,4 +1,4 @@
-"""Fields that say which values they take, so that a wrong one is answered before any work starts."""
+"""Dataclass fields with the values they take, so that a wrong one is refused before any work starts."""
 
 from dataclasses import field
 from typing import Any

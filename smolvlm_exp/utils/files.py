@@ -1,4 +1,4 @@
-"""JSON files, written so that a kill at any moment leaves them whole or not there, and JSON Lines."""
+"""JSON files, written atomically; JSON Lines; hashes and syncs."""
 
 import hashlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file says; nothing where it is missing or was cut short by a kill."""
+    """A JSON file's content; empty where it is missing or incomplete."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -17,14 +17,14 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Whole or not at all."""
+    """Atomically: complete or not there."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     part.replace(path)
 
 
 def json_lines(text: str) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of what is not empty in JSON Lines. Not splitlines: U+2028 may stand inside a string."""
+    """(number from 1, line) of the non-empty lines. Not splitlines: U+2028 may occur inside a string."""
     return ((number, line) for number, line in enumerate(text.split("\n"), start=1) if line.strip())
 
 
@@ -34,9 +34,9 @@ def sha256(path: Path) -> str:
 
 
 def fsync(path: Path) -> None:
-    """What was written to a file or folder reaches the disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Bring what was written to a file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(number)
+        os.fsync(descriptor)
     finally:
-        os.close(number)
+        os.close(descriptor)

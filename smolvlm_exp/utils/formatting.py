@@ -55,8 +55,8 @@ def as_float(value: Any) -> float | None:
 
 def as_finite(value: Any) -> float | None:
     """The number, or None for anything that is not a finite one."""
-    found = as_float(value)
-    return found if found is not None and math.isfinite(found) else None
+    number = as_float(value)
+    return number if number is not None and math.isfinite(number) else None
 
 
 def duration(seconds: float) -> str:
@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
-    """Full key -> its last part (`adapter.r` -> `r`), or all of it where two keys end alike."""
+    """Full key -> its last part (`adapter.r` -> `r`), or the full key where two end alike."""
     last = [key.rsplit(".", 1)[-1] for key in keys]
     return {key: end if last.count(end) == 1 else key for key, end in zip(keys, last, strict=True)}
 
@@ -81,7 +81,7 @@ def short_value(value: str) -> str:
 
 
 def parse_number(value: str) -> Any:
-    """A value as typed -> the number it is, where it is one."""
+    """A value as typed -> a number where it is one."""
     for kind in (int, float):
         try:
             return kind(value)

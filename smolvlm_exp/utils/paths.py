@@ -1,10 +1,8 @@
-"""Where the package, its configuration and its runs lie, and paths as people type them."""
+"""Where the package, its configuration and its runs are, and paths as people type them."""
 
 from pathlib import Path
 
 OUTPUTS = Path("outputs")
-
-
 PACKAGE = Path(__file__).parent.parent
 CONF = next(p for p in (PACKAGE / "_conf", PACKAGE.parent / "conf") if p.is_dir())
 

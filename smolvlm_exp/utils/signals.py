@@ -1,4 +1,4 @@
-"""A person's or a system's wish to stop, heard once: Ctrl-C and SIGTERM, for a run and for a sweep alike."""
+"""Ctrl-C and SIGTERM, for a run, a sweep and a chat alike."""
 
 import os
 import signal
@@ -8,7 +8,7 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Within, a first signal calls `heard`, and a second leaves at once.
+    """Within, a first signal calls `on_request`, and a second quits at once.
 
     Attributes:
         asked: whether there was a first one.
@@ -30,19 +30,19 @@ class StopRequest:
 
     def ask(self, number: int, frame: Any) -> None:
         if os.getpid() != self.owner:
-            return  # a data worker: Ctrl-C reaches the whole group, and the trainer still wants its batches
+            return  # a data worker: Ctrl-C reaches all processes, and the trainer still needs its batches
         now = time.monotonic()
         if self.asked and now - self.first < 1:
-            return  # one request often comes twice: to the process, and to its group
+            return  # one request often arrives twice: for the process, and for its group
         if self.asked:
             self.leave(128 + number)
         self.asked, self.first = True, now
-        self.heard()
+        self.on_request()
 
     def leave(self, code: int) -> None:
-        """What a second signal does."""
+        """At a second signal."""
         sys.exit(code)
 
-    def heard(self) -> None:
-        """What is to be done at once; called in the signal's handler."""
+    def on_request(self) -> None:
+        """At the first signal, in its handler."""
         raise NotImplementedError

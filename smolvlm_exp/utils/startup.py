@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def fast_imports() -> Iterator[None]:
-    """Without Python's cycle collector, which would look again and again at what is imported here and stays.
+    """Without Python's garbage collector, which would repeatedly scan modules that stay: saves 2 s per command.
 
-    It is left out of later collections too, and of the last one when the process ends: in all 2 s of a command. Where
-    all is imported already, a job before this one may have left what is to be collected, so nothing is changed.
+    What was imported is left out of later collections too. Where all is imported already nothing is changed, so that
+    what an earlier job left is collected.
     """
     if "trl" in sys.modules:
         yield
@@ -27,7 +27,7 @@ def fast_imports() -> Iterator[None]:
 
 
 def silence_upstream() -> None:
-    """Silence upstream's notes to its own developers; errors and our own lines stay."""
+    """Hide upstream's warnings to its own developers and, where there is no terminal, progress bars."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # we change no layer's output in place
     for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):  # both of torchao's import

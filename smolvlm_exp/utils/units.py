@@ -8,9 +8,9 @@ UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "Ti
 
 
 def size_of(text: str) -> int | None:
-    """Bytes that a text such as `1.5 GiB` names; None where it names none."""
-    found = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip())
-    return int(float(found[1]) * UNITS[found[2]]) if found else None
+    """Bytes of a text such as `1.5 GiB`; None where it is not a size."""
+    match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip())
+    return int(float(match[1]) * UNITS[match[2]]) if match else None
 
 
 def bytes_of(key: str, text: str) -> int:
@@ -20,9 +20,9 @@ def bytes_of(key: str, text: str) -> int:
         key: the setting's full name.
 
     Raises:
-        RequestError: it is no size.
+        RequestError: it is not a size.
     """
-    found = size_of(text)
-    if found is None:
-        raise RequestError(f"{key}={text} is no size; write it as 8GiB or 500MB.")
-    return found
+    size = size_of(text)
+    if size is None:
+        raise RequestError(f"{key}={text} is not a size; write it as 8GiB or 500MB.")
+    return size

@@ -1,4 +1,4 @@
-"""Which versions a run had, and two that do not go together."""
+"""Package versions, and torchvision's fit with torch."""
 
 import contextlib
 import platform
@@ -15,18 +15,18 @@ PACKAGES = (
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):  # wandb is not needed with tracker=none
-            found[package] = version(package)
-    return found
+            installed[package] = version(package)
+    return installed
 
 
 def check_torchvision() -> None:
-    """transformers imports torchvision where it finds it, and tells of its failure as that of some module of its own.
+    """transformers imports torchvision where it is installed, and reports its failure as one of its own modules.
 
     Raises:
-        RequestError: it was built for another torch, as the registry's (for CUDA) was beside one for the CPU.
+        RequestError: it was built for another torch, e.g. for CUDA where torch is for the CPU.
     """
     if find_spec("torchvision") is None:
         return
@@ -37,5 +37,5 @@ def check_torchvision() -> None:
     except Exception as error:  # RuntimeError of an operator that this torch lacks, OSError of a CUDA library
         raise RequestError(
             f"torchvision {version('torchvision')} does not go with torch {torch.__version__} ({str(error)[:80]}): "
-            "pip uninstall torchvision; Pillow serves."
+            "pip uninstall torchvision; Pillow is enough."
         ) from error

@@ -115,7 +115,7 @@ def test_a_kill_at_any_point_of_a_save(bench, tmp_path, capsys):
             capsys.readouterr()
             assert newest_intact(run).name == ("checkpoint-2" if renamed else "checkpoint-1")
             assert damage(newest_intact(run)) == ""
-            assert "was cut short" in capsys.readouterr().out or not (folder / SAVING).exists()
+            assert "was interrupted" in capsys.readouterr().out or not (folder / SAVING).exists()
             shutil.rmtree(folder / "checkpoint-2", ignore_errors=True)
         real(model, trial)
 
@@ -154,11 +154,11 @@ def test_every_file_and_every_damage(run, capsys):
             harm(second / name)
             assert newest_intact(run) == first
             told = capsys.readouterr().out
-            assert "checkpoint-2 is not used: " in told
+            assert "checkpoint-2 is damaged: " in told
             assert name in told or name == "manifest.json"  # a flipped digest is another file's
-            assert "checkpoint-1 is whole" in told
+            assert "checkpoint-1 is intact" in told
             harm(first / name)
-            with pytest.raises(RequestError, match=r"none of its checkpoints is whole[\s\S]*checkpoint-1 is not used"):
+            with pytest.raises(RequestError, match=r"none of its checkpoints is intact[\s\S]*checkpoint-1 is damaged"):
                 newest_intact(run)
             for each, data in zip((first, second), whole, strict=True):
                 (each / name).write_bytes(data)
@@ -167,14 +167,14 @@ def test_every_file_and_every_damage(run, capsys):
     assert tried == 2 * len(NAMES) * len(DAMAGES)
     (second / "optimizer.pt").write_bytes(b"anything")
     assert newest_intact(run) == first
-    assert "optimizer.pt is not one of its files" in capsys.readouterr().out
+    assert "optimizer.pt is not in its manifest.json" in capsys.readouterr().out
 
 
 def test_no_whole_checkpoint_is_refused_before_anything_is_loaded(bench, run, monkeypatch):
     for path in checkpoints(run):
         flip(path / "optimizer.safetensors")
     monkeypatch.setattr("smolvlm_exp.training.engine_setup.load_model", lambda *a: pytest.fail("the model was loaded"))
-    with pytest.raises(RequestError, match=r"resume=.*run: none of its checkpoints is whole, so nothing was started"):
+    with pytest.raises(RequestError, match=r"resume=.*run: none of its checkpoints is intact, so nothing was started"):
         train(bench.config(f"resume={run}"), run)
 
 
@@ -197,7 +197,7 @@ def test_a_full_disk_is_one_error_and_costs_nothing(bench, two, tmp_path):
     if mounted.returncode:
         pytest.skip("no tmpfs can be mounted here")
     try:
-        with pytest.raises(RunError, match=r"no room left in.*(No space left|os error 28)[\s\S]*checkpoint-1 is"):
+        with pytest.raises(RunError, match=r"no space left in.*(No space left|os error 28)[\s\S]*from checkpoint-1"):
             bench.run(disk / "run", *TWO)
         assert [path.name for path in (disk / "run" / "checkpoints").iterdir()] == ["checkpoint-1"]
         assert damage(newest_intact(disk / "run")) == ""
@@ -213,7 +213,7 @@ def test_a_limit_on_file_sizes_is_one_error_and_costs_nothing(bench, two, tmp_pa
     shutil.rmtree(run / "checkpoints" / "checkpoint-2")
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))  # the optimizer's state is larger
     try:
-        with pytest.raises(RunError, match=r"no room left in.*(too large|os error 27)[\s\S]*checkpoint-1 is"):
+        with pytest.raises(RunError, match=r"no space left in.*(too large|os error 27)[\s\S]*from checkpoint-1"):
             bench.run(run, *TWO)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)

@@ -36,7 +36,7 @@ def signalled(trainer, where, step, number):
 
     done = False
     if where == "a save":
-        reliable.seal = at(reliable.seal)  # undone by the fixture
+        reliable.finalise = at(reliable.finalise)  # undone by the fixture
     else:
         owner, name = {
             "data loading": (trainer.batches, "collate_fn"),
@@ -68,7 +68,7 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on_exactly(bench, tmp_path, mo
         assert damage(newest_intact(run)) == ""
         assert newest_intact(run).name == f"checkpoint-{trainer.state.global_step}"
         stops.append(trainer.state.global_step)
-        assert "once more to leave at once" in capsys.readouterr().err
+        assert "again to exit at once" in capsys.readouterr().err
     assert stops == [1, 4, 5, 7, 8]
     trainer = bench.run(run, SELDOM)
     assert logged(run) == logged(tmp_path / "whole")
@@ -124,7 +124,7 @@ CHANGES = {
     "trainer.lr_scheduler_type": ("constant", 'was "cosine" and is "constant"'),
     "trainer.engine": ("stock", 'was "shared" and is "stock"'),
     "trainer.beta": (0.2, "was 0.1 and is 0.2"),
-    "trainer.extra": ({"adam_beta2": 0.9}, "trainer.extra.adam_beta2 was not there and is 0.9"),
+    "trainer.extra": ({"adam_beta2": 0.9}, "trainer.extra.adam_beta2 was not set and is 0.9"),
     "data.train_rows": (20, "was 16 and is 20"),
     "data.max_edge": (64, "was 512 and is 64"),
     "model.id": ("elsewhere", 'was "embedded" and is "elsewhere"'),
@@ -171,7 +171,7 @@ def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     rows = bench.preferences.train
     for others in (rows.select(range(15)), rows.select([1, 0, *range(2, 16)])):
         other = type(bench.preferences)(others, bench.preferences.test, {})
-        with pytest.raises(RequestError, match=r"data\.rows: the training rows or their pictures are others"):
+        with pytest.raises(RequestError, match=r"data\.rows: the training rows or their images have changed"):
             check_same_run(asdict(config), saved, other.train)
         check_same_run(asdict(bench.config("resume=it", "resume_allow=[data.rows]")), saved, other.train)
     monkeypatch.setattr(same, "versions", lambda: {"torch": "9.9", "transformers": "9.9"})
@@ -187,7 +187,7 @@ def test_the_base_is_the_one_it_was(bench, saved):
     check_same_run(asdict(config), saved, bench.preferences.train, model)
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] += 1e-3
-    with pytest.raises(RequestError, match=r"model\.base: the weights that the run begins with are others"):
+    with pytest.raises(RequestError, match=r"model\.base: the weights that the run starts from have changed"):
         check_same_run(asdict(config), saved, bench.preferences.train, model)
     check_same_run(
         asdict(bench.config("resume=it", "resume_allow=[model.base]")), saved, bench.preferences.train, model

@@ -65,7 +65,7 @@ def test_a_pickle_in_a_checkpoint_is_not_read(spare, built, marker, tmp_path, na
     manifest["files"][name] = [(checkpoint / name).stat().st_size, sha256(checkpoint / name)]
     (checkpoint / MANIFEST).write_text(json.dumps(manifest))
     assert newest_intact(run) == checkpoint
-    with pytest.raises(RunError, match="no pickle is read"):
+    with pytest.raises(RunError, match="pickles are never read"):
         spare.train(resume_from_checkpoint=str(checkpoint))
 
 

@@ -75,12 +75,9 @@ def test_a_bad_step_changes_nothing(bench, tmp_path, capsys, inject, value):
     assert same(bad, before)
     assert not same(after, bad)
     assert all(torch.isfinite(p).all() for p in learnt(trainer).values())
-    assert trainer.guard.left_out == [3]
+    assert trainer.guard.skipped == [3]
     rows = ", ".join(map(str, sorted(trainer.rows_of(3))))
-    assert (
-        f"step 3: its loss or gradient is not finite, so it changes nothing; train rows {rows}"
-        in capsys.readouterr().out
-    )
+    assert f"step 3: loss or gradient is not finite, update skipped; train rows {rows}" in capsys.readouterr().out
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     logged = {event["step"]: event for event in events if "grad_norm" in event}
     assert logged[3]["loss" if inject is into_loss else "grad_norm"] is None  # told as it is, not as 0.0
@@ -101,7 +98,7 @@ def test_stock_trl_is_guarded_too_and_its_rows_are_named(bench, tmp_path, capsys
     into_loss(trainer, {2}, BAD)
     trainer.train()
     assert same(recorder.states[1], recorder.states[0])
-    assert trainer.guard.left_out == [2]
+    assert trainer.guard.skipped == [2]
     rows = [bench.preferences.train[row] for row in trainer.rows_of(2)]
     assert [(row["prompt"], row["chosen"]) for row in rows] == seen[4:8]
 
@@ -116,7 +113,7 @@ def test_an_input_that_is_not_finite_is_named_by_its_row(bench, tmp_path, capsys
     rows.features = features
     trainer.train()
     (step,) = {step for step in range(1, 6) if 5 in trainer.rows_of(step)} & set(range(1, 5))
-    assert trainer.guard.left_out[0] == step
+    assert trainer.guard.skipped[0] == step
     assert 5 in trainer.rows_of(step)
     assert all(torch.isfinite(p).all() for p in learnt(trainer).values())
 
@@ -128,7 +125,7 @@ def test_several_in_a_row_end_the_run_and_the_last_finite_checkpoint_stays(bench
     saving = ("trainer.save_strategy=steps", "trainer.save_steps=2", "trainer.not_finite_limit=2")
     trainer = bench.trainer(run, *FOUR, *saving, callbacks=(recorder,))
     into_loss(trainer, {3, 4}, BAD)
-    with pytest.raises(RunError, match=r"steps 3 to 4, 2 in a row[\s\S]*train rows \d+[\s\S]*as after step 2"):
+    with pytest.raises(RunError, match=r"2 steps in a row \(3 to 4\)[\s\S]*train rows \d+[\s\S]*those after step 2"):
         trainer.train()
     assert [path.name for path in checkpoints(run)] == ["checkpoint-2"]
     assert damage(newest_intact(run)) == ""
@@ -141,8 +138,8 @@ def test_single_bad_steps_apart_do_not_end_it():
     optimizer = torch.optim.AdamW(model.parameters())
     for step, finite in enumerate([bad, good, bad, good], start=1):
         guard.mask_update(step, finite, model, optimizer)
-    assert guard.left_out == [1, 3]
-    with pytest.raises(RunError, match="steps 5 to 6"):
+    assert guard.skipped == [1, 3]
+    with pytest.raises(RunError, match=r"in a row \(5 to 6\)"):
         [guard.mask_update(step, bad, model, optimizer) for step in (5, 6)]
 
 
@@ -187,7 +184,7 @@ def test_on_a_gpu_a_bad_step_is_left_out_without_waiting():
             ({n: p.detach().clone() for n, p in model.named_parameters()}, copy.deepcopy(optimizer.state_dict()))
         )
     guard.poll(wait=True)
-    assert guard.left_out == [2]
+    assert guard.skipped == [2]
     assert same(states[1], states[0])
     assert not same(states[2], states[1])
 

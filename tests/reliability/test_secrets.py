@@ -71,7 +71,7 @@ def test_a_folder_is_one_process_at_a_time(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", folders.RUN_FILES)
 def test_another_runs_folder_is_refused(tmp_path, name):
     (tmp_path / name).touch()
-    with pytest.raises(RequestError, match=f"there is a run in it already \\({name}\\)"):
+    with pytest.raises(RequestError, match=f"already holds a run \\({name}\\)"):
         check_unused(tmp_path)
     check_unused(tmp_path / "new" / "one")
 
@@ -83,7 +83,7 @@ def test_the_command_leaves_another_runs_folder_as_it_was(command, tmp_path):
     (run / "metrics.jsonl").write_text("{}\n")
     done = command("tracker=none", "hydra.run.dir=run")
     assert done.returncode == 2
-    assert "there is a run in it already" in done.stderr
+    assert "already holds a run" in done.stderr
     assert (run / ".hydra" / "config.yaml").read_text() == "as it was"
 
 

@@ -101,7 +101,7 @@ def test_a_resumed_run_goes_on_with_the_same_run(monkeypatch, tmp_path):
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from smolvlm_exp import tracking
+from smolvlm_exp.reporting import tracker as tracking
 tracking.ANSWERS, tracking.PATIENCE = 5.0, 20.0
 tracker = tracking.Tracker(tracking.TrackerConfig(), {}, Path(sys.argv[1]), "a run")
 began = time.monotonic()

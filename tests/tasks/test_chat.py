@@ -80,7 +80,7 @@ def test_an_error_is_printed_and_changes_nothing(chat, capsys, line, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["session.cache=much"], "session.cache=much is no size"),
+        (["session.cache=much"], "session.cache=much is not a size"),
         (["session.precision=int8"], "session.precision=int8 is for exported models"),
         (["model.id={graphs}", "model.adapter=some"], "with its adapter merged already"),
         (["model.id={graphs}"], "onnx has a decoder in fp32, int8, int4: set session.precision"),

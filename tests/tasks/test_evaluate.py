@@ -100,7 +100,7 @@ def test_an_adapter_folder_and_a_merged_model_say_what_the_run_says(command, run
     ("arguments", "message"),
     [
         (["run=last"], "run=last is what another task works on: add task=evaluate"),
-        (["task=evaluate", "run=nowhere"], "run=nowhere: that is no run folder"),
+        (["task=evaluate", "run=nowhere"], "run=nowhere: not a run folder"),
         (["task=evaluate", "task.batch_sizes=[0,4]"], "task.batch_sizes=[0, 4]: 1 is the least"),
     ],
 )
@@ -137,4 +137,4 @@ def test_an_adapter_that_is_not_there(tmp_path):
 def test_a_run_without_its_end(command, tmp_path):
     (tmp_path / "outputs").mkdir()
     done = command("task=evaluate", "run=last")
-    assert (done.returncode, "no run under outputs/ is at its end yet" in done.stderr) == (2, True)
+    assert (done.returncode, "no run under outputs/ has finished yet" in done.stderr) == (2, True)

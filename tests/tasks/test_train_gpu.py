@@ -51,7 +51,7 @@ def test_a_budget_holds_and_was_predicted(tmp_path):
     command += ["quant=nf4", "trainer.memory_budget=3GiB", "trainer.gradient_accumulation_steps=8"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    pairs, passes = map(int, re.search(r"memory: (\d+) pairs at a time, (\d+) times", done.stdout).groups())
+    pairs, passes = map(int, re.search(r"memory plan: micro-batch (\d+) x (\d+) accumulation", done.stdout).groups())
     assert pairs * passes == 8
     predicted, measured = map(float, re.search(r"predicted ([\d.]+) GiB, measured ([\d.]+) GiB", done.stdout).groups())
     assert predicted == pytest.approx(measured, rel=0.15)

@@ -73,7 +73,7 @@ def test_what_8_bit_layers_and_dropout_mean_is_said(quick, tmp_path, capsys):
     train(quick("quant=int8", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"), tmp_path)
     out = capsys.readouterr().out
     assert "reference: recomputed per batch" in out
-    assert "both answers of a pair see the same noise on their prompt" in out
+    assert "both answers of a pair share the dropout mask on their prompt" in out
 
 
 @pytest.mark.parametrize(
@@ -85,8 +85,8 @@ def test_what_8_bit_layers_and_dropout_mean_is_said(quick, tmp_path, capsys):
         (["trainer.keep_features=true", "trainer.engine=stock"], r"keep_features=true needs trainer\.engine=shared"),
         (["trainer.keep_features=true", "adapter.target=recipe"], r"reaches model\.vision_model.*\n.*target=text"),
         (["trainer.keep_features=true", "adapter=none", "quant=none"], r"adapter=none trains the vision tower too"),
-        (["trainer.cache_ram=4"], r"trainer\.cache_ram=4 is no size; write it as 8GiB"),
-        (["trainer.cache_disk=many"], r"trainer\.cache_disk=many is no size"),
+        (["trainer.cache_ram=4"], r"trainer\.cache_ram=4 is not a size; write it as 8GiB"),
+        (["trainer.cache_disk=many"], r"trainer\.cache_disk=many is not a size"),
     ],
     ids=str,
 )

@@ -32,8 +32,8 @@ def test_a_planned_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, check
         (tmp_path / name).mkdir()
         train(quick(f"trainer.memory_budget={budget}", *asked), tmp_path / name)
         told = capsys.readouterr().out
-        assert ("memory:" in told) == (budget != "none")
-    assert "2 pairs at a time, 4 times a step" in told
+        assert ("memory plan:" in told) == (budget != "none")
+    assert "micro-batch 2 x 4 accumulation" in told
     assert f"activation checkpointing: {'full' if checkpointing else 'none'}" in told
     assert losses(tmp_path / "planned") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
 
@@ -75,7 +75,7 @@ def test_a_probed_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, monkey
         train(quick(f"trainer.memory_budget={budget}", *asked), tmp_path / name)
     assert len(passes) == 2
     told = capsys.readouterr().out
-    assert f"{passes[1][0]} pairs at a time" in told
+    assert f"micro-batch {passes[1][0]} x" in told
     assert f"checkpointing: {passes[1][1]}" in told
     assert "measured" in told
     assert losses(tmp_path / "probed") == pytest.approx(losses(tmp_path / "plain"), abs=1e-6)
@@ -83,18 +83,18 @@ def test_a_probed_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, monkey
 
 def test_on_a_cpu_auto_leaves_sizes_alone(quick, tmp_path, capsys):
     train(quick(*SIGMOID, *STEP, "trainer.max_steps=1"), tmp_path)
-    assert "memory:" not in capsys.readouterr().out
+    assert "memory plan:" not in capsys.readouterr().out
 
 
 def test_supervised_rows_are_planned_without_rejected_answers(quick, tmp_path, capsys):
     train(quick("trainer=sft", *STEP, "trainer.max_steps=1", "trainer.memory_budget=1GiB"), tmp_path)
-    assert "8 pairs at a time, 1 times a step" in capsys.readouterr().out
+    assert "micro-batch 8 x 1 accumulation" in capsys.readouterr().out
 
 
 def test_a_loss_that_cannot_be_parted_keeps_its_batch(quick, tmp_path, capsys):
     loss = ("trainer.loss_type=[aot]", "trainer.loss_weights=null")
     train(quick(*loss, *STEP, "trainer.max_steps=1", "trainer.memory_budget=60MiB"), tmp_path)
-    assert "4 pairs at a time, 2 times a step" in capsys.readouterr().out
+    assert "micro-batch 4 x 2 accumulation" in capsys.readouterr().out
     with pytest.raises(RequestError, match="micro-batch 4 with full"):
         train(quick(*loss, *STEP, "trainer.max_steps=1", "trainer.memory_budget=27MiB"), tmp_path)
 
@@ -106,7 +106,7 @@ def test_too_small_a_budget_is_refused_with_what_helps(quick, tmp_path):
 
 def test_a_wrong_budget_is_refused_before_anything_is_loaded(quick, tmp_path, monkeypatch):
     monkeypatch.setattr("smolvlm_exp.training.engine_setup.load_model", lambda *a: pytest.fail("the model was loaded"))
-    with pytest.raises(RequestError, match=r"trainer\.memory_budget=lots is no size"):
+    with pytest.raises(RequestError, match=r"trainer\.memory_budget=lots is not a size"):
         train(quick("trainer.memory_budget=lots"), tmp_path)
 
 

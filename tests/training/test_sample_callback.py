@@ -51,7 +51,7 @@ def test_a_share_of_the_steps(tmp_path):
 
     callback = SamplesCallback(0.25, None, SimpleNamespace(test=[{}]), [], MetricsCallback(tmp_path, None))
     looked = []
-    callback.keep = lambda state, answers: looked.append(state.global_step)
+    callback.record = lambda state, answers: looked.append(state.global_step)
     model = torch.nn.Linear(1, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("smolvlm_exp.training.sample_callback.generate_answers", lambda *args: [""])

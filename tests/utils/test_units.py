@@ -20,7 +20,7 @@ def test_every_unit(text, size):
 
 @pytest.mark.parametrize("text", ["", "1", "GiB", "1 gib", "-1GiB", "1e3MB", "1KiB", "1GiB "[:-2]])
 def test_what_is_no_size_names_the_key(text):
-    with pytest.raises(RequestError, match=rf"^the.key={text} is no size; write it as 8GiB or 500MB"):
+    with pytest.raises(RequestError, match=rf"^the.key={text} is not a size; write it as 8GiB or 500MB"):
         bytes_of("the.key", text)
 
 

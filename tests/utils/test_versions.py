@@ -31,7 +31,7 @@ def test_a_torchvision_for_another_torch_is_named(torchvision, command, tmp_path
     done = command("task=chat", env=torchvision, fresh=True)
     assert done.returncode == 2
     assert "torchvision 0.25.0 does not go with torch" in done.stderr
-    assert "nms does not exist): pip uninstall torchvision; Pillow serves" in done.stderr
+    assert "nms does not exist): pip uninstall torchvision; Pillow is enough" in done.stderr
     assert "Traceback" not in done.stderr
 
 

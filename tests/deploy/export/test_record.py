@@ -66,7 +66,7 @@ def test_a_kill_between_the_names_loses_neither(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_says_what_to_do(tmp_path):
-    again = r"no room left in[\s\S]*give the command again: nothing half-written is left"
+    again = r"no space left in[\s\S]*run the command again; no partial files are left"
     with pytest.raises(RunError, match=again), atomic_folder(tmp_path / "merged"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
