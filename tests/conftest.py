@@ -84,7 +84,7 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
         return looks[-1]
 
     monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", look)
-    monkeypatch.setattr("smolvlm_exp.tasks.result.Result.saved", lambda *args: [])
+    monkeypatch.setattr("smolvlm_exp.tasks.result.Result.reload_check", lambda *args: [])
 
 
 class CommandServer:

@@ -36,7 +36,7 @@ from smolvlm_exp.utils.versions import versions
 
 
 class Result:
-    """Collects a run's findings and writes them, whether the run ends well, is stopped or fails."""
+    """Collects a run's results and writes them, whether it finishes, is stopped or fails."""
 
     before: Evaluation
     after: Evaluation | None = None  # None: the run was stopped
@@ -55,7 +55,7 @@ class Result:
             "after": {},
             "train": {},
             "checks": [],
-            "checks_passed": None,  # until there are any
+            "checks_passed": None,
             "versions": versions(),
         }
 
@@ -68,29 +68,29 @@ class Result:
             self.summary["status"] = "pruned" if pruned else "failed"
             self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
             self.summary["advice"] = self.advice()
-            with contextlib.suppress(OSError):  # a full disk may be what ended the run
+            with contextlib.suppress(OSError):  # a full disk may have ended the run
                 self.write()
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
             print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
 
     def callbacks(self, processor: Any) -> list[Any]:
-        """Of the trainer: what it logs, and what it answers under way."""
+        """Of the trainer: metrics, and sample answers."""
         metrics = MetricsCallback(self.folder, self.tracker)
         every, start = self.config.trainer.sample_steps, self.before.answers
         return [metrics, SamplesCallback(every, processor, self.preferences, start, metrics)]
 
     def monitor(self, trainer: Any) -> None:
-        """Before training: remember the weights, so that `checks` can say what became of them."""
+        """Called before training, so that the checks can compare the weights."""
         self.parameters = ParameterMonitor(trainer.model)
 
     def save(self, trainer: Any) -> None:
-        """Write everything down; a stopped run leaves out what only a whole one has."""
+        """Write everything; a stopped run has no adapter and no evaluation after training."""
         self.checks = self.parameters.checks(trainer)
         if self.after:
             save_finetuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
             log = trainer.state.log_history
             self.checks += compare_evaluations(self.before, self.after, log, self.preferences.report)
-            self.checks += self.saved(trainer)
+            self.checks += self.reload_check(trainer, self.after)
         self.summary |= {
             "status": "done" if self.after else "stopped",
             **summarize(self.before, self.after, self.checks),
@@ -110,18 +110,16 @@ class Result:
     def advice(self) -> list[str]:
         return advise(self.summary, asdict(self.config), read_events(self.folder / "metrics.jsonl"))
 
-    def saved(self, trainer: Any) -> list[Check]:
-        """Whether the saved adapter is the tuned one, where it can be read into the model as it is."""
+    def reload_check(self, trainer: Any, after: Evaluation) -> list[Check]:
+        """Whether the saved adapter gives the same numbers, where it can be loaded into the model as it is."""
         from peft import PeftModel
 
         model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
         if not isinstance(model, PeftModel) or is_pissa(config.adapter) or trainer.is_fsdp_enabled:
-            return []  # PiSSA's is saved for the untouched base
-        assert self.after is not None
-        assert self.after.logps is not None
-        batch_size, max_length = config.trainer.per_device_eval_batch_size, config.data.max_length
-        held_out = self.preferences.test, batch_size, max_length
-        return [check_adapter_reload(model, trainer.processing_class, self.folder, *held_out, self.after.logps)]
+            return []  # PiSSA's is saved for the original base
+        assert after.logps is not None
+        held_out = self.preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
+        return [check_adapter_reload(model, trainer.processing_class, self.folder, *held_out, after.logps)]
 
     def speed(self, trainer: Any) -> dict[str, Any]:
         """The `train` part of summary.json."""
@@ -145,33 +143,33 @@ class Result:
             "not_finite": trainer.guard.skipped,  # steps whose update was skipped
             "trainable_parameters": trainable,
             "total_parameters": total,
-            **({"resumed_at": trainer.resumed_at} if trainer.resumed_at else {}),  # seconds are of the steps since
+            **({"resumed_at": trainer.resumed_at} if trainer.resumed_at else {}),  # `seconds` counts the steps since
         }
 
     def write(self) -> None:
         write_json(self.folder / "summary.json", self.summary)
 
     def print(self) -> None:
-        """The final table, the checks, and where everything lies."""
+        """The final table, the checks, the advice, speed and the report's path."""
         console = Console()
         print_results(console, self.summary)
-        for told in self.summary["advice"]:
-            console.print(f"advice: {told}", highlight=False, soft_wrap=True, markup=False)
+        for advice in self.summary["advice"]:
+            console.print(f"advice: {advice}", highlight=False, soft_wrap=True, markup=False)
         train = self.summary["train"]
         console.print(
             f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "
             f"{train['memory_peak_gib']:.2f} GiB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
-            f"parameters trained; everything in {time.perf_counter() - self.began:.0f} s",
+            f"parameters trained; total {time.perf_counter() - self.began:.0f} s",
             highlight=False,
         )
         console.print(f"{relative_to_cwd(self.folder)}/report.html", highlight=False, soft_wrap=True)
 
 
 def tracker_of(config: Config, folder: Path, kind: str = "train") -> Tracker:
-    """A run's line to W&B, named by what tells the run from its sweep's others, or by what it sets."""
+    """A run's tracker; in a sweep the run is named by the settings in which it differs, else by its overrides."""
     group, differs = sweep_position(folder) or (None, {})
-    told = " ".join(f"{key}={value}" for key, value in differs.items())
-    name = " ".join(filter(None, (config.name, told))) or run_name(folder)
-    parts = (told or run_name(folder)).split()
+    label = " ".join(f"{key}={value}" for key, value in differs.items())
+    name = " ".join(filter(None, (config.name, label))) or run_name(folder)
+    parts = (label or run_name(folder)).split()
     without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in NON_IDENTITY_KEYS)
     return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed, kind)
