@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import psutil
 import torch
+from tqdm import tqdm
 from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
@@ -117,31 +118,19 @@ def json_safe(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-class ConsoleProgress(ProgressCallback):
-    """One line per log event, and a progress bar on a terminal."""
-
-    def on_train_begin(self, *args: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
-            super().on_train_begin(*args, **kwargs)
-
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_step_end(*args, **kwargs)
-
-    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
-        if self.training_bar is not None:
-            super().on_train_end(*args, **kwargs)
-
-    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
-        if sys.stderr.isatty():
-            super().on_prediction_step(*args, **kwargs)
+class LogLines(TrainerCallback):
+    """One line per log event."""
 
     def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if logs and ("loss" in logs or "eval_loss" in logs):
             metrics = "  ".join(f"{key} {logs[key]:.4f}" for key in ON_CONSOLE if key in logs)
-            (self.training_bar.write if self.training_bar is not None else log.info)(
-                f"step {state.global_step}/{state.max_steps}  {metrics}"
-            )
+            tqdm.write(f"step {state.global_step}/{state.max_steps}  {metrics}")  # above a bar, where there is one
+
+
+class ProgressBar(ProgressCallback):
+    """Upstream's without its log lines."""
+
+    def on_log(self, *args: Any, **kwargs: Any) -> None: ...
 
 
 class StopCallback(StopRequest, TrainerCallback):

@@ -8,6 +8,7 @@ import copy
 import math
 import random
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import PrinterCallback, ProgressCallback, Trainer
 
 from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
-from smolvlm_exp.training.callbacks import ConsoleProgress
+from smolvlm_exp.training.callbacks import LogLines, ProgressBar
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.distributed import full_tensor
@@ -56,7 +57,9 @@ class CheckpointMixin(Trainer):
         self.guard = NanGuard(not_finite_limit, self.rows_of)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(ConsoleProgress)
+        self.add_callback(LogLines)
+        if sys.stderr.isatty():
+            self.add_callback(ProgressBar)
         if not self.args.bf16:
             # TRL casts adapters on quantized weights to bfloat16, which a model that computes in float32 cannot use
             for parameter in self.model.parameters():  # type: ignore[union-attr]
