@@ -33,11 +33,6 @@ def losses(folder: Path) -> list[tuple[int, float]]:
     return [(event["step"], event["loss"]) for event in events if "loss" in event]
 
 
-def typed(folder: Path, *arguments: str, **more) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "smolvlm_exp", *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=240, **more)
-
-
 @pytest.fixture
 def begun(tmp_path):
     """Begins a sweep that runs on, alone in its process group; what is left of it ends with the test."""
@@ -72,12 +67,12 @@ def at_step(sweep: Path, job: int, step: int) -> bool:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(tmp_path_factory, command_server):
     """Two ranks, two seeds, with W&B: (folder the command was typed in, the sweep's folder, what was printed)."""
     folder = tmp_path_factory.mktemp("whole")
     env = {**os.environ, "HOME": str(folder), "NETRC": str(folder / "none")}
     grid = ["adapter.r=2,4", "seed=0,1", "trainer.save_steps=1", "trainer.learning_rate=1e-3"]
-    done = typed(folder, "-m", *SHORT, *grid, "tracker=wandb", env=env)
+    done = command_server.run(["-m", *SHORT, *grid, "tracker=wandb"], folder, env, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     (sweep,) = (folder / "outputs" / "sweeps").glob("*/*")
     return folder, sweep, done.stdout
@@ -161,10 +156,10 @@ def exit_code(job: Path) -> int:
     return end.get("exit_code", 0)
 
 
-def test_a_sweep_that_is_done_is_left_alone_and_told_again(whole):
+def test_a_sweep_that_is_done_is_left_alone_and_told_again(whole, command):
     folder, sweep, _ = whole
     before = {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")}
-    done = typed(folder, "-m", "sweep=last", "metric=train.last_loss")
+    done = command("-m", "sweep=last", "metric=train.last_loss", cwd=folder)
     assert done.returncode == 0, done.stderr
     assert "4 done" in done.stdout
     assert "nothing is left to run" in done.stdout
@@ -173,16 +168,16 @@ def test_a_sweep_that_is_done_is_left_alone_and_told_again(whole):
     assert float(best["train.last_loss"]) == min(float(row["train.last_loss"]) for row in rows_of(sweep))
 
 
-def test_another_command_is_told_what_differs(whole):
+def test_another_command_is_told_what_differs(whole, command):
     folder, sweep, _ = whole
-    done = typed(folder, "-m", "sweep=last", "adapter.r=2,8")
+    done = command("-m", "sweep=last", "adapter.r=2,8", cwd=folder)
     assert done.returncode == 2
     assert "adapter.r is 2, 8 here and 2, 4 there" in done.stderr
     assert "Traceback" not in done.stderr
     assert len(rows_of(sweep)) == 4
 
 
-def test_what_fails_costs_itself_alone(begun, tmp_path):
+def test_what_fails_costs_itself_alone(begun, command, tmp_path):
     """One job raises, one runs out of memory, one is killed: the others are done, and each reason is told."""
     grid = ["adapter.r=2,3,1000000000000,1000000000000000000000000"]
     running = begun("-m", *LONG, "trainer.max_steps=8", *grid, "tracker=wandb")
@@ -205,7 +200,7 @@ def test_what_fails_costs_itself_alone(begun, tmp_path):
     assert [exit_code(sweep / job) for job in ("0", "2", "3")] == [0, 1, 1]
 
     before = (sweep / "0" / "summary.json").stat().st_mtime
-    done = typed(tmp_path, "-m", "sweep=last")
+    done = command("-m", "sweep=last")
     assert done.returncode == 1
     assert {row["job"] for row in rows_of(sweep) if row["status"] == "done"} == {"0", "1"}
     assert (sweep / "0" / "summary.json").stat().st_mtime == before
@@ -213,10 +208,10 @@ def test_what_fails_costs_itself_alone(begun, tmp_path):
 
 
 @pytest.mark.slow
-def test_stopped_then_killed_it_ends_with_the_same_table(begun, tmp_path):
+def test_stopped_then_killed_it_ends_with_the_same_table(begun, command, tmp_path):
     """Ctrl-C in the first job, kill -9 of everything in the second: in the end as if nothing had happened."""
     grid = ["adapter.r=2,4"]
-    done = typed(tmp_path, "-m", *LONG, *grid, "hydra.sweep.dir=whole")
+    done = command("-m", *LONG, *grid, "hydra.sweep.dir=whole")
     assert done.returncode == 0, done.stderr
     running = begun("-m", *LONG, *grid)
     sweep = wait_for(lambda: next(tmp_path.glob("outputs/sweeps/*/*"), None))
@@ -232,7 +227,7 @@ def test_stopped_then_killed_it_ends_with_the_same_table(begun, tmp_path):
     os.killpg(running.pid, signal.SIGKILL)
     running.wait()
     first = (sweep / "0" / "summary.json").stat().st_mtime
-    done = typed(tmp_path, "-m", "sweep=last")
+    done = command("-m", "sweep=last")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (sweep / "0" / "summary.json").stat().st_mtime == first
 

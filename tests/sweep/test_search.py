@@ -16,7 +16,9 @@ from smolvlm_exp.config.compose import parsed
 from smolvlm_exp.runs.sweep_record import read_jobs
 from smolvlm_exp.sweep.launcher import SweepStop
 from smolvlm_exp.sweep.optuna_study import SearchConf, distribution, is_abandoned, open_study
+from smolvlm_exp.sweep.results import read_results
 from smolvlm_exp.sweep.search import Search
+from smolvlm_exp.sweep.sweep_page import write_page
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import QUICK, compose
 
@@ -69,6 +71,9 @@ def test_it_goes_on_to_a_total(tmp_path, database):
     search(tmp_path, more, storage=storage, n_trials=8)
     assert more.ran == [6, 7]
     assert [job.number for job in read_jobs(tmp_path)] == list(range(8))
+    page = write_page(read_results(tmp_path, "after.preference_accuracy"), study).read_text()
+    assert "Importance of each setting" in page
+    assert "best so far" in page
 
 
 def test_failed_and_pruned_trials_are_told_and_count(tmp_path):

@@ -1,6 +1,7 @@
 """task=evaluate as people type it: a run, an adapter, a base, other data."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -19,15 +20,10 @@ SAME = ("preference_accuracy", "reward_accuracy", "preference_margin", "chair_s"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, command_server):
     """A finished run, in the outputs/ of an empty folder."""
-    import subprocess
-    import sys
-
     folder = tmp_path_factory.mktemp("evaluate")
-    done = subprocess.run(
-        [sys.executable, "-m", "smolvlm_exp", *QUICK], cwd=folder, capture_output=True, text=True, timeout=240
-    )
+    done = command_server.run(QUICK, folder, os.environ, timeout=240)
     assert done.returncode == 0, done.stderr
     (made,) = (folder / "outputs").glob("*/*/summary.json")
     return made.parent
