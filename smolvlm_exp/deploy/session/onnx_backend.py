@@ -14,6 +14,7 @@ import torch
 
 from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
 from smolvlm_exp.deploy.session.kv_cache import Past, past_length
+from smolvlm_exp.models.model import readable_loading
 from smolvlm_exp.utils.errors import RequestError
 
 
@@ -35,7 +36,8 @@ class OnnxModel:
         if missing:
             available = ", ".join(sorted(file.name for file in missing.parent.glob("*.onnx"))) or "no graphs"
             raise RequestError(f"{missing} is missing (found: {available}): export it, or set session.precision.")
-        self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with readable_loading(str(folder)):
+            self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self.vision, self.embedding, self.decoder = (runtime(files[part]) for part in (VISION, EMBEDDING, DECODER))
         inputs = [each for each in self.decoder.get_inputs() if each.name.startswith("past_key_values.")]
         self.past_names, (_, self.heads, _, self.head_size) = [each.name for each in inputs], inputs[0].shape
