@@ -43,6 +43,11 @@ def features() -> "Features":
     return Features({"images": List(Image(decode=False)), **columns, "problem": Value("string")})
 
 
+def bad_row(problem: str) -> dict[str, Any]:
+    """A row of which nothing can be read, and why."""
+    return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": problem}
+
+
 def has_known_format(columns: set[str]) -> bool:
     """Whether these columns hold one of the spellings."""
     return any(all(columns & set(names) for names in spelling) for spelling in FORMATS)

@@ -1,6 +1,7 @@
 """What the sources share: the Hub or a local copy of it, rows brought into the normal form, slices, held-out rows."""
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -9,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.formats import VERSION, features
 from smolvlm_exp.data.images import ImageError, locate
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import json_lines
 
 if TYPE_CHECKING:
-    from datasets import Dataset
+    from datasets import Dataset, Features
 
 
 def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Dataset":
@@ -82,16 +84,19 @@ def require_embedded(images: list[Any]) -> list[Any]:
     return images
 
 
-def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], **kwargs: Any) -> "Dataset":
+def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], stamp: str = "", **kwargs: Any) -> "Dataset":
     """Every row through `to_row(row, **kwargs)`, which returns it in the normal form; kept on disk by content.
 
-    The rows are read as plain Arrow, where pictures are {"bytes", "path"}: nothing is decoded. `Image(decode=False)`
-    would say the same of a list of pictures only after copying the whole data set.
+    The rows are read as plain Arrow, where images are {"bytes", "path"}: nothing is decoded. `Image(decode=False)`
+    would say the same of a list of images only after copying the whole data set.
+
+    Args:
+        stamp: changes when files that the rows name do; see `files_digest`.
     """
     plain = rows.with_format("arrow")
     converted = plain.map(
         _convert_batch,
-        fn_kwargs={"to_row": to_row, "kwargs": kwargs, "version": VERSION},
+        fn_kwargs={"to_row": to_row, "kwargs": kwargs, "key": f"{VERSION} {stamp}"},
         batched=True,
         batch_size=100,
         remove_columns=rows.column_names,
@@ -101,11 +106,61 @@ def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], **kwargs: An
     return converted.with_format(None)
 
 
-def _convert_batch(table: Any, to_row: Callable[..., dict[str, Any]], kwargs: dict[str, Any], version: int) -> dict:
+def _convert_batch(table: Any, to_row: Callable[..., dict[str, Any]], kwargs: dict[str, Any], key: str) -> dict:
     converted = [to_row(row, **kwargs) for row in table.to_pylist()]
     for image in (image for row in converted for image in row["images"] if image["bytes"]):
         image["path"] = None  # else `datasets` drops the bytes where the working folder has a file of that name
     return {name: [row[name] for row in converted] for name in features()}
+
+
+def build(
+    rows: list[Any], to_row: Callable[..., dict[str, Any]], columns: "Features", stamp: str, folder: Path
+) -> "Dataset":
+    """As `convert`, of rows in memory, in whose columns anything may stand."""
+    from datasets import Dataset
+
+    kwargs = {"rows": rows, "to_row": to_row, "folder": folder, "key": f"{VERSION} {stamp}"}
+    return Dataset.from_generator(_build_rows, features=columns, gen_kwargs=kwargs)
+
+
+def _build_rows(rows: list[Any], to_row: Callable[..., dict[str, Any]], folder: Path, key: str) -> Iterator[dict]:
+    return (to_row(row, folder=folder) for row in rows)
+
+
+def read_text(path: Path, key: str) -> str:
+    """
+    Raises:
+        RequestError: the file, which the setting `key` names, is not there or is not text.
+    """
+    try:
+        return path.expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{key}: {path} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    except OSError as error:
+        raise RequestError(f"{key}: {path} cannot be read: {error.strerror}.") from error
+
+
+def parse_json(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise RequestError(f"{where} is not JSON: {error}") from error
+
+
+def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where each object stands, and the object: of JSON Lines (many a .json file is that too) or of a JSON list.
+
+    Raises:
+        RequestError: naming the line or entry that is wrong.
+    """
+    if text.lstrip().startswith("[") and not name.lower().endswith(".jsonl"):
+        entries = ((f"{name} entry {n}", entry) for n, entry in enumerate(parse_json(text, name), start=1))
+    else:
+        entries = ((f"{name} line {n}", parse_json(line, f"{name} line {n}")) for n, line in json_lines(text))
+    for where, entry in entries:
+        if not isinstance(entry, dict):
+            raise RequestError(f"{where} is {type(entry).__name__}, not an object {{...}} with a row's columns.")
+        yield where, entry
 
 
 def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:

@@ -16,6 +16,12 @@ def assistant(answer: str) -> Message:
     return {"role": "assistant", "content": [{"type": "text", "text": answer}]}
 
 
+def pair(images: list[dict[str, Any]], question: str, chosen: str, rejected: str) -> dict[str, Any]:
+    """A row of the normal form: a question about one image, and two answers."""
+    answers = {"chosen": [assistant(chosen)], "rejected": [assistant(rejected)]}
+    return {"images": images, "prompt": [user(question)], **answers}
+
+
 def text_of(messages: list[Message]) -> str:
     """The words of a conversation, without its pictures."""
     return "\n".join(p["text"] for m in messages for p in m["content"] if p["type"] == "text" and p["text"])

@@ -163,7 +163,7 @@ def test_an_evaluation_on_training_rows(quick, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(shapes, "load", lambda config, split: ordinary(config, config.train).select(range(8)))
     check = of(train(quick(), tmp_path), "leaked_rows")
     assert (check["verdict"], check["value"]) == ("fail", 8)
-    assert "8 test rows are trained on too, as row 0" in capsys.readouterr().out
+    assert "8 test rows are also in train (e.g. row 0)" in capsys.readouterr().out
 
 
 def test_a_tuned_model_is_evaluated_on_what_it_was_tuned_on(quick, tmp_path, monkeypatch):

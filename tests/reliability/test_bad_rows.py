@@ -100,7 +100,7 @@ ROWS = [  # what may be wrong with the rest of a row
     ({"question": 5}, "a role and a content"),
     ({"question": [{"role": "user"}]}, "`prompt` is empty"),
     ({"question": [{"role": "robot", "content": "What?"}]}, "role is 'robot'"),
-    ({"question": [{"role": ["user"], "content": "What?"}]}, "has a form that is not known"),
+    ({"question": [{"role": ["user"], "content": "What?"}]}, "has an unknown form"),
     ({"question": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video'"),
     ({"question": [{"role": "user", "content": 4}]}, "should be a text or a list of parts"),
     ({"question": ["What?"]}, "a role and a content"),

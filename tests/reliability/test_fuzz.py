@@ -60,7 +60,8 @@ def tries(examiner, folder, examples):
     @settings(max_examples=examples, **QUIET)
     @given(ROWS)
     def one(row):
-        made = to_row(row, folder, "")
+        made = to_row(row, folder)
+        made = {name: made[name] for name in columns}
         stored = Dataset.from_list([made], features=columns).with_format("arrow")[0].to_pylist()[0]
         prepared = {**stored, **prepare(stored)}
         problem = examiner(prepared)["problem"]

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from smolvlm_exp.data.benchmarks import checked, entries, json_object, rows_of, text_of_file
+from smolvlm_exp.data.benchmarks import question_rows, read_entries, read_object, require_columns
 from smolvlm_exp.data.config import DataConfig
+from smolvlm_exp.data.loading import read_text
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -37,20 +38,20 @@ def load(config: Config, split: str) -> "Dataset":
     folder = Path(config.folder)
     annotations = {
         entry["id"]: (where, entry)
-        for where, entry in entries(folder / "annotations.json", "data.folder", {"id": int, "type": str})
+        for where, entry in read_entries(folder / "annotations.json", "data.folder", {"id": int, "type": str})
     }
-    asked = []
+    questions = []
     columns = {"id": int, "image": str, "query": str}
-    for where, entry in entries(folder / "query" / config.query, "data.query", columns):
+    for where, entry in read_entries(folder / "query" / config.query, "data.query", columns):
         if entry["id"] not in annotations:
             raise RequestError(f"{where}: id {entry['id']} is not in {folder / 'annotations.json'}.")
-        asked.append((entry["image"], entry["query"], truth_of(*annotations[entry["id"]])))
-    return rows_of(asked, config.images, split)
+        questions.append((entry["image"], entry["query"], truth_of(*annotations[entry["id"]])))
+    return question_rows(questions, config.images, split)
 
 
 def truth_of(where: str, annotation: dict[str, Any]) -> dict[str, Any]:
     if annotation["type"] == "generative":
-        found = checked(annotation, where, {"truth": list, "hallu": list})
+        found = require_columns(annotation, where, {"truth": list, "hallu": list})
         return {"kind": "caption", "objects": found["truth"], "expected": found["hallu"]}
     if annotation.get("truth") not in ("yes", "no"):
         raise RequestError(f"{where}: truth is {annotation.get('truth')!r}; expected yes or no.")
@@ -62,8 +63,8 @@ def words(config: Config) -> "Amber":
     from smolvlm_exp.data.vocabulary import Amber
 
     folder = Path(config.folder)
-    related = json_object(folder / "relation.json", "data.folder", {})
-    safe = text_of_file(folder / "safe_words.txt", "data.folder").split()
+    related = read_object(folder / "relation.json", "data.folder", {})
+    safe = read_text(folder / "safe_words.txt", "data.folder").split()
     for name, others in related.items():
         if not isinstance(others, list):
             raise RequestError(f"{folder / 'relation.json'}: {name} should have a list of words.")

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from smolvlm_exp.data.benchmarks import checked, json_object, rows_of, text_of_file
+from smolvlm_exp.data.benchmarks import question_rows, read_object, require_columns
 from smolvlm_exp.data.config import DataConfig
+from smolvlm_exp.data.loading import read_text
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -55,17 +56,17 @@ def load(config: Config, split: str) -> "Dataset":
             raise RequestError(f"{path}, annotations, entry {number}: there is no category {found['category_id']}.")
         there[found["image_id"]].update(objects[found["category_id"]])
     if config.captions:
-        captions = json_object(Path(config.captions), "data.captions", {"annotations": list})
+        captions = read_object(Path(config.captions), "data.captions", {"annotations": list})
         for told in listed(captions, "annotations", Path(config.captions), image_id=int, caption=str):
             there[told["image_id"]].update(name for _, name in names(told["caption"]) if name)
-    asked = [
+    questions = [
         (image["file_name"], config.question, {"kind": "caption", "objects": sorted(there[image["id"]])})
         for image in listed(instances, "images", path, id=int, file_name=str)
         if (folder / image["file_name"]).is_file()
     ]
-    if folder.is_dir() and not asked:
+    if folder.is_dir() and not questions:
         raise RequestError(f"data.images={config.images}: none of the pictures of {path} is there.")
-    return rows_of(asked, config.images, split)
+    return question_rows(questions, config.images, split)
 
 
 def words(config: Config) -> "Vocabulary":
@@ -73,7 +74,7 @@ def words(config: Config) -> "Vocabulary":
     from smolvlm_exp.data.vocabulary import Vocabulary
 
     if config.synonyms:
-        lines = text_of_file(Path(config.synonyms), "data.synonyms").splitlines()
+        lines = read_text(Path(config.synonyms), "data.synonyms").splitlines()
         groups = [[word.strip() for word in line.split(",") if word.strip()] for line in lines if line.strip()]
         names = {word: group[0] for group in groups for word in group}
     else:
@@ -84,9 +85,11 @@ def words(config: Config) -> "Vocabulary":
 
 def read_instances(config: Config) -> dict[str, Any]:
     columns = {"images": list, "annotations": list, "categories": list}
-    return json_object(Path(config.annotations), "data.annotations", columns)
+    return read_object(Path(config.annotations), "data.annotations", columns)
 
 
 def listed(content: dict[str, Any], part: str, path: Path, **columns: type) -> list[dict[str, Any]]:
     """The entries of a part of a file, each with these columns."""
-    return [checked(each, f"{path}, {part}, entry {n}", columns) for n, each in enumerate(content[part], start=1)]
+    return [
+        require_columns(each, f"{path}, {part}, entry {n}", columns) for n, each in enumerate(content[part], start=1)
+    ]

@@ -8,7 +8,6 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,18 +15,27 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import EXPECTED, VERSION, conversation, features, has_known_format, row_images
+from smolvlm_exp.data.formats import EXPECTED, bad_row, conversation, features, has_known_format, row_images
 from smolvlm_exp.data.images import Entry, ImageError, locate
-from smolvlm_exp.data.loading import convert, files_digest, first_line, hold_out, load_saved, select_split, undecoded
+from smolvlm_exp.data.loading import (
+    build,
+    convert,
+    files_digest,
+    first_line,
+    hold_out,
+    json_objects,
+    load_saved,
+    read_text,
+    select_split,
+    undecoded,
+)  # fmt: skip
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.files import json_lines
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
-Rows = list[dict[str, Any]]
 ORIGIN = "origin"  # the column that says where a row was read
 
 
@@ -55,7 +63,7 @@ def load(config: Config, split: str) -> "Dataset":
     else:
         splits = {name: from_files(files, folder) for name, files in find(folder, config.rows).items()}
     if "test" not in splits and "train" in splits:
-        splits |= hold_out(splits["train"], picture_keys(splits["train"]), config.test_fraction)
+        splits |= hold_out(splits["train"], image_keys(splits["train"]), config.test_fraction)
     return select_split(splits, split)
 
 
@@ -79,7 +87,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
 
 def from_files(files: list[Path], folder: Path) -> "Dataset":
     """The rows of one split's files, in the normal form."""
-    from datasets import Dataset, Features, Value, load_dataset
+    from datasets import Features, Value, load_dataset
     from datasets.exceptions import DatasetsError
 
     where = ", ".join(path.name for path in files)
@@ -91,17 +99,16 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
         return from_table(table, folder, where)
     rows = [row for path in files for row in parse(path)]
     require({key for row in rows for key in row} - {ORIGIN}, where)
-    kwargs = {"rows": rows, "folder": folder, "stamp": f"{VERSION} {files_digest(map(row_images, rows), folder)}"}
     columns = Features({**features(), ORIGIN: Value("string")})
-    return Dataset.from_generator(generate, features=columns, gen_kwargs=kwargs)
+    return build(rows, to_row, columns, files_digest(map(row_images, rows), folder), folder)
 
 
 def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
     """The rows of an Arrow table, in the normal form."""
     require(set(table.column_names), where)
     columns = [name for name in ("image", "images") if name in table.column_names]
-    seen = files_digest((row_images(row) for row in undecoded(table, columns)), folder)
-    rows = convert(table, to_row, folder=folder, stamp=seen)
+    stamp = files_digest((row_images(row) for row in undecoded(table, columns)), folder)
+    rows = convert(table, to_row, stamp, folder=folder)
     return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
 
 
@@ -112,33 +119,23 @@ def require(columns: set[str], where: str) -> None:
         raise RequestError(f"{where} has the columns {found}. Expected: {EXPECTED}.")
 
 
-def generate(rows: Rows, folder: Path, stamp: str) -> Iterator[dict[str, Any]]:
-    """Rows in the normal form, one by one, as `Dataset.from_generator` stores them."""
-    for row in rows:
-        yield {**to_row(row, folder, stamp), ORIGIN: row[ORIGIN]}
-
-
-def to_row(row: dict[str, Any], folder: Path, stamp: str) -> dict[str, Any]:
-    """One row in the normal form; `problem` says what is wrong with it.
-
-    `stamp` is unused here: `datasets` keys its cache by the arguments, and must notice a picture that was replaced.
-    """
+def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """One row in the normal form, and where it was read; `problem` says what is wrong with it."""
     try:
-        found = row_images(row)
-        made = {"images": located(found, folder), **conversation(row, len(found)), "problem": ""}
-        json.dumps(made, ensure_ascii=False, default=repr).encode()
-        return made
+        entries = row_images(row)
+        normal = {"images": located(entries, folder), **conversation(row, len(entries)), "problem": ""}
+        json.dumps(normal, ensure_ascii=False, default=repr).encode()
     except UnicodeEncodeError:
-        problem = "its text holds half a character (a lone surrogate), which no UTF-8 text can"
-    except ValueError as error:  # PictureError is one
-        problem = str(error).encode(errors="replace").decode()
+        normal = bad_row("its text contains half a character (a lone surrogate), which UTF-8 cannot encode")
+    except ValueError as error:  # ImageError is one
+        normal = bad_row(str(error).encode(errors="replace").decode())
     except (TypeError, AttributeError, KeyError) as error:  # rows are other people's: whatever has an unknown form
-        problem = f"it has a form that is not known ({type(error).__name__}: {error})"
-    return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": problem}
+        normal = bad_row(f"it has an unknown form ({type(error).__name__}: {error})")
+    return {**normal, ORIGIN: row.get(ORIGIN)}
 
 
 def located(entries: list[Any], folder: Path) -> list[Entry]:
-    """A row's pictures with absolute paths. Raises PictureError, which says which of them is wrong."""
+    """A row's pictures with absolute paths. Raises ImageError, which says which of them is wrong."""
     images = []
     for number, entry in enumerate(entries, start=1):
         try:
@@ -148,7 +145,7 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
     return images
 
 
-def picture_keys(rows: "Dataset") -> list[str]:
+def image_keys(rows: "Dataset") -> list[str]:
     """What each row's first picture is, so that rows over the same picture are held out together."""
     keys = []
     for row in undecoded(rows, ["images", "prompt"]):
@@ -157,52 +154,19 @@ def picture_keys(rows: "Dataset") -> list[str]:
     return keys
 
 
-def parse(path: Path) -> Rows:
-    """The rows of a JSONL, JSON or CSV file.
+def parse(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSONL, JSON or CSV file, and where each was read.
 
     Raises:
         RequestError: it is malformed; the message names the line.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"{path.name} is not UTF-8 text: {error}. Save it as UTF-8.") from error
+    text = read_text(path, "data.folder")
     if path.suffix.lower() == ".csv":
         return parse_csv(text, path.name)
-    if path.suffix.lower() == ".json" and text.lstrip().startswith("["):
-        return parse_json(text, path.name)
-    return parse_lines(text, path.name)  # many a .json file holds one object a line
+    return [{**row, ORIGIN: where} for where, row in json_objects(text, path.name)]
 
 
-def parse_lines(text: str, name: str) -> Rows:
-    """One JSON object a line; empty lines are passed over."""
-    rows = []
-    for number, line in json_lines(text):
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RequestError(f"{name} line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise RequestError(
-                f"{name} line {number} is {type(row).__name__}, not an object {{...}} with a row's columns."
-            )
-        rows.append({**row, ORIGIN: f"{name} line {number}"})
-    return rows
-
-
-def parse_json(text: str, name: str) -> Rows:
-    """A JSON list of objects."""
-    try:
-        rows = json.loads(text)
-    except ValueError as error:
-        raise RequestError(f"{name} is not JSON: {error}") from error
-    strange = next((index for index, row in enumerate(rows) if not isinstance(row, dict)), None)
-    if strange is not None:
-        raise RequestError(f"{name}: item {strange} of the list is not an object {{...}} with a row's columns.")
-    return [{**row, ORIGIN: f"{name} item {index}"} for index, row in enumerate(rows)]
-
-
-def parse_csv(text: str, name: str) -> Rows:
+def parse_csv(text: str, name: str) -> list[dict[str, Any]]:
     """Comma-separated values under a header line; every row has the header's number of fields."""
     reader = csv.DictReader(io.StringIO(text), strict=True)
     rows = []

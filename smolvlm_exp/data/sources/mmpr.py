@@ -54,5 +54,5 @@ def load(config: Config, split: str) -> "Dataset":
     rows = rows.select_columns(["image", "question", "chosen", "rejected"])
     keys = [str(row_images(row)) for row in undecoded(rows, ["image"])]
     rows = select_split(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part
-    seen = files_digest(map(row_images, undecoded(rows, ["image"])), images)
-    return convert(rows, to_row, folder=images, stamp=seen)
+    stamp = files_digest(map(row_images, undecoded(rows, ["image"])), images)
+    return convert(rows, to_row, stamp, folder=images)

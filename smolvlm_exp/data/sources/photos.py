@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import features
 from smolvlm_exp.data.loading import select_split
-from smolvlm_exp.data.messages import assistant, user
+from smolvlm_exp.data.messages import pair
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -29,20 +29,15 @@ def load(config: Config, split: str) -> "Dataset":
     """The pairs of a split; each says in `pairs.jsonl` which split it belongs to."""
     from datasets import Dataset
 
-    pairs = [json.loads(line) for line in (FOLDER / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in (FOLDER / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
     splits = {
-        name: Dataset.from_list([to_row(pair) for pair in pairs if pair["split"] == name], features=features())
+        name: Dataset.from_list([to_row(row) for row in rows if row["split"] == name], features=features())
         for name in ("train", "test")
     }
     return select_split(splits, split)
 
 
-def to_row(pair: dict[str, Any]) -> dict[str, Any]:
+def to_row(row: dict[str, str]) -> dict[str, Any]:
     """{image, question, chosen, rejected} -> the normal form."""
-    return {
-        "images": [{"bytes": (FOLDER / pair["image"]).read_bytes(), "path": None}],
-        "prompt": [user(pair["question"])],
-        "chosen": [assistant(pair["chosen"])],
-        "rejected": [assistant(pair["rejected"])],
-        "problem": "",
-    }
+    images = [{"bytes": (FOLDER / row["image"]).read_bytes(), "path": None}]
+    return {**pair(images, row["question"], row["chosen"], row["rejected"]), "problem": ""}

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import MISSING
 
-from smolvlm_exp.data.benchmarks import entries, rows_of
+from smolvlm_exp.data.benchmarks import question_rows, read_entries
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.utils.errors import RequestError
 
@@ -30,10 +30,12 @@ def load(config: Config, split: str) -> "Dataset":
     Raises:
         RequestError: the file is malformed, which names the line.
     """
-    asked = []
-    for where, entry in entries(Path(config.questions), "data.questions", {"image": str, "text": str, "label": str}):
+    questions = []
+    for where, entry in read_entries(
+        Path(config.questions), "data.questions", {"image": str, "text": str, "label": str}
+    ):
         answer = entry["label"].strip().lower()
         if answer not in ("yes", "no"):
             raise RequestError(f"{where}: label is {entry['label']!r}; expected yes or no.")
-        asked.append((entry["image"], entry["text"], {"kind": "yes_no", "answer": answer}))
-    return rows_of(asked, config.images, split)
+        questions.append((entry["image"], entry["text"], {"kind": "yes_no", "answer": answer}))
+    return question_rows(questions, config.images, split)

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import conversation
+from smolvlm_exp.data.formats import bad_row, conversation
 from smolvlm_exp.data.loading import convert, fetch, require_embedded
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def first_image(row: dict[str, Any]) -> dict[str, Any]:
         words = conversation(row, images=1)
         images = require_embedded((row["images"] or [])[:1])
     except ValueError as error:
-        return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": str(error)}
+        return bad_row(str(error))
     prompt, seen = [], False
     for message in words["prompt"]:
         content = []

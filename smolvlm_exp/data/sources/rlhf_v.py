@@ -5,9 +5,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
+from smolvlm_exp.data.formats import bad_row
 from smolvlm_exp.data.images import ImageError
 from smolvlm_exp.data.loading import convert, fetch, require_embedded
-from smolvlm_exp.data.messages import assistant, user
+from smolvlm_exp.data.messages import pair
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -34,16 +35,8 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
         text = json.loads(row["text"])
         question, chosen, rejected = (str(text[key]) for key in ("question", "chosen", "rejected"))
         images = require_embedded([row["image"]] if row["image"] else [])
-        problem = ""
     except ImageError as error:
-        images, question, chosen, rejected, problem = [], "", "", "", f"image 1 {error}"
+        return bad_row(f"image 1 {error}")
     except (ValueError, KeyError, TypeError):
-        images, question, chosen, rejected = [], "", "", ""
-        problem = "`text` is not a JSON object with question, chosen and rejected"
-    return {
-        "images": images,
-        "prompt": [user(question)],
-        "chosen": [assistant(chosen)],
-        "rejected": [assistant(rejected)],
-        "problem": problem,
-    }
+        return bad_row("`text` is not a JSON object with question, chosen and rejected")
+    return {**pair(images, question, chosen, rejected), "problem": ""}

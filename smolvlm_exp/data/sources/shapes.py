@@ -1,4 +1,4 @@
-"""The embedded source: questions, answers and preference pairs about drawn scenes, with the exact truth beside each.
+"""The embedded source: questions, answers and preference pairs about draw_row scenes, with the exact truth beside each.
 
 What is unusual: a *habit*. `HABITS` pairs shapes so that speaking of one calls up the other, in a favourite colour,
 whether or not it is in the picture. `captions=habitual` writes the answers that taught the embedded model this
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import as_png
 from smolvlm_exp.data.loading import worker_count
-from smolvlm_exp.data.messages import assistant, user
+from smolvlm_exp.data.messages import pair
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 from smolvlm_exp.utils.fields import one_of
 
@@ -67,7 +67,7 @@ ASK_PRESENCE = (
 class Config(DataConfig):
     train_rows: int = 1760
     test_rows: int = 240
-    scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
+    scene_seed: int = 0  # which scenes are draw_row; `seed` does not move it, so that runs of one data set compare
     captions: str = one_of("exact", "habitual")  # what `chosen` says
 
 
@@ -82,7 +82,7 @@ def load(config: Config, split: str) -> "Dataset":
     )  # fmt: skip
     count = config.test_rows if held_out else config.train_rows
     return Dataset.from_dict({"index": range(count)}).map(
-        drawn,
+        draw_row,
         fn_kwargs={"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out},
         remove_columns="index",
         features=features,
@@ -98,13 +98,13 @@ def words(config: Config) -> "Vocabulary":
     return Vocabulary({kind: kind for kind in KINDS}, once=True)
 
 
-def drawn(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -> dict[str, Any]:
+def draw_row(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -> dict[str, Any]:
     """Row `index` of a stream, whichever process draws it."""
     stream = f"{scene_seed}/{'test' if held_out else 'train'}/{captions}"
-    return pair(random.Random(f"{stream}/{row['index']}"), captions, held_out)
+    return draw_pair(random.Random(f"{stream}/{row['index']}"), captions, held_out)
 
 
-def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
+def draw_pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
     """One preference pair."""
     scene = draw_scene_content(
         rng, choose_kinds(rng, COUNTS["crowded" if captions == "exact" and not held_out else "usual"])
@@ -119,13 +119,8 @@ def pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
     else:
         question, chosen, rejected = detail_pair(scene, rng)
         truth = {"kind": "other", "objects": scene.kinds}
-    return {
-        "images": [{"bytes": as_png(draw(scene, rng)), "path": None}],
-        "prompt": [user(question)],
-        "chosen": [assistant(chosen)],
-        "rejected": [assistant(rejected)],
-        "truth": json.dumps(truth),
-    }
+    image = {"bytes": as_png(draw(scene, rng)), "path": None}
+    return {**pair([image], question, chosen, rejected), "truth": json.dumps(truth)}
 
 
 def choose_kinds(rng: random.Random, counts: tuple[float, float, float] = COUNTS["usual"]) -> list[str]:

@@ -1,14 +1,14 @@
-"""Rows of the normal form -> what the engine eats, made once: token ids up front, pictures as uint8 tiles.
+"""Prepared rows -> what the engine reads: token ids as tensors, images as uint8 tiles, made once.
 
 Ids and, after `pixels`, pixel values are those of TRL's DataCollatorForVisionPreference on the same row with the same
-processor and max_length. A picture that several rows share is one picture here.
+processor and max_length. An image that several rows share is one image here.
 """
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -30,9 +30,7 @@ VERSION = 1  # raise when tiles change: it is part of the key under which they a
 SIDES = ("prompt", "chosen", "rejected")
 COUNTS = tuple(f"{side}_tokens" for side in SIDES)
 IMAGE_FACTS = ("image_sha256", "tile_rows", "tile_columns")
-TRANSFER_BYTES = (
-    2**22
-)  # bytes of tiles that go from one process to another at a time: each journey costs some milliseconds
+TRANSFER_BYTES = 2**22  # of tiles that go from one process to another at a time: each transfer costs milliseconds
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -152,8 +150,15 @@ class PackedDataset(torch.utils.data.Dataset):
         workers = min(num_proc, len(pictures)) if self.kept is None else 0  # else there is nothing left to do
         together = max(1, min(TRANSFER_BYTES // self.largest, len(pictures) // (4 * workers))) if workers else 1
         chunks = [pictures[i : i + together] for i in range(0, len(pictures), together)]
-        made = TileLoader(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest))
-        for chunk, tiles in zip(chunks, in_order(made, chunks, workers), strict=True):
+        loader = torch.utils.data.DataLoader(
+            TileLoader(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest)),
+            batch_size=None,
+            sampler=chunks,
+            num_workers=workers,
+            collate_fn=identity,
+            generator=torch.Generator(),  # or it would draw from the run's own
+        )
+        for chunk, tiles in zip(chunks, loader, strict=True):
             counts = [self.spans[picture + 1] - self.spans[picture] for picture in chunk]
             yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
 
@@ -186,18 +191,6 @@ class TileLoader(torch.utils.data.Dataset):
     def __getitem__(self, pictures: Sequence[int]) -> Any:
         tiles = concat([self.rows.tiles(picture) for picture in pictures], self.rows.nothing)
         return tiles.numpy() if self.arrays else tiles
-
-
-def in_order(items: torch.utils.data.Dataset, keys: Sequence[Any], workers: int) -> Iterable[Any]:
-    """`items[key]` of each of `keys`, made by `workers` processes; 0: by this one."""
-    return torch.utils.data.DataLoader(
-        items,
-        batch_size=None,
-        sampler=keys,
-        num_workers=workers,
-        collate_fn=identity,
-        generator=torch.Generator(),  # or it would draw from the run's own
-    )
 
 
 def identity(item: Any) -> Any:
