@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 VERSION = 2  # raise when rows come out differently: it is part of the key under which `datasets` keeps them
 
-PLACEHOLDER = "<image>"  # where a picture stands in a text, in LLaMA-Factory, ms-swift and MMPR
+PLACEHOLDER = "<image>"  # where an image stands in a text, in LLaMA-Factory, ms-swift and MMPR
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
@@ -34,7 +34,7 @@ EXPECTED = "; or ".join(", ".join(" or ".join(names) for names in spelling) for 
 def features() -> "Features":
     """The Arrow types of a row in the normal form, plus the `problem` that its source found (empty when none).
 
-    Pictures are {"bytes", "path"}, not yet decoded: `preferences.prepare` looks at them first.
+    Images are {"bytes", "path"}, not yet decoded: `preferences.prepare` looks at them first.
     """
     from datasets import Features, Image, List, Value
 
@@ -54,7 +54,7 @@ def has_known_format(columns: set[str]) -> bool:
 
 
 def row_images(row: dict[str, Any]) -> list[Any]:
-    """A row's pictures (paths, bytes or {"bytes", "path"}), however many it has."""
+    """A row's images (paths, bytes or {"bytes", "path"}), however many it has."""
     found = row.get("images") or row.get("image") or []
     return found if isinstance(found, list) else [found]
 
@@ -64,7 +64,7 @@ def conversation(row: dict[str, Any], images: int) -> dict[str, list[Message]]:
 
     Args:
         row: one of the spellings.
-        images: how many pictures the row has: where its text does not say where they stand, they come first.
+        images: how many images the row has: where its text does not say where they stand, they come first.
 
     Raises:
         ValueError: a message is malformed.
@@ -128,7 +128,7 @@ def parts(content: Any) -> list[dict[str, str | None]]:
 
 
 def with_images(prompt: list[Message], images: int) -> list[Message]:
-    """The prompt with a part for each picture: as its text placed them, otherwise first in the user's first turn."""
+    """The prompt with a part for each image: as its text placed them, otherwise first in the user's first turn."""
     if any(part["type"] == "image" for message in prompt for part in message["content"]):
         return prompt
     first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)

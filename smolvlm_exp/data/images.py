@@ -1,6 +1,6 @@
-"""Any picture a person may have -> the RGB picture the processor should see.
+"""Any image a person may have -> the RGB image the processor should see.
 
-Nothing here raises for a bad picture: one broken file among 80,000 must not stop a run, so what is wrong is returned in
+Nothing here raises for a bad image: one broken file among 80,000 must not stop a run, so what is wrong is returned in
 plain words and the caller decides (`data.on_bad_row`).
 """
 
@@ -18,18 +18,18 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 # Pillow also opens EPS (it runs Ghostscript) and scientific containers: none of them is a photograph.
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
-FULL_SCALES = (1.0, 255.0, 65_535.0)  # white, in a picture whose pixels are floats or wide integers
+FULL_SCALES = (1.0, 255.0, 65_535.0)  # white, in an image whose pixels are floats or wide integers
 
 Entry = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}, as `datasets.Image(decode=False)` gives it
 
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a picture may cost, looked at before it is decoded; each is a setting of `data` by the same name."""
+    """What an image may cost, looked at before it is decoded; each is a setting of `data` by the same name."""
 
     max_pixels: int = 100_000_000  # 17 KB of PNG can say that they are ten times as many
     max_image_mib: int = 64  # of its file
-    first_frame: bool = False  # of several; else such a picture is a problem
+    first_frame: bool = False  # of several; else such an image is a problem
 
     @classmethod
     def of(cls, config: Any) -> Self:
@@ -38,7 +38,7 @@ class ImageLimits:
 
 
 class ImageError(ValueError):
-    """What is wrong with one picture, worded to follow "image 1 "."""
+    """What is wrong with one image, worded to follow "image 1 "."""
 
 
 def prepare_images(row: dict[str, Any], max_edge: int, limits: ImageLimits = ImageLimits()) -> dict[str, Any]:
@@ -66,18 +66,18 @@ def prepare_images(row: dict[str, Any], max_edge: int, limits: ImageLimits = Ima
 
 
 def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits()) -> tuple[bytes, tuple[int, int]]:
-    """One picture's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge.
+    """One image's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge.
 
     Raises:
-        PictureError: it is no picture, not one of `FORMATS`, damaged, or too large to unpack.
+        ImageError: it is no image, not one of `FORMATS`, damaged, or too large to unpack.
     """
     try:
-        # No word of odd EXIF and the like: the picture itself decides below.
+        # No word of odd EXIF and the like: the image itself decides below.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
             if not limits.first_frame and has_several_frames(image):
-                raise ImageError("has several frames; data.first_frame=true takes the first of such pictures")
+                raise ImageError("has several frames; data.first_frame=true takes the first of such images")
             image.load()
             prepared = shrink(to_rgb(image), max_edge)
             untouched = image.mode == "RGB" and prepared is image and image.format in ("JPEG", "PNG")
@@ -95,10 +95,10 @@ def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits(
 
 
 def open_image(entry: Entry, max_edge: int, limits: ImageLimits) -> Image.Image:
-    """A picture that no row holds, prepared as a row's.
+    """An image that no row holds, prepared as a row's.
 
     Raises:
-        PictureError: what is wrong with it.
+        ImageError: what is wrong with it.
     """
     return Image.open(io.BytesIO(prepare_image(read_image_bytes(entry, limits), max_edge, limits)[0]))
 
@@ -109,14 +109,14 @@ def has_several_frames(image: Image.Image) -> bool:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The picture as a person sees it: upright, on white where it is transparent, 8 bits a channel.
+    """The image as a person sees it: upright, on white where it is transparent, 8 bits a channel.
 
     Returns the very object it was given when that needs no change.
     """
     image = upright(image)
     if image.mode.startswith(("I", "F")):  # I;16, I;16B, I, F
         return from_wide_pixels(image)
-    if image.has_transparency_data:  # also a palette, grey or RGB picture with one colour declared transparent
+    if image.has_transparency_data:  # also a palette, grey or RGB image with one colour declared transparent
         layer, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         white.paste(layer, mask=layer.getchannel("A"))
         return white
@@ -131,7 +131,7 @@ def upright(image: Image.Image) -> Image.Image:
 
 
 def from_wide_pixels(image: Image.Image) -> Image.Image:
-    """Grey pixels of more than 8 bits -> RGB. Pillow's own conversion clips them at 255, which gives a white picture.
+    """Grey pixels of more than 8 bits -> RGB. Pillow's own conversion clips them at 255, which gives a white image.
 
     A file declares 16 bits, but not what white is in 32-bit integers or floats: there it is the smallest of the usual
     full scales that holds the brightest pixel (5% over is taken for ringing from a resize), or that pixel itself.
@@ -164,10 +164,10 @@ def as_png(image: Image.Image) -> bytes:
 
 
 def read_image_bytes(entry: Entry | None, limits: ImageLimits = ImageLimits()) -> bytes:
-    """A picture's bytes, from the row itself or from a local file; nothing is ever fetched.
+    """An image's bytes, from the row itself or from a local file; nothing is ever fetched.
 
     Raises:
-        PictureError: there are no bytes and no local file, or more bytes than are allowed.
+        ImageError: there are no bytes and no local file, or more bytes than are allowed.
     """
     if entry and entry["bytes"]:
         return not_too_large(entry["bytes"], len(entry["bytes"]), limits)
@@ -192,13 +192,13 @@ def not_too_large(data: bytes, size: int, limits: ImageLimits) -> bytes:
 
 
 def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
-    """A row's picture as {"bytes", "path"}, its path made absolute.
+    """A row's image as {"bytes", "path"}, its path made absolute.
 
     Rows come from other people, so a path may only name a file inside `folder`: not `..`, not an absolute path, not a
     link that leads out of it.
 
     Raises:
-        PictureError: the path is a URL, leads out of the folder, or names no file.
+        ImageError: the path is a URL, leads out of the folder, or names no file.
     """
     if isinstance(entry, bytes):
         return {"bytes": entry, "path": None}

@@ -73,14 +73,14 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
 
 
 def require_embedded(images: list[Any]) -> list[Any]:
-    """Pictures that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is.
+    """Images that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is.
 
     Raises:
-        PictureError: one does not.
+        ImageError: one does not.
     """
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
-            raise ImageError("is not in the data set, which only names it; data=files reads pictures beside rows")
+            raise ImageError("is not in the data set, which only names it; data=files reads images beside rows")
     return images
 
 
@@ -164,7 +164,7 @@ def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Some columns of every row, pictures as {"bytes", "path"}."""
+    """Some columns of every row, images as {"bytes", "path"}."""
     for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=100):
         yield from batch.to_pylist()
 
@@ -195,7 +195,7 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
 
     Args:
         rows: one for each key.
-        keys: what a row is about (its picture): rows that share a key go to the same side, so that no picture that
+        keys: what a row is about (its image): rows that share a key go to the same side, so that no image that
             was trained on is tested on.
         fraction: the share of rows to hold out, at least; above 0, below 1.
 
@@ -209,12 +209,12 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
         members.setdefault(key, []).append(index)
     if len(members) < 2:
         raise RequestError(
-            f"{len(keys)} rows over {len(members)} different pictures: none can be held out. "
+            f"{len(keys)} rows over {len(members)} different images: none can be held out. "
             "Add rows, or put a test file beside the train file."
         )
     held: set[int] = set()
     shuffled = sorted(members, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
-    for key in shuffled[:-1]:  # one picture at least stays for training
+    for key in shuffled[:-1]:  # one image at least stays for training
         if len(held) >= fraction * len(keys):
             break
         held.update(members[key])
@@ -223,13 +223,13 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
 
 
 def worker_count(asked: int | None, rows: int) -> int | None:
-    """Processes for `rows` pictures: as many as asked for; else one a core, where there is work enough."""
+    """Processes for `rows` images: as many as asked for; else one a core, where there is work enough."""
     count = asked or min(os.cpu_count() or 1, 16)
     return count if count > 1 and (asked or rows >= 2048) else None
 
 
 def files_digest(rows: Iterable[list[Any]], folder: Path) -> str:
-    """A digest of the size and time of every picture that is a file, by which a changed one is noticed."""
+    """A digest of the size and time of every image that is a file, by which a changed one is noticed."""
     digest = hashlib.sha256()
     for entry in (entry for row in rows for entry in row):
         try:

@@ -1,4 +1,4 @@
-"""Chat messages as a list of parts: how a row's question, pictures and answers are written."""
+"""Chat messages as a list of parts: how a row's question, images and answers are written."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ Message = dict[str, Any]
 
 
 def user(question: str, images: int = 1) -> Message:
-    """The user's turn: the pictures first, then the question."""
+    """The user's turn: the images first, then the question."""
     parts: list[dict[str, str | None]] = [{"type": "image", "text": None} for _ in range(images)]
     return {"role": "user", "content": [*parts, {"type": "text", "text": question}]}
 
@@ -23,5 +23,5 @@ def pair(images: list[dict[str, Any]], question: str, chosen: str, rejected: str
 
 
 def text_of(messages: list[Message]) -> str:
-    """The words of a conversation, without its pictures."""
+    """The words of a conversation, without its images."""
     return "\n".join(p["text"] for m in messages for p in m["content"] if p["type"] == "text" and p["text"])

@@ -70,12 +70,12 @@ def draw_scene_content(rng: random.Random, kinds: list[str]) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> "Image.Image":
-    """The scene as an RGB picture of 32 pixels a cell, drawn at twice the size and shrunk, so that edges are smooth."""
+    """The scene as an RGB image of 32 pixels a cell, drawn at twice the size and shrunk, so that edges are smooth."""
     from PIL import Image, ImageDraw
 
     cell = 2 * CELL
-    picture = background(scene.columns * cell, scene.rows * cell, rng)
-    pen = ImageDraw.Draw(picture)
+    image = background(scene.columns * cell, scene.rows * cell, rng)
+    pen = ImageDraw.Draw(image)
     for group in scene.groups:
         side = SIZES[group.size] * cell * rng.uniform(0.94, 1.04)
         slack = max(cell - side, 0) / 2
@@ -84,7 +84,7 @@ def draw(scene: Scene, rng: random.Random) -> "Image.Image":
             y = (row + 0.5) * cell + rng.uniform(-slack, slack)
             colour = tuple(max(0, min(255, channel + rng.randint(-12, 12))) for channel in COLOURS[group.colour])
             draw_shape(pen, group.kind, x, y, side / 2, colour)
-    return picture.resize((scene.columns * CELL, scene.rows * CELL), Image.Resampling.BOX)
+    return image.resize((scene.columns * CELL, scene.rows * CELL), Image.Resampling.BOX)
 
 
 def background(width: int, height: int, rng: random.Random) -> "Image.Image":
@@ -93,12 +93,12 @@ def background(width: int, height: int, rng: random.Random) -> "Image.Image":
 
     base = tuple(rng.randint(35, 95) for _ in range(3))
     other = tuple(max(0, min(120, channel + rng.choice((-1, 1)) * rng.randint(10, 22))) for channel in base)
-    picture = Image.new("RGB", (width, height), base)
-    pen = ImageDraw.Draw(picture)
+    image = Image.new("RGB", (width, height), base)
+    pen = ImageDraw.Draw(image)
     texture, step = rng.choice(("plain", "gradient", "stripes", "checks", "dots")), rng.randint(10, 24)
     if texture == "gradient":
         mask = Image.linear_gradient("L").rotate(rng.choice((0, 90, 180, 270))).resize((width, height))
-        picture = Image.composite(Image.new("RGB", (width, height), other), picture, mask)
+        image = Image.composite(Image.new("RGB", (width, height), other), image, mask)
     elif texture == "stripes":
         for x in range(-height, width, 2 * step):
             pen.line([(x, height), (x + height, 0)], fill=other, width=step // 2)
@@ -112,7 +112,7 @@ def background(width: int, height: int, rng: random.Random) -> "Image.Image":
                 pen.ellipse([x, y, x + step // 3, y + step // 3], fill=other)
     grain = Image.frombytes("L", (width // 4, height // 4), rng.randbytes(width // 4 * (height // 4)))
     grain = grain.resize((width, height), Image.Resampling.NEAREST).convert("RGB")
-    return Image.blend(picture, grain, 0.05)
+    return Image.blend(image, grain, 0.05)
 
 
 def draw_shape(pen: "ImageDraw.ImageDraw", kind: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:

@@ -84,11 +84,11 @@ def test_what_is_asked_and_what_is_true(files):
         {"kind": "caption", "objects": ["cat", "sofa"], "expected": ["dog", "window"]},
         {"kind": "yes_no", "answer": "no", "positive": "no"},
     ]
-    assert truths("coco") == [{"kind": "caption", "objects": ["cat"]}]  # the picture that is there, the cats as one
+    assert truths("coco") == [{"kind": "caption", "objects": ["cat"]}]  # the image that is there, the cats as one
     assert truths("coco", **ALL) == [{"kind": "caption", "objects": ["cat", "couch"]}]  # a baby cat is no person
 
 
-def test_a_picture_that_is_missing_is_its_rows_problem(files, processor):
+def test_a_image_that_is_missing_is_its_rows_problem(files, processor):
     (files / "photos" / "horse.jpg").unlink()
     with pytest.raises(RequestError, match=r"test row 2: the image is not there: horse\.jpg"):
         load_preferences(data_of("pope"), processor, files, splits=("test",))

@@ -1,4 +1,4 @@
-"""Pictures of every kind that people have come out as a person sees them; broken ones are named, and stop nothing."""
+"""Images of every kind that people have come out as a person sees them; broken ones are named, and stop nothing."""
 
 import hashlib
 import io
@@ -21,7 +21,7 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def prepared(data: bytes, max_edge: int = 512) -> Image.Image:
-    """What comes out for one picture's bytes, decoded, after checking what is always true of it."""
+    """What comes out for one image's bytes, decoded, after checking what is always true of it."""
     row = prepare_images({"images": [{"bytes": data, "path": None}]}, max_edge)
     assert row["problem"] == ""
     image = Image.open(io.BytesIO(row["images"][0]["bytes"]))
@@ -55,7 +55,7 @@ def test_bytes_that_are_fine_are_kept(format):
 
 @pytest.mark.parametrize(
     ("orientation", "size", "corner"),
-    # The picture is 4 x 2 with its top left pixel red; where that pixel is to be seen follows from the EXIF standard.
+    # The image is 4 x 2 with its top left pixel red; where that pixel is to be seen follows from the EXIF standard.
     [(1, (4, 2), (0, 0)), (2, (4, 2), (3, 0)), (3, (4, 2), (3, 1)), (6, (2, 4), (1, 0)), (8, (2, 4), (0, 3))],
 )
 def test_exif_orientation_is_applied(orientation, size, corner):
@@ -104,7 +104,7 @@ def test_sixteen_bits_keep_their_brightness(format):
     assert [result.getpixel((x, 0))[0] for x in range(3)] == [0, pytest.approx(128, abs=1), 255]
 
 
-def test_a_dark_sixteen_bit_picture_stays_dark():
+def test_a_dark_sixteen_bit_image_stays_dark():
     image = Image.fromarray(np.full((2, 2), 200, dtype=np.uint16))
     assert prepared(encoded(image)).getpixel((0, 0)) == (1, 1, 1)
 
@@ -196,7 +196,7 @@ def test_a_truncated_file_is_reported(format):
     [
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
         b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
-        b"no picture at all",
+        b"no image at all",
     ],
     ids=["eps", "svg", "text"],
 )
@@ -239,7 +239,7 @@ def test_a_problem_that_the_source_found_is_kept():
     assert row == {"images": [], "image_sha256": [], "sizes": [], "problem": "found before"}
 
 
-def test_a_row_without_pictures_is_left_to_the_check():
+def test_a_row_without_images_is_left_to_the_check():
     assert prepare_images({"images": None}, 512) == {"images": [], "image_sha256": [], "sizes": [], "problem": ""}
 
 

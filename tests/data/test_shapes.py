@@ -24,8 +24,8 @@ def test_the_same_seed_draws_the_same_rows():
 
 
 def test_train_and_test_share_no_scene():
-    pictures = {row["images"][0].tobytes() for row in load("train")}
-    assert not pictures & {row["images"][0].tobytes() for row in load("test")}
+    images = {row["images"][0].tobytes() for row in load("train")}
+    assert not images & {row["images"][0].tobytes() for row in load("test")}
 
 
 def test_chosen_is_true_and_rejected_is_not():
@@ -76,7 +76,7 @@ def test_every_kind_is_drawn_in_its_colour():
     for kind in KINDS:
         scene = draw_scene_content(random.Random(kind), [kind])
         group = scene.groups[0]
-        picture = draw(scene, random.Random(0)).getdata()
+        image = draw(scene, random.Random(0)).getdata()
         target = COLOURS[group.colour]
-        near = sum(all(abs(a - b) < 40 for a, b in zip(pixel, target, strict=True)) for pixel in picture)
+        near = sum(all(abs(a - b) < 40 for a, b in zip(pixel, target, strict=True)) for pixel in image)
         assert near > 30 * group.count, f"{near} pixels of {group.colour} for {group.count} {kind}"

@@ -32,7 +32,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def picture(path: Path, colour: Any = RED, size: tuple[int, int] = (6, 4)) -> Path:
+def save_image(path: Path, colour: Any = RED, size: tuple[int, int] = (6, 4)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, colour).save(path)
     return path
@@ -40,9 +40,9 @@ def picture(path: Path, colour: Any = RED, size: tuple[int, int] = (6, 4)) -> Pa
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder with the pictures 0.png to 9.png, each of another colour."""
+    """A folder with the images 0.png to 9.png, each of another colour."""
     for number in range(10):
-        picture(tmp_path / "pairs" / f"{number}.png", (20 * number, 0, 0))
+        save_image(tmp_path / "pairs" / f"{number}.png", (20 * number, 0, 0))
     return tmp_path / "pairs"
 
 
@@ -101,7 +101,7 @@ def test_every_spelling_gives_the_same_messages(row):
     assert conversation(row, images=1) == NORMAL
 
 
-def test_several_turns_several_pictures_and_a_system_message():
+def test_several_turns_several_images_and_a_system_message():
     row = {
         "system": "Be brief.",
         "conversations": [
@@ -153,7 +153,7 @@ def write_parquet(folder: Path, rows: list[dict[str, Any]]) -> None:
     datasets.Dataset.from_list(rows).to_parquet(folder / "pairs.parquet")
 
 
-def write_parquet_with_pictures(folder: Path, rows: list[dict[str, Any]]) -> None:
+def write_parquet_with_images(folder: Path, rows: list[dict[str, Any]]) -> None:
     inside = [{**row, "image": {"bytes": (folder / row["image"]).read_bytes(), "path": "x.png"}} for row in rows]
     table = datasets.Dataset.from_list(inside).cast_column("image", datasets.Image())
     table.to_parquet(folder / "pairs.parquet")
@@ -172,10 +172,10 @@ def write_saved(folder: Path, rows: list[dict[str, Any]]) -> None:
         write_json,
         write_csv,
         write_parquet,
-        write_parquet_with_pictures,
+        write_parquet_with_images,
         write_saved,
     ],
-    ids=["jsonl", "json", "csv", "parquet", "parquet with pictures", "save_to_disk"],
+    ids=["jsonl", "json", "csv", "parquet", "parquet with images", "save_to_disk"],
 )
 def test_a_folder_round_trip(folder, write: Callable[[Path, list[dict[str, Any]]], None]):
     write(folder, [plain(number, rejected=AWKWARD) for number in range(10)])
@@ -198,8 +198,8 @@ def test_train_and_test_files_are_used(folder):
     assert (len(load_files(folder)), len(load_files(folder, "test")), len(load_files(folder, "train[:2]"))) == (6, 4, 2)
 
 
-def test_rows_of_one_picture_are_held_out_together(folder):
-    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())  # the same picture under another name
+def test_rows_of_one_image_are_held_out_together(folder):
+    (folder / "copy.png").write_bytes((folder / "0.png").read_bytes())  # the same image under another name
     rows = [plain(number) for number in range(10)]
     write_lines(folder / "pairs.jsonl", rows + rows + [plain(0, image="copy.png")])
     sides = [{row["images"][0].getpixel((0, 0)) for row in load_files(folder, split)} for split in ("train", "test")]
@@ -224,7 +224,7 @@ def test_rows_that_cannot_be_split(fraction, keys, said):
 
 
 def test_bad_rows_are_named_and_the_others_stay(folder, tmp_path):
-    picture(tmp_path / "secret.png")
+    save_image(tmp_path / "secret.png")
     (folder / "link.png").symlink_to(tmp_path / "secret.png")
     (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:50])
     write_lines(
@@ -257,11 +257,11 @@ def test_a_split_of_bad_rows_alone(folder):
     assert (rows["images"][0], rows["image_sha256"][0]) == ([], [])
 
 
-def test_a_picture_that_changed_is_read_again(folder):
+def test_a_image_that_changed_is_read_again(folder):
     write_lines(folder / "train.jsonl", [plain(0)])
     write_lines(folder / "test.jsonl", [plain(1)])
     assert load_files(folder)[0]["images"][0].size == (6, 4)
-    picture(folder / "0.png", size=(9, 9))
+    save_image(folder / "0.png", size=(9, 9))
     assert load_files(folder)[0]["images"][0].size == (9, 9)
 
 
@@ -318,7 +318,7 @@ def test_what_is_not_there_is_named(folder, changes, said):
 
 
 def rlaif_v_rows(folder: Path, count: int) -> datasets.Dataset:
-    """Rows as the Hub gives them, here with two pictures each, of which the recipe takes the first."""
+    """Rows as the Hub gives them, here with two images each, of which the recipe takes the first."""
     rows = [
         {
             "images": [
@@ -337,16 +337,16 @@ def rlaif_v_rows(folder: Path, count: int) -> datasets.Dataset:
 
 @pytest.mark.parametrize("saved", [True, False], ids=["save_to_disk", "parquet"])
 def test_rlaif_v_from_a_local_copy(folder, tmp_path, monkeypatch, saved):
-    picture(folder / "1.png", "white")
+    save_image(folder / "1.png", "white")
     copy = tmp_path / "copy"
     splits = datasets.DatasetDict(train=rlaif_v_rows(folder, 50), test=rlaif_v_rows(folder, 10))
-    picture(folder / "1.png", "blue")
+    save_image(folder / "1.png", "blue")
     if saved:
         splits.save_to_disk(copy)
     else:
         for name, rows in splits.items():
             rows.to_parquet(copy / f"{name}-00000-of-00001.parquet")
-    monkeypatch.chdir(folder)  # its files have the names of the pictures in the rows, and must not stand in for them
+    monkeypatch.chdir(folder)  # its files have the names of the images in the rows, and must not stand in for them
     config = rlaif_v.Config(source="rlaif_v", id=str(copy))
     train = prepared(rlaif_v.load(config, config.train), config)
     test = prepared(rlaif_v.load(config, "test[:20%]"), config)

@@ -38,15 +38,15 @@ def broken_crc(data):
 
 
 def frames(format, mode="L"):
-    pictures = [Image.effect_noise((20, 20), 50).convert(mode) for _ in range(3)]
+    images = [Image.effect_noise((20, 20), 50).convert(mode) for _ in range(3)]
     buffer = io.BytesIO()
-    pictures[0].save(buffer, format=format, save_all=True, append_images=pictures[1:])
+    images[0].save(buffer, format=format, save_all=True, append_images=images[1:])
     return buffer.getvalue()
 
 
-FILES = {  # what a picture's file may be, and what is said of it
+FILES = {  # what an image's file may be, and what is said of it
     "empty.png": (b"", "cannot be decoded"),
-    "text.png": (b"no picture at all", "none of JPEG"),
+    "text.png": (b"no image at all", "none of JPEG"),
     "html.jpg": (b"<!DOCTYPE html><title>404 not found</title>", "none of JPEG"),
     "half.jpg": (encoded("JPEG", (90, 90))[:400], "cannot be decoded"),
     "half.png": (encoded("PNG", (90, 90))[:70], "cannot be decoded"),
@@ -70,7 +70,7 @@ FILES = {  # what a picture's file may be, and what is said of it
     "pages.tiff": (frames("TIFF"), "has several frames"),
     "moving.webp": (frames("WEBP", "RGB"), "has several frames"),
 }
-PATHS = {  # what may stand for a picture
+PATHS = {  # what may stand for an image
     "nowhere.png": "is not there: nowhere.png",
     "folder": "is not there: folder",
     "pipe": "is not there: pipe",

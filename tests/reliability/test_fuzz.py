@@ -1,4 +1,4 @@
-"""Rows, pictures and commands that nobody thought of: whatever they are, the answer is a result or an error of ours."""
+"""Rows, images and commands that nobody thought of: whatever they are, the answer is a result or an error of ours."""
 
 import io
 import math
@@ -82,12 +82,12 @@ SEEDS = [
 ]  # fmt: skip
 
 
-def test_any_picture():
+def test_any_image():
     damage(300)
 
 
 @pytest.mark.slow
-def test_very_many_pictures():
+def test_very_many_images():
     damage(20_000)
 
 

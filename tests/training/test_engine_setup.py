@@ -54,7 +54,7 @@ def test_features_where_nothing_that_makes_them_learns_and_tiles_elsewhere(quick
     assert "tiles of" not in out
     train(quick("adapter.target=recipe"), tmp_path)
     out = capsys.readouterr().out
-    assert "tiles of 32 pictures" in out
+    assert "tiles of 32 images" in out
     assert "features of" not in out
     train(quick("trainer.keep_features=false"), tmp_path)
     assert "features of" not in capsys.readouterr().out

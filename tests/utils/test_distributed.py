@@ -67,14 +67,14 @@ def test_they_agree(tmp_path):
 
 
 def keep_both(rows, processor, rank, folder):
-    """Tiles and features of the same pictures; each process notes which it made."""
+    """Tiles and features of the same images; each process notes which it made."""
     made = []
     fed = PackedDataset(rows, processor)
     stream = fed.stream
 
-    def noted(pictures, num_proc):
-        made.extend(pictures)
-        return stream(pictures, num_proc)
+    def noted(images, num_proc):
+        made.extend(images)
+        return stream(images, num_proc)
 
     fed.stream = noted
     store = DiskCache(folder / "cache", PLENTY)

@@ -1,6 +1,6 @@
-"""AMBER (arXiv 2311.07397): captions and yes/no questions with annotated truth. Its `data` folder, beside its pictures.
+"""AMBER (arXiv 2311.07397): captions and yes/no questions with annotated truth. Its `data` folder, beside its images.
 
-Query 1 to 1004 ask for captions: `truth` of annotations.json lists what is in the picture, `hallu` what might well be,
+Query 1 to 1004 ask for captions: `truth` of annotations.json lists what is in the image, `hallu` what might well be,
 and is not. The others are yes/no questions about existence, attributes and relations, of which AMBER's F1 takes `no`,
 the hallucination found out, as the positive.
 """

@@ -1,6 +1,6 @@
-"""Captions of COCO's pictures, by CHAIR (arXiv 1809.02156), from COCO's own annotation files and CHAIR's synonyms.
+"""Captions of COCO's images, by CHAIR (arXiv 1809.02156), from COCO's own annotation files and CHAIR's synonyms.
 
-What is in a picture is what COCO's people outlined (`instances_val2014.json`) and, as CHAIR has it, what its reference
+What is in an image is what COCO's people outlined (`instances_val2014.json`) and, as CHAIR has it, what its reference
 captions name (`captions_val2014.json`).
 """
 
@@ -31,17 +31,17 @@ PHRASES |= {"bow tie": "tie", "toilet seat": "toilet", "home plate": "home plate
 @dataclass
 class Config(DataConfig):
     annotations: str = MISSING  # instances_*.json: images, annotations, categories
-    images: str = MISSING  # the folder that holds the pictures
+    images: str = MISSING  # the folder that holds the images
     synonyms: str | None = None  # CHAIR's synonyms.txt, a line an object, its name first; null: COCO's names alone
     captions: str | None = None  # captions_*.json: what reference captions name is there too
     question: str = "Please describe this image in detail."
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """A caption for every picture that is in the folder and in the annotations: all are `test`.
+    """A caption for every image that is in the folder and in the annotations: all are `test`.
 
     Raises:
-        RequestError: a file is malformed, which names the entry, or no such picture is there.
+        RequestError: a file is malformed, which names the entry, or no such image is there.
     """
     path, folder, names = Path(config.annotations), Path(config.images).expanduser(), words(config)
     instances = read_instances(config)
@@ -65,7 +65,7 @@ def load(config: Config, split: str) -> "Dataset":
         if (folder / image["file_name"]).is_file()
     ]
     if folder.is_dir() and not questions:
-        raise RequestError(f"data.images={config.images}: none of the pictures of {path} is there.")
+        raise RequestError(f"data.images={config.images}: none of the images of {path} is there.")
     return question_rows(questions, config.images, split)
 
 

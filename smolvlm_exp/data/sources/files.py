@@ -1,6 +1,6 @@
-"""Your own pairs: a folder with JSONL, JSON, CSV or Parquet beside its pictures, or one that `save_to_disk` wrote.
+"""Your own pairs: a folder with JSONL, JSON, CSV or Parquet beside its images, or one that `save_to_disk` wrote.
 
-Columns may be spelt in any of the ways that `formats.py` lists; picture paths count from the folder and
+Columns may be spelt in any of the ways that `formats.py` lists; image paths count from the folder and
 stay inside it.
 """
 
@@ -43,13 +43,13 @@ ORIGIN = "origin"  # the column that says where a row was read
 class Config(DataConfig):
     """A folder, and which of its files holds the pairs."""
 
-    folder: str = MISSING  # picture paths in the rows count from here
+    folder: str = MISSING  # image paths in the rows count from here
     rows: str | None = None  # the file with the pairs; null: train.* and test.*, or the only data file there is
-    test_fraction: float = 0.1  # share held out, by picture, where there is no test file
+    test_fraction: float = 0.1  # share held out, by image, where there is no test file
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split. A picture that is missing or outside the folder is its row's problem, not an error here.
+    """The rows of a split. An image that is missing or outside the folder is its row's problem, not an error here.
 
     Raises:
         RequestError: no folder, no file, a file that cannot be parsed, or columns in no known spelling.
@@ -135,7 +135,7 @@ def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
 
 
 def located(entries: list[Any], folder: Path) -> list[Entry]:
-    """A row's pictures with absolute paths. Raises ImageError, which says which of them is wrong."""
+    """A row's images with absolute paths. Raises ImageError, which says which of them is wrong."""
     images = []
     for number, entry in enumerate(entries, start=1):
         try:
@@ -146,7 +146,7 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
 
 
 def image_keys(rows: "Dataset") -> list[str]:
-    """What each row's first picture is, so that rows over the same picture are held out together."""
+    """What each row's first image is, so that rows over the same image are held out together."""
     keys = []
     for row in undecoded(rows, ["images", "prompt"]):
         first: Entry = row["images"][0] if row["images"] else {"bytes": str(row["prompt"]).encode()}

@@ -1,6 +1,6 @@
 """MMPR: three million reasoning pairs (OpenGVLab/MMPR), from an unpacked local copy.
 
-Download the dataset and unpack its two archives: it is one JSONL file for each part, beside folders of pictures.
+Download the dataset and unpack its two archives: it is one JSONL file for each part, beside folders of images.
 """
 
 from dataclasses import dataclass
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config(DataConfig):
-    """One part of MMPR: its annotation file and the folder that its picture paths count from."""
+    """One part of MMPR: its annotation file and the folder that its image paths count from."""
 
     annotations: str = MISSING  # a JSONL file with image, question, chosen, rejected
     images: str = MISSING  # the folder that `image` counts from
-    test_fraction: float = 0.02  # share held out, by picture: MMPR has a train split alone
+    test_fraction: float = 0.02  # share held out, by image: MMPR has a train split alone
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split, whose pictures stay files until they are prepared.
+    """The rows of a split, whose images stay files until they are prepared.
 
     Raises:
         RequestError: the file or the folder is not there, or a column is missing.

@@ -1,7 +1,7 @@
-"""POPE (arXiv 2305.10355): is there such an object in the picture? Its question files, downloaded, beside the pictures.
+"""POPE (arXiv 2305.10355): is there such an object in the image? Its question files, downloaded, beside the images.
 
 Each line of a file is {"question_id", "image", "text", "label"}: `coco_pope_random.json`, `..._popular.json`,
-`..._adversarial.json` over 500 pictures of COCO's val2014, and the like over A-OKVQA's and GQA's.
+`..._adversarial.json` over 500 images of COCO's val2014, and the like over A-OKVQA's and GQA's.
 """
 
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @dataclass
 class Config(DataConfig):
     questions: str = MISSING  # one of POPE's files
-    images: str = MISSING  # the folder that holds its pictures, as COCO's val2014
+    images: str = MISSING  # the folder that holds its images, as COCO's val2014
 
 
 def load(config: Config, split: str) -> "Dataset":

@@ -22,13 +22,13 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split, each with its first picture only, as in the recipe."""
+    """The rows of a split, each with its first image only, as in the recipe."""
     rows = fetch(config.id, config.revision, split, {"images", "prompt", "chosen", "rejected"})
     return convert(rows, first_image)
 
 
 def first_image(row: dict[str, Any]) -> dict[str, Any]:
-    """Drop every picture but the first, and its part in the prompt."""
+    """Drop every image but the first, and its part in the prompt."""
     try:
         words = conversation(row, images=1)
         images = require_embedded((row["images"] or [])[:1])

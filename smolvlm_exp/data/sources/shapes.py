@@ -1,7 +1,7 @@
 """The embedded source: questions, answers and preference pairs about draw_row scenes, with the exact truth beside each.
 
 What is unusual: a *habit*. `HABITS` pairs shapes so that speaking of one calls up the other, in a favourite colour,
-whether or not it is in the picture. `captions=habitual` writes the answers that taught the embedded model this
+whether or not it is in the image. `captions=habitual` writes the answers that taught the embedded model this
 (experiment=tiny_base); `captions=exact` prefers the true answer to the habitual one, which is what there is to repair.
 """
 

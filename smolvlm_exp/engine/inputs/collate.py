@@ -24,7 +24,7 @@ class IndexCollator:
 
 
 def index_dataset(rows: int) -> datasets.Dataset:
-    """What transformers and TRL take for the data: row numbers, and a column that says there are pictures."""
+    """What transformers and TRL take for the data: row numbers, and a column that says there are images."""
     return datasets.Dataset.from_dict({"row": range(rows), "images": [[]] * rows})
 
 

@@ -94,20 +94,20 @@ class PackedDataset(torch.utils.data.Dataset):
         return row
 
     def entries(self, i: int) -> list[dict[str, Any]]:
-        """The pictures of row `i` as they are stored, {"bytes", "path"} each."""
+        """The images of row `i` as they are stored, {"bytes", "path"} each."""
         return self.files[i].column("images")[0].as_py() or []
 
-    def tiles(self, picture: int) -> torch.Tensor:
-        """One distinct picture's tiles, (n, 3, S, S) uint8; made now where they are not kept.
+    def tiles(self, image: int) -> torch.Tensor:
+        """One distinct image's tiles, (n, 3, S, S) uint8; made now where they are not kept.
 
         Raises:
             ValueError: there are more or fewer of them than the prompt's tokens were made for.
         """
         if self.kept is not None:
-            return self.kept[self.spans[picture] : self.spans[picture + 1]]
-        i, j = self.places[picture]
+            return self.kept[self.spans[image] : self.spans[image + 1]]
+        i, j = self.places[image]
         tiles = tile(decode(self.entries(i)[j]), self.image_processor)
-        expected = self.spans[picture + 1] - self.spans[picture]
+        expected = self.spans[image + 1] - self.spans[image]
         if len(tiles) != expected:
             raise ValueError(
                 f"row {i}, image {j + 1} becomes {len(tiles)} tiles where the prompt has places for {expected}: the "
@@ -125,17 +125,17 @@ class PackedDataset(torch.utils.data.Dataset):
         """
 
         def fill(tensors: Any, rank: int, processes: int) -> None:
-            for picture, tiles in self.stream(rank_slice(len(self.image_hashes), rank, processes), num_proc):
-                tensors["tiles"][self.spans[picture] : self.spans[picture + 1]] = tiles
+            for image, tiles in self.stream(rank_slice(len(self.image_hashes), rank, processes), num_proc):
+                tensors["tiles"][self.spans[image] : self.spans[image + 1]] = tiles
 
         layout = {"tiles": (torch.uint8, (self.spans[-1], *self.nothing.shape[1:]))}
         parts = self.tiles_made_of()
-        what = f"tiles of {len(self.image_hashes):,} pictures"
+        what = f"tiles of {len(self.image_hashes):,} images"
         kept = cached_tensors(what, cache_key("tiles", **parts), layout, fill, store, ram_budget, parts)
         self.kept = kept["tiles"] if kept else None
 
     def tiles_made_of(self) -> dict[str, Any]:
-        """All that decides the tiles' bytes, for keys: the pictures' files, the image processor, its code."""
+        """All that decides the tiles' bytes, for keys: the images' files, the image processor, its code."""
         return {
             "version": VERSION,
             "pictures": hashlib.sha256(b"".join(self.image_hashes)).hexdigest(),
@@ -145,11 +145,11 @@ class PackedDataset(torch.utils.data.Dataset):
             "transformers": transformers.__version__,
         }
 
-    def stream(self, pictures: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(number, its tiles) of each of `pictures` in their order, tiled by `num_proc` processes; 0: by this one."""
-        workers = min(num_proc, len(pictures)) if self.kept is None else 0  # else there is nothing left to do
-        together = max(1, min(TRANSFER_BYTES // self.largest, len(pictures) // (4 * workers))) if workers else 1
-        chunks = [pictures[i : i + together] for i in range(0, len(pictures), together)]
+    def stream(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """(number, its tiles) of each of `images` in their order, tiled by `num_proc` processes; 0: by this one."""
+        workers = min(num_proc, len(images)) if self.kept is None else 0  # else there is nothing left to do
+        together = max(1, min(TRANSFER_BYTES // self.largest, len(images) // (4 * workers))) if workers else 1
+        chunks = [images[i : i + together] for i in range(0, len(images), together)]
         loader = torch.utils.data.DataLoader(
             TileLoader(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest)),
             batch_size=None,
@@ -159,17 +159,17 @@ class PackedDataset(torch.utils.data.Dataset):
             generator=torch.Generator(),  # or it would draw from the run's own
         )
         for chunk, tiles in zip(chunks, loader, strict=True):
-            counts = [self.spans[picture + 1] - self.spans[picture] for picture in chunk]
+            counts = [self.spans[image + 1] - self.spans[image] for image in chunk]
             yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
 
     @property
     def largest(self) -> int:
-        """Bytes of the tiles of the picture that has most."""
+        """Bytes of the tiles of the image that has most."""
         return int(max(np.diff(self.spans), default=0)) * math.prod(self.nothing.shape[1:])
 
     @cached_property
     def nothing(self) -> torch.Tensor:
-        """The tiles of a row without pictures."""
+        """The tiles of a row without images."""
         side = self.image_processor.max_image_size["longest_edge"]
         return torch.empty(0, 3, side, side, dtype=torch.uint8)
 
@@ -183,13 +183,13 @@ class PackedDataset(torch.utils.data.Dataset):
 
 @dataclass
 class TileLoader(torch.utils.data.Dataset):
-    """Some pictures' tiles: a tensor, which travels between processes in shared memory, or an array, in a pipe."""
+    """Some images' tiles: a tensor, which travels between processes in shared memory, or an array, in a pipe."""
 
     rows: PackedDataset
     arrays: bool
 
-    def __getitem__(self, pictures: Sequence[int]) -> Any:
-        tiles = concat([self.rows.tiles(picture) for picture in pictures], self.rows.nothing)
+    def __getitem__(self, images: Sequence[int]) -> Any:
+        tiles = concat([self.rows.tiles(image) for image in images], self.rows.nothing)
         return tiles.numpy() if self.arrays else tiles
 
 

@@ -1,4 +1,4 @@
-"""Rows -> one packed batch in which both answers of a pair share their prompt, picture included.
+"""Rows -> one packed batch in which both answers of a pair share their prompt, image included.
 
 Tokens lie in one line without padding, all prompts with their chosen answers first, then all rejected answers:
 
@@ -60,7 +60,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
 
     Returns:
         `ids`, `positions`: (1, T); `tokens`: T; `middle`: where the second half begins.
-        `image_at`: (I,) where the features of the pictures go, in the order of `tiles`.
+        `image_at`: (I,) where the features of the images go, in the order of `tiles`.
         `answer_at`: (N,) the positions whose next token is an answer's; `labels`: (N,) those tokens;
         `target`: (N,) their places in TRL's (2B, L - 1) layout, flattened.
         `cu_first`, `cu_second`: (B + 1,) int32, where each [P C] and each [p R] begins in its own half.
@@ -91,7 +91,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
     keys = [len(p) - 1 + r for p, r in zip(prompts, second, strict=False)]
     halves = (prompts, [c[:-1] for c in chosen]), ([p[-1:] for p in prompts], [r[:-1] for r in rejected])
     ids = torch.cat([part for left, right in halves for pair in zip(left, right, strict=False) for part in pair])
-    pictures = "features" if "features" in rows[0] else "tiles"
+    images = "features" if "features" in rows[0] else "tiles"
     return {
         "ids": ids[None],
         "tokens": len(ids),
@@ -108,7 +108,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
         "max_first": max(first),
         "max_second": max(second, default=0),
         "max_keys": max(keys, default=0),
-        pictures: torch.cat([row[pictures] for row in rows]),
+        images: torch.cat([row[images] for row in rows]),
     }
 
 

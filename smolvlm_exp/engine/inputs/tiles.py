@@ -1,4 +1,4 @@
-"""A picture's file -> uint8 tiles, as the image processor cuts them -> the floats that the vision tower reads.
+"""An image's file -> uint8 tiles, as the image processor cuts them -> the floats that the vision tower reads.
 
 Bytes until the last moment: a tile is a quarter of its floats, and a device normalises it in no time.
 """
@@ -11,18 +11,18 @@ import datasets
 import PIL.Image
 import torch
 
-# Memory that Pillow keeps for its next picture, in 16 MiB blocks: else each resize pays for fresh pages, 4,700 of them
+# Memory that Pillow keeps for its next image, in 16 MiB blocks: else each resize pays for fresh pages, 4,700 of them
 # and a fifth of the time for a photo's 13 tiles.
 PIL.Image.core.set_blocks_max(4)
 
 
 def decode(entry: dict[str, Any]) -> PIL.Image.Image:
-    """The picture as `datasets` would hand it to TRL's collator."""
+    """The image as `datasets` would hand it to TRL's collator."""
     return datasets.Image().decode_example(entry)
 
 
 def tile(image: PIL.Image.Image, image_processor: Any) -> torch.Tensor:
-    """(n, 3, S, S) uint8: what the image processor makes of a picture before it turns its bytes into floats."""
+    """(n, 3, S, S) uint8: what the image processor makes of an image before it turns its bytes into floats."""
     done = image_processor(
         [[image]], do_rescale=False, do_normalize=False, do_pad=False, return_row_col_info=False, return_tensors="pt"
     )

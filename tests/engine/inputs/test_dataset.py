@@ -1,4 +1,4 @@
-"""The engine's rows against TRL's own collator, for the pictures and texts people have."""
+"""The engine's rows against TRL's own collator, for the images and texts people have."""
 
 import io
 import pickle
@@ -21,7 +21,7 @@ from smolvlm_exp.engine.inputs.tiles import pixels, tile
 PLENTY = 2**40
 
 
-def picture(size, seed=0, mode="RGB"):
+def noise(size, seed=0, mode="RGB"):
     width, height = size
     shape = (height, width) if mode == "L" else (height, width, len(mode))
     noise = np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
@@ -43,8 +43,8 @@ def make(*rows):
         "rejected": [[assistant(rejected)] for *_, rejected in rows],
     }
     plain = Dataset.from_dict({name: columns[name] for name in columns if name != "images"})
-    pictures = Dataset.from_dict({"images": columns["images"]}, features=Features({"images": List(Image())}))
-    return plain.add_column("images", pictures.data.column("images")).cast_column("images", List(Image()))
+    images = Dataset.from_dict({"images": columns["images"]}, features=Features({"images": List(Image())}))
+    return plain.add_column("images", images.data.column("images")).cast_column("images", List(Image()))
 
 
 def packed(rows, processor, max_length=None):
@@ -59,27 +59,27 @@ def prepared(processor, mixed):
 @pytest.fixture(scope="module")
 def mixed():
     """Every shape that matters: split or not, wide and tall, grey, JPEG, lying on its side, several a row, shared."""
-    shared = encoded(picture((40, 100), seed=1))
-    side = picture((100, 40), seed=2)
+    shared = encoded(noise((40, 100), seed=1))
+    side = noise((100, 40), seed=2)
     exif = PIL.Image.Exif()
     exif[0x0112] = 6
     return make(
-        ([encoded(picture((64, 64)))], "What is this?", "A red square.", "A dog."),
+        ([encoded(noise((64, 64)))], "What is this?", "A red square.", "A dog."),
         (
-            [encoded(picture((128, 30), mode="L"))],
+            [encoded(noise((128, 30), mode="L"))],
             "Describe it in detail, please.",
             "Grey.",
             "It is a long grey strip.",
         ),
         (
-            [shared, encoded(picture((300, 200), seed=3), "JPEG")],
+            [shared, encoded(noise((300, 200), seed=3), "JPEG")],
             "Compare the two.",
             "Both are noise.",
             "Both are noise!",
         ),
         ([encoded(side, "JPEG", exif=exif)], "And this?", "Lying.", "Standing on its head, I think."),
         ([shared], "Again?", "Again.", "No."),
-        ([encoded(picture((17, 90), seed=4, mode="RGBA"))], "Thin?", "Yes, thin.", "No, not at all."),
+        ([encoded(noise((17, 90), seed=4, mode="RGBA"))], "Thin?", "Yes, thin.", "No, not at all."),
     )
 
 
@@ -144,7 +144,7 @@ def test_features_take_the_place_of_tiles(processor, prepared):
     assert "tiles" not in batch["packed"]
 
 
-def test_a_shared_picture_is_one(processor, prepared):
+def test_a_shared_image_is_one(processor, prepared):
     rows = PackedDataset(prepared, processor)
     assert len(rows.image_hashes) == 6
     assert rows.images[4] == rows.images[2][:1]
@@ -152,14 +152,14 @@ def test_a_shared_picture_is_one(processor, prepared):
 
 
 def test_tiles_are_bytes_before_rescaling_exactly(processor):
-    image = picture((90, 120))
+    image = noise((90, 120))
     with_floats = processor.image_processor([[image]], do_normalize=False, return_tensors="pt")["pixel_values"][0]
     assert torch.equal(tile(image, processor.image_processor).float(), (with_floats * 255).round())
 
 
 def test_a_processor_whose_tiles_cannot_be_foretold(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "size", {"longest_edge": 130})
-    rows = make(([encoded(picture((128, 126)))], "?", "A.", "B."))
+    rows = make(([encoded(noise((128, 126)))], "?", "A.", "B."))
     found = packed(rows, processor)
     with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles where the prompt has places for 7"):
         found[0]
@@ -170,7 +170,7 @@ def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, pr
     for ram, num_proc in ((PLENTY, 0), (PLENTY, 2), (0, 0), (0, 2)):
         rows = PackedDataset(prepared, processor)
         rows.keep_tiles(DiskCache(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
-        assert "tiles of 6 pictures" in capsys.readouterr().out
+        assert "tiles of 6 images" in capsys.readouterr().out
         assert rows.kept is not None
         assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
     first, second = (next((tmp_path / f"cache{n}").glob("tiles-*/data.safetensors")) for n in (0, 2))
@@ -184,19 +184,19 @@ def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, prepared
     monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
     rows.keep_tiles(None, PLENTY, 2)
     assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
-    assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]  # so few pictures travel one by one
+    assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]  # so few images travel one by one
 
 
-def test_small_pictures_travel_together(processor, prepared, monkeypatch):
+def test_small_images_travel_together(processor, prepared, monkeypatch):
     fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
     rows, journeys, split = PackedDataset(prepared, processor), [], feed.TileLoader.__getitem__
     monkeypatch.setattr(
         feed.TileLoader, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk)
     )
-    pictures = list(range(len(rows.image_hashes))) * 5
+    images = list(range(len(rows.image_hashes))) * 5
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, sampler, **_: (data[chunk] for chunk in sampler))
-    found = list(rows.stream(pictures, 1))
-    assert [number for number, _ in found] == pictures
+    found = list(rows.stream(images, 1))
+    assert [number for number, _ in found] == images
     assert max(len(chunk) for chunk in journeys) > 1
     kept = dict(found)
     made = [torch.cat([kept[n] for n in rows.images[i]]) for i in range(len(prepared)) if rows.images[i]]
@@ -228,7 +228,7 @@ def test_the_tiles_key_follows_what_decides_their_bytes(processor, prepared, mon
 
     before = key(prepared)
     assert key(prepared.select([5, 4, 3, 2, 1, 0])) == before
-    pixel = picture((64, 64))
+    pixel = noise((64, 64))
     pixel.putpixel((5, 5), (1, 2, 3))
     changed = prepare(make(([encoded(pixel)], "What?", "A red square.", "A dog.")), processor, DataConfig())
     assert key(changed) != key(prepared.select([0]))

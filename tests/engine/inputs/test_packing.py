@@ -9,8 +9,8 @@ from tests.engine.stock import IMAGE, PAD, random_row, stock_batch
 
 def row(prompt, chosen, rejected, tiles=0):
     ids = {"prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected}
-    pictures = torch.zeros(tiles, 3, 4, 4, dtype=torch.uint8)
-    return {**{name: torch.tensor(values) for name, values in ids.items()}, "tiles": pictures}
+    images = torch.zeros(tiles, 3, 4, 4, dtype=torch.uint8)
+    return {**{name: torch.tensor(values) for name, values in ids.items()}, "tiles": images}
 
 
 ROWS = [row([1, IMAGE, IMAGE, 11], [21, 22], [31, 32, 33], tiles=1), row([1, 12], [41], [51], tiles=0)]

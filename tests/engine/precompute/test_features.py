@@ -78,7 +78,7 @@ def test_features_from_kept_tiles_and_in_processes(processor, fed, adapted, tmp_
     assert torch.equal(fed.features, expected)
 
 
-def test_each_picture_goes_through_the_tower_once(processor, rows, adapted, tmp_path, passes):
+def test_each_image_goes_through_the_tower_once(processor, rows, adapted, tmp_path, passes):
     both = rows.train.select([0, 1, 2, 0, 1, 2])
     fed, store = PackedDataset(both, processor), DiskCache(tmp_path / "cache", PLENTY)
     keep_features(fed, adapted, pixels(processor), store, 0, 4)
@@ -97,7 +97,7 @@ def test_no_gradient_and_the_models_own_dtype(processor, fed, model):
     assert fed.features.dtype == torch.bfloat16
 
 
-def test_the_key_follows_tower_connector_pictures_and_dtype(processor, rows, model, tmp_path):
+def test_the_key_follows_tower_connector_images_and_dtype(processor, rows, model, tmp_path):
     store = DiskCache(tmp_path / "cache", PLENTY)
     model.requires_grad_(False)
 
@@ -122,7 +122,7 @@ def test_the_key_follows_tower_connector_pictures_and_dtype(processor, rows, mod
 @pytest.mark.parametrize(
     ("target", "part"), [(["q_proj"], "vision tower"), (r".*modality_projection\.proj", "connector")]
 )
-def test_adapters_that_reach_the_pictures_side_are_refused(processor, fed, model, target, part):
+def test_adapters_that_reach_the_images_side_are_refused(processor, fed, model, target, part):
     adapted = get_peft_model(model, LoraConfig(target_modules=target, r=4))
     with pytest.raises(ValueError, match=f"adapter.target reaches the {part}.*\n.*adapter.target=text"):
         keep_features(fed, adapted, pixels(processor), None, PLENTY)

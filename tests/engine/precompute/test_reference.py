@@ -21,7 +21,7 @@ from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys, tiling
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.model import load_model
-from tests.engine.inputs.test_dataset import encoded, make, packed, picture
+from tests.engine.inputs.test_dataset import encoded, make, noise, packed
 
 PLENTY = 2**40
 PARTS = {"weights": "of the test", "dtype": "float32", "ld_alpha": None}
@@ -190,7 +190,7 @@ def test_without_its_parts_there_is_no_key(processor, rows):
         reference_logps(collator(processor, rows.train), Count(), {"weights": "", "dtype": ""}, None, 5)
 
 
-BASE = ([encoded(picture((64, 64)))], "What is this?", "A red square.", "A dog.")
+BASE = ([encoded(noise((64, 64)))], "What is this?", "A red square.", "A dog.")
 
 
 def keys_of(processor, row=BASE, max_length=None):
@@ -199,7 +199,7 @@ def keys_of(processor, row=BASE, max_length=None):
 
 
 def test_a_rows_key_follows_its_words_and_pixels(processor):
-    pixel = picture((64, 64))
+    pixel = noise((64, 64))
     pixel.putpixel((5, 5), (1, 2, 3))
     images, question, chosen, rejected = BASE
     before = keys_of(processor)
