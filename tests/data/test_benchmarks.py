@@ -88,7 +88,7 @@ def test_what_is_asked_and_what_is_true(files):
     assert truths("coco", **ALL) == [{"kind": "caption", "objects": ["cat", "couch"]}]  # a baby cat is no person
 
 
-def test_a_image_that_is_missing_is_its_rows_problem(files, processor):
+def test_an_image_that_is_missing_is_its_rows_problem(files, processor):
     (files / "photos" / "horse.jpg").unlink()
     with pytest.raises(RequestError, match=r"test row 2: the image is not there: horse\.jpg"):
         load_preferences(data_of("pope"), processor, files, splits=("test",))

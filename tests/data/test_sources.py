@@ -257,7 +257,7 @@ def test_a_split_of_bad_rows_alone(folder):
     assert (rows["images"][0], rows["image_sha256"][0]) == ([], [])
 
 
-def test_a_image_that_changed_is_read_again(folder):
+def test_an_image_that_changed_is_read_again(folder):
     write_lines(folder / "train.jsonl", [plain(0)])
     write_lines(folder / "test.jsonl", [plain(1)])
     assert load_files(folder)[0]["images"][0].size == (6, 4)

@@ -1,4 +1,4 @@
-"""The embedded source: questions, answers and preference pairs about draw_row scenes, with the exact truth beside each.
+"""The embedded source: questions, answers and preference pairs about drawn scenes, with the exact truth beside each.
 
 What is unusual: a *habit*. `HABITS` pairs shapes so that speaking of one calls up the other, in a favourite colour,
 whether or not it is in the image. `captions=habitual` writes the answers that taught the embedded model this
@@ -67,7 +67,7 @@ ASK_PRESENCE = (
 class Config(DataConfig):
     train_rows: int = 1760
     test_rows: int = 240
-    scene_seed: int = 0  # which scenes are draw_row; `seed` does not move it, so that runs of one data set compare
+    scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
     captions: str = one_of("exact", "habitual")  # what `chosen` says
 
 
