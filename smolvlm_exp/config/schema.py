@@ -45,7 +45,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
-    seed: int = 0
+    seed: int = 0  # of adapter initialisation, data order and sampling
     name: str | None = None  # the run's name; null: the settings that differ from the defaults
     resume: str | None = None  # a run folder, or `last`: resume a run that stopped
     resume_allow: list[str] = field(default_factory=list)  # settings that may change on resume, as [trainer.max_steps]
