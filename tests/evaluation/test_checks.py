@@ -154,7 +154,7 @@ def test_answers_of_which_no_token_is_left(quick, tmp_path):
         RequestError, match=r"train row 0: the prompt alone is \d+ tokens .* leaves none for the answer"
     ):
         train(quick("data.max_length=30", "trainer.engine=stock"), tmp_path)
-    with pytest.raises(RequestError, match=r"trainer\.extra\.max_length: give data\.max_length"):
+    with pytest.raises(RequestError, match=r"trainer\.extra\.max_length: set data\.max_length"):
         train(quick("+trainer.extra.max_length=30", "trainer.engine=stock"), tmp_path)
 
 
