@@ -12,6 +12,8 @@ import sys
 from importlib import import_module
 from typing import Any, TextIO
 
+from wandb.sdk.data_types._private import MEDIA_TMP
+
 from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 
 TASKS = ("train", "evaluate", "generate", "compare", "export", "chat", "doctor", "plan")
@@ -41,5 +43,6 @@ for number, path in enumerate((os.devnull, command["stdout"], command["stderr"])
 os.chdir(command["cwd"])
 os.environ.clear()
 os.environ.update(command["env"])
+MEDIA_TMP._finalizer.detach()  # W&B's folder, made when it was imported: the first fork's end would take it from the rest
 sys.argv = ["smolvlm_exp", *command["arguments"]]
 runpy.run_module("smolvlm_exp", run_name="__main__", alter_sys=True)

@@ -108,7 +108,7 @@ def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     summary = train(quick("tracker=wandb", "adapter.r=2", "trainer.sample_steps=2"), tmp_path)
-    assert "wandb: offline" in capsys.readouterr().out
+    assert "W&B: offline" in capsys.readouterr().out
     (run,) = tmp_path.glob("wandb/offline-run-*")
     inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
     read = subprocess.run(inspect, capture_output=True, text=True, timeout=60, env={**os.environ, **env}).stdout

@@ -1,4 +1,4 @@
-"""Is what was saved what was trained? PEFT reads the adapter back into the model, and answers are scored again."""
+"""Is what was saved what was trained? PEFT loads the saved adapter into the model, and answers are scored again."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import ProcessorMixin
 
-MOST_OFF = 1e-4  # nats; the same weights in the same batch give the same numbers
+MAX_ERROR = 1e-4  # nats; the same weights in the same batch give the same numbers
 
 
 def check_adapter_reload(
@@ -25,7 +25,7 @@ def check_adapter_reload(
     max_length: int | None,
     tuned: Logps,
 ) -> Check:
-    """The adapter's tensors are wiped before, so that whatever the file lacks is missing.
+    """The adapter's tensors are zeroed first, so that whatever the file lacks is missing.
 
     Args:
         folder: the run's, with `adapter/`.
@@ -40,9 +40,9 @@ def check_adapter_reload(
             if "lora_" in name:
                 parameter.zero_()
     set_peft_model_state_dict(model, saved)
-    found = answer_logps(model, processor, first, batch_size, max_length)  # type: ignore[arg-type]
-    off = max(
-        (getattr(found, side) - getattr(tuned, side)[: len(first)]).abs().max().item()
+    reloaded = answer_logps(model, processor, first, batch_size, max_length)  # type: ignore[arg-type]
+    error = max(
+        (getattr(reloaded, side) - getattr(tuned, side)[: len(first)]).abs().max().item()
         for side in ("chosen", "rejected")
     )
-    return require("adapter_reload", "saved adapter, reloaded: largest log-prob error (nats)", off, "<=", MOST_OFF)
+    return require("adapter_reload", "saved adapter, reloaded: largest log-prob error (nats)", error, "<=", MAX_ERROR)

@@ -1,4 +1,4 @@
-"""What two looks at the held-out rows, before and after, say about a run that its loss does not."""
+"""What the evaluations before and after say about a run that its loss does not."""
 
 import operator
 from collections.abc import Sequence
@@ -11,15 +11,15 @@ from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.preference import Logps
 
 SIDES = ("chosen", "rejected")
-LEAST_MOVE = 1e-4  # nats a token; what rounding does in float32 is a hundredth of it
-MOST_FALL = 0.1  # nats a token that chosen answers may lose: beyond, tuning unlearns what it should prefer
-LEAST_SIGHT = 0.5  # of what the picture did before, what it has to do after
-NOTICED = 0.05  # nats a token below which a picture's part in an answer is too small to compare
-MOST_LENGTH = 0.5  # of the margin's variance that answers' lengths may explain
-MOST_GAP = 0.2  # of reward accuracy, training over held-out rows
-MOST_LONGER = 0.5  # by which generated answers may grow or shrink
-LAST = 5  # logged events over which training's accuracy is averaged
-FEWEST = 20  # rows for a share of variance to mean anything
+MIN_CHANGE = 1e-4  # nats/token; what rounding does in float32 is a hundredth of it
+MAX_DROP = 0.1  # nats/token that chosen answers may lose: beyond, it is likelihood displacement
+MIN_RELIANCE = 0.5  # of the image's contribution before, that has to be left after
+MIN_CONTRIBUTION = 0.05  # nats/token below which an image's contribution is too small to compare
+MAX_LENGTH_SHARE = 0.5  # of the margin's variance that answers' lengths may explain
+MAX_GAP = 0.2  # of reward accuracy, training over held-out rows
+MAX_LENGTH_CHANGE = 0.5  # by which generated answers may grow or shrink
+LAST_EVENTS = 5  # logged events over which training's accuracy is averaged
+MIN_ROWS = 20  # rows for a share of variance to mean anything
 
 
 @dataclass(frozen=True)
@@ -70,55 +70,55 @@ def compare_evaluations(
     chosen, rejected = logprob_drop(before.logps, after.logps)
     detail = f"rejected answers fell by {rejected:.2g}"
     name = "chosen log-prob drop (likelihood displacement), nats/token"
-    checks.append(require("likelihood_displacement", name, chosen, "<=", MOST_FALL, "warn", detail))
+    checks.append(require("likelihood_displacement", name, chosen, "<=", MAX_DROP, "warn", detail))
     margin = (after.logps.chosen - before.logps.chosen) - (after.logps.rejected - before.logps.rejected)
-    if len(margin) >= FEWEST:
+    if len(margin) >= MIN_ROWS:
         share = squared_correlation(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
         name = "share of the reward margin explained by answer length"
-        checks.append(require("length_share", name, share, "<=", MOST_LENGTH, "warn"))
-    last = [event["rewards/accuracies"] for event in history if "rewards/accuracies" in event][-LAST:]
+        checks.append(require("length_share", name, share, "<=", MAX_LENGTH_SHARE, "warn"))
+    last = [event["rewards/accuracies"] for event in history if "rewards/accuracies" in event][-LAST_EVENTS:]
     if last and "reward_accuracy" in after.metrics:
         gap = sum(last) / len(last) - after.metrics["reward_accuracy"]
         name = "generalization gap (reward accuracy, training minus held-out)"
-        checks.append(require("generalization_gap", name, gap, "<=", MOST_GAP, "warn"))
+        checks.append(require("generalization_gap", name, gap, "<=", MAX_GAP, "warn"))
     if before.metrics.get("mean_length"):
         change = abs(after.metrics["mean_length"] / before.metrics["mean_length"] - 1)
         name = "relative change of generated answer length"
-        checks.append(require("length_change", name, change, "<=", MOST_LONGER, "warn"))
+        checks.append(require("length_change", name, change, "<=", MAX_LENGTH_CHANGE, "warn"))
     return checks
 
 
 def policy_changed(before: Evaluation, after: Evaluation) -> Check:
-    """An adapter that is not on changes nothing."""
+    """An adapter that is not active changes nothing."""
     if before.logps is None or after.logps is None:
         changed = sum(b != a for b, a in zip(before.answers, after.answers, strict=True)) / len(after.answers)
         return require("answers_changed", "share of generated answers that changed", changed, ">", 0, "warn")
     change = mean_logp_change(before.logps, after.logps)
-    return require("policy_changed", "mean change of answer log-prob (nats/token)", change, ">=", LEAST_MOVE)
+    return require("policy_changed", "mean change of answer log-prob (nats/token)", change, ">=", MIN_CHANGE)
 
 
 def mean_logp_change(before: Logps, after: Logps) -> float:
-    """Nats a token by which answers are scored otherwise, whichever way."""
+    """Mean absolute change of the answers' log-probs, nats/token."""
     sides = ((getattr(after, side) - getattr(before, side)) / getattr(after, f"{side}_tokens") for side in SIDES)
     return torch.cat(list(sides)).abs().mean().item()
 
 
 def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Check]:
-    """Does the picture still decide? Another row's where there is one, else a blank one."""
+    """Does the image still decide? Measured with another row's image where there is one, else a blank one."""
     name = next((key for key in ("wrong_image_drop", "blank_image_drop") if key in after), None)
     if name is None:
         return []
     label = "image contribution to the chosen answer (nats/token)"
     checks = [require("image_contribution", label, abs(after[name]), ">", 0)]
-    if before[name] > NOTICED:
+    if before[name] > MIN_CONTRIBUTION:
         share = after[name] / before[name]
         label = "image reliance kept after tuning (share of base)"
-        checks.append(require("image_reliance", label, share, ">=", LEAST_SIGHT, "warn"))
+        checks.append(require("image_reliance", label, share, ">=", MIN_RELIANCE, "warn"))
     return checks
 
 
 def logprob_drop(before: Logps, after: Logps) -> tuple[float, float]:
-    """Nats a token that chosen and rejected answers lose on average."""
+    """Nats/token that chosen and rejected answers lose on average."""
     chosen, rejected = (
         ((getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens")).mean().item()
         for side in SIDES

@@ -1,4 +1,4 @@
-"""Finished runs as groups that differ in more than their seed, and what of their differences is more than luck."""
+"""Finished runs grouped by their settings without the seed, and which of their differences are more than noise."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ class Run:
     def value(self, path: str) -> float | None:
         return summary_value(self.summary, path)
 
-    def half(self, path: str) -> float | None:
+    def row_error(self, path: str) -> float | None:
         """Half of the 95 % interval that the run measured over its own held-out rows."""
         ends = self.summary.get("intervals", {}).get("after", {}).get(path.partition(".")[2])
         return (ends[1] - ends[0]) / 2 if ends and path.startswith("after.") else None
@@ -32,13 +32,13 @@ class Run:
 
 @dataclass(frozen=True)
 class Group:
-    """Runs that differ in nothing but their seed."""
+    """Runs that differ only in their seed."""
 
-    settings: dict[str, str]  # what tells the group from the others
+    settings: dict[str, str]  # those that differ between groups
     runs: list[Run]
 
     def seeds(self, path: str) -> list[float]:
-        """A value a seed: a run that is there twice is no second run."""
+        """One value per seed: a run that is named twice counts once."""
         found = {run.summary.get("seed"): value for run in self.runs if (value := run.value(path)) is not None}
         return list(found.values())
 
@@ -46,28 +46,28 @@ class Group:
         found = self.seeds(path)
         return mean(found) if found else None
 
-    def luck(self, path: str) -> float:
-        """What other seeds would change: half of Student's t interval; 0 for a single run, which cannot know."""
+    def seed_error(self, path: str) -> float:
+        """Over seeds: half of Student's t interval; 0 for a single run, where it is unknown."""
         return t_interval(self.seeds(path)) or 0.0
 
-    def half(self, path: str) -> float | None:
-        """What other held-out rows would change: half of the bootstrap's interval."""
-        found = [half for run in self.runs if (half := run.half(path)) is not None]
+    def row_error(self, path: str) -> float | None:
+        """Over held-out rows: half of the bootstrap interval."""
+        found = [error for run in self.runs if (error := run.row_error(path)) is not None]
         return mean(found) if found else None
 
     def error(self, path: str) -> float | None:
         """Half of the 95 % interval, over seeds and held-out rows together; None where neither is known."""
-        half = self.half(path)
-        return (
-            None if half is None and len(self.seeds(path)) < 2 else ((half or 0.0) ** 2 + self.luck(path) ** 2) ** 0.5
-        )
+        over_rows = self.row_error(path)
+        if over_rows is None and len(self.seeds(path)) < 2:
+            return None
+        return ((over_rows or 0.0) ** 2 + self.seed_error(path) ** 2) ** 0.5
 
     def ratio(self, path: str) -> Ratio | None:
-        """What each held-out row adds to a metric, averaged over the runs, where all looked at the same rows."""
-        kept = [run.rows for run in self.runs if run.rows is not None]
-        ratios = [each.ratios.get(path.partition(".")[2]) for each in kept if path.startswith("after.")]
+        """Each held-out row's part in a metric, averaged over the runs, where all evaluated the same rows."""
+        rows = [run.rows for run in self.runs if run.rows is not None]
+        ratios = [run.ratios.get(path.partition(".")[2]) for run in rows if path.startswith("after.")]
         known = [ratio for ratio in ratios if ratio is not None]
-        if len(known) < len(self.runs) or not all(np.array_equal(each.test, kept[0].test) for each in kept):
+        if len(known) < len(self.runs) or not all(np.array_equal(run.test, rows[0].test) for run in rows):
             return None
         top, bottom = (np.mean([getattr(ratio, part) for ratio in known], axis=0) for part in ("top", "bottom"))
         return Ratio(top, bottom, known[0].empty)
@@ -75,7 +75,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Gap:
-    """How far a group is from the best."""
+    """A group's difference to the best."""
 
     difference: float  # its metric less the best's
     noise: float | None  # half of the difference's 95 % interval; None where it is not known
@@ -90,7 +90,7 @@ class Comparison:
 
     @property
     def metrics(self) -> list[str]:
-        """What all evaluations have in common, the one that decides first."""
+        """The metrics that all evaluations have, the deciding one first."""
         names = [f"after.{name}" for name in METRICS if all(g.value(f"after.{name}") is not None for g in self.groups)]
         return list(dict.fromkeys([self.metric, *names]))
 
@@ -99,28 +99,25 @@ class Comparison:
         """Of each group."""
         return [self.between(self.groups[0], group) for group in self.groups]
 
-    def gap(self, group: Group) -> Gap:
-        return self.gaps[self.groups.index(group)]
-
     def between(self, best: Group, group: Group) -> Gap:
         metric = self.metric
         difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
-        luck = best.luck(metric) ** 2 + group.luck(metric) ** 2
+        over_seeds = best.seed_error(metric) ** 2 + group.seed_error(metric) ** 2
         ours, theirs = group.ratio(metric), best.ratio(metric)
         if ours and theirs and np.array_equal(tests_of(group), tests_of(best)):
             change = changes({"": theirs}, {"": ours})[""]
-            return Gap(difference, (((change.high - change.low) / 2) ** 2 + luck) ** 0.5, paired=True)
+            return Gap(difference, (((change.high - change.low) / 2) ** 2 + over_seeds) ** 0.5, paired=True)
         errors = best.error(metric), group.error(metric)
         noise = None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5
         return Gap(difference, noise, paired=False)
 
     def verdict(self, group: Group) -> str:
-        """How a group stands to the best."""
+        """A group against the best."""
         if group.value(self.metric) is None:
             return "not measured"
         if group is self.groups[0]:
             return "best"
-        gap = self.gap(group)
+        gap = self.gaps[self.groups.index(group)]
         if gap.noise is None:
             return "no confidence interval"
         return "worse" if abs(gap.difference) > gap.noise else "within the noise"
@@ -132,8 +129,8 @@ def tests_of(group: Group) -> np.ndarray:
     return rows.test
 
 
-def comparison(runs: Sequence[Run], metric: str) -> Comparison:
-    """Group by what differs beside the seed, the best first."""
+def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:
+    """Group the runs by their settings without the seed, the best first."""
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     differing = [key for key in keys if len({run.settings.get(key, "") for run in runs}) > 1]
     grouped: dict[tuple[str, ...], list[Run]] = {}

@@ -31,9 +31,9 @@ def generate_answers(
         seed: of sampling; the random state is afterwards what it was.
     """
     model.eval()
-    # From the whole of p(y): upstream's default is the 50 likeliest tokens.
-    whole = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    drawn = whole if temperature else {"do_sample": False}
+    # From all of p(y): upstream's default is the 50 likeliest tokens.
+    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    decoding = sampling if temperature else {"do_sample": False}
     # Prompts of like length share a batch, so that little is padded; the order is put back at the end.
     order = sorted(range(len(rows)), key=lambda i: [image.size for image in rows[i]["images"]])
     starts = range(0, len(order), batch_size)
@@ -45,7 +45,7 @@ def generate_answers(
             torch.manual_seed(seed + start)
             ids = model.generate(  # type: ignore[operator]
                 **inputs,
-                **drawn,
+                **decoding,
                 max_new_tokens=max_new_tokens,
                 eos_token_id=processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>"),
                 pad_token_id=processor.tokenizer.pad_token_id,
@@ -53,8 +53,8 @@ def generate_answers(
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return [text.strip() for text in texts]
 
-    found = dict(zip(order, chain(*scatter_map(starts, answer, model)), strict=True))
-    return [found[i] for i in range(len(rows))]
+    answers = dict(zip(order, chain(*scatter_map(starts, answer, model)), strict=True))
+    return [answers[i] for i in range(len(rows))]
 
 
 def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:

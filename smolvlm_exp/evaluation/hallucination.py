@@ -15,17 +15,17 @@ from smolvlm_exp.evaluation.statistics import Ratio, mean, ratio
 @dataclass(frozen=True)
 class Caption:
     mentions: Sequence[str]  # the objects that the caption names
-    objects: Sequence[str]  # those that are in the picture
+    objects: Sequence[str]  # those that are in the image
     words: int  # length of the caption
-    others: int = 0  # mentions beside those, neither right nor wrong
-    expected: Sequence[str] = ()  # objects not in the picture that people would expect there (AMBER)
+    others: int = 0  # further mentions, neither right nor wrong
+    expected: Sequence[str] = ()  # objects not in the image that people would expect there (AMBER)
 
 
 def read_caption(text: str, truth: Truth, words: Words) -> Caption:
     """What CHAIR counts of an answer."""
-    found = [name for _, name in words(text, truth)]
-    mentions = [name for name in found if name is not None]
-    others = len(found) - len(mentions)
+    names = [name for _, name in words(text, truth)]
+    mentions = [name for name in names if name is not None]
+    others = len(names) - len(mentions)
     return Caption(mentions, truth["objects"], len(text.split()), others, truth.get("expected", ()))
 
 
@@ -35,13 +35,13 @@ def chair(captions: Sequence[Caption]) -> dict[str, Ratio]:
     Returns:
         `chair_s`, `chair_i`, `recall` (named objects / objects, over all captions) and `mean_length` in words; where
         captions have `expected` objects, `cog`, the share of those that are named. AMBER calls the first three Hal,
-        CHAIR and Cover. An empty caption hallucinates nothing, which is why recall and length stand beside.
+        CHAIR and Cover. An empty caption hallucinates nothing, which is why recall and length are reported too.
     """
     if not captions:
         return {}
     wrong = [sum(m not in c.objects for m in c.mentions) for c in captions]
     covered = [len(set(c.objects) & set(c.mentions)) for c in captions]
-    found = {
+    metrics = {
         "chair_s": mean([w > 0 for w in wrong]),
         "chair_i": ratio(wrong, [len(c.mentions) + c.others for c in captions]),
         "recall": ratio(covered, [len(c.objects) for c in captions], empty=1.0),
@@ -49,8 +49,8 @@ def chair(captions: Sequence[Caption]) -> dict[str, Ratio]:
     }
     if any(c.expected for c in captions):
         imagined = [len((set(c.expected) - set(c.objects)) & set(c.mentions)) for c in captions]
-        found["cog"] = ratio(imagined, [len(c.expected) for c in captions])
-    return found
+        metrics["cog"] = ratio(imagined, [len(c.expected) for c in captions])
+    return metrics
 
 
 def yes_or_no(answer: str) -> str | None:
@@ -75,7 +75,7 @@ def yes_no(answers: Sequence[str | None], truth: Sequence[str]) -> dict[str, Rat
 
 
 def f1(answers: Sequence[str | None], truth: Sequence[str], positive: str) -> Ratio:
-    """2 TP / (said positive + is positive)."""
-    said, true = [a == positive for a in answers], [t == positive for t in truth]
-    both = [2.0 * (s and t) for s, t in zip(said, true, strict=True)]
-    return ratio(both, [s + t for s, t in zip(said, true, strict=True)])
+    """2 TP / (predicted positives + actual positives)."""
+    predicted, true = [a == positive for a in answers], [t == positive for t in truth]
+    both = [2.0 * (s and t) for s, t in zip(predicted, true, strict=True)]
+    return ratio(both, [s + t for s, t in zip(predicted, true, strict=True)])

@@ -1,4 +1,4 @@
-"""One look at a model on the held-out rows: preferences for any data, scored answers where the truth is known."""
+"""A model evaluated on the held-out rows: preferences for any data, scored answers where the truth is known."""
 
 import json
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ SAMPLES = 12  # answers that are generated for the report where no truth is know
 class Evaluation:
     ratios: dict[str, Ratio]
     logps: Logps | None  # None where rows have no pair of answers
-    answers: list[str]  # to the first rows, or to all where truth is known
+    answers: list[str]  # to the first rows, or to all where the truth is known
 
     @property
     def metrics(self) -> dict[str, float]:
@@ -34,7 +34,7 @@ class Evaluation:
         return intervals(self.ratios)
 
     def changes(self, before: "Evaluation") -> dict[str, Change]:
-        """What became of the metrics that both evaluations of the same rows have."""
+        """Of the metrics that both evaluations of the same rows have."""
         return changes(before.ratios, self.ratios)
 
 
@@ -53,18 +53,18 @@ def evaluate(
     """Metrics as summary.json has them.
 
     Args:
-        preferences: of which the held-out rows are looked at.
-        reference: what the base model's evaluation found; beta: DPO's.
-        temperature: of generated answers, 0: greedy; seed: of theirs; max_new_tokens: at which they are cut.
+        preferences: whose held-out rows are used.
+        reference: the base model's log-probs, for the implicit reward; beta: DPO's.
+        temperature, seed, max_new_tokens: of generated answers; a temperature of 0 is greedy.
     """
     rows = preferences.test
     pairs, known = "chosen" in rows.column_names, "truth" in rows.column_names
-    asked = rows if known else rows.select(range(min(SAMPLES, len(rows))))
+    prompted = rows if known else rows.select(range(min(SAMPLES, len(rows))))
     logps, ratios = None, dict[str, Ratio]()
     if pairs:
         logps = answer_logps(model, processor, rows, batch_size, max_length)
         ratios = preference_metrics(logps, reference, beta)
-    answers = generate_answers(model, processor, list(asked), 4 * batch_size, max_new_tokens, temperature, seed)
+    answers = generate_answers(model, processor, list(prompted), 4 * batch_size, max_new_tokens, temperature, seed)
     if known:
         ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]], preferences.words)
     if logps:
@@ -77,11 +77,11 @@ def truth_metrics(answers: list[str], truths: list[dict[str, Any]], words: Words
     pairs = list(zip(answers, truths, strict=True))
     captions = [read_caption(answer, truth, words) for answer, truth in pairs if words and truth["kind"] == "caption"]
     questions = [(yes_or_no(answer), truth) for answer, truth in pairs if truth["kind"] == "yes_no"]
-    said, true = [said for said, _ in questions], [truth["answer"] for _, truth in questions]
-    found = {**chair(captions), **yes_no(said, true)}
+    predicted, true = [predicted for predicted, _ in questions], [truth["answer"] for _, truth in questions]
+    metrics = {**chair(captions), **yes_no(predicted, true)}
     if any(truth.get("positive") == "no" for _, truth in questions):
-        found["no_f1"] = f1(said, true, "no")
-    return found
+        metrics["no_f1"] = f1(predicted, true, "no")
+    return metrics
 
 
 def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[str]:
@@ -89,4 +89,4 @@ def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[st
     known = json.loads(truth) if truth else {}
     if known.get("kind") != "caption" or words is None:
         return []
-    return [said for said, name in words(answer, known) if name is not None and name not in known["objects"]]
+    return [predicted for predicted, name in words(answer, known) if name is not None and name not in known["objects"]]

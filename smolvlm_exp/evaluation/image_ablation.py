@@ -1,4 +1,4 @@
-"""Does the picture matter? The chosen answer's log-probability with its own picture, a blank one and another row's."""
+"""Does the image matter? The chosen answer's log-prob with its own image, a blank one and another row's."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
     from transformers import PreTrainedModel, ProcessorMixin
 
-LOOKED_AT = 32  # held-out rows
+SAMPLE_ROWS = 32  # held-out rows
 GREY = (127, 127, 127)
 
 
@@ -21,23 +21,23 @@ def image_reliance_metrics(
     batch_size: int,
     max_length: int | None,
 ) -> dict[str, Ratio]:
-    """Nats a token that the chosen answer loses without its picture, averaged over the first LOOKED_AT rows.
+    """Nats/token that the chosen answer loses without its image, averaged over the first SAMPLE_ROWS rows.
 
-    Pictures keep their size, so that the prompt's tokens stay what they were, and are scored in the same batches as the
-    rows' own: a model that does not look gets exactly zero, where other batches would leave rounding that looks alike.
+    Images keep their size, so that the prompt's tokens stay the same, and are scored in the same batches as the rows'
+    own: a model that ignores the image gets exactly zero, where other batches would leave rounding errors.
 
     Returns:
-        `blank_image_drop` and `wrong_image_drop`, another row's picture in place of the row's own, where rows have
-        pictures; the latter where they have more than one between them.
+        `blank_image_drop` and `wrong_image_drop` (another row's image), where rows have images; the latter where they
+        have more than one between them.
     """
-    looked_at = [row for row in rows.select(range(min(LOOKED_AT, len(rows)))) if row["images"]]
-    if len(looked_at) < min(LOOKED_AT, len(rows)):
+    sample = [row for row in rows.select(range(min(SAMPLE_ROWS, len(rows)))) if row["images"]]
+    if len(sample) < min(SAMPLE_ROWS, len(rows)):
         return {}
-    copies = [{**row} for row in looked_at]  # TRL's collator puts the pictures into the rows it is given
+    copies = [{**row} for row in sample]  # TRL's collator changes the rows it is given
     with_own = chosen_logps(model, processor, copies, batch_size, max_length)
     drops = {}
     for name, other in (("blank_image_drop", blank), ("wrong_image_drop", wrong)):
-        changed = [{**row, "images": other(looked_at, i)} for i, row in enumerate(looked_at)]
+        changed = [{**row, "images": other(sample, i)} for i, row in enumerate(sample)]
         if all(row["images"] for row in changed):
             without = chosen_logps(model, processor, changed, batch_size, max_length)
             drops[name] = mean((with_own - without).tolist())
@@ -51,8 +51,8 @@ def blank(rows: list[dict[str, Any]], i: int) -> "list[Image]":
 
 
 def wrong(rows: list[dict[str, Any]], i: int) -> "list[Image]":
-    """The next row's first picture that is not this row's; none where there is no such."""
-    mine = rows[i]["images"]
+    """The next row's first image that is not this row's; empty where there is none."""
+    own = rows[i]["images"]
     others = (rows[(i + step) % len(rows)]["images"][0] for step in range(1, len(rows)))
-    found = next((other for other in others if other.tobytes() != mine[0].tobytes()), None)
-    return [found.resize(image.size) for image in mine] if found else []
+    other = next((image for image in others if image.tobytes() != own[0].tobytes()), None)
+    return [other.resize(image.size) for image in own] if other else []

@@ -8,7 +8,7 @@ from smolvlm_exp.utils.formatting import as_finite
 
 @dataclass(frozen=True)
 class Metric:
-    """How a key of `before` and `after` is written, and which direction is good (0: neither)."""
+    """How a key of `before` and `after` is shown, and which direction is good (0: neither)."""
 
     label: str
     note: str

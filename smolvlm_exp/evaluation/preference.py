@@ -36,8 +36,8 @@ def answer_logps(
     max_length: int | None,
 ) -> Logps:
     """Log-probabilities of both answers of every row, collated as stock TRL does it in training."""
-    found = of_batches(model, processor, rows, batch_size, max_length, lambda batch: score(model, batch))
-    sums, counts = (torch.cat([each.view(2, -1) for each in side], 1) for side in zip(*found, strict=True))
+    parts = map_batches(model, processor, rows, batch_size, max_length, lambda batch: score(model, batch))
+    sums, counts = (torch.cat([part.view(2, -1) for part in side], 1) for side in zip(*parts, strict=True))
     return Logps(*sums, *counts)
 
 
@@ -54,10 +54,10 @@ def chosen_logps(
         sums, counts = score(model, {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()})
         return sums / counts
 
-    return torch.cat(of_batches(model, processor, rows, batch_size, max_length, mean_logps))
+    return torch.cat(map_batches(model, processor, rows, batch_size, max_length, mean_logps))
 
 
-def of_batches(
+def map_batches(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
     rows: "Dataset | Sequence[dict[str, Any]]",
@@ -67,8 +67,8 @@ def of_batches(
 ) -> list[T]:
     """`work` of each of TRL's batches: (2B, ...), the chosen answers first."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
-    parts = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
-    return scatter_map(parts, lambda part: work(collator([rows[i] for i in part])), model)
+    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    return scatter_map(batches, lambda batch: work(collator([rows[i] for i in batch])), model)
 
 
 @torch.no_grad()
@@ -97,7 +97,7 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tenso
 def preference_metrics(own: Logps, reference: Logps | None = None, beta: float = 1.0) -> dict[str, Ratio]:
     """Preference accuracy, and against a reference DPO's implicit reward.
 
-    `preference_accuracy` is the share of rows whose chosen answer has the higher log-probability a token under the
+    `preference_accuracy` is the share of rows whose chosen answer has the higher log-probability per token under the
     model itself, a tie counting half: it means the same before and after. `reward_accuracy` and `preference_margin` use
     r(y) = beta (log p(y) - log p_ref(y)) (arXiv 2305.18290, eq. 5), so they exist for a tuned model alone.
     """

@@ -1,6 +1,7 @@
-"""After a run: the signs of the usual troubles in its own figures, and which setting to change. No sign, no advice.
+"""After a run: signs of common problems in its own metrics, and which setting to change. No sign, no advice.
 
-Out of memory, unstable training, slow convergence, waiting for data, learning by heart, unlearning.
+Out of memory, NaNs, unstable training, slow convergence, data starvation, overfitting, likelihood displacement, low
+image reliance.
 """
 
 import json
@@ -16,12 +17,12 @@ from smolvlm_exp.runs.event_log import read_events
 
 Events = list[dict[str, float]]  # of metrics.jsonl
 
-ENOUGH = 5  # logged events before a course can be judged
-SPIKE = 10.0  # gradient norms over the median
+ENOUGH = 5  # logged events before a curve can be judged
+SPIKE = 10.0  # of a gradient norm over the median
 RISEN = 1.5  # of the loss over its first
-LEARNT = 0.6  # reward accuracy in training that is more than chance and its noise
+LEARNED = 0.6  # reward accuracy in training that is more than chance and its noise
 MOVED = 0.5  # nats that a chosen answer gains over its rejected one before a policy has moved: 1.6 times as likely
-WAITED = 0.2  # share of time without a batch
+WAITED = 0.2  # share of the time spent waiting for batches
 RISE = 0.05  # of the held-out loss over its lowest
 OLD_NAMES = {  # of the checks that summaries had before checks had ids
     "likelihood_displacement": "fall of chosen answers' log-probability, nats a token",
@@ -45,12 +46,12 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
         likelihood_displacement,
         low_image_reliance,
     )
-    return [told for sign in signs for told in sign(summary, config, events)]
+    return [text for sign in signs for text in sign(summary, config, events)]
 
 
 def print_advice(run: Path) -> int:
     """The advice on a run, for `task=doctor run=...`. Returns 0."""
-    print(*advise_run(run) or [f"{run}: none of the known troubles shows."], sep="\n\n")
+    print(*advise_run(run) or [f"{run}: no sign of a known problem."], sep="\n\n")
     return 0
 
 
@@ -62,25 +63,25 @@ def advise_run(folder: Path) -> list[str]:
 
 
 def out_of_memory(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
-    again = summary.get("train", {}).get("out_of_memory", 0)
-    if again:
-        times = "once" if again == 1 else f"{again} times"
+    retries = summary.get("train", {}).get("out_of_memory", 0)
+    if retries:
+        times = "once" if retries == 1 else f"{retries} times"
         yield (
-            f"memory ran out {times}, and steps were done again in smaller parts.\n"
-            f"trainer.memory_budget={config['trainer']['memory_budget']} was too much beside what else uses the GPU: "
-            "name a size, as 6GiB."
+            f"Out of memory {times}; the steps were retried with smaller micro-batches.\n"
+            f"trainer.memory_budget={config['trainer']['memory_budget']} left too little for what else uses the GPU: "
+            "set a size, e.g. 6GiB."
         )
     reason = str(summary.get("reason", ""))
     if "out of memory" in reason.lower() or "OutOfMemory" in reason:
-        trainer, less = config["trainer"], []
+        trainer, options = config["trainer"], []
         if trainer.get("engine") == "stock":
-            less += ["trainer.engine=shared", "trainer.gradient_checkpointing=true"]
+            options += ["trainer.engine=shared", "trainer.gradient_checkpointing=true"]
         if config["quant"].get("load_in_4bit") is not True:
-            less.append("quant=nf4")
+            options.append("quant=nf4")
         if config["adapter"].get("target") != "text":
-            less.append("adapter.target=text")
-        less.append(f"data.max_edge={config['data']['max_edge'] // 2} (fewer tiles a picture)")
-        yield f"memory ran out for good.\nWhat takes less, in this order: {', '.join(less)}; task=plan says how much."
+            options.append("adapter.target=text")
+        options.append(f"data.max_edge={config['data']['max_edge'] // 2} (fewer tiles per image)")
+        yield f"Out of memory.\nTry, in this order: {', '.join(options)}; task=plan predicts how much each needs."
 
 
 def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
@@ -90,8 +91,8 @@ def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) 
         rate = config["trainer"]["learning_rate"]
         steps = ", ".join(map(str, left_out[:8])) + (" ..." if len(left_out) > 8 else "")
         yield (
-            f"the loss or its gradient was no number at step {steps}: nothing was learnt there.\n"
-            f"Look at the rows that were named; if they are fine, try trainer.learning_rate={rate / 4:g}."
+            f"NaN or infinite loss or gradient at step {steps}: those steps were skipped.\n"
+            f"Check the rows named in the log; if they are fine, try trainer.learning_rate={rate / 4:g}."
         )
 
 
@@ -104,8 +105,8 @@ def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) ->
         usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
         if largest > SPIKE * usual > 0:
             yield (
-                f"unstable: the gradient's norm reached {largest:.3g} at step {step}, where {usual:.3g} is usual.\n"
-                f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warm-up (trainer.warmup_steps=0.1), or "
+                f"unstable: the gradient norm reached {largest:.3g} at step {step} (median {usual:.3g}).\n"
+                f"Try trainer.max_grad_norm={usual * 2:.2g}, a longer warmup (trainer.warmup_steps=0.1), or "
                 f"trainer.learning_rate={rate / 2:g}."
             )
             return
@@ -115,7 +116,7 @@ def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) ->
         yield (
             f"unstable: the loss was {losses[0][0]:.3g} at first and rose to {risen[0]:.3g} and more around step "
             f"{risen[1]}.\n"
-            f"Try trainer.learning_rate={rate / 4:g}, or a longer warm-up (trainer.warmup_steps=0.1)."
+            f"Try trainer.learning_rate={rate / 4:g}, or a longer warmup (trainer.warmup_steps=0.1)."
         )
 
 
@@ -128,10 +129,10 @@ def slow_convergence(summary: dict[str, Any], config: dict[str, Any], events: Ev
     trainer = config["trainer"]
     accuracy, margin = sum(accuracies[-ENOUGH:]) / ENOUGH, sum(margins[-ENOUGH:]) / ENOUGH
     least = MOVED * trainer["beta"]
-    if -least < margin and (accuracy < LEARNT or margin < least):
+    if -least < margin and (accuracy < LEARNED or margin < least):
         yield (
-            f"slow: after {events[-1]['step']} steps at a rate of {trainer['learning_rate']:g} the policy prefers the "
-            f"chosen answer in {accuracy:.0%} of training pairs, by a margin of {margin:.2g}.\n"
+            f"slow convergence: after {events[-1]['step']} steps at learning rate {trainer['learning_rate']:g} the "
+            f"reward accuracy on training pairs is {accuracy:.0%} and the margin {margin:.2g}.\n"
             f"Try trainer.learning_rate={10 * trainer['learning_rate']:g}, then more epochs "
             "(trainer.num_train_epochs)."
         )
@@ -143,7 +144,7 @@ def data_starvation(summary: dict[str, Any], config: dict[str, Any], events: Eve
     if share > WAITED:
         workers = config["trainer"]["dataloader_num_workers"]
         yield (
-            f"training waited for its batches {share:.0%} of the time.\n"
+            f"data starvation: training waited for batches {share:.0%} of the time.\n"
             f"Try trainer.dataloader_num_workers={max(4, 2 * workers)}, or a larger trainer.cache_ram (it is "
             f"{config['trainer']['cache_ram']})."
         )
@@ -154,8 +155,8 @@ def overfitting(summary: dict[str, Any], config: dict[str, Any], events: Events)
     if len(held_out) >= 3 and held_out[-1][0] > (1 + RISE) * min(held_out)[0]:
         (lowest, step), (last, _) = min(held_out), held_out[-1]
         yield (
-            f"learning by heart: the held-out loss was lowest at step {step} ({lowest:.4g}) and is {last:.4g} now.\n"
-            f"Stop there with trainer.max_steps={int(step)}, or add rows."
+            f"overfitting: held-out loss was lowest at step {step} ({lowest:.4g}) and ended at {last:.4g}.\n"
+            f"Stop there with trainer.max_steps={int(step)}, or add training rows."
         )
 
 

@@ -24,61 +24,67 @@ ARROWS = {1: "↑", -1: "↓", 0: ""}
 COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pairs_per_second": "pairs/s"}
 
 
-def written(path: str, value: float | None, error: float | None) -> str:
-    """A number for people, with what it may be off by."""
+def format_metric(path: str, value: float | None, error: float | None) -> str:
+    """A metric's value with half of its 95 % interval."""
     if value is None:
         return ""
     share = path.startswith("after.") and METRICS[path.partition(".")[2]].share
-    text, off = (
-        (percent(value, 1), f" ± {100 * (error or 0):.1f}") if share else (f"{value:.3g}", f" ± {error or 0:.2g}")
-    )
-    return text + (off if error is not None else "")
+    text = percent(value, 1) if share else f"{value:.3g}"
+    return text if error is None else f"{text} ± {100 * error:.1f}" if share else f"{text} ± {error:.2g}"
 
 
-def headed(path: str) -> str:
-    """A column's name, with an arrow to where it is better."""
+def column_name(path: str) -> str:
+    """With an arrow to where it is better."""
     key = path.partition(".")[2]
     return f"{NAMES.get(key, humanize(key))} {ARROWS[GOALS.get(path, 0)]}".strip()
 
 
-def apart(found: Comparison, group: Group) -> str:
-    """How far a group is from the best, and how far it may be by luck: `-5.6 ± 2.9 points`."""
-    if group is found.groups[0] or group.value(found.metric) is None:
+def delta(comparison: Comparison, group: Group) -> str:
+    """A group's difference to the best with half of its 95 % interval: `-5.6 ± 2.9 points`."""
+    if group is comparison.groups[0] or group.value(comparison.metric) is None:
         return ""
-    gap, key = found.gap(group), found.metric.partition(".")[2]
-    points = found.metric.startswith("after.") and METRICS[key].share
+    gap, key = comparison.gaps[comparison.groups.index(group)], comparison.metric.partition(".")[2]
+    points = comparison.metric.startswith("after.") and METRICS[key].share
     size, noise = (f"{100 * n:.1f}" if points else f"{n:.3g}" for n in (abs(gap.difference), gap.noise or 0.0))
     off = "" if gap.noise is None else f" ± {noise}"
     return f"{MINUS if gap.difference < 0 else '+'}{size}{off}{POINTS if points else ''}"
 
 
-def show(found: Comparison) -> None:
-    names = short_keys(found.keys)
-    first = found.metrics[:2]  # 80 columns hold no more
-    lines = Table(*names.values(), "runs", "", *map(headed, first), *COSTS.values())
+def print_comparison(comparison: Comparison) -> None:
+    names = short_keys(comparison.keys)
+    first = comparison.metrics[:2]  # 80 columns hold no more
+    lines = Table(*names.values(), "runs", "", *map(column_name, first), *COSTS.values())
     for column in lines.columns:
         column.overflow = "fold"
-    for group in found.groups:
-        settings = [short_value(group.settings[key]) for key in found.keys]
-        numbers = [written(path, group.value(path), group.error(path)) for path in first]
-        costs = [written(path, group.value(path), None) for path in COSTS]
-        verdict = f"{found.verdict(group)}\n{apart(found, group).removesuffix(POINTS)}".strip()
+    for group in comparison.groups:
+        settings = [short_value(group.settings[key]) for key in comparison.keys]
+        numbers = [format_metric(path, group.value(path), group.error(path)) for path in first]
+        costs = [format_metric(path, group.value(path), None) for path in COSTS]
+        verdict = f"{comparison.verdict(group)}\n{delta(comparison, group).removesuffix(POINTS)}".strip()
         lines.add_row(*settings, str(len(group.runs)), verdict, *numbers, *costs)
     Console().print(lines)
 
 
-def document(found: Comparison, folder: Path) -> str:
+def comparison_page(comparison: Comparison, folder: Path) -> str:
     """compare.html, in `folder`: the table, and the curves of all runs over each other."""
-    runs = [(name_of(found, group, run), called(found, group), run) for group in found.groups for run in group.runs]
-    paths = [*found.metrics[:3], *COSTS, *found.metrics[3:]]  # what decides is in sight before anything is scrolled
-    heads = (COSTS.get(path) or headed(path) for path in paths)
+    runs = [
+        (run_name(comparison, group, run), group_name(comparison, group), run)
+        for group in comparison.groups
+        for run in group.runs
+    ]
+    paths = [
+        *comparison.metrics[:3],
+        *COSTS,
+        *comparison.metrics[3:],
+    ]  # what decides is in sight before anything is scrolled
+    heads = (COSTS.get(path) or column_name(path) for path in paths)
     return render(
         "compare.html.jinja",
         kind="",
         heading="Comparison",
-        lead=lead(found),
-        head=[*short_keys(found.keys).values(), "Runs", "", "Δ to best", *heads],
-        rows=[table_row(found, group, paths) for group in found.groups],
+        lead=lead(comparison),
+        head=[*short_keys(comparison.keys).values(), "Runs", "", "Δ to best", *heads],
+        rows=[table_row(comparison, group, paths) for group in comparison.groups],
         curves=curves(runs),
         reports=[
             (name, relative_to_cwd(run.folder), quote(os.path.relpath(run.folder / "report.html", folder)))
@@ -87,57 +93,60 @@ def document(found: Comparison, folder: Path) -> str:
     )
 
 
-def table_row(found: Comparison, group: Group, paths: Sequence[str]) -> dict[str, Any]:
-    verdict = found.verdict(group)
+def table_row(comparison: Comparison, group: Group, paths: Sequence[str]) -> dict[str, Any]:
+    verdict = comparison.verdict(group)
     return {
         "tone": {"best": "better", "worse": "worse"}.get(verdict, ""),
-        "settings": [short_value(group.settings[key]) for key in found.keys],
+        "settings": [short_value(group.settings[key]) for key in comparison.keys],
         "runs": len(group.runs),
         "verdict": verdict,
-        "cells": [apart(found, group), *(written(path, group.value(path), group.error(path)) for path in paths)],
+        "cells": [
+            delta(comparison, group),
+            *(format_metric(path, group.value(path), group.error(path)) for path in paths),
+        ],
     }
 
 
-def lead(found: Comparison) -> str:
-    """What came of it, in a sentence or three."""
-    best, metric = found.groups[0], found.metric
-    count = sum(len(group.runs) for group in found.groups)
-    told = [f"{count} runs, compared by {headed(metric)}."]
+def lead(comparison: Comparison) -> str:
+    """The result in a sentence or three."""
+    best, metric = comparison.groups[0], comparison.metric
+    count = sum(len(group.runs) for group in comparison.groups)
+    sentences = [f"{count} runs, compared by {column_name(metric)}."]
     befores = {
-        run.summary.get("before", {}).get(metric.partition(".")[2]) for group in found.groups for run in group.runs
+        run.summary.get("before", {}).get(metric.partition(".")[2]) for group in comparison.groups for run in group.runs
     }
     if metric.startswith("after.") and len(befores) == 1 and None not in befores:
-        told.append(f"Before tuning: {written(metric, befores.pop(), None)}.")
-    told.append(
-        f"Best: {called(found, best) or 'all alike'}, {written(metric, best.value(metric), best.error(metric))}."
-    )
-    if len(found.groups) > 1:
-        worse = [called(found, group) for group in found.groups if found.verdict(group) == "worse"]
-        alike = [called(found, group) for group in found.groups if found.verdict(group) == "within the noise"]
-        told += [f"Worse: {some(worse)}."] if worse else []
-        told += [f"Within the noise: {some(alike)}."] if alike else []
-    return " ".join(told)
+        sentences.append(f"Before tuning: {format_metric(metric, befores.pop(), None)}.")
+    value = format_metric(metric, best.value(metric), best.error(metric))
+    sentences.append(f"Best: {group_name(comparison, best) or 'all alike'}, {value}.")
+    if len(comparison.groups) > 1:
+        worse = [group_name(comparison, group) for group in comparison.groups if comparison.verdict(group) == "worse"]
+        alike = [
+            group_name(comparison, group)
+            for group in comparison.groups
+            if comparison.verdict(group) == "within the noise"
+        ]
+        sentences += [f"Worse: {first_names(worse)}."] if worse else []
+        sentences += [f"Within the noise: {first_names(alike)}."] if alike else []
+    return " ".join(sentences)
 
 
-def some(names: list[str]) -> str:
+def first_names(names: list[str]) -> str:
     return "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
-def called(found: Comparison, group: Group) -> str:
+def group_name(comparison: Comparison, group: Group) -> str:
     """What tells a group from the others: `r=8 learning_rate=0.001`."""
-    names = short_keys(found.keys)
+    names = short_keys(comparison.keys)
     return " ".join(f"{names[key]}={short_value(value)}" for key, value in group.settings.items())
 
 
-def name_of(found: Comparison, group: Group, run: Run) -> str:
-    """A run's: its group, and its seed or, where two have the same, its folder."""
-    seeds = [each.summary.get("seed") for each in group.runs]
-    own = (
-        f"seed={run.summary.get('seed')}"
-        if seeds.count(run.summary.get("seed")) == 1
-        else str(relative_to_cwd(run.folder))
-    )
-    return f"{called(found, group)} {own}".strip() if len(seeds) > 1 else called(found, group) or own
+def run_name(comparison: Comparison, group: Group, run: Run) -> str:
+    """A run's group and its seed or, where two have the same, its folder."""
+    seeds, seed = [other.summary.get("seed") for other in group.runs], run.summary.get("seed")
+    own = f"seed={seed}" if seeds.count(seed) == 1 else str(relative_to_cwd(run.folder))
+    name = group_name(comparison, group)
+    return f"{name} {own}".strip() if len(seeds) > 1 else name or own
 
 
 def curves(runs: Sequence[tuple[str, str, Run]]) -> list[str]:
@@ -146,6 +155,6 @@ def curves(runs: Sequence[tuple[str, str, Run]]) -> list[str]:
     events = {name: read_events(run.folder / "metrics.jsonl") for name, _, run in runs}
     for title, keys, options in CURVES:
         for kind, key in keys.items():
-            series = {name: metric_points(each, key) for name, each in events.items()}
+            series = {name: metric_points(logged, key) for name, logged in events.items()}
             drawn.append(line_chart(series, f"{title}, {kind}" if len(keys) > 1 else title, alike=groups, **options))
     return [chart for chart in drawn if chart]

@@ -11,7 +11,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.checks import image_reliance, leaked_rows, policy_changed
 from smolvlm_exp.evaluation.generation_speed import generation_speed
-from smolvlm_exp.evaluation.held_out import evaluate as look
+from smolvlm_exp.evaluation.held_out import evaluate as evaluate_model
 from smolvlm_exp.evaluation.per_row import load_per_row, short_fingerprints
 from smolvlm_exp.models.adapter import load_adapter, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
@@ -53,13 +53,13 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
     }
 
-    before = look(model, processor, preferences, batch_size, **how)
+    before = evaluate_model(model, processor, preferences, batch_size, **how)
     speed = {"base": generation_speed(model, processor, rows, sizes)}
     after, checks = None, []
     if adapter:
         tuned: Any = load_adapter(model, adapter, config.adapter.target).eval()
         how |= {"reference": before.logps, "beta": config.trainer.reward_scale}
-        after = look(tuned, processor, preferences, batch_size, **how)
+        after = evaluate_model(tuned, processor, preferences, batch_size, **how)
         speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
         checks = [policy_changed(before, after), *image_reliance(before.metrics, after.metrics)]
         trained = load_per_row(adapter.parent)

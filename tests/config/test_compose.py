@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from smolvlm_exp.config.compose import check_command
 from smolvlm_exp.config.previous_run import resume_command, run_command
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.tasks.compare import read
+from smolvlm_exp.tasks.compare import read_run
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import CONF
@@ -254,7 +254,7 @@ def test_a_run_of_the_release_before_replays_resumes_and_is_worked_on(tmp_path):
     assert resumed.trainer.loss_type == ["sigmoid", "sft"]
     assert checked("task=export", f"run={folder}").export.search
     assert not checked("task=evaluate", f"run={folder}").export.search
-    assert read(folder).settings["session.cache"] == "1GiB"
+    assert read_run(folder).settings["session.cache"] == "1GiB"
 
 
 def test_a_trainer_option_of_ones_own_keeps_its_values(tmp_path):

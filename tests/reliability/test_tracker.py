@@ -9,7 +9,7 @@ import time
 import pytest
 
 from smolvlm_exp.reporting import tracker as tracking
-from smolvlm_exp.reporting.tracker import Tracker, TrackerConfig, identity
+from smolvlm_exp.reporting.tracker import Tracker, TrackerConfig, run_id
 
 DONE = {"status": "done", "before": {}, "after": {"recall": 1.0}, "train": {}, "checks": []}
 
@@ -59,14 +59,14 @@ def test_a_client_that_fails_half_way(monkeypatch, tmp_path, capsys):
     took, ended = track(monkeypatch, tmp_path, lambda *a: client)
     assert len(client.logged) == 20
     assert took + ended < 1
-    assert capsys.readouterr().out.count("no more is sent (the network went away); the run goes on") == 1
+    assert capsys.readouterr().out.count("W&B failed (the network went away); nothing more is sent") == 1
 
 
 def test_a_client_that_is_slow(monkeypatch, tmp_path, capsys):
     took, ended = track(monkeypatch, tmp_path, lambda *a: Client(seconds=0.2), patience=0.5)
     assert took < 0.1
     assert 0.4 < ended < 2
-    assert "does not answer, so it is left behind" in capsys.readouterr().out
+    assert "W&B did not answer within 0.5 s; giving up" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("no way"), KeyError("x")])
@@ -76,7 +76,7 @@ def test_one_that_cannot_begin(monkeypatch, tmp_path, capsys, error):
 
     took, ended = track(monkeypatch, tmp_path, failing)
     assert took + ended < 1
-    assert "no more is sent" in capsys.readouterr().out
+    assert "nothing more is sent" in capsys.readouterr().out
 
 
 def test_one_that_never_begins(monkeypatch, tmp_path, capsys):
@@ -89,8 +89,8 @@ def test_a_resumed_run_goes_on_with_the_same_run(monkeypatch, tmp_path):
     asked = []
     for _ in range(2):
         track(monkeypatch, tmp_path, lambda *a: asked.append(a[-1]) or Client(), steps=1)
-    assert asked[0] == asked[1] == identity(tmp_path)
-    assert identity(tmp_path / "another") != asked[0]
+    assert asked[0] == asked[1] == run_id(tmp_path)
+    assert run_id(tmp_path / "another") != asked[0]
     given = {}
     monkeypatch.undo()
     monkeypatch.setattr("wandb.init", lambda **kwargs: given.update(kwargs))
@@ -102,7 +102,7 @@ SCRIPT = """
 import sys, time
 from pathlib import Path
 from smolvlm_exp.reporting import tracker as tracking
-tracking.ANSWERS, tracking.PATIENCE = 5.0, 20.0
+tracking.INIT_TIMEOUT, tracking.PATIENCE = 5.0, 20.0
 tracker = tracking.Tracker(tracking.TrackerConfig(), {}, Path(sys.argv[1]), "a run")
 began = time.monotonic()
 for step in range(50):
@@ -126,6 +126,6 @@ def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("took ")[1].split()[0]) < 0.1
-    assert "wandb: offline, because" in done.stdout
+    assert "W&B: offline (" in done.stdout + done.stderr
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert time.monotonic() - began < 60

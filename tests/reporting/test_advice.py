@@ -37,22 +37,24 @@ def test_a_good_run_gets_none():
 @pytest.mark.parametrize(
     ("summary", "trainer", "events", "words"),
     [
-        ({"train": {"out_of_memory": 2}}, {}, course(), ["ran out 2 times, and", "memory_budget=auto was too much"]),
+        ({"train": {"out_of_memory": 2}}, {}, course(),
+         ["Out of memory 2 times;", "memory_budget=auto left too little"]),
         ({"reason": "OutOfMemoryError: CUDA out of memory"}, {"engine": "stock"}, [],
-         ["for good", "trainer.engine=shared, trainer.gradient_checkpointing=true, data.max_edge=256"]),
-        ({}, {}, course(loss=lambda i: float("nan") if i > 3 else 0.7), ["at step 50, 60, 70", "rate=2.5e-05"]),
+         ["Try, in this order: ", "trainer.engine=shared, trainer.gradient_checkpointing=true, data.max_edge=256"]),
+        ({}, {}, course(loss=lambda i: float("nan") if i > 3 else 0.7),
+         ["gradient at step 50, 60, 70", "rate=2.5e-05"]),
         ({}, {}, course(grad_norm=lambda i: 40.0 if i == 7 else 2.0),
-         ["reached 40 at step 80, where 2 is usual", "max_grad_norm=4,", "learning_rate=5e-05"]),
+         ["reached 40 at step 80 (median 2)", "max_grad_norm=4,", "learning_rate=5e-05"]),
         ({}, {"learning_rate": 0.03}, course(loss=lambda i: (1.1, 1.4, 2.5, 2.7, 3.0, 2.4)[min(i, 5)]),
          ["the loss was 1.1 at first and rose to 2.5 and more around step 40", "learning_rate=0.0075,"]),
         ({}, {"learning_rate": 1e-6}, course(**{"rewards/accuracies": 0.52, "rewards/margins": 0.01}),
-         ["after 120 steps at a rate of 1e-06", "52% of training pairs, by a margin of 0.01", "learning_rate=1e-05"]),
+         ["after 120 steps at learning rate 1e-06", "pairs is 52% and the margin 0.01", "learning_rate=1e-05"]),
         # A step the right way, however small, wins most pairs: it is the margin that tells.
         ({}, {"learning_rate": 1e-6}, course(**{"rewards/accuracies": 0.92, "rewards/margins": 6e-4}),
-         ["92% of training pairs, by a margin of 0.0006", "learning_rate=1e-05"]),
-        ({}, {}, course(data_wait=lambda i: 0.9 if i == 0 else 0.4), ["waited for its batches 40%", "num_workers=4"]),
+         ["training pairs is 92% and the margin 0.0006", "learning_rate=1e-05"]),
+        ({}, {}, course(data_wait=lambda i: 0.9 if i == 0 else 0.4), ["waited for batches 40%", "num_workers=4"]),
         ({}, {}, course(eval_loss=lambda i: 0.6 - 0.02 * i if i < 5 else 0.5 + 0.02 * i),
-         ["lowest at step 50 (0.52) and is 0.72", "max_steps=50"]),
+         ["lowest at step 50 (0.52) and ended at 0.72", "max_steps=50"]),
         ({"checks": [{"id": "likelihood_displacement", "name": "Drop", "verdict": "warn", "value": 0.4}]}, {},
          course(), ["likelihood displacement: chosen answers lost 0.4 nats/token",
          "loss_type=[sigmoid,sft] trainer.loss_weights=[1,1], or trainer.beta=0.3"]),
@@ -88,7 +90,7 @@ def test_a_run_that_runs_out_of_memory_says_what_helps(quick, tmp_path, monkeypa
     monkeypatch.setattr(pipeline, "evaluate", out)
     with pytest.raises(torch.OutOfMemoryError):
         train(quick(), tmp_path)
-    assert "memory ran out for good.\nWhat takes less, in this order: data.max_edge=256" in capsys.readouterr().err
+    assert "Out of memory.\nTry, in this order: data.max_edge=256" in capsys.readouterr().err
     assert json.loads((tmp_path / "summary.json").read_text())["advice"]
 
 
@@ -100,7 +102,7 @@ def test_the_doctor_looks_at_a_run(command, tmp_path):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in course()))
     done = command("task=doctor", "run=last")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("memory ran out once, and")
+    assert done.stdout.startswith("Out of memory once; ")
     done = command("task=doctor", "run=nowhere")
     assert (done.returncode, "no run has ended there" in done.stderr) == (2, True)
     assert compose().task.name == "train"

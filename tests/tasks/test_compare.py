@@ -1,4 +1,4 @@
-"""task=compare: runs grouped by what they differ in, and what of it is luck."""
+"""task=compare: runs grouped by what they differ in, and which differences are noise."""
 
 import csv
 import json
@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import yaml
 
-from smolvlm_exp.evaluation.comparison import Run, comparison
+from smolvlm_exp.evaluation.comparison import Run, compare_runs
 from smolvlm_exp.evaluation.per_row import PerRowResults, load_per_row, save_per_row
 from smolvlm_exp.evaluation.statistics import mean
-from smolvlm_exp.reporting.comparison_page import apart, lead
-from smolvlm_exp.tasks.compare import compare, folders
+from smolvlm_exp.reporting.comparison_page import delta, lead
+from smolvlm_exp.tasks.compare import compare, find_runs
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
@@ -49,50 +49,52 @@ METRIC = "after.preference_accuracy"
 
 
 def test_seeds_are_one_group_and_its_interval_is_students():
-    found = comparison([of(0.80, 0), of(0.82, 1), of(0.84, 2), of(0.6, rate=1e-5)], METRIC)
+    found = compare_runs([of(0.80, 0), of(0.82, 1), of(0.84, 2), of(0.6, rate=1e-5)], METRIC)
     assert found.keys == ["trainer.learning_rate"]
     best, other = found.groups
     assert best.value(METRIC) == pytest.approx(0.82)
-    luck = 4.303 * 0.02 / 3**0.5  # t with 2 degrees of freedom
-    assert best.luck(METRIC) == pytest.approx(luck, abs=1e-4)
-    assert best.error(METRIC) == pytest.approx((luck**2 + 0.05**2) ** 0.5, abs=1e-4)  # and other rows
+    seed_error = 4.303 * 0.02 / 3**0.5  # t with 2 degrees of freedom
+    assert best.seed_error(METRIC) == pytest.approx(seed_error, abs=1e-4)
+    assert best.error(METRIC) == pytest.approx((seed_error**2 + 0.05**2) ** 0.5, abs=1e-4)  # and other rows
     assert other.error(METRIC) == pytest.approx(0.05)  # one run: what it measured itself
     assert (found.verdict(best), found.verdict(other)) == ("best", "worse")
 
 
 def test_a_difference_within_both_intervals_is_luck():
-    found = comparison([of(0.80, rate=1e-4), of(0.75, rate=1e-5)], METRIC)  # 0.05 < sqrt(2) 0.05
+    found = compare_runs([of(0.80, rate=1e-4), of(0.75, rate=1e-5)], METRIC)  # 0.05 < sqrt(2) 0.05
     assert found.verdict(found.groups[1]) == "within the noise"
-    found = comparison([of(0.80, rate=1e-4), of(0.72, rate=1e-5)], METRIC)
+    found = compare_runs([of(0.80, rate=1e-4), of(0.72, rate=1e-5)], METRIC)
     assert found.verdict(found.groups[1]) == "worse"
 
 
 def test_seeds_that_agree_are_not_sure_of_other_rows():
     """Three seeds with the same number on the same 60 rows: their t interval is nothing, that of the rows is not."""
-    found = comparison([of(0.65, seed) for seed in range(3)] + [of(0.61, seed, rate=1e-5) for seed in range(3)], METRIC)
-    assert found.groups[0].luck(METRIC) == 0
+    found = compare_runs(
+        [of(0.65, seed) for seed in range(3)] + [of(0.61, seed, rate=1e-5) for seed in range(3)], METRIC
+    )
+    assert found.groups[0].seed_error(METRIC) == 0
     assert found.groups[0].error(METRIC) == pytest.approx(0.05)
     assert found.verdict(found.groups[1]) == "within the noise"  # 0.04 < sqrt(2) 0.05
 
 
 def test_a_run_that_is_there_twice_is_no_second_seed():
-    found = comparison([of(0.80, 0), of(0.84, 1), of(0.80, 0)], METRIC).groups[0]
+    found = compare_runs([of(0.80, 0), of(0.84, 1), of(0.80, 0)], METRIC).groups[0]
     assert found.value(METRIC) == pytest.approx(0.82)
-    assert found.luck(METRIC) == pytest.approx(12.706 * 0.02828 / 2**0.5, abs=1e-3)
+    assert found.seed_error(METRIC) == pytest.approx(12.706 * 0.02828 / 2**0.5, abs=1e-3)
 
 
 def test_the_same_rows_are_compared_row_by_row():
     """90 rows that both get right or wrong alike say nothing of their difference; ten that one alone gets right do."""
     best, other = [1] * 70 + [0] * 30, [1] * 60 + [0] * 40
-    found = comparison([of_rows(best), of_rows(other, rate=1e-5)], METRIC)
+    found = compare_runs([of_rows(best), of_rows(other, rate=1e-5)], METRIC)
     gap = found.gaps[1]
     assert gap.paired
     assert gap.difference == pytest.approx(-0.1)
     assert gap.noise == pytest.approx(1.96 * (0.1 * 0.9 / 100) ** 0.5, abs=5e-3)
     assert found.verdict(found.groups[1]) == "worse"
-    assert apart(found, found.groups[1]) == "\N{MINUS SIGN}10.0 ± 6.0 points"
+    assert delta(found, found.groups[1]) == "\N{MINUS SIGN}10.0 ± 6.0 points"
     assert lead(found).endswith("Best: learning_rate=0.0001, 70.0\xa0% ± 9.0. Worse: learning_rate=1e-05.")
-    apart_rows = comparison(
+    apart_rows = compare_runs(
         [of_rows(best), of_rows(other, rate=1e-5, asked=range(1, 101))], METRIC
     )  # not the same rows
     assert not apart_rows.gaps[1].paired
@@ -112,7 +114,7 @@ def test_rows_are_kept_and_read(tmp_path):
 
 def test_less_is_better_where_it_is():
     runs = [Run(None, {"r": str(r)}, {"after": {"chair_s": value}}) for r, value in ((4, 0.5), (8, 0.1), (16, 0.3))]
-    assert [group.settings["r"] for group in comparison(runs, "after.chair_s").groups] == ["8", "16", "4"]
+    assert [group.settings["r"] for group in compare_runs(runs, "after.chair_s").groups] == ["8", "16", "4"]
 
 
 def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
@@ -143,14 +145,14 @@ def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
         "outputs/day",
     ]  # absolute; one run, however often it is named
     monkeypatch.chdir(tmp_path)
-    assert folders(named) == [tmp_path / "outputs" / "day" / name for name in "ab"]
+    assert find_runs(named) == [tmp_path / "outputs" / "day" / name for name in "ab"]
     done = command("task=compare", "runs=[outputs/day]", "metric=after.recall", "tracker=none", "hydra.run.dir=out")
     assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(
     ("named", "message"),
-    [("[]", "needs two finished runs or more"), ("[nowhere]", "runs: nowhere names no finished run"),
+    [("[]", "needs at least two finished runs"), ("[nowhere]", "runs: nowhere matches no finished run"),
      ("[last]", "sweep=last: there is no sweep")],
 )  # fmt: skip
 def test_what_cannot_be_compared(tmp_path, monkeypatch, named, message):

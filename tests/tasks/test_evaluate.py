@@ -49,7 +49,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(command, run):
     for name in ("base", "tuned"):
         assert [each["batch_size"] for each in found["speed"][name]] == [1, 4, 12]
         assert all(each["first_token"] > 0 and each["tokens_per_second"] > 0 for each in found["speed"][name])
-        assert f"{name}: 12 at a time: first token after" in done.stdout
+        assert f"{name}: batch size 12: first token after" in done.stdout
     (told,) = run.parents[2].glob("again/wandb/offline-run-*/files/media/table/checks*.table.json")
     columns = json.loads(told.read_text())
     assert [dict(zip(columns["columns"], row, strict=True)) for row in columns["data"]] == found["checks"]
