@@ -4,6 +4,7 @@ A command of a test is otherwise what people type: its own process, folder, envi
 asks for one, two lines answer: its process id, and its exit code as `subprocess` has it.
 """
 
+import atexit
 import gc
 import json
 import os
@@ -43,6 +44,7 @@ for number, path in enumerate((os.devnull, command["stdout"], command["stderr"])
 os.chdir(command["cwd"])
 os.environ.clear()
 os.environ.update(command["env"])
-MEDIA_TMP._finalizer.detach()  # W&B's folder, made when it was imported: the first fork's end would take it from the rest
+atexit.unregister(MEDIA_TMP.cleanup)  # else the first fork to end deletes the folder that all share
+MEDIA_TMP._finalizer.detach()
 sys.argv = ["smolvlm_exp", *command["arguments"]]
 runpy.run_module("smolvlm_exp", run_name="__main__", alter_sys=True)
