@@ -51,6 +51,7 @@ def rows(count: int, processor: Any) -> Any:
     from PIL import Image as Pictures
 
     from smolvlm_exp.data.messages import assistant, user
+    from smolvlm_exp.data.preferences import prepare
 
     draw = np.random.default_rng(0)
 
@@ -72,7 +73,7 @@ def rows(count: int, processor: Any) -> Any:
             "chosen": [assistant(chosen)],
             "rejected": [assistant(rejected)],
         })  # fmt: skip
-    return Dataset.from_list(made, features=features)
+    return prepare(Dataset.from_list(made, features=features), processor, compose().data)
 
 
 def empty_cache() -> None:

@@ -25,7 +25,7 @@ def test_the_example_in_the_docs_runs(tmp_path, monkeypatch):
     assert again.folder != run.folder
     assert again.summary["after"]
     assert (run.folder / ".hydra" / "config.yaml").is_file()
-    with pytest.raises(RequestError, match="there is a run in it already"):
+    with pytest.raises(RequestError, match="already holds a run"):
         smolvlm_exp.train([f"hydra.run.dir={run.folder}"])
 
 

@@ -173,7 +173,7 @@ def test_a_tuned_model_is_evaluated_on_what_it_was_tuned_on(quick, tmp_path, mon
     monkeypatch.setattr("smolvlm_exp.tasks.evaluate.generation_speed", lambda *args: [])
     (tmp_path / "run").mkdir()
     train(quick("data.test_rows=2"), tmp_path / "run")
-    config = quick(f"model.adapter={tmp_path}/run", "data.test_rows=4")
+    config = quick("task=evaluate", f"model.adapter={tmp_path}/run", "data.test_rows=4")
     check = of(evaluate(config, tmp_path), "leaked_rows")
     assert (check["verdict"], check["value"]) == ("ok", 0)
     ordinary = shapes.load
@@ -204,7 +204,7 @@ def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
     save_file({key: tensor * ("lora_B" not in key) for key, tensor in tensors.items()}, path)
     assert of(evaluate(config, tmp_path), name)["verdict"] == "fail"
     save_file({key.replace("base_model", "model"): tensor for key, tensor in tensors.items()}, path)
-    with pytest.raises(RequestError, match=r"model\.adapter=.*: its file lacks \d+ tensors, base_model.*lora_A"):
+    with pytest.raises(RequestError, match=r"model\.adapter=.*: its file lacks \d+ tensors, e\.g\. base_model.*lora_A"):
         evaluate(config, tmp_path)
 
 

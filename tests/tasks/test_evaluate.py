@@ -120,7 +120,7 @@ def test_speed_is_by_hand(monkeypatch):
 
     model = SimpleNamespace(device=torch.device("cpu"), generate=generate)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    found = speed.of_batch(model, {}, 2)
+    found = speed.batch_speed(model, {}, 2)
     assert found == speed.Speed(2, pytest.approx(0.5), pytest.approx(2 * 31 / 3.1), None)
     assert calls == [(1, 1), (1, 1), (32, 32), (32, 32)]
 

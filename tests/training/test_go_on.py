@@ -42,7 +42,7 @@ def test_preferences_after_supervised_fine_tuning(quick, tuned, tmp_path, engine
     ("overrides", "message"),
     [
         (["adapter.r=8"], r"model\.adapter=.* was trained with r=4, but adapter\.r is 8: set adapter\.r=4\."),
-        (["adapter=lora"], r"use_dora=True, and adapter\.use_dora is False: give adapter\.use_dora=true\."),
+        (["adapter=lora"], r"use_dora=True, but adapter\.use_dora is False: set adapter\.use_dora=true\."),
         (["adapter.target=recipe"], r"adapts 42 layers, but adapter\.target=recipe matches \d+"),
         (["adapter=none", "quant=none"], r"adapter=none exclude each other"),
     ],
