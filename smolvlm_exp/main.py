@@ -20,7 +20,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp.config import launch
-from smolvlm_exp.config.compose import check_command, log_tuned_settings, register_schemas, run_in_hydra
+from smolvlm_exp.config.compose import check_command, register_schemas, run_in_hydra
 from smolvlm_exp.config.previous_run import resume_command, run_command, sweep_command
 from smolvlm_exp.config.schema import parse
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
@@ -96,7 +96,6 @@ def execute(composed: DictConfig) -> Any:
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
     if name != "train":
         return task(config, folder)
-    log_tuned_settings(config)
     with lock_run_folder(folder):
         return task(config, folder)
 

@@ -51,10 +51,7 @@ NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks") 
 
 
 def check_command(args: Any) -> list[Config]:
-    """Compose and read strictly every job that a command line asks for.
-
-    Args:
-        args: Hydra's parsed command line (`overrides`, `multirun`, `config_path`, `config_name`, `config_dir`).
+    """Compose and read strictly every job of a command line that Hydra's parser has read.
 
     Raises:
         RequestError: naming the key or the file, and the fix.
@@ -77,10 +74,7 @@ def check_command(args: Any) -> list[Config]:
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
-            groups = [o for o in overrides if is_group(o)]
-            for override in groups:
-                check_option(override)
-            check_keys(name, groups, [o for o in overrides if o not in groups])
+            check_keys(name, overrides)
             return [read(name, job, replay=folder != CONF) for job in jobs(name, overrides, args.multirun)]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
@@ -92,9 +86,7 @@ def read(name: str, job: list[str], replay: bool) -> Config:
     Args:
         replay: the file composed from has a value for every setting, so only those of `job` were asked for.
     """
-    composed = compose(name, overrides=job, return_hydra_config=True)
-    check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
-    config = parse(composed)
+    config = parse(compose(name, job))
     asked = {key_of(override) for override in job}
     for key, setting, value in settings(config):
         problem = misplaced(key, config.task.name)
@@ -107,8 +99,7 @@ def folder_of(args: Any) -> str:
     """Where the one run of a command, which `check_command` has read, will write."""
     folder = Path(args.config_path).resolve() if args.config_path else CONF
     with search_path(folder, args.config_dir):
-        composed = compose(args.config_name or "config", overrides=args.overrides, return_hydra_config=True)
-        return str(composed.hydra.run.dir)
+        return str(compose(args.config_name or "config", args.overrides).hydra.run.dir)
 
 
 def run_in_hydra(task: Callable[[DictConfig], Any], overrides: list[str]) -> Any:
@@ -120,28 +111,30 @@ def run_in_hydra(task: Callable[[DictConfig], Any], overrides: list[str]) -> Any
 
 
 def log_tuned_settings(config: Config) -> None:
-    """Name the file of settings for this model that a trainer option of ours applied, and those of them that hold."""
-    choices = HydraConfig.get().runtime.choices
+    """Name the file of settings for this model that a trainer option of ours applied, and how many of them hold."""
+    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     path = CONF / "tuned" / f"{choices.get('tuned@trainer')}.yaml"
     if path.is_file():
         tuned = yaml.safe_load(path.read_text(encoding="utf-8"))
-        held = [f"trainer.{key}={value}" for key, value in tuned.items() if getattr(config.trainer, key, None) == value]
-        log.info(f"settings tuned for model={choices['model']}: conf/tuned/{path.name} ({' '.join(held)})")
+        active = sum(getattr(config.trainer, key, None) == value for key, value in tuned.items())
+        log.info(f"conf/tuned/{path.name}: {active} settings tuned for model={choices['model']}")
 
 
-def compose(name: str, **asked: Any) -> DictConfig:
-    """Hydra's, whose errors for an odd command are not all of one family; without one it composes.
+def compose(name: str, overrides: list[str]) -> DictConfig:
+    """Hydra's, with Hydra's own settings, which are checked.
 
     Raises:
-        RequestError: see `check_command`.
+        RequestError: see `check_command`. Hydra's errors for an odd command are not all of one family.
     """
     try:
-        return hydra.compose(name, **asked)
+        composed = hydra.compose(name, overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
         raise
     except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
-        given = " ".join(asked["overrides"])
+        given = " ".join(overrides)
         raise RequestError(f"{given}: no such setting, or no such value ({str(error).splitlines()[0]}).") from error
+    check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
+    return composed
 
 
 @contextmanager
@@ -209,8 +202,7 @@ def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]
         RequestError: an experiment that is a sweep is asked for as one run, or an interval of a grid.
     """
     plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    own_settings = compose(name, overrides=plain, return_hydra_config=True).hydra
-    check_hydra(OmegaConf.to_container(own_settings, resolve=False))
+    own_settings = compose(name, plain).hydra
     lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
     if lost:
         raise RequestError(f"hydra.{lost}: Hydra cannot do without it.")
@@ -249,36 +241,33 @@ def samples(overrides: list[Override]) -> list[list[str]]:
     for override in overrides:
         swept: Any = override.value()
         if isinstance(swept, IntervalSweep):
-            found = [str(swept.start), str(swept.end)]
+            options = [str(swept.start), str(swept.end)]
         elif override.is_sweep_override():
-            found = list(override.sweep_string_iterator())
+            options = list(override.sweep_string_iterator())
         else:
-            found = [override.get_value_element_as_str()]
-        values[override.get_key_element()] = found
+            options = [override.get_value_element_as_str()]
+        values[override.get_key_element()] = options
     longest = max(map(len, values.values()), default=1)
-    return [[f"{key}={found[min(i, len(found) - 1)]}" for key, found in values.items()] for i in range(longest)]
+    return [[f"{key}={options[min(i, len(options) - 1)]}" for key, options in values.items()] for i in range(longest)]
 
 
-def is_group(override: Override) -> bool:
-    if not override.key_or_group or "." in override.key_or_group:  # looking would take milliseconds
+def check_option(override: Override) -> bool:
+    """Whether it chooses an option of a group, which must have it."""
+    group = override.key_or_group
+    if not group or "." in group:  # looking it up would take milliseconds
         return False
-    return GlobalHydra.instance().config_loader().get_group_options(override.key_or_group) != []
-
-
-def check_option(override: Override) -> None:
-    """Every option that is asked for must be in its group."""
-    known = GlobalHydra.instance().config_loader().get_group_options(override.key_or_group)
-    value = override.value()
-    asked = override.sweep_string_iterator() if override.is_sweep_override() else [value]
-    for option in asked:
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    chosen = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+    for option in chosen if known else ():
         if str(option) not in known and not (option is None and override.is_delete()):
-            raise RequestError(f"{override.key_or_group}={option}: no such option. {suggestion(str(option), known)}")
+            raise RequestError(f"{group}={option}: no such option. {suggestion(str(option), known)}")
+    return bool(known)
 
 
-def check_keys(name: str, groups: list[Override], values: list[Override]) -> None:
-    """Unknown keys in the files that the command chooses, then on the command line itself."""
-    composed = compose(name, overrides=combinations(groups)[0], return_hydra_config=True)
-    check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
+def check_keys(name: str, overrides: list[Override]) -> None:
+    """Unknown options, then unknown keys in the files that the command chooses and on the command line itself."""
+    groups = [override for override in overrides if check_option(override)]
+    composed = compose(name, combinations(groups)[0])
     rename_settings(composed)
     expected = schema(composed)
     known = list(key_paths(expected))
@@ -286,7 +275,7 @@ def check_keys(name: str, groups: list[Override], values: list[Override]) -> Non
     for key in unknown_keys(plain, expected):
         if not readers(key):  # else a saved run's, of another task
             raise RequestError(f"{file_of(key, composed)}: {unknown(key, known)}")
-    for override in values:
+    for override in (o for o in overrides if o not in groups):
         key = override.key_or_group
         free = ".extra." in key or key.startswith("hydra.")
         if not free and not any(path == key or path.startswith(f"{key}.") for path in known):
@@ -312,11 +301,7 @@ def file_of(key: str, composed: DictConfig) -> str:
     files = {f"experiment/{choices.get('experiment')}.yaml": "", "config.yaml": ""}
     files |= {f"{group}/{option}.yaml": group for group, option in choices.items() if not group.startswith("hydra")}
     for file, package in files.items():
-        path = CONF / file
-        inside = key.removeprefix(f"{package}.") if package else key
-        if (
-            path.is_file()
-            and OmegaConf.select(OmegaConf.create(yaml.safe_load(path.read_text()) or {}), inside) is not None
-        ):
+        content = yaml.safe_load((CONF / file).read_text()) if (CONF / file).is_file() else None
+        if OmegaConf.select(OmegaConf.create(content or {}), key.removeprefix(f"{package}.")) is not None:
             return f"conf/{file}"
     return "the configuration"

@@ -10,6 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
+from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.adapter_reload import check_adapter_reload
@@ -81,6 +82,7 @@ class Result:
 
     def monitor(self, trainer: Any) -> None:
         """Called before training, so that the checks can compare the weights."""
+        log_tuned_settings(self.config)
         self.parameters = ParameterMonitor(trainer.model)
 
     def save(self, trainer: Any) -> None:
