@@ -13,8 +13,7 @@ from benchmarks.setting import GIB
 from smolvlm_exp.engine.forward import add_pair_forward
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.layers.dora import use_exact_dora
-from smolvlm_exp.engine.layers.text_layer import fuse_decoder_layers
-from smolvlm_exp.engine.layers.vision_layer import fuse_encoder_layers
+from smolvlm_exp.engine.layers.fuse import fuse
 from smolvlm_exp.models.shape import shape_of
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,11 +122,8 @@ def main() -> None:
         for layer in [*core.model.text_model.layers, *core.model.vision_model.encoder.layers]:
             layer.__dict__.pop("forward", None)
         if not asked.unfused:
-            for why in (
-                fuse_decoder_layers(core.model.text_model, checkpointing),
-                fuse_encoder_layers(core.model.vision_model, checkpointing),
-            ):
-                assert why is None, why
+            reasons = fuse(model, checkpointing, checkpointing)
+            assert not reasons, reasons
         for micro in map(int, asked.micro.split(",")):
             batch, labels = make_batch(shape, micro, asked.tiles, features=asked.target == "text")
 

@@ -87,15 +87,14 @@ class DiskCache:
         Returns:
             Its tensors; None where there is no room for it, which has been said.
         """
-        state = broadcast_from_rank0(
-            lambda: "there" if self.file(key).exists() and not corruption(self.file(key)) else "absent"
-        )
-        if state == "absent":
-            with self.held(key) as writable:
-                state = broadcast_from_rank0(lambda: self.prepare(key, layout)) if writable else "no"
-                if state == "make":
-                    state = self.make(key, fill, parts)
-        return {name: MappedTensor(self.file(key), name) for name in layout} if state == "there" else None
+        path = self.file(key)
+        ready = broadcast_from_rank0(lambda: path.exists() and not corruption(path))
+        if not ready:
+            with self.locked(key) as writable:
+                ready = writable and broadcast_from_rank0(lambda: self.is_valid(key))
+                if writable and not ready and broadcast_from_rank0(lambda: self.stage(key, layout)):
+                    ready = self.make(key, fill, parts)
+        return {name: MappedTensor(path, name) for name in layout} if ready else None
 
     def file(self, key: str) -> Path:
         return self.folder / key / "data.safetensors"
@@ -104,54 +103,54 @@ class DiskCache:
         return self.folder / f".{key}.part"
 
     @contextlib.contextmanager
-    def held(self, key: str) -> Iterator[bool]:
+    def locked(self, key: str) -> Iterator[bool]:
         """One run at a time in here; one that dies lets go. False, and said, where the folder cannot be written.
 
         All processes of a group enter together. They hear of a long wait in pieces, lest one of their calls times out.
         """
         lock = FileLock(self.folder / f".{key}.lock")
 
-        def acquire(patience: float) -> str:
+        def acquire(timeout: float) -> bool | None:
+            """None: another run has it."""
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                lock.acquire(timeout=patience)
+                lock.acquire(timeout=timeout)
             except Timeout:
-                if patience < WAIT:
+                if timeout < WAIT:
                     say(key, "waiting for another run that makes them")
-                return "wait"
+                return None
             except OSError as error:
                 return self.unwritable(key, error)
-            return "held"
+            return True
 
         try:
-            state = broadcast_from_rank0(lambda: acquire(1.0))
-            while state == "wait":
-                state = broadcast_from_rank0(lambda: acquire(WAIT))
-            yield state == "held"
+            acquired = broadcast_from_rank0(lambda: acquire(1.0))
+            while acquired is None:
+                acquired = broadcast_from_rank0(lambda: acquire(WAIT))
+            yield acquired
         finally:
             lock.release(force=True)
 
-    def prepare(self, key: str, layout: Layout) -> str:
-        """With the lock held: `there`; `make`, with a staging file to fill; or `no`, and said."""
+    def stage(self, key: str, layout: Layout) -> bool:
+        """A staging file to fill; False, and said, where there is no room for it."""
         try:
-            if self.sound(key):
-                return "there"
             shutil.rmtree(self.staging(key), ignore_errors=True)  # of a run that died
             if problem := self.no_room(size_of(layout)):
                 say(key, f"{problem}; computed anew wherever they are needed")
-                return "no"
+                return False
             self.staging(key).mkdir()
             write_header(self.staging(key) / "data.safetensors", layout)
         except OSError as error:  # a full disk
             return self.unwritable(key, error)
-        return "make"
+        return True
 
-    def unwritable(self, key: str, error: OSError) -> str:
+    def unwritable(self, key: str, error: OSError) -> bool:
+        """False, and said."""
         shutil.rmtree(self.staging(key), ignore_errors=True)
         say(key, f"cannot be kept in {self.folder} ({error.strerror}); computed anew wherever they are needed")
-        return "no"
+        return False
 
-    def make(self, key: str, fill: Fill, parts: Any) -> str:
+    def make(self, key: str, fill: Fill, parts: Any) -> bool:
         """Fill the staging file together and give it its name."""
         rank, processes = rank_world()
         path = self.staging(key) / "data.safetensors"
@@ -159,7 +158,7 @@ class DiskCache:
             if rank == 0:
                 shutil.rmtree(self.staging(key))
                 say(key, f"not every process sees {self.folder}; computed anew wherever they are needed")
-            return "no"
+            return False
         failure: BaseException | None = None
         try:
             array = np.memmap(path, mode="r+")
@@ -171,9 +170,9 @@ class DiskCache:
             if rank == 0:
                 shutil.rmtree(self.staging(key), ignore_errors=True)
             raise failure or RuntimeError(f"another process failed to make its share of {key}")
-        return broadcast_from_rank0(lambda: self.seal(key, parts))
+        return broadcast_from_rank0(lambda: self.publish(key, parts))
 
-    def seal(self, key: str, parts: Any) -> str:
+    def publish(self, key: str, parts: Any) -> bool:
         """Checksums, everything to the disk, then the name."""
         staging = self.staging(key)
         manifest = {"block": BLOCK, "xxh3_128": checksums(staging / "data.safetensors", BLOCK), "made_of": parts}
@@ -185,15 +184,15 @@ class DiskCache:
             fsync(self.folder)
         except OSError as error:
             return self.unwritable(key, error)
-        return "there"
+        return True
 
-    def sound(self, key: str) -> bool:
-        """Whether the entry is there and whole; one that is damaged is removed. Call it with the lock held."""
+    def is_valid(self, key: str) -> bool:
+        """Whether the entry is complete; one that is damaged is removed. Call it with the lock held."""
         if not (self.folder / key).exists():
             return False
         if problem := corruption(self.file(key)):
             say(key, f"{self.folder / key} is damaged ({problem}); it is removed and made again")
-            shutil.rmtree(self.folder / key)
+            shutil.rmtree(self.folder / key, ignore_errors=True)
         return not problem
 
     def no_room(self, size: int) -> str:

@@ -4,8 +4,7 @@ On a GPU in 16 bits these are PyTorch's flash-attention kernels, called as they 
 once; elsewhere SDPA, computed again for the backward pass.
 """
 
-from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -58,8 +57,11 @@ def attend_backward(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients for query, key and value."""
     if not uses_flash(query):
-        function = partial(reference_attention, layout=layout, scale=scale)
-        return recompute_gradients(function, dout, query, key, value)
+        with torch.enable_grad():
+            query, key, value = (tensor.detach().requires_grad_() for tensor in (query, key, value))
+            again = reference_attention(query, key, value, layout, scale)
+        dquery, dkey, dvalue = torch.autograd.grad(again, (query, key, value), dout)
+        return dquery, dkey, dvalue
     if layout is None and has_cudnn_attention(query.device.index):
         lse, cu_q, cu_k, max_q, max_k, seed, offset = state
         heads_first = (part.transpose(1, 2) for part in (dout, query, key, value, out))
@@ -94,14 +96,3 @@ def reference_attention(
         return padded(query, key, value, layout, scale)
     q, k, v = (part.transpose(1, 2) for part in (query, key, value))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-def recompute_gradients(
-    function: Callable[..., torch.Tensor], dout: torch.Tensor, *inputs: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients for query, key and value of `function`, which is computed again."""
-    with torch.enable_grad():
-        query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
-        again = function(query, key, value)
-    dquery, dkey, dvalue = torch.autograd.grad(again, (query, key, value), dout)
-    return dquery, dkey, dvalue

@@ -1,10 +1,12 @@
 """The fused layers put into a whole model: which parts run fused, and in words why another does not."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from smolvlm_exp.engine.layers.dora import use_exact_dora
-from smolvlm_exp.engine.layers.text_layer import fuse_decoder_layers
-from smolvlm_exp.engine.layers.vision_layer import fuse_encoder_layers
+from smolvlm_exp.engine.layers.fused_layer import FusedLayer
+from smolvlm_exp.engine.layers.text_layer import FusedTextLayer
+from smolvlm_exp.engine.layers.vision_layer import FusedVisionLayer
 from smolvlm_exp.engine.model_parts import core_of
 
 
@@ -18,12 +20,25 @@ def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]
         checkpointing, vision_checkpointing: of text model and vision tower; of footprint.py's `LEVELS`.
 
     Returns:
-        One sentence for each part that goes on with transformers' own layers.
+        One sentence for each part that keeps transformers' own layers.
     """
     use_exact_dora(model)
     core = core_of(model)
     reasons = {
-        "the text model": fuse_decoder_layers(core.text_model, checkpointing),
-        "the vision tower": fuse_encoder_layers(core.vision_model, vision_checkpointing),
+        "the text model": fuse_layers(core.text_model.layers, FusedTextLayer, checkpointing),
+        "the vision tower": fuse_layers(core.vision_model.encoder.layers, FusedVisionLayer, vision_checkpointing),
     }
     return [f"{part} runs unfused, and slower: {reason}." for part, reason in reasons.items() if reason]
+
+
+def fuse_layers(layers: Iterable[Any], kind: type[FusedLayer], checkpointing: str) -> str | None:
+    """Why `layers` cannot run as `kind`, all left alone; None: they do from now on, with this checkpointing."""
+    reasons = [reason for layer in layers for reason in kind.obstacles(layer)]
+    if reasons:
+        return reasons[0]
+    for layer in layers:
+        if isinstance(layer.forward, kind):
+            layer.forward.checkpointing = checkpointing
+        else:
+            layer.forward = kind(layer, checkpointing)
+    return None

@@ -9,7 +9,7 @@ nothing kept for the backward pass that is cheap to make again. `LEVELS` (footpr
 text_layer.py and vision_layer.py say what norm, attention and activation are.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +17,12 @@ import torch
 from torch import nn
 
 from smolvlm_exp.engine.layers import ops as ew
+from smolvlm_exp.engine.layers.flash import attend, attend_backward
 from smolvlm_exp.engine.layers.linear import Adapters, products_of
+from smolvlm_exp.engine.layers.shared_prefix_attention import Layout
 
 IN, OUT, FIRST, SECOND = range(4)  # a layer's products
+Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass
@@ -27,6 +30,7 @@ class LayerContext:
     """What a layer's forward and backward pass share beside its tensors: first of all its products' adapters."""
 
     adapters: list[Adapters | None]
+    layout: Layout | None  # of a packed batch; None: tiles
 
     def gain(self, product: int) -> ew.Gain:
         adapters = self.adapters[product]
@@ -70,9 +74,16 @@ class FusedLayer:
     Hidden states are (T, H), gradients have their tensor's shape, and those for adapters come in the products' order.
     """
 
+    scaling: float  # attention's
+
     def __init__(self, layer: Any, checkpointing: str) -> None:
         self.layer, self.ordinary, self.checkpointing = layer, layer.forward, checkpointing
         self.products = products_of(self.groups())
+
+    @staticmethod
+    def obstacles(layer: nn.Module) -> Iterator[str]:
+        """What stands against fusing a layer, in words."""
+        raise NotImplementedError
 
     def groups(self) -> list[list[nn.Module]]:
         """The linear layers as they are now, those together that read the same input, in the order of IN to SECOND."""
@@ -85,12 +96,12 @@ class FusedLayer:
     def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         raise NotImplementedError
 
-    def attend(self, saved: SavedActivations, context: Any) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        """From IN's result to (..., heads, D), and what its backward pass wants."""
+    def queries_keys_values(self, saved: SavedActivations, context: Any) -> Qkv:
+        """From IN's result to attention's inputs, each (..., heads, D)."""
         raise NotImplementedError
 
-    def attend_backward(
-        self, dattended: torch.Tensor, saved: SavedActivations, context: Any
+    def queries_keys_values_backward(
+        self, grads: Qkv, saved: SavedActivations, context: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The gradient for IN's result with room for its adapters, and its gain's."""
         raise NotImplementedError
@@ -129,7 +140,9 @@ class FusedLayer:
         if saved.results[IN] is None:
             self.product(IN, self.normed(0, saved.hidden, self.room(IN, context)), saved, context)
         if saved.attended is None:
-            saved.attended, saved.state = self.attend(saved, context)
+            inputs = self.queries_keys_values(saved, context)
+            saved.attended, saved.state = attend(*inputs, context.layout, self.scaling)
+            del inputs
         if saved.results[OUT] is None:
             self.product(OUT, joined(saved.attended), saved, context)
         return ew.add(saved.hidden, saved.result(OUT), context.gain(OUT), self.products[OUT].bias)
@@ -198,8 +211,11 @@ class FusedLayer:
         out_grads = self.gradients(OUT, du, joined(saved.attended), saved, dgain, context)
         saved.results[OUT] = None
         del du
-        du, dgain = self.attend_backward(dattended, saved, context)
-        del dattended
+        inputs = self.queries_keys_values(saved, context)
+        grads = attend_backward(dattended, *inputs, saved.attended, saved.state, context.layout, self.scaling)
+        del inputs, dattended
+        du, dgain = self.queries_keys_values_backward(grads, saved, context)
+        del grads
         dx = None
         if needs_input:
             dx = self.products[IN].backward(du, context.adapters[IN])
@@ -247,28 +263,3 @@ class LayerFunction(torch.autograd.Function):
 def joined(x: torch.Tensor) -> torch.Tensor:
     """(..., heads, D) -> (T, H)."""
     return x.reshape(-1, x.shape[-2] * x.shape[-1])
-
-
-def fuse_layers(
-    layers: Iterable[Any], kind: type[FusedLayer], obstacles: Callable[[nn.Module], Iterator[str]], checkpointing: str
-) -> str | None:
-    """Let `layers` run as `kind`, or keep something else where they do already.
-
-    Args:
-        obstacles: what a layer of this kind does not do, in words.
-        checkpointing: one of footprint.py's `LEVELS`.
-
-    Returns:
-        None, or why they cannot be fused, in words; nothing is changed then.
-    """
-    layers = list(layers)
-    for layer in layers:
-        reason = next(obstacles(layer), None)
-        if reason:
-            return reason
-    for layer in layers:
-        if isinstance(layer.forward, kind):
-            layer.forward.checkpointing = checkpointing
-        else:
-            layer.forward = kind(layer, checkpointing)
-    return None

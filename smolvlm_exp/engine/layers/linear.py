@@ -44,10 +44,6 @@ class Adapter:
     def parameters(self) -> list[torch.Tensor]:
         return [p for p in (self.a, self.b, self.magnitude) if p is not None]
 
-    @property
-    def scaled_b(self) -> torch.Tensor:
-        return self.b if self.scaling == 1 else self.scaling * self.b
-
 
 @dataclass
 class Adapters:
@@ -116,7 +112,7 @@ class Product:
         scaling = [s for part in parts for s in [part.scaling] * part.a.shape[0]]
         spare = -len(scaling) % ALIGNED
         a = torch.cat([*(part.a for part in parts), used.a.new_zeros(spare, used.a.shape[1])])
-        b = torch.block_diag(*(part.scaled_b for part in parts), used.b.new_zeros(0, spare))
+        b = torch.block_diag(*(part.scaling * part.b for part in parts), used.b.new_zeros(0, spare))
         adapters = Adapters(active, a.to(dtype), b.to(dtype))
         if any(s != 1 for s in scaling):
             adapters.scaling = torch.tensor([*scaling, *[1.0] * spare]).to(a.device, non_blocking=True)
@@ -223,9 +219,10 @@ class Product:
         if adapters.scaling is not None:
             db *= adapters.scaling
         dmagnitude = dgain / adapters.norm if dgain is not None and adapters.norm is not None else None
-        grads = []
-        for adapter, rank, rows in zip(adapters.of_layer, rank_spans(adapters.of_layer), self.rows, strict=True):
+        grads, start = [], 0
+        for adapter, rows in zip(adapters.of_layer, self.rows, strict=True):
             if adapter:
+                rank = slice(start, start := start + adapter.a.shape[0])
                 grads += [da[rank], db[rows, rank]]
                 if adapter.magnitude is not None:
                     assert dmagnitude is not None
@@ -281,16 +278,6 @@ def linear_obstacles(layer: nn.Module) -> Iterator[str]:
         own = isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
         if own and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             yield f"{name} itself is trained"
-
-
-def rank_spans(adapters: Sequence[Adapter | None]) -> list[slice]:
-    """Each adapter's share of the R columns."""
-    spans, start = [], 0
-    for adapter in adapters:
-        stop = start + (adapter.a.shape[0] if adapter else 0)
-        spans.append(slice(start, stop))
-        start = stop
-    return spans
 
 
 def plain_product(base: Any, x: torch.Tensor) -> torch.Tensor:

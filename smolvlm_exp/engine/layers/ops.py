@@ -108,7 +108,14 @@ def scale_backward(
         return dy, None
     if uses_kernels(dy):
         return kernels.scale_backward_parts((dy,), u, gain, tail)
-    du = dy.new_empty(dy.shape[0], dy.shape[1] + tail)
+    return gain_backward(dy, u, gain, tail)
+
+
+def gain_backward(
+    dy: torch.Tensor, u: torch.Tensor | None, gain: Gain, tail: int, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`scale_backward` in torch; `dtype` is du's, where `dy` is float32 still."""
+    du = dy.new_empty(dy.shape[0], dy.shape[1] + tail, dtype=dtype)
     if gain is None:
         du[:, : dy.shape[1]] = dy
         return du, None
@@ -138,10 +145,8 @@ def swiglu_backward(
     sigmoid = torch.sigmoid(gate)
     silu = gate * sigmoid
     dgate = da.float() * up * (sigmoid + silu * (1 - sigmoid))
-    dy = torch.cat((dgate, da.float() * silu), dim=-1)
-    du = da.new_empty(da.shape[0], u.shape[1] + tail)
-    du[:, : u.shape[1]] = dy if gain is None else dy * gain
-    return du, (silu * up).to(da.dtype) if again else None, None if gain is None else (dy * u.float()).sum(0)
+    du, dgain = gain_backward(torch.cat((dgate, da.float() * silu), dim=-1), u, gain, tail, da.dtype)
+    return du, (silu * up).to(da.dtype) if again else None, dgain
 
 
 def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int = 0) -> torch.Tensor:
@@ -170,9 +175,8 @@ def gelu_backward(
         value = scaled(u, gain, bias).detach().requires_grad_()
         result = F.gelu(value, approximate="tanh")
     (dy,) = torch.autograd.grad(result, value, da.float())
-    du = da.new_empty(da.shape[0], u.shape[1] + tail)
-    du[:, : u.shape[1]] = dy if gain is None else dy * gain
-    return du, result.detach().to(da.dtype) if again else None, None if gain is None else (dy * u.float()).sum(0)
+    du, dgain = gain_backward(dy, u, gain, tail, da.dtype)
+    return du, result.detach().to(da.dtype) if again else None, dgain
 
 
 def rotary(
@@ -213,9 +217,7 @@ def rotary_backward(
     )
     dquery, dkey = (rotate(d.float(), cos, -sin) for d in (dquery, dkey))  # a rotation's transpose turns it back
     dy = torch.cat([d.reshape(tokens, -1) for d in (dquery, dkey, dvalue)], dim=-1)
-    du = u.new_empty(tokens, dy.shape[1] + tail)
-    du[:, : dy.shape[1]] = dy if gain is None else dy * gain
-    return du, None if gain is None else (dy * u.float()).sum(0)
+    return gain_backward(dy, u, gain, tail, u.dtype)
 
 
 def split_heads(u: torch.Tensor, heads: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -78,17 +78,11 @@ class Layout:
         return max(self.max_first, self.max_keys)
 
     @cached_property
-    def padded_first(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return padding(self.cu_first, self.max_first, self.middle)
-
-    @cached_property
-    def padded_second(self) -> tuple[torch.Tensor, torch.Tensor]:
-        return padding(self.cu_second, self.max_second, self.tokens - self.middle)
-
-    @cached_property
-    def padded_keys(self) -> torch.Tensor:
-        """(B, max_keys) places among the second half's keys."""
-        return padding(self.cu_keys, self.max_keys, len(self.keys_at))[0]
+    def padded(self) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
+        """`padding` of the first half, of the second half's queries; (B, max_keys) places among its keys."""
+        first = padding(self.cu_first, self.max_first, self.middle)
+        second = padding(self.cu_second, self.max_second, self.tokens - self.middle)
+        return first, second, padding(self.cu_keys, self.max_keys, len(self.keys_at))[0]
 
     @cached_property
     def second_mask(self) -> torch.Tensor:
@@ -175,11 +169,9 @@ def padded(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layout: 
     """
     gqa: Any = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     middle = layout.middle
-    there, back = layout.padded_first
+    (there, back), (there_second, back_second), keys = layout.padded
     q, k, v = (part[:middle][there].transpose(1, 2) for part in (query, key, value))  # (B, heads, max_first, D)
     first = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
-    there_second, back_second = layout.padded_second
-    keys = layout.padded_keys
     second_rows = query[middle:][there_second], key[middle:][keys], value[middle:][keys]
     q, k, v = (part.transpose(1, 2) for part in second_rows)
     second = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.second_mask, **gqa)

@@ -9,15 +9,13 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from smolvlm_exp.engine.layers import ops as ew
-from smolvlm_exp.engine.layers.flash import attend, attend_backward
-from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, LayerContext, SavedActivations, fuse_layers
+from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, LayerContext, Qkv, SavedActivations
 from smolvlm_exp.engine.layers.linear import base_of, linear_obstacles
 from smolvlm_exp.engine.layers.shared_prefix_attention import Layout
 
 
 @dataclass
 class TextContext(LayerContext):
-    layout: Layout
     cos: torch.Tensor  # (T, D)
     sin: torch.Tensor  # (T, D)
 
@@ -39,6 +37,16 @@ class FusedTextLayer(FusedLayer):
         cos, sin = (part[0] for part in kwargs["position_embeddings"])
         return self.run(TextContext(self.adapters(hidden_states.dtype), layout, cos, sin), hidden_states[0])[None]
 
+    @staticmethod
+    def obstacles(layer: nn.Module) -> Iterator[str]:
+        activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
+        if type(activation) is not type(ACT2FN["silu"]):
+            yield f"its activation is {type(activation).__name__}, not SiLU"
+        yield from linear_obstacles(layer)
+        for name, module in layer.named_modules():
+            if name.endswith("_proj") and getattr(base_of(module), "bias", None) is not None:
+                yield f"{name} has a bias"
+
     def groups(self) -> list[list[nn.Module]]:
         attention, mlp = self.layer.self_attn, self.layer.mlp
         first = [attention.q_proj, attention.k_proj, attention.v_proj]
@@ -50,19 +58,12 @@ class FusedTextLayer(FusedLayer):
     def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return ew.rms_norm_backward(dx, x, self.norms[which].weight, self.norms[which].variance_epsilon, residual)
 
-    def rotated(self, saved: SavedActivations, context: TextContext) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def queries_keys_values(self, saved: SavedActivations, context: TextContext) -> Qkv:
         return ew.rotary(saved.result(IN), context.gain(IN), context.cos, context.sin, context.layout, self.heads)
 
-    def attend(self, saved: SavedActivations, context: TextContext) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        return attend(*self.rotated(saved, context), context.layout, self.scaling)
-
-    def attend_backward(
-        self, dattended: torch.Tensor, saved: SavedActivations, context: TextContext
+    def queries_keys_values_backward(
+        self, grads: Qkv, saved: SavedActivations, context: TextContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert saved.attended is not None
-        rotated = self.rotated(saved, context)
-        grads = attend_backward(dattended, *rotated, saved.attended, saved.state, context.layout, self.scaling)
-        del rotated
         u, turn = saved.result(IN), (context.cos, context.sin)
         return ew.rotary_backward(grads, u, context.gain(IN), *turn, context.layout, context.tail(IN))
 
@@ -73,19 +74,3 @@ class FusedTextLayer(FusedLayer):
         self, da: torch.Tensor, u: torch.Tensor, context: TextContext, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         return ew.swiglu_backward(da, u, context.gain(FIRST), context.tail(FIRST), again, over)
-
-
-def fuse_decoder_layers(text_model: Any, checkpointing: str) -> str | None:
-    """Let the layers of `text_model` run fused over packed batches. See `fuse_layers`."""
-    return fuse_layers(text_model.layers, FusedTextLayer, obstacles, checkpointing)
-
-
-def obstacles(layer: nn.Module) -> Iterator[str]:
-    """What a fused layer does not do."""
-    activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
-    if type(activation) is not type(ACT2FN["silu"]):
-        yield f"its activation is {type(activation).__name__}, not SiLU"
-    yield from linear_obstacles(layer)
-    for name, module in layer.named_modules():
-        if name.endswith("_proj") and getattr(base_of(module), "bias", None) is not None:
-            yield f"{name} has a bias"

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from smolvlm_exp.engine.layers import ops as ew
-from smolvlm_exp.engine.layers.flash import attend, attend_backward
-from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, LayerContext, SavedActivations, fuse_layers
+from smolvlm_exp.engine.layers.fused_layer import FIRST, IN, FusedLayer, LayerContext, Qkv, SavedActivations
 from smolvlm_exp.engine.layers.linear import ALIGNED, linear_obstacles
 
 
@@ -31,8 +30,15 @@ class FusedVisionLayer(FusedLayer):
     def __call__(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         if attention_mask is not None:
             return self.ordinary(hidden_states, attention_mask, **kwargs)
-        context = VisionContext(self.adapters(hidden_states.dtype), hidden_states.shape[1])
+        context = VisionContext(self.adapters(hidden_states.dtype), None, hidden_states.shape[1])
         return self.run(context, hidden_states.flatten(0, 1)).view_as(hidden_states)
+
+    @staticmethod
+    def obstacles(layer: nn.Module) -> Iterator[str]:
+        mlp: Any = layer.mlp
+        if type(mlp.activation_fn).__name__ != "GELUTanh":
+            yield f"its activation is {type(mlp.activation_fn).__name__}, not GELU's tanh form"
+        yield from linear_obstacles(layer)
 
     def groups(self) -> list[list[nn.Module]]:
         attention, mlp = self.layer.self_attn, self.layer.mlp
@@ -45,25 +51,15 @@ class FusedVisionLayer(FusedLayer):
     def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
         return ew.layer_norm_backward(dx, x, self.norms[which].weight, self.norms[which].eps, residual)
 
-    def queries_keys_values(
-        self, saved: SavedActivations, context: VisionContext
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Each (n, patches, heads, D)."""
+    def queries_keys_values(self, saved: SavedActivations, context: VisionContext) -> Qkv:
         qkv = ew.scale(saved.result(IN), context.gain(IN), self.products[IN].bias)
         parts = qkv.view(-1, context.patches, 3, self.heads, qkv.shape[1] // (3 * self.heads))
         return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
 
-    def attend(self, saved: SavedActivations, context: VisionContext) -> tuple[torch.Tensor, tuple[Any, ...]]:
-        return attend(*self.queries_keys_values(saved, context), None, self.scaling)
-
-    def attend_backward(
-        self, dattended: torch.Tensor, saved: SavedActivations, context: VisionContext
+    def queries_keys_values_backward(
+        self, grads: Qkv, saved: SavedActivations, context: VisionContext
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        assert saved.attended is not None
-        inputs = self.queries_keys_values(saved, context)
-        parts = attend_backward(dattended, *inputs, saved.attended, saved.state, None, self.scaling)
-        del inputs
-        return ew.scale_backward_parts(parts, saved.result(IN), context.gain(IN), context.tail(IN))
+        return ew.scale_backward_parts(grads, saved.result(IN), context.gain(IN), context.tail(IN))
 
     def activated(self, u: torch.Tensor, context: VisionContext, tail: int) -> torch.Tensor:
         return ew.gelu(u, context.gain(FIRST), self.products[FIRST].bias, tail)
@@ -72,19 +68,6 @@ class FusedVisionLayer(FusedLayer):
         self, da: torch.Tensor, u: torch.Tensor, context: VisionContext, again: bool, over: bool
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         return ew.gelu_backward(da, u, context.gain(FIRST), self.products[FIRST].bias, context.tail(FIRST), again, over)
-
-
-def fuse_encoder_layers(tower: Any, checkpointing: str) -> str | None:
-    """Let the layers of the vision tower run fused. See `fuse_layers`."""
-    return fuse_layers(tower.encoder.layers, FusedVisionLayer, obstacles, checkpointing)
-
-
-def obstacles(layer: nn.Module) -> Iterator[str]:
-    """What a fused layer does not do."""
-    mlp: Any = layer.mlp
-    if type(mlp.activation_fn).__name__ != "GELUTanh":
-        yield f"its activation is {type(mlp.activation_fn).__name__}, not GELU's tanh form"
-    yield from linear_obstacles(layer)
 
 
 def use_patch_product(tower: Any) -> None:

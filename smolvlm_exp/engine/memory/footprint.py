@@ -95,8 +95,8 @@ class RowSizes:
             sizes: tokens of prompt, chosen and rejected answer, and tiles, for each row, as inputs/dataset.py has them.
             pairs: both answers are scored; else the chosen ones alone (supervised fine-tuning).
         """
-        columns = [sorted(column, reverse=True) for column in zip(*map(row_counts(pairs), sizes), strict=True)]
-        self.sums = [list(accumulate(column, initial=0)) for column in columns]
+        columns = zip(*(row_counts(row, pairs) for row in sizes), strict=True)
+        self.sums = [list(accumulate(sorted(column, reverse=True), initial=0)) for column in columns]
         self.count = len(sizes)
 
     def longest(self, pairs: int) -> BatchLoad:
@@ -107,19 +107,15 @@ class RowSizes:
         return BatchLoad(pairs, *(round(column[-1] / self.count * pairs) for column in self.sums))
 
 
-def row_counts(pairs: bool):
-    """A function from a row's sizes to what it adds to each count of a BatchLoad."""
-
-    def count(row: Sequence[int]) -> tuple[int, int, int, int, int]:
-        prompt, chosen, rejected, tiles = map(int, row)
-        first = prompt + chosen - 1
-        if not pairs:
-            return first, first, chosen, tiles, first**2 // 2
-        second = prompt - 1 + rejected
-        scores = first**2 // 2 + rejected * (prompt - 1) + rejected**2 // 2
-        return first + rejected, first + second, chosen + rejected, tiles, scores
-
-    return count
+def row_counts(row: Sequence[int], pairs: bool) -> tuple[int, int, int, int, int]:
+    """What a row's sizes add to each count of a BatchLoad."""
+    prompt, chosen, rejected, tiles = map(int, row)
+    first = prompt + chosen - 1
+    if not pairs:
+        return first, first, chosen, tiles, first**2 // 2
+    second = prompt - 1 + rejected
+    scores = first**2 // 2 + rejected * (prompt - 1) + rejected**2 // 2
+    return first + rejected, first + second, chosen + rejected, tiles, scores
 
 
 def resident(facts: MemorySpec) -> int:

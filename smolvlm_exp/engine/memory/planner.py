@@ -69,22 +69,14 @@ def plan(
     unit: int = 1,
     levels: Sequence[str] = LEVELS,
 ) -> Plan:
-    """The fastest plan whose peak leaves MARGIN of the budget free.
-
-    Args:
-        budget: bytes, for everything.
-        effective, unit, levels: see `proposals`.
-
-    Raises:
-        DoesNotFit: there is none.
-    """
+    """The fastest plan within `budget` bytes, for everything; see `proposals` and `best`."""
     return best(proposals(facts, rows, effective, card, unit, levels), budget)
 
 
 def proposals(
     facts: MemorySpec, rows: RowSizes, effective: int, card: Card, unit: int = 1, levels: Sequence[str] = LEVELS
 ) -> list[Plan]:
-    """All plans there are.
+    """All plans there are, each with memory for the longest rows and time for average ones.
 
     Args:
         effective: pairs in a step of one process.
@@ -92,54 +84,34 @@ def proposals(
         levels: of LEVELS, those to choose from.
     """
     assert effective % unit == 0
-    return [
-        proposal(facts, rows, micro, effective, checkpointing, vision_checkpointing, card)
-        for micro in range(unit, effective + 1, unit)
-        if effective % micro == 0
-        for checkpointing, vision_checkpointing in choices(facts, levels)
-    ]
+    choices = [(text, vision) for text in levels for vision in (levels if facts.vision.trained else levels[-1:])]
+    if not fused(facts):  # transformers' own layers: all or none
+        choices = [(level, level) for level in levels if level != "mlp"]
+    plans = []
+    for micro in range(unit, effective + 1, unit):
+        if effective % micro == 0:
+            longest, average = rows.longest(micro), rows.average(micro)
+            for choice in choices:
+                activations = peak(facts, longest, *choice)
+                time = seconds(facts, average, *choice, card) / micro
+                plans.append(Plan(micro, effective // micro, *choice, resident(facts), activations, time))
+    return plans
 
 
 def best(plans: Sequence[Plan], budget: int) -> Plan:
-    """The fastest that fits.
+    """The fastest whose peak leaves MARGIN of the budget free.
 
     Raises:
         DoesNotFit: none does.
     """
-    fitting = [candidate for candidate in plans if fits_budget(candidate.peak, budget)]
+    fitting = [plan for plan in plans if fits_budget(plan.peak, budget)]
     if not fitting:
-        raise DoesNotFit(frugal(plans), budget)
-    return min(fitting, key=lambda candidate: (candidate.seconds, candidate.peak))
-
-
-def frugal(plans: Sequence[Plan]) -> Plan:
-    return min(plans, key=lambda candidate: candidate.peak)
-
-
-def choices(facts: MemorySpec, levels: Sequence[str]) -> list[tuple[str, str]]:
-    """What text and vision layers may keep: transformers' own layers, where some are not fused, all or none."""
-    if not fused(facts):
-        return [(level, level) for level in levels if level != "mlp"]
-    return [(text, vision) for text in levels for vision in (levels if facts.vision.trained else levels[-1:])]
+        raise DoesNotFit(min(plans, key=lambda plan: plan.peak), budget)
+    return min(fitting, key=lambda plan: (plan.seconds, plan.peak))
 
 
 def fused(facts: MemorySpec) -> bool:
     return facts.text.fused and (facts.vision.fused or not facts.vision.trained)
-
-
-def proposal(
-    facts: MemorySpec,
-    rows: RowSizes,
-    micro: int,
-    effective: int,
-    checkpointing: str,
-    vision_checkpointing: str,
-    card: Card,
-) -> Plan:
-    """What a choice comes to: memory for the longest rows, time for average ones."""
-    activations = peak(facts, rows.longest(micro), checkpointing, vision_checkpointing)
-    time = seconds(facts, rows.average(micro), checkpointing, vision_checkpointing, card) / micro
-    return Plan(micro, effective // micro, checkpointing, vision_checkpointing, resident(facts), activations, time)
 
 
 def fits_budget(size: float, budget: float) -> bool:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget, frugal
+from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget
 
 TRIES = 5  # plans that are run at most
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -65,7 +65,7 @@ def probe(
                 chosen = error.least  # the formulas may be wrong
             working = [plan for plan in tried.values() if fits_budget(plan.measured or 0, budget)]
             if attempt == TRIES - 1 and not working:
-                chosen = frugal(likely)
+                chosen = min(likely, key=lambda plan: plan.peak)
             key = chosen.micro_batch, chosen.checkpointing, chosen.vision_checkpointing
             if key in tried:
                 break

@@ -68,7 +68,7 @@ def reference_logps(
     if store is None:
         stored, made = complete(dict)
     else:
-        with store.held(name) as writable:
+        with store.locked(name) as writable:
             stored, made = complete(lambda: read_table(store, name))
             if made and writable:
                 write_table(store, name, made, parts)
@@ -110,7 +110,7 @@ def read_table(store: DiskCache, name: str) -> Table:
     """What is kept under `name`, in as many entries as there were passes; damaged ones are removed."""
     table: Table = {}
     for path in sorted(store.folder.glob(f"{name}.*")):
-        if store.sound(path.name):
+        if store.is_valid(path.name):
             keys, logps = (MappedTensor(store.file(path.name), part)[:].numpy() for part in ("keys", "logps"))
             table |= {key.tobytes(): (float(c), float(r)) for key, (c, r) in zip(keys, logps, strict=True)}
     return table

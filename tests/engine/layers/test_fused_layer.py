@@ -12,8 +12,9 @@ from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransfo
 from smolvlm_exp.engine.inputs import packing as pairs
 from smolvlm_exp.engine.layers import shared_prefix_attention as attention
 from smolvlm_exp.engine.layers.dora import use_exact_dora
-from smolvlm_exp.engine.layers.text_layer import FusedTextLayer, fuse_decoder_layers
-from smolvlm_exp.engine.layers.vision_layer import FusedVisionLayer, fuse_encoder_layers, patch_product
+from smolvlm_exp.engine.layers.fuse import fuse_layers
+from smolvlm_exp.engine.layers.text_layer import FusedTextLayer
+from smolvlm_exp.engine.layers.vision_layer import FusedVisionLayer, patch_product
 from smolvlm_exp.engine.memory.footprint import LEVELS
 
 TEXT = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -95,7 +96,7 @@ def test_decoder_layers(checkpointing, dora, targets):
     tuned, packed = adapted(model, targets, dora), packed_rows()
     embeddings, result = text_pass(model, tuned, packed)
     expected, expected_input = gradients(tuned, result), embeddings.grad
-    assert fuse_decoder_layers(model, checkpointing) is None
+    assert fuse_layers(model.layers, FusedTextLayer, checkpointing) is None
     embeddings, again = text_pass(model, tuned, packed)
     assert_near({"result": again}, {"result": result})
     assert_near(gradients(tuned, again), expected)
@@ -111,7 +112,7 @@ def test_encoder_layers(checkpointing, dora, targets):
     tuned, pixels = adapted(model, targets, dora), torch.randn(3, 3, 32, 32)
     result = model(pixel_values=pixels).last_hidden_state
     expected = gradients(tuned, result)
-    assert fuse_encoder_layers(model, checkpointing) is None
+    assert fuse_layers(model.encoder.layers, FusedVisionLayer, checkpointing) is None
     again = model(pixel_values=pixels).last_hidden_state
     assert_near({"result": again}, {"result": result})
     assert_near(gradients(tuned, again), expected)
@@ -121,7 +122,7 @@ def test_an_adapter_switched_off_is_off():
     torch.manual_seed(0)
     model = text_model(key_heads=4)
     tuned, packed = adapted(model, TEXT, True), packed_rows()
-    fuse_decoder_layers(model, "none")
+    fuse_layers(model.layers, FusedTextLayer, "none")
     with torch.no_grad():
         _, on = text_pass(model, tuned, packed)
         with tuned.disable_adapter():
@@ -136,7 +137,7 @@ def test_an_optimiser_step_is_seen():
     torch.manual_seed(0)
     model = text_model()
     tuned, packed = adapted(model, TEXT, True), packed_rows()
-    fuse_decoder_layers(model, "full")
+    fuse_layers(model.layers, FusedTextLayer, "full")
     optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
     gradients(tuned, text_pass(model, tuned, packed)[1])
     optimiser.step()
@@ -151,7 +152,7 @@ def test_a_copy_of_the_model_is_a_model_of_its_own():
     torch.manual_seed(0)
     model = text_model()
     tuned, packed = adapted(model, TEXT, True), packed_rows()
-    fuse_decoder_layers(model, "none")
+    fuse_layers(model.layers, FusedTextLayer, "none")
     other = copy.deepcopy(tuned)
     for parameter in other.parameters():
         parameter.data.zero_()
@@ -164,7 +165,7 @@ def test_without_a_layout_nothing_changes():
     model = text_model()
     ids = torch.randint(0, 50, (2, 7))
     before = model(input_ids=ids).last_hidden_state
-    fuse_decoder_layers(model, "none")
+    fuse_layers(model.layers, FusedTextLayer, "none")
     assert torch.equal(model(input_ids=ids).last_hidden_state, before)
 
 
@@ -175,14 +176,14 @@ def test_without_a_layout_nothing_changes():
 def test_what_a_fused_layer_does_not_do_is_told(more, said):
     model = text_model()
     adapted(model, TEXT, False, **more)
-    assert said in fuse_decoder_layers(model, "none")
+    assert said in fuse_layers(model.layers, FusedTextLayer, "none")
     assert not isinstance(model.layers[0].forward, FusedTextLayer)
 
 
 def test_weights_that_train_are_told():
     model, tower = text_model(), vision_model()
-    assert "itself is trained" in fuse_decoder_layers(model, "none")
-    assert "itself is trained" in fuse_encoder_layers(tower, "none")
+    assert "itself is trained" in fuse_layers(model.layers, FusedTextLayer, "none")
+    assert "itself is trained" in fuse_layers(tower.encoder.layers, FusedVisionLayer, "none")
     assert not isinstance(tower.encoder.layers[0].forward, FusedVisionLayer)
 
 
