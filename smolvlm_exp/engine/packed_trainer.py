@@ -24,16 +24,7 @@ from transformers import Trainer
 
 from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
 from smolvlm_exp.engine.forward import Pixels, add_pair_forward
-from smolvlm_exp.engine.inputs.collate import (
-    Batch,
-    IndexCollator,
-    answer_labels,
-    collate_indices,
-    concat_pairs,
-    index_dataset,
-    slice_pairs,
-    to_device,
-)
+from smolvlm_exp.engine.inputs.collate import Batch, concat_pairs, index_dataset, slice_pairs, to_device
 from smolvlm_exp.engine.inputs.dataset import Collator
 from smolvlm_exp.engine.inputs.micro_batches import MicroBatch, Step, StepSampler, split_micro_batches
 from smolvlm_exp.engine.memory.probe import out_of_memory
@@ -54,7 +45,7 @@ class PackedTrainer(Trainer):
         normalise: tiles.pixels.
         collator: of the training rows; eval_collator: of the held-out rows.
         micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
-        whole: the loss is not a mean over pairs; see `split_micro_batches`.
+        batch_loss: the loss is not a mean over pairs; see `split_micro_batches`.
         trl: the TRL trainer's own arguments.
     """
 
@@ -71,7 +62,7 @@ class PackedTrainer(Trainer):
         collator: Collator,
         eval_collator: Collator | None = None,
         micro_batch: int | None = None,
-        whole: bool = False,
+        batch_loss: bool = False,
         **trl: Any,
     ) -> None:
         args = trl["args"]
@@ -79,11 +70,11 @@ class PackedTrainer(Trainer):
         self.collator, self.eval_collator = collator, eval_collator
         self.micro_batch = micro_batch or unit
         self.eval_micro_batch = args.per_device_eval_batch_size
-        self.whole = whole
+        self.batch_loss = batch_loss
         self.out_of_memory = 0  # how often
         self.shares: dict[str, list[float]] = defaultdict(list)
         self.source: Any = None
-        if whole and self.micro_batch % unit:
+        if batch_loss and self.micro_batch % unit:
             raise ValueError(
                 f"micro-batches of {self.micro_batch} pairs would change this loss, which is no mean over pairs: it "
                 f"needs multiples of trainer.per_device_train_batch_size={unit}."
@@ -93,7 +84,7 @@ class PackedTrainer(Trainer):
         weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
-            data_collator=collate_indices,
+            data_collator=lambda examples: {"rows": [example["row"] for example in examples]},
             train_dataset=index_dataset(len(collator.rows)),
             eval_dataset=index_dataset(len(eval_collator.rows)) if eval_collator else None,
             **trl,
@@ -102,18 +93,18 @@ class PackedTrainer(Trainer):
             parameter.data = data.to(parameter.device)
         if self.is_fsdp_enabled:  # accelerate would have what learns rounded to bfloat16 in every forward pass
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
-        self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.into_micros)
-        self.batches = self.prepared()
+        self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.split)
+        self.batches = self.make_loader()
         add_pair_forward(base_of(model), normalise, self.statistics())
 
-    def prepared(self) -> Any:
+    def make_loader(self) -> Any:
         """A loader of whole steps' micro-batches, whose workers last until it is let go."""
         numbers: Any = range(len(self.collator.rows))
         args = self.args
         return torch.utils.data.DataLoader(
             numbers,
             batch_sampler=self.sampler,
-            collate_fn=IndexCollator(self.collator),
+            collate_fn=self.collator.of_rows,
             num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor,
             pin_memory=args.dataloader_pin_memory,
@@ -122,8 +113,8 @@ class PackedTrainer(Trainer):
             generator=torch.Generator(),  # or it would draw from the run's own
         )
 
-    def into_micros(self, units: list[list[int]]) -> list[MicroBatch]:
-        return split_micro_batches(units, self.micro_batch, self.whole)
+    def split(self, units: list[list[int]]) -> list[MicroBatch]:
+        return split_micro_batches(units, self.micro_batch, self.batch_loss)
 
     def statistics(self) -> tuple[str, ...]:
         """Which of forward.py's `STATISTICS` TRL's loss and metrics ask for."""
@@ -143,7 +134,7 @@ class PackedTrainer(Trainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self.batches, self.batches_left = self.prepared(), iter(())
+            self.batches, self.batches_left = self.make_loader(), iter(())
 
     def get_train_dataloader(self) -> Any:
         """Of row numbers alone: `self.batches` has the workers."""
@@ -181,26 +172,17 @@ class PackedTrainer(Trainer):
         tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
         own = model.module if isinstance(model, DistributedDataParallel) else model
         loss = self.optimizer_step(own, inputs["step"], num_items_in_batch)
-        if self.accelerator.num_processes > 1:
-            self.all_reduce_grads(own if own is not model else None, tokens)
-        return loss
-
-    def all_reduce_grads(self, model: nn.Module | None, tokens: Any) -> None:
-        """Gradients become the mean of all processes', and the tokens of this step are all processes'.
-
-        Args:
-            model: None where its gradients have met already.
-            tokens: trained on before this step.
-        """
-        if model is not None:
-            learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        if own is not model:
+            learning = [parameter for parameter in own.parameters() if parameter.requires_grad]
             for parameter in learning:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
             all_reduce_mean([parameter.grad for parameter in learning if parameter.grad is not None])
-        mine = torch.as_tensor(self._total_train_tokens - tokens, device=self.args.device)
-        self._total_train_tokens = tokens + self.accelerator.reduce(mine)
-        self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        if self.accelerator.num_processes > 1:
+            mine = torch.as_tensor(self._total_train_tokens - tokens, device=self.args.device)
+            self._total_train_tokens = tokens + self.accelerator.reduce(mine)
+            self._metrics["train"]["num_tokens"] = [self._total_train_tokens]
+        return loss
 
     def optimizer_step(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
         """The step's loss in this process, detached; in smaller micro-batches where memory runs out."""
@@ -219,16 +201,16 @@ class PackedTrainer(Trainer):
             # Here, because the error above holds on to the failed pass's tensors.
             model.zero_grad()
             self.restore(before)
-            step.micros, step.batches = self.into_micros(step.units), []
+            step.micros, step.batches = self.split(step.units), []
 
     def run(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
         """The step's loss, detached."""
         total = torch.zeros((), device=self.args.device)
         if any(len(micro.rows) > self.micro_batch for micro in step.micros):  # prepared before it shrank
-            step.micros, step.batches = self.into_micros(step.units), []
+            step.micros, step.batches = self.split(step.units), []
         for i, micro in enumerate(step.micros):
             step.running = micro
-            batch = step.batches[i] if step.batches else self.batches.collate_fn(micro.rows)
+            batch = step.batches[i] if step.batches else self.collator.of_rows(micro.rows)
             last = i == len(step.micros) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -258,7 +240,10 @@ class PackedTrainer(Trainer):
         """A collated batch -> TRL's own fields, and the model's outputs in TRL's layout."""
         fields = to_device({k: v for k, v in batch.items() if k != "rows"}, self.args.device)
         packed = fields.pop("packed")
-        outputs = model(packed=packed, labels=answer_labels(fields))
+        labels = fields.get("labels")  # of supervised fine-tuning
+        if labels is None:
+            labels = fields["input_ids"].masked_fill(fields["completion_mask"] == 0, -100)
+        outputs = model(packed=packed, labels=labels)
         return {**fields, **self.reference_of(fields, packed)}, outputs
 
     def reference_of(self, fields: Batch, packed: Batch) -> Batch:
@@ -290,7 +275,7 @@ class PackedTrainer(Trainer):
             RuntimeError: there are none, or other processes could not follow.
         """
         failed = len(step.running.rows)
-        unit = self.args.per_device_train_batch_size if self.whole else 1
+        unit = self.args.per_device_train_batch_size if self.batch_loss else 1
         smaller = failed // 2 // unit * unit
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RuntimeError(
@@ -298,24 +283,21 @@ class PackedTrainer(Trainer):
                 "Lower trainer.memory_budget, so that smaller micro-batches are planned."
             ) from error
         if not smaller:
-            raise RuntimeError(self.too_large(step)) from error
+            if failed > 1:
+                raise RuntimeError(
+                    f"Out of memory with {failed} pairs, which this loss needs together.\n"
+                    "Lower trainer.per_device_train_batch_size and raise trainer.gradient_accumulation_steps."
+                ) from error
+            (row,) = step.running.rows
+            sizes = self.collator.rows.sizes[row]
+            raise RuntimeError(
+                f"Out of memory with a single pair, row {row}: {sizes[:3].sum()} tokens, {sizes[3]} tiles.\n"
+                "Try: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
+                "smaller model."
+            ) from error
         self.micro_batch = smaller
         self.out_of_memory += 1
         log.warning(f"Out of memory at micro-batch {failed}: retrying this step and continuing with {smaller}")
-
-    def too_large(self, step: Step) -> str:
-        rows = step.running.rows
-        sizes = self.collator.rows.sizes[rows]
-        if len(rows) > 1:
-            return (
-                f"Out of memory with {len(rows)} pairs, which this loss needs together.\n"
-                "Lower trainer.per_device_train_batch_size and raise trainer.gradient_accumulation_steps."
-            )
-        return (
-            f"Out of memory with a single pair, row {rows[0]}: {sizes[0, :3].sum()} tokens, {sizes[0, 3]} tiles.\n"
-            "Try: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
-            "smaller model."
-        )
 
     # Evaluation
 
@@ -346,12 +328,12 @@ class PackedTrainer(Trainer):
         Returns:
             what it gave for each part; how many pairs each had.
         """
-        rows, collate = batch["rows"].tolist(), IndexCollator(collator)
+        rows = batch["rows"].tolist()
         while True:
             size = min(self.eval_micro_batch, len(rows))
             parts = [rows[i : i + size] for i in range(0, len(rows), size)]
             try:
-                return [run(batch if part == rows else collate(part)) for part in parts], list(map(len, parts))
+                return [run(batch if part == rows else collator.of_rows(part)) for part in parts], list(map(len, parts))
             except RuntimeError as error:
                 if not out_of_memory(error) or size == 1:
                     raise

@@ -29,8 +29,8 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
     """DPO on packed pairs. The reference's log-probabilities come with the rows: call `score_references` first."""
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
-        whole = bool(BATCH_LOSSES & set(kwargs["args"].loss_type))
-        super().__init__(model, whole=whole, ref_model=NoReference(model.config), **kwargs)
+        batch_loss = bool(BATCH_LOSSES & set(kwargs["args"].loss_type))
+        super().__init__(model, batch_loss=batch_loss, ref_model=NoReference(model.config), **kwargs)
         self.ref_model: Any = None
         self.precompute_ref_logps = True
         self.live = depends_on_its_batch(model)

@@ -149,4 +149,4 @@ def precompute_images(
         if features:
             keep_features(collator.rows, model, pixels(processor), disk_cache(config), ram, FEATURE_TILES, workers)
         if collator.rows.features is None:
-            collator.rows.keep_tiles(disk_cache(config), ram, workers)
+            collator.rows.cache_tiles(disk_cache(config), ram, workers)

@@ -85,7 +85,7 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
     budget = min(size for size in (requested, free) if isinstance(size, int))
     spec = spec_of_model(trainer, gpu)
     effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
-    unit = config.per_device_train_batch_size if trainer.whole else 1
+    unit = config.per_device_train_batch_size if trainer.batch_loss else 1
     rows = RowSizes(trainer.collator.rows.sizes.tolist(), pairs)
     card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else memory.CPU
     levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
@@ -154,7 +154,6 @@ def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
 
 def run_longest(trainer: Any, spec: "MemorySpec", plan: "Plan") -> None:
     """A forward and backward pass over the rows that take most memory, a micro-batch of them."""
-    from smolvlm_exp.engine.inputs.collate import IndexCollator
     from smolvlm_exp.engine.memory.footprint import saved_activations
     from smolvlm_exp.engine.memory.planner import fused
 
@@ -166,7 +165,7 @@ def run_longest(trainer: Any, spec: "MemorySpec", plan: "Plan") -> None:
     longest = (-costs).argsort(kind="stable")[: plan.micro_batch].tolist()
     trainer.model.train()
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        _, outputs = trainer.score(trainer.model, IndexCollator(trainer.collator)(longest))
+        _, outputs = trainer.score(trainer.model, trainer.collator.of_rows(longest))
         outputs.log_probs.sum().backward()
 
 

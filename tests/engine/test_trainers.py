@@ -377,11 +377,16 @@ def test_no_second_model_and_no_second_adapter(bench):
 
 def test_micro_batches():
     units = [[0, 1, 2], [3, 4, 5], [6]]
-    assert [m.segments for m in split_micro_batches(units, 2, whole=False)] == [[[0, 1]], [[2, 3]], [[4, 5]], [[6]]]
-    shares = [m.shares[0] for m in split_micro_batches(units, 2, whole=False)]
+    assert [m.segments for m in split_micro_batches(units, 2, batch_loss=False)] == [
+        [[0, 1]],
+        [[2, 3]],
+        [[4, 5]],
+        [[6]],
+    ]
+    shares = [m.shares[0] for m in split_micro_batches(units, 2, batch_loss=False)]
     assert shares == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1])
-    assert [m.segments for m in split_micro_batches(units, 6, whole=True)] == [[[0, 1, 2], [3, 4, 5]], [[6]]]
-    assert [m.segments for m in split_micro_batches(units, 1, whole=True)] == [[[0, 1, 2]], [[3, 4, 5]], [[6]]]
+    assert [m.segments for m in split_micro_batches(units, 6, batch_loss=True)] == [[[0, 1, 2], [3, 4, 5]], [[6]]]
+    assert [m.segments for m in split_micro_batches(units, 1, batch_loss=True)] == [[[0, 1, 2]], [[3, 4, 5]], [[6]]]
 
 
 def test_numbers_stay_on_the_device_until_they_are_logged():

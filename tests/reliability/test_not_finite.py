@@ -105,9 +105,9 @@ def test_an_input_that_is_not_finite_is_named_by_its_row(bench, tmp_path, capsys
     """One picture's features are spoilt, as a failing disk would: the step that has it is left out, and only that."""
     trainer = bench.trainer(tmp_path, *FIVE)
     rows = trainer.collator.rows
-    features = torch.cat([rows.features[i : i + 1] for i in range(rows.spans[-1])])
+    features = torch.cat([rows.features[i : i + 1] for i in range(rows.tile_offsets[-1])])
     (picture,) = rows.images[5]
-    features[rows.spans[picture]] = BAD
+    features[rows.tile_offsets[picture]] = BAD
     rows.features = features
     trainer.train()
     (step,) = {step for step in range(1, 6) if 5 in trainer.rows_of(step)} & set(range(1, 5))

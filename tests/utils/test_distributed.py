@@ -78,7 +78,7 @@ def keep_both(rows, processor, rank, folder):
 
     fed.stream = noted
     store = DiskCache(folder / "cache", PLENTY)
-    fed.keep_tiles(store, PLENTY, 0)
+    fed.cache_tiles(store, PLENTY, 0)
     assert sorted(chain(*gather(list(made)))) == list(range(len(fed.image_hashes)))
     made.clear()
     model = get_peft_model(load_model(compose().model), LoraConfig(target_modules=r".*text_model.*q_proj"))

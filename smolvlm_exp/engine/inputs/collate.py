@@ -1,43 +1,18 @@
 """Batches of pairs on their way: from row numbers to a device, into parts of a batch and together again."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import torch
 import torch.nn.functional as F
 
-from smolvlm_exp.engine.inputs.dataset import Collator
-
-Batch = dict[str, Any]  # pairs.collate's
-
-
-@dataclass
-class IndexCollator:
-    """A feed.Collator for bare row numbers."""
-
-    collator: Collator
-
-    def __call__(self, numbers: Sequence[int]) -> Batch:
-        return self.collator([{"row": number} for number in numbers])
+Batch = dict[str, Any]  # packing.collate's
 
 
 def index_dataset(rows: int) -> datasets.Dataset:
     """What transformers and TRL take for the data: row numbers, and a column that says there are images."""
     return datasets.Dataset.from_dict({"row": range(rows), "images": [[]] * rows})
-
-
-def collate_indices(examples: Sequence[dict[str, int]]) -> dict[str, list[int]]:
-    """The collator of a loader whose batches are collated later."""
-    return {"rows": [example["row"] for example in examples]}
-
-
-def answer_labels(fields: Batch) -> torch.Tensor:
-    """(2B, L), -100 outside the answers."""
-    if "labels" in fields:
-        return fields["labels"]
-    return fields["input_ids"].masked_fill(fields["completion_mask"] == 0, -100)
 
 
 def to_device(value: Any, device: torch.device) -> Any:
@@ -56,7 +31,7 @@ def slice_pairs(tensors: Mapping[str, Any], part: slice, pairs: int) -> Any:
 
 
 def concat_pairs(parts: Sequence[Mapping[str, Any]], pairs: Sequence[int]) -> Any:
-    """Batches' tensors together, padded on the right to one length: undoes `pairs_of`.
+    """Batches' tensors together, padded on the right to one length: undoes `slice_pairs`.
 
     Args:
         pairs: how many each has.

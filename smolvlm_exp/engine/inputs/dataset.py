@@ -45,8 +45,8 @@ class PackedDataset(torch.utils.data.Dataset):
         offsets: (3 rows + 1,) int64, where each part begins in `ids`.
         image_hashes: sha256 of each distinct image's file, in ascending order: images are numbered by it.
         images: for each row the numbers of its images among the distinct ones.
-        spans: (images + 1,) where each distinct image's tiles begin among the tiles of all.
-        kept: None, or (tiles of all, 3, S, S) uint8; see `keep_tiles`.
+        tile_offsets: (images + 1,) where each distinct image's tiles begin among the tiles of all.
+        cached_tiles: None, or (tiles of all, 3, S, S) uint8; see `cache_tiles`.
         features: None, or (tiles of all, tokens, H); see features.py.
         reference: None, or two of (rows,) float32, chosen and rejected; see reference.py.
     """
@@ -58,7 +58,7 @@ class PackedDataset(torch.utils.data.Dataset):
             rows: prepared and good; see data/preferences.py.
         """
         self.image_processor = processor.image_processor
-        self.kept: torch.Tensor | MappedTensor | None = None
+        self.cached_tiles: torch.Tensor | MappedTensor | None = None
         self.features: torch.Tensor | MappedTensor | None = None
         self.reference: tuple[torch.Tensor, torch.Tensor] | None = None
         self.files = rows.select_columns(["images"]).with_format("arrow")  # their stored bytes: nothing is decoded
@@ -73,8 +73,8 @@ class PackedDataset(torch.utils.data.Dataset):
             for j, (image, down, across) in enumerate(zip(*row, strict=True)):
                 first.setdefault(image, ((i, j), down * across + 1 if down else 1))
         self.image_hashes = sorted(first)  # whatever the order of the rows, so that it is no part of a key
-        self.places = [first[image][0] for image in self.image_hashes]
-        self.spans = [0, *accumulate(first[image][1] for image in self.image_hashes)]
+        self.locations = [first[image][0] for image in self.image_hashes]
+        self.tile_offsets = [0, *accumulate(first[image][1] for image in self.image_hashes)]
         numbers = {image: number for number, image in enumerate(self.image_hashes)}
         self.images = [[numbers[image] for image in row] for row in hashes]
 
@@ -85,17 +85,13 @@ class PackedDataset(torch.utils.data.Dataset):
         bounds = self.offsets[3 * i : 3 * i + 4]
         row = {f"{side}_ids": self.ids[bounds[k] : bounds[k + 1]].long() for k, side in enumerate(SIDES)}
         if self.features is None:
-            row["tiles"] = concat([self.tiles(n) for n in self.images[i]], self.nothing)
+            row["tiles"] = concat([self.tiles(n) for n in self.images[i]], self.no_tiles)
         else:
-            parts = [self.features[self.spans[n] : self.spans[n + 1]] for n in self.images[i]]
+            parts = [self.features[self.tile_offsets[n] : self.tile_offsets[n + 1]] for n in self.images[i]]
             row["features"] = concat(parts, self.features[:0])
         if self.reference is not None:
             row["ref_chosen_logps"], row["ref_rejected_logps"] = (logps[i] for logps in self.reference)
         return row
-
-    def entries(self, i: int) -> list[dict[str, Any]]:
-        """The images of row `i` as they are stored, {"bytes", "path"} each."""
-        return self.files[i].column("images")[0].as_py() or []
 
     def tiles(self, image: int) -> torch.Tensor:
         """One distinct image's tiles, (n, 3, S, S) uint8; made now where they are not kept.
@@ -103,11 +99,12 @@ class PackedDataset(torch.utils.data.Dataset):
         Raises:
             ValueError: there are more or fewer of them than the prompt's tokens were made for.
         """
-        if self.kept is not None:
-            return self.kept[self.spans[image] : self.spans[image + 1]]
-        i, j = self.places[image]
-        tiles = tile(decode(self.entries(i)[j]), self.image_processor)
-        expected = self.spans[image + 1] - self.spans[image]
+        if self.cached_tiles is not None:
+            return self.cached_tiles[self.tile_offsets[image] : self.tile_offsets[image + 1]]
+        i, j = self.locations[image]
+        entry = self.files[i].column("images")[0].as_py()[j]  # {"bytes", "path"}
+        tiles = tile(decode(entry), self.image_processor)
+        expected = self.tile_offsets[image + 1] - self.tile_offsets[image]
         if len(tiles) != expected:
             raise ValueError(
                 f"row {i}, image {j + 1} becomes {len(tiles)} tiles where the prompt has places for {expected}: the "
@@ -115,7 +112,7 @@ class PackedDataset(torch.utils.data.Dataset):
             )
         return tiles
 
-    def keep_tiles(self, store: DiskCache | None, ram_budget: int, num_proc: int) -> None:
+    def cache_tiles(self, store: DiskCache | None, ram_budget: int, num_proc: int) -> None:
         """Make all tiles now and keep them: in RAM within `ram_budget` bytes, else in the store, else not at all.
 
         Processes of a torch.distributed group call it together, share the work and the store's one file.
@@ -126,15 +123,15 @@ class PackedDataset(torch.utils.data.Dataset):
 
         def fill(tensors: Any, rank: int, processes: int) -> None:
             for image, tiles in self.stream(rank_slice(len(self.image_hashes), rank, processes), num_proc):
-                tensors["tiles"][self.spans[image] : self.spans[image + 1]] = tiles
+                tensors["tiles"][self.tile_offsets[image] : self.tile_offsets[image + 1]] = tiles
 
-        layout = {"tiles": (torch.uint8, (self.spans[-1], *self.nothing.shape[1:]))}
-        parts = self.tiles_made_of()
+        layout = {"tiles": (torch.uint8, (self.tile_offsets[-1], *self.no_tiles.shape[1:]))}
+        parts = self.tile_key_parts()
         what = f"tiles of {len(self.image_hashes):,} images"
-        kept = cached_tensors(what, cache_key("tiles", **parts), layout, fill, store, ram_budget, parts)
-        self.kept = kept["tiles"] if kept else None
+        cached = cached_tensors(what, cache_key("tiles", **parts), layout, fill, store, ram_budget, parts)
+        self.cached_tiles = cached["tiles"] if cached else None
 
-    def tiles_made_of(self) -> dict[str, Any]:
+    def tile_key_parts(self) -> dict[str, Any]:
         """All that decides the tiles' bytes, for keys: the images' files, the image processor, its code."""
         return {
             "version": VERSION,
@@ -147,7 +144,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def stream(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, its tiles) of each of `images` in their order, tiled by `num_proc` processes; 0: by this one."""
-        workers = min(num_proc, len(images)) if self.kept is None else 0  # else there is nothing left to do
+        workers = min(num_proc, len(images)) if self.cached_tiles is None else 0  # else there is nothing left to do
         together = max(1, min(TRANSFER_BYTES // self.largest, len(images) // (4 * workers))) if workers else 1
         chunks = [images[i : i + together] for i in range(0, len(images), together)]
         loader = torch.utils.data.DataLoader(
@@ -159,16 +156,16 @@ class PackedDataset(torch.utils.data.Dataset):
             generator=torch.Generator(),  # or it would draw from the run's own
         )
         for chunk, tiles in zip(chunks, loader, strict=True):
-            counts = [self.spans[image + 1] - self.spans[image] for image in chunk]
+            counts = [self.tile_offsets[image + 1] - self.tile_offsets[image] for image in chunk]
             yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
 
     @property
     def largest(self) -> int:
         """Bytes of the tiles of the image that has most."""
-        return int(max(np.diff(self.spans), default=0)) * math.prod(self.nothing.shape[1:])
+        return int(max(np.diff(self.tile_offsets), default=0)) * math.prod(self.no_tiles.shape[1:])
 
     @cached_property
-    def nothing(self) -> torch.Tensor:
+    def no_tiles(self) -> torch.Tensor:
         """The tiles of a row without images."""
         side = self.image_processor.max_image_size["longest_edge"]
         return torch.empty(0, 3, side, side, dtype=torch.uint8)
@@ -176,7 +173,7 @@ class PackedDataset(torch.utils.data.Dataset):
     @cached_property
     def sizes(self) -> np.ndarray:
         """(rows, 4) int64: tokens of the prompt, of the chosen and of the rejected answer; tiles."""
-        counts = np.diff(self.spans)
+        counts = np.diff(self.tile_offsets)
         tiles = [counts[row].sum() for row in self.images]
         return np.column_stack((np.diff(self.offsets).reshape(-1, 3), np.array(tiles, dtype=np.int64)))
 
@@ -189,7 +186,7 @@ class TileLoader(torch.utils.data.Dataset):
     arrays: bool
 
     def __getitem__(self, images: Sequence[int]) -> Any:
-        tiles = concat([self.rows.tiles(image) for image in images], self.rows.nothing)
+        tiles = concat([self.rows.tiles(image) for image in images], self.rows.no_tiles)
         return tiles.numpy() if self.arrays else tiles
 
 
@@ -205,18 +202,20 @@ def room_in_shared_memory(size: int) -> bool:
 
 @dataclass
 class Collator:
-    """For a DataLoader over {"row": number}: pairs.collate's batch and `rows`, (B,), those numbers."""
+    """For a DataLoader over {"row": number}: packing.collate's batch and `rows`, (B,), those numbers."""
 
     rows: PackedDataset
     pad_token_id: int
     image_token_id: int
 
     def __call__(self, batch: Sequence[dict[str, int]]) -> dict[str, Any]:
-        numbers = [int(example["row"]) for example in batch]
+        return self.of_rows([int(example["row"]) for example in batch])
+
+    def of_rows(self, numbers: Sequence[int]) -> dict[str, Any]:
         fields = collate([self.rows[i] for i in numbers], self.pad_token_id, self.image_token_id)
         return {**fields, "rows": torch.tensor(numbers)}
 
 
-def concat(parts: list[torch.Tensor], nothing: torch.Tensor) -> torch.Tensor:
+def concat(parts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
     """Parts end to end; a single one is not copied."""
-    return parts[0] if len(parts) == 1 else torch.cat([nothing, *parts])
+    return parts[0] if len(parts) == 1 else torch.cat([empty, *parts])

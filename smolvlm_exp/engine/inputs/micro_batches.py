@@ -34,13 +34,13 @@ class Step:
         return sum(map(len, self.units))
 
 
-def split_micro_batches(units: list[list[int]], size: int, whole: bool) -> list[MicroBatch]:
+def split_micro_batches(units: list[list[int]], size: int, batch_loss: bool) -> list[MicroBatch]:
     """The loader's batches as micro-batches of at most `size` rows.
 
     Args:
-        whole: the loss is not a mean over pairs, so each of the loader's batches is a segment of its own.
+        batch_loss: the loss is not a mean over pairs, so each of the loader's batches is a segment of its own.
     """
-    if whole:
+    if batch_loss:
         together = max(size // len(units[0]), 1)
         return [
             MicroBatch(units[i : i + together], [1.0] * len(units[i : i + together]))
@@ -53,13 +53,13 @@ def split_micro_batches(units: list[list[int]], size: int, whole: bool) -> list[
 class StepSampler:
     """Row numbers of one micro-batch at a time, for a loader whose workers prepare them ahead."""
 
-    def __init__(self, accumulate: int, into_micros: Callable[[list[list[int]]], list[MicroBatch]]) -> None:
-        self.accumulate, self.into_micros = accumulate, into_micros
+    def __init__(self, accumulate: int, split: Callable[[list[list[int]]], list[MicroBatch]]) -> None:
+        self.accumulate, self.split = accumulate, split
         self.source: Iterator[dict[str, list[int]]] = iter(())
         self.steps: deque[Step] = deque()
 
     def __iter__(self) -> Iterator[list[int]]:
         while units := [batch["rows"] for batch in islice(self.source, self.accumulate)]:
-            step = Step(units, self.into_micros(units))
+            step = Step(units, self.split(units))
             self.steps.append(step)
             yield from (micro.rows for micro in step.micros)

@@ -49,10 +49,10 @@ def keep_features(
     core.vision_model.eval()
     core.connector.eval()
     parameter = next(core.connector.parameters())
-    example = image_features(core, normalise(rows.nothing.new_zeros(1, *rows.nothing.shape[1:]).to(parameter.device)))
-    layout = {"features": (example.dtype, (rows.spans[-1], *example.shape[1:]))}
+    example = image_features(core, normalise(rows.no_tiles.new_zeros(1, *rows.no_tiles.shape[1:]).to(parameter.device)))
+    layout = {"features": (example.dtype, (rows.tile_offsets[-1], *example.shape[1:]))}
     parts = {
-        "tiles": rows.tiles_made_of(),
+        "tiles": rows.tile_key_parts(),
         "tower": weights_key(core.vision_model),
         "connector": weights_key(core.connector),
         "scale_factor": core.config.scale_factor,
@@ -74,7 +74,7 @@ def keep_features(
 
 def batches(rows: PackedDataset, images: range, size: int, num_proc: int) -> Batches:
     """The tiles of neighbouring images, at most `size` at a time or those of one."""
-    start, parts = rows.spans[images.start], list[torch.Tensor]()
+    start, parts = rows.tile_offsets[images.start], list[torch.Tensor]()
     for _, tiles in rows.stream(images, num_proc):
         if parts and sum(map(len, parts)) + len(tiles) > size:
             yield start, torch.cat(parts)

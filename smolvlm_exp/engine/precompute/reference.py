@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -88,18 +89,17 @@ def compute(
     lengths = collator.rows.sizes[:, :3].sum(1)
     ordered = sorted(missing, key=lambda i: -lengths[i])  # the longest first: what fails, fails at once
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)][rank::processes]
-    everything: Any = [{"row": i} for i in range(len(collator.rows))]
+    numbers: Any = range(len(collator.rows))
     loader: Any = torch.utils.data.DataLoader(
-        everything,
+        numbers,
         batch_sampler=batches,
-        collate_fn=collator,
+        collate_fn=collator.of_rows,
         num_workers=min(num_workers, len(batches)),
         generator=torch.Generator(),  # or it would draw from the run's own
     )
     scored = [torch.stack(score(batch)).detach().float() for batch in loader]
     mine = torch.cat(scored, dim=1).cpu().T.tolist() if scored else []
-    numbers = [i for batch in batches for i in batch]
-    scores = {i: logps for part in gather(list(zip(numbers, mine, strict=True))) for i, logps in part}
+    scores = {i: logps for part in gather(list(zip(chain(*batches), mine, strict=True))) for i, logps in part}
     for i in missing:
         if not np.isfinite(scores[i]).all():
             raise ValueError(f"row {i}: the reference's log-probabilities are {scores[i]}, which no training can use.")
@@ -145,4 +145,4 @@ def row_keys(rows: PackedDataset) -> list[bytes]:
 
 def tiling(rows: PackedDataset) -> dict[str, Any]:
     """What decides how any image's file becomes tiles."""
-    return {"tiling": {name: value for name, value in rows.tiles_made_of().items() if name != "pictures"}}
+    return {"tiling": {name: value for name, value in rows.tile_key_parts().items() if name != "pictures"}}

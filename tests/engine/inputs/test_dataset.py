@@ -133,11 +133,11 @@ def test_references_travel_with_the_rows(processor, prepared):
 
 def test_features_take_the_place_of_tiles(processor, prepared):
     rows = PackedDataset(prepared, processor)
-    rows.features = torch.randn(rows.spans[-1], 16, 8)
+    rows.features = torch.randn(rows.tile_offsets[-1], 16, 8)
     row = rows[2]
     assert "tiles" not in row
     first, second = rows.images[2]
-    expected = torch.cat([rows.features[rows.spans[n] : rows.spans[n + 1]] for n in (first, second)])
+    expected = torch.cat([rows.features[rows.tile_offsets[n] : rows.tile_offsets[n + 1]] for n in (first, second)])
     assert torch.equal(row["features"], expected)
     batch = Collator(rows, 2, processor.image_token_id)([{"row": 2}, {"row": 4}])
     assert torch.equal(batch["packed"]["features"], torch.cat([expected, rows[4]["features"]]))
@@ -169,9 +169,9 @@ def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, pr
     fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
     for ram, num_proc in ((PLENTY, 0), (PLENTY, 2), (0, 0), (0, 2)):
         rows = PackedDataset(prepared, processor)
-        rows.keep_tiles(DiskCache(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
+        rows.cache_tiles(DiskCache(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
         assert "tiles of 6 images" in capsys.readouterr().out
-        assert rows.kept is not None
+        assert rows.cached_tiles is not None
         assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
     first, second = (next((tmp_path / f"cache{n}").glob("tiles-*/data.safetensors")) for n in (0, 2))
     assert first.parent.name == second.parent.name
@@ -182,9 +182,9 @@ def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, prepared
     fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
     rows, moved = PackedDataset(prepared, processor), []
     monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
-    rows.keep_tiles(None, PLENTY, 2)
+    rows.cache_tiles(None, PLENTY, 2)
     assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
-    assert moved == [4 * 2 * int(np.diff(rows.spans).max()) * 3 * 64 * 64]  # so few images travel one by one
+    assert moved == [4 * 2 * int(np.diff(rows.tile_offsets).max()) * 3 * 64 * 64]  # so few images travel one by one
 
 
 def test_small_images_travel_together(processor, prepared, monkeypatch):
@@ -205,26 +205,26 @@ def test_small_images_travel_together(processor, prepared, monkeypatch):
 
 def test_kept_tiles_are_not_made_twice(processor, prepared, tmp_path, monkeypatch):
     store = DiskCache(tmp_path / "cache", PLENTY)
-    PackedDataset(prepared, processor).keep_tiles(store, 0, 0)
+    PackedDataset(prepared, processor).cache_tiles(store, 0, 0)
     monkeypatch.setattr(feed, "tile", lambda *_: pytest.fail("tiled again"))
     again = PackedDataset(prepared.select([5, 4, 3, 2, 1, 0]), processor)  # another order, the same images
-    again.keep_tiles(store, 0, 0)
+    again.cache_tiles(store, 0, 0)
     assert again[0]["tiles"].shape[1:] == (3, 64, 64)
 
 
 def test_without_room_tiles_are_made_when_asked_for(processor, prepared, tmp_path, capsys):
     rows = PackedDataset(prepared, processor)
-    rows.keep_tiles(DiskCache(tmp_path / "cache", 1000), 1000, 0)
-    assert rows.kept is None
+    rows.cache_tiles(DiskCache(tmp_path / "cache", 1000), 1000, 0)
+    assert rows.cached_tiles is None
     assert "trainer.cache_disk" in capsys.readouterr().out
-    rows.keep_tiles(None, 1000, 0)
+    rows.cache_tiles(None, 1000, 0)
     assert "trainer.cache_ram" in capsys.readouterr().out
     assert len(rows[0]["tiles"]) == 5
 
 
 def test_the_tiles_key_follows_what_decides_their_bytes(processor, prepared, monkeypatch):
     def key(rows):
-        return cache_key("tiles", **PackedDataset(rows, processor).tiles_made_of())
+        return cache_key("tiles", **PackedDataset(rows, processor).tile_key_parts())
 
     before = key(prepared)
     assert key(prepared.select([5, 4, 3, 2, 1, 0])) == before
@@ -243,13 +243,13 @@ def test_keeping_tiles_leaves_the_runs_random_numbers_alone(processor, prepared)
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    PackedDataset(prepared, processor).keep_tiles(None, PLENTY, 0)
+    PackedDataset(prepared, processor).cache_tiles(None, PLENTY, 0)
     assert torch.rand(1) == expected
 
 
 def test_rows_with_kept_tiles_reach_spawned_workers(processor, prepared, tmp_path):
     rows = PackedDataset(prepared, processor)
-    rows.keep_tiles(DiskCache(tmp_path / "cache", PLENTY), 0, 0)
+    rows.cache_tiles(DiskCache(tmp_path / "cache", PLENTY), 0, 0)
     collator = Collator(rows, 2, processor.image_token_id)
     loader = torch.utils.data.DataLoader(
         [{"row": i} for i in range(6)],

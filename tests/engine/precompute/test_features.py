@@ -73,7 +73,7 @@ def test_features_from_kept_tiles_and_in_processes(processor, fed, adapted, tmp_
     expected = fed.features
     keep_features(fed, adapted, pixels(processor), None, PLENTY, 7, num_proc=2)
     assert torch.equal(fed.features, expected)
-    fed.keep_tiles(store, kept, 2)
+    fed.cache_tiles(store, kept, 2)
     keep_features(fed, adapted, pixels(processor), None, PLENTY, 7, num_proc=2)
     assert torch.equal(fed.features, expected)
 
@@ -82,7 +82,11 @@ def test_each_image_goes_through_the_tower_once(processor, rows, adapted, tmp_pa
     both = rows.train.select([0, 1, 2, 0, 1, 2])
     fed, store = PackedDataset(both, processor), DiskCache(tmp_path / "cache", PLENTY)
     keep_features(fed, adapted, pixels(processor), store, 0, 4)
-    assert sum(passes) - 1 == fed.spans[-1] == sum(len(PackedDataset(both, processor)[i]["tiles"]) for i in range(3))
+    assert (
+        sum(passes) - 1
+        == fed.tile_offsets[-1]
+        == sum(len(PackedDataset(both, processor)[i]["tiles"]) for i in range(3))
+    )
     assert torch.equal(fed[0]["features"], fed[3]["features"])
     passes.clear()
     again = PackedDataset(both.select([2, 1, 0]), processor)
