@@ -43,15 +43,14 @@ SETTINGS = {
     "2.2B recipe": ("smolvlm", "recipe"),
 }
 KERNELS = {  # functions of ops.py
-    "rms_norm": ("rms_norm", "rms_norm_backward"),
+    "norm": ("norm", "norm_backward"),
     "affine": ("add", "scale"),
     "scale_backward": ("scale_backward", "scale_backward_parts"),
     "swiglu": ("swiglu", "swiglu_backward"),
     "rotary": ("rotary", "rotary_backward"),
-    "layer_norm": ("layer_norm", "layer_norm_backward"),
     "gelu": ("gelu", "gelu_backward"),
 }
-VISION_ONLY = ("layer_norm", "gelu")
+VISION_ONLY = ("gelu",)
 
 
 def torch_only() -> Any:
@@ -90,24 +89,30 @@ def compiled(plain: Any, backend: str) -> Replacements:
 
 def liger(plain: Any) -> Replacements:
     """liger-kernel's functions in our functions' places; `ops.scale` and `ops.scale_backward` do DoRA's gains."""
-    from liger_kernel.ops.rms_norm import rms_norm_backward as norm_backward
-    from liger_kernel.ops.rms_norm import rms_norm_forward
+    from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
     from liger_kernel.ops.rope import rope_backward, rope_forward
     from liger_kernel.ops.swiglu import swiglu_fused_gate_up_backward, swiglu_fused_gate_up_forward
     from liger_kernel.ops.utils import calculate_settings
 
-    def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
+    layer_norm, layer_norm_backward = ops.norm, ops.norm_backward
+
+    def norm(
+        x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, tail: int = 0
+    ) -> torch.Tensor:
+        if bias is not None:
+            return layer_norm(x, weight, bias, eps, tail)
         return plain.with_tail(rms_norm_forward(x, weight, eps, 0.0, "llama", None)[0], tail)
 
-    def rms_norm_backward(
-        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
+    def norm_backward(
+        dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, centred: bool
     ) -> torch.Tensor:
-        norm = torch.linalg.vector_norm(
-            x, dim=-1, dtype=torch.float32
-        )  # liger would have kept it from the forward pass
-        rstd = torch.rsqrt(norm.square() / x.shape[1] + eps)
+        if centred:
+            return layer_norm_backward(dy, x, weight, eps, residual, centred)
+        # liger would have kept it from the forward pass
+        squares = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float32).square()
+        rstd = torch.rsqrt(squares / x.shape[1] + eps)
         sizes = calculate_settings(x.shape[1])
-        dx, _ = norm_backward(dy.contiguous(), x, weight, rstd, 0.0, 0, *sizes, True, None, needs_dw=False)
+        dx, _ = rms_norm_backward(dy.contiguous(), x, weight, rstd, 0.0, 0, *sizes, True, None, needs_dw=False)
         return dx.add_(residual)
 
     def gained(u: torch.Tensor, gain: Any) -> torch.Tensor:
@@ -147,7 +152,7 @@ def liger(plain: Any) -> Replacements:
         dy = torch.cat([d.reshape(tokens, -1) for d in (dquery, dkey, dvalue)], dim=1)
         return ops.scale_backward(dy, u, gain, tail)
 
-    made = (rms_norm, rms_norm_backward, swiglu, swiglu_backward, rotary, rotary_backward)
+    made = (norm, norm_backward, swiglu, swiglu_backward, rotary, rotary_backward)
     return {(ops, function.__name__): function for function in made}
 
 

@@ -75,6 +75,8 @@ class FusedLayer:
     """
 
     scaling: float  # attention's
+    norms: tuple[Any, Any]
+    eps: float
 
     def __init__(self, layer: Any, checkpointing: str) -> None:
         self.layer, self.ordinary, self.checkpointing = layer, layer.forward, checkpointing
@@ -91,10 +93,12 @@ class FusedLayer:
 
     def normed(self, which: int, x: torch.Tensor, tail: int = 0) -> torch.Tensor:
         """The layer's first (0) or second (1) norm."""
-        raise NotImplementedError
+        norm = self.norms[which]
+        return ew.norm(x, norm.weight, getattr(norm, "bias", None), self.eps, tail)
 
     def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        raise NotImplementedError
+        norm = self.norms[which]
+        return ew.norm_backward(dx, x, norm.weight, self.eps, residual, centred=hasattr(norm, "bias"))
 
     def queries_keys_values(self, saved: SavedActivations, context: Any) -> Qkv:
         """From IN's result to attention's inputs, each (..., heads, D)."""

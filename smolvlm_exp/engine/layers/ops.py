@@ -31,44 +31,31 @@ def with_tail(x: torch.Tensor, tail: int) -> torch.Tensor:
     return x if tail == 0 else torch.cat((x, x.new_empty(x.shape[0], tail)), dim=1)
 
 
-def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
-    """x / rms(x) * weight (arXiv 1910.07467, eq. 4); (T, H) -> (T, H + tail)."""
+def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, tail: int = 0) -> torch.Tensor:
+    """LayerNorm (arXiv 1607.06450, eq. 4), without a bias RMSNorm (1910.07467, eq. 4); (T, H) -> (T, H + tail)."""
     if uses_kernels(x):
-        return kernels.norm(x, weight, None, eps, tail)
+        return kernels.norm(x, weight, bias, eps, tail)
+    if bias is not None:
+        return with_tail(F.layer_norm(x, (x.shape[-1],), weight, bias, eps), tail)
     scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
     return with_tail((x.float() * scale).to(x.dtype) * weight, tail)
 
 
-def rms_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
+def norm_backward(
+    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor, centred: bool
 ) -> torch.Tensor:
-    """residual + the gradient of `rms_norm` for x, given the gradient `dy` of its result; all (T, H)."""
+    """residual + the gradient for x of `norm`, given its result's gradient `dy`; all (T, H); `centred`: LayerNorm."""
     if uses_kernels(x):
-        return kernels.norm_backward(dy, x, weight, eps, residual, centred=False)
-    scale = torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
-    normal, inner = x.float() * scale, dy.float() * weight.float()
-    dx = scale * (inner - normal * (inner * normal).mean(-1, keepdim=True))
-    return (residual.float() + dx).to(x.dtype)
-
-
-def layer_norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, eps: float, tail: int = 0) -> torch.Tensor:
-    """(arXiv 1607.06450, eq. 4); (T, H) -> (T, H + tail)."""
-    if uses_kernels(x):
-        return kernels.norm(x, weight, bias, eps, tail)
-    return with_tail(F.layer_norm(x, (x.shape[-1],), weight, bias, eps), tail)
-
-
-def layer_norm_backward(
-    dy: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float, residual: torch.Tensor
-) -> torch.Tensor:
-    """residual + the gradient of `layer_norm` for x, given the gradient `dy` of its result; all (T, H)."""
-    if uses_kernels(x):
-        return kernels.norm_backward(dy, x, weight, eps, residual, centred=True)
-    centred = x.float() - x.float().mean(-1, keepdim=True)
-    scale = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normal, inner = centred * scale, dy.float() * weight.float()
-    dx = scale * (inner - inner.mean(-1, keepdim=True) - normal * (inner * normal).mean(-1, keepdim=True))
-    return (residual.float() + dx).to(x.dtype)
+        return kernels.norm_backward(dy, x, weight, eps, residual, centred)
+    value, inner = x.float(), dy.float() * weight.float()
+    if centred:
+        value = value - value.mean(-1, keepdim=True)
+    scale = torch.rsqrt(value.square().mean(-1, keepdim=True) + eps)
+    normal = value * scale
+    rest = normal * (inner * normal).mean(-1, keepdim=True)
+    if centred:
+        inner = inner - inner.mean(-1, keepdim=True)
+    return (residual.float() + scale * (inner - rest)).to(x.dtype)
 
 
 def add(h: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:

@@ -30,6 +30,7 @@ class FusedTextLayer(FusedLayer):
         self.heads = (attention.q_proj.out_features // size, attention.k_proj.out_features // size)
         self.scaling = attention.scaling
         self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.eps = layer.input_layernorm.variance_epsilon
 
     def __call__(self, hidden_states: torch.Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
         if layout is None:
@@ -51,12 +52,6 @@ class FusedTextLayer(FusedLayer):
         attention, mlp = self.layer.self_attn, self.layer.mlp
         first = [attention.q_proj, attention.k_proj, attention.v_proj]
         return [first, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-
-    def normed(self, which: int, x: torch.Tensor, tail: int = 0) -> torch.Tensor:
-        return ew.rms_norm(x, self.norms[which].weight, self.norms[which].variance_epsilon, tail)
-
-    def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return ew.rms_norm_backward(dx, x, self.norms[which].weight, self.norms[which].variance_epsilon, residual)
 
     def queries_keys_values(self, saved: SavedActivations, context: TextContext) -> Qkv:
         return ew.rotary(saved.result(IN), context.gain(IN), context.cos, context.sin, context.layout, self.heads)

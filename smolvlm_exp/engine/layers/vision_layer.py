@@ -26,6 +26,7 @@ class FusedVisionLayer(FusedLayer):
         super().__init__(layer, checkpointing)
         self.heads, self.scaling = layer.self_attn.num_heads, layer.self_attn.scale
         self.norms = layer.layer_norm1, layer.layer_norm2
+        self.eps = layer.layer_norm1.eps
 
     def __call__(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
         if attention_mask is not None:
@@ -43,13 +44,6 @@ class FusedVisionLayer(FusedLayer):
     def groups(self) -> list[list[nn.Module]]:
         attention, mlp = self.layer.self_attn, self.layer.mlp
         return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [mlp.fc1], [mlp.fc2]]
-
-    def normed(self, which: int, x: torch.Tensor, tail: int = 0) -> torch.Tensor:
-        norm = self.norms[which]
-        return ew.layer_norm(x, norm.weight, norm.bias, norm.eps, tail)
-
-    def norm_backward(self, which: int, dx: torch.Tensor, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
-        return ew.layer_norm_backward(dx, x, self.norms[which].weight, self.norms[which].eps, residual)
 
     def queries_keys_values(self, saved: SavedActivations, context: VisionContext) -> Qkv:
         qkv = ew.scale(saved.result(IN), context.gain(IN), self.products[IN].bias)

@@ -52,14 +52,13 @@ def meaning(function, *args, **kwargs):
 def test_norms(kind, rows, columns):
     x, dy, residual, weight = (draw(*s, kind=kind) for s in ((rows, columns),) * 3 + ((columns,),))
     for tail in (0, 8):
-        found = kernels.norm(x, weight, None, 1e-5, tail)
-        assert found.shape == (rows, columns + tail)
-        near(found[:, :columns], meaning(ew.rms_norm, x, weight, 1e-5))
-        found = kernels.norm(x, weight, residual[0], 1e-5, tail)
-        near(found[:, :columns], meaning(ew.layer_norm, x, weight, residual[0], 1e-5))
-    for name in ("rms_norm_backward", "layer_norm_backward"):
-        expected = meaning(getattr(ew, name), dy, x, weight, 1e-5, residual)
-        near(kernels.norm_backward(dy, x, weight, 1e-5, residual, name == "layer_norm_backward"), expected)
+        for bias in (None, residual[0]):
+            found = kernels.norm(x, weight, bias, 1e-5, tail)
+            assert found.shape == (rows, columns + tail)
+            near(found[:, :columns], meaning(ew.norm, x, weight, bias, 1e-5))
+    for centred in (False, True):
+        expected = meaning(ew.norm_backward, dy, x, weight, 1e-5, residual, centred)
+        near(kernels.norm_backward(dy, x, weight, 1e-5, residual, centred), expected)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,7 +1,9 @@
-"""SwiGLU and GELU."""
+"""SwiGLU, which has no bias, and GELU; a backward pass writes the result over `da` once `again`."""
 
 # mypy: disable-error-code="index"
 # What @triton.jit compiles is not quite Python.
+
+from typing import Any
 
 import torch
 import triton
@@ -17,16 +19,54 @@ def with_spare(u: torch.Tensor, tail: int) -> torch.Tensor:
 
 
 def swiglu(u: torch.Tensor, gain: Gain, tail: int) -> torch.Tensor:
-    rows, columns = u.shape[0], u.shape[1] // 2
-    out = u.new_empty(rows, columns + tail)
-    _swiglu[(rows, triton.cdiv(columns, WIDE))](
-        u, u.stride(0), out if gain is None else gain, out, columns + tail, columns, GAIN=gain is not None, BLOCK=WIDE
-    )
+    return forward(_swiglu, u, gain, None, u.shape[1] // 2, tail)
+
+
+def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int) -> torch.Tensor:
+    return forward(_gelu, u, gain, bias, u.shape[1], tail)
+
+
+def forward(
+    kernel: Any, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, columns: int, tail: int
+) -> torch.Tensor:
+    out = u.new_empty(u.shape[0], columns + tail)
+    kernel[(u.shape[0], triton.cdiv(columns, WIDE))](
+        u, u.stride(0), out if gain is None else gain, out if bias is None else bias, out, columns + tail, columns,
+        GAIN=gain is not None, BIAS=bias is not None, BLOCK=WIDE,
+    )  # fmt: skip
     return out
 
 
+def swiglu_backward(
+    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool, over: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    return backward(_swiglu_backward, da, u, gain, None, tail, again, over)
+
+
+def gelu_backward(
+    da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, again: bool, over: bool
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    return backward(_gelu_backward, da, u, gain, bias, tail, again, over)
+
+
+def backward(
+    kernel: Any, da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int,
+    again: bool, over: bool,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
+    (rows, columns), width = da.shape, u.shape[1]
+    du = with_spare(u, tail) if over else da.new_empty(rows, width + tail)  # each number is read, then written
+    chunks, size = split_rows(rows, columns)
+    partial = torch.empty(chunks, width, dtype=torch.float32, device=da.device) if gain is not None else None
+    kernel[(chunks, triton.cdiv(columns, BN))](
+        da, u, u.stride(0), da if gain is None else gain, da if bias is None else bias, du, du.stride(0),
+        da if partial is None else partial, rows, columns, size,
+        GAIN=gain is not None, BIAS=bias is not None, AGAIN=again, BM=BM, BN=BN,
+    )  # fmt: skip
+    return du, da if again else None, None if partial is None else partial.sum(0)
+
+
 @triton.jit
-def _swiglu(u, u_row, gain, out, out_row, columns, GAIN: tl.constexpr, BLOCK: tl.constexpr):
+def _swiglu(u, u_row, gain, bias, out, out_row, columns, GAIN: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = at < columns
@@ -38,25 +78,10 @@ def _swiglu(u, u_row, gain, out, out_row, columns, GAIN: tl.constexpr, BLOCK: tl
     tl.store(out + row * out_row + at, (gate * tl.sigmoid(gate) * up).to(out.dtype.element_ty), mask=inside)
 
 
-def swiglu_backward(
-    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool, over: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    rows, columns = da.shape
-    du = with_spare(u, tail) if over else da.new_empty(rows, 2 * columns + tail)  # each number is read, then written
-    inner = da if again else None
-    chunks, size = split_rows(rows, columns)
-    partial = torch.empty(chunks, 2 * columns, dtype=torch.float32, device=da.device) if gain is not None else None
-    _swiglu_backward[(chunks, triton.cdiv(columns, BN))](
-        da, u, u.stride(0), da if gain is None else gain, du, du.stride(0), da if inner is None else inner,
-        da if partial is None else partial, rows, columns, size, GAIN=gain is not None, AGAIN=again, BM=BM, BN=BN,
-    )  # fmt: skip
-    return du, inner, None if partial is None else partial.sum(0)
-
-
 @triton.jit
 def _swiglu_backward(
-    da, u, u_row, gain, du, du_row, inner, partial, rows, columns, size,
-    GAIN: tl.constexpr, AGAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    da, u, u_row, gain, bias, du, du_row, partial, rows, columns, size,
+    GAIN: tl.constexpr, BIAS: tl.constexpr, AGAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     at = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -77,7 +102,7 @@ def _swiglu_backward(
         silu = gate * sigmoid
         dgate, dup = d * up * (sigmoid + silu * (1 - sigmoid)), d * silu
         if AGAIN:
-            tl.store(inner + here, (silu * up).to(inner.dtype.element_ty), mask=inside)
+            tl.store(da + here, (silu * up).to(da.dtype.element_ty), mask=inside)
         if GAIN:
             total_gate += tl.sum(dgate * raw_gate, axis=0)
             total_up += tl.sum(dup * raw_up, axis=0)
@@ -88,16 +113,6 @@ def _swiglu_backward(
     if GAIN:
         tl.store(partial + chunk * 2 * columns + at, total_gate, mask=at < columns)
         tl.store(partial + chunk * 2 * columns + columns + at, total_up, mask=at < columns)
-
-
-def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int) -> torch.Tensor:
-    rows, columns = u.shape
-    out = u.new_empty(rows, columns + tail)
-    _gelu[(rows, triton.cdiv(columns, WIDE))](
-        u, u.stride(0), out if gain is None else gain, out if bias is None else bias, out, columns + tail, columns,
-        GAIN=gain is not None, BIAS=bias is not None, BLOCK=WIDE,
-    )  # fmt: skip
-    return out
 
 
 @triton.jit
@@ -119,25 +134,9 @@ def _gelu(u, u_row, gain, bias, out, out_row, columns, GAIN: tl.constexpr, BIAS:
     tl.store(out + row * out_row + at, value.to(out.dtype.element_ty), mask=inside)
 
 
-def gelu_backward(
-    da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, again: bool, over: bool
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    rows, columns = da.shape
-    du = with_spare(u, tail) if over else da.new_empty(rows, columns + tail)  # each number is read, then written
-    inner = da if again else None
-    chunks, size = split_rows(rows, columns)
-    partial = torch.empty(chunks, columns, dtype=torch.float32, device=da.device) if gain is not None else None
-    _gelu_backward[(chunks, triton.cdiv(columns, BN))](
-        da, u, u.stride(0), da if gain is None else gain, da if bias is None else bias, du, du.stride(0),
-        da if inner is None else inner, da if partial is None else partial, rows, columns, size,
-        GAIN=gain is not None, BIAS=bias is not None, AGAIN=again, BM=BM, BN=BN,
-    )  # fmt: skip
-    return du, inner, None if partial is None else partial.sum(0)
-
-
 @triton.jit
 def _gelu_backward(
-    da, u, u_row, gain, bias, du, du_row, inner, partial, rows, columns, size,
+    da, u, u_row, gain, bias, du, du_row, partial, rows, columns, size,
     GAIN: tl.constexpr, BIAS: tl.constexpr, AGAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
@@ -159,7 +158,7 @@ def _gelu_backward(
         t = _tanh_of_gelu(x)
         slope = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x)
         if AGAIN:
-            tl.store(inner + here, (0.5 * x * (1 + t)).to(inner.dtype.element_ty), mask=inside)
+            tl.store(da + here, (0.5 * x * (1 + t)).to(da.dtype.element_ty), mask=inside)
         d = d * slope
         if GAIN:
             total += tl.sum(d * raw, axis=0)
