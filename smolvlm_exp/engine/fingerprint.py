@@ -43,11 +43,8 @@ def weights_key(model: nn.Module, adapter: str | None = None) -> str:
         else:
             names.append([name, str(value)])
     config: Any = getattr(model, "config", None)
-    digest = hashlib.sha256(
-        json.dumps(
-            [type(model).__name__, canonical_config(config.to_dict() if config else {}), names], sort_keys=True
-        ).encode()
-    )
+    contents = [type(model).__name__, canonical_config(config.to_dict() if config else {}), names]
+    digest = hashlib.sha256(json.dumps(contents, sort_keys=True).encode())
     digest.update(content_hash(tensors).numpy().tobytes())
     return digest.hexdigest()
 

@@ -57,17 +57,17 @@ def score_pairs(
         labels: (2B, L), TRL's: -100 outside the answers.
     """
     head: Any = model.get_output_embeddings()
-    weight, bias = (full_tensor(each) for each in (head.weight, head.bias))
-    found = ChunkedLogProbFunction.apply(
+    weight, bias = full_tensor(head.weight), full_tensor(head.bias)
+    values = ChunkedLogProbFunction.apply(
         answer_states(model, packed, pixels),
         weight, bias, packed["labels"], 1.0, VOCABULARY_CHUNK, None, 1.0, statistics,
     )  # fmt: skip
     rows, width = labels.shape[0], labels.shape[1] - 1
 
-    def placed(values: torch.Tensor) -> torch.Tensor:
-        return values.new_zeros(rows * width).index_copy(0, packed["target"], values).view(rows, width)
+    def placed(value: torch.Tensor) -> torch.Tensor:
+        return value.new_zeros(rows * width).index_copy(0, packed["target"], value).view(rows, width)
 
-    named = {name: placed(v) for name, v in zip(STATISTICS, found, strict=True) if v is not None}
+    named = {name: placed(value) for name, value in zip(STATISTICS, values, strict=True) if value is not None}
     return FusedCausalLMOutput(**named, label_mask=labels[:, 1:] != -100)
 
 
@@ -91,14 +91,14 @@ def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pix
 def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
     """(n, 3, S, S) -> (n, tokens per tile, H): vision tower and connector, without gradients where nothing learns.
 
-    Tiles are whole, so that the encoder needs no mask, which the tower's own `forward` makes and looks into.
+    Tiles are never padded, so that the encoder needs no mask, which the tower's own `forward` makes and looks into.
     """
     tower, connector = core.vision_model, core.connector
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(tower, connector)):
         count, _, height, width = pixel_values.shape
         grid = (count, height // tower.patch_size, width // tower.patch_size)
-        whole = torch.ones(grid, dtype=torch.bool, device=pixel_values.device)
-        hidden = tower.embeddings(pixel_values=pixel_values.to(tower.dtype), patch_attention_mask=whole)
+        mask = torch.ones(grid, dtype=torch.bool, device=pixel_values.device)
+        hidden = tower.embeddings(pixel_values=pixel_values.to(tower.dtype), patch_attention_mask=mask)
         hidden = tower.encoder(inputs_embeds=hidden, attention_mask=None).last_hidden_state
         # Autocast would keep a float32 copy for the backward pass; the norm's own sums are float32 in any case.
         copied = hidden.dtype is not tower.post_layernorm.weight.dtype

@@ -56,7 +56,7 @@ def tiny_adapter(model: Any, target: str, seed: int = 0, **lora: Any) -> Any:
 
 
 def random_row(prompt: int, chosen: int, rejected: int, tiles: list[int], same: int = 0, seed: int = 0) -> dict:
-    """A row as feed.Rows gives it.
+    """A row as PackedDataset gives it.
 
     Args:
         prompt, chosen, rejected: words in each; tiles: number of tiles of each picture, spread over the prompt.

@@ -18,7 +18,7 @@ from torch import nn
 
 from smolvlm_exp.engine.layers import ops as ew
 from smolvlm_exp.engine.layers.flash import attend, attend_backward
-from smolvlm_exp.engine.layers.linear import Adapters, products_of
+from smolvlm_exp.engine.layers.linear import Adapters, Product
 from smolvlm_exp.engine.layers.shared_prefix_attention import Layout
 
 IN, OUT, FIRST, SECOND = range(4)  # a layer's products
@@ -80,7 +80,7 @@ class FusedLayer:
 
     def __init__(self, layer: Any, checkpointing: str) -> None:
         self.layer, self.ordinary, self.checkpointing = layer, layer.forward, checkpointing
-        self.products = products_of(self.groups())
+        self.products: list[Product] = []
 
     @staticmethod
     def obstacles(layer: nn.Module) -> Iterator[str]:
@@ -128,7 +128,9 @@ class FusedLayer:
 
     def adapters(self, dtype: torch.dtype) -> list[Adapters | None]:
         """Those that are active now."""
-        self.products = products_of(self.groups(), self.products)
+        groups = self.groups()
+        if [list(product.layers) for product in self.products] != groups:
+            self.products = [Product(*group) for group in groups]
         return [product.use(dtype) for product in self.products]
 
     def product(

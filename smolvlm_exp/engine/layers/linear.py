@@ -6,7 +6,7 @@ product, and [du | du s B] [W; A] the input's gradient with the adapters' share 
 but by whatever reads the result (ops.py): they cost no pass of their own.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -228,14 +228,6 @@ class Product:
                     assert dmagnitude is not None
                     grads.append(dmagnitude[rows])
         return grads
-
-
-def products_of(groups: list[list[nn.Module]], before: Sequence[Product | None] = (None,) * 4) -> list[Product]:
-    """One product a group of layers; those of `before` where the layers are still the same."""
-    return [
-        product if product and all(a is b for a, b in zip(product.layers, group, strict=True)) else Product(*group)
-        for group, product in zip(groups, before, strict=True)
-    ]
 
 
 def base_of(layer: nn.Module) -> nn.Module:

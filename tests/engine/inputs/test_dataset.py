@@ -14,7 +14,7 @@ from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
-from smolvlm_exp.engine.inputs import dataset as feed
+from smolvlm_exp.engine.inputs import dataset as module
 from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
 
@@ -181,7 +181,7 @@ def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, pr
 def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, prepared, monkeypatch):
     fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
     rows, moved = PackedDataset(prepared, processor), []
-    monkeypatch.setattr(feed, "room_in_shared_memory", lambda size: moved.append(size))
+    monkeypatch.setattr(module, "room_in_shared_memory", lambda size: moved.append(size))
     rows.cache_tiles(None, PLENTY, 2)
     assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
     assert moved == [4 * 2 * int(np.diff(rows.tile_offsets).max()) * 3 * 64 * 64]  # so few images travel one by one
@@ -189,9 +189,9 @@ def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, prepared
 
 def test_small_images_travel_together(processor, prepared, monkeypatch):
     fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
-    rows, journeys, split = PackedDataset(prepared, processor), [], feed.TileLoader.__getitem__
+    rows, journeys, split = PackedDataset(prepared, processor), [], module.TileLoader.__getitem__
     monkeypatch.setattr(
-        feed.TileLoader, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk)
+        module.TileLoader, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk)
     )
     images = list(range(len(rows.image_hashes))) * 5
     monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, sampler, **_: (data[chunk] for chunk in sampler))
@@ -206,7 +206,7 @@ def test_small_images_travel_together(processor, prepared, monkeypatch):
 def test_kept_tiles_are_not_made_twice(processor, prepared, tmp_path, monkeypatch):
     store = DiskCache(tmp_path / "cache", PLENTY)
     PackedDataset(prepared, processor).cache_tiles(store, 0, 0)
-    monkeypatch.setattr(feed, "tile", lambda *_: pytest.fail("tiled again"))
+    monkeypatch.setattr(module, "tile", lambda *_: pytest.fail("tiled again"))
     again = PackedDataset(prepared.select([5, 4, 3, 2, 1, 0]), processor)  # another order, the same images
     again.cache_tiles(store, 0, 0)
     assert again[0]["tiles"].shape[1:] == (3, 64, 64)

@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaModel
 from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
 from transformers.models.idefics3.modeling_idefics3 import Idefics3VisionTransformer
 
-from smolvlm_exp.engine.inputs import packing as pairs
+from smolvlm_exp.engine.inputs import packing
 from smolvlm_exp.engine.layers import shared_prefix_attention as attention
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fuse import fuse_layers
@@ -61,7 +61,7 @@ def packed_rows():
         sides = [torch.randint(3, 49, (n,)) for n in (prompt, chosen, rejected)]
         row = dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), sides, strict=True))
         rows.append({**row, "tiles": torch.zeros(0, 3, 4, 4, dtype=torch.uint8)})
-    return pairs.pack(rows, image_token_id=49)
+    return packing.pack(rows, image_token_id=49)
 
 
 def text_pass(model, tuned, packed):
