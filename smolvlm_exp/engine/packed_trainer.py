@@ -13,7 +13,7 @@ so they follow the micro-batch; every other logged number is stock TRL's.
 import contextlib
 import logging
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
@@ -34,7 +34,21 @@ from smolvlm_exp.utils.distributed import all_reduce_mean, gather, no_gather
 log = logging.getLogger(__name__)
 
 
-WORKERS = {"num_workers": 0, "persistent_workers": False, "prefetch_factor": None, "pin_memory": False}
+NO_WORKERS = {
+    "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+    "dataloader_pin_memory": False,
+}  # fmt: skip
+
+
+@contextlib.contextmanager
+def overridden(target: Any, **values: Any) -> Iterator[None]:
+    """Attributes of `target` set for a while."""
+    before = {name: getattr(target, name) for name in values}
+    try:
+        vars(target).update(values)
+        yield
+    finally:
+        vars(target).update(before)
 
 
 class PackedTrainer(Trainer):
@@ -138,14 +152,8 @@ class PackedTrainer(Trainer):
 
     def get_train_dataloader(self) -> Any:
         """Of row numbers alone: `self.batches` has the workers."""
-        settings = {name: getattr(self.args, f"dataloader_{name}") for name in WORKERS}
-        try:
-            for name, none in WORKERS.items():
-                setattr(self.args, f"dataloader_{name}", none)
+        with overridden(self.args, **NO_WORKERS):
             return super().get_train_dataloader()
-        finally:
-            for name, value in settings.items():
-                setattr(self.args, f"dataloader_{name}", value)
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """One call's worth of work, in as many parts as transformers counts."""
@@ -173,11 +181,11 @@ class PackedTrainer(Trainer):
         own = model.module if isinstance(model, DistributedDataParallel) else model
         loss = self.optimizer_step(own, inputs["step"], num_items_in_batch)
         if own is not model:
-            learning = [parameter for parameter in own.parameters() if parameter.requires_grad]
-            for parameter in learning:
+            trained = [parameter for parameter in own.parameters() if parameter.requires_grad]
+            for parameter in trained:
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
-            all_reduce_mean([parameter.grad for parameter in learning if parameter.grad is not None])
+            all_reduce_mean([parameter.grad for parameter in trained if parameter.grad is not None])
         if self.accelerator.num_processes > 1:
             mine = torch.as_tensor(self._total_train_tokens - tokens, device=self.args.device)
             self._total_train_tokens = tokens + self.accelerator.reduce(mine)
@@ -303,11 +311,8 @@ class PackedTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of `per_device_eval_batch_size`, collated by its own workers."""
-        numbers, self.data_collator = self.data_collator, self.eval_collator  # type: ignore[assignment]
-        try:
+        with overridden(self, data_collator=self.eval_collator):
             return super().get_eval_dataloader(eval_dataset)
-        finally:
-            self.data_collator = numbers
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

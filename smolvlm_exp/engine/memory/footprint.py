@@ -123,21 +123,16 @@ def resident(facts: MemorySpec) -> int:
     stored = STORED.get(facts.weights, facts.element)
     weights = stored * facts.matrix_weights + facts.element * facts.other_weights
     trained = (3 + facts.adapter) * facts.trained_weights * facts.trained_element  # a full model is counted above
-    derived = sum(adapter_copies(stack, facts.element) for stack in (facts.text, facts.vision) if stack.fused)
-    return int(weights + trained + derived + workspace(facts) + facts.gpu * CUBLAS)
+    copies = 0  # what `Product` makes of its adapters: A and the blocks of s B; gain, norm and ||W||^2 in float32
+    for stack in (facts.text, facts.vision):
+        for width, depth, tail, gain in zip(stack.widths, stack.depths, stack.tails, stack.gains, strict=True):
+            copies += stack.fused * stack.layers * (tail * (width + depth) * facts.element + 12 * width * gain)
+    return int(weights + trained + copies + workspace(facts) + facts.gpu * CUBLAS)
 
 
 def moments(facts: MemorySpec) -> int:
     """Bytes of AdamW's two moments, which exist from the first optimiser step on."""
     return 2 * facts.trained_weights * facts.trained_element
-
-
-def adapter_copies(stack: Stack, element: int) -> int:
-    """Bytes of what `Product` makes of its adapters: A and the blocks of s B; gain, norm and ||W||^2 in float32."""
-    products = zip(stack.widths, stack.depths, stack.tails, stack.gains, strict=True)
-    return stack.layers * sum(
-        tail * (width + depth) * element + 12 * width * gain for width, depth, tail, gain in products
-    )
 
 
 def workspace(facts: MemorySpec) -> int:
