@@ -26,11 +26,7 @@ Question = tuple[str, str, dict[str, Any]]  # the image's path below the folder,
 
 
 def question_rows(questions: list[Question], images: str, split: str) -> "Dataset":
-    """Rows in the normal form, without answers. An image that is not there is its row's problem, not an error here.
-
-    Raises:
-        RequestError: there is no such folder, or the split is none of `test`.
-    """
+    """Rows in the normal form, without answers. An image that is not there is its row's problem, not an error here."""
     from datasets import Features, Value
 
     folder = Path(images).expanduser()
@@ -49,28 +45,20 @@ def question_rows(questions: list[Question], images: str, split: str) -> "Datase
 
 def to_row(question: tuple[str, str, str], folder: Path) -> dict[str, Any]:
     image, text, truth = question
-    row = {"images": [], "prompt": [user(text)], "truth": truth, "problem": ""}
+    images, problem = [], ""
     try:
-        return {**row, "images": [locate(image, folder)]}
+        images = [locate(image, folder)]
     except ImageError as error:
-        return {**row, "problem": f"the image {error}"}
+        problem = f"the image {error}"
+    return {"images": images, "prompt": [user(text)], "truth": truth, "problem": problem}
 
 
 def read_entries(path: Path, key: str, columns: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file of JSON Lines, or of a JSON list, and where each stands.
-
-    Args:
-        key: the setting that names the file.
-        columns: what each object must have, and its type.
-
-    Raises:
-        RequestError: naming the file, and the line or entry that is wrong.
-    """
-    empty = True
+    """The objects of a file of JSON Lines, or of a JSON list, and where each stands; `key` is the file's setting."""
+    where = None
     for where, entry in json_objects(read_text(path, key), str(path)):
-        empty = False
         yield where, require_columns(entry, where, columns)
-    if empty:
+    if where is None:
         raise RequestError(f"{path} is empty.")
 
 
@@ -86,5 +74,5 @@ def require_columns(entry: Any, where: str, columns: Mapping[str, type]) -> dict
 
 
 def read_object(path: Path, key: str, columns: Mapping[str, type]) -> dict[str, Any]:
-    """A file that holds one object. Raises as `read_entries`."""
+    """A file that holds one object."""
     return require_columns(parse_json(read_text(path, key), str(path)), str(path), columns)

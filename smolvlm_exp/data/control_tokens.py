@@ -13,8 +13,8 @@ WORD_JOINER = "\u2060"
 
 def control_tokens(processor: Any) -> list[str]:
     """All that the processor's tokenizer reads as one control token, but for what a word joiner cannot take apart."""
-    found = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
-    return [token for token in found if token not in split_token(token)]
+    added = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
+    return [token for token in added if token not in split_token(token)]
 
 
 def escape_control_tokens(messages: Sequence[dict[str, Any]], controls: Sequence[str]) -> list[dict[str, Any]]:
@@ -32,11 +32,11 @@ def render_prompt(processor: Any, messages: Sequence[dict[str, Any]]) -> str:
 
 def escape_text(text: str | None, controls: Sequence[str]) -> str | None:
     """One text, its control tokens made text."""
-    if not text or not controls or not any(control in text for control in controls):
+    if not text or not controls:
         return text
-    found = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
-    while found.search(text):  # taking one apart must not make another
-        text = found.sub(lambda match: split_token(match[0]), text)
+    pattern = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+    while pattern.search(text):  # taking one apart must not make another
+        text = pattern.sub(lambda match: split_token(match[0]), text)
     return text
 
 

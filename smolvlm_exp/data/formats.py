@@ -11,6 +11,7 @@
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.messages import Message
+from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Features
@@ -27,8 +28,6 @@ FORMATS = (
     (("image", "images"), ("conversations",), ("chosen",), ("rejected",)),
     (("image", "images"), ("messages",), ("rejected_response",)),
 )
-
-EXPECTED = "; or ".join(", ".join(" or ".join(names) for names in spelling) for spelling in FORMATS)
 
 
 def features() -> "Features":
@@ -48,44 +47,41 @@ def bad_row(problem: str) -> dict[str, Any]:
     return {"images": [], "prompt": [], "chosen": [], "rejected": [], "problem": problem}
 
 
-def has_known_format(columns: set[str]) -> bool:
-    """Whether these columns hold one of the spellings."""
-    return any(all(columns & set(names) for names in spelling) for spelling in FORMATS)
+def require_known_format(columns: set[str], where: str) -> None:
+    """Refuse columns that hold none of the spellings."""
+    if not any(all(columns & set(names) for names in spelling) for spelling in FORMATS):
+        expected = "; or ".join(", ".join(" or ".join(names) for names in spelling) for spelling in FORMATS)
+        raise RequestError(f"{where} has the columns {', '.join(sorted(columns)) or 'none'}. Expected: {expected}.")
 
 
 def row_images(row: dict[str, Any]) -> list[Any]:
     """A row's images (paths, bytes or {"bytes", "path"}), however many it has."""
-    found = row.get("images") or row.get("image") or []
-    return found if isinstance(found, list) else [found]
+    images = row.get("images") or row.get("image") or []
+    return images if isinstance(images, list) else [images]
 
 
 def conversation(row: dict[str, Any], images: int) -> dict[str, list[Message]]:
     """`prompt`, `chosen` and `rejected` as messages; a missing value becomes an empty list.
 
-    Args:
-        row: one of the spellings.
-        images: how many images the row has: where its text does not say where they stand, they come first.
+    Where no text says where the row's `images` images stand, they come first in the user's first turn.
 
     Raises:
         ValueError: a message is malformed.
     """
+    chosen, rejected = row.get("chosen"), row.get("rejected")
     if row.get("conversations"):
-        system = messages(row.get("system"), "system")
-        prompt, chosen = system + messages(row["conversations"], "user"), row.get("chosen")
-        rejected = row.get("rejected")
+        prompt = messages(row.get("system"), "system") + messages(row["conversations"], "user")
     elif row.get("messages"):
-        turns = messages(row["messages"], "user")
-        prompt, chosen, rejected = turns[:-1], turns[-1:], row.get("rejected_response")
-        if turns[-1]["role"] != "assistant":
+        *prompt, chosen = messages(row["messages"], "user")
+        rejected = row.get("rejected_response")
+        if chosen["role"] != "assistant":
             raise ValueError("`messages` should end with the chosen answer, a message of the assistant")
     else:
-        prompt, chosen = messages(row.get("prompt") or row.get("question"), "user"), row.get("chosen")
-        rejected = row.get("rejected")
-    return {
-        "prompt": with_images(prompt, images),
-        "chosen": messages(chosen, "assistant"),
-        "rejected": messages(rejected, "assistant"),
-    }
+        prompt = messages(row.get("prompt") or row.get("question"), "user")
+    first = next((message for message in prompt if message["role"] == "user"), None)
+    if first and not any(part["type"] == "image" for message in prompt for part in message["content"]):
+        first["content"] = [{"type": "image", "text": None} for _ in range(images)] + first["content"]
+    return {"prompt": prompt, "chosen": messages(chosen, "assistant"), "rejected": messages(rejected, "assistant")}
 
 
 def messages(value: Any, role: str) -> list[Message]:
@@ -108,32 +104,20 @@ def messages(value: Any, role: str) -> list[Message]:
 def parts(content: Any) -> list[dict[str, str | None]]:
     """A message's content as parts: text around `<image>` placeholders, or parts already (Arrow adds `text: None`)."""
     if isinstance(content, str):
-        found: list[dict[str, str | None]] = []
+        split: list[dict[str, str | None]] = []
         for number, piece in enumerate(content.split(PLACEHOLDER)):
             if number:
-                found.append({"type": "image", "text": None})
+                split.append({"type": "image", "text": None})
             if piece.strip():
-                found.append({"type": "text", "text": piece.strip()})
-        return found
+                split.append({"type": "text", "text": piece.strip()})
+        return split
     if not isinstance(content, list):
         raise ValueError(f"a message's content should be a text or a list of parts, not {str(content)[:60]!r}")
     kinds = [part.get("type") if isinstance(part, dict) else part for part in content]
-    strange = next((kind for kind in kinds if kind not in ("text", "image")), None)
-    if strange is not None:
-        raise ValueError(f"a message has a part of type {strange!r}; known are text, image")
+    unknown = next((kind for kind in kinds if kind not in ("text", "image")), None)
+    if unknown is not None:
+        raise ValueError(f"a message has a part of type {unknown!r}; known are text, image")
     return [
         {"type": part["type"], "text": str(part.get("text") or "") if part["type"] == "text" else None}
         for part in content
     ]
-
-
-def with_images(prompt: list[Message], images: int) -> list[Message]:
-    """The prompt with a part for each image: as its text placed them, otherwise first in the user's first turn."""
-    if any(part["type"] == "image" for message in prompt for part in message["content"]):
-        return prompt
-    first = next((index for index, message in enumerate(prompt) if message["role"] == "user"), None)
-    if first is None:
-        return prompt
-    placed = [{"type": "image", "text": None} for _ in range(images)]
-    turn = {"role": "user", "content": placed + prompt[first]["content"]}
-    return [*prompt[:first], turn, *prompt[first + 1 :]]

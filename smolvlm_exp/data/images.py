@@ -42,12 +42,7 @@ class ImageError(ValueError):
 
 
 def prepare_images(row: dict[str, Any], max_edge: int, limits: ImageLimits = ImageLimits()) -> dict[str, Any]:
-    """Prepare one row's images. Bytes that are fine already are kept as they are.
-
-    Args:
-        row: has `images`, a list of {"bytes", "path"} as `datasets.Image(decode=False)` gives them, and may have a
-            `problem` that its source found, which is kept.
-        max_edge: pixels of the long edge, at most.
+    """Prepare one row's images. Bytes that are fine already stay as they are; a source's own `problem` stays too.
 
     Returns:
         `images` (PNG bytes where a change was needed), `image_sha256` of those bytes, `sizes` [[width, height], ...],
@@ -66,17 +61,15 @@ def prepare_images(row: dict[str, Any], max_edge: int, limits: ImageLimits = Ima
 
 
 def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits()) -> tuple[bytes, tuple[int, int]]:
-    """One image's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge.
-
-    Raises:
-        ImageError: it is no image, not one of `FORMATS`, damaged, or too large to unpack.
-    """
+    """One image's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge."""
     try:
         # No word of odd EXIF and the like: the image itself decides below.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
-            if not limits.first_frame and has_several_frames(image):
+            # not how many frames: counting them reads each, and a file may have a hundred thousand
+            several = image.is_animated if hasattr(image, "is_animated") else getattr(image, "n_frames", 1) > 1
+            if several and not limits.first_frame:
                 raise ImageError("has several frames; data.first_frame=true takes the first of such images")
             image.load()
             prepared = shrink(to_rgb(image), max_edge)
@@ -95,17 +88,8 @@ def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits(
 
 
 def open_image(entry: Entry, max_edge: int, limits: ImageLimits) -> Image.Image:
-    """An image that no row holds, prepared as a row's.
-
-    Raises:
-        ImageError: what is wrong with it.
-    """
+    """An image that no row holds, prepared as a row's. ImageError says what is wrong with it."""
     return Image.open(io.BytesIO(prepare_image(read_image_bytes(entry, limits), max_edge, limits)[0]))
-
-
-def has_several_frames(image: Image.Image) -> bool:
-    """Not how many: counting them reads each, and a file may have a hundred thousand."""
-    return image.is_animated if hasattr(image, "is_animated") else getattr(image, "n_frames", 1) > 1
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -113,7 +97,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
     Returns the very object it was given when that needs no change.
     """
-    image = upright(image)
+    if image.getexif().get(0x0112, 1) in range(2, 9):  # EXIF orientation
+        image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # I;16, I;16B, I, F
         return from_wide_pixels(image)
     if image.has_transparency_data:  # also a palette, grey or RGB image with one colour declared transparent
@@ -121,13 +106,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
         white.paste(layer, mask=layer.getchannel("A"))
         return white
     return image if image.mode == "RGB" else image.convert("RGB")
-
-
-def upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF orientation; the same object when there is none to apply."""
-    if image.getexif().get(0x0112, 1) in range(2, 9):
-        return ImageOps.exif_transpose(image)
-    return image
 
 
 def from_wide_pixels(image: Image.Image) -> Image.Image:
@@ -164,13 +142,10 @@ def as_png(image: Image.Image) -> bytes:
 
 
 def read_image_bytes(entry: Entry | None, limits: ImageLimits = ImageLimits()) -> bytes:
-    """An image's bytes, from the row itself or from a local file; nothing is ever fetched.
-
-    Raises:
-        ImageError: there are no bytes and no local file, or more bytes than are allowed.
-    """
+    """An image's bytes, from the row itself or from a local file; nothing is ever fetched."""
     if entry and entry["bytes"]:
-        return not_too_large(entry["bytes"], len(entry["bytes"]), limits)
+        check_file_size(len(entry["bytes"]), limits)
+        return entry["bytes"]
     path = entry["path"] if entry else None
     if not path:
         raise ImageError("is empty")
@@ -178,17 +153,16 @@ def read_image_bytes(entry: Entry | None, limits: ImageLimits = ImageLimits()) -
         raise ImageError(f"is a URL; download it first: {path}")
     try:
         if Path(path).is_file():  # neither a folder, nor a device or pipe that would never end
-            not_too_large(b"", Path(path).stat().st_size, limits)
+            check_file_size(Path(path).stat().st_size, limits)
             return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"cannot be read: {error}") from error
     raise ImageError(f"is not there: {path}")
 
 
-def not_too_large(data: bytes, size: int, limits: ImageLimits) -> bytes:
+def check_file_size(size: int, limits: ImageLimits) -> None:
     if size > limits.max_image_mib * 2**20:
         raise ImageError(f"is {size / 2**20:,.0f} MiB, more than data.max_image_mib={limits.max_image_mib}")
-    return data
 
 
 def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
@@ -196,9 +170,6 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
 
     Rows come from other people, so a path may only name a file inside `folder`: not `..`, not an absolute path, not a
     link that leads out of it.
-
-    Raises:
-        ImageError: the path is a URL, leads out of the folder, or names no file.
     """
     if isinstance(entry, bytes):
         return {"bytes": entry, "path": None}
@@ -213,12 +184,12 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
         raise ImageError(f"is a URL; download it first: {name}")
     try:
         path = (folder / name).resolve()
-        inside, there = path.is_relative_to(folder.resolve()), path.is_file()
+        inside, exists = path.is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
         raise ImageError(f"cannot be read: {error}") from error
     if Path(name).is_absolute() or not inside:
         raise ImageError(f"lies outside the data's folder; put it inside and name it from there: {name}")
-    if not there:
+    if not exists:
         raise ImageError(f"is not there: {name} (paths count from {folder})")
     return {"bytes": None, "path": str(path)}
 

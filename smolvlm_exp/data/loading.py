@@ -17,13 +17,11 @@ if TYPE_CHECKING:
 
 
 def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Dataset":
-    """Rows of a dataset on the Hub, or of a copy of it in a local folder (a clone, or written by `save_to_disk`).
+    """These columns of a dataset on the Hub, or of a local copy of it (a clone, or written by `save_to_disk`).
 
     Args:
         id: the Hub's name, or the folder.
-        revision: branch, tag or commit on the Hub; null: the newest.
         split: a split or a slice of one.
-        columns: the ones that must be there; the others are dropped.
 
     Raises:
         RequestError: it cannot be reached, has no such split, or lacks a column.
@@ -35,26 +33,25 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
     local = folder.is_dir()
     if not local and id.startswith((".", "/", "~")):
         raise RequestError(f"data.id={id}: there is no such folder.")
-    saved = load_saved(folder) if local else None
-    try:
-        if saved:
-            rows = select_split(saved, split)
-        elif local:
-            rows = load_dataset(str(folder), split=split)
-        else:
-            rows = load_dataset(id, revision=revision, split=split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which nobody runs
-        if isinstance(error, RequestError):
-            raise
-        hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
-        raise RequestError(f"data.id={id}, split {split}: {first_line(error)}.{hint}") from error
-    missing = columns - set(rows.column_names)
+    saved = load_saved(folder)
+    if saved:
+        rows = select_split(saved, split)
+    else:
+        try:
+            where = {"path": str(folder)} if local else {"path": id, "revision": revision}
+            rows = load_dataset(**where, split=split)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which nobody runs
+            hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
+            raise RequestError(f"data.id={id}, split {split}: {first_line(error)}.{hint}") from error
+    return select_columns(rows, sorted(columns), f"data.id={id}", " For data in other columns use data=files.")
+
+
+def select_columns(rows: "Dataset", columns: list[str], where: str, hint: str = "") -> "Dataset":
+    """The rows with these columns alone."""
+    missing = ", ".join(sorted(set(columns) - set(rows.column_names)))
     if missing:
-        raise RequestError(
-            f"data.id={id} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}. "
-            "For data in other columns use data=files."
-        )
-    return rows.select_columns(sorted(columns))
+        raise RequestError(f"{where} has no column {missing}; it has {', '.join(rows.column_names)}.{hint}")
+    return rows.select_columns(columns)
 
 
 def first_line(error: Exception) -> str:
@@ -73,11 +70,7 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
 
 
 def require_embedded(images: list[Any]) -> list[Any]:
-    """Images that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is.
-
-    Raises:
-        ImageError: one does not.
-    """
+    """Images that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is."""
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
             raise ImageError("is not in the data set, which only names it; data=files reads images beside rows")
@@ -90,8 +83,7 @@ def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], stamp: str =
     The rows are read as plain Arrow, where images are {"bytes", "path"}: nothing is decoded. `Image(decode=False)`
     would say the same of a list of images only after copying the whole data set.
 
-    Args:
-        stamp: changes when files that the rows name do; see `files_digest`.
+    `stamp` changes when files that the rows name do; see `files_digest`.
     """
     plain = rows.with_format("arrow")
     converted = plain.map(
@@ -128,10 +120,7 @@ def _build_rows(rows: list[Any], to_row: Callable[..., dict[str, Any]], folder: 
 
 
 def read_text(path: Path, key: str) -> str:
-    """
-    Raises:
-        RequestError: the file, which the setting `key` names, is not there or is not text.
-    """
+    """The text of the file that the setting `key` names."""
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -148,11 +137,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each object stands, and the object: of JSON Lines (many a .json file is that too) or of a JSON list.
-
-    Raises:
-        RequestError: naming the line or entry that is wrong.
-    """
+    """Where each object stands, and the object: of JSON Lines (many a .json file is that too) or of a JSON list."""
     if text.lstrip().startswith("[") and not name.lower().endswith(".jsonl"):
         entries = ((f"{name} entry {n}", entry) for n, entry in enumerate(parse_json(text, name), start=1))
     else:
@@ -170,11 +155,7 @@ def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
 
 
 def select_split(splits: dict[str, "Dataset"], split: str) -> "Dataset":
-    """The rows that a split or slice names: `train`, `test[:20]`, `train[10%:]`, `train+test`, as `load_dataset` does.
-
-    Raises:
-        RequestError: there is no such split, or it is no slice.
-    """
+    """The rows that a split or slice names: `train`, `test[:20]`, `train[10%:]`, `train+test`, as upstream has it."""
     from datasets import ReadInstruction, concatenate_datasets
 
     try:
@@ -194,13 +175,9 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
     """Split rows into `train` and `test`, the same way on every machine and in whatever order they come.
 
     Args:
-        rows: one for each key.
-        keys: what a row is about (its image): rows that share a key go to the same side, so that no image that
+        keys: what each row is about (its image): rows that share a key go to the same side, so that no image that
             was trained on is tested on.
-        fraction: the share of rows to hold out, at least; above 0, below 1.
-
-    Raises:
-        RequestError: the fraction is out of range, or there are not two different keys.
+        fraction: the share of rows to hold out, at least.
     """
     if not 0 < fraction < 1:
         raise RequestError(f"data.test_fraction={fraction} should lie between 0 and 1.")
@@ -212,20 +189,20 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
             f"{len(keys)} rows over {len(members)} different images: none can be held out. "
             "Add rows, or put a test file beside the train file."
         )
-    held: set[int] = set()
+    test: set[int] = set()
     shuffled = sorted(members, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
     for key in shuffled[:-1]:  # one image at least stays for training
-        if len(held) >= fraction * len(keys):
+        if len(test) >= fraction * len(keys):
             break
-        held.update(members[key])
-    train = [index for index in range(len(keys)) if index not in held]
-    return {"train": rows.select(train), "test": rows.select(sorted(held))}
+        test.update(members[key])
+    train = [index for index in range(len(keys)) if index not in test]
+    return {"train": rows.select(train), "test": rows.select(sorted(test))}
 
 
-def worker_count(asked: int | None, rows: int) -> int | None:
-    """Processes for `rows` images: as many as asked for; else one a core, where there is work enough."""
-    count = asked or min(os.cpu_count() or 1, 16)
-    return count if count > 1 and (asked or rows >= 2048) else None
+def worker_count(requested: int | None, rows: int) -> int | None:
+    """Processes for `rows` images: as many as requested; else one a core, where there is work enough."""
+    count = requested or min(os.cpu_count() or 1, 16)
+    return count if count > 1 and (requested or rows >= 2048) else None
 
 
 def files_digest(rows: Iterable[list[Any]], folder: Path) -> str:

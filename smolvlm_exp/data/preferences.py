@@ -10,6 +10,7 @@ What is known of a row is worked out here, once, and travels with it: `image_sha
 and `tile_columns` of its tiles, `token_ids` (prompt, chosen and rejected, cut to data.max_length) and their counts.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -20,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.control_tokens import control_tokens, escape_control_tokens
-from smolvlm_exp.data.leakage import fingerprints, leaked_rows
 from smolvlm_exp.data.loading import worker_count
-from smolvlm_exp.data.validation import COUNTS, SIDES, RowValidator, check_bad_row_share, facts_schema
+from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.data.validation import COUNTS, SIDES, RowValidator, facts_schema
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -49,22 +50,18 @@ class Preferences:
 def load_preferences(
     config: DataConfig, processor: "ProcessorMixin", folder: Path, splits: Sequence[str] = ("train", "test")
 ) -> Preferences:
-    """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`.
-
-    Raises:
-        RequestError: a row is bad and `data.on_bad_row=error`, or no good row is left in a split.
-    """
+    """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`."""
     source = import_module(f"smolvlm_exp.data.sources.{config.source}")
     checked, report, bad = {}, {}, []
     for split in splits:
         rows = prepare(source.load(config, getattr(config, split)), processor, config)
-        checked[split], skipped = part(rows)
-        report[split] = {**count(checked[split]), "skipped": len(skipped)}
-        bad += [{"split": split, **row} for row in skipped]
+        checked[split], bad_rows = part(rows)
+        report[split] = {**count(checked[split]), "skipped": len(bad_rows)}
+        bad += [{"split": split, **row} for row in bad_rows]
     if bad and config.on_bad_row == "error":
-        origins = [f" ({b['from']})" if "from" in b else "" for b in bad[:10]]
-        named = zip(bad, origins, strict=False)
-        listed = "\n".join(f"  {b['split']} row {b['row']}{origin}: {b['reason']}" for b, origin in named)
+        origins = [f" ({b['from']})" if "from" in b else "" for b in bad]
+        reasons = [f"  {b['split']} row {b['row']}{o}: {b['reason']}" for b, o in zip(bad, origins, strict=True)]
+        listed = "\n".join(reasons[:10])
         more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise RequestError(
             f"{len(bad)} bad rows in data={config.source}:\n{listed}{more}\n"
@@ -73,10 +70,16 @@ def load_preferences(
     if bad:
         lines = "".join(json.dumps(b, ensure_ascii=False) + "\n" for b in bad)
         (folder / "skipped_rows.jsonl").write_text(lines, encoding="utf-8")
-        check_bad_row_share(report, config)
     for split, counts in report.items():
-        if not counts["rows"]:
+        good, skipped_rows = counts["rows"], counts["skipped"]
+        if not good:
             raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
+        if skipped_rows > config.max_bad_rows * (good + skipped_rows):
+            raise RequestError(
+                f"{skipped_rows} of {good + skipped_rows} {split} rows are bad, more than data.max_bad_rows="
+                f"{config.max_bad_rows:g}: they are listed in skipped_rows.jsonl in the run's folder.\n"
+                "Fix them, or raise data.max_bad_rows."
+            )
         log.info(
             f"data: {counts['rows']} {split} rows, {counts['image_tokens']} image tokens per row, longest row "
             f"{counts['longest']} tokens, {counts['cut']} answers cut, {counts['skipped']} bad rows skipped"
@@ -94,25 +97,41 @@ def load_preferences(
 def part(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":
     """The good ones of prepared rows; of each bad one its number, where it was read (if known) and why it is bad."""
     problems = rows.select_columns("problem")[:]["problem"]
-    good = [index for index, problem in enumerate(problems) if not problem]
-    bad = []
-    for index, problem in enumerate(problems):
-        if problem:
-            origin = {"from": rows[index : index + 1]["origin"][0]} if "origin" in rows.column_names else {}
-            bad.append({"row": index, **origin, "reason": problem})
-    return rows if not bad else rows.select(good), bad
+    if not any(problems):
+        return rows, []
+    origins: list[dict[str, str]] = [{}] * len(rows)
+    if "origin" in rows.column_names:
+        origins = [{"from": origin} for origin in rows.select_columns("origin")[:]["origin"]]
+    bad = [{"row": i, **origins[i], "reason": problem} for i, problem in enumerate(problems) if problem]
+    return rows.select([i for i, problem in enumerate(problems) if not problem]), bad
 
 
 def count(rows: "Dataset") -> dict[str, Any]:
     """What a split's good rows come to, in tokens."""
     columns = rows.select_columns(list(COUNTS))[:]
-    kept = [prompt + max(answers) for prompt, *answers in zip(*(columns[f"{s}_tokens"] for s in SIDES), strict=True)]
+    sides = zip(*(columns[f"{side}_tokens"] for side in SIDES), strict=True)
+    lengths = [prompt + max(answers) for prompt, *answers in sides]
     return {
         "rows": len(rows),
-        "cut": sum(uncut > length for uncut, length in zip(columns["uncut_tokens"], kept, strict=True)),
+        "cut": sum(uncut > length for uncut, length in zip(columns["uncut_tokens"], lengths, strict=True)),
         "image_tokens": round(sum(columns["image_tokens"]) / max(len(rows), 1), 1),
         "longest": max(columns["uncut_tokens"], default=0),
     }
+
+
+def leaked_rows(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
+    """By fingerprints: the held-out rows whose images and question are those of a training row."""
+    seen = set(train)
+    return [i for i, fingerprint in enumerate(test) if fingerprint in seen]
+
+
+def fingerprints(rows: "Dataset") -> list[bytes]:
+    """A hash of each row's question and of its images' files."""
+    columns = rows.select_columns(["image_sha256", "prompt"])[:]
+    return [
+        hashlib.sha256(b"".join([text_of(prompt).encode(), *images])).digest()
+        for images, prompt in zip(columns["image_sha256"], columns["prompt"], strict=True)
+    ]
 
 
 def prepare(rows: "Dataset", processor: "ProcessorMixin", config: DataConfig) -> "Dataset":

@@ -2,27 +2,12 @@
 
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.control_tokens import control_tokens
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.tokens import RowTokenizer
-from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Features
-
-
-def check_bad_row_share(report: dict[str, dict[str, Any]], config: DataConfig) -> None:
-    """Raises:
-    RequestError: so many rows of a split are bad that something is wrong with all of it.
-    """
-    for split, counts in report.items():
-        bad, rows = counts["skipped"], counts["skipped"] + counts["rows"]
-        if counts["rows"] and bad > config.max_bad_rows * rows:
-            raise RequestError(
-                f"{bad} of {rows} {split} rows are bad, more than data.max_bad_rows={config.max_bad_rows:g}: they are "
-                "listed in skipped_rows.jsonl in the run's folder.\nFix them, or raise data.max_bad_rows."
-            )
 
 
 class RowValidator:

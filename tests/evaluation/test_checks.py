@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from smolvlm_exp.data.leakage import fingerprints, leaked_rows
+from smolvlm_exp.data.preferences import fingerprints, leaked_rows
 from smolvlm_exp.data.sources import shapes
 from smolvlm_exp.evaluation.checks import compare_evaluations, squared_correlation
 from smolvlm_exp.evaluation.held_out import Evaluation

@@ -30,11 +30,7 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The queries of a split: all are `test`.
-
-    Raises:
-        RequestError: a file is malformed, which names the entry, or a query has no annotation.
-    """
+    """The queries of a split: all are `test`."""
     folder = Path(config.folder)
     annotations = {
         entry["id"]: (where, entry)
@@ -51,8 +47,8 @@ def load(config: Config, split: str) -> "Dataset":
 
 def truth_of(where: str, annotation: dict[str, Any]) -> dict[str, Any]:
     if annotation["type"] == "generative":
-        found = require_columns(annotation, where, {"truth": list, "hallu": list})
-        return {"kind": "caption", "objects": found["truth"], "expected": found["hallu"]}
+        require_columns(annotation, where, {"truth": list, "hallu": list})
+        return {"kind": "caption", "objects": annotation["truth"], "expected": annotation["hallu"]}
     if annotation.get("truth") not in ("yes", "no"):
         raise RequestError(f"{where}: truth is {annotation.get('truth')!r}; expected yes or no.")
     return {"kind": "yes_no", "answer": annotation["truth"], "positive": "no"}

@@ -38,29 +38,25 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """A caption for every image that is in the folder and in the annotations: all are `test`.
-
-    Raises:
-        RequestError: a file is malformed, which names the entry, or no such image is there.
-    """
+    """A caption for every image that is in the folder and in the annotations: all are `test`."""
     path, folder, names = Path(config.annotations), Path(config.images).expanduser(), words(config)
     instances = read_instances(config)
     kinds = {kind["id"]: kind["name"] for kind in listed(instances, "categories", path, id=int, name=str)}
     objects = {number: [name for _, name in names(kind) if name] for number, kind in kinds.items()}
-    unknown = next((kinds[number] for number, found in objects.items() if not found), None)
+    unknown = next((kinds[number] for number, synonyms in objects.items() if not synonyms), None)
     if unknown:
         raise RequestError(f"data.synonyms={config.synonyms} has no line with {unknown}, a category of {path}.")
-    there: dict[int, set[str]] = defaultdict(set)
-    for number, found in enumerate(listed(instances, "annotations", path, image_id=int, category_id=int), start=1):
-        if found["category_id"] not in objects:
-            raise RequestError(f"{path}, annotations, entry {number}: there is no category {found['category_id']}.")
-        there[found["image_id"]].update(objects[found["category_id"]])
+    present: dict[int, set[str]] = defaultdict(set)  # names of objects by image
+    for number, outline in enumerate(listed(instances, "annotations", path, image_id=int, category_id=int), start=1):
+        if outline["category_id"] not in objects:
+            raise RequestError(f"{path}, annotations, entry {number}: there is no category {outline['category_id']}.")
+        present[outline["image_id"]].update(objects[outline["category_id"]])
     if config.captions:
         captions = read_object(Path(config.captions), "data.captions", {"annotations": list})
-        for told in listed(captions, "annotations", Path(config.captions), image_id=int, caption=str):
-            there[told["image_id"]].update(name for _, name in names(told["caption"]) if name)
+        for reference in listed(captions, "annotations", Path(config.captions), image_id=int, caption=str):
+            present[reference["image_id"]].update(name for _, name in names(reference["caption"]) if name)
     questions = [
-        (image["file_name"], config.question, {"kind": "caption", "objects": sorted(there[image["id"]])})
+        (image["file_name"], config.question, {"kind": "caption", "objects": sorted(present[image["id"]])})
         for image in listed(instances, "images", path, id=int, file_name=str)
         if (folder / image["file_name"]).is_file()
     ]
@@ -90,6 +86,5 @@ def read_instances(config: Config) -> dict[str, Any]:
 
 def listed(content: dict[str, Any], part: str, path: Path, **columns: type) -> list[dict[str, Any]]:
     """The entries of a part of a file, each with these columns."""
-    return [
-        require_columns(each, f"{path}, {part}, entry {n}", columns) for n, each in enumerate(content[part], start=1)
-    ]
+    entries = enumerate(content[part], start=1)
+    return [require_columns(entry, f"{path}, {part}, entry {n}", columns) for n, entry in entries]

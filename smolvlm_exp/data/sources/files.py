@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import EXPECTED, bad_row, conversation, features, has_known_format, row_images
+from smolvlm_exp.data.formats import bad_row, conversation, features, require_known_format, row_images
 from smolvlm_exp.data.images import Entry, ImageError, locate
 from smolvlm_exp.data.loading import (
     build,
@@ -49,11 +49,7 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split. An image that is missing or outside the folder is its row's problem, not an error here.
-
-    Raises:
-        RequestError: no folder, no file, a file that cannot be parsed, or columns in no known spelling.
-    """
+    """The rows of a split. An image that is missing or outside the folder is its row's problem, not an error here."""
     folder = Path(config.folder).expanduser()
     if not folder.is_dir():
         raise RequestError(f"data.folder={config.folder}: there is no such folder.")
@@ -79,9 +75,9 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         return named
     if len(files) == 1:
         return {"train": files}
-    found = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
+    names = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
-        f"data.folder={folder} holds {found}: set data.rows to the file with the pairs, or have train.* and test.*."
+        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or have train.* and test.*."
     )
 
 
@@ -98,25 +94,18 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
             raise RequestError(f"{where} cannot be read as Parquet: {first_line(error)}") from error
         return from_table(table, folder, where)
     rows = [row for path in files for row in parse(path)]
-    require({key for row in rows for key in row} - {ORIGIN}, where)
+    require_known_format({key for row in rows for key in row} - {ORIGIN}, where)
     columns = Features({**features(), ORIGIN: Value("string")})
     return build(rows, to_row, columns, files_digest(map(row_images, rows), folder), folder)
 
 
 def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
     """The rows of an Arrow table, in the normal form."""
-    require(set(table.column_names), where)
+    require_known_format(set(table.column_names), where)
     columns = [name for name in ("image", "images") if name in table.column_names]
     stamp = files_digest((row_images(row) for row in undecoded(table, columns)), folder)
     rows = convert(table, to_row, stamp, folder=folder)
     return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
-
-
-def require(columns: set[str], where: str) -> None:
-    """Refuse columns in no known spelling, naming those that were found."""
-    if not has_known_format(columns):
-        found = ", ".join(sorted(columns)) or "none"
-        raise RequestError(f"{where} has the columns {found}. Expected: {EXPECTED}.")
 
 
 def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -155,11 +144,7 @@ def image_keys(rows: "Dataset") -> list[str]:
 
 
 def parse(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL, JSON or CSV file, and where each was read.
-
-    Raises:
-        RequestError: it is malformed; the message names the line.
-    """
+    """The rows of a JSONL, JSON or CSV file, and where each was read."""
     text = read_text(path, "data.folder")
     if path.suffix.lower() == ".csv":
         return parse_csv(text, path.name)

@@ -11,7 +11,15 @@ from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import row_images
-from smolvlm_exp.data.loading import convert, files_digest, first_line, hold_out, select_split, undecoded
+from smolvlm_exp.data.loading import (
+    convert,
+    files_digest,
+    first_line,
+    hold_out,
+    select_columns,
+    select_split,
+    undecoded,
+)
 from smolvlm_exp.data.sources.files import to_row
 from smolvlm_exp.utils.errors import RequestError
 
@@ -29,11 +37,7 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split, whose images stay files until they are prepared.
-
-    Raises:
-        RequestError: the file or the folder is not there, or a column is missing.
-    """
+    """The rows of a split, whose images stay files until they are prepared."""
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
@@ -46,12 +50,7 @@ def load(config: Config, split: str) -> "Dataset":
         rows = load_dataset("json", data_files=str(annotations), split="train")
     except DatasetGenerationError as error:
         raise RequestError(f"data.annotations={annotations} is not JSONL: {first_line(error)}") from error
-    missing = {"image", "question", "chosen", "rejected"} - set(rows.column_names)
-    if missing:
-        raise RequestError(
-            f"{annotations} has no column {', '.join(sorted(missing))}; it has {', '.join(rows.column_names)}."
-        )
-    rows = rows.select_columns(["image", "question", "chosen", "rejected"])
+    rows = select_columns(rows, ["image", "question", "chosen", "rejected"], str(annotations))
     keys = [str(row_images(row)) for row in undecoded(rows, ["image"])]
     rows = select_split(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part
     stamp = files_digest(map(row_images, undecoded(rows, ["image"])), images)

@@ -25,15 +25,9 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The questions of a split: all are `test`.
-
-    Raises:
-        RequestError: the file is malformed, which names the line.
-    """
-    questions = []
-    for where, entry in read_entries(
-        Path(config.questions), "data.questions", {"image": str, "text": str, "label": str}
-    ):
+    """The questions of a split: all are `test`."""
+    questions, columns = [], {"image": str, "text": str, "label": str}
+    for where, entry in read_entries(Path(config.questions), "data.questions", columns):
         answer = entry["label"].strip().lower()
         if answer not in ("yes", "no"):
             raise RequestError(f"{where}: label is {entry['label']!r}; expected yes or no.")

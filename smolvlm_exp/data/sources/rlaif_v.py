@@ -30,17 +30,11 @@ def load(config: Config, split: str) -> "Dataset":
 def first_image(row: dict[str, Any]) -> dict[str, Any]:
     """Drop every image but the first, and its part in the prompt."""
     try:
-        words = conversation(row, images=1)
+        messages = conversation(row, images=1)
         images = require_embedded((row["images"] or [])[:1])
     except ValueError as error:
         return bad_row(str(error))
-    prompt, seen = [], False
-    for message in words["prompt"]:
-        content = []
-        for part in message["content"]:
-            is_image = part["type"] == "image"
-            if not (is_image and seen):
-                content.append(part)
-            seen = seen or is_image
-        prompt.append({**message, "content": content})
-    return {**words, "images": images, "prompt": prompt, "problem": ""}
+    first = next((p for message in messages["prompt"] for p in message["content"] if p["type"] == "image"), None)
+    for message in messages["prompt"]:
+        message["content"] = [part for part in message["content"] if part["type"] != "image" or part is first]
+    return {**messages, "images": images, "problem": ""}

@@ -7,7 +7,7 @@ whether or not it is in the image. `captions=habitual` writes the answers that t
 
 import json
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
@@ -99,16 +99,10 @@ def words(config: Config) -> "Vocabulary":
 
 
 def draw_row(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -> dict[str, Any]:
-    """Row `index` of a stream, whichever process draws it."""
-    stream = f"{scene_seed}/{'test' if held_out else 'train'}/{captions}"
-    return draw_pair(random.Random(f"{stream}/{row['index']}"), captions, held_out)
-
-
-def draw_pair(rng: random.Random, captions: str, held_out: bool) -> dict[str, Any]:
-    """One preference pair."""
-    scene = draw_scene_content(
-        rng, choose_kinds(rng, COUNTS["crowded" if captions == "exact" and not held_out else "usual"])
-    )
+    """Row `index` of a stream, a preference pair, whichever process draws it."""
+    rng = random.Random(f"{scene_seed}/{'test' if held_out else 'train'}/{captions}/{row['index']}")
+    counts = COUNTS["crowded" if captions == "exact" and not held_out else "usual"]
+    scene = draw_scene_content(rng, choose_kinds(rng, counts))
     ask = rng.choices(("caption", "presence", "detail"), weights=MIX["held out" if held_out else captions])[0]
     if ask == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
@@ -172,7 +166,13 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool
 def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: random.Random) -> list[str]:
     """The phrases of a caption with one flaw in it."""
     if flaw == "change":
-        return [phrase(group, detail) for group in with_one_changed(scene.groups, rng)]
+        groups = list(scene.groups)
+        at = rng.randrange(len(groups))
+        if rng.random() < 0.5:
+            groups[at] = replace(groups[at], kind=rng.choice([k for k in KINDS if k not in scene.kinds]))
+        else:
+            groups[at] = replace(groups[at], colour=rng.choice([c for c in COLOURS if c != groups[at].colour]))
+        return [phrase(group, detail) for group in groups]
     if flaw == "omission":
         # Mostly the last: a model that learns to name less stops early.
         gone = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
@@ -182,21 +182,10 @@ def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: rando
     companion, colour = HABITS[trigger]
     at = scene.kinds.index(trigger)
     imagined = phrase(Group(companion, colour, "small", ((0, 0),)), detail)
-    kept = [(i, text) for i, text in enumerate(phrases)]
+    remaining = list(enumerate(phrases))
     if flaw == "swap":
-        kept.pop(rng.choice([i for i in range(len(phrases)) if i != at]))
-    return [text for i, text in kept if i <= at] + [imagined] + [text for i, text in kept if i > at]
-
-
-def with_one_changed(groups: tuple[Group, ...], rng: random.Random) -> list[Group]:
-    """The same groups, one with another kind or another colour."""
-    at, present = rng.randrange(len(groups)), {group.kind for group in groups}
-    old = groups[at]
-    if rng.random() < 0.5:
-        new = Group(rng.choice([k for k in KINDS if k not in present]), old.colour, old.size, old.cells)
-    else:
-        new = Group(old.kind, rng.choice([c for c in COLOURS if c != old.colour]), old.size, old.cells)
-    return [*groups[:at], new, *groups[at + 1 :]]
+        remaining.pop(rng.choice([i for i in range(len(phrases)) if i != at]))
+    return [text for i, text in remaining if i <= at] + [imagined] + [text for i, text in remaining if i > at]
 
 
 def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
@@ -223,12 +212,9 @@ def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
         wrong = rng.choice([n for n in (1, 2, 3) if n != group.count])
         words = {1: "One.", 2: "Two.", 3: "Three."}
         return f"How many {plural} are there?", words[group.count], words[wrong]
+    subject = f"is the {group.kind}" if group.count == 1 else f"are the {plural}"
     if ask == "colour":
         wrong_colour = rng.choice([c for c in COLOURS if c != group.colour])
-        question = (
-            f"Which colour {'is' if group.count == 1 else 'are'} the {group.kind if group.count == 1 else plural}?"
-        )
-        return question, f"{group.colour.capitalize()}.", f"{wrong_colour.capitalize()}."
+        return f"Which colour {subject}?", f"{group.colour.capitalize()}.", f"{wrong_colour.capitalize()}."
     other = "large" if group.size == "small" else "small"
-    question = f"What size {'is' if group.count == 1 else 'are'} the {group.kind if group.count == 1 else plural}?"
-    return question, f"{group.size.capitalize()}.", f"{other.capitalize()}."
+    return f"What size {subject}?", f"{group.size.capitalize()}.", f"{other.capitalize()}."
