@@ -51,3 +51,26 @@ def test_own_defaults_hold_unless_the_command_says_otherwise(tmp_path, override)
     assert composed.seed == (9 if override else 5)
     ignored = (CONF.parent / ".gitignore").read_text().splitlines()
     assert "/conf/local/" in ignored
+
+
+LISTED = sorted(path for path in CONF.glob("*/*.yaml") if "# Often changed" in path.read_text(encoding="utf-8"))
+
+
+def test_every_group_lists_what_people_change():
+    assert {path.parent.name for path in LISTED} == {"adapter", "data", "model", "quant", "task", "tracker", "trainer"}
+
+
+@pytest.mark.parametrize("path", LISTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_listed_defaults_are_the_dataclass_s(path):
+    """Each with a comment, so that a file explains itself."""
+    group, option = path.parent.name, path.stem
+    kinds = dict(settings.tables())
+    cls = kinds.get(f"{group}={option}") or kinds[group]
+    defaults = {key: yaml.safe_load(settings.default_text(field)) for key, field, *_ in settings.properties(cls)}
+    lines = path.read_text(encoding="utf-8").partition("# Often changed, with their defaults:\n")[2]
+    listed = [line for line in lines.partition("\n\n")[0].splitlines() if line.strip()]
+    assert listed
+    for line in listed:
+        setting, _, meaning = line.partition("   # ")
+        ((key, value),) = yaml.safe_load(setting).items()
+        assert (value, bool(meaning)) == (defaults[key], True), line
