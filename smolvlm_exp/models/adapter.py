@@ -43,11 +43,7 @@ class AdapterConfig:
 
 
 def lora_config(config: AdapterConfig, quantised: bool) -> "LoraConfig | None":
-    """PEFT's configuration; None for full fine-tuning.
-
-    Raises:
-        RequestError: full fine-tuning or PiSSA of quantised weights, or PEFT's own complaint.
-    """
+    """PEFT's configuration; None for full fine-tuning."""
     from peft import LoraConfig
 
     if config.type == "none":
@@ -58,17 +54,9 @@ def lora_config(config: AdapterConfig, quantised: bool) -> "LoraConfig | None":
         raise RequestError(
             "adapter=pissa takes singular vectors of unquantised weights: add quant=none, or use adapter=dora."
         )
+    options = {key: value for key, value in vars(config).items() if key not in ("type", "target", "extra")}
     try:
-        return LoraConfig(
-            r=config.r,
-            lora_alpha=config.lora_alpha,
-            lora_dropout=config.lora_dropout,
-            use_dora=config.use_dora,
-            use_rslora=config.use_rslora,
-            init_lora_weights=config.init_lora_weights,
-            target_modules=TARGETS.get(config.target, config.target),
-            **config.extra,
-        )
+        return LoraConfig(**options, target_modules=TARGETS.get(config.target, config.target), **config.extra)
     except (TypeError, ValueError) as error:
         raise RequestError(f"adapter: {error}") from error
 
@@ -88,11 +76,7 @@ def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
 
 
 def match_target(names: list[str], target: str) -> list[str]:
-    """Those of these linear layers that `target` matches.
-
-    Raises:
-        RequestError: it matches none, or is not a regular expression.
-    """
+    """Those of these linear layers that `target` matches; RequestError where it matches none."""
     modules = TARGETS.get(target, target)
     if modules == "all-linear":
         return names
@@ -137,11 +121,7 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
 
 
 def saved_adapter(config: AdapterConfig, name: str) -> Path:
-    """The folder of a saved adapter (`model.adapter`).
-
-    Raises:
-        RequestError: there is none, or the adapter group describes another.
-    """
+    """The folder of a saved adapter (`model.adapter`), which `config` has to describe."""
     from peft import PeftConfig
 
     folder = next((f for f in (Path(name), Path(name) / "adapter") if (f / "adapter_config.json").is_file()), None)
@@ -153,20 +133,17 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
         raise RequestError(f"model.adapter={name}: {folder} has no adapter_model.safetensors; pickles are not loaded.")
     saved: Any = PeftConfig.from_pretrained(str(folder))
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
-        if getattr(saved, key) != getattr(config, key):
+        trained, requested = getattr(saved, key), getattr(config, key)
+        if trained != requested:
             raise RequestError(
-                f"model.adapter={name} was trained with {key}={getattr(saved, key)}, but adapter.{key} is "
-                f"{getattr(config, key)}: set adapter.{key}={str(getattr(saved, key)).lower()}."
+                f"model.adapter={name} was trained with {key}={trained}, but adapter.{key} is {requested}: "
+                f"set adapter.{key}={str(trained).lower()}."
             )
     return folder
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
-    """The model with a saved adapter, trainable.
-
-    Raises:
-        RequestError: its file lacks tensors (PEFT ignores that), or it adapts other layers than `target`.
-    """
+    """The model with a saved adapter, trainable. Tensors that its file lacks are refused: PEFT ignores them."""
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
     from peft.tuners.tuners_utils import BaseTunerLayer
 
@@ -229,6 +206,6 @@ def gather_state(state: dict[str, Any]) -> dict[str, Any] | None:
     """Sharded weights, gathered by all processes together; None where none is sharded."""
     from smolvlm_exp.utils.distributed import full_tensor, is_sharded
 
-    return (
-        {name: full_tensor(tensor) for name, tensor in state.items()} if any(map(is_sharded, state.values())) else None
-    )
+    if not any(map(is_sharded, state.values())):
+        return None
+    return {name: full_tensor(tensor) for name, tensor in state.items()}

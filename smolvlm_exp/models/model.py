@@ -39,11 +39,7 @@ class ModelConfig:
 
 
 def load_model(config: ModelConfig, quantization_config: Any = None, seed: int = 0) -> "PreTrainedModel":
-    """The model `config` names, in evaluation mode, quantised when `quantization_config` is given.
-
-    Raises:
-        RequestError: there is no such folder, no connection to the Hub, or no shape for random weights.
-    """
+    """The model `config` names, in evaluation mode, quantised when `quantization_config` is given."""
     from transformers import AutoModelForImageTextToText
 
     kwargs = {
@@ -90,10 +86,6 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
 
 
 def random_shape(config: ModelConfig) -> Shape:
-    """
-    Raises:
-        RequestError: `model.shape` is not set.
-    """
     if config.shape is None:
         raise RequestError(f"model.weights=random needs model.shape, and model={config.id} has none.")
     return config.shape
@@ -162,11 +154,7 @@ def resolve_dtype(name: str) -> "torch.dtype":
 
 
 def resolve_attention(name: str) -> str:
-    """`auto` is flash-attention where it is installed and a GPU can run it, SDPA elsewhere.
-
-    Raises:
-        RequestError: flash-attention is requested by name and cannot run here.
-    """
+    """`auto` is flash-attention where it is installed and a GPU can run it, SDPA elsewhere."""
     import torch
     from transformers.utils import is_flash_attn_2_available
 
@@ -182,11 +170,7 @@ def resolve_attention(name: str) -> str:
 
 
 def load_finetuned_model(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int) -> Any:
-    """The model as a run trained it: the quantised base, with its adapter (`model.adapter`) if it has one.
-
-    Raises:
-        RequestError: one of them is missing, or they do not fit each other.
-    """
+    """The model as a run trained it: the quantised base, with its adapter (`model.adapter`) if it has one."""
     folder = saved_adapter(adapter, model.adapter) if model.adapter else None
     base = load_model(model, quantization_config(quant, resolve_dtype(model.dtype)), seed)
     return load_adapter(base, folder, adapter.target).eval() if folder else base

@@ -22,13 +22,7 @@ class QuantConfig:
 
 
 def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
-    """For `from_pretrained`; None for unquantised weights.
-
-    Options without effect, which upstream ignores, are refused.
-
-    Raises:
-        RequestError: both widths, an option without its width, or bitsandbytes does not work on this machine.
-    """
+    """For `from_pretrained`; None for unquantised weights. Refuses options without effect, which upstream ignores."""
     from transformers import BitsAndBytesConfig
 
     four = {k: v for k, v in vars(config).items() if k.startswith("bnb_4bit_") and v is not None}
@@ -53,11 +47,7 @@ def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBy
 
 
 def require_bitsandbytes(config: QuantConfig) -> None:
-    """Quantise a small matrix on the device that will be used.
-
-    Raises:
-        RequestError: that fails.
-    """
+    """Quantise a small matrix on the device that will be used; RequestError where that fails."""
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -27,22 +27,14 @@ HELP = """\
 
 
 def load_session(config: Config) -> SmolVLMSession:
-    """The session of task=chat and task=serve.
-
-    Raises:
-        RequestError: there is no such model, or a setting does not go with it.
-    """
+    """The session of task=chat and task=serve."""
     budget = bytes_of("session.cache", config.session.cache)
     backend = load_backend(config.session.precision, config.model, config.quant, config.adapter, config.seed)
     return SmolVLMSession(*backend, budget, config.data.max_edge, ImageLimits.of(config.data))
 
 
 def chat(config: Config, folder: Path) -> None:
-    """Answer line by line, until there are no more.
-
-    Raises:
-        RequestError: there is no such model.
-    """
+    """Answer line by line, until there are no more."""
     with contextlib.suppress(ImportError):  # line editing and history, where there is a terminal
         import readline  # noqa: F401
     sampling = Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed)
@@ -90,7 +82,9 @@ class ChatLoop:
             elif line == "/reset":
                 self.reset()
             elif line == "/history":
-                self.show_history()
+                for turn in self.history:
+                    images = "".join(f" [{name}]" for name in turn.get("images", ()))
+                    print(f"{turn['role']}:{images} {turn['text']}")
             elif line == "/help":
                 print(HELP)
             elif line.startswith("/"):
@@ -129,8 +123,3 @@ class ChatLoop:
         self.conversation = self.session.conversation()
         self.history: list[dict[str, Any]] = []
         self.attached = []
-
-    def show_history(self) -> None:
-        for turn in self.history:
-            images = "".join(f" [{name}]" for name in turn.get("images", ()))
-            print(f"{turn['role']}:{images} {turn['text']}")

@@ -16,7 +16,6 @@ from rich.console import Console
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.deploy.export.hub_upload import check_account, push
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
 from smolvlm_exp.deploy.export.model_card import model_card
 from smolvlm_exp.deploy.export.options import formats, merged_precision, precisions
@@ -37,12 +36,12 @@ from smolvlm_exp.utils.versions import versions
 
 log = logging.getLogger(__name__)
 
+# training_args.bin and checkpoints hold the Hub token in clear.
+NOT_UPLOADED = ["training_args.bin", "**/training_args.bin", "checkpoints/**", "wandb/**", ".hydra/**", "**/.*"]
+
 
 def export(config: Config, folder: Path) -> dict[str, Path]:
-    """Write what `config.export` asks for, each format into a folder of its own.
-
-    Returns:
-        Those folders, by format.
+    """Write what `config.export` asks for, each format into a folder of its own: those folders, by format.
 
     Raises:
         RequestError: a setting that cannot work; nothing was written.
@@ -70,11 +69,32 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
     return written
 
 
+def check_account(repository: str) -> None:
+    """RequestError where the Hub cannot be reached or nobody is logged in: now and not after the work."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().whoami()
+    except Exception as error:  # whichever of the client's many: no network, no token, a revoked one
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RequestError(
+            f"export.push_to_hub={repository}: {first}\nLog in with `hf auth login`, or leave out export.push_to_hub."
+        ) from error
+
+
+def push(folder: Path, repository: str, private: bool) -> str:
+    """Upload `folder`; returns the address."""
+    from huggingface_hub import HfApi
+
+    hub = HfApi()
+    address = hub.create_repo(repository, private=private, exist_ok=True)
+    hub.upload_folder(
+        repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED, commit_message="Upload by smolvlm_exp"
+    )
+    return str(address)
+
+
 def require_packages(config: Config, wanted: tuple[str, ...]) -> None:
-    """
-    Raises:
-        RequestError: one is missing.
-    """
     needed = dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export") if "onnx" in wanted else {}
     if "merged" in wanted and merged_precision(config.export) == "int8":
         needed["torchao"] = "int8"
@@ -165,11 +185,7 @@ class Exporter:
         self.finish(staging, "onnx", chosen, self.evaluate(OnnxModel(staging, chosen)), weights=weights)
 
     def finish(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **more: Any) -> None:
-        """Print and check how good an export is, and write its card and its record.
-
-        Raises:
-            RunError: it fails the parity gate, and export.on_fail=refuse.
-        """
+        """Print and check how good an export is, and write its card and its record."""
         measured, changes = parity(self.tuned, exported, self.effect), exported.changes(self.tuned)
         checks = gate(self.config.export, measured, changes)
         summary = summarize(self.tuned, exported, checks)

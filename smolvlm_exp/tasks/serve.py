@@ -17,11 +17,7 @@ log = logging.getLogger(__name__)
 
 
 def serve(config: Config, folder: Path) -> None:
-    """Answer until Ctrl-C.
-
-    Raises:
-        RequestError: a package is missing, the address is taken, or there is no such model.
-    """
+    """Answer until Ctrl-C."""
     missing = next((name for name in ("fastapi", "uvicorn") if find_spec(name) is None), None)
     if missing:
         raise RequestError(f"task=serve needs {missing}, which is not installed: pip install 'smolvlm-exp[serve]'")

@@ -17,14 +17,17 @@ from smolvlm_exp.utils.files import read_json, write_json
 def load_merged(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int, onto: str) -> Any:
     """The tuned model as one of plain float32 weights; without an adapter, the model itself.
 
-    Args:
-        onto: `dequantized`: the base weights that the adapter was trained on; `original`: those before quantising.
+    onto=`dequantized` takes the base weights that the adapter was trained on, `original` those before quantising.
     """
     import torch
     from peft import PeftModel
 
     folder = saved_adapter(adapter, model.adapter) if model.adapter else None
-    base = load_base(model, quant, seed, onto)
+    quantization = quantization_config(quant, resolve_dtype(model.dtype)) if onto == "dequantized" else None
+    base: Any = load_model(model, quantization, seed)
+    if quantization is not None:
+        base = base.dequantize(dtype=torch.float32)
+    base = base.float().eval()
     if folder is None:
         return base
     tuned = PeftModel.from_pretrained(base, str(folder))
@@ -32,23 +35,8 @@ def load_merged(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, 
         return tuned.merge_and_unload(safe_merge=True).eval()
 
 
-def load_base(config: ModelConfig, quant: QuantConfig, seed: int, onto: str) -> Any:
-    """The run's base weights in float32; see `load_merged`."""
-    import torch
-
-    quantization = quantization_config(quant, resolve_dtype(config.dtype)) if onto == "dequantized" else None
-    model: Any = load_model(config, quantization, seed)
-    if quantization is not None:
-        model = model.dequantize(dtype=torch.float32)
-    return model.float().eval()
-
-
 def save_merged(model: Any, processor: Any, folder: Path, precision: str) -> None:
-    """Write a folder that `from_pretrained` loads, and converters read.
-
-    Args:
-        precision: fp32, bf16, or int8: linear layers' weights in 8 bits with a scale per row, by torchao.
-    """
+    """Write a folder that `from_pretrained` loads, and converters read. int8: by torchao, with a scale per row."""
     import torch
     from transformers import AutoModelForImageTextToText, TorchAoConfig
 

@@ -8,15 +8,10 @@ Settings = Mapping[str, Any]  # the whole configuration, as nested dictionaries
 TEMPLATE = Path(__file__).parent / "model_card.md.jinja"
 LIBRARIES = {"onnx": "transformers.js", "adapter": "peft", "merged": "transformers"}  # that load each format
 DATA_LICENSES = {"shapes": "Apache-2.0", "rlaif_v": "CC BY-NC 4.0"}
-SHOWN_GROUPS = ("model", "quant", "adapter", "data", "trainer")
 
 
 def model_card(settings: Settings, export: dict[str, Any], run: dict[str, Any]) -> str:
-    """README.md of an exported folder.
-
-    Args:
-        export: the contents of export.json; run: of the run's summary.json, empty where there was no run.
-    """
+    """README.md of an exported folder, from export.json's contents and the run's summary (empty without a run)."""
     from huggingface_hub import ModelCard, ModelCardData
 
     model, data = settings["model"]["id"], settings["data"]
@@ -60,7 +55,7 @@ def method(settings: Settings) -> str:
 def shown_settings(settings: Settings) -> list[str]:
     """Every setting of the groups that decide what was learned, except paths on a person's machine."""
     lines = []
-    for group in SHOWN_GROUPS:
+    for group in ("model", "quant", "adapter", "data", "trainer"):
         for key, value in settings[group].items():
             local = isinstance(value, str) and ("/" in value or "\\" in value) and (group, key) != ("model", "id")
             if value is not None and not isinstance(value, dict) and not local and key not in ("cache", "folder"):

@@ -19,7 +19,14 @@ class Graphs:
     def __init__(self, folder: Path, model: Any, processor: Any) -> None:
         self.folder = folder
         (folder / "onnx").mkdir(parents=True, exist_ok=True)
-        save_configuration(folder, model, processor)
+        model.config.save_pretrained(folder)
+        model.generation_config.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        # transformers.js looks for these two where transformers 4 wrote them, and stops without them.
+        images = {**processor.image_processor.to_dict(), "processor_class": type(processor).__name__}
+        write_json(folder / "preprocessor_config.json", images)
+        tokenizer = {**read_json(folder / "tokenizer_config.json"), "chat_template": processor.chat_template}
+        write_json(folder / "tokenizer_config.json", tokenizer)
         export_graphs(model, folder / "onnx")
 
     def files(self, precisions: dict[str, str]) -> list[Path]:
@@ -43,24 +50,8 @@ class Graphs:
             shutil.copy(file, target / file.relative_to(self.folder))
 
 
-def save_configuration(folder: Path, model: Any, processor: Any) -> None:
-    """What clients read besides the graphs: configuration, tokenizer, processor, chat template."""
-    model.config.save_pretrained(folder)
-    model.generation_config.save_pretrained(folder)
-    processor.save_pretrained(folder)
-    # transformers.js looks for these two where transformers 4 wrote them, and stops without them.
-    images = {**processor.image_processor.to_dict(), "processor_class": type(processor).__name__}
-    write_json(folder / "preprocessor_config.json", images)
-    tokenizer = {**read_json(folder / "tokenizer_config.json"), "chat_template": processor.chat_template}
-    write_json(folder / "tokenizer_config.json", tokenizer)
-
-
 def search(graphs: Graphs, passes: Callable[[dict[str, str]], bool]) -> dict[str, str]:
-    """The smallest precisions that pass, part by part: at most two trials each.
-
-    Args:
-        passes: whether a model with these precisions passes the gate.
-    """
+    """The smallest precisions that pass the gate, part by part: at most two trials each."""
     chosen = dict.fromkeys(SEARCH_ORDER, "fp32")
     for part in SEARCH_ORDER:
         for precision in ("int4", "int8"):

@@ -91,11 +91,7 @@ def as_bias(visible: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def export_graphs(model: Any, folder: Path) -> None:
-    """Write the three graphs in float32 into `folder`.
-
-    Args:
-        model: float32, without adapters or quantised layers.
-    """
+    """Write the three graphs of a float32 model without adapters or quantised layers into `folder`."""
     text, side = model.config.text_config, model.config.vision_config.image_size
     layers, heads = text.num_hidden_layers, text.num_key_value_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -163,7 +159,7 @@ def write_graph(
         dynamo=True,
         verbose=False,
     )
-    weights = sum(each.const_value.nbytes for each in program.model.graph.initializers.values())
+    weights = sum(value.const_value.nbytes for value in program.model.graph.initializers.values())
     onnx_ir.save(program.model, file, external_data=f"{file.name}_data" if weights > MAX_FILE_BYTES else None)
 
 

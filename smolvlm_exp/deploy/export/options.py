@@ -22,9 +22,7 @@ class ExportConfig:
     merge: str = one_of("dequantized", "original")  # which base an adapter is merged into; see deploy/export/merge.py
     folder: str | None = None  # null: export/ in the run's folder, or in this task's
     max_drop: float = at_least(0, 0.01)  # the parity gate: drop of preference accuracy, tuned to exported
-    max_error: float = at_least(
-        0, 0.5
-    )  # error of answers' log-probabilities, as a share of the adapter's effect on them
+    max_error: float = at_least(0, 0.5)  # error of answers' log-probabilities, as a share of the adapter's effect
     on_fail: str = one_of("refuse", "mark")  # an export that fails the gate is not written, or written with a warning
     push_to_hub: str | None = None  # a repository, as you/smolvlm-tuned; uploaded once everything is written
     private: bool = True  # where that repository is created
@@ -32,11 +30,7 @@ class ExportConfig:
 
 
 def formats(config: ExportConfig) -> tuple[str, ...]:
-    """Which folders are written: adapter, merged, onnx.
-
-    Raises:
-        RequestError: a format has no such precision, or a setting has no effect.
-    """
+    """Which folders are written: adapter, merged, onnx."""
     wanted = ("adapter", "merged", "onnx") if config.format == "all" else (config.format,)
     if "onnx" in wanted and config.precision == "bf16":
         raise RequestError(

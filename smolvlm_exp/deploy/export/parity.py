@@ -35,16 +35,12 @@ def parity(tuned: Evaluation, exported: Evaluation, effect: float | None) -> Par
     assert exported.logps is not None
     error = mean_logp_change(tuned.logps, exported.logps)
     share = error / effect if effect else error
-    accuracies = (each.metrics["preference_accuracy"] for each in (tuned, exported))
+    accuracies = (evaluation.metrics["preference_accuracy"] for evaluation in (tuned, exported))
     return Parity(len(tuned.logps.chosen), error, effect, share, *accuracies)
 
 
 def gate(config: ExportConfig, parity: Parity, changes: dict[str, Change]) -> list[Check]:
-    """The checks of the parity gate: a `fail` among them holds the export back.
-
-    Args:
-        changes: from the tuned model's metrics to the exported one's; empty while nothing was generated.
-    """
+    """The checks of the parity gate: a `fail` among them holds the export back. `changes`: tuned to exported."""
     drop, unit = parity.tuned - parity.exported, "share of the adapter's effect" if parity.effect else "nats/token"
     checks = [
         require("accuracy_drop", "preference accuracy drop, tuned to exported", drop, "<=", config.max_drop),

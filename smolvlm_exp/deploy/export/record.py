@@ -20,10 +20,7 @@ def write_record(folder: Path, content: dict[str, Any]) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """
-    Raises:
-        RequestError: `folder` has files that no export wrote.
-    """
+    """RequestError where `folder` has files that no export wrote."""
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file: set another export.folder.")
     exported = {RECORD, *read_record(folder).get("files", {})}

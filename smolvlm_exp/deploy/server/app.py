@@ -25,10 +25,7 @@ LOOPBACK = ["localhost", "127.0.0.1", "[::1]"]
 
 
 def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAPI:
-    """
-    Args:
-        name: what the model is called in answers.
-    """
+    """`name`: what the model is called in answers."""
     app = FastAPI(title="smolvlm_exp", docs_url=None, redoc_url=None, openapi_url=None)
     images = int(limits.max_images * limits.max_image_megabytes * MEGABYTE * 4 / 3)  # in base64
     app.add_middleware(BodyLimit, max_bytes=images + MEGABYTE)  # with as much text

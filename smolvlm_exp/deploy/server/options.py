@@ -11,7 +11,7 @@ class ServeConfig:
 
     host: str = "127.0.0.1"  # loopback: whoever may connect may use the model
     port: int = at_least(0, 8000)  # 0: any that is free
-    max_image_megabytes: float = at_least(0, 10.0)  # of one picture's file
+    max_image_megabytes: float = at_least(0, 10.0)  # of one image's file
     max_images: int = at_least(0, 8)  # in one request
     max_tokens: int = at_least(1, 1024)  # of one answer
-    max_concurrency: int = at_least(1, 4)  # answers that are given at once; a further request is told to come back
+    max_concurrency: int = at_least(1, 4)  # answers generated at once; a further request gets status 429

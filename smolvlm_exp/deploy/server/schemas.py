@@ -55,10 +55,6 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
 
     def sampling(self, limits: ServeConfig) -> Sampling:
-        """
-        Raises:
-            RequestError: more tokens than this server allows.
-        """
         requested = self.max_completion_tokens or self.max_tokens or limits.max_tokens
         if requested > limits.max_tokens:
             raise RequestError(f"max_tokens={requested} is more than this server allows: {limits.max_tokens}.")
@@ -66,10 +62,6 @@ class ChatRequest(BaseModel):
         return Sampling(requested, self.temperature, self.top_p, self.seed, tuple(filter(None, stop)))
 
     def prompt(self, session: SmolVLMSession, limits: ServeConfig) -> Prompt:
-        """
-        Raises:
-            RequestError: an image or a text that is not accepted.
-        """
         messages: list[dict[str, Any]] = []
         images: list[Image] = []
         for message in self.messages:

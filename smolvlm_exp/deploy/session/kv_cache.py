@@ -13,7 +13,7 @@ def past_length(past: Past) -> int:
 
 def truncate(past: Past, length: int) -> Past:
     """Its first `length` tokens."""
-    return tuple(each[:, :, :length] for each in past) if length else ()
+    return tuple(array[:, :, :length] for array in past) if length else ()
 
 
 class LRUCache:
@@ -25,7 +25,7 @@ class LRUCache:
 
     @property
     def bytes(self) -> int:
-        return sum(each.nbytes for entry in self.entries.values() for each in entry)
+        return sum(array.nbytes for entry in self.entries.values() for array in entry)
 
     def put(self, key: tuple[Any, ...], entry: tuple[Any, ...]) -> None:
         self.entries[key] = entry

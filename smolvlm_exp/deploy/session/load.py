@@ -25,16 +25,12 @@ class SessionConfig:
 def load_backend(
     precision: str | None, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int
 ) -> tuple[Any, Any]:
-    """The backend and processor of a base, a fine-tuned model, or an export, which runs as it was written.
-
-    Raises:
-        RequestError: there is no such model, or a setting does not go with it.
-    """
+    """The backend and processor of a base, a fine-tuned model, or an export, which runs as it was written."""
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
     from smolvlm_exp.engine.layers.dora import use_exact_dora
 
     folder = Path(model.id)
-    if is_onnx(folder) or (folder / RECORD).is_file():
+    if (folder / "onnx").is_dir() or (folder / RECORD).is_file():
         if model.adapter:
             raise RequestError(
                 f"model.id={folder} is an export, with its adapter merged already: leave out run= and model.adapter=."
@@ -48,11 +44,7 @@ def load_backend(
 
 
 def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
-    """The backend and processor of a folder with a model in it.
-
-    Raises:
-        RequestError: no model is there, or not in that precision.
-    """
+    """The backend and processor of a folder with a model in it."""
     from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
     from smolvlm_exp.deploy.session.torch_backend import TorchModel
 
@@ -60,21 +52,13 @@ def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
         raise RequestError(f"{folder} holds no model: it has no config.json.")
     config = ModelConfig(id=str(folder))
     processor = load_processor(config)
-    if is_onnx(folder):
+    if (folder / "onnx").is_dir():
         return OnnxModel(folder, exported_precisions(folder, precision)), processor
     return TorchModel(load_model(config)), processor
 
 
-def is_onnx(folder: Path) -> bool:
-    return (folder / "onnx").is_dir()
-
-
 def exported_precisions(folder: Path, requested: str | None) -> dict[str, str]:
-    """The precision of each part: as requested, else as recorded by the export, else that of the only decoder.
-
-    Raises:
-        RequestError: there are several decoders and no record.
-    """
+    """The precision of each part: as requested, else as recorded by the export, else that of the only decoder."""
     if requested:
         return dict.fromkeys(PARTS, requested)
     recorded = read_record(folder).get("precisions")

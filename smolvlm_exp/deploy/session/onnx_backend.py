@@ -22,13 +22,7 @@ class OnnxModel:
     device = torch.device("cpu")
 
     def __init__(self, folder: Path, precisions: dict[str, str]) -> None:
-        """
-        Args:
-            precisions: of each of PARTS: fp32, int8 or int4.
-
-        Raises:
-            RequestError: a file is missing, or onnxruntime is not installed.
-        """
+        """`precisions`: of each of PARTS: fp32, int8 or int4."""
         from transformers import AutoConfig
 
         files = {part: folder / "onnx" / f"{part}{SUFFIXES[precisions[part]]}.onnx" for part in PARTS}
@@ -39,8 +33,8 @@ class OnnxModel:
         with readable_loading(str(folder)):
             self.config: Any = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         self.vision, self.embedding, self.decoder = (runtime(files[part]) for part in (VISION, EMBEDDING, DECODER))
-        inputs = [each for each in self.decoder.get_inputs() if each.name.startswith("past_key_values.")]
-        self.past_names, (_, self.heads, _, self.head_size) = [each.name for each in inputs], inputs[0].shape
+        inputs = [i for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")]
+        self.past_names, (_, self.heads, _, self.head_size) = [i.name for i in inputs], inputs[0].shape
 
     def identity(self) -> tuple[Any, ...]:
         return ()
@@ -66,11 +60,7 @@ class OnnxModel:
         return self.embedding.run(None, {"input_ids": ids.astype(np.int64)})[0]
 
     def decode(self, embeddings: np.ndarray, mask: np.ndarray, past: Past) -> tuple[np.ndarray, Past]:
-        """Logits (batch, length, vocabulary), and `past` with the new tokens.
-
-        Args:
-            mask: (batch, past + length), padded on either side.
-        """
+        """Logits (batch, length, vocabulary), and `past` with the new tokens; `mask` is (batch, past + length)."""
         past = past or (np.zeros((len(mask), self.heads, 0, self.head_size), dtype=np.float32),) * len(self.past_names)
         positions = np.maximum(mask.cumsum(1) - 1, 0)[:, -embeddings.shape[1] :]
         inputs = {"inputs_embeds": embeddings, "attention_mask": mask, "position_ids": positions.astype(np.int64)}

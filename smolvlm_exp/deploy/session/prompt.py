@@ -40,11 +40,6 @@ class Prompt:
         self.ids += ids
         self.keys += ids
 
-    def add_image(self, image: EncodedImage, image_token: int) -> None:
-        self.images.append((len(self.ids), image))
-        self.ids += image.ids
-        self.keys += [image.key if each == image_token else each for each in image.ids]
-
     def copy(self) -> "Prompt":
         return Prompt([*self.ids], [*self.keys], [*self.images])
 
@@ -69,9 +64,6 @@ class PromptBuilder:
         Args:
             messages: their content is a list of parts; an `image` part takes the next of `images`.
             previous: the conversation that the messages continue; it is left as it was.
-
-        Raises:
-            RequestError: there are not as many images as parts for them, or a text is none that a tokenizer reads.
         """
         prompt, text = previous.copy() if previous else Prompt(), render_prompt(self.processor, messages)
         try:
@@ -89,7 +81,9 @@ class PromptBuilder:
             if piece:
                 prompt.add(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
             if image:
-                prompt.add_image(image, self.image_token)
+                prompt.images.append((len(prompt.ids), image))
+                prompt.ids += image.ids
+                prompt.keys += [image.key if token == self.image_token else token for token in image.ids]
         return prompt
 
     def encode_image(self, image: Image) -> EncodedImage:
@@ -102,10 +96,6 @@ class PromptBuilder:
         return EncodedImage(key, ids, encoded["pixel_values"], encoded["pixel_attention_mask"])
 
     def open_image(self, source: bytes | Path) -> Image:
-        """An image from anybody's file.
-
-        Raises:
-            ImageError: what is wrong with it.
-        """
+        """An image from anybody's file. ImageError says what is wrong with it."""
         entry = {"bytes": None, "path": str(source)} if isinstance(source, Path) else {"bytes": source, "path": None}
         return open_image(entry, self.max_edge, self.limits)

@@ -116,15 +116,6 @@ class SmolVLMSession:
             del self.cache.entries[best]  # it grows, and what comes of it takes its place
         return past, lengths[best]
 
-    def remember(self, keys: Sequence[int | str], past: Past, identity: tuple[Any, ...]) -> None:
-        """Cache what was read: of an answer, all but its last token.
-
-        Args:
-            identity: the model's, when it was read.
-        """
-        with self.lock:
-            self.cache.put(("tokens", identity, tuple(keys[: past_length(past)])), past)
-
 
 class Answer:
     """An answer as it is generated: iterate over its pieces, or `finish()` it.
@@ -198,7 +189,8 @@ class Answer:
                 with session.lock:
                     logits, past = session.model.extend([token], [], [], past)
         finally:
-            session.remember(self.prompt.keys, past, identity)
+            with session.lock:  # what was read: of an answer, all but its last token
+                session.cache.put(("tokens", identity, tuple(self.prompt.keys[: past_length(past)])), past)
 
 
 class Conversation:
@@ -220,10 +212,7 @@ class Conversation:
 
 
 def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """
-    Args:
-        logits: (vocabulary,).
-    """
+    """The token after those with these logits, (vocabulary,)."""
     if not sampling.temperature:
         return int(logits.argmax())
     probabilities, order = (logits / sampling.temperature).softmax(0).sort(descending=True)

@@ -64,4 +64,4 @@ class TorchModel:
             use_cache=True,
         ).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden[0, -1])
-        return logits.float().cpu(), tuple(each for layer in cache.layers for each in (layer.keys, layer.values))
+        return logits.float().cpu(), tuple(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))

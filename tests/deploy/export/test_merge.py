@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from smolvlm_exp.deploy.export.merge import load_base, load_merged, save_merged
+from smolvlm_exp.deploy.export.merge import load_merged, save_merged
 from smolvlm_exp.deploy.session.load import load_folder
 from smolvlm_exp.evaluation.checks import mean_logp_change
 from smolvlm_exp.evaluation.preference import answer_logps
@@ -17,9 +17,8 @@ from tests.conftest import compose
 def tuned(request, tmp_path_factory):
     """A configuration whose model.adapter moved answers about as far as a run does."""
     plain = compose(f"adapter={request.param}")
-    model = get_peft_model(
-        load_base(plain.model, plain.quant, plain.seed, "dequantized"), lora_config(plain.adapter, quantised=False)
-    )
+    base = load_merged(plain.model, plain.quant, plain.adapter, plain.seed, "dequantized")
+    model = get_peft_model(base, lora_config(plain.adapter, quantised=False))
     torch.manual_seed(0)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
