@@ -9,7 +9,7 @@ from smolvlm_exp.utils.fields import at_least, one_of
 
 @dataclass
 class DataConfig:
-    """What every data source is asked for. A source's own `Config` (in `data/<source>.py`) adds to it."""
+    """What every data source is asked for. A source's own `Config` (in `data/sources/<source>.py`) adds to it."""
 
     source: str = MISSING  # the module in smolvlm_exp/data that yields the rows
     train: str = "train"  # split or slice to tune on, as `train[:6%]`

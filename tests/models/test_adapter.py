@@ -45,7 +45,7 @@ def test_the_modules_named_are_the_modules_adapted(model, target):
     assert adapted == set(names)
 
 
-def test_each_part_of_the_model_is_told(model):
+def test_each_part_of_the_model_is_named(model):
     text = describe_target(matched_modules(model, "recipe"))
     assert text.startswith("54 layers: ")
     assert "12 in the vision tower (4 k_proj, 4 q_proj, 4 v_proj)" in text
