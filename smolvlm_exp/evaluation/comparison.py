@@ -39,28 +39,23 @@ class Group:
 
     def seeds(self, path: str) -> list[float]:
         """One value per seed: a run that is named twice counts once."""
-        found = {run.summary.get("seed"): value for run in self.runs if (value := run.value(path)) is not None}
-        return list(found.values())
+        values = {run.summary.get("seed"): value for run in self.runs if (value := run.value(path)) is not None}
+        return list(values.values())
 
     def value(self, path: str) -> float | None:
-        found = self.seeds(path)
-        return mean(found) if found else None
+        values = self.seeds(path)
+        return mean(values) if values else None
 
     def seed_error(self, path: str) -> float:
         """Over seeds: half of Student's t interval; 0 for a single run, where it is unknown."""
         return t_interval(self.seeds(path)) or 0.0
 
-    def row_error(self, path: str) -> float | None:
-        """Over held-out rows: half of the bootstrap interval."""
-        found = [error for run in self.runs if (error := run.row_error(path)) is not None]
-        return mean(found) if found else None
-
     def error(self, path: str) -> float | None:
         """Half of the 95 % interval, over seeds and held-out rows together; None where neither is known."""
-        over_rows = self.row_error(path)
-        if over_rows is None and len(self.seeds(path)) < 2:
+        over_rows = [error for run in self.runs if (error := run.row_error(path)) is not None]
+        if not over_rows and len(self.seeds(path)) < 2:
             return None
-        return ((over_rows or 0.0) ** 2 + self.seed_error(path) ** 2) ** 0.5
+        return ((mean(over_rows) if over_rows else 0.0) ** 2 + self.seed_error(path) ** 2) ** 0.5
 
     def ratio(self, path: str) -> Ratio | None:
         """Each held-out row's part in a metric, averaged over the runs, where all evaluated the same rows."""
@@ -104,7 +99,8 @@ class Comparison:
         difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
         over_seeds = best.seed_error(metric) ** 2 + group.seed_error(metric) ** 2
         ours, theirs = group.ratio(metric), best.ratio(metric)
-        if ours and theirs and np.array_equal(tests_of(group), tests_of(best)):
+        rows = [g.runs[0].rows for g in (group, best)]
+        if ours and theirs and rows[0] and rows[1] and np.array_equal(rows[0].test, rows[1].test):
             change = changes({"": theirs}, {"": ours})[""]
             return Gap(difference, (((change.high - change.low) / 2) ** 2 + over_seeds) ** 0.5, paired=True)
         errors = best.error(metric), group.error(metric)
@@ -121,12 +117,6 @@ class Comparison:
         if gap.noise is None:
             return "no confidence interval"
         return "worse" if abs(gap.difference) > gap.noise else "within the noise"
-
-
-def tests_of(group: Group) -> np.ndarray:
-    rows = group.runs[0].rows
-    assert rows
-    return rows.test
 
 
 def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:

@@ -23,7 +23,7 @@ class Speed:
     tokens_per_second: float  # of all answers of the batch together, after the first token
     memory_peak_gib: float | None  # of the GPU
 
-    def in_words(self) -> str:
+    def __str__(self) -> str:
         memory = f", {self.memory_peak_gib:.2f} GiB" if self.memory_peak_gib is not None else ""
         return (
             f"batch size {self.batch_size}: first token after {self.first_token:.3f} s, "

@@ -89,4 +89,4 @@ def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[st
     known = json.loads(truth) if truth else {}
     if known.get("kind") != "caption" or words is None:
         return []
-    return [predicted for predicted, name in words(answer, known) if name is not None and name not in known["objects"]]
+    return [word for word, name in words(answer, known) if name is not None and name not in known["objects"]]

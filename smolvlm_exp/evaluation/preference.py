@@ -1,8 +1,8 @@
 """Which of two answers does the model itself prefer? Log-probabilities of given answers; nothing is generated."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,6 @@ from smolvlm_exp.utils.distributed import scatter_map
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,7 @@ def answer_logps(
     max_length: int | None,
 ) -> Logps:
     """Log-probabilities of both answers of every row, collated as stock TRL does it in training."""
-    parts = map_batches(model, processor, rows, batch_size, max_length, lambda batch: score(model, batch))
+    parts = score_rows(model, processor, rows, batch_size, max_length)
     sums, counts = (torch.cat([part.view(2, -1) for part in side], 1) for side in zip(*parts, strict=True))
     return Logps(*sums, *counts)
 
@@ -49,36 +47,33 @@ def chosen_logps(
     max_length: int | None,
 ) -> torch.Tensor:
     """log p(chosen) / |chosen| of every row, (rows,)."""
-
-    def mean_logps(batch: dict[str, torch.Tensor]) -> torch.Tensor:
-        sums, counts = score(model, {name: tensor[: len(tensor) // 2] for name, tensor in batch.items()})
-        return sums / counts
-
-    return torch.cat(map_batches(model, processor, rows, batch_size, max_length, mean_logps))
+    parts = score_rows(model, processor, rows, batch_size, max_length, chosen_only=True)
+    return torch.cat([sums / counts for sums, counts in parts])
 
 
-def map_batches(
+def score_rows(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
     rows: "Dataset | Sequence[dict[str, Any]]",
     batch_size: int,
     max_length: int | None,
-    work: Callable[[dict[str, torch.Tensor]], T],
-) -> list[T]:
-    """`work` of each of TRL's batches: (2B, ...), the chosen answers first."""
+    chosen_only: bool = False,
+) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Per batch the summed log-probability and the tokens of every answer, the chosen ones first, on the CPU."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
     batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
-    return scatter_map(batches, lambda batch: work(collator([rows[i] for i in batch])), model)
-
-
-@torch.no_grad()
-def score(model: "PreTrainedModel", batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Of every answer of a batch its summed log-probability and its tokens, on the CPU."""
     model.eval()
-    inputs = {name: tensor.to(model.device) for name, tensor in batch.items()}
-    mask = inputs.pop("completion_mask")[:, 1:]
-    logits = model(**inputs, use_cache=False).logits[:, :-1]
-    return sequence_logps(logits, inputs["input_ids"][:, 1:], mask).cpu(), mask.sum(1).cpu()
+
+    @torch.no_grad()
+    def score(batch: range) -> tuple[torch.Tensor, torch.Tensor]:
+        collated = collator([rows[i] for i in batch]).items()
+        share = 2 if chosen_only else 1
+        inputs = {name: tensor[: len(tensor) // share].to(model.device) for name, tensor in collated}
+        mask = inputs.pop("completion_mask")[:, 1:]
+        logits = model(**inputs, use_cache=False).logits[:, :-1]
+        return sequence_logps(logits, inputs["input_ids"][:, 1:], mask).cpu(), mask.sum(1).cpu()
+
+    return scatter_map(batches, score, model)
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

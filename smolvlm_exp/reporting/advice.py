@@ -49,12 +49,6 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
     return [text for sign in signs for text in sign(summary, config, events)]
 
 
-def print_advice(run: Path) -> int:
-    """The advice on a run, for `task=doctor run=...`. Returns 0."""
-    print(*advise_run(run) or [f"{run}: no sign of a known problem."], sep="\n\n")
-    return 0
-
-
 def advise_run(folder: Path) -> list[str]:
     """The advice on a run, from its folder alone."""
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
@@ -170,8 +164,8 @@ def likelihood_displacement(summary: dict[str, Any], config: dict[str, Any], eve
         if losses and "sft" not in losses:
             weights = ",".join(["1"] * len(losses))
             changes.insert(0, f"trainer.loss_type=[{','.join(losses)},sft] trainer.loss_weights=[{weights},1]")
-        told = ", or ".join(changes)
-        yield f"likelihood displacement: chosen answers lost {drop:.2g} nats/token.\nTry {told}."
+        options = ", or ".join(changes)
+        yield f"likelihood displacement: chosen answers lost {drop:.2g} nats/token.\nTry {options}."
 
 
 def low_image_reliance(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:

@@ -14,7 +14,7 @@ from smolvlm_exp.evaluation.metrics import METRICS
 from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.metrics_table import result_rows
-from smolvlm_exp.reporting.samples import Sample, SampleHistory
+from smolvlm_exp.reporting.samples import Sample
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.formatting import duration, number, percent
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -51,7 +51,7 @@ def write_report(
     summary: dict[str, Any],
     config: dict[str, Any],
     samples: Sequence[Sample],
-    histories: Sequence[SampleHistory] = (),
+    histories: Sequence[dict[str, Any]] = (),
 ) -> Path:
     """Write `folder/report.html` from what the run measured.
 
@@ -60,7 +60,7 @@ def write_report(
         summary: what summary.json holds; a stopped run's has no `after`, task=evaluate's no `train`.
         config: the whole resolved config.
         samples: held-out rows with the answers before and after.
-        histories: held-out rows with the answers during training.
+        histories: cards of held-out rows with the answers during training.
     """
     run, train = str(relative_to_cwd(folder)), summary.get("train", {})
     about = {**summary.get("settings", {}), "seed": summary["seed"], "steps": train.get("steps")}
@@ -78,7 +78,7 @@ def write_report(
         curves=draw_curves(read_events(folder / "metrics.jsonl")),
         samples=[sample.card() for sample in samples],
         marked=any(sample.hallucinated_before or sample.hallucinated_after for sample in samples),
-        histories=[history.card() for history in histories],
+        histories=histories,
         speed=summary.get("speed"),
         train=train_facts(train) if train else (),
         config=as_yaml(config),

@@ -31,16 +31,3 @@ class Sample:
             *((name, text, "label") for name, text in labels),
         ]
         return {"image": embed(self.image), "question": self.question, "lines": lines}
-
-
-@dataclass
-class SampleHistory:
-    """One held-out row, answered again and again during training."""
-
-    image: "Image"
-    question: str
-    answers: list[tuple[int, str, list[str]]]  # after that many steps; with words to mark
-
-    def card(self) -> dict[str, Any]:
-        lines = [(f"Step {step}", highlight(text, marked), "model") for step, text, marked in self.answers]
-        return {"image": embed(self.image), "question": self.question, "lines": lines}

@@ -22,7 +22,6 @@ from smolvlm_exp.utils.formatting import parse_number
 from smolvlm_exp.utils.paths import relative_to_cwd
 
 if TYPE_CHECKING:
-    from PIL.Image import Image
     from wandb import Run
 
     from smolvlm_exp.reporting.samples import Sample
@@ -53,11 +52,9 @@ class BackgroundRun:
         """
         self.folder, self.init = relative_to_cwd(folder), init
         self.jobs: queue.SimpleQueue[Callable[[Run], None] | None] = queue.SimpleQueue()
+        self.put = self.jobs.put
         self.thread = threading.Thread(target=self.work, daemon=True)
         self.thread.start()
-
-    def put(self, job: "Callable[[Run], None]") -> None:
-        self.jobs.put(job)
 
     def close(self) -> None:
         """Wait for the jobs, PATIENCE seconds at most."""
@@ -125,8 +122,10 @@ class Tracker:
         def show(run: "Run") -> None:
             import wandb
 
-            images = [wandb.Image(thumbnail(row["images"][0])) for row in rows]
-            data = [list(row) for row in zip(images, questions, answers, chosen, strict=True)]
+            images = [row["images"][0].copy() for row in rows]
+            for image in images:  # small, because the table is uploaded many times
+                image.thumbnail((SMALL_EDGE, SMALL_EDGE))
+            data = [list(row) for row in zip(map(wandb.Image, images), questions, answers, chosen, strict=True)]
             columns: list[str | int] = ["image", "question", "answer", "chosen"]
             run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
 
@@ -168,20 +167,11 @@ def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", ex
 def run_id(folder: Path) -> str:
     """The run's id at W&B: a resumed run keeps the one it had."""
     path = folder / "wandb" / "id.json"
-    known = read_json(path).get("id")
-    if known:
-        return str(known)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = secrets.token_hex(4)
-    write_json(path, {"id": new})
-    return new
-
-
-def thumbnail(image: "Image") -> "Image":
-    """A small copy, for a table that is uploaded many times."""
-    copy = image.copy()
-    copy.thumbnail((SMALL_EDGE, SMALL_EDGE))
-    return copy
+    if not (id := read_json(path).get("id")):
+        id = secrets.token_hex(4)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {"id": id})
+    return str(id)
 
 
 def init_run(

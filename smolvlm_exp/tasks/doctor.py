@@ -57,9 +57,10 @@ def doctor(config: "Config", folder: Path) -> None:
         SystemExit: 1: the main job cannot run here.
     """
     if config.run:
-        from smolvlm_exp.reporting.advice import print_advice  # imports torch
+        from smolvlm_exp.reporting.advice import advise_run  # imports torch
 
-        print_advice(find_ended_run(config.run))
+        run = find_ended_run(config.run)
+        print(*advise_run(run) or [f"{run}: no sign of a known problem."], sep="\n\n")
     elif check_machine(OUTPUTS):
         raise SystemExit(1)
 

@@ -72,7 +72,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "seed": config.seed,
         "settings": choices(folder),
         **summarize(before, after, checks),
-        "speed": {name: [asdict(each) for each in measured] for name, measured in speed.items()},
+        "speed": {name: [asdict(at) for at in measured] for name, measured in speed.items()},
         "versions": versions(),
     }
     write_json(folder / "summary.json", summary)
@@ -82,7 +82,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     console = Console()
     print_results(console, summary, ("base", "tuned"))
     for name, measured in speed.items():
-        for each in measured:
-            console.print(f"{name}: {each.in_words()}", highlight=False, soft_wrap=True)
+        for at in measured:
+            console.print(f"{name}: {at}", highlight=False, soft_wrap=True)
     console.print(f"{relative_to_cwd(folder)}/report.html", highlight=False, soft_wrap=True)
     return summary
