@@ -8,6 +8,7 @@ saving, resume with resume=last or, with -m, sweep=last.
 
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -94,9 +95,7 @@ def execute(composed: DictConfig) -> Any:
             check_torchvision()
             silence_upstream()
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
-    if name != "train":
-        return task(config, folder)
-    with lock_run_folder(folder):
+    with lock_run_folder(folder) if name == "train" else nullcontext():
         return task(config, folder)
 
 
@@ -140,7 +139,9 @@ def main() -> None:
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):
         try:
-            argv = absolute(sys.argv[1:], args)
+            argv = sys.argv[1:]
+            if args.config_path:  # from where the command is typed; Hydra would take it from where this file lies
+                argv = [a.replace(args.config_path, str(Path(args.config_path).resolve())) for a in argv]
             for completed in (resume_command, run_command, sweep_command):
                 argv = completed(argv, args)
             sys.argv[1:] = argv
@@ -166,10 +167,3 @@ def check_folder(args: Any) -> None:
     named = given_value(args, "hydra.run.dir", "")
     if named and not given_value(args, "resume", "") and given_value(args, "task", "train") == "train":
         check_unused(Path(named))
-
-
-def absolute(argv: list[str], args: Any) -> list[str]:
-    """--config-path from where the command is typed; Hydra would take it from where this file lies."""
-    if not args.config_path:
-        return argv
-    return [a.replace(args.config_path, str(Path(args.config_path).resolve())) for a in argv]

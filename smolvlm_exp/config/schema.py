@@ -135,8 +135,8 @@ def every_key() -> list[str]:
     keys: set[str] = set()
     for name, kind in typing.get_type_hints(Config).items():
         kinds = [own_config(name, own) for own in own_configs(name)] if name in SELECTORS else [kind]
-        for each in kinds:
-            keys |= set(key_paths(OmegaConf.structured(each), f"{name}.")) if is_dataclass(each) else {name}
+        for cls in kinds:
+            keys |= set(key_paths(OmegaConf.structured(cls), f"{name}.")) if is_dataclass(cls) else {name}
     return sorted(keys)
 
 
@@ -176,9 +176,9 @@ def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 def check_value(key: str, setting: Any, value: Any) -> None:
     """Hold a value against what its field says it takes (fields.py)."""
     choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
-    for each in value if isinstance(value, list) else [value]:
-        if choices and each not in choices:
-            raise RequestError(f"{key}={each}: {suggestion(str(each), [str(choice) for choice in choices])}")
+    for item in value if isinstance(value, list) else [value]:
+        if choices and item not in choices:
+            raise RequestError(f"{key}={item}: {suggestion(str(item), [str(choice) for choice in choices])}")
     if low is not None and value is not None and value < low:
         raise RequestError(f"{key}={value} is too small: {low} is the least.")
     if floor is not None and value is not None and not value > floor:

@@ -40,17 +40,13 @@ def check_setting(key: str, value: Any) -> None:
             f"{key}: this does not exist here: no code runs that a setting, a model or data brings along."
         )
     text = str(value)
-    if value not in (None, "", False) and (NAMES.search(last) or VALUES.search(text) or is_held(text)):
+    secrets = (value for name, value in os.environ.items() if HELD.search(name) and len(value) >= 16)
+    holds = NAMES.search(last) or VALUES.search(text) or any(secret in text for secret in secrets)
+    if value not in (None, "", False) and holds:
         raise RequestError(
             f"{key} is a secret, and settings are written to logs, reports and W&B.\n"
             "Give it in the environment: HF_TOKEN, WANDB_API_KEY."
         )
-
-
-def is_held(text: str) -> bool:
-    """Whether a text holds the value of a secret in this process's environment."""
-    secrets = (value for name, value in os.environ.items() if HELD.search(name) and len(value) >= 16)
-    return any(secret in text for secret in secrets)
 
 
 def check_hydra(node: Any, path: str = "hydra") -> None:
@@ -89,19 +85,16 @@ def is_own(target: str) -> bool:
     if module.partition(".")[0] not in OWN:
         return False
     try:
-        found = getattr(import_module(module), name)
+        cls = getattr(import_module(module), name)
     except (ImportError, AttributeError):
         return False
-    return isinstance(found, type) and found.__module__.partition(".")[0] in OWN
+    return isinstance(cls, type) and cls.__module__.partition(".")[0] in OWN
 
 
 def check_search_path(text: str) -> None:
     """
-    Args:
-        text: of a setting or file that may say where else Hydra looks for files.
-
     Raises:
-        RequestError: in a Python package, which Hydra would import.
+        RequestError: a setting or file has Hydra look for files in a Python package, which it would import.
     """
     if "pkg://" in text:
         raise RequestError(

@@ -45,12 +45,12 @@ def comments(cls: type) -> dict[str, str]:
     lines = source.splitlines()
     body = ast.parse(source).body[0]
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    meanings = {}
     for node in body.body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             comment = COMMENT.search(lines[(node.end_lineno or node.lineno) - 1])
-            found[node.target.id] = comment[1].strip() if comment else ""
-    return found
+            meanings[node.target.id] = comment[1].strip() if comment else ""
+    return meanings
 
 
 def properties(cls: type, path: str = "") -> Iterator[tuple[str, Field[Any], Any, str]]:
@@ -89,30 +89,27 @@ def type_text(setting: Field[Any], kind: Any) -> str:
     choices = setting.metadata.get("choices")
     if choices:
         return " ".join(f"`{'null' if choice is None else choice}`" for choice in choices)
-    return (kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)).replace(
-        "None", "null"
-    )
+    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    return name.replace("None", "null")
 
 
 def markdown() -> str:
     """The page."""
     lines = ["# Settings", "", INTRODUCTION, ""]
     roots = [f for f in fields(Config) if f.name not in SELECTORS and not is_dataclass(f.type)]
-    whole = {key: (setting, kind, text) for key, setting, kind, text in properties(Config)}
-    seen: set[tuple[str, str, str]] = set()  # of an option, only what the group's other options do not have is told
-    sections = [("general", [(f.name, *whole[f.name]) for f in roots if f.name in whole])]
+    general = {row[0]: row for row in properties(Config)}
+    seen: set[tuple[str, str, str]] = set()  # of an option, only what the group's other options do not have is listed
+    sections = [("general", [general[f.name] for f in roots if f.name in general])]
     sections += [(heading, list(properties(cls, f"{heading.partition('=')[0]}."))) for heading, cls in tables()]
     for heading, rows in sections:
-        told = {(key, default_text(setting), text): (key, setting, kind, text) for key, setting, kind, text in rows}
-        new = [row for entry, row in told.items() if entry not in seen]
-        seen |= told.keys()
+        entries = {(key, default_text(setting), text): (setting, kind) for key, setting, kind, text in rows}
+        new = {entry: types for entry, types in entries.items() if entry not in seen}
+        seen |= entries.keys()
         if new:
             lines += [f"## {heading}", "", "| setting | type | default | meaning |", "|---|---|---|---|"]
-            cells = ((key, type_text(s, kind), f"`{default_text(s)}`", text) for key, s, kind, text in new)
-            lines += [
-                "| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{row[0]}`", *row[1:])) + " |"
-                for row in cells
-            ]
+            for (key, default, text), (setting, kind) in new.items():
+                cells = (f"`{key}`", type_text(setting, kind), f"`{default}`", text)
+                lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
             lines.append("")
     return "\n".join(lines)
 
@@ -140,10 +137,10 @@ def json_property(setting: Field[Any], kind: Any, text: str) -> dict[str, Any]:
         return {"description": text}
     parts = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
     names = [JSON_TYPES.get(typing.get_origin(part) or part, "string") for part in parts]
-    found: dict[str, Any] = {"type": names[0] if len(names) == 1 else names, "description": text}
+    described: dict[str, Any] = {"type": names[0] if len(names) == 1 else names, "description": text}
     if "choices" in setting.metadata and names[0] != "array":
-        found["enum"] = list(setting.metadata["choices"])
-    return found
+        described["enum"] = list(setting.metadata["choices"])
+    return described
 
 
 def files() -> dict[Path, str]:

@@ -81,7 +81,10 @@ def line_chart(
         reference: a dashed horizontal line and its name.
         alike: series -> what it is one of; those have one colour, and one place in the legend.
     """
-    drawable = {name: finite_points(points) for name, points in series.items()}
+    drawable = {
+        name: sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
+        for name, points in series.items()
+    }
     lost = sum(map(len, series.values())) - sum(map(len, drawable.values()))
     lines = {name: thin(points) for name, points in drawable.items() if points}
     if not lines:
@@ -173,10 +176,6 @@ def spread(low: float, high: float, zero: bool) -> tuple[float, float]:
         pad = abs(high) * 0.1 or 1.0
         low, high = low - pad, high + pad
     return low, high
-
-
-def finite_points(points: Points) -> list[tuple[float, float]]:
-    return sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:

@@ -72,11 +72,8 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
         for group in comparison.groups
         for run in group.runs
     ]
-    paths = [
-        *comparison.metrics[:3],
-        *COSTS,
-        *comparison.metrics[3:],
-    ]  # what decides is in sight before anything is scrolled
+    # What decides is in sight before anything is scrolled.
+    paths = [*comparison.metrics[:3], *COSTS, *comparison.metrics[3:]]
     heads = (COSTS.get(path) or column_name(path) for path in paths)
     return render(
         "compare.html.jinja",
@@ -119,20 +116,11 @@ def lead(comparison: Comparison) -> str:
         sentences.append(f"Before tuning: {format_metric(metric, befores.pop(), None)}.")
     value = format_metric(metric, best.value(metric), best.error(metric))
     sentences.append(f"Best: {group_name(comparison, best) or 'all alike'}, {value}.")
-    if len(comparison.groups) > 1:
-        worse = [group_name(comparison, group) for group in comparison.groups if comparison.verdict(group) == "worse"]
-        alike = [
-            group_name(comparison, group)
-            for group in comparison.groups
-            if comparison.verdict(group) == "within the noise"
-        ]
-        sentences += [f"Worse: {first_names(worse)}."] if worse else []
-        sentences += [f"Within the noise: {first_names(alike)}."] if alike else []
+    for verdict in ("worse", "within the noise"):
+        names = [group_name(comparison, group) for group in comparison.groups if comparison.verdict(group) == verdict]
+        more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+        sentences += [f"{verdict.capitalize()}: {'; '.join(names[:4])}{more}."] if names else []
     return " ".join(sentences)
-
-
-def first_names(names: list[str]) -> str:
-    return "; ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def group_name(comparison: Comparison, group: Group) -> str:

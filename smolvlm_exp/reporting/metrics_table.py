@@ -38,7 +38,7 @@ def result_row(
     size = f"{100 * abs(b - a):.1f}" if metric.share else number(abs(b - a))
     interval, chance = "", False
     if paired:
-        interval, chance = in_words(paired, metric.share), paired["low"] <= 0 <= paired["high"]
+        interval, chance = format_interval(paired, metric.share), paired["low"] <= 0 <= paired["high"]
     row = replace(row, change="no change", interval=interval, track=(a, b) if metric.share else None)
     if not any(digit in "123456789" for digit in size):
         return row
@@ -51,7 +51,7 @@ def result_row(
     )
 
 
-def in_words(paired: dict[str, float], share: bool) -> str:
+def format_interval(paired: dict[str, float], share: bool) -> str:
     """The change's 95 % interval and the paired test's p."""
     ends, p = (paired["low"], paired["high"]), paired["p"]
     sizes = [f"{100 * abs(end):.1f}" if share else number(abs(end)) for end in ends]

@@ -56,17 +56,15 @@ def find_runs(names: Sequence[str]) -> list[Path]:
     for name in names:
         matches = sorted(map(Path, glob(str(Path(name).expanduser())))) or [Path(name)]
         paths = [find_sweep("last")] if name == "last" else matches
-        found = [run for path in paths for run in (path, *sorted(path.glob("*"))) if is_finished(run)]
-        if not found:
+        folders = [folder for path in paths for folder in (path, *sorted(path.glob("*")))]
+        configured = [folder for folder in folders if (folder / ".hydra" / "config.yaml").is_file()]
+        finished = [folder for folder in configured if summary_of(folder).get("status") == "done"]
+        if not finished:
             raise RequestError(f"runs: {name} matches no finished run (status done in its summary.json).")
-        runs |= dict.fromkeys(run.resolve() for run in found)  # a run counts once, however often it is named
+        runs |= dict.fromkeys(run.resolve() for run in finished)  # a run counts once, however often it is named
     if len(runs) < 2:
         raise RequestError("task=compare needs at least two finished runs: runs=[outputs/a,outputs/b], or runs=[last].")
     return list(runs)
-
-
-def is_finished(folder: Path) -> bool:
-    return summary_of(folder).get("status") == "done" and (folder / ".hydra" / "config.yaml").is_file()
 
 
 def read_run(folder: Path) -> Run:

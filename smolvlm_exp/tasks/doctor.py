@@ -90,9 +90,9 @@ def check_machine(outputs: Path) -> int:
     for check in checks:
         seen.append(attempt(*check))
         print(line(seen[-1], width, colour), flush=True)
-    failed, warned = (", ".join(f.name for f in seen if f.verdict == verdict) for verdict in ("fail", "warn"))
-    told = f"cannot run here. Fix first: {failed}." if failed else "can run here."
-    print(f"\n`python -m smolvlm_exp` {told}" + (f" Worth a look: {warned}." if warned else ""))
+    failed, warned = (", ".join(f.name for f in seen if f.verdict == level) for level in ("fail", "warn"))
+    verdict = f"cannot run here. Fix first: {failed}." if failed else "can run here."
+    print(f"\n`python -m smolvlm_exp` {verdict}" + (f" Worth a look: {warned}." if warned else ""))
     return int(bool(failed))
 
 
@@ -217,8 +217,8 @@ def check_nf4() -> Finding:
     trained.backward(grad.to(where))
     errors = {"eval": relative_error(evaluated, x @ weight.T), "train": relative_error(trained, x @ weight.T)}
     errors["gradient"] = relative_error(inputs.grad, grad @ weight)
-    told = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
-    detail = f"on {where}, relative error: {told} (limit {NF4_LIMIT}), blocks of {layer.weight.quant_state.blocksize}"
+    listed = ", ".join(f"{name} {error:.3f}" for name, error in errors.items())
+    detail = f"on {where}, relative error: {listed} (limit {NF4_LIMIT}), blocks of {layer.weight.quant_state.blocksize}"
     good = layer.weight.quant_state.blocksize == 64 and all(error <= NF4_LIMIT for error in errors.values())
     return judge("nf4", good, detail, "reinstall bitsandbytes, or run without 4 bit: quant=none")
 
@@ -243,14 +243,14 @@ def check_images() -> Finding:
     from PIL import Image, ImageChops
 
     ramp = Image.linear_gradient("L")
-    picture = Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180)))
+    image = Image.merge("RGB", (ramp, ramp.rotate(90), ramp.rotate(180)))
     worst = []
     for kind in ("PNG", "JPEG"):
         stored = io.BytesIO()
-        picture.save(stored, kind)
-        back: Any = ImageChops.difference(picture, Image.open(stored).convert("RGB")).getextrema()
+        image.save(stored, kind)
+        back: Any = ImageChops.difference(image, Image.open(stored).convert("RGB")).getextrema()
         worst.append(max(high for _, high in back))
-    picture.resize((64, 48), Image.Resampling.LANCZOS)
+    image.resize((64, 48), Image.Resampling.LANCZOS)
     detail = f"PNG off by {worst[0]} of 255 (limit 0), JPEG by {worst[1]} (limit 24)"
     return judge("images", worst[0] == 0 and worst[1] <= 24, detail, "reinstall pillow")
 
@@ -282,10 +282,10 @@ def check_hub() -> Finding:
     """One HEAD request by the client that downloads."""
     from huggingface_hub import constants
 
-    found = ping(HUB_SECONDS)
-    kept = sum(1 for _ in Path(constants.HF_HUB_CACHE).glob("models--*"))
+    answer = ping(HUB_SECONDS)
+    cached = sum(1 for _ in Path(constants.HF_HUB_CACHE).glob("models--*"))
     fix = "nothing for the embedded default, which needs no hub; what the cache holds can be used"
-    return judge("hub", found.startswith(("HTTP 2", "HTTP 3")), f"{found}; {kept} models in the cache", fix, "warn")
+    return judge("hub", answer.startswith(("HTTP 2", "HTTP 3")), f"{answer}; {cached} models in the cache", fix, "warn")
 
 
 def check_wandb() -> Finding:

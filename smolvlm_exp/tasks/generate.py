@@ -1,4 +1,4 @@
-"""task=generate: answers about pictures, base and tuned side by side, as JSONL that a second run completes."""
+"""task=generate: answers about images, base and tuned side by side, as JSONL that a second run completes."""
 
 import json
 import logging
@@ -21,7 +21,7 @@ from smolvlm_exp.utils.paths import relative_to_cwd
 log = logging.getLogger(__name__)
 
 
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 @dataclass(frozen=True)
@@ -35,17 +35,17 @@ def generate(config: Config, folder: Path) -> Path:
 
     Returns:
         The file: {"image", "question", "answer"} a line; with `model.adapter`, "base" and "tuned" in place of "answer";
-        "problem" in their place for a picture that cannot be read.
+        "problem" in their place for an image that cannot be read.
 
     Raises:
         RequestError: nothing was asked, or a file or folder is not there.
     """
     task = config.task
-    pictures, asked = questions(config)
+    images, asked = questions(config)
     path = Path(task.answers) if task.answers else folder / "answers.jsonl"
     names = ("base", "tuned") if config.model.adapter else ("answer",)
     done = answered(path, names)
-    left = [each for each in asked if each not in done]
+    left = [question for question in asked if question not in done]
     log.info(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {relative_to_cwd(path)}")
     model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
@@ -55,19 +55,19 @@ def generate(config: Config, folder: Path) -> Path:
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(left), size):
             batch, rows = left[start : start + size], []
-            lines: list[dict[str, Any]] = [vars(each).copy() for each in batch]
+            lines: list[dict[str, Any]] = [vars(question).copy() for question in batch]
             for line in lines:
                 try:
-                    image = open_image(locate(line["image"], pictures), max_edge, limits)
+                    image = open_image(locate(line["image"], images), max_edge, limits)
                     rows.append({"images": [image], "prompt": [user(line["question"])]})
                 except ImageError as error:
-                    line["problem"] = f"the picture {error}"
+                    line["problem"] = f"the image {error}"
             for name, mode in models.items():
                 with mode():
-                    found = generate_answers(
+                    texts = generate_answers(
                         model, processor, rows, size, task.max_new_tokens, task.temperature, config.seed + start
                     )
-                for line, text in zip((line for line in lines if "problem" not in line), found, strict=True):
+                for line, text in zip((line for line in lines if "problem" not in line), texts, strict=True):
                     line[name] = text
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
@@ -77,11 +77,7 @@ def generate(config: Config, folder: Path) -> Path:
 
 
 def questions(config: Config) -> tuple[Path, list[Asked]]:
-    """The folder that pictures count from, and what is asked, in order.
-
-    Raises:
-        RequestError: see `answer`.
-    """
+    """The folder that image paths are relative to, and what is asked, in order."""
     task = config.task
     if task.questions:
         file = Path(task.questions)
@@ -91,14 +87,14 @@ def questions(config: Config) -> tuple[Path, list[Asked]]:
         return folder, list(dict.fromkeys(from_lines(file)))
     if not task.images:
         raise RequestError(
-            "task=generate needs pictures: task.images=FOLDER, or task.questions=FILE (a line each, "
+            "task=generate needs images: task.images=FOLDER, or task.questions=FILE (a line each, "
             '{"image": "cat.jpg", "question": "What is it?"}).'
         )
     folder = Path(task.images)
-    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    if not found:
-        raise RequestError(f"task.images={task.images}: no picture is there ({', '.join(PICTURES)}).")
-    return folder, [Asked(str(path.relative_to(folder)), task.question) for path in found]
+    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
+    if not files:
+        raise RequestError(f"task.images={task.images}: no image is there ({', '.join(IMAGES)}).")
+    return folder, [Asked(str(path.relative_to(folder)), task.question) for path in files]
 
 
 def from_lines(file: Path) -> Iterator[Asked]:
@@ -124,12 +120,12 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
     if not path.is_file():
         return set()
     text = path.read_text(encoding="utf-8", errors="replace")
-    whole = text[: text.rfind("\n") + 1]
-    found = set()
-    for number, line in enumerate(whole.split("\n")[:-1], start=1):  # an empty line is no answer either
+    complete = text[: text.rfind("\n") + 1]
+    done = set()
+    for number, line in enumerate(complete.split("\n")[:-1], start=1):  # an empty line is no answer either
         try:
             entry = json.loads(line)
-            found.add(Asked(entry["image"], entry["question"]))
+            done.add(Asked(entry["image"], entry["question"]))
         except (ValueError, KeyError, TypeError):
             raise RequestError(f"{path}, line {number}: this is no file of answers; name another.") from None
         if "problem" not in entry and not all(name in entry for name in names):
@@ -138,6 +134,6 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
                 f"{path}, line {number} has {has}, and this command writes {', '.join(names)}: these are answers of "
                 "other models. Name another file in task.answers."
             )
-    if whole != text:
-        path.write_text(whole, encoding="utf-8")
-    return found
+    if complete != text:
+        path.write_text(complete, encoding="utf-8")
+    return done

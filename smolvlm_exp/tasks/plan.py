@@ -46,35 +46,27 @@ def plan(config: "Config", folder: Path) -> None:
         raise RequestError(
             f"task=plan needs model.shape, and model.id={config.model.id} comes without: choose a model=."
         )
-    found = row_lengths(config.data, config.model, config.task)
-    card = card_of(config)
+    lengths, card, tflops = row_lengths(config.data, config.model, config.task), REFERENCE, config.task.matmul_tflops
+    if tflops is not None:
+        card = replace(REFERENCE, name="your card", matmul=tflops * 1e12)
     budgets = {f"{size} GB card": (size - CONTEXT) * GIB for size in CARDS}
     asked = budget_of(config.trainer.memory_budget)
     if isinstance(asked, int):
         budgets = {f"memory_budget={config.trainer.memory_budget}": asked, **budgets}
-    answers = {name: answer(config, found, int(size), card) for name, size in budgets.items()}
+    answers = {name: answer(config, lengths, int(size), card) for name, size in budgets.items()}
     console = Console(width=None if Console().is_terminal else 120)
     say = partial(console.print, soft_wrap=True, highlight=False, markup=False)
     for line in headlines(config, facts(config)):
         say(line)
-    console.print(table(config, answers, found, card))
-    for line in remarks(config, found, card, answers, {name: int(size) for name, size in budgets.items()}):
+    console.print(table(config, answers, lengths, card))
+    for line in remarks(config, lengths, card, answers):
         say(line)
 
 
-def rows_of(config: "Config", found: RowLengths) -> RowSizes:
-    """A sample stands for the whole set."""
-    times = math.ceil((found.rows or 0) / len(found.sizes))
-    return RowSizes(found.sizes * max(min(times, 64), 1), pairs=config.trainer.algorithm != "sft")
-
-
-def card_of(config: "Config") -> Card:
-    tflops = config.task.matmul_tflops
-    return REFERENCE if tflops is None else replace(REFERENCE, name="your card", matmul=tflops * 1e12)
-
-
-def answer(config: "Config", found: RowLengths, budget: int, card: Card) -> Plan | DoesNotFit:
-    trainer, rows = config.trainer, rows_of(config, found)
+def answer(config: "Config", lengths: RowLengths, budget: int, card: Card) -> Plan | DoesNotFit:
+    trainer = config.trainer
+    times = math.ceil((lengths.rows or 0) / len(lengths.sizes))  # a sample stands for the full set
+    rows = RowSizes(lengths.sizes * max(min(times, 64), 1), pairs=trainer.algorithm != "sft")
     effective = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
     try:
         return plan_step(facts(config), rows, budget, effective, card, unsplittable_pairs(trainer))
@@ -97,60 +89,50 @@ def facts(config: "Config") -> MemorySpec:
     )
 
 
-def table(config: "Config", answers: dict[str, Plan | DoesNotFit], found: RowLengths, card: Card) -> Table:
-    each = facts(config)
-    shown = Table()
-    for name, justify in (
-        ("", "left"), ("micro-batch x passes", "right"), ("checkpointing", "left"),
-        ("peak GiB", "right"), (f"s a pair, {card.name}", "right"), ("hours", "right"),
-    ):  # fmt: skip
-        shown.add_column(name, justify=justify)  # type: ignore[arg-type]
-    pairs = pairs_in_all(config, found)
+def table(config: "Config", answers: dict[str, Plan | DoesNotFit], lengths: RowLengths, card: Card) -> Table:
+    columns = ("", "micro-batch x passes", "checkpointing", "peak GiB", f"s a pair, {card.name}", "hours")
+    shown = Table(*columns)
+    for column in shown.columns:
+        column.justify = "left" if column.header in ("", "checkpointing") else "right"
+    pairs, vision = total_pairs(config, lengths), facts(config).vision.trained
     for name, plan in answers.items():
         if isinstance(plan, DoesNotFit):
             shown.add_row(name, "does not fit", "", f"{plan.least.peak / GIB:.1f} at least", "", "")
             continue
         hours = f"{pairs * plan.seconds / 3600:.2f}" if pairs else "?"
-        step = f"{plan.micro_batch} x {plan.accumulation}"
-        shown.add_row(name, step, checkpointing(plan, each), f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3f}", hours)
+        step, level = f"{plan.micro_batch} x {plan.accumulation}", plan.checkpointing
+        level = f"text {level}, vision {plan.vision_checkpointing}" if vision else level
+        shown.add_row(name, step, level, f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3f}", hours)
     return shown
 
 
-def headlines(config: "Config", each: MemorySpec) -> Iterator[str]:
+def headlines(config: "Config", memory: MemorySpec) -> Iterator[str]:
     """What the table is about."""
     trainer, adapter, quant = config.trainer, config.adapter, config.quant
     kind = f"{'DoRA' if adapter.use_dora else 'LoRA'} r={adapter.r}, target={adapter.target}"
     four = quant.bnb_4bit_quant_type or "nf4"
-    width = four if quant.load_in_4bit else "int8" if quant.load_in_8bit else f"{8 * each.element} bits each"
+    width = four if quant.load_in_4bit else "int8" if quant.load_in_8bit else f"{8 * memory.element} bits each"
     yield (
-        f"{config.model.id}: {each.matrix_weights + each.other_weights:,} weights, {width}; "
-        f"{kind if each.adapter else 'all'}: {each.trained_weights:,} trained"
+        f"{config.model.id}: {memory.matrix_weights + memory.other_weights:,} weights, {width}; "
+        f"{kind if memory.adapter else 'all'}: {memory.trained_weights:,} trained"
     )
     effective = trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
-    pictures = "image features computed once" if each.features else "pictures through the vision tower in every pass"
-    yield f"{effective} pairs a step, {pictures}"
+    images = "image features computed once" if memory.features else "images through the vision tower in every pass"
+    yield f"{effective} pairs a step, {images}"
 
 
-def checkpointing(plan: Plan, each: MemorySpec) -> str:
-    vision = f", vision {plan.vision_checkpointing}" if each.vision.trained else ""
-    return f"text {plan.checkpointing}{vision}" if vision else plan.checkpointing
-
-
-def pairs_in_all(config: "Config", found: RowLengths) -> float | None:
-    """Pairs of the whole training."""
+def total_pairs(config: "Config", lengths: RowLengths) -> float | None:
     trainer = config.trainer
     if trainer.max_steps > 0:
         return trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
-    return found.rows * trainer.num_train_epochs if found.rows else None
+    return lengths.rows * trainer.num_train_epochs if lengths.rows else None
 
 
-def remarks(
-    config: "Config", found: RowLengths, card: Card, answers: dict[str, Plan | DoesNotFit], budgets: dict[str, int]
-) -> Iterator[str]:
+def remarks(config: "Config", lengths: RowLengths, card: Card, answers: dict[str, Plan | DoesNotFit]) -> Iterator[str]:
     """What the table assumes, and what would make fit what does not."""
     yield "activation checkpointing: none; mlp: a layer's MLP is computed again; full: all of it"
-    yield found.description
-    pairs = pairs_in_all(config, found)
+    yield lengths.description
+    pairs = total_pairs(config, lengths)
     how = f"hours: {pairs:,.0f} pairs" if pairs else "hours: give the number of rows, as task.rows=5000"
     yield f"{how}; the reference's log-probabilities, image features and evaluation come on top"
     yield (
@@ -160,19 +142,19 @@ def remarks(
     yield f"a card loses {CONTEXT} GiB to CUDA; of what is left, or of a budget, {MARGIN:.0%} stay free"
     for name, plan in answers.items():
         if isinstance(plan, DoesNotFit):
-            yield f"{name}: does not fit; {help_for(config, budgets[name], card)}"
+            yield f"{name}: does not fit; {help_for(config, plan.budget, card)}"
 
 
 def help_for(config: "Config", budget: int, card: Card) -> str:
     """The first change of settings that makes it fit, alone or with those before it."""
-    words, together = [], config
-    for word, change in changes(config):
-        words.append(word)
-        alone, together = replace(config, **change), replace(together, **change)
-        for tried, said in ((alone, word), (together, " ".join(words))):
-            found = row_lengths(tried.data, tried.model, tried.task)
-            if isinstance(answer(tried, found, budget, card), Plan):
-                return f"with {said} it does"
+    overrides, together = [], config
+    for override, change in changes(config):
+        overrides.append(override)
+        single, together = replace(config, **change), replace(together, **change)
+        for changed, command in ((single, override), (together, " ".join(overrides))):
+            lengths = row_lengths(changed.data, changed.model, changed.task)
+            if isinstance(answer(changed, lengths, budget, card), Plan):
+                return f"with {command} it does"
     return "no setting here changes that"
 
 
@@ -180,14 +162,14 @@ def changes(config: "Config") -> Iterator[tuple[str, dict[str, Any]]]:
     """What takes less memory than this configuration, as it is typed and as it changes it, best first."""
     from smolvlm_exp.models.shape import shape_of
 
-    adapter, trainer, each = config.adapter, config.trainer, facts(config)
+    adapter, trainer, memory = config.adapter, config.trainer, facts(config)
     if adapter.type == "none":
         yield "adapter=dora", {"adapter": replace(adapter, type="lora", use_dora=True, target="text")}
-    elif each.vision.trained:
+    elif memory.vision.trained:
         yield "adapter.target=text", {"adapter": replace(adapter, target="text")}
-    elif not each.features:
+    elif not memory.features:
         yield "trainer.keep_features=true", {"trainer": replace(trainer, keep_features=True)}
-    if each.weights in ("whole", "8bit"):
+    if memory.weights in ("whole", "8bit"):
         yield "quant=nf4", {"quant": replace(config.quant, load_in_8bit=False, load_in_4bit=True)}
     if unsplittable_pairs(trainer) > 1:
         batch, passes = trainer.per_device_train_batch_size, trainer.gradient_accumulation_steps
