@@ -124,8 +124,8 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "task=generate needs pictures: task.images=FOLDER"),
-        (["task.images=nowhere"], "task.images=nowhere: no picture is there"),
+        ([], "task=generate needs images: task.images=FOLDER"),
+        (["task.images=nowhere"], "task.images=nowhere: no image is there"),
         (["task.questions=asked.jsonl"], 'asked.jsonl, line 2: expected {"image"'),
     ],
 )
