@@ -67,10 +67,13 @@ def compare_evaluations(
     checks += image_reliance(before.metrics, after.metrics)
     assert before.logps
     assert after.logps
-    chosen, rejected = logprob_drop(before.logps, after.logps)
+    chosen, rejected = (
+        ((getattr(before.logps, side) - getattr(after.logps, side)) / getattr(after.logps, f"{side}_tokens")).mean()
+        for side in SIDES
+    )  # nats/token that answers lose on average
     detail = f"rejected answers fell by {rejected:.2g}"
     name = "chosen log-prob drop (likelihood displacement), nats/token"
-    checks.append(require("likelihood_displacement", name, chosen, "<=", MAX_DROP, "warn", detail))
+    checks.append(require("likelihood_displacement", name, chosen.item(), "<=", MAX_DROP, "warn", detail))
     margin = (after.logps.chosen - before.logps.chosen) - (after.logps.rejected - before.logps.rejected)
     if len(margin) >= MIN_ROWS:
         share = squared_correlation(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
@@ -115,15 +118,6 @@ def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Ch
         label = "image reliance kept after tuning (share of base)"
         checks.append(require("image_reliance", label, share, ">=", MIN_RELIANCE, "warn"))
     return checks
-
-
-def logprob_drop(before: Logps, after: Logps) -> tuple[float, float]:
-    """Nats/token that chosen and rejected answers lose on average."""
-    chosen, rejected = (
-        ((getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens")).mean().item()
-        for side in SIDES
-    )
-    return chosen, rejected
 
 
 def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:

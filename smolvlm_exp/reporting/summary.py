@@ -1,8 +1,8 @@
 """What an evaluation comes to: summary.json's numbers, the table in the terminal, the report's samples."""
 
 import json
-from dataclasses import asdict
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +13,33 @@ from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change
 from smolvlm_exp.reporting.html import embed, highlight
-from smolvlm_exp.reporting.samples import Sample
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+@dataclass
+class Sample:
+    """One held-out row, answered before and after."""
+
+    image: "Image"
+    question: str
+    chosen: str
+    rejected: str
+    before: str  # the base model's greedy answer
+    after: str  # the tuned model's
+    hallucinated_before: list[str]  # words to mark, empty where the truth is unknown
+    hallucinated_after: list[str]
+    truth: str = ""  # in place of chosen and rejected, where there are none
+
+    def card(self) -> dict[str, Any]:
+        labels = [("Truth", self.truth)] if self.truth else [("Chosen", self.chosen), ("Rejected", self.rejected)]
+        lines = [
+            ("Before", highlight(self.before, self.hallucinated_before), "model"),
+            ("After", highlight(self.after, self.hallucinated_after), "model"),
+            *((name, text, "label") for name, text in labels),
+        ]
+        return {"image": embed(self.image), "question": self.question, "lines": lines}
 
 
 def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check]) -> dict[str, Any]:

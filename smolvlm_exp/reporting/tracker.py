@@ -24,7 +24,7 @@ from smolvlm_exp.utils.paths import relative_to_cwd
 if TYPE_CHECKING:
     from wandb import Run
 
-    from smolvlm_exp.reporting.samples import Sample
+    from smolvlm_exp.reporting.summary import Sample
 
 log = logging.getLogger(__name__)
 
@@ -237,13 +237,6 @@ def upload_hint(online: bool, *folders: Path) -> str:
     if online:
         return "W&B: online"
     return f"W&B: offline. To upload: wandb login && wandb sync {' '.join(str(relative_to_cwd(f)) for f in folders)}"
-
-
-def track_sweep(config: TrackerConfig, folder: Path, group: str, rows: list[dict[str, Any]]) -> None:
-    """The sweep as one more run of its group: the table, and an artifact with sweep.csv and sweep.html."""
-    statuses = [row["status"] for row in rows]
-    numbers = {status: statuses.count(status) for status in statuses}
-    track_table(config, folder, "sweep", group, rows, numbers, folder / "*" / "wandb" / "offline-run-*")
 
 
 def track_table(

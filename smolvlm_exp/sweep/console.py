@@ -1,6 +1,7 @@
 """What a sweep prints: the plan and its estimated time before the first job, the results after the last."""
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from textwrap import shorten
@@ -10,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.reporting.tracker import track_sweep
+from smolvlm_exp.reporting.tracker import track_table
 from smolvlm_exp.runs.sweep_record import sweep_name
 from smolvlm_exp.sweep.results import COSTS, SweepResults, prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page
@@ -62,7 +63,9 @@ def report_results(folder: Path, config: Config, stopped: bool, study: "Study | 
     if best := results.best:
         log.info(f"best: job {best.number}, {results.metric} {number(results.measured(best))}. To run it again:")
         log.info(f"  {best.command}")
-    track_sweep(config.tracker, folder, sweep_name(folder), rows)
+    statuses = dict(Counter(row["status"] for row in rows))
+    jobs = folder / "*" / "wandb" / "offline-run-*"
+    track_table(config.tracker, folder, "sweep", sweep_name(folder), rows, statuses, jobs)
     log.info(relative_to_cwd(page))
     if stopped:
         log.info(f"stopped; resume with: {results.resume_command}")

@@ -14,9 +14,8 @@ from PIL import Image
 
 from smolvlm_exp.reporting.charts import line_chart, thin, ticks
 from smolvlm_exp.reporting.html import highlight
-from smolvlm_exp.reporting.metrics_table import result_rows
-from smolvlm_exp.reporting.report import headline, write_report
-from smolvlm_exp.reporting.samples import Sample
+from smolvlm_exp.reporting.report import headline, result_rows, write_report
+from smolvlm_exp.reporting.summary import Sample
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.utils.formatting import as_finite, number, percent
 
