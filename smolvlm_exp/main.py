@@ -17,11 +17,12 @@ from typing import Any
 
 import hydra
 from hydra._internal.utils import get_args_parser
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp.config import launch
-from smolvlm_exp.config.compose import check_command, register_schemas, run_in_hydra
+from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.previous_run import resume_command, run_command, sweep_command
 from smolvlm_exp.config.schema import parse
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
@@ -73,8 +74,14 @@ def run_task(task: str, overrides: Sequence[str]) -> Run:
         argv = completed(argv, command_of(argv))
     check_command(command_of(argv))
     check_folder(command_of(argv))
-    summary, folder = run_in_hydra(lambda composed: (execute(composed), output_folder()), argv)
-    return Run(folder, summary)
+    with search_path(CONF, None):
+        runner = GlobalHydra.instance().hydra
+        assert runner is not None
+        done = runner.run(
+            "config", lambda composed: Run(output_folder(), execute(composed)), argv, with_log_configuration=False
+        )
+    run: Run = done.return_value
+    return run
 
 
 def command_of(overrides: list[str]) -> Any:

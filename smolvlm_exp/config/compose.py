@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -100,14 +100,6 @@ def folder_of(args: Any) -> str:
     folder = Path(args.config_path).resolve() if args.config_path else CONF
     with search_path(folder, args.config_dir):
         return str(compose(args.config_name or "config", args.overrides).hydra.run.dir)
-
-
-def run_in_hydra(task: Callable[[DictConfig], Any], overrides: list[str]) -> Any:
-    """What `task` returns in a new run folder: as the command line runs it, for Python."""
-    with search_path(CONF, None):
-        hydra = GlobalHydra.instance().hydra
-        assert hydra is not None
-        return hydra.run("config", task, overrides, with_log_configuration=False).return_value
 
 
 def log_tuned_settings(config: Config) -> None:

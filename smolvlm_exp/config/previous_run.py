@@ -56,14 +56,13 @@ def run_command(argv: list[str], args: Any) -> list[str]:
         return argv
     folder = find_finished_run(asked)
     given = {key_of(override) for override in args.overrides} | {"task", "resume", "sweep", "run"}
-    # A group that the command chooses anew takes none of the settings that went with the run's choice.
-    saved = settings_of(saved_overrides(folder), task, given)
-    kept = [override for override in saved if key_of(override).partition(".")[0] not in given]
     tuned = [f"model.adapter={folder}/adapter"]
     if not (folder / "adapter").is_dir():
         tuned = [f"model.id={folder}/model", "model.weights=pretrained"]
     own = [override for override in tuned if key_of(override) not in given]
-    kept = [override for override in kept if key_of(override) not in map(key_of, own)]
+    saved = settings_of(saved_overrides(folder), task, given | set(map(key_of, own)))
+    # A group that the command chooses anew takes none of the settings that went with the run's choice.
+    kept = [override for override in saved if key_of(override).partition(".")[0] not in given]
     return [*(a for a in argv if not a.startswith("run=")), *kept, *own, f"run={folder}"]
 
 

@@ -24,11 +24,6 @@ class Run:
     def value(self, path: str) -> float | None:
         return summary_value(self.summary, path)
 
-    def row_error(self, path: str) -> float | None:
-        """Half of the 95 % interval that the run measured over its own held-out rows."""
-        ends = self.summary.get("intervals", {}).get("after", {}).get(path.partition(".")[2])
-        return (ends[1] - ends[0]) / 2 if ends and path.startswith("after.") else None
-
 
 @dataclass(frozen=True)
 class Group:
@@ -52,7 +47,9 @@ class Group:
 
     def error(self, path: str) -> float | None:
         """Half of the 95 % interval, over seeds and held-out rows together; None where neither is known."""
-        over_rows = [error for run in self.runs if (error := run.row_error(path)) is not None]
+        part, _, key = path.partition(".")
+        ends = [run.summary.get("intervals", {}).get(part, {}).get(key) for run in self.runs]
+        over_rows = [(high - low) / 2 for low, high in filter(None, ends)]  # as each run measured it
         if not over_rows and len(self.seeds(path)) < 2:
             return None
         return ((mean(over_rows) if over_rows else 0.0) ** 2 + self.seed_error(path) ** 2) ** 0.5

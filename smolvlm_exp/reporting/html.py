@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 TEMPLATES = Path(__file__).parent / "templates"
 DISPLAY_EDGE = 880  # pixels of a photo's long edge: twice what the page shows, for dense screens
 SMALL_EDGE = 256  # up to it an image is a drawing: kept to the pixel, and enlarged by the page
-NOTHING = Markup('<span class="none">&ndash;</span>')
 
 
 def render(template: str, **data: Any) -> Markup:
@@ -38,7 +37,7 @@ def environment() -> Environment:
 def format_value(value: Any) -> Markup:
     """Any value as text, a dash where there is none."""
     if value is None or value == "":
-        return NOTHING
+        return Markup('<span class="none">&ndash;</span>')
     if isinstance(value, bool):
         return Markup("yes" if value else "no")
     return escape(number(value) if isinstance(value, float) else value)
