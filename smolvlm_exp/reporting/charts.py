@@ -90,7 +90,6 @@ def line_chart(
     if not lines:
         return ""
     values = [y for points in lines.values() for _, y in points] + ([reference[1]] if reference and not bounds else [])
-    y_ticks = ticks(*(bounds or spread(min(values), max(values), zero)))
     kinds = {name: (alike or {}).get(name, name) for name in lines}
     names = list(dict.fromkeys(kinds.values()))
     styles = {name: style(names.index(kind)) for name, kind in kinds.items()}
@@ -99,7 +98,7 @@ def line_chart(
         title,
         "; ".join(describe(name, points, x_label, show) for name, points in lines.items()),
         x=x_axis,
-        y=Axis(y_ticks, y_ticks[0], y_ticks[-1], BOTTOM, TOP),
+        y=axis(bounds or values, BOTTOM, TOP, zero),
         x_label=x_label,
         show=show,
         legend=[(style(i), name) for i, name in enumerate(names)],
@@ -127,12 +126,11 @@ def scatter_chart(
     if not points:
         return ""
     xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
-    x_ticks, y_ticks = (ticks(*spread(min(values), max(values), zero=False)) for values in (xs, ys))
     chart = Chart(
         title,
         f"{len(points)} runs, from {show(min(ys))} to {show(max(ys))}",
-        x=Axis(x_ticks, x_ticks[0], x_ticks[-1], LEFT + 6, RIGHT - 6),
-        y=Axis(y_ticks, y_ticks[0], y_ticks[-1], BOTTOM, TOP),
+        x=axis(xs, LEFT + 6, RIGHT - 6),
+        y=axis(ys, BOTTOM, TOP),
         x_label=x_label,
         show=show,
         dots=sorted(points, key=lambda point: point[3]),  # the filled ones on top
@@ -168,14 +166,15 @@ def step_axis(xs: Sequence[float]) -> Axis:
     return Axis(within, low, high, LEFT + 6, RIGHT - 6)
 
 
-def spread(low: float, high: float, zero: bool) -> tuple[float, float]:
-    """The y range, never empty."""
-    if zero:
-        low, high = min(0.0, low), max(0.0, high)
+def axis(values: Sequence[float], start: float, end: float, zero: bool = False) -> Axis:
+    """From tick to tick around the values, and around zero if `zero`; never empty."""
+    shown = [*values, 0.0] if zero else values
+    low, high = min(shown), max(shown)
     if high - low <= 1e-9 * max(abs(low), abs(high)):
         pad = abs(high) * 0.1 or 1.0
         low, high = low - pad, high + pad
-    return low, high
+    marks = ticks(low, high)
+    return Axis(marks, marks[0], marks[-1], start, end)
 
 
 def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
