@@ -1,4 +1,4 @@
-"""A command, read to the end before Hydra runs it: every job composed and checked, mistakes told in a line or three."""
+"""A command, read to the end before Hydra runs it: every job composed and checked, mistakes explained in short."""
 
 import logging
 import re

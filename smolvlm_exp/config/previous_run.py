@@ -35,9 +35,9 @@ def resume_command(argv: list[str], args: Any) -> list[str]:
             f"resume={asked}: {folder} is at its end. To train it longer, add trainer.max_steps=... and "
             "'resume_allow=[trainer.max_steps]'."
         )
-    kept = settings_of(saved_overrides(folder), "train", given)
+    settings = settings_of(saved_overrides(folder), "train", given)
     own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
-    return [*(a for a in argv if not a.startswith("resume=")), *kept, f"resume={folder}", *own]
+    return [*(a for a in argv if not a.startswith("resume=")), *settings, f"resume={folder}", *own]
 
 
 def run_command(argv: list[str], args: Any) -> list[str]:
@@ -62,8 +62,8 @@ def run_command(argv: list[str], args: Any) -> list[str]:
     own = [override for override in tuned if key_of(override) not in given]
     saved = settings_of(saved_overrides(folder), task, given | set(map(key_of, own)))
     # A group that the command chooses anew takes none of the settings that went with the run's choice.
-    kept = [override for override in saved if key_of(override).partition(".")[0] not in given]
-    return [*(a for a in argv if not a.startswith("run=")), *kept, *own, f"run={folder}"]
+    settings = [override for override in saved if key_of(override).partition(".")[0] not in given]
+    return [*(a for a in argv if not a.startswith("run=")), *settings, *own, f"run={folder}"]
 
 
 def sweep_command(argv: list[str], args: Any) -> list[str]:
@@ -76,8 +76,8 @@ def sweep_command(argv: list[str], args: Any) -> list[str]:
     folder = find_sweep(asked)
     given = {key_of(override) for override in args.overrides} | set(OWN)
     saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
-    kept = settings_of([*saved["task"], *saved["hydra"]], "train", given)
-    return [*(a for a in argv if not a.startswith("sweep=")), *kept, f"hydra.sweep.dir={folder}"]
+    settings = settings_of([*saved["task"], *saved["hydra"]], "train", given)
+    return [*(a for a in argv if not a.startswith("sweep=")), *settings, f"hydra.sweep.dir={folder}"]
 
 
 def saved_overrides(folder: Path) -> list[str]:

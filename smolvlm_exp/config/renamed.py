@@ -1,4 +1,4 @@
-"""Settings that were renamed: who types the old name is told the new one; in a saved run it is translated."""
+"""Settings that were renamed: who types the old name reads the new one; in a saved run it is translated."""
 
 from typing import Any
 

@@ -61,14 +61,14 @@ def readers(key: str) -> tuple[str, ...]:
     """The tasks that read a setting; empty: all of them, or there is no such setting."""
     group, _, name = key.partition(".")
     if group == "task":
-        found = tuple(task for task, config in TASKS.items() if name in config.__dataclass_fields__)
-        return () if len(found) == len(TASKS) else found
+        tasks = tuple(task for task, config in TASKS.items() if name in config.__dataclass_fields__)
+        return () if len(tasks) == len(TASKS) else tasks
     return READERS.get(group, ())
 
 
 def misplaced(key: str, task: str) -> str:
     """Where a setting belongs that `task` does not read, as an error message; empty where it does."""
-    found = readers(key)
-    if not found or task in found:
+    tasks = readers(key)
+    if not tasks or task in tasks:
         return ""
-    return f"{key} belongs to task={'|'.join(found)}, and this is task={task}."
+    return f"{key} belongs to task={'|'.join(tasks)}, and this is task={task}."

@@ -72,12 +72,12 @@ def intervals(metrics: Mapping[str, Ratio]) -> dict[str, tuple[float, float]]:
 
     Drawing takes longer than counting, so metrics of equally many rows share the draws.
     """
-    found: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
     for rows, alike in by_rows(metrics).items():
         for counts in resamples(rows):
             for name, metric in alike.items():
-                found[name].append(metric.of(counts @ metric.top, counts @ metric.bottom))
-    return {name: percentiles(np.concatenate(values)) for name, values in found.items()}
+                drawn[name].append(metric.of(counts @ metric.top, counts @ metric.bottom))
+    return {name: percentiles(np.concatenate(values)) for name, values in drawn.items()}
 
 
 def changes(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str, Change]:
@@ -88,7 +88,7 @@ def changes(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str
         before, after: of the same rows.
     """
     both = {name: metric for name, metric in after.items() if name in before}
-    found: dict[str, list[np.ndarray]] = {name: [] for name in both}
+    drawn: dict[str, list[np.ndarray]] = {name: [] for name in both}
     extreme = dict.fromkeys(both, 0)
     for rows, alike in by_rows(both).items():
         pairs = [(name, before[name], metric) for name, metric in alike.items()]
@@ -96,7 +96,7 @@ def changes(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str
             assert len(a.top) == rows, "two evaluations of different rows cannot be paired"
         for counts in resamples(rows):
             for name, a, b in pairs:
-                found[name].append(b.of(counts @ b.top, counts @ b.bottom) - a.of(counts @ a.top, counts @ a.bottom))
+                drawn[name].append(b.of(counts @ b.top, counts @ b.bottom) - a.of(counts @ a.top, counts @ a.bottom))
         for swapped in swaps(rows):
             for name, a, b in pairs:
                 moved, moved_bottom = swapped @ (b.top - a.top), swapped @ (b.bottom - a.bottom)
@@ -109,15 +109,15 @@ def changes(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str
             *percentiles(np.concatenate(differences)),
             p=(1 + extreme[name]) / (1 + RESAMPLES),
         )
-        for name, differences in found.items()
+        for name, differences in drawn.items()
     }
 
 
 def by_rows(metrics: Mapping[str, Ratio]) -> dict[int, dict[str, Ratio]]:
-    found: dict[int, dict[str, Ratio]] = {}
+    groups: dict[int, dict[str, Ratio]] = {}
     for name, metric in metrics.items():
-        found.setdefault(len(metric.top), {})[name] = metric
-    return found
+        groups.setdefault(len(metric.top), {})[name] = metric
+    return groups
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:

@@ -153,8 +153,8 @@ def headline(summary: dict[str, Any]) -> str:
         for key in HEADLINE
         if key in before and key in after
     ]
-    alone = [f"{METRICS[key].label}: {percent(after[key])}" for key in HEADLINE if key in after]
-    parts = (both or alone)[:2]
+    single = [f"{METRICS[key].label}: {percent(after[key])}" for key in HEADLINE if key in after]
+    parts = (both or single)[:2]
     if not parts and train.get("first_loss") is not None:
         parts = [f"Training loss: {number(train['first_loss'])} → {number(train['last_loss'])}"]
     sentence = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])

@@ -138,7 +138,7 @@ def check_packages() -> Finding:
     """Missing or older than its lower bound: fail. Past its upper bound: nobody has tried it, so warn."""
     seen, wrong, verdict = [], {}, "warn"
     for need in requirements():
-        version = next((found.version for found in metadata.distributions(name=need.name)), "")
+        version = next((installed.version for installed in metadata.distributions(name=need.name)), "")
         broken = {s.operator for s in need.specifier if version and not s.contains(version, prereleases=True)}
         if broken or not version:
             wrong[f"'{need}'"] = f"{need.name} {version} is outside {need.specifier}" if version else f"no {need.name}"
@@ -299,7 +299,7 @@ def check_wandb() -> Finding:
             mode = os.environ.get("WANDB_MODE") or settings.mode
             key = os.environ.get("WANDB_API_KEY") or wbauth.read_netrc_auth(host=settings.base_url) or settings.api_key
             wrong = key and wbauth.check_api_key(key)
-    except Exception as error:  # only its kind is told: the message may quote the key
+    except Exception as error:  # only its kind is printed: the message may quote the key
         return Finding("w&b", "warn", f"cannot be used ({type(error).__name__})", "`wandb login`, or tracker=none")
     if mode != "online":
         return Finding("w&b", "ok", f"{mode}, as you chose")
