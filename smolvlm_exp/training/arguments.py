@@ -11,6 +11,7 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least, one_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from peft import LoraConfig
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
@@ -81,6 +82,10 @@ class TrainerInputs:
     folder: Path
     identity: dict[str, Any] = field(default_factory=dict)  # what checkpoints say of the run; see resume_check.py
 
+    def splits(self, config: TrainerConfig) -> "list[Dataset]":
+        """The training rows, and the held-out rows where they are evaluated during training."""
+        return [self.preferences.train, *([self.preferences.test] if config.eval_strategy != "no" else [])]
+
     def common(self, config: TrainerConfig, arguments: Any) -> dict[str, Any]:
         """What every trainer's constructor takes."""
         return {
@@ -92,13 +97,14 @@ class TrainerInputs:
         }
 
 
-def training_arguments(
-    config: TrainerConfig, folder: Path, dtype: str, max_length: int | None, seed: int
-) -> dict[str, Any]:
-    """Keyword arguments for TRL's configuration class. All processes call it together.
+def build_trl_config(
+    cls: type, config: TrainerConfig, folder: Path, dtype: str, max_length: int | None, seed: int, **defaults: Any
+) -> Any:
+    """TRL's configuration object, for one GPU per process. All processes call it together.
 
     Raises:
-        RequestError: a length by which rows would be cut after they were checked.
+        RequestError: an unknown argument, a value that upstream refuses, or a length by which rows would be cut after
+            they were checked.
     """
     import torch
 
@@ -108,7 +114,8 @@ def training_arguments(
     if "max_length" in config.extra:
         raise RequestError("trainer.extra.max_length: set data.max_length instead, which the row checks know.")
     on_gpu = torch.cuda.is_available()
-    return {
+    arguments = {
+        **defaults,
         **{field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN_KEYS},
         "output_dir": str(broadcast_from_rank0(lambda: folder) / "checkpoints"),
         "max_length": max_length,
@@ -123,14 +130,6 @@ def training_arguments(
         "remove_unused_columns": True,
         **config.extra,
     }
-
-
-def build_trl_config(cls: type, arguments: dict[str, Any]) -> Any:
-    """TRL's configuration object, for one GPU per process.
-
-    Raises:
-        RequestError: an unknown argument, or a value that upstream refuses.
-    """
     try:
         built: Any = cls(**arguments)
     except (TypeError, ValueError) as error:

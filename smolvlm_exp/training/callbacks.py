@@ -94,7 +94,8 @@ class MetricsCallback(TrainerCallback):
                 log.warning(f"step {state.global_step}: loss spike, {event['loss']:.3g} (median so far {usual:.3g})")
         event |= memory_stats()
         with disk_full_as_run_error(self.path.parent):
-            append_event(self.path, {key: json_safe(value) for key, value in event.items()})
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
+            append_event(self.path, finite)  # JSON has no NaN; null stands for it
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
 
@@ -111,11 +112,6 @@ class MetricsCallback(TrainerCallback):
             "tokens_per_second": max(tokens - before, 0.0) / seconds,
             "data_wait": waited,
         }
-
-
-def json_safe(value: Any) -> Any:
-    """JSON has no NaN; null stands for it."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class LogLines(TrainerCallback):

@@ -30,28 +30,18 @@ PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
 class CheckpointMixin(Trainer):
-    """Comes before any of TRL's and the engine's trainers among a class's bases; see trainers.py.
-
-    Attributes:
-        resumed_at: the step that training began at.
-        guard: see nan_guard.py.
-    """
+    """Comes before any of TRL's and the engine's trainers among a class's bases; see trainers.py."""
 
     _metrics: Any  # TRL's
     _total_train_tokens: Any
 
     def __init__(self, model: Any, *, identity: dict[str, Any], not_finite_limit: int, **kwargs: Any) -> None:
-        """
-        Args:
-            identity: what a checkpoint says of its run; see resume_check.py.
-            not_finite_limit: steps in a row that end the run; see nan_guard.py.
-            kwargs: the trainer's own.
-        """
+        """`identity` is what a checkpoint says of its run; see resume_check.py."""
         # transformers would wait for every loss, and hide those that are not finite
         kwargs["args"].logging_nan_inf_filter = False
         super().__init__(model, **kwargs)
         self.identity = identity
-        self.resumed_at = 0
+        self.resumed_at = 0  # the step that training began at
         self.saving: Path | None = None
         self.step_loss: Any = 0.0
         self.guard = NanGuard(not_finite_limit, self.rows_of)
@@ -135,21 +125,18 @@ class CheckpointMixin(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    self.seal_checkpoint(staging, final)
+                    if self.state.best_global_step:
+                        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+                        self.state.best_model_checkpoint = str(best)
+                        self.state.save_to_json(str(staging / "trainer_state.json"))
+                    write_json(staging / IDENTITY, self.identity)
+                    finalise(staging, final)
+                    prune_checkpoints(final, self.args.save_total_limit, self.state.best_model_checkpoint)
                 self.accelerator.wait_for_everyone()
         finally:
             self.saving = None
             if self.args.should_save:
                 shutil.rmtree(folder / SAVING, ignore_errors=True)
-
-    def seal_checkpoint(self, staging: Path, final: Path) -> None:
-        """What transformers wrote becomes a checkpoint; old ones are pruned."""
-        if self.state.best_global_step:
-            self.state.best_model_checkpoint = str(final.with_name(f"checkpoint-{self.state.best_global_step}"))
-            self.state.save_to_json(str(staging / "trainer_state.json"))
-        write_json(staging / IDENTITY, self.identity)
-        finalise(staging, final)
-        prune_checkpoints(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving) if self.saving else super()._get_output_dir(trial)
@@ -170,9 +157,24 @@ class CheckpointMixin(Trainer):
             save_state(Path(output_dir) / "scheduler.safetensors", self.lr_scheduler.state_dict())  # type: ignore[union-attr]
 
     def _save_rng_state(self, output_dir: str) -> None:
-        """Random states, and what was counted since the last log, per process."""
-        states = {"random": random_states(self.args.device), "counters": self.counters()}
-        save_state(self.process_file(output_dir), states)
+        """Random states, and running sums of transformers, TRL and the engine since the last log, per process."""
+        device = self.args.device
+        random_states = {
+            "python": random.getstate(),
+            "numpy": np.random.get_state(),
+            "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state(device) if device.type == "cuda" else None,
+        }
+        counters = {
+            "loss": self._tr_loss,
+            "total_loss": self._total_loss_scalar,
+            "last_logged": self._globalstep_last_logged,
+            "tokens": self._total_train_tokens,
+            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
+            "shares": list(getattr(self, "shares", {}).get("train", [])),
+            "left_out": self.guard.skipped,
+        }
+        save_state(self.process_file(output_dir), {"random": random_states, "counters": counters})
 
     # Resuming
 
@@ -206,9 +208,23 @@ class CheckpointMixin(Trainer):
         path = self.process_file(checkpoint)
         if not path.is_file():  # made by fewer processes; see resume_check.resumes_equally
             path = path.with_name("process-0.safetensors")
-        states = load_state(path)
-        set_random_states(states["random"], self.args.device)
-        self.restore_counters(states["counters"])
+        saved, device = load_state(path), self.args.device
+        states, counters = saved["random"], saved["counters"]
+        random.setstate(states["python"])
+        np.random.set_state(states["numpy"])
+        torch.set_rng_state(states["torch"])
+        if device.type == "cuda" and states["cuda"] is not None:
+            torch.cuda.set_rng_state(states["cuda"], device)
+        self._tr_loss = counters["loss"].to(device)
+        self._total_loss_scalar = counters["total_loss"]
+        self._globalstep_last_logged = counters["last_logged"]
+        self._total_train_tokens = on_device(counters["tokens"], device)
+        self._metrics["train"].clear()
+        for name, values in counters["metrics"].items():
+            self._metrics["train"][name] += [on_device(value, device) for value in values]
+        if hasattr(self, "shares"):
+            self.shares["train"][:] = counters["shares"]
+        self.guard.skipped = counters["left_out"]
 
     @property
     def sharded(self) -> bool:
@@ -218,45 +234,6 @@ class CheckpointMixin(Trainer):
     def process_file(self, checkpoint: str) -> Path:
         return Path(checkpoint) / f"process-{self.args.process_index}.safetensors"
 
-    def counters(self) -> dict[str, Any]:
-        """Running sums of transformers, TRL and the engine since the last log."""
-        return {
-            "loss": self._tr_loss,
-            "total_loss": self._total_loss_scalar,
-            "last_logged": self._globalstep_last_logged,
-            "tokens": self._total_train_tokens,
-            "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
-            "shares": list(getattr(self, "shares", {}).get("train", [])),
-            "left_out": self.guard.skipped,
-        }
-
-    def restore_counters(self, counters: dict[str, Any]) -> None:
-        self._tr_loss = counters["loss"].to(self.args.device)
-        self._total_loss_scalar = counters["total_loss"]
-        self._globalstep_last_logged = counters["last_logged"]
-        self._total_train_tokens = on_device(counters["tokens"], self.args.device)
-        self._metrics["train"].clear()
-        for name, values in counters["metrics"].items():
-            self._metrics["train"][name] += [on_device(value, self.args.device) for value in values]
-        if hasattr(self, "shares"):
-            self.shares["train"][:] = counters["shares"]
-        self.guard.skipped = counters["left_out"]
-
 
 def on_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
-
-
-def random_states(device: torch.device) -> dict[str, Any]:
-    """Of Python, NumPy, torch and the GPU."""
-    gpu = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    states = {"python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state()}
-    return {**states, "cuda": gpu}
-
-
-def set_random_states(states: dict[str, Any], device: torch.device) -> None:
-    random.setstate(states["python"])
-    np.random.set_state(states["numpy"])
-    torch.set_rng_state(states["torch"])
-    if device.type == "cuda" and states["cuda"] is not None:
-        torch.cuda.set_rng_state(states["cuda"], device)

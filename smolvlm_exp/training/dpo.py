@@ -7,14 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.models.adapter import plain_initialisation
-from smolvlm_exp.training.arguments import (
-    TrainerConfig,
-    TrainerInputs,
-    attach_pissa_adapter,
-    build_trl_config,
-    training_arguments,
-)
-from smolvlm_exp.training.engine_setup import attach_adapter, disk_cache, packed_collators, precompute_images
+from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, build_trl_config
+from smolvlm_exp.training.engine_setup import disk_cache, engine_inputs
 from smolvlm_exp.training.memory_budget import plan_memory
 from smolvlm_exp.utils.fields import above, at_least, one_of, some_of
 
@@ -50,7 +44,7 @@ def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | 
     """TRL's configuration, before anything else is built, so that what it refuses is refused early."""
     from trl import DPOConfig
 
-    return build_trl_config(DPOConfig, training_arguments(config, folder, dtype, max_length, seed))
+    return build_trl_config(DPOConfig, config, folder, dtype, max_length, seed)
 
 
 def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs) -> "DPOTrainer":
@@ -58,16 +52,9 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
     if config.engine == "stock":
         return build_stock(config, arguments, inputs)
     from smolvlm_exp.engine.inputs.dataset import PackedDataset
-    from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.training.trainers import EngineDPOTrainer
 
-    model = attach_adapter(inputs, arguments)
-    collator, eval_collator = packed_collators(config, inputs, PackedDataset)
-    precompute_images(config, model, inputs.processor, (collator, eval_collator))
-    trainer = EngineDPOTrainer(
-        model, collator=collator, eval_collator=eval_collator, normalise=pixels(inputs.processor),
-        **inputs.common(config, arguments),
-    )  # fmt: skip
+    trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs, PackedDataset))
     trainer.score_references(disk_cache(config), arguments.per_device_eval_batch_size)
     plan_memory(config, trainer)
     return trainer

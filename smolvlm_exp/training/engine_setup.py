@@ -111,32 +111,32 @@ def disk_cache(config: TrainerConfig) -> "DiskCache":
     return DiskCache(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
 
 
-def attach_adapter(inputs: TrainerInputs, arguments: Any) -> Any:
-    """The model as the engine trains it: its adapter on, its layers fused."""
+def engine_inputs(
+    config: TrainerConfig, arguments: Any, inputs: TrainerInputs, kind: "type[PackedDataset]"
+) -> dict[str, Any]:
+    """What an engine trainer takes: the model fused with its adapter on, the rows packed, their images precomputed."""
+    from smolvlm_exp.engine.inputs.dataset import Collator
+    from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.engine.trainers import attach_and_fuse
 
     if inputs.model.device.type != arguments.device.type:  # model.device_map=null leaves it on the CPU
         inputs.model.to(arguments.device)
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
-    return attach_and_fuse(model, peft_config, arguments)
-
-
-def packed_collators(
-    config: TrainerConfig, inputs: TrainerInputs, kind: "type[PackedDataset]"
-) -> "tuple[Collator, Collator | None]":
-    """For the training rows, and for the held-out rows where they are evaluated during training."""
-    from smolvlm_exp.engine.inputs.dataset import Collator
-
-    splits = [inputs.preferences.train, *([inputs.preferences.test] if config.eval_strategy != "no" else [])]
+    model = attach_and_fuse(model, peft_config, arguments)
     processor: Any = inputs.processor
     pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
-    made = [Collator(kind(rows, processor), pad, image) for rows in splits]
-    return made[0], made[1] if len(made) > 1 else None
+    collators = [Collator(kind(rows, processor), pad, image) for rows in inputs.splits(config)]
+    precompute_images(config, model, processor, collators)
+    return {
+        "model": model,
+        "collator": collators[0],
+        "eval_collator": collators[1] if len(collators) > 1 else None,
+        "normalise": pixels(processor),
+        **inputs.common(config, arguments),
+    }
 
 
-def precompute_images(
-    config: TrainerConfig, model: Any, processor: Any, collators: "tuple[Collator, Collator | None]"
-) -> None:
+def precompute_images(config: TrainerConfig, model: Any, processor: Any, collators: "list[Collator]") -> None:
     """Cache image features where vision tower and connector are frozen, tiles elsewhere."""
     from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.engine.model_parts import core_of, is_trainable
@@ -145,7 +145,7 @@ def precompute_images(
     core = core_of(model)
     features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
     ram, workers = bytes_of("trainer.cache_ram", config.cache_ram), config.dataloader_num_workers
-    for collator in filter(None, collators):
+    for collator in collators:
         if features:
             keep_features(collator.rows, model, pixels(processor), disk_cache(config), ram, FEATURE_TILES, workers)
         if collator.rows.features is None:

@@ -20,20 +20,12 @@ NAMED = 16  # rows that a message names
 
 
 class NanGuard:
-    """Checks every optimizer step before it is taken.
-
-    Attributes:
-        skipped: steps whose update was skipped, in order.
-    """
+    """Checks every optimizer step before it is taken."""
 
     def __init__(self, limit: int, rows_of: Callable[[int], list[int]]) -> None:
-        """
-        Args:
-            limit: steps in a row that end the run.
-            rows_of: the row numbers of a step, which counts from 1.
-        """
+        """`limit` steps in a row end the run; `rows_of` a step, which counts from 1, are its row numbers."""
         self.limit, self.rows_of = limit, rows_of
-        self.skipped: list[int] = []
+        self.skipped: list[int] = []  # steps whose update was skipped, in order
         self.pending: deque[tuple[int, torch.Tensor, Any]] = deque()  # step, its flag on the host, when it is there
 
     def mask_update(self, step: int, finite: torch.Tensor, model: nn.Module, optimizer: Any) -> None:
@@ -56,10 +48,7 @@ class NanGuard:
         self.poll(wait=False)
 
     def poll(self, wait: bool) -> None:
-        """Report the steps whose flags have arrived.
-
-        Args:
-            wait: for all of them.
+        """Report the steps whose flags have arrived, or wait for all of them.
 
         Raises:
             RunError: `limit` steps in a row were skipped.
@@ -74,18 +63,16 @@ class NanGuard:
             log.warning(f"step {step}: loss or gradient is not finite, update skipped; {self.rows(step)}")
             last = self.skipped[-self.limit :]
             if len(last) == self.limit and last[0] == step - self.limit + 1:
-                self.stop(last)
+                raise RunError(
+                    f"stopped: loss or gradient not finite in {len(last)} steps in a row ({last[0]} to {step}).\n"
+                    f"Step {step}: {self.rows(step)}. The weights are those after step {last[0] - 1}, and every "
+                    "checkpoint is from before.\n"
+                    "Check these rows. If they are fine, try a lower trainer.learning_rate, a longer "
+                    "trainer.warmup_steps or model.dtype=float32; trainer.not_finite_limit sets how many such steps in "
+                    "a row are tolerated."
+                )
 
     def rows(self, step: int) -> str:
         rows = sorted(self.rows_of(step))
         more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
         return f"train rows {', '.join(map(str, rows[:NAMED]))}{more}"
-
-    def stop(self, steps: list[int]) -> None:
-        raise RunError(
-            f"stopped: loss or gradient not finite in {len(steps)} steps in a row ({steps[0]} to {steps[-1]}).\n"
-            f"Step {steps[-1]}: {self.rows(steps[-1])}. The weights are those after step {steps[0] - 1}, and every "
-            "checkpoint is from before.\n"
-            "Check these rows. If they are fine, try a lower trainer.learning_rate, a longer trainer.warmup_steps or "
-            "model.dtype=float32; trainer.not_finite_limit sets how many such steps in a row are tolerated."
-        )

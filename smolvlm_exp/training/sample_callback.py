@@ -30,12 +30,7 @@ class SamplesCallback(TrainerCallback):
         start: list[str],
         metrics: MetricsCallback,
     ) -> None:
-        """
-        Args:
-            every: steps; below 1: a fraction of all; 0: never.
-            start: the answers before the first step, to these rows or more.
-            metrics: does not count the time spent here.
-        """
+        """Every so many steps (below 1: a fraction of all; 0: never); `start` are the answers before the first."""
         self.every, self.processor, self.metrics = every, processor, metrics
         self.rows = [preferences.test[i] for i in range(min(ROWS, len(preferences.test)))] if every else []
         self.start, self.path = start, metrics.path.with_name(FILE)

@@ -20,8 +20,12 @@ class ParameterMonitor:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        trained = {n: p for n, p in model.named_parameters() if p.requires_grad or is_adapter_parameter(n)}
-        self.start = {name: on_host(parameter).clone() for name, parameter in trained.items()}
+        # An adapter has to move even where it was frozen by mistake; TRL's copy of its start is ".ref".
+        self.start = {
+            name: on_host(parameter).clone()
+            for name, parameter in model.named_parameters()
+            if parameter.requires_grad or ("lora_" in name and ".default" in name)
+        }
         self.frozen = frozen_hash(model)
 
     def checks(self, trainer: Any) -> list[Check]:
@@ -38,11 +42,6 @@ class ParameterMonitor:
         unchanged = torch.equal(frozen_hash(self.model), self.frozen)
         checks.append(require("base_unchanged", "frozen weights unchanged", unchanged, ">=", 1))
         return [*checks, *first_step_checks(trainer)]
-
-
-def is_adapter_parameter(name: str) -> bool:
-    """Whether a tensor belongs to the adapter that is tuned: it has to move even where it was frozen by mistake."""
-    return "lora_" in name and ".default" in name  # TRL's copy of the start is ".ref"
 
 
 def on_host(parameter: torch.Tensor) -> torch.Tensor:

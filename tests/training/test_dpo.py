@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training.arguments import build_trl_config
+from smolvlm_exp.training.arguments import TrainerConfig, build_trl_config
 from smolvlm_exp.training.dpo import LOSSES
 from tests.conftest import SIGMOID
 
@@ -178,15 +178,15 @@ def test_metrics_have_memory_and_speed(quick, tmp_path):
     assert torch.isfinite(torch.tensor([event["step"] for event in events])).all()
 
 
-def test_one_gpu_a_process(capsys):
+def test_one_gpu_a_process(capsys, tmp_path):
     """Several visible GPUs would make upstream wrap the model in nn.DataParallel, which TRL refuses."""
 
     class Arguments:
         n_gpu = property(lambda self: self._n_gpu)
 
-        def __init__(self, gpus):
+        def __init__(self, gpus, **others):
             self._n_gpu = gpus
 
     for gpus, left in ((0, 0), (1, 1), (4, 1)):
-        assert build_trl_config(Arguments, {"gpus": gpus}).n_gpu == left
+        assert build_trl_config(Arguments, TrainerConfig(), tmp_path, "float32", None, 0, gpus=gpus).n_gpu == left
         assert ("accelerate launch --num_processes 4" in capsys.readouterr().out) == (gpus == 4)
