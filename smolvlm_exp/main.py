@@ -114,7 +114,7 @@ def job(composed: DictConfig) -> float | None:
     many = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
     try:
         if many and (folder.parent / "sweep.json").is_file():  # a sweep of ours; others run their jobs right here
-            from smolvlm_exp.sweep.run_job import run_job
+            from smolvlm_exp.sweep.job_process import run_job
 
             own = HydraConfig.get()
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))

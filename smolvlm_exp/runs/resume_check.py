@@ -59,18 +59,14 @@ def check_same_run(
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
-        free = BATCH_KEYS if resumes_equally(saved, here) else ()
+        before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (saved, here))
+        dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
+        # Another number of processes may take the same rows per step, where none of them draws random numbers.
+        free = BATCH_KEYS if before == now and not dropout else ()
         unknown = {ROWS, BASE} - here.keys()
         keys = [key for key in dict.fromkeys([*saved, *here]) if key not in free and key not in unknown]
         refuse_changes(checkpoint, [key for key in keys if saved.get(key) != here.get(key)], saved, here, settings)
     return here
-
-
-def resumes_equally(saved: dict[str, Any], here: dict[str, Any]) -> bool:
-    """Whether another number of processes takes the same rows per step, and none of them draws random numbers."""
-    before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (saved, here))
-    dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
-    return before == now and not dropout
 
 
 def refuse_changes(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
+from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.formatting import short_keys, short_value
@@ -25,7 +26,7 @@ class Job:
     @property
     def settings(self) -> dict[str, str]:
         """Key -> value as typed."""
-        return dict(split_override(override) for override in self.overrides)
+        return {key_of(override): override.partition("=")[2] for override in self.overrides}
 
     @property
     def identity(self) -> frozenset[str]:
@@ -33,13 +34,7 @@ class Job:
 
 
 def is_display_key(override: str) -> bool:
-    return split_override(override)[0] in DISPLAY_KEYS
-
-
-def split_override(override: str) -> tuple[str, str]:
-    """`+adapter.r=8` -> (`adapter.r`, `8`)."""
-    key, _, value = override.partition("=")
-    return key.lstrip("+"), value
+    return key_of(override) in DISPLAY_KEYS
 
 
 def differing_settings(jobs: Sequence[Job]) -> dict[str, list[str]]:
@@ -51,10 +46,14 @@ def differing_settings(jobs: Sequence[Job]) -> dict[str, list[str]]:
     return {key: list(v) for key, v in values.items() if len(v) > 1 and key not in DISPLAY_KEYS}
 
 
+def short_settings(job: Job, keys: Sequence[str]) -> dict[str, str]:
+    """Short key -> short value of the settings in which this job differs."""
+    return {name: short_value(job.settings[key]) for key, name in short_keys(keys).items() if key in job.settings}
+
+
 def job_label(job: Job, keys: Sequence[str]) -> str:
     """The settings in which this job differs: `r=8 learning_rate=5e-05`."""
-    names = short_keys(keys)
-    return " ".join(f"{names[key]}={short_value(job.settings[key])}" for key in keys if key in job.settings)
+    return " ".join(f"{name}={value}" for name, value in short_settings(job, keys).items())
 
 
 def read_jobs(folder: Path) -> list[Job]:
@@ -93,12 +92,7 @@ def sweep_position(folder: Path) -> tuple[str, dict[str, str]] | None:
     """Of a run in a sweep: (the sweep's name, {short key: value} of the settings in which its jobs differ)."""
     jobs = read_jobs(folder.parent)
     own = next((job for job in jobs if str(job.number) == folder.name), None)
-    if own is None:
-        return None
-    names = short_keys(read_keys(folder.parent))
-    return sweep_name(folder.parent), {
-        names[key]: short_value(own.settings[key]) for key in names if key in own.settings
-    }
+    return (sweep_name(folder.parent), short_settings(own, read_keys(folder.parent))) if own else None
 
 
 def find_sweep(name: str, root: Path = OUTPUTS) -> Path:
@@ -125,7 +119,10 @@ def check_same_jobs(folder: Path, jobs: Sequence[Job]) -> None:
     if {job.identity for job in jobs} == {job.identity for job in before}:
         return
     keys = dict.fromkeys(key for job in [*jobs, *before] for key in job.settings if key not in DISPLAY_KEYS)
-    here, there = ({key: setting_values(group, key) for key in keys} for group in (jobs, before))
+    here, there = (
+        {key: dict.fromkeys(job.settings[key] for job in group if key in job.settings) for key in keys}
+        for group in (jobs, before)
+    )
     changes = [
         f"{key} is {', '.join(here[key]) or 'not set'} here and {', '.join(there[key]) or 'not set'} there"
         for key in here
@@ -135,7 +132,3 @@ def check_same_jobs(folder: Path, jobs: Sequence[Job]) -> None:
         f"sweep={folder}: that sweep has other jobs: {'; '.join(changes) or 'other combinations of the same values'}.\n"
         f"Repeat its command unchanged, or leave sweep= out for a new sweep."
     )
-
-
-def setting_values(jobs: Sequence[Job], key: str) -> list[str]:
-    return list(dict.fromkeys(job.settings[key] for job in jobs if key in job.settings))

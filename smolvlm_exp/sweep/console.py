@@ -26,14 +26,7 @@ log = logging.getLogger(__name__)
 
 
 def announce(folder: Path, title: str, varied: dict[str, str], states: Sequence[str], left: Sequence[Config]) -> None:
-    """Print the number of jobs, the settings that differ and the estimated time.
-
-    Args:
-        title: `12 jobs`.
-        varied: each setting that differs, and its values as text.
-        states: of the jobs so far.
-        left: the configurations of those that are to run.
-    """
+    """Print the number of jobs with their states, the settings that differ, and the estimated time of those left."""
     counts = {state: states.count(state) for state in dict.fromkeys(states)}
     progress = "" if set(counts) <= {"missing"} else f": {', '.join(f'{n} {state}' for state, n in counts.items())}"
     log.info(f"sweep: {title} in {relative_to_cwd(folder)}{progress}")

@@ -23,18 +23,17 @@ def main_effects(results: SweepResults) -> dict[str, list[Effect]]:
 
     Where a job is missing, its combination is left out for the other values too, so that like is compared with like.
     """
-    return {key: effects_of(key, results) for key in results.settings}
-
-
-def effects_of(key: str, results: SweepResults) -> list[Effect]:
-    blocks: dict[tuple[str, ...], dict[str, JobResult]] = {}
-    others = [other for other in results.keys if other != key]
-    for job in results.done:
-        block = tuple(job.settings.get(other, "") for other in others)
-        blocks.setdefault(block, {})[job.settings.get(key, "")] = job
-    values = list(dict.fromkeys(job.settings.get(key, "") for job in results.jobs))
-    complete = [block for block in blocks.values() if len(block) == len(values)]
-    return [effect(value, [block[value] for block in complete], results) for value in values] if complete else []
+    effects: dict[str, list[Effect]] = {}
+    for key in results.settings:
+        blocks: dict[tuple[str, ...], dict[str, JobResult]] = {}
+        others = [other for other in results.keys if other != key]
+        for job in results.done:
+            block = tuple(job.settings.get(other, "") for other in others)
+            blocks.setdefault(block, {})[job.settings.get(key, "")] = job
+        values = dict.fromkeys(job.settings.get(key, "") for job in results.jobs)
+        complete = [block for block in blocks.values() if len(block) == len(values)]
+        effects[key] = [effect(v, [block[v] for block in complete], results) for v in values] if complete else []
+    return effects
 
 
 def effect(value: str, jobs: list[JobResult], results: SweepResults) -> Effect:

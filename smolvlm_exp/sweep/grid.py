@@ -1,6 +1,5 @@
 """A grid: every combination of the values given, run where it is not done yet."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +28,12 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
         RequestError: the folder has another sweep's jobs.
     """
     folder = Path(sweeper.config.hydra.sweep.dir)
-    jobs = number_jobs(folder, combinations(parsed([*sweeper._parse_config(), *arguments])))
-    if read_jobs(folder):
+    lists = combinations(parsed([*sweeper._parse_config(), *arguments]))
+    unique = {job.identity: job for job in (Job(0, tuple(overrides)) for overrides in lists)}
+    # Each combination once, with the number it has in the folder already, or its index in the command.
+    known = {job.identity: job.number for job in read_jobs(folder)}
+    jobs = [Job(known.get(identity, index), job.overrides) for index, (identity, job) in enumerate(unique.items())]
+    if known:
         check_same_jobs(folder, jobs)
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
@@ -46,13 +49,6 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
         launch(sweeper.launcher, folder, left, stop)
     results = report_results(folder, config, stop.asked)
     return STOPPED if stop.asked else int(results.failed)
-
-
-def number_jobs(folder: Path, lists: Sequence[Sequence[str]]) -> list[Job]:
-    """Each combination once, with the number it has in the sweep's folder already, or its index in the command."""
-    unique = {job.identity: job for job in (Job(0, tuple(overrides)) for overrides in lists)}
-    known = {job.identity: job.number for job in read_jobs(folder)}
-    return [Job(known.get(identity, index), job.overrides) for index, (identity, job) in enumerate(unique.items())]
 
 
 def compose(sweeper: Any, job: Job) -> Config:

@@ -20,38 +20,63 @@ from collections.abc import Iterator
 from dataclasses import replace
 from multiprocessing.connection import wait
 from pathlib import Path
+from statistics import median
 from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import choices, summary_of
-from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_state
+from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_label, job_state, read_jobs, read_keys
 from smolvlm_exp.sweep.devices import assign_device
+from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_results
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.formatting import duration
 from smolvlm_exp.utils.log import configure_logging
 from smolvlm_exp.utils.startup import silence_upstream
 
 log = logging.getLogger(__name__)
-
 
 STOP = "SMOLVLM_EXP_STOP"  # path of a file; once it exists, the sweep's jobs stop after saving (launcher.py creates it)
 STOPPED = 75  # exit code of a job that was stopped after saving
 PATIENCE = 30.0  # seconds for a job whose sweep was just killed to save and release its folder
 
 
-def run_in_process(config: Config, folder: Path, home: Path, at_once: int) -> None:
-    """Run one job in a child process and wait for it; its summary.json says how it ended.
+def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
+    """Run the job of `folder` in a process of its own and remove checkpoints as `keep` says; returns its metric.
 
     Args:
-        home: where the command was typed; a cluster's worker may start elsewhere.
+        home: where the sweep's command was typed; a cluster's worker may start elsewhere.
         at_once: jobs at once on this machine; -1: one per core.
     """
-    method = "forkserver" if can_fork() else "spawn"
-    multiprocessing.set_start_method(
-        method, force=True
-    )  # joblib's workers set `loky`, which their children do not know
+    if stop_requested():
+        return None
+    sweep, name = folder.parent, folder.name
+    job = next(job for job in read_jobs(sweep) if str(job.number) == name)
+    log.info(f"[{name}] {job_label(job, read_keys(sweep))}")
+    run_in_process(config, folder, home, at_once)
+    results = read_results(sweep, config.metric)
+    result = next(result for result in results.jobs if str(result.number) == name)
+    log.info(f"[{name}] {result.status}{f': {result.reason}' if result.reason else ''}{remaining_time(results)}")
+    prune_checkpoints(results, config.keep_checkpoints)
+    return result.value(config.metric)
+
+
+def remaining_time(results: SweepResults) -> str:
+    """How many jobs are left, and how long they will take by those that are done."""
+    left = sum(job.status in ("missing", "cut", "stopped") for job in results.jobs)
+    seconds = [job.summary["seconds"] for job in results.jobs if job.status == "done"]
+    if not left:
+        return ""
+    estimate = f", about {duration(median(seconds) * left)} one after the other" if seconds else ""
+    return f"; {left} of {len(results.jobs)} jobs left{estimate}"
+
+
+def run_in_process(config: Config, folder: Path, home: Path, at_once: int) -> None:
+    """Run one job in a child process and wait for it; its summary.json says how it ended."""
+    # joblib's workers set `loky`, which their children do not know
+    multiprocessing.set_start_method("forkserver" if can_fork() else "spawn", force=True)
     multiprocessing.set_forkserver_preload(["smolvlm_exp.sweep.preload"])
     child = multiprocessing.Process(target=run_child, args=(config, folder, home, at_once))
     child.start()
@@ -92,10 +117,9 @@ def describe_exit(exit_code: int) -> str:
     """Why a process ended that could not record it itself."""
     if exit_code > 0:
         return f"its process ended with exit code {exit_code}"
-    number = -exit_code
-    name = signal.Signals(number).name
-    hint = " (by a user, or by the system because memory ran out)" if number == signal.SIGKILL else ""
-    return f"killed by {name}{hint}"
+    killer = signal.Signals(-exit_code)
+    hint = " (by a user, or by the system because memory ran out)" if killer == signal.SIGKILL else ""
+    return f"killed by {killer.name}{hint}"
 
 
 def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
@@ -119,7 +143,9 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
         silence_upstream()
         configure_logging()
         resume = can_resume(folder)
-        clear(folder, resume)
+        for name in ("summary.json", *(() if resume else ("metrics.jsonl", "checkpoints"))):  # of an earlier attempt
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         try:
             from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
             from smolvlm_exp.tasks.result import tracker_of
@@ -148,13 +174,6 @@ def stop_with_parent() -> None:
     assert parent is not None
     wait([parent.sentinel])
     os.kill(os.getpid(), signal.SIGTERM)
-
-
-def clear(folder: Path, resume: bool) -> None:
-    """Remove an earlier attempt's summary and, where this one starts over, its logs and checkpoints."""
-    for name in ("summary.json", *(() if resume else ("metrics.jsonl", "checkpoints"))):
-        path = folder / name
-        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def record_failure(config: Config, folder: Path, reason: str, exit_code: int) -> None:

@@ -34,11 +34,8 @@ class SweepStop(StopRequest):
 
     def on_request(self) -> None:
         self.file.touch()
-        print(
-            "\nstopping the sweep after running jobs have saved; press Ctrl-C again to exit at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        message = "\nstopping the sweep after running jobs have saved; press Ctrl-C again to exit at once"
+        print(message, file=sys.stderr, flush=True)
 
 
 def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: SweepStop) -> bool:

@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
-from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -79,13 +78,6 @@ def open_storage(folder: Path, storage: str | None) -> Any:
     return RDBStorage(storage) if storage else JournalStorage(JournalFileBackend(str(folder / "study.log")))
 
 
-def median_pruner(n_startup_trials: int, n_warmup_steps: int) -> Any:
-    """Ends a trial that is worse than the median of the others at the same step."""
-    from optuna.pruners import MedianPruner
-
-    return MedianPruner(n_startup_trials, n_warmup_steps)
-
-
 def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[str]) -> "Study":
     """The sweep's study; a new one where there is none.
 
@@ -97,14 +89,13 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
         RequestError: another command began it.
     """
     import optuna
-    from optuna.study import StudyDirection
 
-    storage = open_storage(folder, options.storage)
-    direction = StudyDirection.MAXIMIZE if goal > 0 else StudyDirection.MINIMIZE
-    name = NAME if options.storage is None else "/".join((NAME, *folder.parts[-2:]))
-    pruner = median_pruner(options.n_startup_trials, options.n_warmup_steps)
     study = optuna.create_study(
-        storage=storage, study_name=name, direction=direction, load_if_exists=True, pruner=pruner
+        storage=open_storage(folder, options.storage),
+        study_name=NAME if options.storage is None else "/".join((NAME, *folder.parts[-2:])),
+        direction="maximize" if goal > 0 else "minimize",
+        load_if_exists=True,
+        pruner=optuna.pruners.MedianPruner(options.n_startup_trials, options.n_warmup_steps),
     )
     original = study.user_attrs.get(COMMAND, command)
     if set(original) != set(command):
@@ -116,10 +107,6 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
     seed = None if study.trials else options.seed  # the same seed again would propose the same trials again
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=options.n_startup_trials, constant_liar=True)
     return study
-
-
-def job_of(trial: "FrozenTrial", fixed: Sequence[str]) -> Job:
-    return Job(trial.number, (*fixed, *(f"{key}={value}" for key, value in trial.params.items())))
 
 
 def is_abandoned(folder: Path, trial: "FrozenTrial") -> bool:

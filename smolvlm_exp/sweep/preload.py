@@ -8,17 +8,16 @@ from importlib import import_module
 
 from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 
-signal.signal(
-    signal.SIGTERM, signal.SIG_IGN
-)  # sent to the process group, it is for the jobs; the server reports their end
+# Sent to the process group, it is for the jobs; the server reports their end.
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with fast_imports():
     silence_upstream()
     for module in (
         "tasks.train",
-        "engine.trainers",
+        "training.trainers",
         "training.dpo",
         "training.sft",
-        "sweep.job_process",
         "sweep.pruning_callback",
+        "sweep.job_process",
     ):
         import_module(f"smolvlm_exp.{module}")

@@ -77,15 +77,15 @@ class SweepResults:
     def front(self) -> list[JobResult]:
         """The Pareto front: no other job is at least as good in metric, seconds and memory and better in one."""
         points = [(self.score(job), *(-(job.value(cost) or 0.0) for cost in COSTS)) for job in self.done]
-        return [job for job, own in zip(self.done, points, strict=True) if not any(dominates(p, own) for p in points)]
+        return [
+            job
+            for job, own in zip(self.done, points, strict=True)
+            if not any(p != own and all(a >= b for a, b in zip(p, own, strict=True)) for p in points)
+        ]
 
     @property
     def resume_command(self) -> str:
         return f"python -m smolvlm_exp -m sweep={shlex.quote(str(relative_to_cwd(self.folder)))}"
-
-
-def dominates(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
-    return one != other and all(a >= b for a, b in zip(one, other, strict=True))
 
 
 def read_result(sweep: Path, job: Job) -> JobResult:
@@ -119,11 +119,7 @@ def results_table(results: SweepResults) -> list[dict[str, Any]]:
 
 
 def prune_checkpoints(results: SweepResults, keep: str) -> None:
-    """Remove checkpoints of jobs that are done.
-
-    Args:
-        keep: all; last: the newest of each job; best: the newest of the best job alone.
-    """
+    """Remove checkpoints of done jobs, but for all, the `last` of each job, or the last of the `best` job."""
     for job in results.jobs:
         if keep == "all" or job.status not in ENDED:
             continue

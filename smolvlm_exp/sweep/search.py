@@ -20,15 +20,7 @@ from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.grid import compose
 from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.launcher import SweepStop, launch
-from smolvlm_exp.sweep.optuna_study import (
-    WORKER,
-    SearchConf,
-    distribution,
-    is_abandoned,
-    job_of,
-    open_study,
-    require_optuna,
-)
+from smolvlm_exp.sweep.optuna_study import WORKER, SearchConf, distribution, is_abandoned, open_study, require_optuna
 from smolvlm_exp.sweep.results import read_result
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
@@ -87,23 +79,20 @@ class Search:
 
     def run(self, launcher: Any, stop: SweepStop) -> None:
         """Run trials up to `n_trials`, those that other commands abandoned included."""
+        trials = self.study.trials
+        finished = sum(trial.state.is_finished() for trial in trials)
+        left = [self.config] * max(self.options.n_trials - finished, 0)
+        states = [job_state(self.folder / str(trial.number)) for trial in trials]
+        space = {key: (override.input_line or "").partition("=")[2] for key, override in self.space.items()}
         lock = self.folder / self.worker
         with FileLock(lock):
-            self.announce()
+            announce(self.folder, f"search of {self.options.n_trials} trials", space, states, left)
             launched = True
             while launched and not stop.asked and (jobs := self.next_jobs()):
                 launched = launch(launcher, self.folder, jobs, stop)
                 for job in jobs:
                     self.tell(job)
         lock.unlink(missing_ok=True)
-
-    def announce(self) -> None:
-        trials = self.study.trials
-        finished = sum(trial.state.is_finished() for trial in trials)
-        left = [self.config] * max(self.options.n_trials - finished, 0)
-        states = [job_state(self.folder / str(trial.number)) for trial in trials]
-        space = {key: (override.input_line or "").partition("=")[2] for key, override in self.space.items()}
-        announce(self.folder, f"search of {self.options.n_trials} trials", space, states, left)
 
     def next_jobs(self) -> list[Job]:
         """At most `n_jobs` trials: first those that other commands abandoned, then new ones."""
@@ -114,7 +103,10 @@ class Search:
                 numbers.append(self.study.ask(self.distributions).number)
             for number in numbers:
                 self.claim(number)
-            jobs = [job_of(trial, self.fixed) for trial in self.study.trials]
+            jobs = [
+                Job(trial.number, (*self.fixed, *(f"{key}={value}" for key, value in trial.params.items())))
+                for trial in self.study.trials
+            ]
             write_jobs(self.folder, jobs, list(self.space))
         return [jobs[number] for number in numbers]
 
@@ -139,7 +131,6 @@ class Search:
         value = result.value(self.config.metric)
         if result.status == "done" and value is not None:
             self.study.tell(job.number, value, skip_if_finished=True)
-        elif result.status in ("done", "failed"):
-            self.study.tell(job.number, state=TrialState.FAIL, skip_if_finished=True)
-        elif result.status == "pruned":
-            self.study.tell(job.number, state=TrialState.PRUNED, skip_if_finished=True)
+        elif result.status in ("done", "failed", "pruned"):
+            state = TrialState.PRUNED if result.status == "pruned" else TrialState.FAIL
+            self.study.tell(job.number, state=state, skip_if_finished=True)

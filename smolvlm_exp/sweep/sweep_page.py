@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +22,11 @@ COST_LABELS = {"train.seconds": "training time, s", "train.memory_peak_gib": "pe
 
 def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
     """Write sweep.html into the sweep's folder; `study`: the search's, in place of main effects."""
-    label, show = metric_label(results.metric), metric_format(results.metric)
-    statuses = [job.status for job in results.jobs]
+    part, _, key = results.metric.partition(".")
+    label = METRICS[key].label if part == "after" else humanize(key)
+    is_share = part == "after" and METRICS[key].share
+    show: Callable[[float], str] = partial(percent, decimals=1) if is_share else number
+    best, statuses = results.best, [job.status for job in results.jobs]
     effects = {} if study else main_effects(results)
     page = render(
         "sweep.html.jinja",
@@ -36,36 +40,23 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
             ("training time in all", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
         ],
         results=results,
-        best=results.best,
+        best=best,
         front=results.front,
         label=label,
         show=lambda value: None if value is None else show(value),
         short_value=short_value,
-        ties=best_ties(results),
+        ties=sum(results.score(job) == results.score(best) for job in results.done) - 1 if best else 0,
         effects=effects,
         seeds=max((effect.seeds for group in effects.values() for effect in group), default=0),
         goal=GOALS[results.metric],
         search=None if study is None else study_section(study, label, show),
-        cost_charts=[cost_chart(results, cost, label, show) for cost in COSTS] if results.best else [],
+        cost_charts=[cost_chart(results, cost, label, show) for cost in COSTS] if best else [],
         head=["Job", "Status", *short_keys(results.keys).values(), label, "Seconds", "GiB", ""],
         costs=COSTS,
     )
     path = results.folder / "sweep.html"
     path.write_text(page, encoding="utf-8")
     return path
-
-
-def metric_label(metric: str) -> str:
-    part, _, key = metric.partition(".")
-    return METRICS[key].label if part == "after" else humanize(key)
-
-
-def metric_format(metric: str) -> Callable[[float], str]:
-    """Writes the metric's values."""
-    part, _, key = metric.partition(".")
-    if part == "after" and METRICS[key].share:
-        return lambda value: percent(value, 1)
-    return number
 
 
 def lead(results: SweepResults, label: str, show: Callable[[float], str]) -> str:
@@ -79,12 +70,6 @@ def lead(results: SweepResults, label: str, show: Callable[[float], str]) -> str
 
 def settings_label(results: SweepResults, job: JobResult) -> str:
     return job_label(job, results.keys) or f"job {job.number}"
-
-
-def best_ties(results: SweepResults) -> int:
-    """How many other jobs are as good as the best."""
-    best = results.best
-    return sum(results.score(job) == results.score(best) for job in results.done) - 1 if best else 0
 
 
 def cost_chart(results: SweepResults, cost: str, label: str, show: Callable[[float], str]) -> str:

@@ -29,9 +29,12 @@ def estimate_time(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | No
         run = next((run for run in earlier_runs() if same_workload(config, run)), None)
         if run is None:
             return None
-        summary, source = summary_of(run), str(relative_to_cwd(run))
+        summary, source, trainer = summary_of(run), str(relative_to_cwd(run)), config.trainer
+        pairs = trainer.num_train_epochs * summary["data"]["train"]["rows"]
+        if trainer.max_steps > 0:
+            pairs = trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
         outside_training = summary["seconds"] - summary["train"]["seconds"]
-        total += outside_training + pair_count(config, summary) / summary["train"]["pairs_per_second"]
+        total += outside_training + pairs / summary["train"]["pairs_per_second"]
     return (total, f"{source}, the latest run of this model and data") if left else None
 
 
@@ -60,11 +63,3 @@ def same_workload(config: Config, run: Path) -> bool:
     if saved.get("model") != asdict(config.model) or saved.get("data") != asdict(config.data):
         return False
     return all(saved["trainer"].get(key) == getattr(trainer, key) for key in ("algorithm", "engine"))
-
-
-def pair_count(config: Config, summary: dict[str, Any]) -> float:
-    """Pairs that a job trains on; the rows of its data as an earlier run counted them."""
-    trainer = config.trainer
-    if trainer.max_steps > 0:
-        return trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
-    return trainer.num_train_epochs * summary["data"]["train"]["rows"]

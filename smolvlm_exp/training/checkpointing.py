@@ -206,7 +206,7 @@ class CheckpointMixin(Trainer):
         if checkpoint is None:
             return
         path = self.process_file(checkpoint)
-        if not path.is_file():  # made by fewer processes; see resume_check.resumes_equally
+        if not path.is_file():  # made by fewer processes; see resume_check.py
             path = path.with_name("process-0.safetensors")
         saved, device = load_state(path), self.args.device
         states, counters = saved["random"], saved["counters"]
