@@ -1,6 +1,6 @@
 """Checkpoints that are complete and verified, or invisible.
 
-One is written into a staging folder and synced; a manifest with every file's SHA-256 comes last; then the folder is
+One is written into a staging folder, then a manifest with every file's SHA-256; all of it is synced, and the folder
 renamed. Nothing that does not agree with its manifest is ever read.
 """
 
@@ -140,8 +140,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
         with disk_full_as_run_error(final.parent):
             staging.mkdir(parents=True)
             yield staging
-            for path in (*staging.rglob("*"), staging):
-                fsync(path)
+            fsync_all(staging)
             if final.exists():
                 final.rename(before)
             staging.rename(final)
@@ -157,16 +156,18 @@ def is_disk_full(error: BaseException) -> bool:
     return any(words in str(error).lower() for words in FULL_WORDS)
 
 
+def fsync_all(folder: Path) -> None:
+    for path in (*folder.rglob("*"), folder):
+        fsync(path)
+
+
 def finalise(staging: Path, final: Path) -> None:
-    """Sync everything in `staging`, write its manifest, and rename it."""
+    """Write the manifest of `staging`, sync everything in it, and rename it."""
     files = [path for path in sorted(staging.rglob("*")) if path.is_file()]
     listed = {str(path.relative_to(staging)): (path.stat().st_size, sha256(path)) for path in files}
-    for path in files:
-        fsync(path)
-    manifest = staging / MANIFEST
-    manifest.write_text(json.dumps({"version": 1, "files": listed}, indent=1) + "\n", encoding="utf-8")
-    for path in (manifest, *(path for path in staging.rglob("*") if path.is_dir()), staging):
-        fsync(path)
+    text = json.dumps({"version": 1, "files": listed}, indent=1) + "\n"
+    (staging / MANIFEST).write_text(text, encoding="utf-8")
+    fsync_all(staging)
     remove_checkpoint(final)  # a damaged one of the same step
     staging.rename(final)
     fsync(final.parent)

@@ -20,46 +20,25 @@ NON_IDENTITY_KEYS = (
 
 
 def find_run(name: str, root: Path = OUTPUTS) -> Path:
-    """The run folder that `name` (a path, or `last`) means, to resume.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """The run folder that `name` (a path, or `last`) means, to resume; refused where there is none."""
     if name == "last":
-        saved = newest_first(root, "checkpoints/checkpoint-*")
-        if not saved:
-            raise RequestError(f"resume=last: no run under {root}/ has saved a checkpoint yet.")
-        return saved[0].parent.parent
+        return newest("resume", "saved a checkpoint", root, "checkpoints/checkpoint-*").parent.parent
     return run_folder("resume", name)
 
 
 def find_ended_run(name: str, root: Path = OUTPUTS) -> Path:
-    """The run folder that `name` (a path, or `last`) means, done, stopped or failed.
-
-    Raises:
-        RequestError: there is none that has ended.
-    """
+    """The run folder that `name` (a path, or `last`) means, done, stopped or failed."""
     if name == "last":
-        ended = newest_first(root, "summary.json", places=(*PLACES, JOBS))
-        if not ended:
-            raise RequestError(f"run=last: no run under {root}/ has ended yet.")
-        return ended[0].parent
+        return newest("run", "ended", root, "summary.json", places=(*PLACES, JOBS)).parent
     if not (Path(name) / "summary.json").is_file():
         raise RequestError(f"run={name}: no run has ended there (it has no summary.json).")
     return Path(name)
 
 
 def find_finished_run(name: str, root: Path = OUTPUTS) -> Path:
-    """The run folder that `name` (a path, or `last`) means, with its fine-tuned weights.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """The run folder that `name` (a path, or `last`) means, with its fine-tuned weights."""
     if name == "last":
-        saved = newest_first(root, "adapter", "model")
-        if not saved:
-            raise RequestError(f"run=last: no run under {root}/ has finished yet.")
-        return saved[0].parent
+        return newest("run", "finished", root, "adapter", "model").parent
     folder = run_folder("run", name)
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
         raise RequestError(f"run={name}: it has not finished (no adapter/ in it); resume it with resume={name}.")
@@ -70,6 +49,18 @@ def run_folder(key: str, name: str) -> Path:
     if not (Path(name) / ".hydra").is_dir():
         raise RequestError(f"{key}={name}: not a run folder (there is no .hydra in it).")
     return Path(name)
+
+
+def newest(key: str, sign: str, root: Path, *names: str, places: tuple[str, ...] = PLACES) -> Path:
+    """The newest of these files or folders in runs.
+
+    Raises:
+        RequestError: there is none.
+    """
+    paths = newest_first(root, *names, places=places)
+    if not paths:
+        raise RequestError(f"{key}=last: no run under {root}/ has {sign} yet.")
+    return paths[0]
 
 
 def newest_first(root: Path, *names: str, places: tuple[str, ...] = PLACES) -> list[Path]:

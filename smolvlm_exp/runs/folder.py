@@ -20,9 +20,8 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     Raises:
         RequestError: another process is writing in it.
     """
-    lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(timeout=PATIENCE)
+        lock = FileLock(folder / ".lock").acquire(timeout=PATIENCE)
     except Timeout:
         raise RequestError(
             f"{folder} is in use: another process is writing this run. Wait for it, stop it, or use another "
@@ -30,10 +29,8 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         ) from None
     except OSError as error:
         raise RequestError(f"{folder} cannot be written: {error.strerror}.") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def check_unused(folder: Path) -> None:

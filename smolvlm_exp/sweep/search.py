@@ -5,6 +5,7 @@ A trial is a job like any other: its own process, any launcher, its folder and s
 """
 
 import uuid
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,22 +61,17 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     return int(any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False)))
 
 
+@dataclass
 class Search:
     """One command's work on a study that it may share with other commands."""
 
-    def __init__(
-        self,
-        folder: Path,
-        study: "Study",
-        options: SearchConf,
-        space: dict[str, Override],
-        fixed: list[str],
-        config: Config,
-    ) -> None:
-        self.folder, self.study, self.options, self.space = folder, study, options, space
-        self.distributions = {key: distribution(override) for key, override in space.items()}
-        self.fixed, self.config = fixed, config
-        self.worker = f".worker-{uuid.uuid4().hex}"
+    folder: Path
+    study: "Study"
+    options: SearchConf
+    space: dict[str, Override]
+    fixed: list[str]
+    config: Config
+    worker: str = field(default_factory=lambda: f".worker-{uuid.uuid4().hex}")
 
     def run(self, launcher: Any, stop: SweepStop) -> None:
         """Run trials up to `n_trials`, those that other commands abandoned included."""
@@ -97,10 +93,11 @@ class Search:
     def next_jobs(self) -> list[Job]:
         """At most `n_jobs` trials: first those that other commands abandoned, then new ones."""
         with FileLock(self.folder / ".search"):
+            distributions = {key: distribution(override) for key, override in self.space.items()}
             running = [trial for trial in self.study.trials if trial.state.name == "RUNNING"]
             numbers = [t.number for t in running if is_abandoned(self.folder, t)][: self.options.n_jobs]
             while len(numbers) < self.options.n_jobs and len(self.study.trials) < self.options.n_trials:
-                numbers.append(self.study.ask(self.distributions).number)
+                numbers.append(self.study.ask(distributions).number)
             for number in numbers:
                 self.claim(number)
             jobs = [

@@ -46,13 +46,9 @@ class TrainerConfig:
     dataloader_num_workers: int = at_least(0, 0)
     sample_steps: float = at_least(0, 0.25)  # between sample answers; below 1: a fraction of all steps; 0: none
     memory_budget: str = "auto"  # of the GPU: auto (what is free), 8GiB, none (micro-batches as set above)
-    not_finite_limit: int = at_least(
-        1, 3
-    )  # stop after so many steps in a row with a loss or gradient that is not finite
+    not_finite_limit: int = at_least(1, 3)  # stop after so many steps in a row whose loss or gradient is not finite
     engine: str = one_of("shared", "stock")  # shared: each image and prompt once per pair; stock: plain TRL
-    keep_features: bool | None = (
-        None  # image features computed once; null: wherever vision tower and connector are frozen
-    )
+    keep_features: bool | None = None  # image features computed once; null: where vision and connector are frozen
     cache: str = "outputs/cache"  # tiles, features and reference log-probabilities, by content, for all runs
     cache_ram: str = "4GiB"  # for tiles and features in memory
     cache_disk: str = "50GiB"  # for everything in `cache`

@@ -40,21 +40,28 @@ def memory_spec(
     sizes = linear_sizes(shape)
     learns = adapted is None or any(not name.startswith(TEXT_LAYER) for name in adapted.names)
     text = stack_of(text_stack(shape), TEXT_LAYER, TEXT, adapted)
+    vision = stack_of(vision_stack(shape), VISION_LAYER, VISION, adapted)
     matrices = sum(math.prod(size) for size in sizes.values())
-    trained = total = matrices + rest_of(shape)
+    # Outside the linear layers, and the head: embeddings, norms, biases, the tower's first layer.
+    patches = (shape.image_size // shape.patch_size) ** 2
+    tower = (3 * shape.patch_size**2 + 1 + patches + 2) * vision.hidden
+    vision_norms_and_biases = vision.layers * (4 * vision.hidden + sum(vision.widths))
+    text_norms = (2 * text.layers + 1) * text.hidden
+    others = 2 * shape.vocab_size * text.hidden + text_norms + tower + vision_norms_and_biases
+    trained = matrices + others
     if adapted:
         trained = sum(adapted.r * sum(sizes[name]) + adapted.dora * sizes[name][0] for name in adapted.names)
     return MemorySpec(
         text=with_all_layers(text) if learns else text,
-        vision=stack_of(vision_stack(shape), VISION_LAYER, VISION, adapted),
+        vision=vision,
         vocabulary=shape.vocab_size,
-        patches=(shape.image_size // shape.patch_size) ** 2,
+        patches=patches,
         image_tokens=shape.image_seq_len,
         pixels=3 * shape.image_size**2,
         element=element,
         weights=weights,
         matrix_weights=matrices,
-        other_weights=total - matrices,
+        other_weights=others,
         trained_weights=trained,
         trained_element=4 if adapted else element,
         adapter=adapted is not None,
@@ -91,31 +98,15 @@ def vision_stack(shape: Shape) -> Stack:
 def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer but the head, by name, as transformers names them."""
     sizes = {CONNECTOR: (shape.hidden_size, shape.vision_hidden_size * shape.scale_factor**2)}
-    for prefix, stack, kinds in (
-        (TEXT_LAYER, text_stack(shape), TEXT),
-        (VISION_LAYER, vision_stack(shape), VISION),
-    ):
-        outputs = (
-            (stack.queries, stack.keys, stack.keys),
-            stack.widths[1:2],
-            (stack.intermediate,) * 2,
-            stack.widths[3:],
-        )
+    stacks = (TEXT_LAYER, text_stack(shape), TEXT), (VISION_LAYER, vision_stack(shape), VISION)
+    for prefix, stack, kinds in stacks:
+        qkv = stack.queries, stack.keys, stack.keys
+        outputs = qkv, (stack.hidden,), (stack.intermediate,) * 2, (stack.hidden,)
         for layer in range(stack.layers):
             for product, names in enumerate(kinds):
                 for name, columns in zip(names, outputs[product], strict=False):
                     sizes[f"{prefix}{layer}.{name}"] = columns, stack.depths[product]
     return sizes
-
-
-def rest_of(shape: Shape) -> int:
-    """Weights outside the linear layers, and the head's: embeddings, norms, biases, the tower's first layer."""
-    text, vision = text_stack(shape), vision_stack(shape)
-    patches = (shape.image_size // shape.patch_size) ** 2
-    words = 2 * shape.vocab_size * text.hidden + (2 * text.layers + 1) * text.hidden
-    layer = 4 * vision.hidden + sum(vision.widths)  # two norms, biases
-    tower = (3 * shape.patch_size**2 + 1 + patches + 2) * vision.hidden
-    return words + tower + vision.layers * layer
 
 
 def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted: AdapterSpec | None) -> Stack:
@@ -129,7 +120,7 @@ def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted:
             layers.setdefault(int(number), set()).add(kind)
     if not layers:
         return plain
-    counts = [max(len(found & set(names)) for found in layers.values()) for names in kinds]
+    counts = [max(len(adapters & set(names)) for adapters in layers.values()) for names in kinds]
     return replace(
         plain,
         trained=plain.layers - min(layers),

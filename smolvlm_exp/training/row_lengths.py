@@ -6,6 +6,7 @@ this would take seconds to import.
 
 import io
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -52,7 +53,10 @@ def row_lengths(data: DataConfig, model: ModelConfig, task: PlanConfig) -> RowLe
     assert model.shape is not None
     if not hasattr(data, "id") or Path(data.id).expanduser().is_dir():  # sources without an id read local files alone
         return sample_lengths(data, model, model.shape)
-    typical = tile_grid(*parse_image_size(task.image_size), model.shape, data.max_edge)
+    size = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", task.image_size)
+    if size is None:
+        raise RequestError(f"task.image_size={task.image_size} is no size; write it as 512x384.")
+    typical = tile_grid(int(size[1]), int(size[2]), model.shape, data.max_edge)
     largest = tile_grid(data.max_edge, data.max_edge, model.shape, data.max_edge)
     prompts = [image_tokens(*grid, model.shape) + TEMPLATE + QUESTION for grid in (typical, largest)]
     tiles, most_tiles = (rows * columns + 1 if rows else 1 for rows, columns in (typical, largest))
@@ -121,15 +125,8 @@ def image_tokens(rows: int, columns: int, shape: Shape) -> int:
     return span.count("<") + rows + plain * (rows * columns + 1)
 
 
-def parse_image_size(text: str) -> tuple[int, int]:
-    width, _, height = text.partition("x")
-    if not (width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise RequestError(f"task.image_size={text} is no size; write it as 512x384.")
-    return int(width), int(height)
-
-
 def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
-    """A function that counts a text's tokens, and how it does, in words."""
+    """A function that counts a text's tokens, and a description of how."""
     from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
