@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import hydra
 import pytest
@@ -54,6 +55,14 @@ def compose(*overrides: str, multirun: bool = False) -> Config:
         overrides=list(overrides), multirun=multirun, config_path=None, config_name=None, config_dir=None
     )
     return check_command(args)[0]
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def losses(folder: Path) -> list[float]:
+    return [event["loss"] for event in read_lines(folder / "metrics.jsonl") if "loss" in event]
 
 
 @pytest.fixture

@@ -15,14 +15,13 @@ import yaml
 
 from smolvlm_exp.runs.find import find_run
 from smolvlm_exp.tasks.train import train
-from tests.conftest import QUICK, compose
+from tests.conftest import QUICK, compose, read_lines
 
 ROOT = Path(__file__).parent.parent
 
 
 def losses(folder):
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {event["step"]: event["loss"] for event in events if "loss" in event}
+    return {event["step"]: event["loss"] for event in read_lines(folder / "metrics.jsonl") if "loss" in event}
 
 
 def test_a_run_leaves_what_it_promises_and_replays(command, tmp_path):

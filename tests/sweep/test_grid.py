@@ -14,7 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.conftest import QUICK
+from tests.conftest import QUICK, read_lines
 
 SHORT = [s for s in QUICK if not s.startswith(("trainer.save", "trainer.max", "tracker"))]
 SHORT += ["trainer.max_steps=2", "data.test_rows=4"]
@@ -29,8 +29,7 @@ def rows_of(sweep: Path) -> list[dict[str, str]]:
 
 def losses(folder: Path) -> list[tuple[int, float]]:
     """Every logged (step, loss), repetitions too."""
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [(event["step"], event["loss"]) for event in events if "loss" in event]
+    return [(event["step"], event["loss"]) for event in read_lines(folder / "metrics.jsonl") if "loss" in event]
 
 
 @pytest.fixture

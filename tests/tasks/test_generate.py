@@ -11,14 +11,10 @@ import torch
 from smolvlm_exp.tasks.generate import generate
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import PACKAGE
-from tests.conftest import compose
+from tests.conftest import compose, read_lines
 
 PHOTOS = PACKAGE / "data" / "sources" / "photos"
 PLAIN = ("task=generate", "quant=none", "tracker=none", "hydra.run.dir=out")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.fixture
@@ -34,7 +30,7 @@ def pictures(tmp_path):
 def test_a_folder_of_pictures(command, tmp_path, pictures):
     done = command(*PLAIN, "task.images=pictures", "task.question=What is in this picture?")
     assert done.returncode == 0, done.stderr
-    broken, cat, horse = lines(tmp_path / "out" / "answers.jsonl")
+    broken, cat, horse = read_lines(tmp_path / "out" / "answers.jsonl")
     assert (broken["image"], cat["image"], horse["image"]) == ("broken.png", "cat.jpg", "more/horse.jpg")
     assert "cannot be decoded" in broken["problem"]
     assert cat["question"] == horse["question"] == "What is in this picture?"
@@ -63,14 +59,14 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
         "task.max_new_tokens=8",
     )
     generate(compose(*arguments), tmp_path)
-    first = lines(tmp_path / "a.jsonl")
+    first = read_lines(tmp_path / "a.jsonl")
     assert [{key: each[key] for key in ("image", "question")} for each in first] == asked
     assert first[0]["base"] != first[0]["tuned"]
     text = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "a.jsonl").write_text(text[0] + "\n" + text[1][:20])  # as a killed run leaves it
     generate(compose(*arguments), tmp_path)
     assert "2 questions, 1 of them answered" in capsys.readouterr().out
-    assert lines(tmp_path / "a.jsonl") == first
+    assert read_lines(tmp_path / "a.jsonl") == first
     with pytest.raises(RequestError, match=r"a\.jsonl, line 1 has base, tuned, and this command writes answer"):
         generate(compose(*(each for each in arguments if each != "model.adapter=run")), tmp_path)
 
@@ -112,13 +108,13 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
     opened = []
     sys.addaudithook(lambda event, a: opened.append(a[0]) if event == "open" and "mine.jpg" in str(a[0]) else None)
     generate(compose(*arguments), tmp_path)
-    found = lines(tmp_path / "a.jsonl")
+    found = read_lines(tmp_path / "a.jsonl")
     assert ["lies outside the data's folder" in each["problem"] for each in found[:3]] == [True] * 3
     assert "is a URL" in found[3]["problem"]
     assert found[4]["answer"]
     assert opened == []
     generate(compose(*arguments, "task.answers=b.jsonl", "data.max_pixels=999"), tmp_path)
-    assert "more than data.max_pixels=999" in lines(tmp_path / "b.jsonl")[4]["problem"]
+    assert "more than data.max_pixels=999" in read_lines(tmp_path / "b.jsonl")[4]["problem"]
 
 
 @pytest.mark.parametrize(

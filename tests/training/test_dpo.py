@@ -9,12 +9,7 @@ import torch
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training.arguments import TrainerConfig, build_trl_config
 from smolvlm_exp.training.dpo import LOSSES
-from tests.conftest import SIGMOID
-
-
-def losses(folder):
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [event["loss"] for event in events if "loss" in event]
+from tests.conftest import SIGMOID, losses, read_lines
 
 
 def verdicts(summary):
@@ -96,7 +91,7 @@ def test_a_tiny_set_is_learnt_by_heart(quick, tmp_path):
         "quant=none",
     ]
     train(quick(*SIGMOID, *by_heart), tmp_path)
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = read_lines(tmp_path / "metrics.jsonl")
     last = [event for event in events if "loss" in event][-1]
     assert last["rewards/accuracies"] == 1
     assert last["loss"] < 0.1
@@ -168,7 +163,7 @@ def test_a_run_that_fails_says_so_in_its_summary(quick, tmp_path, monkeypatch):
 @pytest.mark.usefixtures("unseen")
 def test_metrics_have_memory_and_speed(quick, tmp_path):
     train(quick("trainer.eval_strategy=steps", "trainer.eval_steps=1"), tmp_path)
-    events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    events = read_lines(tmp_path / "metrics.jsonl")
     step = next(event for event in events if "loss" in event)
     assert step["pairs_per_second"] > 0
     assert step["tokens_per_second"] > step["pairs_per_second"]

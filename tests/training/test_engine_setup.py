@@ -1,6 +1,5 @@
 """trainer.engine=shared through the pipeline: against stock TRL, what it keeps, and what it refuses."""
 
-import json
 from types import SimpleNamespace
 
 import pytest
@@ -8,14 +7,14 @@ import pytest
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training.engine_setup import check_model
 from smolvlm_exp.utils.errors import RequestError
-from tests.conftest import SIGMOID, compose
+from tests.conftest import SIGMOID, compose, read_lines
 
 CLOCKS = ("second", "memory", "runtime", "data_wait", "total_flos")
 
 
 def events(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not any(c in k for c in CLOCKS)} for line in lines]
+    lines = read_lines(folder / "metrics.jsonl")
+    return [{k: v for k, v in event.items() if not any(c in k for c in CLOCKS)} for event in lines]
 
 
 @pytest.mark.parametrize(

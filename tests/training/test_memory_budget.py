@@ -1,7 +1,5 @@
 """trainer.memory_budget in whole runs: other micro-batches, the same training."""
 
-import json
-
 import pytest
 import torch
 
@@ -12,14 +10,9 @@ from smolvlm_exp.training import dpo
 from smolvlm_exp.training import memory_budget as fit
 from smolvlm_exp.training.memory_budget import memory_cap
 from smolvlm_exp.utils.errors import RequestError
-from tests.conftest import SIGMOID
+from tests.conftest import SIGMOID, losses
 
 pytestmark = pytest.mark.usefixtures("unseen")
-
-
-def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [event["loss"] for event in map(json.loads, lines) if "loss" in event]
 
 
 STEP = ("trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "trainer.eval_strategy=no")
