@@ -30,9 +30,10 @@ def estimate_time(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | No
         if run is None:
             return None
         summary, source, trainer = summary_of(run), str(relative_to_cwd(run)), config.trainer
-        pairs = trainer.num_train_epochs * summary["data"]["train"]["rows"]
         if trainer.max_steps > 0:
             pairs = trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
+        else:
+            pairs = trainer.num_train_epochs * summary["data"]["train"]["rows"]
         outside_training = summary["seconds"] - summary["train"]["seconds"]
         total += outside_training + pairs / summary["train"]["pairs_per_second"]
     return (total, f"{source}, the latest run of this model and data") if left else None
