@@ -24,11 +24,11 @@ class DeferredMetrics(TorchFunctionMode):
         if func is torch.Tensor.__bool__:
             return True
         if func is torch.Tensor.__getitem__ and isinstance(args[1], torch.Tensor) and args[1].dtype is torch.bool:
-            return Chosen(*args)
+            return MaskedValues(*args)
         return func(*args, **(kwargs or {}))
 
 
-class Chosen:
+class MaskedValues:
     """The elements of `values` where `mask` is true, of which there are as many as the device knows."""
 
     def __init__(self, values: torch.Tensor, mask: torch.Tensor) -> None:

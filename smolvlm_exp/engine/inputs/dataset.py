@@ -144,11 +144,12 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def stream(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, its tiles) of each of `images` in their order, tiled by `num_proc` processes; 0: by this one."""
-        workers = min(num_proc, len(images)) if self.cached_tiles is None else 0  # else there is nothing left to do
-        together = max(1, min(TRANSFER_BYTES // self.largest, len(images) // (4 * workers))) if workers else 1
-        chunks = [images[i : i + together] for i in range(0, len(images), together)]
+        workers = min(num_proc, len(images)) if self.cached_tiles is None else 0  # else they are there
+        largest = int(max(np.diff(self.tile_offsets), default=0)) * math.prod(self.no_tiles.shape[1:])  # bytes
+        size = max(1, min(TRANSFER_BYTES // largest, len(images) // (4 * workers))) if workers else 1
+        chunks = [images[i : i + size] for i in range(0, len(images), size)]
         loader = torch.utils.data.DataLoader(
-            TileLoader(self, arrays=not room_in_shared_memory(4 * workers * together * self.largest)),
+            TileLoader(self, arrays=not room_in_shared_memory(4 * workers * size * largest)),
             batch_size=None,
             sampler=chunks,
             num_workers=workers,
@@ -158,11 +159,6 @@ class PackedDataset(torch.utils.data.Dataset):
         for chunk, tiles in zip(chunks, loader, strict=True):
             counts = [self.tile_offsets[image + 1] - self.tile_offsets[image] for image in chunk]
             yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
-
-    @property
-    def largest(self) -> int:
-        """Bytes of the tiles of the image that has most."""
-        return int(max(np.diff(self.tile_offsets), default=0)) * math.prod(self.no_tiles.shape[1:])
 
     @cached_property
     def no_tiles(self) -> torch.Tensor:

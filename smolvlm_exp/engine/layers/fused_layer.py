@@ -10,7 +10,7 @@ text_layer.py and vision_layer.py say what norm, attention and activation are.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,14 +53,10 @@ class SavedActivations:
     """
 
     hidden: torch.Tensor  # (T, H) the layer's input
-    results: list[torch.Tensor | None]
-    own: list[torch.Tensor | None]
+    results: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 4)
+    own: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 4)
     attended: torch.Tensor | None = None
     state: tuple[Any, ...] = ()
-
-    @classmethod
-    def nothing(cls, hidden: torch.Tensor) -> "SavedActivations":
-        return cls(hidden, [None] * 4, [None] * 4)
 
     def result(self, product: int) -> torch.Tensor:
         result = self.results[product]
@@ -161,13 +157,13 @@ class FusedLayer:
 
     def forward(self, hidden: torch.Tensor, context: LayerContext) -> tuple[torch.Tensor, SavedActivations]:
         """The layer's result, and what `checkpointing` asks for."""
-        saved = SavedActivations.nothing(hidden)
+        saved = SavedActivations(hidden)
         middle = self.attention_half(saved, context)
         self.first(saved, middle, context)
         self.second(saved, context)
         result = ew.add(middle, saved.result(SECOND), context.gain(SECOND), self.products[SECOND].bias)
         if self.checkpointing == "full":
-            return result, SavedActivations.nothing(hidden)
+            return result, SavedActivations(hidden)
         if context.gain(SECOND) is None:
             saved.results[SECOND] = None  # only a gain's gradient needs it
         if self.checkpointing == "mlp":

@@ -118,36 +118,36 @@ def row_counts(row: Sequence[int], pairs: bool) -> tuple[int, int, int, int, int
     return first + rejected, first + second, chosen + rejected, tiles, scores
 
 
-def resident(facts: MemorySpec) -> int:
+def resident(spec: MemorySpec) -> int:
     """Bytes that are there throughout: weights, adapter with gradients and AdamW's moments, workspaces."""
-    stored = STORED.get(facts.weights, facts.element)
-    weights = stored * facts.matrix_weights + facts.element * facts.other_weights
-    trained = (3 + facts.adapter) * facts.trained_weights * facts.trained_element  # a full model is counted above
+    stored = STORED.get(spec.weights, spec.element)
+    weights = stored * spec.matrix_weights + spec.element * spec.other_weights
+    trained = (3 + spec.adapter) * spec.trained_weights * spec.trained_element  # a full model is counted above
     copies = 0  # what `Product` makes of its adapters: A and the blocks of s B; gain, norm and ||W||^2 in float32
-    for stack in (facts.text, facts.vision):
+    for stack in (spec.text, spec.vision):
         for width, depth, tail, gain in zip(stack.widths, stack.depths, stack.tails, stack.gains, strict=True):
-            copies += stack.fused * stack.layers * (tail * (width + depth) * facts.element + 12 * width * gain)
-    return int(weights + trained + copies + workspace(facts) + facts.gpu * CUBLAS)
+            copies += stack.fused * stack.layers * (tail * (width + depth) * spec.element + 12 * width * gain)
+    return int(weights + trained + copies + workspace(spec) + spec.gpu * CUBLAS)
 
 
-def moments(facts: MemorySpec) -> int:
+def moments(spec: MemorySpec) -> int:
     """Bytes of AdamW's two moments, which exist from the first optimiser step on."""
-    return 2 * facts.trained_weights * facts.trained_element
+    return 2 * spec.trained_weights * spec.trained_element
 
 
-def workspace(facts: MemorySpec) -> int:
+def workspace(spec: MemorySpec) -> int:
     """Bytes into which weights are unpacked: one product's, for all layers."""
-    stacks = (facts.text, facts.vision)
-    if facts.weights == "8bit":  # float32 numbers twice and the result, of one matrix
-        return (8 + facts.element) * max(s.hidden * s.intermediate for s in stacks)
-    if not facts.weights.startswith("4bit"):
+    stacks = (spec.text, spec.vision)
+    if spec.weights == "8bit":  # float32 numbers twice and the result, of one matrix
+        return (8 + spec.element) * max(s.hidden * s.intermediate for s in stacks)
+    if not spec.weights.startswith("4bit"):
         return 0
     sizes = [
         max((width + tail) * depth, width * (depth + tail))
         for s in stacks
         for width, depth, tail in zip(s.widths, s.depths, s.tails, strict=True)
     ]
-    return facts.element * max(sizes)
+    return spec.element * max(sizes)
 
 
 def saved_activations(stack: Stack, checkpointing: str, element: int) -> float:
@@ -194,28 +194,28 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
     return max(mlp, attention)
 
 
-def peak(facts: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str) -> int:
+def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str) -> int:
     """Bytes beside `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
-    text, vision, element = facts.text, facts.vision, facts.element
-    line, patches = load.tokens, load.tiles * facts.patches
+    text, vision, element = spec.text, spec.vision, spec.element
+    line, patches = load.tokens, load.tiles * spec.patches
     text_kept = saved_activations(text, checkpointing, element) * line * text.trained
     vision_kept = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
-    images = load.tiles * (facts.image_tokens * text.hidden * element if facts.features else facts.pixels)
+    images = load.tiles * (spec.image_tokens * text.hidden * element if spec.features else spec.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle
-        states += load.tiles * facts.image_tokens * text.hidden + patches * vision.hidden
+        states += load.tiles * spec.image_tokens * text.hidden + patches * vision.hidden
     whole = (text_kept + vision_kept + states) * element + images
-    logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, facts.vocabulary) * element
+    logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, spec.vocabulary) * element
     spread = load.sources / line
     worst = [
-        2 * facts.trained_weights * facts.trained_element,  # AdamW's own intermediate results
+        2 * spec.trained_weights * spec.trained_element,  # AdamW's own intermediate results
         whole + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
-        whole + backward(text, checkpointing, element, spread, facts.gpu) * line * element * bool(text.trained),
+        whole + backward(text, checkpointing, element, spread, spec.gpu) * line * element * bool(text.trained),
     ]
     if vision.trained:
-        late = vision_kept + backward(vision, vision_checkpointing, element, 1.0, facts.gpu) * patches
+        late = vision_kept + backward(vision, vision_checkpointing, element, 1.0, spec.gpu) * patches
         worst.append(late * element + images)
-    elif not facts.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
+    elif not spec.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
         worst.append(layer * patches * element + 5 * images)
     return int(max(worst))

@@ -61,7 +61,7 @@ class DoesNotFit(ValueError):
 
 
 def plan(
-    facts: MemorySpec,
+    spec: MemorySpec,
     rows: RowSizes,
     budget: int,
     effective: int,
@@ -70,11 +70,11 @@ def plan(
     levels: Sequence[str] = LEVELS,
 ) -> Plan:
     """The fastest plan within `budget` bytes, for everything; see `proposals` and `best`."""
-    return best(proposals(facts, rows, effective, card, unit, levels), budget)
+    return best(proposals(spec, rows, effective, card, unit, levels), budget)
 
 
 def proposals(
-    facts: MemorySpec, rows: RowSizes, effective: int, card: Card, unit: int = 1, levels: Sequence[str] = LEVELS
+    spec: MemorySpec, rows: RowSizes, effective: int, card: Card, unit: int = 1, levels: Sequence[str] = LEVELS
 ) -> list[Plan]:
     """All plans there are, each with memory for the longest rows and time for average ones.
 
@@ -84,17 +84,17 @@ def proposals(
         levels: of LEVELS, those to choose from.
     """
     assert effective % unit == 0
-    choices = [(text, vision) for text in levels for vision in (levels if facts.vision.trained else levels[-1:])]
-    if not fused(facts):  # transformers' own layers: all or none
+    choices = [(text, vision) for text in levels for vision in (levels if spec.vision.trained else levels[-1:])]
+    if not fused(spec):  # transformers' own layers: all or none
         choices = [(level, level) for level in levels if level != "mlp"]
     plans = []
     for micro in range(unit, effective + 1, unit):
         if effective % micro == 0:
             longest, average = rows.longest(micro), rows.average(micro)
             for choice in choices:
-                activations = peak(facts, longest, *choice)
-                time = seconds(facts, average, *choice, card) / micro
-                plans.append(Plan(micro, effective // micro, *choice, resident(facts), activations, time))
+                activations = peak(spec, longest, *choice)
+                time = seconds(spec, average, *choice, card) / micro
+                plans.append(Plan(micro, effective // micro, *choice, resident(spec), activations, time))
     return plans
 
 
@@ -110,30 +110,30 @@ def best(plans: Sequence[Plan], budget: int) -> Plan:
     return min(fitting, key=lambda plan: (plan.seconds, plan.peak))
 
 
-def fused(facts: MemorySpec) -> bool:
-    return facts.text.fused and (facts.vision.fused or not facts.vision.trained)
+def fused(spec: MemorySpec) -> bool:
+    return spec.text.fused and (spec.vision.fused or not spec.vision.trained)
 
 
 def fits_budget(size: float, budget: float) -> bool:
     return size <= (1 - MARGIN) * budget
 
 
-def seconds(facts: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str, card: Card) -> float:
+def seconds(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str, card: Card) -> float:
     """Of one forward and backward pass: arithmetic and unpacking, or starting the kernels where that takes longer.
 
     Where both take about as long, now one waits and now the other, hence the fourth powers.
     """
-    text, vision = facts.text, facts.vision
-    flops, unpacked, started = 6.0 * facts.vocabulary * text.hidden * load.answers, 0.0, 0.0
+    text, vision = spec.text, spec.vision
+    flops, unpacked, started = 6.0 * spec.vocabulary * text.hidden * load.answers, 0.0, 0.0
     stacks = [(text, checkpointing, load.tokens, load.scores, card.launches[0])]
-    if not facts.features:
-        within = load.tiles * facts.patches**2
-        stacks.append((vision, vision_checkpointing, load.tiles * facts.patches, within, card.launches[1]))
+    if not spec.features:
+        within = load.tiles * spec.patches**2
+        stacks.append((vision, vision_checkpointing, load.tiles * spec.patches, within, card.launches[1]))
     for stack, level, tokens, scores, launch in stacks:
         products, attentions = passes(stack, level)
         weights = sum(stack.matrices)
         flops += 2 * weights * tokens * products + 4 * stack.queries * scores * attentions
-        unpacked += facts.weights.startswith("4bit") * products * weights * (facts.element + 0.5)
+        unpacked += spec.weights.startswith("4bit") * products * weights * (spec.element + 0.5)
         started += products * launch
     worked = flops / (card.reached * card.matmul) + unpacked / card.bandwidth
     return (worked**4 + started**4) ** 0.25
