@@ -144,7 +144,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def stream(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(number, its tiles) of each of `images` in their order, tiled by `num_proc` processes; 0: by this one."""
-        workers = min(num_proc, len(images)) if self.cached_tiles is None else 0  # else they are there
+        workers = min(num_proc, len(images)) if self.cached_tiles is None else 0
         largest = int(max(np.diff(self.tile_offsets), default=0)) * math.prod(self.no_tiles.shape[1:])  # bytes
         size = max(1, min(TRANSFER_BYTES // largest, len(images) // (4 * workers))) if workers else 1
         chunks = [images[i : i + size] for i in range(0, len(images), size)]

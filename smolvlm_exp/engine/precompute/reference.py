@@ -9,6 +9,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -60,19 +61,14 @@ def reference_logps(
     parts |= {"version": VERSION, "torch": torch.__version__}
     name = cache_key("reference", **parts)
 
-    def complete(read: Callable[[], Table]) -> tuple[Table, Table]:
-        stored = broadcast_from_rank0(read)
+    with store.locked(name) if store else nullcontext(False) as writable:
+        stored = broadcast_from_rank0(lambda: read_table(store, name) if store else {})
         missing = {key: i for i, key in enumerate(keys) if key not in stored}  # one row for each key
-        made = compute(list(missing.values()), collator, score, batch_size, num_workers)
-        return stored, dict(zip(missing, made, strict=True))
-
-    if store is None:
-        stored, made = complete(dict)
-    else:
-        with store.locked(name) as writable:
-            stored, made = complete(lambda: read_table(store, name))
-            if made and writable:
-                write_table(store, name, made, parts)
+        made = dict(
+            zip(missing, compute(list(missing.values()), collator, score, batch_size, num_workers), strict=True)
+        )
+        if store and made and writable:
+            write_table(store, name, made, parts)
     if rank_world()[0] == 0:
         seconds = time.perf_counter() - start
         log.info(f"reference: {len(keys):,} rows, {len(made):,} of them computed, {seconds:.1f} s")
