@@ -163,6 +163,7 @@ class Result:
             f"{train['memory_peak_gib']:.2f} GiB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
             f"parameters trained; total {time.perf_counter() - self.began:.0f} s",
             highlight=False,
+            soft_wrap=True,
         )
         console.print(f"{relative_to_cwd(self.folder)}/report.html", highlight=False, soft_wrap=True)
 
