@@ -145,7 +145,7 @@ def test_a_folder_with_something_else_in_it(export, tmp_path):
 @pytest.mark.slow
 def test_a_run_the_whole_way(command, tmp_path):
     """A run, its four-bit DoRA in all forms, evaluated by ONNX Runtime, talked to."""
-    from tests.test_evaluate import QUICK
+    from tests.tasks.test_evaluate import QUICK
 
     quick = (*QUICK, "trainer.max_steps=20", "data.train_rows=256", "data.test_rows=24", "hydra.run.dir=outputs/a/run")
     assert command(*quick).returncode == 0
