@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.formats import VERSION, features
 from smolvlm_exp.data.images import ImageError, locate
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.files import json_lines
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
             rows = load_dataset(**where, split=split)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which nobody runs
             hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
-            raise RequestError(f"data.id={id}, split {split}: {first_line(error)}.{hint}") from error
+            raise RequestError(f"data.id={id}, split {split}: {first_cause(error)}.{hint}") from error
     return select_columns(rows, sorted(columns), f"data.id={id}", " For data in other columns use data=files.")
 
 
@@ -54,9 +54,9 @@ def select_columns(rows: "Dataset", columns: list[str], where: str, hint: str = 
     return rows.select_columns(columns)
 
 
-def first_line(error: Exception) -> str:
-    """What an error says, without the retries and traces that some go on with."""
-    return (str(error.__cause__ or error) or type(error).__name__).splitlines()[0]
+def first_cause(error: Exception) -> str:
+    """What `datasets` raises often says nothing but where; the error behind it says what."""
+    return first_line(error.__cause__ or error)
 
 
 def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
@@ -162,7 +162,7 @@ def select_split(splits: dict[str, "Dataset"], split: str) -> "Dataset":
         spans = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
     except ValueError as error:
         raise RequestError(
-            f"Split {split!r}: {first_line(error)} Use {', '.join(splits)}, or a slice such as train[:6%]."
+            f"Split {split!r}: {first_cause(error)} Use {', '.join(splits)}, or a slice such as train[:6%]."
         ) from error
     chosen = []
     for span in spans:

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from smolvlm_exp.evaluation.generate import prompts
+from smolvlm_exp.utils.units import GIB
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
 
 TOKENS = 32
-GIB = 2**30
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, saved_adapte
 from smolvlm_exp.models.hub import is_offline
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
 
 if TYPE_CHECKING:
@@ -104,11 +104,10 @@ def readable_loading(name: str) -> Iterator[None]:
     try:
         yield
     except (ImportError, OSError, ValueError) as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         advice = "Give a folder that holds the model, connect to the Hub, or use model.weights=random."
         if isinstance(error, ImportError):
             advice = "Install what it needs: pip install '.[gpu]'"
-        raise RequestError(f"model.id={name}: {first}\n{advice}") from error
+        raise RequestError(f"model.id={name}: {first_line(error)}\n{advice}") from error
 
 
 def with_random_weights(shape: Shape, kwargs: dict[str, Any], seed: int) -> "PreTrainedModel":

@@ -16,6 +16,7 @@ from urllib.parse import SplitResult, urlsplit
 
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.reporting.html import SMALL_EDGE
+from smolvlm_exp.utils.errors import first_line
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.formatting import parse_number
@@ -70,10 +71,6 @@ class BackgroundRun:
                 job(run)
         except (Exception, SystemExit) as error:  # W&B ends the program where it cannot log in
             log.warning(f"W&B failed ({first_line(error)}); nothing more is sent. All results are in {self.folder}")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 class Tracker:

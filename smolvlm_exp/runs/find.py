@@ -12,7 +12,8 @@ from smolvlm_exp.utils.files import read_json
 from smolvlm_exp.utils.paths import OUTPUTS
 
 PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
-JOBS = "sweeps/*/*/*"
+SWEEPS = "sweeps/*/*"
+JOBS = f"{SWEEPS}/*"
 # Settings that do not change what a run does: runs that differ in these alone are repetitions.
 NON_IDENTITY_KEYS = (
     "seed", "name", "resume", "run", "runs", "sweep", "keep", "keep_checkpoints", "metric", "tracker", "task", "hydra",

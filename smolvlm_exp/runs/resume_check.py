@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.runs.checkpoint import step_of
+from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.utils.distributed import rank_world
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.versions import versions
@@ -47,7 +48,7 @@ def check_same_run(
     import torch
 
     here = flatten({key: value for key, value in settings.items() if key not in RESUME_FREE_KEYS})
-    here = {key: value for key, value in here.items() if key not in RESUME_FREE_KEYS}
+    here = {key: value for key, value in here.items() if key not in RESUME_FREE_KEYS and value != {}}
     here |= {f"versions.{name}": version for name, version in versions().items() if name in VERSION_KEYS}
     here["processes"] = rank_world()[1]
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
@@ -102,15 +103,6 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
         return "model.base: the weights that the run starts from have changed"
     before, now = (json.dumps(side[key]) if key in side else "not set" for side in (saved, here))
     return f"{key} was {before} and is {now}"
-
-
-def flatten(tree: Any, path: str = "") -> dict[str, Any]:
-    """{"a": {"b": 1}} -> {"a.b": 1}; empty dictionaries are dropped."""
-    if not isinstance(tree, dict):
-        return {path: tree}
-    return {
-        k: v for key, value in tree.items() for k, v in flatten(value, f"{path}.{key}" if path else str(key)).items()
-    }
 
 
 def digest(rows: "Dataset") -> str:

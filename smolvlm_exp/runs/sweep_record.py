@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smolvlm_exp.runs.checkpoint import checkpoints
-from smolvlm_exp.runs.find import summary_of
+from smolvlm_exp.runs.find import SWEEPS, newest_first, summary_of
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
@@ -102,10 +102,10 @@ def find_sweep(name: str, root: Path = OUTPUTS) -> Path:
         RequestError: there is none.
     """
     if name == "last":
-        sweeps = sorted(root.glob("sweeps/*/*/sweep.json"), key=lambda path: path.stat().st_mtime)
+        sweeps = newest_first(root, "sweep.json", places=(SWEEPS,))
         if not sweeps:
             raise RequestError(f"sweep=last: there is no sweep under {root}/sweeps/ yet.")
-        return sweeps[-1].parent
+        return sweeps[0].parent
     if not read_jobs(Path(name)):
         raise RequestError(f"sweep={name}: not a sweep folder (there is no sweep.json in it).")
     return Path(name)

@@ -19,6 +19,7 @@ from smolvlm_exp.evaluation.per_row import load_per_row
 from smolvlm_exp.reporting.comparison_page import COSTS, comparison_page, print_comparison
 from smolvlm_exp.reporting.tracker import track_table
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, summary_of
+from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -70,15 +71,9 @@ def find_runs(names: Sequence[str]) -> list[Path]:
 def read_run(folder: Path) -> Run:
     composed = OmegaConf.create(yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")))
     rename_settings(composed)
-    config = OmegaConf.to_container(composed)
-    settings = {key: str(value) for key, value in flatten(config) if key.partition(".")[0] not in NON_IDENTITY_KEYS}
+    flat = flatten(OmegaConf.to_container(composed)).items()
+    settings = {key: str(value) for key, value in flat if key.partition(".")[0] not in NON_IDENTITY_KEYS}
     return Run(folder, settings, summary_of(folder), load_per_row(folder))
-
-
-def flatten(node: Any, path: str = "") -> list[tuple[str, Any]]:
-    if isinstance(node, dict) and node:
-        return [pair for key, value in node.items() for pair in flatten(value, f"{path}.{key}" if path else str(key))]
-    return [(path, OmegaConf.to_container(OmegaConf.create(node)) if isinstance(node, list) else node)]
 
 
 def table_rows(comparison: Comparison) -> list[dict[str, Any]]:

@@ -24,12 +24,12 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.models.hub import ping
 from smolvlm_exp.runs.find import find_ended_run
 from smolvlm_exp.utils.paths import OUTPUTS
+from smolvlm_exp.utils.units import GIB
 from smolvlm_exp.utils.versions import check_torchvision
 
 if TYPE_CHECKING:
     from smolvlm_exp.config.schema import Config
 
-GIB = 1 << 30
 COLOURS = {"ok": "\033[32m", "warn": "\033[33m", "fail": "\033[31m"}
 MATMUL_LIMIT = 1e-2  # float32 is off by 1e-7, TF32 by up to 1e-3, bfloat16 by 2e-3 to 3e-3
 NF4_LIMIT = 0.12  # nf4 in blocks of 64: 0.091 to 0.093, whatever the numbers; fp4: 0.121 to 0.123

@@ -30,7 +30,7 @@ from smolvlm_exp.reporting.summary import print_results, summarize
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.folder import lock_run_folder
-from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.errors import RequestError, RunError, first_line
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
@@ -76,9 +76,9 @@ def check_account(repository: str) -> None:
     try:
         HfApi().whoami()
     except Exception as error:  # whichever of the client's many: no network, no token, a revoked one
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RequestError(
-            f"export.push_to_hub={repository}: {first}\nLog in with `hf auth login`, or leave out export.push_to_hub."
+            f"export.push_to_hub={repository}: {first_line(error)}\n"
+            "Log in with `hf auth login`, or leave out export.push_to_hub."
         ) from error
 
 

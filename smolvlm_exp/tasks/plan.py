@@ -17,13 +17,14 @@ from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
-from smolvlm_exp.engine.memory.planner import GIB, MARGIN, Card, DoesNotFit, Plan
+from smolvlm_exp.engine.memory.planner import MARGIN, Card, DoesNotFit, Plan
 from smolvlm_exp.engine.memory.planner import plan as plan_step
 from smolvlm_exp.models.adapter import match_target
 from smolvlm_exp.training.memory_budget import budget_of, unsplittable_pairs
 from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_spec, weight_storage
 from smolvlm_exp.training.row_lengths import RowLengths, row_lengths
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.units import GIB
 
 if TYPE_CHECKING:
     from smolvlm_exp.config.schema import Config

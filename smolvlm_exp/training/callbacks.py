@@ -19,6 +19,7 @@ from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
 from smolvlm_exp.utils.signals import StopRequest
+from smolvlm_exp.utils.units import GIB
 
 if TYPE_CHECKING:
     from smolvlm_exp.reporting.tracker import Tracker
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 MIN_LOSSES = 8  # before one can stand out
 SPIKE = 10.0  # median deviations over the median
-GIB = 2**30
 ON_CONSOLE = (
     "loss", "eval_loss", "rewards/accuracies", "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy"
 )  # fmt: skip

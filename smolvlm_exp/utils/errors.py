@@ -24,6 +24,11 @@ class Pruned(Exception):
     """A search ended this run early."""
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, without the retries and traces that some go on with."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def exit_with_error(error: RequestError | RunError) -> NoReturn:
     if isinstance(error, RequestError) and os.environ.get("RANK", "0") != "0":
         time.sleep(10)  # all ranks raise it: rank 0 prints, and the launcher ends the others

@@ -4,7 +4,8 @@ import re
 
 from smolvlm_exp.utils.errors import RequestError
 
-UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": 2**30, "TB": 10**12, "TiB": 2**40}
+GIB = 2**30
+UNITS = {"MB": 10**6, "MiB": 2**20, "GB": 10**9, "GiB": GIB, "TB": 10**12, "TiB": 2**40}
 
 
 def size_of(text: str) -> int | None:

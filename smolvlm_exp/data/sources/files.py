@@ -21,7 +21,7 @@ from smolvlm_exp.data.loading import (
     build,
     convert,
     files_digest,
-    first_line,
+    first_cause,
     hold_out,
     json_objects,
     load_saved,
@@ -91,7 +91,7 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
         try:
             table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
         except (OSError, ValueError, DatasetsError) as error:
-            raise RequestError(f"{where} cannot be read as Parquet: {first_line(error)}") from error
+            raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
         return from_table(table, folder, where)
     rows = [row for path in files for row in parse(path)]
     require_known_format({key for row in rows for key in row} - {ORIGIN}, where)

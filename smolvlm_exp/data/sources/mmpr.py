@@ -14,7 +14,7 @@ from smolvlm_exp.data.formats import row_images
 from smolvlm_exp.data.loading import (
     convert,
     files_digest,
-    first_line,
+    first_cause,
     hold_out,
     select_columns,
     select_split,
@@ -49,7 +49,7 @@ def load(config: Config, split: str) -> "Dataset":
     try:
         rows = load_dataset("json", data_files=str(annotations), split="train")
     except DatasetGenerationError as error:
-        raise RequestError(f"data.annotations={annotations} is not JSONL: {first_line(error)}") from error
+        raise RequestError(f"data.annotations={annotations} is not JSONL: {first_cause(error)}") from error
     rows = select_columns(rows, ["image", "question", "chosen", "rejected"], str(annotations))
     keys = [str(row_images(row)) for row in undecoded(rows, ["image"])]
     rows = select_split(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part

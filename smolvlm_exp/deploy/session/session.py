@@ -28,8 +28,7 @@ from smolvlm_exp.deploy.session.kv_cache import LRUCache, Past, past_length, tru
 from smolvlm_exp.deploy.session.load import load_folder
 from smolvlm_exp.deploy.session.prompt import EncodedImage, Prompt, PromptBuilder
 from smolvlm_exp.utils.errors import RequestError
-
-GIB = 2**30
+from smolvlm_exp.utils.units import GIB
 
 
 @dataclass(frozen=True)

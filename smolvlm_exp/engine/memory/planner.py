@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from smolvlm_exp.engine.memory.footprint import LEVELS, BatchLoad, MemorySpec, RowSizes, Stack, peak, resident
+from smolvlm_exp.utils.units import GIB
 
-GIB = 2**30
 BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # not a mean over pairs: a mean over tokens, two sorts
 MARGIN = 0.08  # of a budget, left free: what the allocator holds in pieces too small to use, rows of unequal length
 BACKWARD = 1.7  # seconds of a backward pass over a forward one's, measured: norms, gains and the adapters' gradients

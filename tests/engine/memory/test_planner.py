@@ -11,11 +11,12 @@ from smolvlm_exp.engine import forward
 from smolvlm_exp.engine.inputs.packing import pack
 from smolvlm_exp.engine.memory import footprint
 from smolvlm_exp.engine.memory.footprint import RowSizes, moments, peak, resident
-from smolvlm_exp.engine.memory.planner import GIB, MARGIN, Card, DoesNotFit, plan, seconds
+from smolvlm_exp.engine.memory.planner import MARGIN, Card, DoesNotFit, plan, seconds
 from smolvlm_exp.models.adapter import AdapterConfig, match_target
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import shape_of
 from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_spec, weight_storage
+from smolvlm_exp.utils.units import GIB
 
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 H100 = Card("H100", 7.6e14)

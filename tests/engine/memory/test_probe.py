@@ -6,8 +6,9 @@ from torch import nn
 
 from smolvlm_exp.engine.memory import probe as probe_module
 from smolvlm_exp.engine.memory.footprint import peak, resident
-from smolvlm_exp.engine.memory.planner import GIB, MARGIN, DoesNotFit, Plan, fits_budget, proposals
+from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit, Plan, fits_budget, proposals
 from smolvlm_exp.engine.memory.probe import probe
+from smolvlm_exp.utils.units import GIB
 from tests.engine.memory.test_planner import H100, LONG, facts
 
 RECIPE = facts("recipe")
