@@ -1,0 +1,114 @@
+"""The text model as a sampler runs it: adapters merged, no autograd, keys and values handed out.
+
+    hidden = hidden + out(attention(in(norm(hidden))))
+    hidden = hidden + down(silu(gate) * up)           with [gate | up] = first(norm(hidden))
+
+It is what transformers' Llama computes; attention is given by the caller, because a prompt's and a step's differ.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from smolvlm_exp.engine.layers import ops
+from smolvlm_exp.engine.layers.linear import Product
+from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_8bit
+from smolvlm_exp.engine.model_parts import base_of, core_of
+from smolvlm_exp.utils.distributed import full_tensor
+
+# layer's number; [queries | keys | values] (T, (Q + 2 K) D); cos and sin (T, D) of their positions -> (T, Q D)
+Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+class Decoder:
+    """A snapshot of a text model with its active adapters. It does not follow later changes of the weights."""
+
+    def __init__(self, model: Any, merge: bool = True) -> None:
+        """
+        Args:
+            model: a SmolVLM, with its adapter on or not.
+            merge: unpack every layer's weight and merge its adapters into it, for the model's size in its dtype; else
+                each step unpacks them anew. LLM.int8 layers, which quantise their input too, are never merged.
+        """
+        text, head = core_of(model).text_model, base_of(model).get_output_embeddings()
+        attention = text.layers[0].self_attn
+        self.embed, self.final_norm, self.rotary_emb = text.embed_tokens, text.norm, text.rotary_emb
+        self.head = full_tensor(head.weight)
+        self.dtype, self.device = self.head.dtype, self.head.device
+        self.head_dim, self.scale = attention.head_dim, attention.scaling
+        self.heads = attention.q_proj.out_features // self.head_dim, attention.k_proj.out_features // self.head_dim
+        self.layers = [DecoderLayer(layer, self.dtype, merge) for layer in text.layers]
+
+    def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
+        """
+        Args:
+            hidden: (T, H) embeddings; positions: (T,) of the tokens in their sequences.
+
+        Returns:
+            (T, H) the last layer's hidden states, before the final norm.
+        """
+        cos, sin = (part[0] for part in self.rotary_emb(hidden, positions[None]))
+        for number, layer in enumerate(self.layers):
+            qkv = layer.qkv(self.normed(layer.norms[0], hidden))
+            hidden = hidden + layer.out(attend(number, qkv, cos, sin))
+            hidden = hidden + layer.down(ops.swiglu(layer.gate_up(self.normed(layer.norms[1], hidden)), None))
+        return hidden
+
+    @staticmethod
+    def normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return ops.norm(hidden, norm.weight, None, norm.variance_epsilon)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(T, H) -> (T, vocabulary) float32."""
+        return F.linear(self.normed(self.final_norm, hidden), self.head).float()
+
+
+def rotated_heads(
+    qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: tuple[int, int]
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries (T, Q, D), keys and values (T, K, D), the former two rotated (RoPE, arXiv 2104.09864)."""
+    query, key, value = ops.split_heads(qkv, heads)
+    query, key = (ops.rotate(part.float(), cos, sin).to(qkv.dtype) for part in (query, key))
+    return query, key, value
+
+
+class DecoderLayer:
+    def __init__(self, layer: Any, dtype: torch.dtype, merge: bool) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.qkv = InferenceLinear(dtype, merge, attention.q_proj, attention.k_proj, attention.v_proj)
+        self.out = InferenceLinear(dtype, merge, attention.o_proj)
+        self.gate_up = InferenceLinear(dtype, merge, mlp.gate_proj, mlp.up_proj)
+        self.down = InferenceLinear(dtype, merge, mlp.down_proj)
+
+
+class InferenceLinear:
+    """Linear layers that read the same input, as one product with the adapters that are active now."""
+
+    def __init__(self, dtype: torch.dtype, merge: bool, *layers: Any) -> None:
+        self.product = Product(*layers)
+        self.adapters = self.product.use(dtype)
+        self.weight = None
+        if merge and not any(map(is_8bit, self.product.bases)):
+            self.weight = self.merged(dtype)
+
+    def merged(self, dtype: torch.dtype) -> torch.Tensor:
+        """gain * (W + s B A), (N, in), summed in float32."""
+        bases = self.product.bases
+        if len(bases) == 1 and self.adapters is None and bases[0].weight.dtype is dtype:
+            return full_tensor(bases[0].weight)  # as it is: a copy would only take memory
+        weight = torch.cat([full_tensor(frozen_weight(base, torch.float32)) for base in bases])
+        if self.adapters:
+            weight.addmm_(self.adapters.b.float(), self.adapters.a.float())
+            if self.adapters.gain is not None:
+                weight *= self.adapters.gain[:, None]
+        return weight.to(dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.weight is not None:
+            return F.linear(x, self.weight, self.product.bias)
+        result, _ = self.product.forward(x, self.adapters)
+        gain = self.adapters.gain if self.adapters else None
+        return result if gain is None and self.product.bias is None else ops.scale(result, gain, self.product.bias)

@@ -1,0 +1,209 @@
+"""The sampler against transformers' `generate`, token for token in float32, and what it promises about its rows."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smolvlm_exp.engine.forward import image_features
+from smolvlm_exp.engine.generation import batch, sampler
+from smolvlm_exp.engine.generation.decoder import Decoder
+from smolvlm_exp.engine.generation.sampler import Prompt, sample
+from smolvlm_exp.engine.generation.sampling import Sampling, draw, uniforms
+from smolvlm_exp.engine.model_parts import core_of
+from tests.engine.stock import IMAGE, PAD, pixels, random_row, tiny_adapter, tiny_model
+
+END = 8
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def prompts_of(model, rows):
+    """Prompts with their images' features, which are worked out when the prompt is read."""
+    core, device = core_of(model), model.device
+
+    def features(row):
+        return image_features(core, pixels(row["tiles"].to(device)))
+
+    return [Prompt(row["prompt_ids"], (lambda row=row: features(row)) if len(row["tiles"]) else None) for row in rows]
+
+
+def upstream(model, row, count, end=END, **how):
+    """The ids that transformers' `generate` answers with, the end token included."""
+    ids = row["prompt_ids"][None].to(model.device)
+    images = {"pixel_values": pixels(row["tiles"].to(model.device))[None]} if len(row["tiles"]) else {}
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), **images, max_new_tokens=count, do_sample=False,
+        eos_token_id=end, pad_token_id=PAD, **how,
+    )  # fmt: skip
+    return made[0, ids.shape[1] :].tolist()
+
+
+def with_end(answer, end=END):
+    return [*answer.ids, end] if answer.ended else answer.ids
+
+
+def rows_of(count, seed):
+    draw = torch.Generator().manual_seed(seed)
+
+    def number(low, high):
+        return int(torch.randint(low, high, (1,), generator=draw))
+
+    return [
+        random_row(number(1, 9), 1, 1, [number(1, 4) for _ in range(number(0, 3))], seed=seed + i) for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kv_heads", [4, 2, 1])
+@pytest.mark.parametrize("adapter", [None, "lora", "dora"])
+@torch.no_grad()
+def test_greedy_answers_are_those_of_generate(device, kv_heads, adapter, monkeypatch):
+    """Random prompts with up to two images, more of them than fit, so that they leave and enter."""
+    monkeypatch.setattr(sampler, "PREFILL_TOKENS", 60)
+    model = tiny_model(kv_heads=kv_heads)
+    if adapter:
+        model = tiny_adapter(model, "text", use_dora=adapter == "dora")
+    model = model.to(device).eval()
+    rows = rows_of(9, seed=kv_heads)
+    end = upstream(model, rows[0], 5, end=None)[4]  # a token that the model does come to
+    for merge in (True, False):
+        answers = dict(sample(Decoder(model, merge), prompts_of(model, rows), Sampling(12), end, IMAGE, rows=4))
+        expected = [upstream(model, row, 12, end) for row in rows]
+        assert [with_end(answers[i][0], end) for i in range(len(rows))] == expected
+    assert {answer.ended for (answer,) in answers.values()} == {True, False}
+
+
+@given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), answers=st.integers(1, 3), seed=st.integers(0, 99))
+@settings(max_examples=15, deadline=None)
+@torch.no_grad()
+def test_an_answer_does_not_depend_on_its_batch(lengths, answers, seed):
+    """Drawn at a temperature, alone and with others, few and many at a time: the seed alone decides."""
+    model = tiny_model(seed=1)
+    rows = [random_row(length, 1, 1, [1], seed=seed + length) for length in lengths]
+    prompts, sampling = prompts_of(model, rows), Sampling(8, temperature=1.3, seed=seed)
+    together = dict(sample(Decoder(model), prompts, sampling, END, IMAGE, answers, rows=64))
+    few = dict(sample(Decoder(model), prompts, sampling, END, IMAGE, answers, rows=answers))
+    assert together == few
+    for i, prompt in enumerate(prompts):
+        alone = Sampling(8, temperature=1.3, seed=seed + i * answers)
+        ((_, by_itself),) = sample(Decoder(model), [prompt], alone, END, IMAGE, answers)
+        assert by_itself == together[i]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@torch.no_grad()
+def test_log_probabilities_are_those_of_the_drawn_tokens(device):
+    """Held against one forward pass over prompt and answer, at the temperature of the draw."""
+    model = tiny_model().to(device)
+    rows, temperature = rows_of(4, seed=5), 0.7
+    sampling = Sampling(10, temperature=temperature, seed=3)
+    found = dict(sample(Decoder(model), prompts_of(model, rows), sampling, END, IMAGE, answers=2, logps=True))
+    compared = 0
+    for i, row in enumerate(rows):
+        images = {"pixel_values": pixels(row["tiles"].to(device))[None]} if len(row["tiles"]) else {}
+        for answer in found[i]:
+            if IMAGE in answer.ids:  # which transformers would want an image for
+                continue
+            compared += 1
+            drawn = torch.tensor(with_end(answer))
+            ids = torch.cat((row["prompt_ids"], drawn))[None].to(device)
+            logits = model(input_ids=ids, **images).logits[0, len(row["prompt_ids"]) - 1 : -1] / temperature
+            expected = logits.log_softmax(1).gather(1, drawn[:, None].to(device))[:, 0].cpu()
+            torch.testing.assert_close(answer.logps, expected, atol=1e-5, rtol=1e-4)
+    assert compared >= 4
+
+
+@torch.no_grad()
+def test_the_end_token_waits_for_min_new_tokens():
+    model, rows = tiny_model(), rows_of(6, seed=2)
+    answers = dict(sample(Decoder(model), prompts_of(model, rows), Sampling(9, min_new_tokens=7), END, IMAGE))
+    expected = [upstream(model, row, 9, min_new_tokens=7) for row in rows]
+    assert [with_end(answers[i][0]) for i in range(len(rows))] == expected
+    assert all(len(with_end(answer)) >= 7 for (answer,) in answers.values())
+
+
+@torch.no_grad()
+def test_a_prompt_is_read_once_for_all_its_answers(monkeypatch):
+    """And its images when its turn comes."""
+    model, read = tiny_model(), []
+    ordinary = batch.SamplingBatch.read
+    monkeypatch.setattr(
+        batch.SamplingBatch, "read", lambda self, groups, embeddings, *rest: (
+            read.append(embeddings.shape[0]), ordinary(self, groups, embeddings, *rest)
+        )
+    )  # fmt: skip
+    answers = dict(sample(Decoder(model), prompts_of(model, rows_of(5, seed=4)), Sampling(3), END, IMAGE, 4, rows=8))
+    assert sum(read) == 5
+    assert [len(answers[i]) for i in range(5)] == [4] * 5
+
+
+@torch.no_grad()
+def test_nothing_to_answer():
+    assert list(sample(Decoder(tiny_model()), [], Sampling(3), END, IMAGE)) == []
+
+
+# Drawing one token
+
+
+def frequencies(sampling, logits, count=40_000):
+    drawn = draw(logits.expand(count, -1), uniforms([0], count)[0], sampling)
+    return torch.bincount(drawn, minlength=len(logits)) / count
+
+
+@pytest.mark.parametrize(
+    ("how", "expected"),
+    [
+        ({}, [0.1, 0.2, 0.3, 0.4]),
+        ({"temperature": 0.5}, [1 / 30, 4 / 30, 9 / 30, 16 / 30]),
+        ({"top_k": 2}, [0, 0, 3 / 7, 4 / 7]),
+        ({"top_p": 0.69}, [0, 0, 3 / 7, 4 / 7]),  # 0.4 + 0.3 reach it
+        ({"top_p": 0.71}, [0, 2 / 9, 3 / 9, 4 / 9]),
+        ({"top_p": 1e-6}, [0, 0, 0, 1]),  # the nucleus is never empty
+        ({"top_p": 0.95, "top_k": 1}, [0, 0, 0, 1]),
+    ],
+)
+def test_tokens_are_drawn_as_often_as_their_probability_says(how, expected):
+    logits = torch.tensor([0.1, 0.2, 0.3, 0.4]).log()
+    torch.testing.assert_close(
+        frequencies(Sampling(**{"temperature": 1.0, **how}), logits),
+        torch.tensor(expected, dtype=torch.float32),
+        atol=0.01,
+        rtol=0,
+    )
+
+
+def test_a_token_without_probability_is_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf]])
+    for uniform in (0.0, 0.5, 1 - 2**-24):
+        assert draw(logits, torch.tensor([uniform]), Sampling(temperature=1.0)).tolist() == [1]
+
+
+# A step's attention
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("answers", "heads", "kv_heads"), [(1, 4, 4), (3, 4, 2), (8, 3, 1)])
+def test_a_step_attends_to_its_prompt_and_its_own_tokens(device, answers, heads, kv_heads):
+    """Against plain softmax attention over each row's keys, written out row by row."""
+    torch.manual_seed(0)
+    groups, longest, width, size, scale = 2, 300, 70, 16, 0.3
+    rows, lengths = groups * answers, torch.tensor([5, 290])
+    at = torch.randint(0, width, (rows,))
+    shared = torch.randn(2, groups, kv_heads, longest, size)
+    own = torch.randn(2, rows, kv_heads, width, size)
+    qkv, angle = torch.randn(rows, (heads + 2 * kv_heads) * size), torch.randn(rows, size // 2)
+    cos, sin = angle.cos().repeat(1, 2), angle.sin().repeat(1, 2)
+    inputs = [t.to(device) for t in (qkv, cos, sin, shared, own.clone(), lengths, at)]
+    found = batch.step_attention(*inputs, scale, (heads, kv_heads)).cpu()
+    query, key, value = batch.rotated_heads(qkv, cos, sin, (heads, kv_heads))
+    for row in range(rows):
+        group = row // answers
+        for head in range(heads):
+            kv = head // (heads // kv_heads)
+            keys, values = (
+                torch.cat((shared[i, group, kv, : lengths[group]], own[i, row, kv, : at[row]], new[row, kv][None]))
+                for i, new in enumerate((key, value))
+            )
+            expected = (keys @ query[row, head] * scale).softmax(0) @ values
+            torch.testing.assert_close(found[row].view(heads, size)[head], expected, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(inputs[4].cpu()[0, row, :, at[row]], key[row])
