@@ -176,7 +176,7 @@ def step_attention(
     Returns:
         (G n, Q D).
     """
-    if kernels is not None and qkv.is_cuda:
+    if kernels is not None and qkv.is_cuda and cos.shape[1] >= 32:  # a kernel's products need 16 columns a half
         return kernels.step_attention(qkv, cos, sin, shared, own, lengths, at, scale, heads)
     query, *new = rotated_heads(qkv, cos, sin, heads)
     rows, (_, groups, kv_heads, prompt, size) = len(qkv), shared.shape

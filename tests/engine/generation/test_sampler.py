@@ -14,6 +14,7 @@ from smolvlm_exp.engine.model_parts import core_of
 from tests.engine.stock import IMAGE, PAD, pixels, random_row, tiny_adapter, tiny_model
 
 END = 8
+KERNELS = {"cpu": {}, "cuda": {"hidden_size": 128}}  # heads of 32 columns, from which on the kernels serve
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
@@ -60,7 +61,7 @@ def rows_of(count, seed):
 def test_greedy_answers_are_those_of_generate(device, kv_heads, adapter, monkeypatch):
     """Random prompts with up to two images, more of them than fit, so that they leave and enter."""
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 60)
-    model = tiny_model(kv_heads=kv_heads)
+    model = tiny_model(kv_heads=kv_heads, **KERNELS[device])
     if adapter:
         model = tiny_adapter(model, "text", use_dora=adapter == "dora")
     model = model.to(device).eval()
@@ -94,7 +95,7 @@ def test_an_answer_does_not_depend_on_its_batch(lengths, answers, seed):
 @torch.no_grad()
 def test_log_probabilities_are_those_of_the_drawn_tokens(device):
     """Held against one forward pass over prompt and answer, at the temperature of the draw."""
-    model = tiny_model().to(device)
+    model = tiny_model(**KERNELS[device]).to(device)
     rows, temperature = rows_of(4, seed=5), 0.7
     sampling = Sampling(10, temperature=temperature, seed=3)
     found = dict(sample(Decoder(model), prompts_of(model, rows), sampling, END, IMAGE, answers=2, logps=True))
@@ -186,7 +187,7 @@ def test_a_token_without_probability_is_never_drawn():
 def test_a_step_attends_to_its_prompt_and_its_own_tokens(device, answers, heads, kv_heads):
     """Against plain softmax attention over each row's keys, written out row by row."""
     torch.manual_seed(0)
-    groups, longest, width, size, scale = 2, 300, 70, 16, 0.3
+    groups, longest, width, size, scale = 2, 300, 70, 32, 0.3
     rows, lengths = groups * answers, torch.tensor([5, 290])
     at = torch.randint(0, width, (rows,))
     shared = torch.randn(2, groups, kv_heads, longest, size)
