@@ -5,7 +5,9 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from transformers import TrainerCallback
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
@@ -19,11 +21,8 @@ from smolvlm_exp.training.callbacks import StopCallback
 from smolvlm_exp.training.engine_setup import check_request, load_trainable_model
 from smolvlm_exp.training.memory_budget import memory_cap
 
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
 
-
-def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = ()) -> dict[str, Any]:
+def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
     """Tune as `config` says and write everything into `folder`; returns what summary.json holds.
 
     Args:

@@ -1,4 +1,4 @@
-"""What happens around the training steps: metrics to the run folder and the tracker, and a clean stop on a signal."""
+"""Around the training steps: metrics and sample answers to the run folder and the tracker, a clean stop on a signal."""
 
 import logging
 import math
@@ -8,24 +8,34 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProcessorMixin,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from smolvlm_exp.data.preferences import Preferences
+from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
 from smolvlm_exp.utils.signals import StopRequest
 from smolvlm_exp.utils.units import GIB
 
-if TYPE_CHECKING:
-    from smolvlm_exp.reporting.tracker import Tracker
-
 log = logging.getLogger(__name__)
 
+SAMPLES = "samples.jsonl"  # in the run folder, per line: {"step": 20, "answers": [...]}
+SAMPLE_ROWS = 4  # the first held-out ones
+SAMPLE_TOKENS = 128  # at most per answer: training waits for it
 MIN_LOSSES = 8  # before one can stand out
 SPIKE = 10.0  # median deviations over the median
 ON_CONSOLE = (
@@ -51,7 +61,7 @@ def memory_stats() -> dict[str, float]:
 class MetricsCallback(TrainerCallback):
     """Every log event, with memory and speed added, to `metrics.jsonl` and to the tracker."""
 
-    def __init__(self, folder: Path, tracker: "Tracker") -> None:
+    def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.path = folder / "metrics.jsonl"
         self.tracker = tracker
         self.last_log = (0.0, 0, 0.0)  # clock, step, tokens
@@ -112,6 +122,44 @@ class MetricsCallback(TrainerCallback):
             "tokens_per_second": max(tokens - before, 0.0) / seconds,
             "data_wait": waited,
         }
+
+
+class SamplesCallback(TrainerCallback):
+    """To `samples.jsonl` and the tracker; random state and the model's modes are left as they were."""
+
+    def __init__(
+        self,
+        every: float,
+        processor: ProcessorMixin,
+        preferences: Preferences,
+        start: list[str],
+        metrics: MetricsCallback,
+    ) -> None:
+        """Every so many steps (below 1: a fraction of all; 0: never); `start` are the answers before the first."""
+        self.every, self.processor, self.metrics = every, processor, metrics
+        self.rows = [preferences.test[i] for i in range(min(SAMPLE_ROWS, len(preferences.test)))] if every else []
+        self.start, self.path = start, metrics.path.with_name(SAMPLES)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        truncate_after(self.path, state.global_step)
+        if self.rows and state.global_step == 0:
+            self.record(state, self.start[: len(self.rows)])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        steps = math.ceil(self.every * state.max_steps) if self.every < 1 else int(self.every)
+        if not self.rows or state.global_step % steps:
+            return
+        model = kwargs["model"]
+        modes = [(module, module.training) for module in model.modules()]
+        answers = generate_answers(model, self.processor, self.rows, len(self.rows), SAMPLE_TOKENS)
+        for module, training in modes:
+            module.training = training
+        self.record(state, answers)
+        self.metrics.exclude_time()
+
+    def record(self, state: TrainerState, answers: list[str]) -> None:
+        append_event(self.path, {"step": state.global_step, "answers": answers})
+        self.metrics.tracker.show_samples(self.rows, answers, state.global_step)
 
 
 class LogLines(TrainerCallback):

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from smolvlm_exp.models.adapter import plain_initialisation
 from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, build_trl_config
-from smolvlm_exp.training.engine_setup import disk_cache, engine_inputs
-from smolvlm_exp.training.memory_budget import plan_memory
 from smolvlm_exp.utils.fields import above, at_least, one_of, some_of
 
 if TYPE_CHECKING:
@@ -52,6 +50,8 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
     if config.engine == "stock":
         return build_stock(config, arguments, inputs)
     from smolvlm_exp.engine.inputs.dataset import PackedDataset
+    from smolvlm_exp.training.engine_setup import disk_cache, engine_inputs
+    from smolvlm_exp.training.memory_budget import plan_memory
     from smolvlm_exp.training.trainers import EngineDPOTrainer
 
     trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs, PackedDataset))

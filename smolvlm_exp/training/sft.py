@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, build_trl_config
-from smolvlm_exp.training.engine_setup import engine_inputs
-from smolvlm_exp.training.memory_budget import plan_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -40,6 +38,8 @@ def build_trainer(config: Config, arguments: "SFTConfig", inputs: TrainerInputs)
             **inputs.common(config, arguments),
         )
     from smolvlm_exp.engine.trainers import ChosenDataset
+    from smolvlm_exp.training.engine_setup import engine_inputs
+    from smolvlm_exp.training.memory_budget import plan_memory
 
     trainer = EngineSFTTrainer(**engine_inputs(config, arguments, inputs, ChosenDataset))
     plan_memory(config, trainer, pairs=False)

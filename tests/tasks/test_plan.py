@@ -13,8 +13,8 @@ from smolvlm_exp.data.tokens import image_span
 from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.tasks.plan import plan
-from smolvlm_exp.training.memory_budget import budget_of
-from smolvlm_exp.training.row_lengths import image_tokens, row_lengths, tile_grid
+from smolvlm_exp.tasks.row_lengths import image_tokens, row_lengths, tile_grid
+from smolvlm_exp.training.arguments import budget_of
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
@@ -141,7 +141,7 @@ def test_an_images_tokens_are_about_right(grid, model):
 
 def test_drawn_rows_are_as_long_as_they_will_be(processor, tmp_path):
     config = compose("data.train_rows=64", "data.test_rows=8")
-    found = row_lengths(config.data, config.model, config.task)
+    found = row_lengths(config)
     rows = load_preferences(config.data, processor, tmp_path).train
     for row, (prompt, chosen, rejected, tiles) in zip(rows, found.sizes, strict=True):
         assert prompt == pytest.approx(row["prompt_tokens"], abs=6)

@@ -6,7 +6,6 @@ import torch
 from smolvlm_exp.engine.memory import planner as memory
 from smolvlm_exp.engine.memory import probe
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training import dpo
 from smolvlm_exp.training import memory_budget as fit
 from smolvlm_exp.training.memory_budget import memory_cap
 from smolvlm_exp.utils.errors import RequestError
@@ -34,7 +33,7 @@ def test_a_planned_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, check
 @pytest.mark.parametrize("checkpointing", ["full", "none"])
 def test_fused_layers_are_not_checkpointed_once_more(quick, tmp_path, monkeypatch, checkpointing):
     built = []
-    monkeypatch.setattr(dpo, "plan_memory", lambda config, trainer: built.append(trainer))
+    monkeypatch.setattr(fit, "plan_memory", lambda config, trainer: built.append(trainer))
     train(quick(*SIGMOID, "trainer.max_steps=1", f"trainer.gradient_checkpointing={checkpointing == 'full'}"), tmp_path)
     layers = built[0].model.get_base_model().base_model.text_model.layers
     assert [layer.forward.checkpointing for layer in layers] == [checkpointing] * len(layers)

@@ -7,8 +7,7 @@ import torch
 
 from smolvlm_exp.runs.event_log import append_event, read_events
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training.callbacks import MetricsCallback
-from smolvlm_exp.training.sample_callback import SamplesCallback
+from smolvlm_exp.training.callbacks import MetricsCallback, SamplesCallback
 
 LONG = ("trainer.max_steps=4", "trainer.learning_rate=5e-3", "trainer.save_strategy=steps", "trainer.save_steps=2")
 NOISY = ("adapter.lora_dropout=0.1", "trainer.disable_dropout=false")  # so that a random number out of place shows
@@ -54,7 +53,7 @@ def test_a_share_of_the_steps(tmp_path):
     callback.record = lambda state, answers: looked.append(state.global_step)
     model = torch.nn.Linear(1, 1)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("smolvlm_exp.training.sample_callback.generate_answers", lambda *args: [""])
+        patch.setattr("smolvlm_exp.training.callbacks.generate_answers", lambda *args: [""])
         for step in range(11):
             state = SimpleNamespace(global_step=step, max_steps=10)
             (callback.on_step_end if step else callback.on_train_begin)(None, state, None, model=model)
