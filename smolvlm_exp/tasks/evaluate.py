@@ -31,10 +31,10 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     """Base and, with `model.adapter`, the tuned model; written into `folder` as a run's result is.
 
     Returns:
-        what summary.json holds: `before` is the base.
+        the content of summary.json; `before` is the base.
 
     Raises:
-        RequestError: something was asked for that cannot be done here.
+        RequestError: the request cannot work here.
     """
     batch_size = config.trainer.per_device_eval_batch_size
     sizes = tuple(config.task.batch_sizes) or (1, batch_size)

@@ -1,9 +1,9 @@
-"""Will it fit, and how fast? A table of cards for the composed configuration, from shapes alone.
+"""Will it fit, and how fast is it? A table of GPUs for the composed configuration, from shapes alone.
 
     python -m smolvlm_exp task=plan model=smolvlm adapter.target=text trainer.memory_budget=8GiB
 
-No GPU, no weights and no run folder. The formulas are those that plan a run (engine/memory);
-a run then measures on its own longest rows.
+No GPU, no weights and no run folder. A run plans with the same formulas (engine/memory) and then measures on its own
+longest rows.
 """
 
 import math
@@ -37,7 +37,7 @@ def plan(config: Config, folder: Path) -> None:
     """Print the table, what it assumes, and what helps where something does not fit.
 
     Raises:
-        RequestError: it cannot be answered: plain TRL, a model whose shape is not known, data that cannot be read.
+        RequestError: the engine is plain TRL, the model's shape is not known, or the data cannot be read.
     """
     if config.trainer.engine == "stock":
         raise RequestError("task=plan plans what the engine does: trainer.engine=shared.")
@@ -53,17 +53,7 @@ def plan(config: Config, folder: Path) -> None:
     if isinstance(limit, int):
         budgets = {f"memory_budget={config.trainer.memory_budget}": limit, **budgets}
     plans = {name: plan_within(config, lengths, budget, card) for name, budget in budgets.items()}
-    if config.trainer.max_steps > 0:
-        pairs: float | None = config.trainer.max_steps * config.trainer.pairs_per_step
-    else:
-        pairs = lengths.rows * config.trainer.num_train_epochs if lengths.rows else None
-    spec = spec_of_config(config)
-    print(heading(config, spec))
-    Console(width=None if Console().is_terminal else 120).print(table(plans, spec.vision.trained > 0, pairs, card))
-    print(assumptions(lengths, pairs, card))
-    for name, found in plans.items():
-        if isinstance(found, DoesNotFit):
-            print(f"{name}: does not fit; {help_for(config, found.budget, card)}")
+    print_plans(config, lengths, card, plans)
 
 
 def plan_within(config: Config, lengths: RowLengths, budget: int, card: Card) -> Plan | DoesNotFit:
@@ -96,28 +86,43 @@ def spec_of_config(config: Config) -> MemorySpec:
     return memory_spec(shape, weight_storage(config.quant), adapted, features, element, gpu=True)
 
 
-def heading(config: Config, spec: MemorySpec) -> str:
-    """What the table is about."""
-    adapter, quant = config.adapter, config.quant
-    width = f"{8 * spec.element} bits each"
+def print_plans(config: Config, lengths: RowLengths, card: Card, plans: Mapping[str, Plan | DoesNotFit]) -> None:
+    trainer, adapter, quant, spec = config.trainer, config.adapter, config.quant, spec_of_config(config)
+    width = f"{8 * spec.element} bits"
     if quant.load_in_4bit or quant.load_in_8bit:
         width = (quant.bnb_4bit_quant_type or "nf4") if quant.load_in_4bit else "int8"
     trained = f"{'DoRA' if adapter.use_dora else 'LoRA'} r={adapter.r}, target={adapter.target}"
     images = "image features computed once" if spec.features else "images through the vision tower in every pass"
-    return (
+    print(
         f"{config.model.id}: {spec.matrix_weights + spec.other_weights:,} weights, {width}; "
         f"{trained if spec.adapter else 'all'}: {spec.trained_weights:,} trained\n"
-        f"{config.trainer.pairs_per_step} pairs a step, {images}"
+        f"{trainer.pairs_per_step} pairs per step, {images}"
     )
+    pairs = (lengths.rows or 0) * trainer.num_train_epochs
+    if trainer.max_steps > 0:
+        pairs = trainer.max_steps * trainer.pairs_per_step
+    Console(width=None if Console().is_terminal else 120).print(table(plans, spec.vision.trained > 0, pairs, card))
+    hours = f"{pairs:,.0f} pairs" if pairs else "give the number of rows, as task.rows=5000"
+    print(
+        "activation checkpointing: none; mlp: each layer's MLP is recomputed; full: every layer is recomputed\n"
+        f"{lengths.description}\n"
+        f"hours: {hours}; the reference's log-probabilities, image features and evaluation come on top\n"
+        f"seconds: {card.name} multiplies bfloat16 matrices at {card.matmul / 1e12:.0f} TFLOP/s; for another card give "
+        "its rate, as task.matmul_tflops=165\n"
+        f"a card loses {CONTEXT} GiB to CUDA; of what is left, or of a budget, {MARGIN:.0%} stay free"
+    )
+    for name, plan in plans.items():
+        if isinstance(plan, DoesNotFit):
+            print(f"{name}: does not fit; {help_for(config, plan.budget, card)}")
 
 
-def table(plans: Mapping[str, Plan | DoesNotFit], vision: bool, pairs: float | None, card: Card) -> Table:
+def table(plans: Mapping[str, Plan | DoesNotFit], vision: bool, pairs: float, card: Card) -> Table:
     """
     Args:
         vision: gradients reach the vision tower.
-        pairs: in the run; None: unknown.
+        pairs: in the run; 0: unknown.
     """
-    shown = Table("", "micro-batch x passes", "checkpointing", "peak GiB", f"s a pair, {card.name}", "hours")
+    shown = Table("", "micro-batch x passes", "checkpointing", "peak GiB", f"s per pair, {card.name}", "hours")
     for column in shown.columns:
         column.justify = "left" if column.header in ("", "checkpointing") else "right"
     for name, plan in plans.items():
@@ -131,52 +136,35 @@ def table(plans: Mapping[str, Plan | DoesNotFit], vision: bool, pairs: float | N
     return shown
 
 
-def assumptions(lengths: RowLengths, pairs: float | None, card: Card) -> str:
-    """What the table assumes."""
-    hours = f"{pairs:,.0f} pairs" if pairs else "give the number of rows, as task.rows=5000"
-    return (
-        "activation checkpointing: none; mlp: a layer's MLP is computed again; full: all of it\n"
-        f"{lengths.description}\n"
-        f"hours: {hours}; the reference's log-probabilities, image features and evaluation come on top\n"
-        f"seconds: {card.name} multiplies bfloat16 matrices at {card.matmul / 1e12:.0f} TFLOP/s; for another card give "
-        "its rate, as task.matmul_tflops=165\n"
-        f"a card loses {CONTEXT} GiB to CUDA; of what is left, or of a budget, {MARGIN:.0%} stay free"
-    )
-
-
 def help_for(config: Config, budget: int, card: Card) -> str:
     """The first change of settings that makes it fit, alone or with those before it."""
     overrides, together = [], config
-    for override, change in changes(config):
+    for override, group, values in changes(config):
         overrides.append(override)
-        together = replace(together, **change)
-        for changed, command in ((replace(config, **change), override), (together, " ".join(overrides))):
+        alone, together = (replace(c, **{group: replace(getattr(c, group), **values)}) for c in (config, together))
+        for changed, command in ((alone, override), (together, " ".join(overrides))):
             if isinstance(plan_within(changed, row_lengths(changed), budget, card), Plan):
                 return f"with {command} it does"
     return "no setting here changes that"
 
 
-def changes(config: Config) -> Iterator[tuple[str, dict[str, Any]]]:
-    """What takes less memory than this configuration, as it is typed and as it changes it, best first."""
-    adapter, trainer, spec = config.adapter, config.trainer, spec_of_config(config)
-    if adapter.type == "none":
-        yield "adapter=dora", {"adapter": replace(adapter, type="lora", use_dora=True, target="text")}
+def changes(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
+    """Changes that take less memory, best first: the override to type, its group, the new values in that group."""
+    trainer, spec = config.trainer, spec_of_config(config)
+    if not spec.adapter:
+        yield "adapter=dora", "adapter", {"type": "lora", "use_dora": True, "target": "text"}
     elif spec.vision.trained:
-        yield "adapter.target=text", {"adapter": replace(adapter, target="text")}
+        yield "adapter.target=text", "adapter", {"target": "text"}
     elif not spec.features:
-        yield "trainer.keep_features=true", {"trainer": replace(trainer, keep_features=True)}
-    if spec.weights in ("whole", "8bit"):
-        yield "quant=nf4", {"quant": replace(config.quant, load_in_8bit=False, load_in_4bit=True)}
+        yield "trainer.keep_features=true", "trainer", {"keep_features": True}
+    if not spec.weights.startswith("4bit"):
+        yield "quant=nf4", "quant", {"load_in_8bit": False, "load_in_4bit": True}
     if unsplittable_pairs(trainer) > 1:
-        yield (
-            f"trainer.per_device_train_batch_size=1 trainer.gradient_accumulation_steps={trainer.pairs_per_step}",
-            {
-                "trainer": replace(
-                    trainer, per_device_train_batch_size=1, gradient_accumulation_steps=trainer.pairs_per_step
-                )
-            },
-        )
-    assert config.model.shape is not None
-    for name in SMALLER[config.model.shape.architecture]:
-        if (shape := shape_of(name)).hidden_size < config.model.shape.hidden_size:
-            yield f"model={name}", {"model": replace(config.model, shape=shape)}
+        sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": trainer.pairs_per_step}
+        yield " ".join(f"trainer.{key}={value}" for key, value in sizes.items()), "trainer", sizes
+    shape = config.model.shape
+    assert shape is not None
+    for name in SMALLER[shape.architecture]:
+        smaller = shape_of(name)
+        if smaller.hidden_size < shape.hidden_size:
+            yield f"model={name}", "model", {"shape": smaller}

@@ -11,7 +11,6 @@ from typing import Any
 from peft import PeftModel
 from rich.console import Console
 
-from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.adapter_reload import check_adapter_reload
@@ -27,7 +26,7 @@ from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
-from smolvlm_exp.training.callbacks import SAMPLES, MetricsCallback, SamplesCallback, memory_stats
+from smolvlm_exp.training.callbacks import SAMPLES, memory_stats
 from smolvlm_exp.training.sanity_checks import ParameterMonitor
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
@@ -39,8 +38,9 @@ class Result:
     """Collects a run's results and writes them, whether it finishes, is stopped or fails."""
 
     before: Evaluation
+    monitor: ParameterMonitor  # of the trainer's model, from before training
+    training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
-    training: Any
 
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
@@ -73,21 +73,10 @@ class Result:
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
             print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
 
-    def callbacks(self, processor: Any) -> list[Any]:
-        """Of the trainer: metrics, and sample answers."""
-        metrics = MetricsCallback(self.folder, self.tracker)
-        every, start = self.config.trainer.sample_steps, self.before.answers
-        return [metrics, SamplesCallback(every, processor, self.preferences, start, metrics)]
-
-    def monitor(self, trainer: Any) -> None:
-        """Called before training, so that the checks can compare the weights."""
-        log_tuned_settings(self.config)
-        self.parameters = ParameterMonitor(trainer.model)
-
     def save(self, trainer: Any) -> None:
         """Write and print everything; a stopped run has no adapter and no evaluation after training."""
         model = trainer.accelerator.unwrap_model(trainer.model)
-        checks = self.parameters.checks(trainer)
+        checks = self.monitor.checks(trainer)
         if self.after:
             save_finetuned(model, self.config.adapter, self.folder)
             history = trainer.state.log_history

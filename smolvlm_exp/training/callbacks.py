@@ -68,7 +68,7 @@ class MetricsCallback(TrainerCallback):
         self.evaluating = 0.0  # seconds of evaluation since the last log
         self.waiting = 0.0  # seconds without a batch since the last log
         self.step_end = 0.0
-        self.idle = 0.0  # clock, when all that comes between two steps but fetching batches was done
+        self.idle = 0.0  # clock, when everything between two steps was done except fetching batches
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         truncate_after(self.path, state.global_step)
@@ -82,10 +82,7 @@ class MetricsCallback(TrainerCallback):
         self.step_end = self.idle = time.perf_counter()
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self.exclude_time()
-
-    def exclude_time(self) -> None:
-        """What went by since the step's end, or since the last such call, was no training."""
+        """Also called after sample answers: the time since the step's end, or since the last call, was no training."""
         self.idle = time.perf_counter()
         self.evaluating += self.idle - self.step_end
         self.step_end = self.idle
@@ -155,7 +152,7 @@ class SamplesCallback(TrainerCallback):
         for module, training in modes:
             module.training = training
         self.record(state, answers)
-        self.metrics.exclude_time()
+        self.metrics.on_evaluate()
 
     def record(self, state: TrainerState, answers: list[str]) -> None:
         append_event(self.path, {"step": state.global_step, "answers": answers})
@@ -181,14 +178,14 @@ class StopCallback(StopRequest, TrainerCallback):
     """On SIGTERM or Ctrl-C: finish the step, save, stop. A second signal leaves at once."""
 
     def agreed(self) -> bool:
-        """Whether any process of the run was asked: all of them stop at the same step."""
+        """Whether any process was signalled: all of them stop at the same step."""
         return any(gather(self.asked))
 
     def on_request(self) -> None:
         print("\nstopping after this step and saving; press Ctrl-C again to exit at once", file=sys.stderr)
 
     def leave(self, code: int) -> None:
-        """At once: a tracker or a worker that hangs holds nobody up, and kill -9 loses nothing either."""
+        """At once, even if a tracker or a worker hangs. Nothing is lost: a run also survives kill -9."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

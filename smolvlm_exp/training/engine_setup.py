@@ -1,4 +1,4 @@
-"""What a trainer starts from: requests that cannot work are refused, then model, rows and images are made ready."""
+"""Before a trainer is built: requests that cannot work are refused, model, rows and images are prepared."""
 
 import logging
 from pathlib import Path
@@ -42,7 +42,7 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
     """Before anything is loaded.
 
     Raises:
-        RequestError: the groups do not go together, or the engine or this machine does not do what is asked for.
+        RequestError: the groups do not go together, or the engine or this machine does not support them.
     """
     lora_config(adapter, quantised=quantization_config(quant, resolve_dtype(model.dtype)) is not None)
     if model.adapter:
@@ -67,10 +67,10 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
 def load_trainable_model(
     trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int
 ) -> tuple[Any, LoraConfig | None]:
-    """The model that is trained, with the adapter it starts from; else the adapter that a trainer puts on.
+    """The model to train with its saved adapter (`model.adapter`), or with the configuration of a fresh one.
 
     Raises:
-        RequestError: it cannot be had, or trained as asked.
+        RequestError: it cannot be loaded, or not be trained with these settings.
     """
     quantization = quantization_config(quant, resolve_dtype(model.dtype))
     peft_config = lora_config(adapter, quantised=quantization is not None)
@@ -85,7 +85,7 @@ def load_trainable_model(
 
 def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: PreTrainedModel) -> None:
     """Raises:
-    RequestError: the engine is given a model split over devices; image features are to be kept though they change.
+    RequestError: the model is split over devices; or image features are to be kept although they change.
     """
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1 and trainer.engine == "shared":

@@ -38,7 +38,7 @@ class CheckpointMixin(Trainer):
     _total_train_tokens: Any
 
     def __init__(self, model: Any, *, identity: dict[str, Any], not_finite_limit: int, **kwargs: Any) -> None:
-        """`identity` is what a checkpoint says of its run; see resume_check.py."""
+        """`identity` goes into every checkpoint; see resume_check.py."""
         # transformers would wait for every loss, and hide those that are not finite
         kwargs["args"].logging_nan_inf_filter = False
         super().__init__(model, **kwargs)

@@ -1,4 +1,4 @@
-"""The doctor's verdicts: what it says of a sound machine, and of each fault that can be provoked."""
+"""The doctor's verdicts on a working machine and on every fault that can be provoked."""
 
 import re
 import subprocess
@@ -46,7 +46,7 @@ def printed(capsys) -> dict[str, tuple[str, str]]:
     return findings(capsys.readouterr().out.split("\n\n")[0].splitlines())
 
 
-def test_a_sound_machine_can_run_the_main_job(capsys, tmp_path):
+def test_a_working_machine_can_run_the_main_job(capsys, tmp_path):
     start = time.perf_counter()
     assert check_machine(tmp_path / "outputs" / "new") == 0
     assert time.perf_counter() - start < 15
@@ -100,7 +100,7 @@ def test_fp4_in_place_of_nf4_fails(monkeypatch):
 
 
 def test_a_weight_repacked_in_eval_is_not_used(monkeypatch):
-    """On CPUs with AVX512-BF16 the first eval forward repacks the weight unless the layer is told not to."""
+    """On CPUs with AVX512-BF16 the first eval forward repacks the weight unless the layer forbids it."""
     monkeypatch.setattr("bitsandbytes.nn.modules._convert_weight_packed_for_cpu", lambda *a: pytest.fail("repacked"))
     monkeypatch.setattr("bitsandbytes.nn.modules.has_avx512bf16", lambda: True)
     assert module.check_nf4().verdict == "ok"
@@ -109,29 +109,21 @@ def test_a_weight_repacked_in_eval_is_not_used(monkeypatch):
 # Faults
 
 
-def test_an_exception_is_a_line_and_not_a_traceback(monkeypatch, capsys, tmp_path):
-    def broken(*_):
-        raise RuntimeError("no kernel image\nis available for execution")
-
-    monkeypatch.setattr(torch.nn.Module, "to", broken)
-    assert check_machine(tmp_path) == 1
-    out, err = capsys.readouterr()
-    assert "Traceback" not in out + err
-    line_of_nf4 = r"^fail +nf4 +RuntimeError: no kernel image is available for execution  -> reinstall bitsandbytes"
-    assert re.search(line_of_nf4, out, re.M)
-    assert "cannot run here. Fix first: nf4." in out
-
-
 def test_every_check_may_raise(monkeypatch, capsys, tmp_path):
+    """A line per check, and no traceback."""
+
     def broken(*_):
-        raise ImportError("libsomething.so")
+        raise ImportError("libsomething.so:\nno such file")
 
     for name in [n for n in vars(module) if n.startswith("check_")]:
         monkeypatch.setattr(module, name, broken)
     assert check_machine(tmp_path) == 1
-    seen = printed(capsys)
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "cannot run here. Fix first: python, imports, matmul, cuda, bf16, nf4, images, disk." in out
+    seen = findings(out.split("\n\n")[0].splitlines())
     assert len(seen) == 14
-    assert all("ImportError: libsomething.so  -> " in rest for _, rest in seen.values())
+    assert all("ImportError: libsomething.so: no such file  -> " in rest for _, rest in seen.values())
     may_be_missing = ["packages", "flash-attn", "memory", "cache", "hub", "w&b"]
     assert [name for name, (verdict, _) in seen.items() if verdict == "warn"] == may_be_missing
 
@@ -272,39 +264,35 @@ def test_offline_by_choice_is_said_and_the_cache_counted(monkeypatch, tmp_path):
     assert (finding.verdict, finding.detail) == ("warn", "OfflineModeIsEnabled; 1 models in the cache")
 
 
-def test_without_an_account_runs_are_offline():
+@pytest.mark.parametrize(
+    ("environment", "verdict", "detail"),
+    [
+        ({}, "warn", "offline: no account"),
+        ({"WANDB_API_KEY": "short-secret"}, "warn", "offline: the key has the wrong form"),
+        ({"WANDB_API_KEY": KEY}, "ok", "online: logged in"),
+        ({"WANDB_MODE": "offline"}, "ok", "offline, as you chose"),
+    ],
+)
+def test_the_account_is_described_without_its_key(environment, verdict, detail, monkeypatch, capfd):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     finding = module.check_wandb()
-    assert (finding.verdict, finding.detail) == ("warn", "offline: no account")
-    assert "`wandb login`" in finding.fix
-
-
-@pytest.mark.parametrize("where", ["environment", "netrc"])
-def test_a_key_is_found_and_never_printed(where, monkeypatch, capfd, tmp_path):
-    if where == "environment":
-        monkeypatch.setenv("WANDB_API_KEY", KEY)
-    else:
-        (tmp_path / "netrc").write_text(f"machine api.wandb.ai\n  login user\n  password {KEY}\n")
-    finding = module.check_wandb()
-    assert finding == Finding("w&b", "ok", "online: logged in")
+    assert (finding.verdict, finding.detail) == (verdict, detail)
+    assert ("`wandb login`" in finding.fix) == (verdict == "warn")
     assert KEY not in "".join(capfd.readouterr())
 
 
 @pytest.mark.parametrize(
-    "netrc", [f"machine api.wandb.ai\n  {KEY} user\n", f"machine api.wandb.ai password {KEY[:20]}"]
+    ("netrc", "verdict"),
+    [
+        (f"machine api.wandb.ai\n  login user\n  password {KEY}\n", "ok"),
+        (f"machine api.wandb.ai\n  {KEY} user\n", "warn"),
+        (f"machine api.wandb.ai password {KEY[:20]}", "warn"),
+    ],
+    ids=["login", "malformed", "short"],
 )
-def test_a_broken_netrc_does_not_show_its_key(netrc, capfd, tmp_path):
+def test_a_key_in_netrc_is_never_printed(netrc, verdict, capfd, tmp_path):
     (tmp_path / "netrc").write_text(netrc)
     finding = module.check_wandb()
-    assert finding.verdict == "warn"
+    assert finding.verdict == verdict
     assert KEY[:20] not in str(finding) + "".join(capfd.readouterr())
-
-
-def test_a_malformed_key_is_said_and_not_shown(monkeypatch):
-    monkeypatch.setenv("WANDB_API_KEY", "short-secret")
-    finding = module.check_wandb()
-    assert (finding.verdict, finding.detail) == ("warn", "offline: the key has the wrong form")
-
-
-def test_offline_by_wandb_mode_is_fine(monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "offline")
-    assert module.check_wandb() == Finding("w&b", "ok", "offline, as you chose")

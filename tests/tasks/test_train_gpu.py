@@ -60,7 +60,7 @@ def test_a_budget_holds_and_was_predicted(tmp_path):
 
 
 def test_out_of_memory_is_recovered_from(tmp_path):
-    """Eight pairs at once do not fit into 3 GiB: the same step is done again, in halves until it fits."""
+    """Eight pairs at once do not fit into 3 GiB: the step is retried with half the micro-batch until it fits."""
     capped = (
         "import torch; torch.cuda.set_per_process_memory_fraction(3 * 2**30 / torch.cuda.mem_get_info()[1]); "
         "from smolvlm_exp.main import main; main()"
@@ -81,7 +81,7 @@ def test_out_of_memory_is_recovered_from(tmp_path):
 
 
 def test_killed_and_resumed_in_bf16_on_nf4(tmp_path):
-    """Three kill -9 and a resume after each, beside two runs left alone, which say what this card repeats."""
+    """Three kill -9 with a resume after each, against two uninterrupted runs: how far is this GPU deterministic?"""
     settings = [
         "tracker=none", *REAL_SHAPE, *SHALLOW, "quant=nf4", "adapter=dora", "trainer.max_steps=8",
         "trainer.save_steps=1", "trainer.dataloader_num_workers=1", "trainer.disable_dropout=false",

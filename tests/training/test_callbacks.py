@@ -1,6 +1,7 @@
-"""Answers of a run under way: the same rows, other answers, and not a bit of the training changed by looking."""
+"""Sample answers during training: they change nothing, and a resumed run continues them."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,47 +21,43 @@ def numbers(folder):
 
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("engine", ["shared", pytest.param("stock", marks=pytest.mark.slow)])
-def test_looking_changes_no_bit_and_a_resumed_run_goes_on(quick, tmp_path, engine):
-    asked = (*LONG, *NOISY, f"trainer.engine={engine}")
-    for name in ("plain", "shown"):
-        (tmp_path / name).mkdir()
-    train(quick(*asked), tmp_path / "plain")
-    shown = tmp_path / "shown"
-    train(quick(*asked, "trainer.sample_steps=1"), shown)
-    assert numbers(shown) == numbers(tmp_path / "plain")
-    whole = read_events(shown / "samples.jsonl")
-    assert [event["step"] for event in whole] == [0, 1, 2, 3, 4]
-    assert {len(event["answers"]) for event in whole} == {4}
-    assert whole[0]["answers"] != whole[-1]["answers"]
-    page = (shown / "report.html").read_text()
-    assert page.count("<dt>Step 3</dt>") == 4
-    assert "<dt>Step" not in (tmp_path / "plain" / "report.html").read_text()
+def test_samples_change_no_number_and_a_resumed_run_continues_them(quick, tmp_path, engine):
+    settings = (*LONG, *NOISY, f"trainer.engine={engine}")
+    plain, sampled = tmp_path / "plain", tmp_path / "sampled"
+    for folder in (plain, sampled):
+        folder.mkdir()
+        train(quick(*settings, f"trainer.sample_steps={int(folder == sampled)}"), folder)
+    assert numbers(sampled) == numbers(plain)
+    samples = read_events(sampled / "samples.jsonl")
+    assert [event["step"] for event in samples] == [0, 1, 2, 3, 4]
+    assert {len(event["answers"]) for event in samples} == {4}
+    assert samples[0]["answers"] != samples[-1]["answers"]
+    assert (sampled / "report.html").read_text().count("<dt>Step 3</dt>") == 4
+    assert "<dt>Step" not in (plain / "report.html").read_text()
 
-    text = (shown / "samples.jsonl").read_text().splitlines()
-    (shown / "samples.jsonl").write_text("\n".join(text)[:-20])  # killed while step 4 was written
-    (shown / "checkpoints" / "checkpoint-4").rename(tmp_path / "gone")
-    train(quick(*asked, "trainer.sample_steps=1", f"resume={shown}"), shown)
-    assert (shown / "samples.jsonl").read_text().splitlines() == text  # step 3, looked at twice, is there once
-    assert (shown / "report.html").read_text().count("<dt>Step 3</dt>") == 4
+    lines = (sampled / "samples.jsonl").read_text().splitlines()
+    (sampled / "samples.jsonl").write_text("\n".join(lines)[:-20])  # killed while step 4 was written
+    (sampled / "checkpoints" / "checkpoint-4").rename(tmp_path / "gone")
+    train(quick(*settings, "trainer.sample_steps=1", f"resume={sampled}"), sampled)
+    assert (sampled / "samples.jsonl").read_text().splitlines() == lines  # step 3 was sampled twice and is there once
+    assert (sampled / "report.html").read_text().count("<dt>Step 3</dt>") == 4
 
 
-def test_a_share_of_the_steps(tmp_path):
+def test_sample_steps_as_a_fraction(tmp_path):
     """0.25 of 10 steps: every third; as transformers rounds eval_steps."""
-    from types import SimpleNamespace
-
     callback = SamplesCallback(0.25, None, SimpleNamespace(test=[{}]), [], MetricsCallback(tmp_path, None))
-    looked = []
-    callback.record = lambda state, answers: looked.append(state.global_step)
+    sampled_at = []
+    callback.record = lambda state, answers: sampled_at.append(state.global_step)
     model = torch.nn.Linear(1, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("smolvlm_exp.training.callbacks.generate_answers", lambda *args: [""])
         for step in range(11):
             state = SimpleNamespace(global_step=step, max_steps=10)
             (callback.on_step_end if step else callback.on_train_begin)(None, state, None, model=model)
-    assert looked == [0, 3, 6, 9]
+    assert sampled_at == [0, 3, 6, 9]
 
 
-def test_half_a_line_does_not_spoil_the_next(tmp_path):
+def test_an_incomplete_line_does_not_spoil_the_next(tmp_path):
     path = tmp_path / "events.jsonl"
     append_event(path, {"step": 1})
     path.write_text(path.read_text() + '{"step": 2, "lo')
