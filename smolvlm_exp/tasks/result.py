@@ -71,7 +71,8 @@ class Result:
             with contextlib.suppress(OSError):  # a full disk may have ended the run
                 write_json(self.folder / "summary.json", self.summary)
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
-            print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
+            for advice in self.summary["advice"]:
+                print(advice, file=sys.stderr)
 
     def save(self, trainer: Any) -> None:
         """Write and print everything; a stopped run has no adapter and no evaluation after training."""

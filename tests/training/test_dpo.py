@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training import dpo
 from smolvlm_exp.training.arguments import TrainerConfig, build_trl_config
 from smolvlm_exp.training.dpo import LOSSES
 from tests.conftest import SIGMOID, losses, read_lines
@@ -124,18 +125,17 @@ def test_accumulation_and_checkpointing_change_no_loss(quick, tmp_path):
 
 
 @pytest.mark.usefixtures("unseen")
-def test_a_run_that_fails_says_so_in_its_summary(quick, tmp_path, monkeypatch):
-    from trl import DPOTrainer
+def test_a_failed_run_has_its_reason_in_the_summary_and_its_advice_on_stderr(quick, tmp_path, monkeypatch, capsys):
+    def broken(*args):
+        raise RuntimeError("CUDA out of memory")
 
-    def broken(*args, **kwargs):
-        raise RuntimeError("the card fell out")
-
-    monkeypatch.setattr(DPOTrainer, "_compute_loss", broken)
-    with pytest.raises(RuntimeError, match="the card fell out"):
+    monkeypatch.setattr(dpo, "build_trainer", broken)
+    with pytest.raises(RuntimeError, match="CUDA out of memory"):
         train(quick(), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())
-    assert summary["status"] == "failed"
-    assert summary["reason"] == "RuntimeError: the card fell out"
+    assert (summary["status"], summary["reason"]) == ("failed", "RuntimeError: CUDA out of memory")
+    assert summary["advice"]
+    assert capsys.readouterr().err.endswith("".join(f"{advice}\n" for advice in summary["advice"]))
 
 
 @pytest.mark.usefixtures("unseen")

@@ -61,15 +61,17 @@ def test_features_are_cached_where_the_vision_tower_is_frozen_and_tiles_elsewher
 
 @pytest.mark.usefixtures("unseen")
 def test_a_later_run_reads_the_reference_from_the_cache(quick, tmp_path, capsys):
-    train(quick("data.scene_seed=77"), tmp_path)
+    common = ("data.scene_seed=77", "trainer.max_steps=1")
+    train(quick(*common), tmp_path)
     assert "reference: 32 rows, 32 of them computed" in capsys.readouterr().out
-    train(quick("data.scene_seed=77", "adapter.r=2", "trainer.learning_rate=1e-5", "seed=4"), tmp_path)
+    train(quick(*common, "adapter.r=2", "trainer.learning_rate=1e-5", "seed=4"), tmp_path)
     assert "reference: 32 rows, 0 of them computed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("unseen")
 def test_effects_of_8_bit_layers_and_dropout_are_logged(quick, tmp_path, capsys):
-    train(quick("quant=int8", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"), tmp_path)
+    dropout = ("adapter.lora_dropout=0.1", "trainer.disable_dropout=false")
+    train(quick("quant=int8", *dropout, "trainer.max_steps=1"), tmp_path)
     out = capsys.readouterr().out
     assert "reference: recomputed per batch" in out
     assert "both answers of a pair share the dropout mask on their prompt" in out
@@ -97,7 +99,8 @@ def test_settings_that_exclude_each_other_are_refused(quick, tmp_path, setting, 
 
 @pytest.mark.usefixtures("unseen")
 def test_eager_attention_on_the_stock_engine(quick, tmp_path):
-    assert train(quick("model.attn_implementation=eager", "trainer.engine=stock"), tmp_path)["status"] == "done"
+    eager = quick("model.attn_implementation=eager", "trainer.engine=stock", "trainer.max_steps=1")
+    assert train(eager, tmp_path)["status"] == "done"
 
 
 def test_a_model_split_over_devices_is_refused():
