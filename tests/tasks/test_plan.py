@@ -1,6 +1,7 @@
 """`task=plan`: the command as people type it, what it assumes, and what it advises."""
 
-import time
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -30,12 +31,12 @@ def row(text, name):
     return [cell.strip() for cell in line.strip("│").split("│")]
 
 
-def test_the_command_answers_in_seconds_and_writes_nothing(command, tmp_path):
-    start = time.perf_counter()
-    done = command("task=plan", "model=smolvlm", "adapter.target=text", "trainer.memory_budget=8GiB")
-    assert done.returncode == 0, done.stderr
-    assert time.perf_counter() - start < 15
-    assert done.stderr == ""
+def test_the_command_imports_no_torch_and_writes_nothing(tmp_path):
+    code = "import sys; from smolvlm_exp.main import main; main(); sys.exit('torch' in sys.modules)"
+    settings = ("task=plan", "model=smolvlm", "adapter.target=text", "trainer.memory_budget=8GiB")
+    command = [sys.executable, "-c", code, *settings]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
     for card in ("memory_budget=8GiB", "8 GB card", "12 GB card", "16 GB card", "24 GB card"):
         assert float(row(done.stdout, card)[3]) < 24
     assert float(row(done.stdout, "memory_budget=8GiB")[3]) <= 0.92 * 8
