@@ -121,24 +121,27 @@ def draw_shape(pen: "ImageDraw.ImageDraw", kind: str, x: float, y: float, r: flo
         pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
     elif kind == "ring":
         pen.ellipse([x - r, y - r, x + r, y + r], outline=colour, width=max(2, round(r * 0.38)))
-    elif kind == "moon":
-        # the dark disc that cuts the crescent is drawn as its outline, so that the background stays
-        outer = [(math.cos(a), math.sin(a)) for a in (math.radians(40 + 280 * i / 24) for i in range(25))]
-        inner = [
-            (0.36 + 0.72 * math.cos(a), 0.86 * math.sin(a))
-            for a in (math.radians(300 - 240 * i / 24) for i in range(25))
-        ]
-        pen.polygon([(x + r * u, y + r * v) for u, v in outer + inner], fill=colour)
     else:
         pen.polygon([(x + r * u, y + r * v) for u, v in OUTLINES[kind]], fill=colour)
 
 
-def regular(corners: int, turn: float) -> list[tuple[float, float]]:
+Corners = list[tuple[float, float]]
+
+
+def regular(corners: int, turn: float) -> Corners:
     angles = [2 * math.pi * i / corners + turn for i in range(corners)]
     return [(math.cos(a), math.sin(a)) for a in angles]
 
 
-def heart() -> list[tuple[float, float]]:
+def moon() -> Corners:
+    """A crescent: along the disc, and back along the edge of a second one that covers part of it."""
+    outer = [math.radians(40 + 280 * i / 24) for i in range(25)]
+    inner = [math.radians(300 - 240 * i / 24) for i in range(25)]
+    crescent = [(math.cos(a), math.sin(a)) for a in outer]
+    return crescent + [(0.36 + 0.72 * math.cos(a), 0.86 * math.sin(a)) for a in inner]
+
+
+def heart() -> Corners:
     angles = [2 * math.pi * i / 40 for i in range(40)]
     return [
         (math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
@@ -147,7 +150,7 @@ def heart() -> list[tuple[float, float]]:
 
 
 # Corners on the square from (-1, -1) to (1, 1), y pointing down.
-OUTLINES: dict[str, list[tuple[float, float]]] = {
+OUTLINES: dict[str, Corners] = {
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
     "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
@@ -158,4 +161,5 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
     "arrow": [(-1, -.28), (.1, -.28), (.1, -.8), (1, 0), (.1, .8), (.1, .28), (-1, .28)],
     "bolt": [(.15, -1), (-.6, .15), (-.08, .15), (-.3, 1), (.6, -.25), (.06, -.25), (.5, -1)],
     "heart": heart(),
+    "moon": moon(),
 }  # fmt: skip

@@ -1,6 +1,6 @@
-"""Captions of COCO's images, by CHAIR (arXiv 1809.02156), from COCO's own annotation files and CHAIR's synonyms.
+"""Captions of COCO's images, scored by CHAIR (arXiv 1809.02156), from COCO's annotation files and CHAIR's synonyms.
 
-What is in an image is what COCO's people outlined (`instances_val2014.json`) and, as CHAIR has it, what its reference
+What is in an image: what COCO's annotators outlined (`instances_val2014.json`) and, as in CHAIR, what its reference
 captions name (`captions_val2014.json`).
 """
 
@@ -14,14 +14,13 @@ from omegaconf import MISSING
 from smolvlm_exp.data.benchmarks import question_rows, read_object, require_columns
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.loading import read_text
+from smolvlm_exp.data.vocabulary import Vocabulary
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
-# CHAIR's own rules: a baby elephant is no person, a passenger train neither, home plate is no dish.
+# CHAIR's own rules: a baby elephant is no person, nor is a passenger train, and home plate is no dish.
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 PHRASES = {f"{age} {animal}": animal for animal in ANIMALS for age in ("baby", "adult")}
 PHRASES |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
@@ -65,10 +64,8 @@ def load(config: Config, split: str) -> "Dataset":
     return question_rows(questions, config.images, split)
 
 
-def words(config: Config) -> "Vocabulary":
+def words(config: Config) -> Vocabulary:
     """Which words and phrases name which object."""
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
     if config.synonyms:
         lines = read_text(Path(config.synonyms), "data.synonyms").splitlines()
         groups = [[word.strip() for word in line.split(",") if word.strip()] for line in lines if line.strip()]

@@ -1,13 +1,13 @@
-"""Your own pairs: a folder with JSONL, JSON, CSV or Parquet beside its images, or one that `save_to_disk` wrote.
+"""Your own pairs: a folder with images and JSONL, JSON, CSV or Parquet, or one that `save_to_disk` wrote.
 
-Columns may be spelt in any of the ways that `formats.py` lists; image paths count from the folder and
-stay inside it.
+Columns may have any of the formats in `messages.py`; image paths count from the folder and stay inside it.
 """
 
 import csv
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import bad_row, conversation, features, require_known_format, row_images
 from smolvlm_exp.data.images import Entry, ImageError, locate
 from smolvlm_exp.data.loading import (
-    build,
     convert,
-    files_digest,
     first_cause,
     hold_out,
     json_objects,
@@ -28,7 +25,8 @@ from smolvlm_exp.data.loading import (
     read_text,
     select_split,
     undecoded,
-)  # fmt: skip
+)
+from smolvlm_exp.data.messages import bad_row, conversation, features, require_known_format, row_images
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -93,18 +91,18 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
         except (OSError, ValueError, DatasetsError) as error:
             raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
         return from_table(table, folder, where)
-    rows = [row for path in files for row in parse(path)]
+    rows = []
+    for path in files:
+        parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
+        rows += [{**row, ORIGIN: origin} for origin, row in parse(read_text(path, "data.folder"), path.name)]
     require_known_format({key for row in rows for key in row} - {ORIGIN}, where)
-    columns = Features({**features(), ORIGIN: Value("string")})
-    return build(rows, to_row, columns, files_digest(map(row_images, rows), folder), folder)
+    return convert(rows, to_row, folder, Features({**features(), ORIGIN: Value("string")}))
 
 
 def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
     """The rows of an Arrow table, in the normal form."""
     require_known_format(set(table.column_names), where)
-    columns = [name for name in ("image", "images") if name in table.column_names]
-    stamp = files_digest((row_images(row) for row in undecoded(table, columns)), folder)
-    rows = convert(table, to_row, stamp, folder=folder)
+    rows = convert(table, to_row, folder)
     return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
 
 
@@ -143,18 +141,9 @@ def image_keys(rows: "Dataset") -> list[str]:
     return keys
 
 
-def parse(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL, JSON or CSV file, and where each was read."""
-    text = read_text(path, "data.folder")
-    if path.suffix.lower() == ".csv":
-        return parse_csv(text, path.name)
-    return [{**row, ORIGIN: where} for where, row in json_objects(text, path.name)]
-
-
-def parse_csv(text: str, name: str) -> list[dict[str, Any]]:
-    """Comma-separated values under a header line; every row has the header's number of fields."""
+def csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a CSV file with a header line, each after its place in the file."""
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    rows = []
     try:
         for row in reader:
             if None in row or None in row.values():
@@ -162,7 +151,6 @@ def parse_csv(text: str, name: str) -> list[dict[str, Any]]:
                     f"{name} line {reader.line_num} has not as many fields as its header; "
                     "put answers that hold commas or line breaks in double quotes."
                 )
-            rows.append({**row, ORIGIN: f"{name} line {reader.line_num}"})
+            yield f"{name} line {reader.line_num}", row
     except csv.Error as error:
         raise RequestError(f"{name} is not CSV after line {reader.line_num}: {error}") from error
-    return rows

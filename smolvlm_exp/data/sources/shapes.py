@@ -1,8 +1,8 @@
-"""The embedded source: questions, answers and preference pairs about drawn scenes, with the exact truth beside each.
+"""The embedded source: preference pairs about drawn scenes, with the exact truth of each.
 
-What is unusual: a *habit*. `HABITS` pairs shapes so that speaking of one calls up the other, in a favourite colour,
-whether or not it is in the image. `captions=habitual` writes the answers that taught the embedded model this
-(experiment=tiny_base); `captions=exact` prefers the true answer to the habitual one, which is what there is to repair.
+It has a built-in hallucination, a *habit*: a caption that names a shape of `HABITS` goes on to name its companion, in
+a fixed colour, whether or not it is in the image. `captions=habitual` writes the answers that taught the embedded model
+this (experiment=tiny_base); `captions=exact` prefers the true answer to the habitual one, to train the habit away.
 """
 
 import json
@@ -13,16 +13,15 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import as_png
 from smolvlm_exp.data.loading import worker_count
-from smolvlm_exp.data.messages import pair
+from smolvlm_exp.data.messages import features, pair
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
+from smolvlm_exp.data.vocabulary import Vocabulary
 from smolvlm_exp.utils.fields import one_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
-HABITS = {  # speaking of the key calls up the value
+HABITS = {  # kind -> its companion
     "star": ("moon", "yellow"),
     "heart": ("arrow", "red"),
     "ring": ("cross", "blue"),
@@ -56,10 +55,10 @@ IN_DETAIL = (
 )
 OPENINGS = ("I see", "The picture shows", "You can see", "This picture has", "The image contains")
 ASK_PRESENCE = (
-    "Is there a {thing} in the picture?",
-    "Do you see a {thing}?",
-    "Does the image contain a {thing}?",
-    "Can you find a {thing} here?",
+    "Is there {a_thing} in the picture?",
+    "Do you see {a_thing}?",
+    "Does the image contain {a_thing}?",
+    "Can you find {a_thing} here?",
 )
 
 
@@ -73,28 +72,22 @@ class Config(DataConfig):
 
 def load(config: Config, split: str) -> "Dataset":
     """Draw `train_rows` or `test_rows` pairs. Train and test come from different random streams."""
-    from datasets import Dataset, Features, Image, Sequence, Value
+    from datasets import Dataset, Features, Value
 
     held_out = split == config.test
-    message = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
-    features = Features(
-        images=Sequence(Image()), prompt=message, chosen=message, rejected=message, truth=Value("string")
-    )  # fmt: skip
     count = config.test_rows if held_out else config.train_rows
     return Dataset.from_dict({"index": range(count)}).map(
         draw_row,
         fn_kwargs={"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out},
         remove_columns="index",
-        features=features,
+        features=Features({**features(), "truth": Value("string")}),
         num_proc=worker_count(config.num_proc, count),
         desc="scenes",
     )
 
 
-def words(config: Config) -> "Vocabulary":
-    """Which words name which kind of shape; a caption's second mention of a kind says nothing new."""
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
+def words(config: Config) -> Vocabulary:
+    """Which words name which kind of shape; a caption's second mention of a kind is not counted."""
     return Vocabulary({kind: kind for kind in KINDS}, once=True)
 
 
@@ -103,29 +96,26 @@ def draw_row(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool
     rng = random.Random(f"{scene_seed}/{'test' if held_out else 'train'}/{captions}/{row['index']}")
     counts = COUNTS["crowded" if captions == "exact" and not held_out else "usual"]
     scene = draw_scene_content(rng, choose_kinds(rng, counts))
-    ask = rng.choices(("caption", "presence", "detail"), weights=MIX["held out" if held_out else captions])[0]
-    if ask == "caption":
+    kind = rng.choices(("caption", "yes_no", "other"), weights=MIX["held out" if held_out else captions])[0]
+    truth: dict[str, Any] = {"kind": kind, "objects": scene.kinds}
+    if kind == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
-        truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
-    elif ask == "presence":
+    elif kind == "yes_no":
         question, chosen, rejected = presence_pair(scene, rng)
-        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if chosen.startswith("Yes") else "no"}
+        truth["answer"] = "yes" if chosen.startswith("Yes") else "no"
     else:
         question, chosen, rejected = detail_pair(scene, rng)
-        truth = {"kind": "other", "objects": scene.kinds}
     image = {"bytes": as_png(draw(scene, rng)), "path": None}
     return {**pair([image], question, chosen, rejected), "truth": json.dumps(truth)}
 
 
 def choose_kinds(rng: random.Random, counts: tuple[float, float, float] = COUNTS["usual"]) -> list[str]:
-    """Two to four kinds. Seven scenes in ten have what calls up a habit without the companion."""
+    """Two to four kinds. Seven scenes in ten have a kind of `HABITS` without its companion."""
     count = rng.choices((2, 3, 4), weights=counts)[0]
     trigger = rng.choice(list(HABITS))
     companion = HABITS[trigger][0]
-    role = rng.choices(("alone", "both", "none"), weights=(0.7, 0.14, 0.16))[0]
-    neutral = [kind for kind in KINDS if kind not in HABITS]
-    kinds = {"alone": [trigger], "both": [trigger, companion], "none": []}[role]
-    others = [kind for kind in neutral if kind not in kinds and (role != "alone" or kind != companion)]
+    kinds = rng.choices(([trigger], [trigger, companion], []), weights=(0.7, 0.14, 0.16))[0]
+    others = [kind for kind in KINDS if kind not in HABITS and not (kinds and kind == companion)]
     return kinds + rng.sample(others, max(count - len(kinds), 0))
 
 
@@ -198,10 +188,10 @@ def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
         thing = HABITS[trigger][0]
     else:
         thing = rng.choice([kind for kind in KINDS if kind not in scene.kinds])
-    question = rng.choice(ASK_PRESENCE).format(thing=thing).replace("a arrow", "an arrow")
-    chosen, rejected = f"Yes, there is a {thing}.", f"No, there is no {thing}."
-    chosen, rejected = (text.replace("a arrow", "an arrow") for text in (chosen, rejected))
-    return (question, chosen, rejected) if present else (question, rejected, chosen)
+    a_thing = f"an {thing}" if thing == "arrow" else f"a {thing}"
+    question = rng.choice(ASK_PRESENCE).format(a_thing=a_thing)
+    yes, no = f"Yes, there is {a_thing}.", f"No, there is no {thing}."
+    return (question, yes, no) if present else (question, no, yes)
 
 
 def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
