@@ -22,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import ImageLimits, prepare_images
 from smolvlm_exp.data.loading import worker_count
-from smolvlm_exp.data.messages import text_of
-from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens
-from smolvlm_exp.data.validation import COUNTS, SIDES, RowValidator, facts_schema
+from smolvlm_exp.data.messages import Message, text_of
+from smolvlm_exp.data.tokens import RowTokenizer, control_tokens, escape_control_tokens
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.utils.errors import RequestError
 
@@ -33,6 +32,11 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 log = logging.getLogger(__name__)
+
+SIDES = ("prompt", "chosen", "rejected")
+LISTS = ("tile_rows", "tile_columns", "token_ids")  # per image, per image, of all sides
+# uncut_tokens: of the prompt and the longer answer, before they are cut to data.max_length
+COUNTS = ("prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens", "uncut_tokens")
 
 VERSION = 3  # raise when prepared rows come out differently: it is part of the key under which `datasets` caches them
 
@@ -94,51 +98,6 @@ def load_preferences(
     return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words, prints)
 
 
-def prepare(rows: "Dataset", processor: "ProcessorMixin", config: DataConfig) -> "Dataset":
-    """A source's rows with their images and prompts prepared, and the columns of `RowValidator` added.
-
-    `datasets` caches the result on disk by content, so a second run over the same rows decodes and tokenises nothing.
-    """
-    from datasets import Features, Image, List, Value, concatenate_datasets
-
-    plain, workers = Image(decode=False), worker_count(config.num_proc, len(rows))
-    undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
-    columns = {
-        "images": List(Image()),
-        "image_sha256": List(Value("binary")),
-        "sizes": List(List(Value("int32"))),
-        "problem": Value("string"),
-    }
-    prepared = undecoded.map(
-        prepare_row,
-        fn_kwargs={
-            "max_edge": config.max_edge,
-            "limits": ImageLimits.of(config),
-            "controls": control_tokens(processor),
-            "version": VERSION,
-        },
-        features=Features({**undecoded.features, **columns}),  # not inferred: a first batch may hold only bad rows
-        num_proc=workers,
-        desc="images",
-    )
-    facts = prepared.remove_columns("images").map(
-        RowValidator(processor, config.max_length, config.on_long_answer),
-        remove_columns=[name for name in prepared.column_names if name not in ("images", "problem")],
-        features=facts_schema(),
-        num_proc=workers,
-        desc="checks",
-    )
-    return concatenate_datasets([prepared.remove_columns(["sizes", "problem"]), facts], axis=1)
-
-
-def prepare_row(
-    row: dict[str, Any], max_edge: int, limits: ImageLimits, controls: list[str], version: int = VERSION
-) -> dict[str, Any]:
-    """The columns of `prepare_images`, and the prompt with its control tokens escaped (see tokens.py)."""
-    prompt = escape_control_tokens(row["prompt"] or [], controls)
-    return {**prepare_images(row, max_edge, limits), "prompt": prompt}
-
-
 def separate(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":
     """The good rows; of each bad one its number, where it was read (if known) and why it is bad."""
     problems = rows["problem"][:]
@@ -146,7 +105,7 @@ def separate(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":
         return rows, []
     origins: list[dict[str, str]] = [{}] * len(rows)
     if "origin" in rows.column_names:
-        origins = [{"from": origin} for origin in rows["origin"]]
+        origins = [{"from": origin} for origin in rows["origin"][:]]
     bad = [{"row": i, **origins[i], "reason": problem} for i, problem in enumerate(problems) if problem]
     return rows.select([i for i, problem in enumerate(problems) if not problem]), bad
 
@@ -177,3 +136,116 @@ def leaked_rows(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
     """By fingerprints: the held-out rows whose images and question are those of a training row."""
     seen = set(train)
     return [i for i, fingerprint in enumerate(test) if fingerprint in seen]
+
+
+def prepare(rows: "Dataset", processor: "ProcessorMixin", config: DataConfig) -> "Dataset":
+    """A source's rows with their images and prompts prepared, and the columns of `RowValidator` added.
+
+    `datasets` caches the result on disk by content, so a second run over the same rows decodes and tokenises nothing.
+    """
+    from datasets import Features, Image, List, Value, concatenate_datasets
+
+    plain, workers = Image(decode=False), worker_count(config.num_proc, len(rows))
+    undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
+    columns = {
+        "images": List(Image()),
+        "image_sha256": List(Value("binary")),
+        "sizes": List(List(Value("int32"))),
+        "problem": Value("string"),
+    }
+    prepared = undecoded.map(
+        prepare_row,
+        fn_kwargs={
+            "max_edge": config.max_edge,
+            "limits": ImageLimits.of(config),
+            "controls": control_tokens(processor),
+            "version": VERSION,
+        },
+        features=Features({**undecoded.features, **columns}),  # not inferred: a first batch may hold only bad rows
+        num_proc=workers,
+        desc="images",
+    )
+    lists, counts = dict.fromkeys(LISTS, List(Value("int32"))), dict.fromkeys(COUNTS, Value("int32"))
+    facts = prepared.remove_columns("images").map(
+        RowValidator(processor, config.max_length, config.on_long_answer),
+        remove_columns=[name for name in prepared.column_names if name not in ("images", "problem")],
+        features=Features({"problem": Value("string"), **lists, **counts}),
+        num_proc=workers,
+        desc="checks",
+    )
+    return concatenate_datasets([prepared.remove_columns(["sizes", "problem"]), facts], axis=1)
+
+
+def prepare_row(
+    row: dict[str, Any], max_edge: int, limits: ImageLimits, controls: list[str], version: int = VERSION
+) -> dict[str, Any]:
+    """The columns of `prepare_images`, and the prompt with its control tokens escaped (see tokens.py)."""
+    prompt = escape_control_tokens(row["prompt"] or [], controls)
+    return {**prepare_images(row, max_edge, limits), "prompt": prompt}
+
+
+class RowValidator:
+    """What is wrong with a prepared row, if anything; its images' tiles; its token ids and their counts."""
+
+    def __init__(self, processor: Any, max_length: int | None, on_long_answer: str) -> None:
+        self.image_processor, self.image_token_id = processor.image_processor, processor.image_token_id
+        self.tokenize, self.controls = RowTokenizer(processor), control_tokens(processor)
+        self.max_length, self.on_long_answer = max_length, on_long_answer
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """`problem`, and the columns `LISTS` and `COUNTS`."""
+        messages = {side: row[side] for side in SIDES if side in row}
+        problem = row["problem"] or row_problem(messages, len(row["sizes"]), self.controls)
+        if problem:
+            return {"problem": problem, **{name: [] for name in LISTS}, **dict.fromkeys(COUNTS, 0)}
+        tiles = [self.image_processor.get_number_of_image_patches(height, width)[1:] for width, height in row["sizes"]]
+        ids = self.tokenize(messages, tiles)
+        prompt, *answers = ids.values()
+        longest, images = max(map(len, answers), default=0), prompt.count(self.image_token_id)
+        room = None if self.max_length is None else self.max_length - len(prompt)
+        if room is not None and room <= 0:
+            problem = (
+                f"the prompt alone is {len(prompt)} tokens ({images} of the image) and "
+                f"data.max_length={self.max_length} leaves none for the answer"
+            )
+        elif room is not None and longest > room and self.on_long_answer == "report":
+            problem = f"the longer answer runs {longest - room} tokens past data.max_length={self.max_length}"
+        chosen, rejected = (ids.get(side, [])[:room] for side in ("chosen", "rejected"))
+        return {
+            "problem": problem,
+            "tile_rows": [rows for rows, _ in tiles],
+            "tile_columns": [columns for _, columns in tiles],
+            "token_ids": [*prompt, *chosen, *rejected],
+            "prompt_tokens": len(prompt),
+            "image_tokens": images,
+            "chosen_tokens": len(chosen),
+            "rejected_tokens": len(rejected),
+            "uncut_tokens": len(prompt) + longest,
+        }
+
+
+def row_problem(messages: dict[str, list[Message]], images: int, controls: list[str]) -> str:
+    """What is wrong with a row of `images` images; empty when nothing is."""
+    for side, turns in messages.items():
+        text = text_of(turns or [])
+        if not text.strip():
+            return f"`{side}` is empty"
+        control = next((c for c in controls if c in text), None)
+        if control:
+            return f"`{side}` contains {control}, which the model would read as a control token"
+        if side != "prompt" and any(part["type"] == "image" for turn in turns for part in turn["content"]):
+            return f"`{side}` has an image, or <image>, in it: an answer is text"
+        roles = {turn["role"] for turn in turns}
+        if side != "prompt" and roles != {"assistant"}:
+            return f"`{side}` has the role {' and '.join(sorted(roles))}: an answer is the assistant's"
+    prompt = messages["prompt"]
+    if prompt[-1]["role"] != "user":
+        return f"`prompt` ends with a turn of the {prompt[-1]['role']}: the last must be the user's"
+    if not images:
+        return "it has no image"
+    placeholders = sum(part["type"] == "image" for turn in prompt for part in turn["content"])
+    if placeholders != images:
+        return f"it has {images} images but its prompt names {placeholders}"
+    if "chosen" in messages and text_of(messages["chosen"]).strip() == text_of(messages["rejected"]).strip():
+        return "`chosen` and `rejected` are the same"
+    return ""

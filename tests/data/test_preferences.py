@@ -12,11 +12,10 @@ from PIL import Image
 
 from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import assistant, user
-from smolvlm_exp.data.preferences import count, load_preferences, prepare
+from smolvlm_exp.data.preferences import SIDES, RowValidator, count, load_preferences, prepare
 from smolvlm_exp.data.sources.files import Config as FilesConfig
 from smolvlm_exp.data.sources.shapes import Config
 from smolvlm_exp.data.tokens import image_span
-from smolvlm_exp.data.validation import SIDES, RowValidator
 from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer

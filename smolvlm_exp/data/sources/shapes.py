@@ -156,13 +156,13 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool
 def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: random.Random) -> list[str]:
     """The phrases of a caption with one flaw in it."""
     if flaw == "change":
-        groups = list(scene.groups)
-        at = rng.randrange(len(groups))
+        at = rng.randrange(len(phrases))
+        group = scene.groups[at]
         if rng.random() < 0.5:
-            groups[at] = replace(groups[at], kind=rng.choice([k for k in KINDS if k not in scene.kinds]))
+            changed = replace(group, kind=rng.choice([k for k in KINDS if k not in scene.kinds]))
         else:
-            groups[at] = replace(groups[at], colour=rng.choice([c for c in COLOURS if c != groups[at].colour]))
-        return [phrase(group, detail) for group in groups]
+            changed = replace(group, colour=rng.choice([c for c in COLOURS if c != group.colour]))
+        return [*phrases[:at], phrase(changed, detail), *phrases[at + 1 :]]
     if flaw == "omission":
         # Mostly the last: a model that learns to name less stops early.
         gone = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
