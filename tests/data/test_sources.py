@@ -10,7 +10,6 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.loading import hold_out, select_split
 from smolvlm_exp.data.messages import assistant, conversation, features, text_of, user
 from smolvlm_exp.data.preferences import prepare
@@ -406,15 +405,8 @@ def test_every_photo_is_used_credited_and_on_one_side_only():
 # conf/data
 
 
-@pytest.mark.parametrize("module", [files, mmpr, photos, rlaif_v, rlhf_v], ids=lambda module: module.__name__[25:])
-def test_the_yaml_fits_its_schema_and_opens_with_its_command(module):
-    name = module.__name__.rpartition(".")[2]
-    path = CONF / "data" / f"{name}.yaml"
-    values = OmegaConf.load(path)
-    assert values.pop("defaults") == [{"/schema/data@_here_": name}]
-    config = OmegaConf.merge(OmegaConf.structured(module.Config), values)
-    assert config.source == name
-    first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert first.startswith("#")
-    assert f"data={name}" in first
-    assert issubclass(module.Config, DataConfig)
+@pytest.mark.parametrize("name", ["amber", "coco", "files", "mmpr", "photos", "pope", "rlaif_v", "rlhf_v"])
+def test_the_yaml_names_its_source_and_opens_with_its_command(name):
+    text = (CONF / "data" / f"{name}.yaml").read_text(encoding="utf-8")
+    assert OmegaConf.create(text).source == name
+    assert f"data={name}" in text.splitlines()[0]

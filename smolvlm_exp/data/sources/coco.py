@@ -31,8 +31,8 @@ PHRASES |= {"bow tie": "tie", "toilet seat": "toilet", "home plate": "home plate
 class Config(DataConfig):
     annotations: str = MISSING  # instances_*.json: images, annotations, categories
     images: str = MISSING  # the folder that holds the images
-    synonyms: str | None = None  # CHAIR's synonyms.txt, a line an object, its name first; null: COCO's names alone
-    captions: str | None = None  # captions_*.json: what reference captions name is there too
+    synonyms: str | None = None  # CHAIR's synonyms.txt, one object per line, its name first; null: COCO's names alone
+    captions: str | None = None  # captions_*.json: what reference captions name counts as present too
     question: str = "Please describe this image in detail."
 
 

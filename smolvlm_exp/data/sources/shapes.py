@@ -37,7 +37,7 @@ MIX = {  # shares of captions, yes/no questions, and questions of number, colour
     "held out": (0.5, 0.5, 0.0),
 }
 # Shares of scenes with 2, 3 and 4 kinds. True captions are shorter by the companion than the ones the model knows, so
-# pairs to tune on show more: otherwise it would learn that captions are short, not that they are true.
+# training pairs show more kinds: otherwise it would learn that captions are short, not that they are true.
 COUNTS = {"usual": (0.45, 0.45, 0.1), "crowded": (0.15, 0.4, 0.45)}
 COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 DESCRIBE = (
@@ -66,7 +66,7 @@ ASK_PRESENCE = (
 class Config(DataConfig):
     train_rows: int = 1760
     test_rows: int = 240
-    scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
+    scene_seed: int = 0  # which scenes are drawn; independent of `seed`, so that runs compare on the same data
     captions: str = one_of("exact", "habitual")  # what `chosen` says
 
 
