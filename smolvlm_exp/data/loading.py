@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,8 +39,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
         rows = select_split(saved, split)
     else:
         try:
-            where = {"path": str(folder)} if local else {"path": id, "revision": revision}
-            rows = load_dataset(**where, split=split)
+            rows = load_dataset(str(folder) if local else id, revision=None if local else revision, split=split)
         except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it needs a loading script
             hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
             raise RequestError(f"data.id={id}, split {split}: {first_cause(error)}.{hint}") from error
@@ -182,22 +182,23 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
     """
     if not 0 < fraction < 1:
         raise RequestError(f"data.test_fraction={fraction} should lie between 0 and 1.")
-    members: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        members.setdefault(key, []).append(index)
-    if len(members) < 2:
+    row_counts = Counter(keys)
+    if len(row_counts) < 2:
         raise RequestError(
-            f"{len(keys)} rows over {len(members)} different images: none can be held out. "
+            f"{len(keys)} rows over {len(row_counts)} different images: none can be held out. "
             "Add rows, or put a test file beside the train file."
         )
-    test: set[int] = set()
-    shuffled = sorted(members, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    shuffled = sorted(row_counts, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    test, test_rows = set(), 0
     for key in shuffled[:-1]:  # one image at least stays for training
-        if len(test) >= fraction * len(keys):
-            break
-        test.update(members[key])
-    train = [index for index in range(len(keys)) if index not in test]
-    return {"train": rows.select(train), "test": rows.select(sorted(test))}
+        if test_rows < fraction * len(keys):
+            test.add(key)
+            test_rows += row_counts[key]
+    held_out = [key in test for key in keys]
+    return {
+        "train": rows.select([index for index, held in enumerate(held_out) if not held]),
+        "test": rows.select([index for index, held in enumerate(held_out) if held]),
+    }
 
 
 def worker_count(requested: int | None, rows: int) -> int | None:

@@ -23,7 +23,7 @@ from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import ImageLimits, prepare_images
 from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import Message, text_of
-from smolvlm_exp.data.tokens import RowTokenizer, control_tokens, escape_control_tokens
+from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, tokenize_row
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.utils.errors import RequestError
 
@@ -188,8 +188,7 @@ class RowValidator:
     """What is wrong with a prepared row, if anything; its images' tiles; its token ids and their counts."""
 
     def __init__(self, processor: Any, max_length: int | None, on_long_answer: str) -> None:
-        self.image_processor, self.image_token_id = processor.image_processor, processor.image_token_id
-        self.tokenize, self.controls = RowTokenizer(processor), control_tokens(processor)
+        self.processor, self.controls = processor, control_tokens(processor)
         self.max_length, self.on_long_answer = max_length, on_long_answer
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -198,10 +197,11 @@ class RowValidator:
         problem = row["problem"] or row_problem(messages, len(row["sizes"]), self.controls)
         if problem:
             return {"problem": problem, **{name: [] for name in LISTS}, **dict.fromkeys(COUNTS, 0)}
-        tiles = [self.image_processor.get_number_of_image_patches(height, width)[1:] for width, height in row["sizes"]]
-        ids = self.tokenize(messages, tiles)
+        count_tiles = self.processor.image_processor.get_number_of_image_patches
+        tiles = [count_tiles(height, width)[1:] for width, height in row["sizes"]]
+        ids = tokenize_row(self.processor, messages, tiles)
         prompt, *answers = ids.values()
-        longest, images = max(map(len, answers), default=0), prompt.count(self.image_token_id)
+        longest, images = max(map(len, answers), default=0), prompt.count(self.processor.image_token_id)
         room = None if self.max_length is None else self.max_length - len(prompt)
         if room is not None and room <= 0:
             problem = (

@@ -23,46 +23,31 @@ def image_span(rows: int, columns: int, image_seq_len: int) -> str:
         rows, columns: of its tiles; 0 for an image that is not split, whose only tile is the whole image.
         image_seq_len: tokens per tile.
     """
-    tile = IMAGE * image_seq_len
-    lines = (
-        "".join(f"{FAKE}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
-        for row in range(1, rows + 1)
-    )
-    return "".join(lines) + ("\n" if rows else "") + f"{FAKE}{GLOBAL}{tile}{FAKE}"
+    tile, span = IMAGE * image_seq_len, ""
+    for row in range(1, rows + 1):
+        span += "".join(f"{FAKE}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
+    return span + ("\n" if rows else "") + f"{FAKE}{GLOBAL}{tile}{FAKE}"
 
 
-class RowTokenizer:
+def tokenize_row(
+    processor: Any, messages: dict[str, list[Message]], tiles: list[tuple[int, int]]
+) -> dict[str, list[int]]:
     """A row's token ids, equal to those that TRL's collators make with the same processor.
 
-    The texts around images are tokenised separately. That changes no id: an image begins and ends with a control
-    token, and tokenizers split there before anything else.
+    Args:
+        messages: `prompt`, and `chosen` and `rejected` where the row has answers.
+        tiles: (rows, columns) of the tiles of each image in the prompt.
     """
+    from trl.data_utils import apply_chat_template
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self.spans: dict[tuple[int, int], list[int]] = {}  # (rows, columns) of tiles -> an image's ids
-
-    def __call__(self, messages: dict[str, list[Message]], tiles: list[tuple[int, int]]) -> dict[str, list[int]]:
-        """
-        Args:
-            messages: `prompt`, and `chosen` and `rejected` where the row has answers.
-            tiles: (rows, columns) of the tiles of each image in the prompt.
-        """
-        from trl.data_utils import apply_chat_template
-
-        texts = apply_chat_template(messages, self.processor)
-        prompt, *answers = (texts[name] for name in messages)
-        pieces = prompt.split(self.processor.image_token)
-        ids = self.ids([*pieces, *answers])
-        joined = ids[0]
-        for shape, piece in zip(tiles, ids[1 : len(pieces)], strict=True):
-            if shape not in self.spans:
-                self.spans[shape] = self.ids([image_span(*shape, self.processor.image_seq_len)])[0]
-            joined = joined + self.spans[shape] + piece
-        return dict(zip(messages, [joined, *ids[len(pieces) :]], strict=True))
-
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+    texts = apply_chat_template(messages, processor)
+    first, *others = texts["prompt"].split(processor.image_token)
+    spans = [image_span(rows, columns, processor.image_seq_len) for rows, columns in tiles]
+    texts["prompt"] = first + "".join(span + text for span, text in zip(spans, others, strict=True))
+    encoded = processor.tokenizer(
+        [texts[side] for side in messages], add_special_tokens=False, return_attention_mask=False
+    )
+    return dict(zip(messages, encoded["input_ids"], strict=True))
 
 
 def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
