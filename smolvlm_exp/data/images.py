@@ -186,7 +186,7 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
         raise ImageError(f"cannot be read: {error}") from error
     if Path(name).is_absolute() or not inside:
-        raise ImageError(f"lies outside the data's folder; put it inside and name it from there: {name}")
+        raise ImageError(f"lies outside the data's folder; move it inside and use a path relative to it: {name}")
     if not exists:
         raise ImageError(f"is not there: {name} (paths count from {folder})")
     return {"bytes": None, "path": str(path)}

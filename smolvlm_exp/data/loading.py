@@ -73,7 +73,7 @@ def require_embedded(images: list[Any]) -> list[Any]:
     """Images whose bytes are in the dataset itself. A row of the Hub must not name one of the user's files."""
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
-            raise ImageError("is not in the data set, which only names it; data=files reads images beside rows")
+            raise ImageError("is not in the dataset, which only names it; data=files reads images from a folder")
     return images
 
 
@@ -181,12 +181,12 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
         fraction: the share of rows to hold out, at least.
     """
     if not 0 < fraction < 1:
-        raise RequestError(f"data.test_fraction={fraction} should lie between 0 and 1.")
+        raise RequestError(f"data.test_fraction={fraction} should be between 0 and 1.")
     row_counts = Counter(keys)
     if len(row_counts) < 2:
         raise RequestError(
             f"{len(keys)} rows over {len(row_counts)} different images: none can be held out. "
-            "Add rows, or put a test file beside the train file."
+            "Add rows, or a test file next to the train file."
         )
     shuffled = sorted(row_counts, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
     test, test_rows = set(), 0

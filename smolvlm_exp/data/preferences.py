@@ -99,7 +99,7 @@ def load_preferences(
 
 
 def separate(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":
-    """The good rows; of each bad one its number, where it was read (if known) and why it is bad."""
+    """The good rows, and for each bad one its number, where it was read (if known) and why it is bad."""
     problems = rows["problem"][:]
     if not any(problems):
         return rows, []
@@ -111,7 +111,7 @@ def separate(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":
 
 
 def count(rows: "Dataset") -> dict[str, Any]:
-    """What a split's rows come to, in tokens."""
+    """A split's numbers of rows and tokens."""
     columns = rows.select_columns(list(COUNTS))[:]
     sides = zip(*(columns[f"{side}_tokens"] for side in SIDES), strict=True)
     lengths = [prompt + max(answers) for prompt, *answers in sides]
@@ -225,7 +225,7 @@ class RowValidator:
 
 
 def row_problem(messages: dict[str, list[Message]], images: int, controls: list[str]) -> str:
-    """What is wrong with a row of `images` images; empty when nothing is."""
+    """What is wrong with the messages of a row with this many images; empty when nothing is."""
     for side, turns in messages.items():
         text = text_of(turns or [])
         if not text.strip():
@@ -237,10 +237,10 @@ def row_problem(messages: dict[str, list[Message]], images: int, controls: list[
             return f"`{side}` has an image, or <image>, in it: an answer is text"
         roles = {turn["role"] for turn in turns}
         if side != "prompt" and roles != {"assistant"}:
-            return f"`{side}` has the role {' and '.join(sorted(roles))}: an answer is the assistant's"
+            return f"`{side}` has the role {' and '.join(sorted(roles))}: an answer's role is assistant"
     prompt = messages["prompt"]
     if prompt[-1]["role"] != "user":
-        return f"`prompt` ends with a turn of the {prompt[-1]['role']}: the last must be the user's"
+        return f"`prompt` ends with a turn of the {prompt[-1]['role']}; the last turn must be the user's"
     if not images:
         return "it has no image"
     placeholders = sum(part["type"] == "image" for turn in prompt for part in turn["content"])

@@ -1,4 +1,4 @@
-"""Scenes of coloured shapes: what is in them, and how they are drawn. Deterministic by their random generator."""
+"""Scenes of coloured shapes: what is in them, and how they are drawn. The random generator determines both."""
 
 import math
 import random
@@ -62,7 +62,7 @@ def draw_scene_content(rng: random.Random, kinds: list[str]) -> Scene:
     rng.shuffle(free)
     groups = []
     for position, kind in enumerate(kinds):
-        later = len(kinds) - position - 1  # a cell is kept for each group still to come
+        later = len(kinds) - position - 1  # groups still to come, which need a cell each
         count = min(rng.choices((1, 2, 3), weights=(0.75, 0.17, 0.08))[0], len(free) - later)
         cells = tuple(sorted(free.pop() for _ in range(count)))
         groups.append(Group(kind, rng.choice(list(COLOURS)), rng.choice(list(SIZES)), cells))
@@ -70,7 +70,7 @@ def draw_scene_content(rng: random.Random, kinds: list[str]) -> Scene:
 
 
 def draw(scene: Scene, rng: random.Random) -> "Image.Image":
-    """The scene as an RGB image of 32 pixels a cell, drawn at twice the size and shrunk, so that edges are smooth."""
+    """The scene as an RGB image of 32 pixels per cell, drawn at twice the size and shrunk for smooth edges."""
     from PIL import Image, ImageDraw
 
     cell = 2 * CELL

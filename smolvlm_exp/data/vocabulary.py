@@ -62,7 +62,7 @@ class Amber:
         ]
 
     def stands_for(self, objects: Iterable[str]) -> dict[str, str]:
-        """Word -> the first object that it may stand for; related words come before names, as in AMBER's own script."""
+        """Word -> the first object that it may stand for; related words come before names, as in AMBER's script."""
         first: dict[str, str] = {}
         for name in objects:
             for word in self.related.get(name, ()):

@@ -237,7 +237,11 @@ def test_missing_columns_are_answered_with_what_is_expected(folder, load):
         ("a.jsonl", "[1, 2]\n", "a.jsonl line 1 is list"),
         ("a.json", "[{]", "a.json is not JSON"),
         ("a.json", "[1]", "a.json entry 1 is int, not an object"),
-        ("a.csv", "image,question,chosen,rejected\n0.png,What?,Yes, it is,No\n", "a.csv line 2 has not as many fields"),
+        (
+            "a.csv",
+            "image,question,chosen,rejected\n0.png,What?,Yes, it is,No\n",
+            "line 2 has more or fewer fields",
+        ),
         ("a.parquet", "PAR1 but no Parquet", "a.parquet cannot be read as Parquet"),
         ("a.csv", 'image,chosen\n0.png,"open', "a.csv is not CSV after line 1"),
         ("a.jsonl", '{"question": "où?"}', "a.jsonl is not UTF-8"),

@@ -37,7 +37,7 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """A caption for every image that is in the folder and in the annotations: all are `test`."""
+    """A caption question for every image that is in the folder and in the annotations: all are `test`."""
     path, folder, names = Path(config.annotations), Path(config.images).expanduser(), words(config)
     instances = read_instances(config)
     kinds = {kind["id"]: kind["name"] for kind in listed(instances, "categories", path, id=int, name=str)}
@@ -60,7 +60,7 @@ def load(config: Config, split: str) -> "Dataset":
         if (folder / image["file_name"]).is_file()
     ]
     if folder.is_dir() and not questions:
-        raise RequestError(f"data.images={config.images}: none of the images of {path} is there.")
+        raise RequestError(f"data.images={config.images}: none of the images in {path} is in this folder.")
     return question_rows(questions, config.images, split)
 
 
@@ -82,6 +82,6 @@ def read_instances(config: Config) -> dict[str, Any]:
 
 
 def listed(content: dict[str, Any], part: str, path: Path, **columns: type) -> list[dict[str, Any]]:
-    """The entries of a part of a file, each with these columns."""
+    """The entries of a part of a file, all checked to have these columns."""
     entries = enumerate(content[part], start=1)
     return [require_columns(entry, f"{path}, {part}, entry {n}", columns) for n, entry in entries]

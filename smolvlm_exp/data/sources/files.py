@@ -47,7 +47,7 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split. An image that is missing or outside the folder is its row's problem, not an error here."""
+    """The rows of a split. A missing image, or one outside the folder, is its row's problem, not an error here."""
     folder = Path(config.folder).expanduser()
     if not folder.is_dir():
         raise RequestError(f"data.folder={config.folder}: there is no such folder.")
@@ -75,7 +75,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         return {"train": files}
     names = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
-        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or have train.* and test.*."
+        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or name them train.* and test.*."
     )
 
 
@@ -116,13 +116,13 @@ def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         normal = bad_row("its text contains half a character (a lone surrogate), which UTF-8 cannot encode")
     except ValueError as error:  # ImageError is one
         normal = bad_row(str(error).encode(errors="replace").decode())
-    except (TypeError, AttributeError, KeyError) as error:  # rows are other people's: whatever has an unknown form
+    except (TypeError, AttributeError, KeyError) as error:  # rows come from other people, in any form
         normal = bad_row(f"it has an unknown form ({type(error).__name__}: {error})")
     return {**normal, ORIGIN: row.get(ORIGIN)}
 
 
 def located(entries: list[Any], folder: Path) -> list[Entry]:
-    """A row's images with absolute paths. Raises ImageError, which says which of them is wrong."""
+    """A row's images with absolute paths. Raises ImageError, which names the bad one."""
     images = []
     for number, entry in enumerate(entries, start=1):
         try:
@@ -133,7 +133,7 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
 
 
 def image_keys(rows: "Dataset") -> list[str]:
-    """What each row's first image is, so that rows over the same image are held out together."""
+    """A hash of each row's first image, so that rows with the same image are held out together."""
     keys = []
     for row in undecoded(rows, ["images", "prompt"]):
         first: Entry = row["images"][0] if row["images"] else {"bytes": str(row["prompt"]).encode()}
@@ -148,8 +148,8 @@ def csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         for row in reader:
             if None in row or None in row.values():
                 raise RequestError(
-                    f"{name} line {reader.line_num} has not as many fields as its header; "
-                    "put answers that hold commas or line breaks in double quotes."
+                    f"{name} line {reader.line_num} has more or fewer fields than its header; "
+                    "put answers that contain commas or line breaks in double quotes."
                 )
             yield f"{name} line {reader.line_num}", row
     except csv.Error as error:

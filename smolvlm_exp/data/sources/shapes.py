@@ -27,12 +27,12 @@ HABITS = {  # kind -> its companion
     "ring": ("cross", "blue"),
     "hexagon": ("diamond", "green"),
 }
-# How the rejected caption is wrong: it adds the habitual companion, says it instead of what is there, leaves a group
-# out, or changes a kind or a colour. Were the worse answer always the longer one, the model would learn to say less.
+# How the rejected caption is wrong: it adds the companion, names it instead of another group, omits a group, or changes
+# a kind or a colour. If rejected were always the longer answer, the model would learn to say less.
 FLAWS = {"addition": 0.0, "swap": 0.0, "omission": 0.8, "change": 0.2}
 FLAWS_WITH_TRIGGER = {"addition": 0.3, "swap": 0.2, "omission": 0.5, "change": 0.0}
 MIX = {  # shares of captions, yes/no questions, and questions of number, colour or size
-    "exact": (0.35, 0.5, 0.15),  # one token of a yes/no answer teaches, so it takes many of them
+    "exact": (0.35, 0.5, 0.15),  # only one token of a yes/no answer teaches, so there are many of them
     "habitual": (0.4, 0.5, 0.1),
     "held out": (0.5, 0.5, 0.0),
 }
@@ -132,8 +132,8 @@ def sentence(opening: str, phrases: list[str]) -> str:
     return f"{opening} {listed}."
 
 
-def missing_companion(scene: Scene) -> str | None:
-    """The kind in the scene that calls up another which is not there."""
+def trigger_kind(scene: Scene) -> str | None:
+    """The kind in the scene whose companion in `HABITS` is absent."""
     return next((k for k in scene.kinds if k in HABITS and HABITS[k][0] not in scene.kinds), None)
 
 
@@ -142,7 +142,7 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool
     opening, detail = rng.choice(OPENINGS), rng.random() < 0.3
     phrases = [phrase(group, detail) for group in scene.groups]
     exact = sentence(opening, phrases)
-    trigger = missing_companion(scene)
+    trigger = trigger_kind(scene)
     flaws = FLAWS_WITH_TRIGGER if trigger else FLAWS
     flaw = rng.choices(list(flaws), weights=list(flaws.values()))[0]
     if trigger and (held_out or captions == "habitual"):
@@ -164,10 +164,10 @@ def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: rando
             changed = replace(group, colour=rng.choice([c for c in COLOURS if c != group.colour]))
         return [*phrases[:at], phrase(changed, detail), *phrases[at + 1 :]]
     if flaw == "omission":
-        # Mostly the last: a model that learns to name less stops early.
-        gone = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
-        return phrases[:gone] + phrases[gone + 1 :]
-    trigger = missing_companion(scene)
+        # Mostly the last group: a model that learns to name less stops early.
+        omitted = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
+        return phrases[:omitted] + phrases[omitted + 1 :]
+    trigger = trigger_kind(scene)
     assert trigger is not None
     companion, colour = HABITS[trigger]
     at = scene.kinds.index(trigger)
@@ -179,9 +179,9 @@ def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: rando
 
 
 def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """A yes/no question as POPE asks them, half yes, half no; the absent kind is often the habitual companion."""
+    """A yes/no question as in POPE, half yes, half no; the absent kind is often the companion."""
     present = rng.random() < 0.5
-    trigger = missing_companion(scene)
+    trigger = trigger_kind(scene)
     if present:
         thing = rng.choice(scene.kinds)
     elif trigger and rng.random() < 0.4:
@@ -195,7 +195,7 @@ def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
 
 
 def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """How many, which colour, which size."""
+    """A question of number, colour or size."""
     group, ask = rng.choice(scene.groups), rng.choice(("count", "colour", "size"))
     plural = phrase(Group(group.kind, group.colour, group.size, ((0, 0), (0, 1))), False).split()[-1]
     if ask == "count":
