@@ -1,10 +1,9 @@
 """Any image a person may have -> the RGB image the processor should see.
 
-One broken file among 80,000 must not stop a run: `prepare_images` returns what is wrong with a row's images, and
-`data.on_bad_row` decides.
+One broken file among 80,000 must not stop a run: an ImageError becomes its row's problem, and `data.on_bad_row`
+decides.
 """
 
-import hashlib
 import io
 import re
 import warnings
@@ -39,25 +38,6 @@ class ImageLimits:
 
 class ImageError(ValueError):
     """What is wrong with one image, worded to follow "image 1 "."""
-
-
-def prepare_images(row: dict[str, Any], max_edge: int, limits: ImageLimits = ImageLimits()) -> dict[str, Any]:
-    """Prepare one row's images, unless its source has found a problem.
-
-    Returns:
-        `images` (PNG bytes where a change was needed, else the given ones), `image_sha256` of those bytes, `sizes`
-        [[width, height], ...], `problem` (empty when fine).
-    """
-    images, hashes, sizes, problem = [], [], [], row.get("problem") or ""
-    for number, entry in enumerate([] if problem else row["images"] or [], start=1):
-        try:
-            data, size = prepare_image(read_image_bytes(entry, limits), max_edge, limits)
-        except ImageError as error:
-            return {"images": [], "image_sha256": [], "sizes": [], "problem": f"image {number} {error}"}
-        images.append({"bytes": data, "path": None})
-        hashes.append(hashlib.sha256(data).digest())
-        sizes.append(list(size))
-    return {"images": images, "image_sha256": hashes, "sizes": sizes, "problem": problem}
 
 
 def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits()) -> tuple[bytes, tuple[int, int]]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.images import ImageLimits, prepare_images
+from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image, read_image_bytes
 from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import Message, text_of
 from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, tokenize_row
@@ -179,9 +179,24 @@ def prepare(rows: "Dataset", processor: "ProcessorMixin", config: DataConfig) ->
 def prepare_row(
     row: dict[str, Any], max_edge: int, limits: ImageLimits, controls: list[str], version: int = VERSION
 ) -> dict[str, Any]:
-    """The columns of `prepare_images`, and the prompt with its control tokens escaped (see tokens.py)."""
+    """Prepare a row's images, unless its source has found a problem, and escape control tokens in its prompt.
+
+    Returns:
+        `images` (PNG bytes where a change was needed, else the given ones), `image_sha256` of those bytes, `sizes`
+        [[width, height], ...], `prompt`, `problem` (empty when fine).
+    """
+    images, hashes, sizes, problem = [], [], [], row.get("problem") or ""
+    for number, entry in enumerate([] if problem else row["images"] or [], start=1):
+        try:
+            data, size = prepare_image(read_image_bytes(entry, limits), max_edge, limits)
+        except ImageError as error:
+            images, hashes, sizes, problem = [], [], [], f"image {number} {error}"
+            break
+        images.append({"bytes": data, "path": None})
+        hashes.append(hashlib.sha256(data).digest())
+        sizes.append(list(size))
     prompt = escape_control_tokens(row["prompt"] or [], controls)
-    return {**prepare_images(row, max_edge, limits), "prompt": prompt}
+    return {"images": images, "image_sha256": hashes, "sizes": sizes, "prompt": prompt, "problem": problem}
 
 
 class RowValidator:

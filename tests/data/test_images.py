@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from smolvlm_exp.data.images import ImageError, ImageLimits, locate, prepare_image, prepare_images, shrink, to_rgb
+from smolvlm_exp.data.images import ImageError, ImageLimits, locate, prepare_image, shrink, to_rgb
+from smolvlm_exp.data.preferences import prepare_row
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 
@@ -21,18 +22,20 @@ def encoded(image: Image.Image, format: str = "PNG", **options) -> bytes:
 
 
 def prepared(data: bytes, max_edge: int = 512) -> Image.Image:
-    """What comes out for one image's bytes, decoded, after checking what is always true of it."""
-    row = prepare_images({"images": [{"bytes": data, "path": None}]}, max_edge)
-    assert row["problem"] == ""
-    image = Image.open(io.BytesIO(row["images"][0]["bytes"]))
-    assert image.mode == "RGB"
-    assert row["sizes"] == [list(image.size)]
+    """One image's bytes prepared and decoded again, after checking what is always true of them."""
+    data, size = prepare_image(data, max_edge)
+    image = Image.open(io.BytesIO(data))
+    assert (image.mode, image.size) == ("RGB", size)
     return image
 
 
+def row_of(*entries: dict | None, max_edge: int = 512, **columns) -> dict:
+    return prepare_row({"images": list(entries), "prompt": [], **columns}, max_edge, ImageLimits(), [])
+
+
 def problem(entry: dict | None) -> str:
-    row = prepare_images({"images": [entry]}, 512)
-    assert row["images"] == row["sizes"] == []
+    row = row_of(entry)
+    assert row["images"] == row["sizes"] == row["image_sha256"] == []
     return row["problem"]
 
 
@@ -48,10 +51,11 @@ def noise(width: int, height: int) -> Image.Image:
 @pytest.mark.parametrize("format", ["JPEG", "PNG"])
 def test_bytes_that_are_fine_stay(format):
     data = encoded(noise(40, 30), format)
-    assert prepare_images({"images": [{"bytes": data, "path": "name.jpg"}]}, 40) == {
+    assert row_of({"bytes": data, "path": "name.jpg"}, max_edge=40) == {
         "images": [{"bytes": data, "path": None}],
         "image_sha256": [hashlib.sha256(data).digest()],
         "sizes": [[40, 30]],
+        "prompt": [],
         "problem": "",
     }
 
@@ -206,22 +210,20 @@ def test_unreadable_images_are_reported(entry, expected):
 
 def test_a_local_file_is_read(tmp_path):
     (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (3, 2), RED)))
-    row = prepare_images({"images": [{"bytes": None, "path": str(tmp_path / "a.png")}]}, 512)
-    assert row["sizes"] == [[3, 2]]
+    assert row_of({"bytes": None, "path": str(tmp_path / "a.png")})["sizes"] == [[3, 2]]
 
 
 def test_one_bad_image_makes_a_bad_row():
     fine, broken = {"bytes": encoded(Image.new("RGB", (2, 2))), "path": None}, {"bytes": b"x", "path": None}
-    row = prepare_images({"images": [fine, broken]}, 512)
+    row = row_of(fine, broken)
     assert row["images"] == []
     assert row["problem"].startswith("image 2 cannot be decoded")
 
 
-@pytest.mark.parametrize(
-    ("row", "problem"), [({"images": [], "problem": "from its source"}, "from its source"), ({"images": None}, "")]
-)
-def test_a_row_without_images_keeps_its_problem(row, problem):
-    assert prepare_images(row, 512) == {"images": [], "image_sha256": [], "sizes": [], "problem": problem}
+def test_a_row_without_images_keeps_its_problem():
+    empty = {"images": [], "image_sha256": [], "sizes": [], "prompt": []}
+    assert row_of(problem="from its source") == {**empty, "problem": "from its source"}
+    assert row_of(images=None) == {**empty, "problem": ""}
 
 
 @pytest.fixture

@@ -75,7 +75,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         return {"train": files}
     names = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
-        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or name them train.* and test.*."
+        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or name two train.* and test.*."
     )
 
 
