@@ -1,9 +1,7 @@
-"""Images of every kind come out as a person sees them; broken ones are reported, and stop nothing."""
+"""Images of every kind come out as a person sees them. Broken files: tests/reliability/test_bad_rows.py."""
 
 import hashlib
 import io
-import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -157,40 +155,16 @@ def test_shrinking_is_lanczos_and_leaves_the_original_alone():
     assert original.size == (100, 50)
 
 
-def test_a_bomb_is_refused():
-    png = bytearray(encoded(Image.new("1", (1, 1))))
-    png[16:24] = (20_000).to_bytes(4, "big") * 2  # the header's width and height: 400 megapixels
-    png[29:33] = zlib.crc32(bytes(png[12:29])).to_bytes(4, "big")
-    assert problem({"bytes": bytes(png), "path": None}) == (
-        "image 1 cannot be decoded: it unpacks to more than data.max_pixels=100,000,000 pixels"
-    )
-
-
 def test_the_pixel_limit_does_not_depend_on_pillow_settings(monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as some libraries leave it
     with pytest.raises(ImageError, match=r"more than data\.max_pixels=99 pixels"):
         prepare_image(encoded(Image.new("RGB", (10, 10))), 512, ImageLimits(max_pixels=99))
 
 
-@pytest.mark.parametrize("format", ["JPEG", "PNG"])
-def test_a_truncated_file_is_reported(format):
-    data = encoded(noise(64, 64), format)
-    assert problem({"bytes": data[: len(data) // 2], "path": None}).startswith("image 1 cannot be decoded: ")
-
-
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n",
-        b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>',
-        b"no image at all",
-    ],
-    ids=["eps", "svg", "text"],
-)
-def test_other_formats_are_refused(data):
-    said = problem({"bytes": data, "path": None})
-    assert said.startswith("image 1 cannot be decoded: it is none of JPEG, PNG")
-    assert "0x" not in said  # Pillow's own message holds the address of a buffer
+def test_the_reason_is_the_same_in_every_run():
+    reason = problem({"bytes": b"no image at all", "path": None})
+    assert reason.startswith("image 1 cannot be decoded: it is none of JPEG, PNG")
+    assert "0x" not in reason  # Pillow's own message holds the address of a buffer
 
 
 @pytest.mark.parametrize(
@@ -208,11 +182,6 @@ def test_unreadable_images_are_reported(entry, expected):
     assert problem(entry) == expected
 
 
-def test_a_local_file_is_read(tmp_path):
-    (tmp_path / "a.png").write_bytes(encoded(Image.new("RGB", (3, 2), RED)))
-    assert row_of({"bytes": None, "path": str(tmp_path / "a.png")})["sizes"] == [[3, 2]]
-
-
 def test_one_bad_image_makes_a_bad_row():
     fine, broken = {"bytes": encoded(Image.new("RGB", (2, 2))), "path": None}, {"bytes": b"x", "path": None}
     row = row_of(fine, broken)
@@ -226,38 +195,12 @@ def test_a_row_without_images_keeps_its_problem():
     assert row_of(images=None) == {**empty, "problem": ""}
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    inside = tmp_path / "data"
-    (inside / "sub").mkdir(parents=True)
-    (inside / "sub" / "a.png").write_bytes(b"a")
-    (tmp_path / "secret.png").write_bytes(b"s")
-    (inside / "link.png").symlink_to(tmp_path / "secret.png")
-    return inside
-
-
-@pytest.mark.parametrize("name", ["sub/a.png", "./sub/../sub/a.png"])
-def test_paths_inside_the_folder(folder, name):
-    assert locate(name, folder) == {"bytes": None, "path": str((folder / "sub" / "a.png").resolve())}
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        *((name, "lies outside") for name in ("../secret.png", "sub/../../secret.png", "link.png", "/etc/hostname")),
-        ("https://host/a.png", "is a URL"),
-        ("gone.png", "is not there"),
-        ("sub", "is not there"),
-        ("", "is empty"),
-        ("a" * 300, "cannot be read"),
-        ("a\0b", "cannot be read"),
-    ],
-)
-def test_other_paths_are_refused(folder, name, said):
-    with pytest.raises(ImageError, match=said):
-        locate(name, folder)
-
-
-def test_bytes_need_no_folder(folder):
-    expected = {"bytes": b"x", "path": None}
-    assert locate(b"x", folder) == locate({"bytes": b"x", "path": "../any.png"}, folder) == expected
+def test_a_path_is_made_absolute_and_bytes_need_none(tmp_path):
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "a.png").write_bytes(b"a")
+    for name in ("sub/a.png", "./sub/../sub/a.png"):
+        assert locate(name, tmp_path) == {"bytes": None, "path": str((tmp_path / "sub" / "a.png").resolve())}
+    for entry in (b"x", {"bytes": b"x", "path": "../any.png"}):
+        assert locate(entry, tmp_path) == {"bytes": b"x", "path": None}
+    with pytest.raises(ImageError, match="lies outside the data's folder"):
+        locate("sub/../../a.png", tmp_path)

@@ -103,10 +103,6 @@ def test_several_turns_several_images_and_a_system_message():
     ("row", "said"),
     [
         ({"messages": [user("Hi")], "rejected_response": "x"}, "should end with the chosen answer"),
-        ({"prompt": [{"role": "robot", "content": "Hi"}]}, "a message's role is 'robot'"),
-        ({"prompt": ["Hi"]}, "should have a role and a content"),
-        ({"prompt": [{"role": "user", "content": 5}]}, "a text or a list of parts, not '5'"),
-        ({"prompt": [{"role": "user", "content": [{"type": "video"}]}]}, "a part of type 'video'"),
         ({"prompt": [{"role": "user", "content": [{"type": None}]}]}, "a part of type None"),
     ],
 )
@@ -192,26 +188,12 @@ def test_rows_that_cannot_be_split(fraction, keys, said):
         hold_out(datasets.Dataset.from_dict({"key": keys}), keys, fraction)
 
 
-def test_bad_rows_are_named_and_the_others_stay(folder, tmp_path, load):
-    save_image(tmp_path / "secret.png")
-    (folder / "link.png").symlink_to(tmp_path / "secret.png")
-    (folder / "broken.png").write_bytes((folder / "1.png").read_bytes()[:50])
-    expected = {
-        "0.png": "",
-        "../secret.png": "outside",
-        "link.png": "outside",
-        "http://host/a.png": "is a URL; download it first",
-        "gone.png": "is not there: gone.png",
-        "broken.png": "decoded",
-    }
-    robot = plain(0, question=[{"role": "robot", "content": "Hi"}])
-    write_lines(folder / "train.jsonl", [*(plain(0, image=name) for name in expected), robot])
-    write_lines(folder / "test.jsonl", [plain(0, image="gone.png")])
-    for problem, said in zip(load()["problem"], [*expected.values(), "role"], strict=True):
-        assert said in problem
-        assert bool(said) == bool(problem)
-    only_bad = load("test")
-    assert (only_bad["images"][0], only_bad["image_sha256"][0]) == ([], [])
+def test_a_split_of_bad_rows_alone(folder, load):
+    write_lines(folder / "train.jsonl", [plain(0, image="gone.png")])
+    write_lines(folder / "test.jsonl", [plain(1)])
+    rows = load()
+    assert (rows["images"][0], rows["image_sha256"][0]) == ([], [])
+    assert rows["problem"][0].startswith("image 1 is not there: gone.png")
 
 
 def test_an_image_that_changed_is_read_again(folder, load):
