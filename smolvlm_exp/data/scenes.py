@@ -3,10 +3,8 @@
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw
 
 KINDS = (
     "circle", "square", "triangle", "star", "heart", "moon",
@@ -69,10 +67,8 @@ def draw_scene_content(rng: random.Random, kinds: list[str]) -> Scene:
     return Scene(columns, rows, tuple(sorted(groups, key=lambda group: group.cells[0])))
 
 
-def draw(scene: Scene, rng: random.Random) -> "Image.Image":
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
     """The scene as an RGB image of 32 pixels per cell, drawn at twice the size and shrunk for smooth edges."""
-    from PIL import Image, ImageDraw
-
     cell = 2 * CELL
     image = background(scene.columns * cell, scene.rows * cell, rng)
     pen = ImageDraw.Draw(image)
@@ -87,10 +83,8 @@ def draw(scene: Scene, rng: random.Random) -> "Image.Image":
     return image.resize((scene.columns * CELL, scene.rows * CELL), Image.Resampling.BOX)
 
 
-def background(width: int, height: int, rng: random.Random) -> "Image.Image":
+def background(width: int, height: int, rng: random.Random) -> Image.Image:
     """A dim texture: plain, gradient, stripes, checks or dots, with grain. No shape's colour comes near it."""
-    from PIL import Image, ImageDraw
-
     base = tuple(rng.randint(35, 95) for _ in range(3))
     other = tuple(max(0, min(120, channel + rng.choice((-1, 1)) * rng.randint(10, 22))) for channel in base)
     image = Image.new("RGB", (width, height), base)
@@ -115,7 +109,7 @@ def background(width: int, height: int, rng: random.Random) -> "Image.Image":
     return Image.blend(image, grain, 0.05)
 
 
-def draw_shape(pen: "ImageDraw.ImageDraw", kind: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
+def draw_shape(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
     """One shape of half-side `r` pixels, centred on (x, y)."""
     if kind == "circle":
         pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
