@@ -190,11 +190,13 @@ def prepare_row(
         try:
             data, size = prepare_image(read_image_bytes(entry, limits), max_edge, limits)
         except ImageError as error:
-            images, hashes, sizes, problem = [], [], [], f"image {number} {error}"
+            problem = f"image {number} {error}"
             break
         images.append({"bytes": data, "path": None})
         hashes.append(hashlib.sha256(data).digest())
         sizes.append(list(size))
+    if problem:
+        images, hashes, sizes = [], [], []
     prompt = escape_control_tokens(row["prompt"] or [], controls)
     return {"images": images, "image_sha256": hashes, "sizes": sizes, "prompt": prompt, "problem": problem}
 
