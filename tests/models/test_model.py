@@ -3,8 +3,7 @@
 import pytest
 import torch
 
-from smolvlm_exp.models.hub import is_offline
-from smolvlm_exp.models.model import EMBEDDED, device_map, load_model, load_processor
+from smolvlm_exp.models.model import EMBEDDED, device_map, is_offline, load_model, load_processor
 from smolvlm_exp.models.shape import make_processor, model_config, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
@@ -108,7 +107,7 @@ def test_the_whole_model_is_on_one_gpu(monkeypatch):
 def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys):
     """Upstream alone would try each of some six files six times."""
     asked = []
-    monkeypatch.setattr("smolvlm_exp.models.hub.ping", lambda seconds: asked.append(seconds) or "ConnectError")
+    monkeypatch.setattr("smolvlm_exp.models.model.ping", lambda seconds: asked.append(seconds) or "ConnectError")
     is_offline.cache_clear()
     config = compose("model=smolvlm").model
     for load in (load_processor, load_model):

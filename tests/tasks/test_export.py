@@ -5,8 +5,8 @@ import shutil
 
 import pytest
 
-from smolvlm_exp.deploy.export.options import PARTS
 from smolvlm_exp.deploy.export.record import read_record
+from smolvlm_exp.deploy.options import PARTS
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.tasks.export import export as run_export
 from smolvlm_exp.utils.errors import RequestError, RunError
@@ -83,8 +83,6 @@ def test_a_search_gives_up_the_bits_that_are_not_missed(export, capsys):
 
 
 def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
-    import huggingface_hub
-
     class Hub:
         calls: list = []  # noqa: RUF012
 
@@ -98,7 +96,7 @@ def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
         def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
             self.calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()), ignore_patterns))
 
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr("smolvlm_exp.tasks.export.HfApi", Hub)
     (tmp_path / "training_args.bin").write_text("a token in clear")
     published = "export.license=apache-2.0", "export.push_to_hub=me/it"
     folder = export("export.format=merged", "export.precision=fp32", *published)["merged"]

@@ -74,13 +74,13 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
 def test_line_separators_inside_strings_end_no_line(tmp_path):
     """json.dumps leaves U+2028 as it is, and str.splitlines parts lines at it."""
     from smolvlm_exp.runs.event_log import append_event, read_events, truncate_after
-    from smolvlm_exp.tasks.generate import Asked, answered, from_lines
+    from smolvlm_exp.tasks.generate import Question, answered, read_questions
 
     path = tmp_path / "lines.jsonl"
     append_event(path, {"image": "a.jpg", "question": "One\u2028two?", "answer": "Three\u0085four.", "step": 1})
     append_event(path, {"image": "b.jpg", "question": "?", "answer": "\u2029", "step": 2})
-    both = [Asked("a.jpg", "One\u2028two?"), Asked("b.jpg", "?")]
-    assert list(from_lines(path)) == both
+    both = [Question("a.jpg", "One\u2028two?"), Question("b.jpg", "?")]
+    assert list(read_questions(path)) == both
     assert answered(path, ("answer",)) == set(both)
     assert len(read_events(path)) == 2
     truncate_after(path, 1)
@@ -92,7 +92,7 @@ def test_a_file_that_is_no_file_of_answers(tmp_path):
 
     path = tmp_path / "notes.jsonl"
     path.write_text('{"image": "a.jpg", "question": "?", "problem": "the picture is gone"}\n[1, 2]\n')
-    with pytest.raises(RequestError, match=r"notes\.jsonl, line 2: this is no file of answers; name another"):
+    with pytest.raises(RequestError, match=r"notes\.jsonl, line 2: this is not a file of answers; name another"):
         answered(path, ("answer",))
 
 

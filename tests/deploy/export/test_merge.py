@@ -5,7 +5,7 @@ import torch
 from peft import get_peft_model
 
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
-from smolvlm_exp.deploy.session.load import load_folder
+from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.evaluation.checks import mean_logp_change
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.adapter import lora_config

@@ -6,9 +6,8 @@ import onnxruntime
 import pytest
 import torch
 
-from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
-from smolvlm_exp.deploy.session.load import load_folder
-from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
+from smolvlm_exp.deploy.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
+from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder
 from smolvlm_exp.evaluation.generate import generate_answers, prompts
 from smolvlm_exp.utils.files import read_json
 
@@ -130,7 +129,7 @@ def test_sizes(graphs):
 
 
 def test_what_was_inferred_for_float32_does_not_mislead_the_quantisers(graphs, tmp_path):
-    from smolvlm_exp.deploy.export.onnx_quantize import quantize
+    from smolvlm_exp.deploy.export.onnx_export import quantize
 
     model = onnx.load(graphs / "onnx" / f"{DECODER}.onnx")
     products = {node.output[0] for node in model.graph.node if node.op_type == "MatMul"}
@@ -148,8 +147,8 @@ def test_what_was_inferred_for_float32_does_not_mislead_the_quantisers(graphs, t
 
 def test_products_in_integers_are_exact_on_every_processor(tmp_path):
     """Without VNNI, 255 * 127 + 255 * 127 is clamped to 32767 where nobody asks for more: half of what it should be."""
-    from smolvlm_exp.deploy.export.onnx_quantize import quantize
-    from smolvlm_exp.deploy.session.onnx_backend import runtime
+    from smolvlm_exp.deploy.export.onnx_export import quantize
+    from smolvlm_exp.deploy.session.backends import runtime
 
     value, weights = onnx.helper.make_tensor_value_info, np.ones((64, 8), np.float32)
     product = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])

@@ -13,8 +13,8 @@ import pytest
 import uvicorn
 from PIL import Image
 
-from smolvlm_exp.deploy.server.app import build_app
-from smolvlm_exp.deploy.server.options import ServeConfig
+from smolvlm_exp.deploy.options import ServeConfig
+from smolvlm_exp.deploy.server import build_app
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.utils.paths import PACKAGE
 
