@@ -31,14 +31,10 @@ class Question:
 
 
 def generate(config: Config, folder: Path) -> Path:
-    """Answer the questions that the file of answers lacks, one line each, on disk batch by batch.
+    """Answer the questions that the file of answers lacks, on disk batch by batch; returns the file.
 
-    Returns:
-        The file. A line has "image", "question" and "answer"; with `model.adapter` "base" and "tuned" in place of
-        "answer"; "problem" in their place for an image that cannot be read.
-
-    Raises:
-        RequestError: there are no questions, or a file or folder is missing.
+    A line has "image", "question" and "answer"; with `model.adapter` "base" and "tuned" in place of "answer"; "problem"
+    in their place for an image that cannot be read.
     """
     task = config.task
     images, questions = find_questions(config)
@@ -109,11 +105,7 @@ def read_questions(file: Path) -> Iterator[Question]:
 def answered(path: Path, names: tuple[str, ...]) -> set[Question]:
     """The questions that the file of answers has. A partial last line, as a killed run leaves it, is cut off.
 
-    Args:
-        names: the keys of this command's answers.
-
-    Raises:
-        RequestError: it is not a file of answers, or has those of other models.
+    RequestError where it is not a file of answers, or has those of other models, whose keys differ from `names`.
     """
     if not path.is_file():
         return set()

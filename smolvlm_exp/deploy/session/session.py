@@ -71,8 +71,8 @@ class SmolVLMSession:
         """
         Args:
             model: a TorchModel or an OnnxModel.
-            budget: bytes of the cache of conversations and images; 0: no cache.
-            max_edge: pixels; larger images are shrunk to it, as training did (data.max_edge).
+            budget: of the cache of conversations and images, in bytes; 0: no cache.
+            max_edge: in pixels; larger images are shrunk to it, as training did (data.max_edge).
             limits: of image files; None: the defaults of data.*.
         """
         self.model, self.processor = model, processor
@@ -83,21 +83,14 @@ class SmolVLMSession:
 
     @classmethod
     def load(cls, folder: str | Path, precision: str | None = None, budget: int = GIB, max_edge: int = 512) -> Self:
-        """A folder with onnx/ in it is run by ONNX Runtime, another by PyTorch.
-
-        Raises:
-            RequestError: there is no model in it.
-        """
+        """A folder with onnx/ in it is run by ONNX Runtime, another by PyTorch; RequestError where it has no model."""
         return cls(*load_folder(Path(folder), precision), budget=budget, max_edge=max_edge)
 
     def conversation(self) -> "Conversation":
         return Conversation(self)
 
     def answer(self, prompt: Prompt, sampling: Sampling | None = None) -> "Answer":
-        """
-        Raises:
-            RequestError: the prompt leaves no room for an answer.
-        """
+        """RequestError where the prompt leaves no room for an answer."""
         if len(prompt.ids) >= self.context_length:
             raise RequestError(
                 f"the conversation has {len(prompt.ids)} tokens; the model's context holds {self.context_length}."
@@ -227,11 +220,7 @@ class Conversation:
         self.session, self.prompt = session, Prompt()
 
     def say(self, text: str, images: Sequence[Image] = (), sampling: Sampling | None = None) -> Answer:
-        """The answer to the user's next turn.
-
-        Raises:
-            RequestError: the conversation is too long; it stays as it was.
-        """
+        """The answer to the user's next turn. RequestError where it is too long; the conversation stays as it was."""
         prompt = self.session.prompts.build([user(text, len(images))], images, self.prompt)
         answer = self.session.answer(prompt, sampling)
         self.prompt = prompt
