@@ -115,7 +115,7 @@ def ping(seconds: float) -> str:
         try:
             reply = get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=True)
             outcome = f"HTTP {reply.status_code}"
-        except Exception as error:  # its type alone: a proxy's address may hold a password
+        except Exception as error:  # only its type: a proxy's address may hold a password
             outcome = type(error).__name__
 
     (thread := threading.Thread(target=request, daemon=True)).start()

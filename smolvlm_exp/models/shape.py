@@ -1,4 +1,4 @@
-"""A SmolVLM's dimensions, and what can be built from them alone: configuration, processor."""
+"""A SmolVLM's dimensions, and what is built from them without a download: configuration and processor."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast

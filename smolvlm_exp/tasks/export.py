@@ -81,7 +81,7 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
 
 
 def check_account(repository: str) -> None:
-    """RequestError where the Hub cannot be reached or nobody is logged in: now and not after the work."""
+    """RequestError where the Hub cannot be reached or nobody is logged in, before the work."""
     try:
         HfApi().whoami()
     except Exception as error:  # whichever of the client's many: no network, no token, a revoked one
@@ -116,7 +116,7 @@ class Exporter:
                 self.effect = mean_logp_change(self.score(model), self.tuned.logps)
 
     def parity(self, model: Any) -> Parity:
-        """Of log-probabilities alone: nothing is generated."""
+        """From log-probabilities only: nothing is generated."""
         logps = self.score(model)
         return parity(self.tuned, Evaluation(preference_metrics(logps), logps, []), self.effect)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from smolvlm_exp.models.adapter import (
     AdapterConfig,
@@ -16,19 +17,12 @@ from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 
-@pytest.fixture(scope="module")
-def smolvlm():
-    from transformers import AutoModelForImageTextToText
-
+def test_the_recipe_trains_the_published_number_of_parameters():
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(model_config(shape_of("smolvlm")))
-
-
-def test_the_recipe_trains_the_published_number_of_parameters(smolvlm):
+        model = AutoModelForImageTextToText.from_config(model_config(shape_of("smolvlm")))
     config = compose("experiment=cookbook").adapter
-    tuned = get_peft_model(smolvlm, lora_config(config, quantised=False), low_cpu_mem_usage=True)
+    tuned = get_peft_model(model, lora_config(config, quantised=False), low_cpu_mem_usage=True)
     assert tuned.get_nb_trainable_parameters() == (11_269_248, 2_257_542_128)
-    tuned.unload()
 
 
 @pytest.mark.parametrize("target", ["text", "recipe", "all", r".*connector.*"])

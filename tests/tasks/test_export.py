@@ -2,8 +2,10 @@
 
 import json
 import shutil
+from unittest.mock import create_autospec
 
 import pytest
+from huggingface_hub import HfApi
 
 from smolvlm_exp.deploy.export.record import read_record
 from smolvlm_exp.deploy.options import PARTS
@@ -82,20 +84,8 @@ def test_a_search_writes_the_smallest_precisions_that_pass(export, capsys):
 
 
 def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
-    class Hub:
-        calls: list = []  # noqa: RUF012
-
-        def whoami(self):
-            return {"name": "me"}
-
-        def create_repo(self, name, private, exist_ok):
-            self.calls.append((name, private, exist_ok))
-            return f"https://huggingface.co/{name}"
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
-            self.calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()), ignore_patterns))
-
-    monkeypatch.setattr("smolvlm_exp.tasks.export.HfApi", Hub)
+    hub = create_autospec(HfApi, instance=True)
+    monkeypatch.setattr("smolvlm_exp.tasks.export.HfApi", lambda: hub)
     (tmp_path / "training_args.bin").write_text("a token in clear")
     published = "export.license=apache-2.0", "export.push_to_hub=me/it"
     folder = export("export.format=merged", "export.precision=fp32", *published)["merged"]
@@ -109,10 +99,11 @@ def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
         assert unexpected not in card
     low, high = record["intervals"]["exported"]["preference_accuracy"]
     assert f"({low:.3f} to {high:.3f})" in card
-    (created, (name, sent, ignored)) = Hub.calls
-    assert (created, name) == (("me/it", True, True), "me/it")
-    assert {"README.md", "model.safetensors", "export.json"} <= set(sent)
-    assert {"training_args.bin", "**/training_args.bin"} <= set(ignored)
+    hub.create_repo.assert_called_once_with("me/it", private=True, exist_ok=True)
+    uploaded = hub.upload_folder.call_args.kwargs
+    assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/it", folder)
+    assert {"README.md", "model.safetensors", "export.json"} <= {path.name for path in folder.iterdir()}
+    assert {"training_args.bin", "**/training_args.bin"} <= set(uploaded["ignore_patterns"])
 
 
 @pytest.mark.parametrize(

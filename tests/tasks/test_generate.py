@@ -100,10 +100,10 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
     opened = []
     sys.addaudithook(lambda event, a: opened.append(a[0]) if event == "open" and "mine.jpg" in str(a[0]) else None)
     generate(compose(*arguments), tmp_path)
-    found = read_lines(tmp_path / "a.jsonl")
-    assert ["lies outside the data's folder" in line["problem"] for line in found[:3]] == [True] * 3
-    assert "is a URL" in found[3]["problem"]
-    assert found[4]["answer"]
+    actual = read_lines(tmp_path / "a.jsonl")
+    assert ["lies outside the data's folder" in line["problem"] for line in actual[:3]] == [True] * 3
+    assert "is a URL" in actual[3]["problem"]
+    assert actual[4]["answer"]
     assert opened == []
     generate(compose(*arguments, "task.answers=b.jsonl", "data.max_pixels=999"), tmp_path)
     assert "more than data.max_pixels=999" in read_lines(tmp_path / "b.jsonl")[4]["problem"]

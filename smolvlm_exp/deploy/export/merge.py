@@ -39,7 +39,7 @@ def save_merged(model: Any, processor: Any, folder: Path, precision: str) -> Non
     """Write a folder that `from_pretrained` loads, and converters read. int8: by torchao, with a scale per row."""
     dtype = "float32" if precision == "fp32" else "bfloat16"
     state = {key: tensor.to(getattr(torch, dtype)) for key, tensor in model.state_dict().items()}
-    model.save_pretrained(folder, state_dict=state)  # `model` itself keeps its dtype: other formats are made of it
+    model.save_pretrained(folder, state_dict=state)  # `model` itself keeps its dtype for other formats
     write_json(folder / "config.json", {**read_json(folder / "config.json"), "dtype": dtype})
     processor.save_pretrained(folder)
     if precision == "int8":

@@ -1,4 +1,4 @@
-"""An exported folder: export.json, its model card, and that nobody else's files are in it."""
+"""An exported folder: its record (export.json), its model card, and the check that no other files are in it."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
 
-RECORD = "export.json"  # what an export was made of, how good it is, and its files
+RECORD = "export.json"  # where an export comes from, how good it is, and its files
 Settings = Mapping[str, Any]  # the whole configuration, as nested dictionaries
 LIBRARIES = {"onnx": "transformers.js", "adapter": "peft", "merged": "transformers"}  # that load each format
 DATA_LICENSES = {"shapes": "Apache-2.0", "rlaif_v": "CC BY-NC 4.0"}

@@ -1,7 +1,6 @@
 """Messages -> token ids with their images. Each image is preprocessed once.
 
-The pieces between image tokens are tokenised one by one, which gives the ids that the processor gives for the whole
-text.
+The pieces between image tokens are tokenised one by one, which gives the same ids as the processor on the full text.
 """
 
 import hashlib
@@ -48,7 +47,7 @@ class Prompt:
 
 
 class PromptBuilder:
-    """Builds prompts with the model's chat template. Control tokens in somebody's text are text."""
+    """Builds prompts with the model's chat template. Control tokens that a message spells are text."""
 
     def __init__(self, processor: Any, max_edge: int, limits: ImageLimits) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer

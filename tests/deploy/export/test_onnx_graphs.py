@@ -43,13 +43,13 @@ def test_logits_of_a_padded_batch(torch_model, exported, processor, rows):
     assert (inputs["pixel_values"].flatten(2).abs().sum(2) == 0).any(), "no tile is padding"
     assert (inputs["attention_mask"] == 0).any()
     with torch.no_grad():
-        wanted = torch_model(**inputs).logits
-    found = exported["fp32"](**inputs).logits
+        expected = torch_model(**inputs).logits
+    actual = exported["fp32"](**inputs).logits
     real = inputs["attention_mask"].bool()
-    assert (found - wanted)[real].abs().max() < 1e-4
+    assert (actual - expected)[real].abs().max() < 1e-4
     for precision, most in (("int8", 0.1), ("int4", 0.5)):
-        off = (exported[precision](**inputs).logits - wanted)[real].abs().max()
-        assert 1e-3 < off < most * wanted.abs().max(), (precision, off)
+        off = (exported[precision](**inputs).logits - expected)[real].abs().max()
+        assert 1e-3 < off < most * expected.abs().max(), (precision, off)
 
 
 @pytest.mark.parametrize(("count", "tokens"), [(4, 24), pytest.param(50, 64, marks=pytest.mark.slow)])
@@ -104,8 +104,8 @@ def test_the_client_code_of_published_model_cards_works(graphs, torch_model, pro
         ids = logits[:, -1].argmax(-1, keepdims=True)
         mask, positions = np.ones_like(ids), positions[:, -1:] + 1
         said.append(int(ids[0, 0]))
-    wanted = torch_model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None)
-    assert said == wanted[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = torch_model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert said == expected[0, inputs["input_ids"].shape[1] :].tolist()
 
 
 def test_lower_precisions_are_smaller(graphs):
@@ -126,9 +126,9 @@ def test_types_inferred_for_float32_do_not_mislead_quantisation(graphs, tmp_path
         value.type.tensor_type.elem_type = onnx.TensorProto.INT32  # wrong on purpose
     onnx.save(model, tmp_path / "misled.onnx")
     quantize(tmp_path / "misled.onnx", tmp_path / "int8.onnx", "int8")
-    wanted = onnx.load(graphs / "onnx" / f"{DECODER}_int8.onnx").graph
-    found = onnx.load(tmp_path / "int8.onnx").graph
-    assert [node.op_type for node in found.node] == [node.op_type for node in wanted.node]
+    expected = onnx.load(graphs / "onnx" / f"{DECODER}_int8.onnx").graph
+    actual = onnx.load(tmp_path / "int8.onnx").graph
+    assert [node.op_type for node in actual.node] == [node.op_type for node in expected.node]
     onnxruntime.InferenceSession(tmp_path / "int8.onnx")
 
 
