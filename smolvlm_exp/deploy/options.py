@@ -8,6 +8,7 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of
 
 VISION, EMBEDDING, DECODER = PARTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+PARTS_BY_SIZE = (DECODER, VISION, EMBEDDING)  # in the smaller SmolVLMs, the largest first
 SUFFIXES = {"fp32": "", "int8": "_int8", "int4": "_q4"}  # of files, as clients of ONNX exports expect them
 
 

@@ -17,10 +17,10 @@ from rich.console import Console
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
-from smolvlm_exp.deploy.export.onnx_export import Graphs, search
+from smolvlm_exp.deploy.export.onnx_export import Graphs
 from smolvlm_exp.deploy.export.parity import Parity, gate, parity
 from smolvlm_exp.deploy.export.record import check_free, model_card, read_record, write_record
-from smolvlm_exp.deploy.options import formats, merged_precision, precisions, require_packages
+from smolvlm_exp.deploy.options import PARTS_BY_SIZE, formats, merged_precision, precisions, require_packages
 from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.evaluation.checks import checks_passed, mean_logp_change
@@ -148,14 +148,7 @@ class Exporter:
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".graphs.") as work:
             graphs = Graphs(Path(work), self.merged.cpu(), self.processor)
 
-            def passes(trial: dict[str, str]) -> bool:
-                measured = self.parity(OnnxModel(graphs.folder, trial))
-                passed = checks_passed(gate(self.config.export, measured, {}))
-                size = f"{graphs.size(trial) / 2**20:.1f} MiB"
-                log.info(f"search: {listed(trial)}: {size}; {measured}: {'passes' if passed else 'fails'}")
-                return passed
-
-            chosen = search(graphs, passes) if self.config.export.search else precisions(self.config.export)
+            chosen = self.search(graphs) if self.config.export.search else precisions(self.config.export)
             graphs.copy_to(staging, chosen)
         weights = weights_key(self.merged)
         if read_record(target).get("weights") == weights:  # keep the graphs of this model in other precisions
@@ -163,6 +156,23 @@ class Exporter:
                 if not (staging / "onnx" / file.name).exists():
                     shutil.copy(file, staging / "onnx")
         self.finish(staging, "onnx", chosen, self.evaluate(OnnxModel(staging, chosen)), weights=weights)
+
+    def search(self, graphs: Graphs) -> dict[str, str]:
+        """The smallest precisions that pass the gate, part by part: at most two trials each."""
+        chosen = dict.fromkeys(PARTS_BY_SIZE, "fp32")
+        for part in PARTS_BY_SIZE:
+            for precision in ("int4", "int8"):
+                if graphs.size({part: precision}) >= graphs.size({part: "fp32"}):
+                    continue
+                trial = {**chosen, part: precision}
+                measured = self.parity(OnnxModel(graphs.folder, trial))
+                passed = checks_passed(gate(self.config.export, measured, {}))
+                size = f"{graphs.size(trial) / 2**20:.1f} MiB"
+                log.info(f"search: {listed(trial)}: {size}; {measured}: {'passes' if passed else 'fails'}")
+                if passed:
+                    chosen = trial
+                    break
+        return chosen
 
     def finish(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **more: Any) -> None:
         """Print and check how good an export is, and write its card and its record."""

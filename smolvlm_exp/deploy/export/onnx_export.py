@@ -1,4 +1,4 @@
-"""An ONNX export in the requested precisions, or in the smallest that pass the parity gate; by ONNX Runtime's tools.
+"""An ONNX export in the requested precisions, quantised by ONNX Runtime's own tools.
 
 int8: matrix products in integers, weights with a scale per column, activations quantised dynamically; an embedding
 table has one scale. int4: weights only, a scale per block of 32 (MatMulNBits, GatherBlockQuantized).
@@ -6,15 +6,12 @@ table has one scale. int4: weights only, a scale per block of 32 (MatMulNBits, G
 
 import shutil
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.deploy.export.onnx_graphs import MAX_FILE_BYTES, export_graphs, quiet
-from smolvlm_exp.deploy.options import DECODER, EMBEDDING, SUFFIXES, VISION
+from smolvlm_exp.deploy.options import SUFFIXES
 from smolvlm_exp.utils.files import read_json, write_json
-
-SEARCH_ORDER = (DECODER, VISION, EMBEDDING)  # the largest first, in the smaller SmolVLMs
 
 
 class Graphs:
@@ -52,18 +49,6 @@ class Graphs:
         (target / "onnx").mkdir()
         for file in (*self.folder.glob("*.*"), *self.files(precisions)):
             shutil.copy(file, target / file.relative_to(self.folder))
-
-
-def search(graphs: Graphs, passes: Callable[[dict[str, str]], bool]) -> dict[str, str]:
-    """The smallest precisions that pass the gate, part by part: at most two trials each."""
-    chosen = dict.fromkeys(SEARCH_ORDER, "fp32")
-    for part in SEARCH_ORDER:
-        for precision in ("int4", "int8"):
-            trial = {**chosen, part: precision}
-            if graphs.size({part: precision}) < graphs.size({part: "fp32"}) and passes(trial):
-                chosen = trial
-                break
-    return chosen
 
 
 def quantize(source: Path, target: Path, precision: str) -> None:

@@ -91,8 +91,7 @@ def as_bias(visible: torch.Tensor) -> torch.Tensor:
 def export_graphs(model: Any, folder: Path) -> None:
     """Write the three graphs of a float32 model without adapters or quantised layers into `folder`."""
     text, side = model.config.text_config, model.config.vision_config.image_size
-    layers, heads = text.num_hidden_layers, text.num_key_value_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers, heads, size = text.num_hidden_layers, text.num_key_value_heads, text.head_dim
     batch, images, length, past, total = map(
         torch.export.Dim,
         ("batch_size", "num_images", "sequence_length", "past_sequence_length", "total_sequence_length"),

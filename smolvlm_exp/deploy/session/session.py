@@ -11,6 +11,7 @@ first. A prompt continues from the longest prefix that it shares with the cache,
 those without a cache.
 """
 
+import contextlib
 import threading
 import time
 from collections import OrderedDict
@@ -170,22 +171,20 @@ class Answer:
     def decode(self) -> Iterator[str]:
         """The text, piece by piece, up to a stop text."""
         held_back = max(map(len, self.sampling.stop), default=1) - 1  # characters that may begin a stop text
-        sent, tokens = 0, self.generate()
-        stream = DecodeStream(skip_special_tokens=True)
-        try:
+        sent, stream = 0, DecodeStream(skip_special_tokens=True)
+        with contextlib.closing(self.generate()) as tokens:
             for token in tokens:
                 self.text += stream.step(self.session.prompts.tokenizer._tokenizer, token) or ""
                 end = min((i for i in map(self.text.find, self.sampling.stop) if i >= 0), default=None)
                 if end is not None:
                     self.text, self.ended_by = self.text[:end], "stop"
                     break
-                if len(self.text) - held_back > sent:
-                    yield self.text[sent : len(self.text) - held_back]
-                    sent = len(self.text) - held_back
+                ready = len(self.text) - held_back
+                if ready > sent:
+                    yield self.text[sent:ready]
+                    sent = ready
             if self.text[sent:]:
                 yield self.text[sent:]
-        finally:
-            tokens.close()
 
     def generate(self) -> Generator[int, None, None]:
         """The tokens but for the end token. What the model has read is cached, however the answer ends."""
@@ -228,7 +227,7 @@ class Conversation:
 
 
 def sample_token(logits: torch.Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """The token after those with these logits, (vocabulary,)."""
+    """The next token, from its logits (vocabulary,)."""
     if not sampling.temperature:
         return int(logits.argmax())
     probabilities, order = (logits / sampling.temperature).softmax(0).sort(descending=True)
