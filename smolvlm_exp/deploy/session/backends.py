@@ -8,6 +8,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig, DynamicCache
 
 from smolvlm_exp.deploy.export.record import RECORD, read_record
@@ -38,8 +39,8 @@ class TorchModel:
         """What decides an answer besides tokens and images: the active adapters."""
         if not isinstance(self.model, PeftModel):
             return ()
-        status = self.model.get_model_status()
-        return (*status.active_adapters, status.enabled)
+        layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
+        return (*self.model.active_adapters, next(layers).disable_adapters)
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
