@@ -194,8 +194,8 @@ def graphs(small, processor, tmp_path_factory):
     from filelock import FileLock
 
     from smolvlm_exp.deploy.export.onnx_export import Graphs
-    from smolvlm_exp.deploy.export.options import PARTS
-    from smolvlm_exp.deploy.session.load import load_folder
+    from smolvlm_exp.deploy.options import PARTS
+    from smolvlm_exp.deploy.session.backends import load_folder
 
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

@@ -14,9 +14,7 @@ from smolvlm_exp.config.renamed import rename_settings
 from smolvlm_exp.config.security import check_setting
 from smolvlm_exp.config.tasks import TASKS, readers
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.deploy.export.options import ExportConfig
-from smolvlm_exp.deploy.server.options import ServeConfig
-from smolvlm_exp.deploy.session.load import SessionConfig
+from smolvlm_exp.deploy.options import ExportConfig, ServeConfig, SessionConfig
 from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.models.adapter import AdapterConfig
 from smolvlm_exp.models.model import ModelConfig

@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.deploy.export.options import PARTS
-from smolvlm_exp.deploy.session.load import load_folder
+from smolvlm_exp.deploy.options import PARTS
+from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.models.model import EMBEDDED, load_model, load_processor
 from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest_intact

@@ -46,7 +46,7 @@ def test_the_doctor_names_it_too(torchvision):
 
 def test_pillow_serves_with_torchvision_and_without(processor, small):
     """The same pixels on every machine: torchvision's resampling differs, and an installed one is not to be taken."""
-    from smolvlm_exp.deploy.session.load import load_folder
+    from smolvlm_exp.deploy.session.backends import load_folder
 
     check_torchvision()
     for each in (processor, load_folder(small, None)[1]):
