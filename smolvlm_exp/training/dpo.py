@@ -55,7 +55,7 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
     from smolvlm_exp.training.trainers import EngineDPOTrainer
 
     trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs, PackedDataset))
-    trainer.score_references(disk_cache(config), arguments.per_device_eval_batch_size)
+    trainer.score_references(disk_cache(config))
     plan_memory(config, trainer)
     return trainer
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from smolvlm_exp.engine.disk_cache import DiskCache
-    from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+    from smolvlm_exp.engine.inputs.dataset import PackedDataset
 
 log = logging.getLogger(__name__)
 
@@ -34,7 +34,6 @@ STOCK_ONLY = (
     "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
     "torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
-FEATURE_TILES = 64  # tiles per forward pass of the vision tower, for precomputed features
 
 
 def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig) -> None:
@@ -108,35 +107,31 @@ def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrain
 def disk_cache(config: TrainerConfig) -> "DiskCache":
     from smolvlm_exp.engine.disk_cache import DiskCache
 
-    return DiskCache(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
+    disk, ram = bytes_of("trainer.cache_disk", config.cache_disk), bytes_of("trainer.cache_ram", config.cache_ram)
+    return DiskCache(Path(config.cache), disk, ram)
 
 
 def engine_inputs(
     config: TrainerConfig, arguments: Any, inputs: TrainerInputs, kind: "type[PackedDataset]"
 ) -> dict[str, Any]:
     """What an engine trainer takes: the model fused with its adapter on, the rows packed, their images precomputed."""
-    from smolvlm_exp.engine.inputs.dataset import Collator
-    from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.engine.trainers import attach_and_fuse
 
     if inputs.model.device.type != arguments.device.type:  # model.device_map=null leaves it on the CPU
         inputs.model.to(arguments.device)
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
     model = attach_and_fuse(model, peft_config, arguments)
-    processor: Any = inputs.processor
-    pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
-    collators = [Collator(kind(rows, processor), pad, image) for rows in inputs.splits(config)]
-    precompute_images(config, model, processor, collators)
+    splits = [kind(rows, inputs.processor) for rows in inputs.splits(config)]
+    precompute_images(config, model, inputs.processor, splits)
     return {
         "model": model,
-        "collator": collators[0],
-        "eval_collator": collators[1] if len(collators) > 1 else None,
-        "normalise": pixels(processor),
+        "rows": splits[0],
+        "eval_rows": splits[1] if len(splits) > 1 else None,
         **inputs.common(config, arguments),
     }
 
 
-def precompute_images(config: TrainerConfig, model: Any, processor: Any, collators: "list[Collator]") -> None:
+def precompute_images(config: TrainerConfig, model: Any, processor: Any, splits: "list[PackedDataset]") -> None:
     """Cache image features where vision tower and connector are frozen, tiles elsewhere."""
     from smolvlm_exp.engine.inputs.tiles import pixels
     from smolvlm_exp.engine.model_parts import core_of, is_trainable
@@ -144,9 +139,9 @@ def precompute_images(config: TrainerConfig, model: Any, processor: Any, collato
 
     core = core_of(model)
     features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
-    ram, workers = bytes_of("trainer.cache_ram", config.cache_ram), config.dataloader_num_workers
-    for collator in collators:
+    store, workers = disk_cache(config), config.dataloader_num_workers
+    for rows in splits:
         if features:
-            keep_features(collator.rows, model, pixels(processor), disk_cache(config), ram, FEATURE_TILES, workers)
-        if collator.rows.features is None:
-            collator.rows.cache_tiles(disk_cache(config), ram, workers)
+            keep_features(rows, model, pixels(processor), store, workers)
+        if rows.features is None:
+            rows.cache_tiles(store, workers)
