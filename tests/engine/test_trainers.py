@@ -272,18 +272,6 @@ def test_an_error_that_smaller_micro_batches_cannot_help(bench, changes, call, e
         trainer.train()
 
 
-def test_a_retried_step_draws_the_same_random_numbers(bench):
-    trainer = bench.shared()
-    trainer._metrics["train"]["loss"] += [torch.tensor(1.0)]
-    before = trainer.snapshot()
-    drawn = torch.rand(3)
-    trainer._metrics["train"]["loss"] += [torch.tensor(2.0)]
-    trainer._metrics["train"]["other"] += [torch.tensor(2.0)]
-    trainer.restore(before)
-    assert torch.equal(torch.rand(3), drawn)
-    assert dict(trainer._metrics["train"]) == {"loss": [torch.tensor(1.0)]}
-
-
 def test_evaluation_has_its_own_micro_batch(bench, capsys):
     trainer = bench.shared()
     trainer.score = Failing(trainer.score, [5, 6])  # the first evaluation's first calls

@@ -17,7 +17,7 @@ from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.inputs import dataset as module
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
-from smolvlm_exp.engine.inputs.tiles import pixels, tile
+from smolvlm_exp.engine.inputs.tiles import pixels
 
 PLENTY = 2**40
 RAM = DiskCache(Path("never made"), 0, PLENTY)
@@ -147,12 +147,6 @@ def test_a_shared_image_is_one(rows, tiles):
     assert len(rows.image_hashes) == 6
     assert rows.images[4] == rows.images[2][:1]
     assert torch.equal(tiles[4], tiles[2][: len(tiles[4])])
-
-
-def test_tiles_are_bytes_before_rescaling_exactly(processor):
-    image = noise((90, 120))
-    with_floats = processor.image_processor([[image]], do_normalize=False, return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(tile(image, processor.image_processor).float(), (with_floats * 255).round())
 
 
 def test_a_processor_whose_number_of_tiles_is_not_predicted(processor, monkeypatch):

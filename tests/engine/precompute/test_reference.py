@@ -15,9 +15,7 @@ from transformers import BitsAndBytesConfig
 
 from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.fingerprint import content_hash, weights_key
-from smolvlm_exp.engine.forward import add_pair_forward
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
-from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.model import load_model
@@ -62,21 +60,6 @@ def train(processor, rows):
 @pytest.fixture(scope="module")
 def few(processor, rows):
     return PackedDataset(rows.train.select(range(12)), processor)
-
-
-def test_the_numbers_are_those_of_plain_scoring(processor, rows, train, model, store):
-    expected = answer_logps(model, processor, rows.train, 8, None)
-    add_pair_forward(model, pixels(processor), ("log_probs",))
-
-    @torch.no_grad()
-    def score(batch, _):
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        outputs = model(input_ids=batch["input_ids"], labels=labels, packed=batch["packed"])
-        return outputs.log_probs.sum(1).chunk(2)
-
-    chosen, rejected = reference_logps(train, score, PARTS, store, 5, 0)
-    torch.testing.assert_close(chosen, expected.chosen, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(rejected, expected.rejected, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (5, 2), (100, 0)])
