@@ -148,11 +148,11 @@ class PackedTrainer(Trainer):
             self.source = self.sampler.source = epoch_iterator
             self.sampler.steps.clear()  # of an epoch that was left early
             self.batches_left = iter(self.batches)
-        first = list(islice(self.batches_left, 1))
-        if not first:
+        first = next(self.batches_left, None)
+        if first is None:
             return [], None
         step = self.sampler.steps.popleft()
-        step.batches = [*first, *islice(self.batches_left, len(step.micros) - 1)]
+        step.batches = [first, *islice(self.batches_left, len(step.micros) - 1)]
         idle: list[Any] = [{} for _ in step.units[1:]]
         return [*idle, {"step": step}], self._get_num_items_in_batch(step.batches, device)
 

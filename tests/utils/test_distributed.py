@@ -71,13 +71,13 @@ def keep_both(rows, processor, rank, folder):
     """Tiles and features of the same images; each process notes which it made."""
     made = []
     fed = PackedDataset(rows, processor)
-    stream = fed.stream
+    tile_batches = fed.tile_batches
 
     def noted(images, num_proc):
         made.extend(images)
-        return stream(images, num_proc)
+        return tile_batches(images, num_proc)
 
-    fed.stream = noted
+    fed.tile_batches = noted
     store = DiskCache(folder / "cache", PLENTY, PLENTY)
     fed.cache_tiles(store, 0)
     assert sorted(chain(*gather(list(made)))) == list(range(len(fed.image_hashes)))

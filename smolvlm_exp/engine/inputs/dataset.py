@@ -30,7 +30,7 @@ VERSION = 1  # raise when tiles change: it is part of their cache key
 SIDES = ("prompt", "chosen", "rejected")
 COUNTS = tuple(f"{side}_tokens" for side in SIDES)
 IMAGE_FACTS = ("image_sha256", "tile_rows", "tile_columns")
-TRANSFER_BYTES = 2**22  # of tiles that go from one process to another at a time: each transfer costs milliseconds
+BATCH_TILES = 64  # that travel between processes, and through the vision tower, together
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -134,17 +134,14 @@ class PackedDataset(torch.utils.data.Dataset):
         return self.tiles_of(images).numpy()
 
     def cache_tiles(self, store: DiskCache, num_proc: int) -> None:
-        """Compute all tiles now, where the store has room for them.
+        """Compute all tiles now, with `num_proc` processes (0: this one), where the store has room for them.
 
         Processes of a torch.distributed group call it together, share the work and the store's one file.
-
-        Args:
-            num_proc: processes that tile; 0: this one.
         """
 
         def fill(cached: torch.Tensor) -> None:
-            for image, tiles in self.stream(rank_slice(len(self.image_hashes), *rank_world()), num_proc):
-                cached[self.span(image)] = tiles
+            for start, tiles in self.tile_batches(rank_slice(len(self.image_hashes), *rank_world()), num_proc):
+                cached[start : start + len(tiles)] = tiles
 
         spec = torch.uint8, (self.tile_offsets[-1], *self.no_tiles.shape[1:])
         contents = f"{len(self.image_hashes):,} images"
@@ -164,16 +161,21 @@ class PackedDataset(torch.utils.data.Dataset):
             "transformers": transformers.__version__,
         }
 
-    def stream(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(number, its tiles) of each of `images` in their order, tiled by `num_proc` processes; 0: by this one."""
-        workers = min(num_proc, len(images))
-        largest = int(max(np.diff(self.tile_offsets), default=0)) * math.prod(self.no_tiles.shape[1:])  # bytes
-        size = max(1, min(TRANSFER_BYTES // largest, len(images) // (4 * workers))) if workers else 1
-        chunks = [list(images[i : i + size]) for i in range(0, len(images), size)]
-        work = self.tiles_of if room_in_shared_memory(4 * workers * size * largest) else self.tile_array
-        for chunk, tiles in zip(chunks, batch_loader(work, chunks, num_workers=workers), strict=True):
-            counts = [self.tile_offsets[image + 1] - self.tile_offsets[image] for image in chunk]
-            yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
+    def tile_batches(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Where a batch of tiles begins among all, and its tiles: of neighbouring `images`, at most `BATCH_TILES`.
+
+        An image with more tiles is a batch of its own. `num_proc` processes tile; 0: this one.
+        """
+        batches: list[list[int]] = []
+        for image in images:
+            if not batches or self.tile_offsets[image + 1] - self.tile_offsets[batches[-1][0]] > BATCH_TILES:
+                batches.append([])
+            batches[-1].append(image)
+        workers = min(num_proc, len(batches))
+        largest = max(BATCH_TILES, *np.diff(self.tile_offsets)) * math.prod(self.no_tiles.shape[1:])  # bytes
+        work = self.tiles_of if room_in_shared_memory(4 * workers * largest) else self.tile_array
+        for batch, tiles in zip(batches, batch_loader(work, batches, num_workers=workers), strict=True):
+            yield self.tile_offsets[batch[0]], torch.as_tensor(tiles)
 
     @cached_property
     def no_tiles(self) -> torch.Tensor:

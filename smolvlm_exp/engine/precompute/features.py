@@ -17,7 +17,6 @@ from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.utils.distributed import rank_slice, rank_world
 
 VERSION = 2  # raise when the numbers change for a reason that no part of the key tells
-BATCH_TILES = 64  # tiles per forward pass of the tower
 Batches = Iterator[tuple[int, torch.Tensor]]  # where they begin among those of all, and tiles or their features
 
 
@@ -26,10 +25,8 @@ def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, stor
     """Run every distinct image through tower and connector once and set `rows.features`, in the model's own dtype.
 
     Where the store has no room for them `rows` stays as it was, with a message: features are then computed with every
-    batch. Processes of a torch.distributed group call it together and share the images.
-
-    Args:
-        num_proc: processes that tile; 0: this one.
+    batch. Processes of a torch.distributed group call it together and share the images, which `num_proc` processes
+    tile (0: this one).
     """
     core = core_of(model)
     assert not is_trainable(core.vision_model, core.connector), "features of a tower that is trained would go stale"
@@ -50,24 +47,12 @@ def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, stor
     }
 
     def fill(cached: torch.Tensor) -> None:
-        batches = tile_batches(rows, rank_slice(len(rows.image_hashes), *rank_world()), num_proc)
+        batches = rows.tile_batches(rank_slice(len(rows.image_hashes), *rank_world()), num_proc)
         for start, features in computed(batches, lambda tiles: image_features(core, normalise(tiles)), device):
             cached[start : start + len(features)] = features
 
     spec = example.dtype, (rows.tile_offsets[-1], *example.shape[1:])
     rows.features = store.tensor("features", f"{len(rows.image_hashes):,} images", spec, fill, parts)
-
-
-def tile_batches(rows: PackedDataset, images: range, num_proc: int) -> Batches:
-    """The tiles of neighbouring images, at most `BATCH_TILES` at a time or those of one."""
-    start, parts = rows.tile_offsets[images.start], list[torch.Tensor]()
-    for _, tiles in rows.stream(images, num_proc):
-        if parts and sum(map(len, parts)) + len(tiles) > BATCH_TILES:
-            yield start, torch.cat(parts)
-            start, parts = start + sum(map(len, parts)), []
-        parts.append(tiles)
-    if parts:
-        yield start, torch.cat(parts)
 
 
 def computed(batches: Batches, function: Pixels, device: torch.device) -> Batches:

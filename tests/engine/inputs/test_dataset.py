@@ -172,22 +172,21 @@ def test_cached_tiles_are_the_same_by_one_process_or_several(processor, prepared
 
 def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(rows, tiles, monkeypatch):
     needed = []
+    monkeypatch.setattr(module, "BATCH_TILES", 20)
     monkeypatch.setattr(module, "room_in_shared_memory", needed.append)
     rows.cache_tiles(RAM, 2)
     assert_tiles(rows, tiles)
-    assert needed == [4 * 2 * int(np.diff(rows.tile_offsets).max()) * 3 * 64 * 64]  # so few images travel one by one
+    assert needed == [4 * 2 * 20 * 3 * 64 * 64]
 
 
-def test_small_images_travel_together(rows, monkeypatch):
-    chunks = []
-    monkeypatch.setattr(
-        module, "batch_loader", lambda work, batches, **_: (chunks.append(b) or work(b) for b in batches)
-    )
-    images = list(range(len(rows.image_hashes))) * 5
-    streamed = list(rows.stream(images, 1))
-    assert [number for number, _ in streamed] == images
-    assert max(map(len, chunks)) > 1
-    assert all(torch.equal(tiles, rows.tiles(number)) for number, tiles in streamed)
+def test_tile_batches_are_of_neighbouring_images(rows, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TILES", 12)
+    images = [rows.tiles(image) for image in range(6)]
+    starts, batches = zip(*rows.tile_batches(range(1, 6), 0), strict=True)
+    assert torch.equal(torch.cat(batches), torch.cat(images[1:]))
+    assert list(starts) == [len(torch.cat([images[0], *batches[:i]])) for i in range(len(batches))]
+    assert all(len(batch) <= 12 or len(batch) in map(len, images) for batch in batches)
+    assert 1 < len(batches) < 5
 
 
 def test_cached_tiles_are_not_computed_twice(processor, prepared, rows, tiles, tmp_path, monkeypatch):

@@ -6,6 +6,7 @@ from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor
 from smolvlm_exp.engine.forward import image_features
+from smolvlm_exp.engine.inputs import dataset as dataset_module
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.model_parts import core_of
@@ -37,7 +38,7 @@ def passes(monkeypatch):
 @pytest.mark.parametrize("ram", [PLENTY, 0])
 @pytest.mark.parametrize("batch_tiles", [1, 7, 1000])
 def test_features_are_those_of_every_batch(processor, dataset, adapted, tmp_path, ram, batch_tiles, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TILES", batch_tiles)
+    monkeypatch.setattr(dataset_module, "BATCH_TILES", batch_tiles)
     normalise = pixels(processor)
     expected = [image_features(core_of(adapted), normalise(row["tiles"])) for row in dataset]
     keep_features(dataset, adapted, normalise, DiskCache(tmp_path / "cache", PLENTY, ram), 0)
@@ -105,7 +106,7 @@ def test_without_room_the_rows_stay_as_they_were(processor, dataset, adapted, tm
 @pytest.mark.gpu
 @pytest.mark.parametrize("batch_tiles", [1, 7, 1000])
 def test_features_on_a_gpu(processor, dataset, model, batch_tiles, monkeypatch):
-    monkeypatch.setattr(module, "BATCH_TILES", batch_tiles)
+    monkeypatch.setattr(dataset_module, "BATCH_TILES", batch_tiles)
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # or the patches differ with the batch's size
     model.requires_grad_(False).to("cuda", torch.float32)
     normalise = pixels(processor)
