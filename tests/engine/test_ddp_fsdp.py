@@ -69,10 +69,10 @@ def test_sharded_adapters_are_not_rounded(tmp_path):
 
 def test_a_process_that_runs_out_of_memory_retries_alone(tmp_path):
     """It does its share again in smaller micro-batches while the other waits, and both have the same gradients."""
-    whole = train(tmp_path / "whole", 2, **SIX_PAIRS)
+    undisturbed = train(tmp_path / "undisturbed", 2, **SIX_PAIRS)
     failed = train(tmp_path / "failed", 2, **SIX_PAIRS, fails=1)
-    assert [process["micro_batch"] for process in (*whole, *failed)] == [4, 4, 4, 1]
-    compare(failed[0]["events"], whole[0]["events"], TOKEN_MEANS, tolerance=2e-5)
+    assert [process["micro_batch"] for process in (*undisturbed, *failed)] == [4, 4, 4, 1]
+    compare(failed[0]["events"], undisturbed[0]["events"], TOKEN_MEANS, tolerance=2e-5)
 
 
 def test_out_of_memory_with_sharded_weights_ends_the_run(tmp_path):

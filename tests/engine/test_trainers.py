@@ -352,8 +352,8 @@ def test_losses_and_metrics_read_nothing_off_the_device(options):
         loss.trainer.model = lambda **_: outputs
         loss.trainer.model.training = True
         with DeferredMetrics():
-            found, _ = loss(fields)
-        found.backward()
+            value, _ = loss(fields)
+        value.backward()
         with pytest.raises(RuntimeError):
             loss(fields)
 
