@@ -310,18 +310,16 @@ class PackedTrainer(Trainer):
         """TRL's loss and metrics of one of the evaluation loader's batches."""
         assert self.eval_rows is not None
         with torch.no_grad(), self.compute_loss_context_manager():
-            parts, sizes = self.in_parts(inputs, self.eval_rows, lambda batch: self.score(model, batch))
-            fields, outputs = (concat_pairs(part, sizes) for part in zip(*parts, strict=True))
+            fields, outputs = self.in_parts(inputs, self.eval_rows, lambda batch: self.score(model, batch))
             self.shares["eval"].append(1.0)
             with DeferredMetrics():
                 loss = self.loss_of(outputs, fields, None)
         return loss.detach(), None, None
 
-    def in_parts(self, batch: Batch, rows: PackedDataset, run: Callable[[Batch], Any]) -> tuple[list[Any], list[int]]:
-        """`run` on a batch without gradients, in as many parts as memory needs; training's micro-batch stays.
+    def in_parts(self, batch: Batch, rows: PackedDataset, run: Callable[[Batch], tuple[Any, ...]]) -> list[Any]:
+        """`run`'s mappings of tensors for a batch, without gradients, computed in as many parts as memory needs.
 
-        Returns:
-            Its result for each part; how many pairs each part had.
+        Training's micro-batch stays as it is.
         """
         numbers = batch["rows"].tolist()
         while True:
@@ -329,7 +327,7 @@ class PackedTrainer(Trainer):
             parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
             try:
                 results = [run(batch if part == numbers else rows.batch(part)) for part in parts]
-                return results, list(map(len, parts))
+                return [concat_pairs(pieces, list(map(len, parts))) for pieces in zip(*results, strict=True)]
             except RuntimeError as error:
                 if not out_of_memory(error) or size == 1:
                     raise

@@ -44,9 +44,10 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         return self._compute_loss(lambda **_: outputs, fields, False)
 
     def reference_of(self, fields: Batch, packed: Batch) -> Batch:
-        if not self.live:
-            return {}
-        chosen, rejected = self.compute_ref_log_probs(self.model, {**fields, "packed": packed})
+        return self.reference({**fields, "packed": packed}) if self.live else {}
+
+    def reference(self, fields: Batch) -> Batch:
+        chosen, rejected = self.compute_ref_log_probs(self.model, fields)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     def score_references(self, store: DiskCache) -> None:
@@ -80,9 +81,8 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
 
     def reference_scores(self, batch: Batch, rows: PackedDataset) -> tuple[torch.Tensor, torch.Tensor]:
         """The reference on a batch of `rows`, in parts that fit."""
-        parts, _ = self.in_parts(batch, rows, lambda part: self.compute_ref_log_probs(self.model, self.on_device(part)))
-        chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
-        return chosen, rejected
+        (logps,) = self.in_parts(batch, rows, lambda part: (self.reference(self.on_device(part)),))
+        return logps["ref_chosen_logps"], logps["ref_rejected_logps"]
 
 
 class SharedPrefixSFTTrainer(PackedTrainer, SFTTrainer):
