@@ -172,7 +172,7 @@ class PackedDataset(torch.utils.data.Dataset):
                 batches.append([])
             batches[-1].append(image)
         workers = min(num_proc, len(batches))
-        largest = max(BATCH_TILES, *np.diff(self.tile_offsets)) * math.prod(self.no_tiles.shape[1:])  # bytes
+        largest = max([BATCH_TILES, *np.diff(self.tile_offsets)]) * math.prod(self.no_tiles.shape[1:])  # bytes
         work = self.tiles_of if room_in_shared_memory(4 * workers * largest) else self.tile_array
         for batch, tiles in zip(batches, batch_loader(work, batches, num_workers=workers), strict=True):
             yield self.tile_offsets[batch[0]], torch.as_tensor(tiles)

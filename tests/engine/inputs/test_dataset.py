@@ -189,6 +189,12 @@ def test_tile_batches_are_of_neighbouring_images(rows, monkeypatch):
     assert 1 < len(batches) < 5
 
 
+def test_rows_without_images_have_no_tiles(processor):
+    rows = packed(make(([], "What is red?", "A colour.", "A number.")), processor)
+    rows.cache_tiles(RAM, 2)
+    assert rows[0]["tiles"].shape == (0, 3, 64, 64)
+
+
 def test_cached_tiles_are_not_computed_twice(processor, prepared, rows, tiles, tmp_path, monkeypatch):
     store = DiskCache(tmp_path / "cache", PLENTY)
     rows.cache_tiles(store, 0)
