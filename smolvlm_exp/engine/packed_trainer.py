@@ -80,6 +80,7 @@ class PackedTrainer(Trainer):
         self.rows, self.eval_rows = rows, eval_rows
         self.micro_batch = args.per_device_train_batch_size
         self.eval_micro_batch = args.per_device_eval_batch_size
+        self.out_of_memory = 0  # how often, for summary.json
         self.shares: dict[str, list[float]] = defaultdict(list)
         self.source: Any = None
         if args.ddp_find_unused_parameters is None:
@@ -294,6 +295,7 @@ class PackedTrainer(Trainer):
                 "smaller model."
             ) from error
         self.micro_batch = smaller
+        self.out_of_memory += 1
         log.warning(f"Out of memory at micro-batch {failed}: retrying this step and continuing with {smaller}")
 
     # Evaluation

@@ -50,7 +50,8 @@ def test_at_any_micro_batch(bench, whole, tmp_path, capsys, call):
 
     torch.manual_seed(0)
     trainer = bench.run(tmp_path, *STEPS, prepare=prepare)
-    assert capsys.readouterr().out.count("retrying this step and continuing with 1") == 1
+    assert trainer.out_of_memory == 1
+    assert "retrying this step and continuing with 1" in capsys.readouterr().out
     for mine, theirs in zip(numbers(tmp_path), numbers(folder), strict=True):
         if theirs["step"] <= 2:  # hardly anything has moved: which margin is above zero, rounding decides
             del mine["rewards/accuracies"], theirs["rewards/accuracies"]
