@@ -56,7 +56,7 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
 
     if config.engine == "shared":
         trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs, PackedDataset))
-        trainer.score_references(disk_cache(config), arguments.per_device_eval_batch_size)
+        trainer.score_references(disk_cache(config))
         plan_memory(config, trainer)
         return trainer
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)

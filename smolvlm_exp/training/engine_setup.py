@@ -8,7 +8,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from smolvlm_exp.engine.disk_cache import DiskCache
-from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.engine.precompute.features import keep_features
@@ -35,7 +35,6 @@ STOCK_ONLY = (
     "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
     "torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
-FEATURE_TILES = 64  # tiles per forward pass of the vision tower, for precomputed features
 
 
 def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig) -> None:
@@ -107,7 +106,8 @@ def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: PreTraine
 
 
 def disk_cache(config: TrainerConfig) -> DiskCache:
-    return DiskCache(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
+    disk, ram = bytes_of("trainer.cache_disk", config.cache_disk), bytes_of("trainer.cache_ram", config.cache_ram)
+    return DiskCache(Path(config.cache), disk, ram)
 
 
 def engine_inputs(
@@ -123,21 +123,16 @@ def engine_inputs(
     model = attach_and_fuse(model, peft_config, arguments)
     core = core_of(model)
     features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
-    ram, workers = bytes_of("trainer.cache_ram", config.cache_ram), config.dataloader_num_workers
-    processor: Any = inputs.processor
-    normalise = pixels(processor)
-    collators = []
-    for split in inputs.splits(config):
-        rows = kind(split, processor)
+    store, workers = disk_cache(config), config.dataloader_num_workers
+    splits = [kind(split, inputs.processor) for split in inputs.splits(config)]
+    for rows in splits:
         if features:
-            keep_features(rows, model, normalise, disk_cache(config), ram, FEATURE_TILES, workers)
+            keep_features(rows, model, pixels(inputs.processor), store, workers)
         if rows.features is None:
-            rows.cache_tiles(disk_cache(config), ram, workers)
-        collators.append(Collator(rows, processor.tokenizer.pad_token_id, processor.image_token_id))
+            rows.cache_tiles(store, workers)
     return {
         "model": model,
-        "collator": collators[0],
-        "eval_collator": collators[1] if len(collators) > 1 else None,
-        "normalise": normalise,
+        "rows": splits[0],
+        "eval_rows": splits[1] if len(splits) > 1 else None,
         **inputs.common(config, arguments),
     }

@@ -16,7 +16,7 @@ from smolvlm_exp.data.preferences import SIDES, RowValidator, count, load_prefer
 from smolvlm_exp.data.sources.files import Config as FilesConfig
 from smolvlm_exp.data.sources.shapes import Config
 from smolvlm_exp.data.tokens import image_span
-from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
@@ -117,7 +117,7 @@ def test_an_image_is_decoded_hashed_and_tokenised_once(processor, tmp_path, monk
     calls.clear()
     rows = PackedDataset(train, processor)
     assert not calls
-    batch = Collator(rows, 2, processor.image_token_id)([{"row": 0}])
+    batch = rows.batch([0])
     assert calls == {"open": 1}
     (down,), (across,) = train["tile_rows"][0], train["tile_columns"][0]
     assert len(batch["packed"]["tiles"]) == down * across + 1

@@ -216,8 +216,8 @@ def test_a_wrong_reference(quick, tmp_path, monkeypatch):
 
     def shifted(self, *args):
         ordinary(self, *args)
-        chosen, rejected = self.collator.rows.reference
-        self.collator.rows.reference = chosen + 1, rejected
+        chosen, rejected = self.rows.reference
+        self.rows.reference = chosen + 1, rejected
 
     monkeypatch.setattr(SharedPrefixDPOTrainer, "score_references", shifted)
     summary = train(quick(*SIGMOID), tmp_path)

@@ -18,7 +18,8 @@ from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.engine.precompute.reference import reference_logps
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.utils.distributed import all_ranks, broadcast_from_rank0, gather, rank_slice
-from tests.engine.precompute.test_reference import PARTS, PLENTY, Count, collator, lengths
+from tests.engine.inputs.test_dataset import PLENTY, RAM
+from tests.engine.precompute.test_reference import PARTS, Count, lengths
 
 
 def member(rank, folder, work):
@@ -70,19 +71,19 @@ def keep_both(rows, processor, rank, folder):
     """Tiles and features of the same images; each process notes which it made."""
     made = []
     fed = PackedDataset(rows, processor)
-    stream = fed.stream
+    tile_batches = fed.tile_batches
 
     def noted(images, num_proc):
         made.extend(images)
-        return stream(images, num_proc)
+        return tile_batches(images, num_proc)
 
-    fed.stream = noted
-    store = DiskCache(folder / "cache", PLENTY)
-    fed.cache_tiles(store, PLENTY, 0)
+    fed.tile_batches = noted
+    store = DiskCache(folder / "cache", PLENTY, PLENTY)
+    fed.cache_tiles(store, 0)
     assert sorted(chain(*gather(list(made)))) == list(range(len(fed.image_hashes)))
     made.clear()
     model = get_peft_model(load_model(compose().model), LoraConfig(target_modules=r".*text_model.*q_proj"))
-    keep_features(fed, model, pixels(processor), store, PLENTY, batch_tiles=5)
+    keep_features(fed, model, pixels(processor), store, 0)
     assert sorted(chain(*gather(list(made)))) == list(range(len(fed.image_hashes)))
     assert 0 < len(made) < len(fed.image_hashes)
     torch.save([fed[i]["features"] for i in range(len(fed))], folder / f"features{rank}.pt")
@@ -93,21 +94,21 @@ def test_tiles_and_features_are_shared_out(processor, rows, tmp_path):
     few = rows.train.select(range(9))
     assert together(tmp_path, functools.partial(keep_both, few, processor)) == [0, 0]
     alone = PackedDataset(few, processor)
-    keep_features(alone, load_model(compose().model).requires_grad_(False), pixels(processor), None, PLENTY)
+    keep_features(alone, load_model(compose().model).requires_grad_(False), pixels(processor), RAM, 0)
     for rank in range(2):
         for i, features in enumerate(torch.load(tmp_path / f"features{rank}.pt")):
             torch.testing.assert_close(features, alone[i]["features"], rtol=0, atol=1e-5)
 
 
 def score_both(rows, processor, with_store, rank, folder):
-    feed, score = collator(processor, rows), Count()
-    store = DiskCache(folder / "cache", PLENTY) if with_store else None
-    found = reference_logps(feed, score, PARTS, store, 4)
-    assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
+    feed, score = PackedDataset(rows, processor), Count()
+    store = DiskCache(folder / "cache", PLENTY if with_store else 0)
+    found = reference_logps(feed, score, PARTS, store, 4, 0)
+    assert tuple(logps.tolist() for logps in found) == lengths(feed)
     assert sorted(chain(*gather(score.rows))) == list(range(len(rows)))
     assert 0 < len(score.rows) < len(rows)
     if with_store:
-        again = reference_logps(feed, pytest.fail, PARTS, store, 4)
+        again = reference_logps(feed, pytest.fail, PARTS, store, 4, 0)
         assert all(map(torch.equal, found, again))
 
 
@@ -120,7 +121,7 @@ def test_reference_rows_are_shared_out(processor, rows, tmp_path, with_store):
 def wait_for_each_other(rank, folder):
     """One process's failure is every process's, and leaves nothing."""
 
-    def fill(tensors, rank, processes):
+    def fill(tensors):
         if rank == 1:
             raise KeyError("its share")
 
