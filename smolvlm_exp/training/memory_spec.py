@@ -8,7 +8,7 @@ from smolvlm_exp.engine.memory.footprint import MemorySpec, Stack
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import Shape
 
-# The linear layers of each product of a layer (engine/layers/text_layer.py, engine/layers/vision_layer.py).
+# The linear layers of each product of a layer (engine/layers/fuse.py).
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 TEXT = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
 VISION = (QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",))

@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
+from smolvlm_exp.engine.layers.ops import kernels
+
 try:
     import bitsandbytes as bnb
 except ImportError:
     bnb = None  # type: ignore[assignment]
-try:
-    from smolvlm_exp.engine.layers import kernels
-except ImportError:  # no Triton: nothing but a CPU here
-    kernels = None  # type: ignore[assignment]
 
 
 def is_4bit(layer: Any) -> bool:
@@ -26,7 +24,7 @@ def is_8bit(layer: Any) -> bool:
 
 @contextmanager
 def keeping_scales(model: torch.nn.Module) -> Iterator[None]:
-    """While PEFT puts an adapter on: on a CPU its DoRA loses the scales of 8-bit weights."""
+    """For PEFT adding an adapter: on a CPU its DoRA loses the scales of 8-bit weights."""
     scales = [(m, m.state.CB, m.state.SCB) for m in model.modules() if is_8bit(m) and m.state.CB is not None]  # type: ignore[union-attr]
     yield
     module: Any
@@ -51,7 +49,7 @@ def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
-    """Write the layer's weight into `out`, (out, in), contiguous; bit for bit what bitsandbytes would write."""
+    """Write the layer's weight into `out`, (out, in); bit for bit what bitsandbytes would write."""
     weight: Any = layer.weight
     state = weight.quant_state
     if kernels is not None and out.is_cuda and kernels.unpacks(state):
