@@ -1,19 +1,19 @@
-"""Bytes from shapes: what a model occupies and what one forward and backward pass over some pairs takes beside it.
+"""Bytes from shapes: what a model occupies, and what one forward and backward pass over some pairs takes on top.
 
-The counts follow engine/layers and forward.py tensor by tensor; tests/engine/memory/test_planner.py holds them against
-peaks that were measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here needs torch,
-so that `task=plan` answers at once.
+The counts follow engine/layers and forward.py tensor by tensor; tests/engine/memory/test_planner.py compares them with
+peaks measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here needs torch, so that
+`task=plan` answers at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-LEVELS = ("none", "mlp", "full")  # activation checkpointing: what a layer computes again for its backward pass
-CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
+LEVELS = ("none", "mlp", "full")  # activation checkpointing: what a layer recomputes for its backward pass
+CUBLAS = 32 * 2**20  # bytes that cuBLAS allocates, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
-UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
-STORED = {  # bytes per weight of the linear layers; 4 bits have a scale for each 64 weights, in 8 bits where doubled
+UNFUSED = 2.6  # what transformers' own layers save, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
+STORED = {  # bytes per weight of the linear layers; 4 bits have a scale per 64 weights, in 8 bits where doubled
     "4bit": 0.5 + 4 / 64,
     "4bit double": 0.5 + 1 / 64 + 4 / (64 * 256),
     "8bit": 1.0,
@@ -31,8 +31,8 @@ class Stack:
     queries: int  # columns of q: heads x their size
     keys: int  # columns of k, and of v
     gated: bool  # the MLP's way in is two matrices, gate and up
-    trained: int = 0  # layers that keep something for the backward pass: from the lowest adapted one up
-    tails: tuple[int, ...] = (0, 0, 0, 0)  # columns that adapters add to each product: their ranks, together
+    trained: int = 0  # layers that save something for the backward pass: from the lowest adapted one up
+    tails: tuple[int, ...] = (0, 0, 0, 0)  # columns that adapters add to each product: the sum of their ranks
     gains: tuple[bool, ...] = (False,) * 4  # whether DoRA scales the product's result
     fused: bool = True
 
@@ -47,10 +47,9 @@ class Stack:
         return self.hidden, self.queries, self.hidden, self.intermediate
 
     @property
-    def matrices(self) -> tuple[int, int, int, int]:
+    def matrices(self) -> tuple[int, ...]:
         """Weights in each product."""
-        qkv, out, into, down = (width * depth for width, depth in zip(self.widths, self.depths, strict=True))
-        return qkv, out, into, down
+        return tuple(width * depth for width, depth in zip(self.widths, self.depths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,15 @@ class MemorySpec:
     vocabulary: int
     patches: int  # of a tile
     image_tokens: int  # of a tile
-    pixels: int  # numbers of a tile, 3 S S
-    element: int  # bytes of a number in the model's dtype
+    pixels: int  # values of a tile, 3 S S
+    element: int  # bytes of a value in the model's dtype
     weights: str  # a key of STORED, or `whole`
-    matrix_weights: int  # weights stored so: the linear layers' but the head's
+    matrix_weights: int  # weights stored like this: the linear layers', without the head's
     other_weights: int  # the rest, in the model's dtype
     trained_weights: int  # an adapter's, or all where there is none
     trained_element: int = 4  # bytes of one of these: adapters are float32
     adapter: bool = True
-    features: bool = False  # images come as features, computed before
+    features: bool = False  # images come as precomputed features
     gpu: bool = True
 
 
@@ -83,11 +82,11 @@ class BatchLoad:
     sources: int  # keys that attention reads
     answers: int  # tokens that are scored
     tiles: int
-    scores: int  # (query, key) products that attention computes a head
+    scores: int  # (query, key) products that attention computes per head
 
 
 class RowSizes:
-    """The rows of a data set by length: what any of them can come to together, and what they do on average."""
+    """The rows of a data set by length: the most that a number of them takes, and what they take on average."""
 
     def __init__(self, sizes: Sequence[Sequence[int]], pairs: bool = True) -> None:
         """
@@ -100,7 +99,7 @@ class RowSizes:
         self.count = len(sizes)
 
     def longest(self, pairs: int) -> BatchLoad:
-        """No batch of so many rows takes more: each count is the sum of the greatest ones."""
+        """No batch of so many rows takes more: each count is the sum of the largest ones."""
         return BatchLoad(pairs, *(column[min(pairs, self.count)] for column in self.sums))
 
     def average(self, pairs: int) -> BatchLoad:
@@ -119,7 +118,7 @@ def row_counts(row: Sequence[int], pairs: bool) -> tuple[int, int, int, int, int
 
 
 def resident(spec: MemorySpec) -> int:
-    """Bytes that are there throughout: weights, adapter with gradients and AdamW's moments, workspaces."""
+    """Bytes allocated throughout: weights, adapter with gradients and AdamW's moments, workspaces."""
     stored = STORED.get(spec.weights, spec.element)
     weights = stored * spec.matrix_weights + spec.element * spec.other_weights
     trained = (3 + spec.adapter) * spec.trained_weights * spec.trained_element  # a full model is counted above
@@ -151,7 +150,7 @@ def workspace(spec: MemorySpec) -> int:
 
 
 def saved_activations(stack: Stack, checkpointing: str, element: int) -> float:
-    """Numbers a token that one layer keeps from its forward to its backward pass."""
+    """Values per token that one layer saves for its backward pass."""
     if checkpointing == "full":
         return stack.hidden
     qkv, out, into, down = stack.widths
@@ -163,7 +162,7 @@ def saved_activations(stack: Stack, checkpointing: str, element: int) -> float:
 
 
 def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu: bool) -> float:
-    """Numbers a token that one layer's backward pass takes at its worst moment, beside what it kept.
+    """Values per token that one layer's backward pass takes at its worst moment, on top of what was saved.
 
     Args:
         spread: keys that attention reads, over tokens.
@@ -179,7 +178,7 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
     if not stack.fused:
         again = saved_activations(stack, "none", element) if checkpointing == "full" else 0
     # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
-    # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was made again.
+    # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was recomputed.
     over = gpu and stack.fused and checkpointing != "none"
     mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + (not gpu and bool(stack.tails[3])))
     mlp += (into + stack.tails[2]) * (not over)
@@ -195,7 +194,7 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
 
 
 def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str) -> int:
-    """Bytes beside `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
+    """Bytes on top of `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
     text, vision, element = spec.text, spec.vision, spec.element
     line, patches = load.tokens, load.tiles * spec.patches
     text_kept = saved_activations(text, checkpointing, element) * line * text.trained
@@ -215,7 +214,7 @@ def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpoin
     if vision.trained:
         late = vision_kept + backward(vision, vision_checkpointing, element, 1.0, spec.gpu) * patches
         worst.append(late * element + images)
-    elif not spec.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
+    elif not spec.features:  # forward alone: q, k, v, output, the MLP's way in and five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
         worst.append(layer * patches * element + 5 * images)
     return int(max(worst))
