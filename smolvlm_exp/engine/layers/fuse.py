@@ -22,7 +22,7 @@ from smolvlm_exp.engine.model_parts import core_of
 
 
 def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]:
-    """Exact DoRA everywhere; text model and vision tower fused where nothing in them stands against it.
+    """Exact DoRA everywhere; text model and vision tower fused where nothing in them prevents it.
 
     Call it once the adapter is on. Calling it again changes the checkpointing.
 
@@ -44,15 +44,14 @@ def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]
 
 def fuse_layers(layers: Iterable[Any], kind: type[FusedLayer], checkpointing: str) -> str | None:
     """Why `layers` cannot run as `kind`, all left alone; None: they do from now on, with this checkpointing."""
-    reasons = [reason for layer in layers for reason in kind.obstacles(layer)]
-    if reasons:
-        return reasons[0]
-    for layer in layers:
-        if isinstance(layer.forward, kind):
-            layer.forward.checkpointing = checkpointing
-        else:
-            layer.forward = kind(layer, checkpointing)
-    return None
+    reason = next((reason for layer in layers for reason in kind.obstacles(layer)), None)
+    if reason is None:
+        for layer in layers:
+            if isinstance(layer.forward, kind):
+                layer.forward.checkpointing = checkpointing
+            else:
+                layer.forward = kind(layer, checkpointing)
+    return reason
 
 
 @dataclass
@@ -158,15 +157,15 @@ class FusedVisionLayer(FusedLayer):
 def use_patch_product(tower: Any) -> None:
     """Let the tower cut its images into patches by `patch_product` on a GPU.
 
-    cuDNN computes 104 tiles by another algorithm than 52 and rounds otherwise, so that a policy would begin off a
-    reference that was computed with other images beside it. A product's rows do not depend on how many there are.
+    cuDNN computes 104 tiles by another algorithm than 52 and rounds differently, so that a policy would start off a
+    reference that was computed in batches of another size. A product's rows do not depend on how many there are.
     """
     convolution = tower.embeddings.patch_embedding
     if type(convolution) is nn.Conv2d:
-        convolution.forward = partial(cut, convolution)  # type: ignore[method-assign]
+        convolution.forward = partial(embed_patches, convolution)  # type: ignore[method-assign]
 
 
-def cut(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
     if pixel_values.is_cuda:
         return patch_product(convolution, pixel_values)
     return nn.Conv2d.forward(convolution, pixel_values)

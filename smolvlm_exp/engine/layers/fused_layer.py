@@ -67,7 +67,7 @@ class FusedLayer:
 
     @staticmethod
     def obstacles(layer: nn.Module) -> Iterator[str]:
-        """What stands against fusing a layer, in words."""
+        """What prevents fusing a layer, in words."""
         raise NotImplementedError
 
     def groups(self) -> list[list[nn.Module]]:

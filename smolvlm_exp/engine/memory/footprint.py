@@ -77,7 +77,6 @@ class MemorySpec:
 class BatchLoad:
     """What some rows come to in one packed batch (packing.py)."""
 
-    pairs: int
     tokens: int  # T of the packed line
     sources: int  # keys that attention reads
     answers: int  # tokens that are scored
@@ -100,10 +99,10 @@ class RowSizes:
 
     def longest(self, pairs: int) -> BatchLoad:
         """No batch of so many rows takes more: each count is the sum of the largest ones."""
-        return BatchLoad(pairs, *(column[min(pairs, self.count)] for column in self.sums))
+        return BatchLoad(*(column[min(pairs, self.count)] for column in self.sums))
 
     def average(self, pairs: int) -> BatchLoad:
-        return BatchLoad(pairs, *(round(column[-1] / self.count * pairs) for column in self.sums))
+        return BatchLoad(*(round(column[-1] / self.count * pairs) for column in self.sums))
 
 
 def row_counts(row: Sequence[int], pairs: bool) -> tuple[int, int, int, int, int]:

@@ -58,9 +58,8 @@ def test_layers_compute_what_pefts_do(tuned):
 def test_a_fresh_adapter_adds_nothing_in_any_precision(quant, dtype):
     config = compose(f"quant={quant}", f"model.dtype={str(dtype).removeprefix('torch.')}")
     model = load_model(config.model, quantization_config(config.quant, dtype))
-    layers = get_peft_model(
-        model, LoraConfig(r=4, use_dora=True, target_modules=["down_proj", "fc1"])
-    ).base_model.model.model
+    adapter = LoraConfig(r=4, use_dora=True, target_modules=["down_proj", "fc1"])
+    layers = get_peft_model(model, adapter).base_model.model.model
     use_exact_dora(layers)
     for layer in (layers.text_model.layers[0].mlp.down_proj, layers.vision_model.encoder.layers[0].mlp.fc1):
         gain = layer.lora_magnitude_vector["default"].weight / exact_dora(layer, "default").norm()
