@@ -120,18 +120,25 @@ def liger(plain: Any) -> Replacements:
     def gained(u: torch.Tensor, gain: Any) -> torch.Tensor:
         return u.contiguous() if gain is None else ops.affine(None, u, gain, None)
 
-    def activation(u: torch.Tensor, gain: Any, bias: Any, tail: int = 0, *, gated: bool) -> torch.Tensor:
+    def activation(u: torch.Tensor, gain: Any, bias: Any, tail: int, gated: bool) -> torch.Tensor:
         if not gated:
             return gelu(u, gain, bias, tail, gated=False)
         return plain.with_tail(swiglu_fused_gate_up_forward(gained(u, gain))[1], tail)
 
     def activation_backward(
-        da: torch.Tensor, u: torch.Tensor, gain: Any, bias: Any, tail: int, again: bool, over: bool, *, gated: bool
+        da: torch.Tensor,
+        u: torch.Tensor,
+        gain: Any,
+        bias: Any,
+        tail: int,
+        with_result: bool,
+        in_place: bool,
+        gated: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         if not gated:
-            return gelu_backward(da, u, gain, bias, tail, again, over, gated=False)
+            return gelu_backward(da, u, gain, bias, tail, with_result, in_place, gated=False)
         gate_up = gained(u, gain)
-        inner = swiglu_fused_gate_up_forward(gate_up)[1] if again else None
+        inner = swiglu_fused_gate_up_forward(gate_up)[1] if with_result else None
         dy = swiglu_fused_gate_up_backward(gate_up, da.contiguous(), in_place=gain is not None)
         du, dgain = ops.scale_backward([dy], u, gain, tail)
         return du, inner, dgain

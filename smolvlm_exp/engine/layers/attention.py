@@ -76,13 +76,10 @@ class Layout:
 
 
 def padding(offsets: torch.Tensor, longest: int, total: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """From a line of sequences to a padded (B, longest) table and back, without waiting for the device.
-
-    Args:
-        offsets: (B + 1,) where each sequence begins; longest: of their lengths; total: T, all of them.
+    """From a line of `total` tokens, sequences from `offsets` (B + 1,) on, to a padded table and back; no device sync.
 
     Returns:
-        (B, longest) places in the line, past a sequence's end its last token's; (T,) places in the flattened table.
+        (B, longest) places in the line, past a sequence's end its last token's; (total,) places in the flattened table.
     """
     lengths = offsets.diff()
     steps = torch.arange(longest, device=offsets.device)
@@ -161,7 +158,7 @@ def attend(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tens
 def attend_backward(
     dout: torch.Tensor, inputs: Qkv, out: torch.Tensor, state: State, layout: Layout | None, scale: float
 ) -> Qkv:
-    """Gradients for `inputs`; SDPA is computed again for them."""
+    """Gradients for `inputs`; SDPA is recomputed for them."""
     query, key, value = inputs
     if not uses_flash(query):
         with torch.enable_grad():

@@ -17,7 +17,8 @@ from smolvlm_exp.engine.layers import ops
 from smolvlm_exp.engine.layers.attention import Layout, Qkv
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fused_layer import IN, FusedLayer, LayerContext, joined
-from smolvlm_exp.engine.layers.linear import ALIGNED, base_of, linear_obstacles
+from smolvlm_exp.engine.layers.linear import base_of, linear_obstacles
+from smolvlm_exp.engine.memory.footprint import ALIGNED, TEXT, VISION
 from smolvlm_exp.engine.model_parts import core_of
 
 
@@ -64,7 +65,7 @@ class TextContext(LayerContext):
 class FusedTextLayer(FusedLayer):
     """A decoder layer whenever it gets a layout."""
 
-    gated = True
+    names, gated = TEXT, True
 
     def __init__(self, layer: Any, checkpointing: str) -> None:
         super().__init__(layer, checkpointing)
@@ -92,11 +93,6 @@ class FusedTextLayer(FusedLayer):
             if name.endswith("_proj") and getattr(base_of(module), "bias", None) is not None:
                 yield f"{name} has a bias"
 
-    def groups(self) -> list[list[nn.Module]]:
-        attention, mlp = self.layer.self_attn, self.layer.mlp
-        first = [attention.q_proj, attention.k_proj, attention.v_proj]
-        return [first, [attention.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
-
     def queries_keys_values(self, u: torch.Tensor, context: TextContext) -> Qkv:
         gain = context.products[IN].gain
         return ops.rotary(u, gain, context.cos, context.sin, context.layout, self.heads)
@@ -116,7 +112,7 @@ class VisionContext(LayerContext):
 class FusedVisionLayer(FusedLayer):
     """A vision layer whenever no patch is masked, which is always so for whole tiles."""
 
-    gated = False
+    names, gated = VISION, False
 
     def __init__(self, layer: Any, checkpointing: str) -> None:
         super().__init__(layer, checkpointing)
@@ -136,10 +132,6 @@ class FusedVisionLayer(FusedLayer):
         if type(mlp.activation_fn).__name__ != "GELUTanh":
             yield f"its activation is {type(mlp.activation_fn).__name__}, not GELU's tanh form"
         yield from linear_obstacles(layer)
-
-    def groups(self) -> list[list[nn.Module]]:
-        attention, mlp = self.layer.self_attn, self.layer.mlp
-        return [[attention.q_proj, attention.k_proj, attention.v_proj], [attention.out_proj], [mlp.fc1], [mlp.fc2]]
 
     def queries_keys_values(self, u: torch.Tensor, context: VisionContext) -> Qkv:
         into = context.products[IN]

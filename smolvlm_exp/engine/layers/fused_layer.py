@@ -33,14 +33,14 @@ class LayerContext:
 
 @dataclass
 class SavedActivations:
-    """What a layer saves for its backward pass; None where it is to be computed again.
+    """What a layer saves for its backward pass; None where it is to be recomputed.
 
-    `results` (T, N) and `own` (T, R) are its four products', `attended` attention's result and `state` what that saves.
+    `results` (T, N) and `low_rank` (T, R) are its four products', `attended` and `state` attention's.
     """
 
     hidden: torch.Tensor  # (T, H) the layer's input
     results: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 4)
-    own: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 4)
+    low_rank: list[torch.Tensor | None] = field(default_factory=lambda: [None] * 4)
     attended: torch.Tensor | None = None
     state: tuple[Any, ...] = ()
 
@@ -56,6 +56,7 @@ class FusedLayer:
     Hidden states are (T, H), gradients have their tensor's shape, and those for adapters come in the products' order.
     """
 
+    names: tuple[tuple[str, ...], ...]  # of the linear layers in each product, from IN to SECOND
     scaling: float  # attention's
     norms: tuple[Any, Any]
     eps: float
@@ -68,10 +69,6 @@ class FusedLayer:
     @staticmethod
     def obstacles(layer: nn.Module) -> Iterator[str]:
         """What prevents fusing a layer, in words."""
-        raise NotImplementedError
-
-    def groups(self) -> list[list[nn.Module]]:
-        """The linear layers as they are now, those together that read the same input, in the order of IN to SECOND."""
         raise NotImplementedError
 
     def queries_keys_values(self, u: torch.Tensor, context: Any) -> Qkv:
@@ -89,8 +86,8 @@ class FusedLayer:
         return LayerFunction.apply(self, context, hidden, *parameters)
 
     def products(self, dtype: torch.dtype) -> list[Product]:
-        """With the adapters that are active now."""
-        groups = self.groups()
+        """Of the linear layers as they are now, with the adapters that are active."""
+        groups = [[self.layer.get_submodule(name) for name in names] for names in self.names]
         if [linears.layers for linears in self.linears] != groups:
             self.linears = [FrozenLinears(group) for group in groups]
         return [linears.product(dtype) for linears in self.linears]
@@ -108,23 +105,23 @@ class FusedLayer:
         """Fill in `saved` up to OUT; returns `middle`."""
         into, out = context.products[IN], context.products[OUT]
         if saved.results[IN] is None:
-            saved.results[IN], saved.own[IN] = into.forward(self.normed(0, saved.hidden, into.room))
+            saved.results[IN], saved.low_rank[IN] = into.forward(self.normed(0, saved.hidden, into.room))
         if saved.attended is None:
             inputs = self.queries_keys_values(saved.result(IN), context)
             saved.attended, saved.state = attend(inputs, context.layout, self.scaling)
             del inputs
         if saved.results[OUT] is None:
-            saved.results[OUT], saved.own[OUT] = out.forward(joined(saved.attended))
+            saved.results[OUT], saved.low_rank[OUT] = out.forward(joined(saved.attended))
         return ops.affine(saved.hidden, saved.result(OUT), out.gain, out.bias)
 
     def first(self, saved: SavedActivations, middle: torch.Tensor, product: Product, spare: int = 0) -> None:
         x = self.normed(1, middle, product.room)
-        saved.results[FIRST], saved.own[FIRST] = product.forward(x, spare)
+        saved.results[FIRST], saved.low_rank[FIRST] = product.forward(x, spare)
 
     def second(self, saved: SavedActivations, context: LayerContext) -> None:
         first, second = context.products[FIRST], context.products[SECOND]
         x = ops.activation(saved.result(FIRST), first.gain, first.bias, second.room, gated=self.gated)
-        saved.results[SECOND], saved.own[SECOND] = second.forward(x)
+        saved.results[SECOND], saved.low_rank[SECOND] = second.forward(x)
 
     def forward(self, hidden: torch.Tensor, context: LayerContext) -> tuple[torch.Tensor, SavedActivations]:
         """The layer's result, and what `checkpointing` saves."""
@@ -149,33 +146,33 @@ class FusedLayer:
         middle = self.attention_half(saved, context)
         if out.gain is None:
             saved.results[OUT] = None  # `middle` has it
-        again = saved.results[FIRST] is None
-        if again:
+        recomputed = saved.results[FIRST] is None
+        if recomputed:
             self.first(saved, middle, first, spare=first.tail)
-        if second.tail and saved.own[SECOND] is None:
+        if second.tail and saved.low_rank[SECOND] is None:
             self.second(saved, context)
-        dmiddle, mlp_grads = self.mlp_backward(saved, middle, context, dy, over=again)
+        dmiddle, mlp_grads = self.mlp_backward(saved, middle, context, dy, in_place=recomputed)
         saved.results[FIRST] = None
         del middle
         dx, attention_grads = self.attention_half_backward(saved, context, dmiddle, needs_input)
         return dx, [*attention_grads, *mlp_grads]
 
     def mlp_backward(
-        self, saved: SavedActivations, middle: torch.Tensor, context: LayerContext, dy: torch.Tensor, over: bool
+        self, saved: SavedActivations, middle: torch.Tensor, context: LayerContext, dy: torch.Tensor, in_place: bool
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         first, second = context.products[FIRST], context.products[SECOND]
         du, dgain = ops.scale_backward([dy], saved.results[SECOND], second.gain, second.tail)
         saved.results[SECOND] = None
         da = second.backward(du)
-        u, again = saved.result(FIRST), second.tail > 0
+        u, with_result = saved.result(FIRST), second.tail > 0
         du_first, inner, dgain_first = ops.activation_backward(
-            da, u, first.gain, first.bias, first.tail, again, over, gated=self.gated
+            da, u, first.gain, first.bias, first.tail, with_result, in_place, gated=self.gated
         )
-        second_grads = second.adapter_gradients(du, inner, saved.own[SECOND], dgain)
+        second_grads = second.adapter_gradients(du, inner, saved.low_rank[SECOND], dgain)
         del du, da, u, inner
         dx = first.backward(du_first)
         x = self.normed(1, middle) if first.tail else None
-        first_grads = first.adapter_gradients(du_first, x, saved.own[FIRST], dgain_first)
+        first_grads = first.adapter_gradients(du_first, x, saved.low_rank[FIRST], dgain_first)
         return self.norm_backward(1, dx, middle, residual=dy), [*first_grads, *second_grads]
 
     def attention_half_backward(
@@ -185,7 +182,7 @@ class FusedLayer:
         assert saved.attended is not None
         du, dgain = ops.scale_backward([dy], saved.results[OUT], out.gain, out.tail)
         dattended = out.backward(du).view_as(saved.attended)
-        out_grads = out.adapter_gradients(du, joined(saved.attended), saved.own[OUT], dgain)
+        out_grads = out.adapter_gradients(du, joined(saved.attended), saved.low_rank[OUT], dgain)
         saved.results[OUT] = None
         del du
         inputs = self.queries_keys_values(saved.result(IN), context)
@@ -199,7 +196,7 @@ class FusedLayer:
         else:
             into.fill(du)
         x = self.normed(0, saved.hidden) if into.tail else None
-        return dx, [*into.adapter_gradients(du, x, saved.own[IN], dgain), *out_grads]
+        return dx, [*into.adapter_gradients(du, x, saved.low_rank[IN], dgain), *out_grads]
 
 
 class LayerFunction(torch.autograd.Function):
@@ -212,7 +209,7 @@ class LayerFunction(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             result, saved = layer.forward(hidden, context)
         ctx.layer, ctx.context, ctx.state = layer, context, saved.state
-        ctx.save_for_backward(hidden, saved.attended, *saved.results, *saved.own)
+        ctx.save_for_backward(hidden, saved.attended, *saved.results, *saved.low_rank)
         return result
 
     @staticmethod

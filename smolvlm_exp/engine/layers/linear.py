@@ -17,8 +17,8 @@ from torch import nn
 
 from smolvlm_exp.engine.layers.dora import ParameterVersion, exact_dora, squared_norm
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
+from smolvlm_exp.engine.memory.footprint import ALIGNED
 
-ALIGNED = 8  # columns: rows of a product then start on 16 bytes in bfloat16
 _workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
@@ -140,7 +140,7 @@ class Product:
             spare: columns to allocate next to the results.
         """
         columns, width = self.frozen.columns, self.frozen.width
-        own = x[:, :columns] @ self.a.T if self.tail else None
+        low_rank = x[:, :columns] @ self.a.T if self.tail else None
         result = x.new_empty(len(x), width + spare)[:, :width]
         if not self.frozen.packed:
             for base, rows in zip(self.frozen.bases, self.frozen.rows, strict=True):
@@ -148,14 +148,14 @@ class Product:
         else:
             weight = workspace(width, x.shape[1], x)
             self.frozen.unpack_into(weight[:, :columns])
-            if own is not None and x.shape[1] > columns:
-                x[:, columns:] = own
+            if low_rank is not None and x.shape[1] > columns:
+                x[:, columns:] = low_rank
                 weight[:, columns:] = self.b
-                return torch.mm(x, weight.T, out=result), own
+                return torch.mm(x, weight.T, out=result), low_rank
             torch.mm(x, weight.T, out=result)
-        if own is not None:
-            result.addmm_(own, self.b.T)
-        return result, own
+        if low_rank is not None:
+            result.addmm_(low_rank, self.b.T)
+        return result, low_rank
 
     def backward(self, du: torch.Tensor) -> torch.Tensor:
         """The gradient for the input, (T, in).
@@ -184,18 +184,18 @@ class Product:
             torch.mm(du[:, :width], self.b, out=du[:, width:])
 
     def adapter_gradients(
-        self, du: torch.Tensor, x: torch.Tensor | None, own: torch.Tensor | None, dgain: torch.Tensor | None
+        self, du: torch.Tensor, x: torch.Tensor | None, low_rank: torch.Tensor | None, dgain: torch.Tensor | None
     ) -> list[torch.Tensor]:
         """Gradients for `parameters`, float32.
 
         Args:
             du: (T, N + R) as `backward` or `fill` left it; x: (T, in) the input, needed only with adapters.
-            own: (T, R) x A^T, as `forward` gave it; dgain: (N,) as ops.py gives it.
+            low_rank: (T, R) x A^T, as `forward` gave it; dgain: (N,) as ops.py gives it.
         """
-        if x is None or own is None:
+        if x is None or low_rank is None:
             return []
         width = self.frozen.width
-        da, db = product_f32(du[:, width:].T, x), product_f32(du[:, :width].T, own)
+        da, db = product_f32(du[:, width:].T, x), product_f32(du[:, :width].T, low_rank)
         if self.scaling is not None:
             db *= self.scaling
         dmagnitude = None if dgain is None or self.norm is None else dgain / self.norm
@@ -247,8 +247,8 @@ def linear_obstacles(layer: nn.Module) -> Iterator[str]:
                 yield f"{name}'s adapter is neither LoRA nor DoRA"
             if len(module.active_adapters) > 1:
                 yield f"{name} has {len(module.active_adapters)} active adapters"
-        own = isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
-        if own and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        is_base = isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
+        if is_base and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             yield f"{name} itself is trained"
 
 

@@ -59,7 +59,7 @@ def norm_backward(
 
 
 def affine(h: torch.Tensor | None, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
-    """h + gain * u + bias, or without h; (T, N), without holes in memory."""
+    """h + gain * u + bias, or without h; (T, N), contiguous."""
     if uses_kernels(u):
         return kernels.affine(h, u, gain, bias)
     value = scaled(u, gain, bias)
@@ -96,7 +96,7 @@ def gain_backward(
     return du, (dy.float() * u.float()).sum(0)
 
 
-def activation(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int = 0, *, gated: bool) -> torch.Tensor:
+def activation(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, gated: bool) -> torch.Tensor:
     """Of x = gain * u + bias, (T, I + tail): SwiGLU where `gated`, else GELU's tanh form (arXiv 1606.08415, sec. 2).
 
     SwiGLU is silu(gate) * up (2002.05202, eq. 6), where x = [gate | up], (T, 2I), without a bias.
@@ -116,17 +116,16 @@ def activation_backward(
     gain: Gain,
     bias: torch.Tensor | None,
     tail: int,
-    again: bool,
-    over: bool = False,
-    *,
+    with_result: bool,
+    in_place: bool,
     gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of `activation`: du, `u`'s shape and `tail` columns; its result (T, I) once `again`; the gain's gradient.
+    """Of `activation`: du, `u`'s shape and `tail` columns; its result (T, I) if `with_result`; the gain's gradient.
 
-    It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
+    It may write over `da`; `in_place` over `u` too, which then has `tail` columns to spare.
     """
     if uses_kernels(da):
-        return kernels.activation_backward(da, u, gain, bias, tail, again, over, gated)
+        return kernels.activation_backward(da, u, gain, bias, tail, with_result, in_place, gated)
     x = scaled(u, gain, bias)
     if gated:
         gate, up = x.chunk(2, dim=-1)
@@ -140,7 +139,7 @@ def activation_backward(
             result = F.gelu(x, approximate="tanh")
         (dx,) = torch.autograd.grad(result, x, da.float())
     du, dgain = gain_backward(dx, u, gain, tail, da.dtype)
-    return du, result.detach().to(da.dtype) if again else None, dgain
+    return du, result.detach().to(da.dtype) if with_result else None, dgain
 
 
 def rotary(

@@ -34,13 +34,11 @@ def keeping_scales(model: torch.nn.Module) -> Iterator[None]:
 
 
 def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The layer's (out, in) weight as numbers, in `dtype` (None: as it is stored, or was before quantising)."""
+    """The layer's (out, in) weight in `dtype` (None: as it is stored, or was before quantising)."""
     weight: Any = layer.weight
     if is_4bit(layer):
-        out = torch.empty(
-            layer.out_features, layer.in_features, dtype=dtype or weight.quant_state.dtype, device=weight.device
-        )
-        return unpack_4bit(layer, out)
+        state = weight.quant_state
+        return unpack_4bit(layer, torch.empty(state.shape, dtype=dtype or state.dtype, device=weight.device))
     if is_8bit(layer):
         codes, scales = (weight.CB, weight.SCB) if layer.state.CB is None else (layer.state.CB, layer.state.SCB)
         codes = weight.data if codes is None else codes
@@ -64,7 +62,7 @@ def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
 
 
 def product_f32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, summed and kept in float32."""
+    """left @ right, summed and returned in float32."""
     if left.is_cuda and left.dtype is not torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()

@@ -9,6 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+# The linear layers of a layer's four products: q, k, v; output; the MLP's way in; its way out.
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+TEXT = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+VISION = (QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",))
+ALIGNED = 8  # columns that adapters add to a product are a multiple: its rows then start on 16 bytes in bfloat16
 LEVELS = ("none", "mlp", "full")  # activation checkpointing: what a layer recomputes for its backward pass
 CUBLAS = 32 * 2**20  # bytes that cuBLAS allocates, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
@@ -22,7 +27,7 @@ STORED = {  # bytes per weight of the linear layers; 4 bits have a scale per 64 
 
 @dataclass(frozen=True)
 class Stack:
-    """Equal layers, and what adapts them. Each has four products: q, k, v; output; the MLP's way in; its way out."""
+    """Equal layers, and what adapts them."""
 
     layers: int
     hidden: int
@@ -169,23 +174,24 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
     qkv, _, into, _ = stack.widths
     hidden, inner, queries = stack.hidden, stack.intermediate, stack.queries
     adapted = [bool(tail) or gain for tail, gain in zip(stack.tails, stack.gains, strict=True)]
-    again: float = {
+    recomputed: float = {
         "none": 0,
         "mlp": into + stack.tails[2],
         "full": qkv + queries + hidden * stack.gains[1] + into + sum(stack.tails),
     }[checkpointing]
     if not stack.fused:
-        again = saved_activations(stack, "none", element) if checkpointing == "full" else 0
+        recomputed = saved_activations(stack, "none", element) if checkpointing == "full" else 0
     # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
     # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was recomputed.
-    over = gpu and stack.fused and checkpointing != "none"
-    mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + (not gpu and bool(stack.tails[3])))
-    mlp += (into + stack.tails[2]) * (not over)
-    # The same two, the output product's input's gradient; q, k, v and their gradients beside flash attention's float32
+    in_place = gpu and stack.fused and checkpointing != "none"
+    mlp = recomputed + 2 * hidden + (hidden + stack.tails[3]) * adapted[3]
+    mlp += inner * (1 + (not gpu and bool(stack.tails[3])))
+    mlp += (into + stack.tails[2]) * (not in_place)
+    # The same two, the output product's input's gradient; q, k, v and their gradients with flash attention's float32
     # sums, then these gradients and du of q, k, v.
     rotated = queries + 2 * spread * stack.keys
     grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
-    attention = max(again - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
+    attention = max(recomputed - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
     attention += max(rotated + queries * 4 / element, qkv + stack.tails[0])
     if not gpu:  # torch code instead of kernels, with copies between its operations: measured on the embedded model
         mlp, attention = mlp + (9 if stack.gated else 6) * into, attention + 2 * rotated
@@ -196,22 +202,22 @@ def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpoin
     """Bytes on top of `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
     text, vision, element = spec.text, spec.vision, spec.element
     line, patches = load.tokens, load.tiles * spec.patches
-    text_kept = saved_activations(text, checkpointing, element) * line * text.trained
-    vision_kept = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
+    text_saved = saved_activations(text, checkpointing, element) * line * text.trained
+    vision_saved = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
     images = load.tiles * (spec.image_tokens * text.hidden * element if spec.features else spec.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle
         states += load.tiles * spec.image_tokens * text.hidden + patches * vision.hidden
-    whole = (text_kept + vision_kept + states) * element + images
+    total = (text_saved + vision_saved + states) * element + images
     logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, spec.vocabulary) * element
     spread = load.sources / line
     worst = [
         2 * spec.trained_weights * spec.trained_element,  # AdamW's own intermediate results
-        whole + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
-        whole + backward(text, checkpointing, element, spread, spec.gpu) * line * element * bool(text.trained),
+        total + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
+        total + backward(text, checkpointing, element, spread, spec.gpu) * line * element * bool(text.trained),
     ]
     if vision.trained:
-        late = vision_kept + backward(vision, vision_checkpointing, element, 1.0, spec.gpu) * patches
+        late = vision_saved + backward(vision, vision_checkpointing, element, 1.0, spec.gpu) * patches
         worst.append(late * element + images)
     elif not spec.features:  # forward alone: q, k, v, output, the MLP's way in and five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden

@@ -7,10 +7,10 @@ as set. Of the plans that fit, the fastest is taken (`seconds`); probe.py correc
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from smolvlm_exp.engine.memory.footprint import LEVELS, BatchLoad, MemorySpec, RowSizes, Stack, peak, resident
+from smolvlm_exp.engine.memory.footprint import LEVELS, BatchLoad, MemorySpec, RowSizes, peak, resident
 from smolvlm_exp.utils.units import format_bytes
 
-BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # not a mean over pairs: a mean over tokens, two sorts
+BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # not a mean over pairs: sft averages over tokens, aot sorts the batch
 MARGIN = 0.08  # of a budget, left free: the allocator's fragmentation, rows of unequal length
 BACKWARD = 1.7  # seconds of a backward pass over a forward one's, measured: norms, gains and the adapters' gradients
 
@@ -122,18 +122,14 @@ def seconds(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkp
         within = load.tiles * spec.patches**2
         stacks.append((vision, vision_checkpointing, load.tiles * spec.patches, within, card.launches[1]))
     for stack, level, tokens, scores, launch in stacks:
-        products, attentions = passes(stack, level)
-        weights = sum(stack.matrices)
+        qkv, out, into, down = stack.matrices
+        weights = qkv + out + into + down
+        recomputed = {"none": 0, "mlp": into, "full": qkv + out + into + down * bool(stack.tails[3])}[level]
+        # How often all layers' products and attentions are computed, in forward passes of the same length.
+        products = stack.layers + stack.trained * (BACKWARD + recomputed / weights)
+        attentions = stack.layers + stack.trained * (2.5 + (level == "full"))
         flops += 2 * weights * tokens * products + 4 * stack.queries * scores * attentions
         unpacked += spec.weights.startswith("4bit") * products * weights * (spec.element + 0.5)
         started += products * launch
     worked = flops / (card.reached * card.matmul) + unpacked / card.bandwidth
     return (worked**4 + started**4) ** 0.25
-
-
-def passes(stack: Stack, checkpointing: str) -> tuple[float, float]:
-    """How often all layers' products and attentions are computed, in forward passes of the same length."""
-    qkv, out, into, down = stack.matrices
-    again = {"none": 0, "mlp": into, "full": qkv + out + into + down * bool(stack.tails[3])}[checkpointing]
-    products = stack.layers + stack.trained * (BACKWARD + again / (qkv + out + into + down))
-    return products, stack.layers + stack.trained * (2.5 + (checkpointing == "full"))

@@ -48,13 +48,12 @@ def vision_model():
     return model
 
 
-@pytest.fixture(scope="module")
-def packed():
-    return pack([random_row(*words, []) for words in ((5, 3, 4), (7, 1, 2), (4, 6, 1))], IMAGE)
-
-
-def text_pass(model, packed):
-    """Inputs that get a gradient, and the model's result."""
+def run(model):
+    """Inputs that get a gradient, and the model's result: packed pairs for a text model, tiles for a vision tower."""
+    if hasattr(model, "encoder"):
+        pixels = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        return pixels, model(pixel_values=pixels).last_hidden_state
+    packed = pack([random_row(*words, []) for words in ((5, 3, 4), (7, 1, 2), (4, 6, 1))], IMAGE)
     embeddings = model.embed_tokens(packed["ids"]).detach().requires_grad_()
     return embeddings, model(
         inputs_embeds=embeddings,
@@ -65,14 +64,10 @@ def text_pass(model, packed):
     ).last_hidden_state
 
 
-def vision_pass(model, pixels):
-    pixels = pixels.detach().requires_grad_()
-    return pixels, model(pixel_values=pixels).last_hidden_state
-
-
-def outcome(tuned, inputs, result):
+def outcome(model, tuned):
     """The result and the gradients of the inputs and of the adapter, by name."""
     tuned.zero_grad()
+    inputs, result = run(model)
     torch.manual_seed(1)
     (result * torch.randn_like(result)).sum().backward()
     gradients = {name: p.grad.clone() for name, p in tuned.named_parameters() if p.requires_grad}
@@ -86,62 +81,61 @@ def assert_near(found, expected):
 
 
 @pytest.mark.parametrize("dora", [True, False])
-@pytest.mark.parametrize("targets", [TEXT, ["q_proj", "v_proj", "down_proj"], ["up_proj"], ["o_proj"]], ids=len)
-def test_fused_text_layers_compute_what_the_ordinary_ones_do(packed, targets, dora):
-    model = text_model()
+@pytest.mark.parametrize(
+    ("vision", "targets"),
+    [
+        (False, TEXT), (False, ["q_proj", "v_proj", "down_proj"]), (False, ["up_proj"]), (False, ["o_proj"]),
+        (True, VISION), (True, VISION[:3]), (True, ["fc2"]), (True, ["out_proj", "fc1"]),
+    ],
+)  # fmt: skip
+def test_fused_layers_compute_what_the_ordinary_ones_do(vision, targets, dora):
+    model = vision_model() if vision else text_model()
+    layers, kind = (model.encoder.layers, FusedVisionLayer) if vision else (model.layers, FusedTextLayer)
     tuned = adapted(model, targets, dora)
-    expected = outcome(tuned, *text_pass(model, packed))
+    expected = outcome(model, tuned)
     for checkpointing in LEVELS:
-        assert fuse_layers(model.layers, FusedTextLayer, checkpointing) is None
-        assert_near(outcome(tuned, *text_pass(model, packed)), expected)
+        assert fuse_layers(layers, kind, checkpointing) is None
+        assert_near(outcome(model, tuned), expected)
 
 
-@pytest.mark.parametrize("dora", [True, False])
-@pytest.mark.parametrize("targets", [VISION, VISION[:3], ["fc2"], ["out_proj", "fc1"]], ids=len)
-def test_fused_vision_layers_compute_what_the_ordinary_ones_do(targets, dora):
-    model, pixels = vision_model(), torch.randn(3, 3, SIDE, SIDE)
-    tuned = adapted(model, targets, dora)
-    expected = outcome(tuned, *vision_pass(model, pixels))
-    for checkpointing in LEVELS:
-        assert fuse_layers(model.encoder.layers, FusedVisionLayer, checkpointing) is None
-        assert_near(outcome(tuned, *vision_pass(model, pixels)), expected)
-
-
-def test_a_disabled_adapter_has_no_effect(packed):
+@pytest.fixture
+def fused():
+    """A text model and its adapter, fused."""
     model = text_model(key_heads=4)
     tuned = adapted(model, TEXT)
-    fuse_layers(model.layers, FusedTextLayer, "none")
+    fuse_layers(model.layers, FusedTextLayer, "full")
+    return model, tuned
+
+
+def test_a_disabled_adapter_has_no_effect(fused):
+    model, tuned = fused
     with torch.no_grad():
-        _, on = text_pass(model, packed)
+        _, on = run(model)
         with tuned.disable_adapter():
-            _, off = text_pass(model, packed)
+            _, off = run(model)
         tuned.unload()
-        _, base = text_pass(model, packed)
+        _, base = run(model)
     assert not torch.allclose(on, base)
     assert torch.allclose(off, base, atol=1e-6)
 
 
-def test_what_is_derived_from_an_adapter_follows_an_optimiser_step(packed):
-    model = text_model()
-    tuned = adapted(model, TEXT)
-    fuse_layers(model.layers, FusedTextLayer, "full")
+def test_what_is_derived_from_an_adapter_follows_an_optimiser_step(fused):
+    model, tuned = fused
     optimiser = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=0.01)
-    outcome(tuned, *text_pass(model, packed))
+    outcome(model, tuned)
     optimiser.step()
-    _, found = text_pass(model, packed)
+    _, found = run(model)
     for layer in model.layers:
         layer.forward = layer.forward.ordinary
-    _, expected = text_pass(model, packed)
+    _, expected = run(model)
     assert_near({"result": found}, {"result": expected})
 
 
-def test_a_copied_model_computes_with_its_own_weights(packed):
-    tuned = adapted(text_model(), TEXT)
-    fuse_layers(tuned.get_base_model().layers, FusedTextLayer, "none")
-    other = copy.deepcopy(tuned)
+def test_a_copied_model_computes_with_its_own_weights(fused):
+    other = copy.deepcopy(fused[1])
     for parameter in other.parameters():
         parameter.data.zero_()
-    assert not text_pass(other.get_base_model(), packed)[1].any()
+    assert not run(other.get_base_model())[1].any()
 
 
 def test_without_a_layout_nothing_changes():
@@ -159,18 +153,14 @@ def test_without_a_layout_nothing_changes():
         (None, "itself is trained"),
     ],
 )
-def test_the_reason_for_not_fusing_is_given(more, reason):
-    model = text_model()
+@pytest.mark.parametrize("kind", [FusedTextLayer, FusedVisionLayer])
+def test_the_reason_for_not_fusing_is_given(kind, more, reason):
+    model = text_model() if kind is FusedTextLayer else vision_model()
     if more:
-        adapted(model, TEXT, dora=False, **more)
-    assert reason in fuse_layers(model.layers, FusedTextLayer, "none")
-    assert not isinstance(model.layers[0].forward, FusedTextLayer)
-
-
-def test_a_vision_tower_that_is_trained_is_not_fused():
-    layers = vision_model().encoder.layers
-    assert "itself is trained" in fuse_layers(layers, FusedVisionLayer, "none")
-    assert not isinstance(layers[0].forward, FusedVisionLayer)
+        adapted(model, ["q_proj"], dora=False, **more)
+    layers = model.layers if kind is FusedTextLayer else model.encoder.layers
+    assert reason in fuse_layers(layers, kind, "none")
+    assert not isinstance(layers[0].forward, kind)
 
 
 @pytest.mark.parametrize(("side", "patch"), [(32, 8), (31, 7)])  # 31: three pixels are left over, and rows are padded

@@ -75,14 +75,19 @@ def test_gains_and_activations(reference, kind, gained, tail):
         for residual in (h, None):
             assert_near([kernels.affine(residual, u, gain, b)], [reference("affine", residual, u, gain, b)])
         found = kernels.activation(u, gain, b, tail, gated)
-        assert_near([found], [reference("activation", u, gain, b, gated=gated)])
+        assert_near([found], [reference("activation", u, gain, b, 0, gated)])
         da = dy[:, : found.shape[1] - tail].contiguous()
-        expected = reference("activation_backward", da, u, gain, b, 0, True, gated=gated)
-        for again, over in ((True, True), (True, False), (False, True), (False, False)):  # they write over da and u
-            args = da.clone(), whole.clone()[:, :columns], gain, b, tail, again, over, gated
+        expected = reference("activation_backward", da, u, gain, b, 0, True, False, gated)
+        for with_result, in_place in (
+            (True, True),
+            (True, False),
+            (False, True),
+            (False, False),
+        ):  # they write over da and u
+            args = da.clone(), whole.clone()[:, :columns], gain, b, tail, with_result, in_place, gated
             du, result, dgain = kernels.activation_backward(*args)
             assert du.shape == (rows, columns + tail)
-            assert_near((du, result, dgain), (expected[0], expected[1] if again else None, expected[2]))
+            assert_near((du, result, dgain), (expected[0], expected[1] if with_result else None, expected[2]))
     for parts in ([dy], list(dy.chunk(3, dim=1))):
         du, dgain = kernels.scale_backward(parts, u, gain, tail)
         assert du.shape == (rows, columns + tail)

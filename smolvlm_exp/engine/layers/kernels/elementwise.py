@@ -131,11 +131,11 @@ def _tanh_of_gelu(x):
 
 def activation_backward(
     da: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int,
-    again: bool, over: bool, gated: bool,
+    with_result: bool, in_place: bool, gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:  # fmt: skip
-    """The result is written over `da` once `again`, the gradient over `u` and `tail` columns to spare once `over`."""
+    """The result goes into `da` if `with_result`, the gradient into `u` and `tail` spare columns if `in_place`."""
     (rows, columns), width = da.shape, u.shape[1]
-    if over:  # each number is read, then written
+    if in_place:  # each number is read, then written
         assert u.stride(0) >= width + tail
         du = u.as_strided((rows, width + tail), u.stride())
     else:
@@ -145,15 +145,15 @@ def activation_backward(
     _activation_backward[(chunks, triton.cdiv(columns, BN))](
         da, u, u.stride(0), da if gain is None else gain, da if bias is None else bias, du, du.stride(0),
         da if partial is None else partial, rows, columns, size,
-        GATED=gated, GAIN=gain is not None, BIAS=bias is not None, AGAIN=again, BM=BM, BN=BN,
+        GATED=gated, GAIN=gain is not None, BIAS=bias is not None, RESULT=with_result, BM=BM, BN=BN,
     )  # fmt: skip
-    return du, da if again else None, None if partial is None else partial.sum(0)
+    return du, da if with_result else None, None if partial is None else partial.sum(0)
 
 
 @triton.jit
 def _activation_backward(
     da, u, u_row, gain, bias, du, du_row, partial, rows, columns, size, GATED: tl.constexpr, GAIN: tl.constexpr,
-    BIAS: tl.constexpr, AGAIN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BIAS: tl.constexpr, RESULT: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     chunk = tl.program_id(0)
     at = tl.program_id(1) * BN + tl.arange(0, BN)
@@ -190,7 +190,7 @@ def _activation_backward(
             t = _tanh_of_gelu(x)
             value = 0.5 * x * (1 + t)
             dx = d * (0.5 * (1 + t) + 0.5 * x * (1 - t * t) * 0.7978845608028654 * (1 + 3 * 0.044715 * x * x))
-        if AGAIN:
+        if RESULT:
             tl.store(da + here, value.to(da.dtype.element_ty), mask=inside)
         if GAIN:
             total += tl.sum(dx * raw, axis=0)
