@@ -25,12 +25,12 @@ def is_8bit(layer: Any) -> bool:
 @contextmanager
 def keeping_scales(model: torch.nn.Module) -> Iterator[None]:
     """For PEFT adding an adapter: on a CPU its DoRA loses the scales of 8-bit weights."""
-    scales = [(m, m.state.CB, m.state.SCB) for m in model.modules() if is_8bit(m) and m.state.CB is not None]  # type: ignore[union-attr]
+    layers: list[Any] = [layer for layer in model.modules() if is_8bit(layer)]
+    states = [(layer, layer.state.CB, layer.state.SCB) for layer in layers if layer.state.CB is not None]
     yield
-    module: Any
-    for module, *state in scales:
-        module.state.CB, module.state.SCB = state
-        module.weight.CB = module.weight.SCB = None
+    for layer, codes, scales in states:
+        layer.state.CB, layer.state.SCB = codes, scales
+        layer.weight.CB = layer.weight.SCB = None
 
 
 def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:

@@ -72,10 +72,9 @@ def proposals(
 
     Args:
         effective: pairs in a step of one process.
-        unit: pairs that have to stay together, where the loss is no mean over pairs.
+        unit: pairs that have to stay together, where the loss is no mean over pairs; divides `effective`.
         levels: of LEVELS, those to choose from.
     """
-    assert effective % unit == 0
     choices = [(text, vision) for text in levels for vision in (levels if spec.vision.trained else levels[-1:])]
     if not fused(spec):  # transformers' own layers: all or none
         choices = [(level, level) for level in levels if level != "mlp"]

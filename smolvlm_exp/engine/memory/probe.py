@@ -101,7 +101,7 @@ def measure(run: Callable[[Plan], None], plan: Plan) -> tuple[float, float]:
 
 @contextmanager
 def restored_state(parameters: Sequence[Any]) -> Iterator[None]:
-    """Gradients and random states are in the end what they were; peaks are measured from zero again."""
+    """Restores gradients and random states in the end; peaks are measured from zero again."""
     gpu = torch.cuda.is_available()
     gradients = [parameter.grad for parameter in parameters]
     for parameter in parameters:
@@ -124,8 +124,8 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 def measure_card(dtype: Any) -> Card:
     """The current GPU, its matrix products in `dtype` timed."""
-    own = torch.Generator("cuda").manual_seed(0)  # leaves the run's random state alone
-    left = torch.randn(4096, 4096, device="cuda", generator=own).to(dtype)
+    generator = torch.Generator("cuda").manual_seed(0)  # leaves the run's random state alone
+    left = torch.randn(4096, 4096, device="cuda", generator=generator).to(dtype)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     for _ in range(3):
         left @ left
