@@ -82,7 +82,6 @@ FUNCTIONS = [  # hook, its parameters, and the word to find our uses by where it
     ("torch._utils:_unflatten_dense_tensors", "flat tensors"),
     ("torch.optim.optimizer:register_optimizer_step_post_hook", "hook"),
     ("torch.overrides:TorchFunctionMode.__torch_function__", "self func types args kwargs", "__torch_function__"),
-    ("torch.nn.attention.varlen:varlen_attn", "query key value cu_seq_q cu_seq_k max_q max_k ..."),
 ]  # fmt: skip
 OPERATORS = {
     "aten._flash_attention_forward": "query key value cum_seq_q cum_seq_k max_q max_k dropout_p is_causal "
@@ -144,8 +143,6 @@ def check(hook: str, expected: str, actual: list[str], word: str) -> None:
 @pytest.mark.parametrize("row", FUNCTIONS, ids=lambda row: row[0].rpartition(":")[2])
 def test_functions_take_what_we_give(row):
     hook, expected, *word = row
-    if hook.endswith("varlen_attn"):
-        pytest.importorskip("torch.nn.attention.varlen", reason="torch before 2.10")
     actual = list(inspect.signature(resolve(hook)).parameters)
     check(hook, expected, actual, word[0] if word else re.split(r"[.:]", hook)[-1])
 

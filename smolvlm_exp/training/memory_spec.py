@@ -4,17 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from smolvlm_exp.engine.memory.footprint import MemorySpec, Stack
+from smolvlm_exp.engine.memory.footprint import ALIGNED, TEXT, VISION, MemorySpec, Stack
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import Shape
 
-# The linear layers of each product of a layer (engine/layers/text_layer.py, engine/layers/vision_layer.py).
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-TEXT = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-VISION = (QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",))
 TEXT_LAYER, VISION_LAYER = "model.text_model.layers.", "model.vision_model.encoder.layers."
 CONNECTOR = "model.connector.modality_projection.proj"
-ALIGNED = 8  # engine/layers/linear.py's: columns that adapters add to a product
 
 
 @dataclass(frozen=True)

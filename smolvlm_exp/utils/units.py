@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them in settings: 8GiB, 500MB."""
+"""Sizes in bytes as people write and read them: 8GiB, 500MB."""
 
 import re
 
@@ -12,6 +12,11 @@ def size_of(text: str) -> int | None:
     """Bytes of a text such as `1.5 GiB`; None where it is not a size."""
     match = re.fullmatch(rf"(\d+(?:\.\d+)?) ?({'|'.join(UNITS)})", text.strip())
     return int(float(match[1]) * UNITS[match[2]]) if match else None
+
+
+def format_bytes(size: float) -> str:
+    """`46.8 MiB`, `1.5 GiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def bytes_of(key: str, text: str) -> int:

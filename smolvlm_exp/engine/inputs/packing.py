@@ -5,9 +5,8 @@ Tokens form one line without padding, all prompts with their chosen answers firs
     [P1 C1 P2 C2 ... | p1 R1 p2 R2 ...]
 
 `p` is a copy of the prompt's last token: what follows it is predicted twice, by C's side and by R's, and with a copy of
-its own each side is an ordinary sequence. shared_prefix_attention.py lets [p R] see the prompt before it. The last
-token of an answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no
-second half.
+its own each side is an ordinary sequence. layers/attention.py lets [p R] see the prompt before it. The last token of an
+answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no second half.
 """
 
 from collections.abc import Sequence
