@@ -21,13 +21,7 @@ OUTPUT = "${hydra.runtime.output_dir}/"  # how Hydra's own log files begin; othe
 
 
 def check_setting(key: str, value: Any) -> None:
-    """
-    Args:
-        key: its full name.
-
-    Raises:
-        RequestError: the setting holds a secret, or would have code run that is no part of this program.
-    """
+    """Refuse a setting, by its full name, that holds a secret or would run code that is no part of this program."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in items:
@@ -50,11 +44,7 @@ def check_setting(key: str, value: Any) -> None:
 
 
 def check_hydra(node: Any, path: str = "hydra") -> None:
-    """Hydra's own settings, of which some are instantiated: by what is Hydra's own, and by nothing else.
-
-    Raises:
-        RequestError: something else is to be called or imported, the environment is to load code or holds a secret.
-    """
+    """Refuse, in Hydra's own settings, calls of anything else, imports by the environment, and secrets."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in items:
         key = f"{path}.{name}"
@@ -92,10 +82,7 @@ def is_own(target: str) -> bool:
 
 
 def check_search_path(text: str) -> None:
-    """
-    Raises:
-        RequestError: a setting or file has Hydra look for files in a Python package, which it would import.
-    """
+    """Refuse a setting or file by which Hydra searches a Python package for files: it would import the package."""
     if "pkg://" in text:
         raise RequestError(
             "hydra.searchpath: pkg:// is refused, because it would run code that is no part of this program."

@@ -34,11 +34,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def check_unused(folder: Path) -> None:
-    """Before a new run starts in a folder that the command names.
-
-    Raises:
-        RequestError: there is a run in it already.
-    """
+    """Refuse to start a new run in a folder, named by the command, that already holds one."""
     existing = next((name for name in RUN_FILES if (folder / name).exists()), None)
     if existing:
         raise RequestError(

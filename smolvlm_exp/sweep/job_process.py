@@ -27,14 +27,13 @@ from filelock import FileLock, Timeout
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import choices, summary_of
-from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_label, job_state, read_jobs, read_keys
+from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_label, job_of, job_state, read_keys
 from smolvlm_exp.sweep.devices import assign_device
-from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_results
+from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_result, read_results
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.formatting import duration
-from smolvlm_exp.utils.log import configure_logging
-from smolvlm_exp.utils.startup import silence_upstream
+from smolvlm_exp.utils.startup import configure_logging, silence_upstream
 
 log = logging.getLogger(__name__)
 
@@ -52,13 +51,13 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
     """
     if stop_requested():
         return None
-    sweep, name = folder.parent, folder.name
-    job = next(job for job in read_jobs(sweep) if str(job.number) == name)
-    log.info(f"[{name}] {job_label(job, read_keys(sweep))}")
+    sweep, job = folder.parent, job_of(folder)
+    assert job is not None
+    log.info(f"[{job.number}] {job_label(job, read_keys(sweep))}")
     run_in_process(config, folder, home, at_once)
-    results = read_results(sweep, config.metric)
-    result = next(result for result in results.jobs if str(result.number) == name)
-    log.info(f"[{name}] {result.status}{f': {result.reason}' if result.reason else ''}{remaining_time(results)}")
+    results, result = read_results(sweep, config.metric), read_result(sweep, job)
+    reason = f": {result.reason}" if result.reason else ""
+    log.info(f"[{job.number}] {result.status}{reason}{remaining_time(results)}")
     prune_checkpoints(results, config.keep_checkpoints)
     return result.value(config.metric)
 

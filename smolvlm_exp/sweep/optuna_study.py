@@ -43,9 +43,7 @@ class SearchConf:
 
 
 def require_optuna() -> None:
-    """Raises:
-    RequestError: Optuna is not installed.
-    """
+    """Refuse a search where Optuna is not installed, and silence Optuna."""
     try:
         import optuna
     except ImportError as error:

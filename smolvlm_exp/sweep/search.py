@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from smolvlm_exp.config.compose import parsed
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.metrics import GOALS
-from smolvlm_exp.runs.sweep_record import Job, is_display_key, job_state, write_jobs
+from smolvlm_exp.runs.overrides import key_of
+from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
 from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.grid import compose
 from smolvlm_exp.sweep.job_process import STOPPED
@@ -51,7 +52,7 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
     lines = [override.input_line or "" for override in overrides.values()]
-    command = [f"metric={config.metric}", *(line for line in lines if not is_display_key(line))]
+    command = [f"metric={config.metric}", *(line for line in lines if key_of(line) not in DISPLAY_KEYS)]
     study = open_study(folder, options, GOALS[config.metric], command)
     with SweepStop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)

@@ -10,8 +10,7 @@ from smolvlm_exp.evaluation.metrics import GOALS, METRICS
 from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.sweep_record import job_label
-from smolvlm_exp.sweep.effects import main_effects
-from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults
+from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults, main_effects
 from smolvlm_exp.utils.formatting import duration, humanize, number, percent, short_keys, short_value
 
 if TYPE_CHECKING:

@@ -7,11 +7,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, summary_of
-from smolvlm_exp.utils.paths import OUTPUTS, relative_to_cwd
+from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, saved_hydra, summary_of
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 MAX_RUNS = 50  # earlier runs to search
 
@@ -48,14 +46,13 @@ def finished(folder: Path) -> dict[str, Any]:
 @cache
 def earlier_runs() -> list[Path]:
     """Finished runs whose time is known, the newest first."""
-    newest = newest_first(OUTPUTS, "summary.json", places=(*PLACES, JOBS))
+    newest = newest_first((*PLACES, JOBS), "summary.json")
     return [path.parent for path in newest[:MAX_RUNS] if finished(path.parent)]
 
 
 @cache
-def saved_config(run: Path) -> dict[str, Any]:
-    path = run / ".hydra" / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
+def saved_config(run: Path) -> Any:
+    return saved_hydra(run, "config")
 
 
 def same_workload(config: Config, run: Path) -> bool:

@@ -45,7 +45,7 @@ def test_own_defaults_hold_unless_the_command_says_otherwise(tmp_path, override)
     (tmp_path / "local").mkdir()
     own = "# @package _global_\nseed: 5\ntracker:\n  entity: my_team\ntrainer:\n  cache: /tmp/cache\n"
     (tmp_path / "local" / "default.yaml").write_text(own)
-    with search_path(CONF, str(tmp_path)):
+    with search_path(config_dir=str(tmp_path)):
         composed = hydra.compose("config", overrides=override)
     assert (composed.tracker.entity, composed.trainer.cache) == ("my_team", "/tmp/cache")
     assert composed.seed == (9 if override else 5)

@@ -20,8 +20,7 @@ from smolvlm_exp.runs.sweep_record import (
     write_jobs,
 )
 from smolvlm_exp.sweep.devices import free_gpu, visible_gpus
-from smolvlm_exp.sweep.effects import main_effects
-from smolvlm_exp.sweep.results import prune_checkpoints, read_results, results_table
+from smolvlm_exp.sweep.results import main_effects, prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page
 from smolvlm_exp.sweep.time_estimate import estimate_time
 from smolvlm_exp.utils.errors import RequestError
@@ -169,7 +168,7 @@ def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monke
 
     from smolvlm_exp.sweep import time_estimate
 
-    monkeypatch.setattr(time_estimate, "OUTPUTS", tmp_path)
+    monkeypatch.setattr("smolvlm_exp.runs.find.OUTPUTS", tmp_path)
     time_estimate.earlier_runs.cache_clear()
     half = compose("trainer.max_steps=40")
     sweep = tmp_path / "sweeps" / "a" / "b"
