@@ -24,9 +24,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from smolvlm_exp.config.compose import check_command, folder_of, register_schemas, search_path
+from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import parse
+from smolvlm_exp.evaluation.metrics import summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_settings
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
@@ -119,7 +120,7 @@ def job(composed: DictConfig) -> float | None:
     own = HydraConfig.get()
     many = own.mode == hydra.types.RunMode.MULTIRUN
     try:
-        if many and (folder.parent / "sweep.json").is_file():  # a sweep of ours; others run their jobs right here
+        if many and (folder.parent / "sweep.json").is_file():  # ours; other sweepers' jobs run in this process
             from smolvlm_exp.sweep.job_process import run_job
 
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
@@ -128,7 +129,7 @@ def job(composed: DictConfig) -> float | None:
         if many:
             raise  # the other jobs continue, and Hydra reports this one
         exit_with_error(error)
-    except KeyboardInterrupt:  # while the model or the data was loaded; once a run has begun, it saves first
+    except KeyboardInterrupt:  # while loading the model or the data; later a run saves first
         print("\nstopped before training began", file=sys.stderr)
         sys.exit(130)
     if config.task.name != "train":
@@ -136,9 +137,7 @@ def job(composed: DictConfig) -> float | None:
     if summary["status"] == "stopped":
         print(f"stopped after saving; resume: python -m smolvlm_exp resume={relative_to_cwd(folder)}", file=sys.stderr)
         sys.exit(75)
-    part, _, key = config.metric.partition(".")
-    metric: float | None = summary[part].get(key)
-    return metric
+    return summary_value(summary, config.metric)
 
 
 def main() -> None:
@@ -151,7 +150,7 @@ def main() -> None:
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):
         flags = [argument for argument in sys.argv[1:] if argument not in args.overrides]
-        if args.config_path:  # from where the command is typed; Hydra would take it from where this file lies
+        if args.config_path:  # relative to where the command is typed; Hydra takes it relative to this file
             flags = [flag.replace(args.config_path, str(Path(args.config_path).resolve())) for flag in flags]
         try:
             complete_and_check(args)
@@ -182,12 +181,11 @@ def join_group(args: Namespace) -> list[str]:
             "-m under accelerate launch or torchrun: a sweep starts its own processes. Type it without the launcher; "
             "hydra/launcher=parallel gives each job a GPU."
         )
-    from smolvlm_exp.utils.distributed import broadcast_from_rank0, init_distributed, rank_world
+    from smolvlm_exp.utils.distributed import init_distributed, rank_world
 
     init_distributed()
-    folder = broadcast_from_rank0(lambda: folder_of(args))
     if rank_world()[0] == 0:
-        return [f"hydra.run.dir={folder}"]
+        return []
     scratch = tempfile.TemporaryDirectory(prefix="smolvlm_exp-")
     atexit.register(scratch.cleanup)
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives

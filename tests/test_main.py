@@ -86,7 +86,7 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(command, tmp_path):
 
     done = command("resume=last")  # whose work is done already: it would be measured again and its summary lost
     assert done.returncode == 2
-    assert "outputs/a/b is at its end" in done.stderr
+    assert "outputs/a/b has finished" in done.stderr
 
 
 def test_the_last_run_is_found_by_day_and_time_and_by_a_name(tmp_path, monkeypatch):

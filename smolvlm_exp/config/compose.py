@@ -90,14 +90,8 @@ def read(name: str, job: list[str], replay: bool) -> Config:
     return config
 
 
-def folder_of(args: Any) -> str:
-    """Where the one run of a command, which `check_command` has read, will write."""
-    with search_path(args.config_path, args.config_dir):
-        return str(compose(args.config_name or "config", args.overrides).hydra.run.dir)
-
-
 def log_tuned_settings(config: Config) -> None:
-    """Name the file of settings for this model that a trainer option of ours applied, and how many of them hold."""
+    """Log which file of settings for this model the trainer option applied, and how many of them are in effect."""
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     path = CONF / "tuned" / f"{choices.get('tuned@trainer')}.yaml"
     if path.is_file():
@@ -185,11 +179,11 @@ def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]
     own_settings = compose(name, plain).hydra
     lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
     if lost:
-        raise RequestError(f"hydra.{lost}: Hydra cannot do without it.")
+        raise RequestError(f"hydra.{lost}: required by Hydra.")
     sweeper = own_settings.sweeper
     params = sweeper.get("params") or {}
-    if not hasattr(params, "items"):  # an interpolation can stand for anything
-        raise RequestError("hydra.sweeper.params is no list of settings by name.")
+    if not hasattr(params, "items"):  # an interpolation may resolve to anything
+        raise RequestError("hydra.sweeper.params must map settings to their values.")
     own = parsed([f"{key}={value}" for key, value in params.items()])
     given = {o.key_or_group for o in overrides}
     if not multirun:
@@ -265,7 +259,7 @@ def check_keys(name: str, overrides: list[Override]) -> None:
 
 
 def unknown(key: str, known: list[str]) -> str:
-    """What to say of a setting that does not exist here."""
+    """The error message for an unknown setting."""
     if key in KEYS:
         return f"{key} is now {KEYS[key]}."
     if readers(key):

@@ -17,11 +17,7 @@ OWN = ("hydra.sweep.dir", "hydra.mode", "sweep")  # of one command, not of the s
 
 
 def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
-    """A command's overrides and, under them, those of the run that it resumes or works on, or of its sweep.
-
-    Raises:
-        RequestError: there is no such run or sweep, or the command does not go with it.
-    """
+    """A command's overrides, and what they leave open from the run that it resumes or works on, or its sweep."""
     given = as_settings(overrides)
     for key, complete in (("resume", resume_overrides), ("run", run_overrides), ("sweep", sweep_overrides)):
         if given.get(key, "null") not in ("", "null"):
@@ -30,15 +26,15 @@ def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
 
 
 def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
-    """The run's own settings, writing into its folder, where `.hydra` stays as it was: it replays the complete run."""
+    """The run's own settings, writing into its folder; its `.hydra` stays as it was and replays the complete run."""
     if multirun:
-        raise RequestError("resume=... goes on with one run; it does not go with -m.")
+        raise RequestError("resume=... resumes a single run: leave out -m (sweep=... resumes a sweep).")
     folder = find_run(given["resume"])
     if not checkpoint_folders(folder):
         raise RequestError(f"resume={folder}: this run has saved no checkpoint, so there is nothing to resume from.")
     if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):
         raise RequestError(
-            f"resume={given['resume']}: {folder} is at its end. To train it longer, add trainer.max_steps=... and "
+            f"resume={given['resume']}: {folder} has finished. To train it longer, add trainer.max_steps=... and "
             "'resume_allow=[trainer.max_steps]'."
         )
     own = [f"resume={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
@@ -46,10 +42,10 @@ def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
 
 
 def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:
-    """For another task than train: the run's own settings, and the weights it fine-tuned."""
+    """For a task other than train: the run's own settings, and the weights it fine-tuned."""
     name, task = given["run"], given.get("task", "train")
     if task == "train":
-        raise RequestError(f"run={name} is what another task works on: add task=evaluate (to go on with it, resume=).")
+        raise RequestError(f"run={name} is for other tasks: add task=evaluate (to train it further: resume={name}).")
     if task == "doctor":
         return [f"run={name}"]
     folder = find_finished_run(name)
@@ -66,7 +62,7 @@ def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:
 def sweep_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     """The sweep's own overrides, writing into its folder."""
     if not multirun:
-        raise RequestError("sweep=... goes on with many runs: add -m (resume=... goes on with one).")
+        raise RequestError("sweep=... resumes a sweep: add -m (resume=... resumes a single run).")
     folder = find_sweep(given["sweep"])
     saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
     settings = settings_of([*saved["task"], *saved["hydra"]], "train", {*given, *OWN})

@@ -1,4 +1,4 @@
-"""The root schema, and the one strict reading of a composed configuration into plain dataclasses."""
+"""The root schema, and the strict parsing of a composed configuration into plain dataclasses."""
 
 import difflib
 import typing
@@ -33,7 +33,7 @@ FOLDERS = {"data": "data/sources", "trainer": "training"}  # of the modules with
 
 @dataclass
 class Config:
-    """A whole run. `task`, `data` and `trainer` are the chosen option's own `Config`."""
+    """Everything about a run. `task`, `data` and `trainer` are the chosen option's own `Config`."""
 
     task: Any  # config/tasks.py
     model: ModelConfig
@@ -174,7 +174,7 @@ def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_value(key: str, setting: Any, value: Any) -> None:
-    """Hold a value against what its field says it takes (fields.py)."""
+    """Check a value against its field's choices and bounds (utils/fields.py)."""
     choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:

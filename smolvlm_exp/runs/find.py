@@ -24,14 +24,15 @@ NON_IDENTITY_KEYS = (
 def find_run(name: str) -> Path:
     """The run folder that `name` (a path, or `last`) means, to resume."""
     if name == "last":
-        return newest("resume", "saved a checkpoint", PLACES, "checkpoints/checkpoint-*").parent.parent
+        missing = f"resume=last: no run under {OUTPUTS}/ has saved a checkpoint yet."
+        return newest(missing, PLACES, "checkpoints/checkpoint-*").parents[1]
     return run_folder("resume", name)
 
 
 def find_ended_run(name: str) -> Path:
     """The run folder that `name` (a path, or `last`) means, done, stopped or failed."""
     if name == "last":
-        return newest("run", "ended", (*PLACES, JOBS), "summary.json").parent
+        return newest(f"run=last: no run under {OUTPUTS}/ has ended yet.", (*PLACES, JOBS), "summary.json").parent
     if not (Path(name) / "summary.json").is_file():
         raise RequestError(f"run={name}: no run has ended there (it has no summary.json).")
     return Path(name)
@@ -40,7 +41,7 @@ def find_ended_run(name: str) -> Path:
 def find_finished_run(name: str) -> Path:
     """The run folder that `name` (a path, or `last`) means, with its fine-tuned weights."""
     if name == "last":
-        return newest("run", "finished", PLACES, "adapter", "model").parent
+        return newest(f"run=last: no run under {OUTPUTS}/ has finished yet.", PLACES, "adapter", "model").parent
     folder = run_folder("run", name)
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
         raise RequestError(f"run={name}: it has not finished (no adapter/ in it); resume it with resume={name}.")
@@ -53,11 +54,11 @@ def run_folder(key: str, name: str) -> Path:
     return Path(name)
 
 
-def newest(key: str, sign: str, places: Sequence[str], *names: str) -> Path:
-    """The newest of these files or folders in runs; a `RequestError` where there is none."""
+def newest(missing: str, places: Sequence[str], *names: str) -> Path:
+    """The newest of these files or folders; where there is none, a `RequestError` with the message `missing`."""
     paths = newest_first(places, *names)
     if not paths:
-        raise RequestError(f"{key}=last: no run under {OUTPUTS}/ has {sign} yet.")
+        raise RequestError(missing)
     return paths[0]
 
 

@@ -1,4 +1,4 @@
-"""Settings by full name: Hydra overrides as text (key=value), nested dictionaries made flat."""
+"""Settings by full name: Hydra overrides as text (key=value), nested dictionaries flattened."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smolvlm_exp.runs.checkpoint import checkpoints
-from smolvlm_exp.runs.find import SWEEPS, newest_first, summary_of
+from smolvlm_exp.runs.find import SWEEPS, newest, summary_of
 from smolvlm_exp.runs.overrides import as_settings, key_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
@@ -103,10 +103,7 @@ def sweep_position(folder: Path) -> tuple[str, dict[str, str]] | None:
 def find_sweep(name: str) -> Path:
     """The sweep folder that `name` (a path, or `last`) means."""
     if name == "last":
-        sweeps = newest_first([SWEEPS], "sweep.json")
-        if not sweeps:
-            raise RequestError(f"sweep=last: there is no sweep under {OUTPUTS}/sweeps/ yet.")
-        return sweeps[0].parent
+        return newest(f"sweep=last: there is no sweep under {OUTPUTS}/sweeps/ yet.", [SWEEPS], "sweep.json").parent
     if not read_jobs(Path(name)):
         raise RequestError(f"sweep={name}: not a sweep folder (there is no sweep.json in it).")
     return Path(name)

@@ -1,4 +1,4 @@
-"""One job of a sweep in a process of its own: however it ends, the other jobs continue, under every launcher.
+"""Run a job of a sweep in a process of its own: however it ends, the other jobs continue, under every launcher.
 
 An exception, running out of memory and kill -9 end the process and are recorded in the job's summary.json. The process
 holds its folder's lock, so that no job runs twice at once, and stops after saving when its parent is gone. On Linux
@@ -43,7 +43,7 @@ PATIENCE = 30.0  # seconds for a job whose sweep was just killed to save and rel
 
 
 def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
-    """Run the job of `folder` in a process of its own and remove checkpoints as `keep` says; returns its metric.
+    """Run the job of `folder` in a process of its own and prune the sweep's checkpoints; returns its metric.
 
     Args:
         home: where the sweep's command was typed; a cluster's worker may start elsewhere.
@@ -63,7 +63,7 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
 
 
 def remaining_time(results: SweepResults) -> str:
-    """How many jobs are left, and how long they will take by those that are done."""
+    """How many jobs are left, and how long they will take, judging by the finished ones."""
     left = sum(job.status in ("missing", "cut", "stopped") for job in results.jobs)
     seconds = [job.summary["seconds"] for job in results.jobs if job.status == "done"]
     if not left:
@@ -96,7 +96,7 @@ def can_fork() -> bool:
 
 @contextlib.contextmanager
 def ignore_sigint() -> Iterator[None]:
-    """In a launcher's worker: Ctrl-C reaches it too, but the sweep's command decides what stops."""
+    """In a launcher's worker, which Ctrl-C reaches too; the sweep's command decides what stops."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     worker = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if worker:
@@ -168,7 +168,7 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
 
 
 def stop_with_parent() -> None:
-    """Save and stop when the process that waits for this job is gone."""
+    """Save and stop when the process that waits for this job has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

@@ -158,7 +158,7 @@ def results_table(results: SweepResults) -> list[dict[str, Any]]:
 
 
 def prune_checkpoints(results: SweepResults, keep: str) -> None:
-    """Remove checkpoints of done jobs, but for all, the `last` of each job, or the last of the `best` job."""
+    """Remove finished jobs' checkpoints, except `all`, the `last` of each job, or the last of the `best` job."""
     for job in results.jobs if keep != "all" else ():
         if job.status in ENDED:
             keep_newest = keep == "last" or job is results.best

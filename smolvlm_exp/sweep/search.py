@@ -32,11 +32,7 @@ if TYPE_CHECKING:
 
 
 def sweep_search(sweeper: Any, arguments: list[str]) -> int:
-    """Run a command's search; returns the exit code.
-
-    Raises:
-        RequestError: Optuna is missing, there is nothing to search, or the folder has another search.
-    """
+    """Run a command's search; returns the exit code."""
     require_optuna()
     options: SearchConf = sweeper.options
     from_config = [f"{key}={value}" for key, value in (options.params or {}).items()]
@@ -56,8 +52,8 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     study = open_study(folder, options, GOALS[config.metric], command)
     with SweepStop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)
-    report_results(folder, config, stop.asked, study)
-    if stop.asked:
+    report_results(folder, config, stop.requested, study)
+    if stop.requested:
         return STOPPED
     return int(any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False)))
 
@@ -85,7 +81,7 @@ class Search:
         with FileLock(lock):
             announce(self.folder, f"search of {self.options.n_trials} trials", space, states, left)
             launched = True
-            while launched and not stop.asked and (jobs := self.next_jobs()):
+            while launched and not stop.requested and (jobs := self.next_jobs()):
                 launched = launch(launcher, self.folder, jobs, stop)
                 for job in jobs:
                     self.tell(job)

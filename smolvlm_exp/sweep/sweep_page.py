@@ -36,7 +36,7 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         about=[
             *((status, statuses.count(status)) for status in dict.fromkeys(statuses)),
             ("metric", results.metric),
-            ("training time in all", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
+            ("total training time", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
         ],
         results=results,
         best=best,
@@ -99,5 +99,5 @@ def importance(study: "Study") -> dict[str, float]:
     from optuna.importance import get_param_importances
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that trials with equal values make all settings equal
+        warnings.simplefilter("ignore", UserWarning)  # where trials with equal values make all settings equal
         return get_param_importances(study)

@@ -95,7 +95,7 @@ def test_an_adapter_folder_and_a_merged_model_say_what_the_run_says(command, run
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=last"], "run=last is what another task works on: add task=evaluate"),
+        (["run=last"], "run=last is for other tasks: add task=evaluate"),
         (["task=evaluate", "run=nowhere"], "run=nowhere: not a run folder"),
         (["task=evaluate", "task.batch_sizes=[0,4]"], "task.batch_sizes=[0, 4]: 1 is the least"),
     ],
