@@ -1,6 +1,6 @@
-"""docs/settings.md and docs/settings.schema.json, from the dataclasses and the comments of their fields.
+"""settings.md and settings.schema.json, from the dataclasses and the comments of their fields.
 
-python -m smolvlm_exp.config.settings        # in a checkout: writes both
+python docs/settings.py        # writes both
 """
 
 import ast
@@ -16,14 +16,14 @@ from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.config.schema import SELECTORS, Config, dataclass_of, groups
-from smolvlm_exp.utils.paths import PACKAGE
 
+DOCS = Path(__file__).parent
 JSON_TYPES: dict[Any, str] = {
     int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object",
     types.NoneType: "null",
 }  # fmt: skip
 INTRODUCTION = """\
-Written by `python -m smolvlm_exp.config.settings`. Files in `conf/` may choose other defaults; `--cfg job`
+Written by `python docs/settings.py`. Files in `conf/` may choose other defaults; `--cfg job`
 shows what holds.
 
 Your own defaults (a cache, W&B's entity, a launcher) go into `conf/local/default.yaml`, which git ignores:
@@ -137,9 +137,8 @@ def json_property(setting: Field[Any], kind: Any, text: str) -> dict[str, Any]:
 
 
 def files() -> dict[Path, str]:
-    docs = PACKAGE.parent / "docs"
     schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
-    return {docs / "settings.md": markdown(), docs / "settings.schema.json": schema}
+    return {DOCS / "settings.md": markdown(), DOCS / "settings.schema.json": schema}
 
 
 if __name__ == "__main__":
