@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import QUICK, read_lines
 
 SHORT = [s for s in QUICK if not s.startswith(("trainer.save", "trainer.max", "tracker"))]
-SHORT += ["trainer.max_steps=2", "data.test_rows=4", "task.max_new_tokens=8"]
+SHORT += ["trainer.max_steps=2", "data.train_rows=8", "data.test_rows=4", "task.max_new_tokens=8"]
 LONG = [*SHORT, "tracker=none", "trainer.max_steps=14", "trainer.save_steps=2", "keep_checkpoints=all"]
 WANDB = str(Path(sys.executable).parent / "wandb")
 
@@ -90,9 +90,9 @@ def test_the_plan_is_announced_before_the_first_job(whole):
 
 def test_image_features_and_reference_are_computed_by_the_first_job_alone(whole):
     _, _, out = whole
-    assert "[0] reference: 32 rows, 32 of them computed" in out
-    assert out.count("reference: 32 rows, 0 of them computed") == 3
-    assert len(re.findall(r"features of 32 images: .* in outputs/cache", out)) == 4
+    assert "[0] reference: 8 rows, 8 of them computed" in out
+    assert out.count("reference: 8 rows, 0 of them computed") == 3
+    assert len(re.findall(r"features of 8 images: .* in outputs/cache", out)) == 4
 
 
 def test_the_table_has_every_job_s_results(whole):
