@@ -175,7 +175,7 @@ def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
     )
 
     def holder() -> subprocess.Popen:
-        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+        process = jobs.enter_context(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True))
         jobs.callback(process.kill)
         return process
 
