@@ -75,10 +75,8 @@ FUNCTIONS = [  # hook, its parameters, and the word to find our uses by where it
     (f"{HYDRA}.core_plugins.basic_launcher:BasicLauncher.launch", "self job_overrides initial_job_idx",
      "BasicLauncher"),
     (f"{HYDRA}.config_loader_impl:ConfigLoaderImpl.load_sweep_config", "self master_config sweep_overrides"),
-    ("omegaconf:DictConfig._get_node", "self key ..."),
-    ("omegaconf:DictConfig._is_none", "self"),
-    ("omegaconf:DictConfig._is_missing", "self"),
     ("torch._utils:_flatten_dense_tensors", "tensors"),
+    ("torch._utils:_take_tensors", "tensors size_limit"),
     ("torch._utils:_unflatten_dense_tensors", "flat tensors"),
     ("torch.optim.optimizer:register_optimizer_step_post_hook", "hook"),
     ("torch.overrides:TorchFunctionMode.__torch_function__", "self func types args kwargs", "__torch_function__"),
@@ -114,7 +112,6 @@ ATTRIBUTES = {
     "accelerate.data_loader:DataLoaderAdapter": "base_dataloader",
     "accelerate.utils:FullyShardedDataParallelPlugin": "mixed_precision_policy",
     "torch.optim:Adam": "found_inf",
-    "omegaconf:DictConfig": "_metadata ref_type",
     "optuna.trial:FrozenTrial": "_trial_id",
 }
 SOURCE = {path: path.read_text(encoding="utf-8") for path in Path(smolvlm_exp.__file__).parent.rglob("*.py")}

@@ -1,6 +1,6 @@
 """What each task reads: a `Config` of its own under `task.*`, and the groups that no other task reads.
 
-They stand here and not in `tasks/`, because a command is checked, and a mistake answered, before torch is imported.
+They are here and not in `tasks/` so that a command can be checked before torch is imported.
 """
 
 from dataclasses import dataclass, field
@@ -24,7 +24,7 @@ class Train(Task):
 
 @dataclass
 class Export(Train):
-    """The answers by which an export is judged."""
+    """Of the answers that the parity gate compares."""
 
 
 @dataclass

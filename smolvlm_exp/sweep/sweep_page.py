@@ -10,8 +10,7 @@ from smolvlm_exp.evaluation.metrics import GOALS, METRICS
 from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.sweep_record import job_label
-from smolvlm_exp.sweep.effects import main_effects
-from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults
+from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults, main_effects
 from smolvlm_exp.utils.formatting import duration, humanize, number, percent, short_keys, short_value
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         about=[
             *((status, statuses.count(status)) for status in dict.fromkeys(statuses)),
             ("metric", results.metric),
-            ("training time in all", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
+            ("total training time", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
         ],
         results=results,
         best=best,
@@ -100,5 +99,5 @@ def importance(study: "Study") -> dict[str, float]:
     from optuna.importance import get_param_importances
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that trials with equal values make all settings equal
+        warnings.simplefilter("ignore", UserWarning)  # where trials with equal values make all settings equal
         return get_param_importances(study)

@@ -179,7 +179,7 @@ class StopCallback(StopRequest, TrainerCallback):
 
     def agreed(self) -> bool:
         """Whether any process was signalled: all of them stop at the same step."""
-        return any(gather(self.asked))
+        return any(gather(self.requested))
 
     def on_request(self) -> None:
         print("\nstopping after this step and saving; press Ctrl-C again to exit at once", file=sys.stderr)

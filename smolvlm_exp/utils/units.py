@@ -20,14 +20,7 @@ def format_bytes(size: float) -> str:
 
 
 def bytes_of(key: str, text: str) -> int:
-    """`8GiB` -> 8589934592.
-
-    Args:
-        key: the setting's full name.
-
-    Raises:
-        RequestError: it is not a size.
-    """
+    """`8GiB` -> 8589934592; a `RequestError` names the setting, by its full name, whose text is not a size."""
     size = size_of(text)
     if size is None:
         raise RequestError(f"{key}={text} is not a size; write it as 8GiB or 500MB.")

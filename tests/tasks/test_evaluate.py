@@ -85,7 +85,7 @@ def test_an_adapter_folder_and_a_merged_model_give_the_runs_numbers(command, run
 
 
 def test_run_without_a_task_is_refused():
-    with pytest.raises(RequestError, match="run=last is what another task works on: add task=evaluate"):
+    with pytest.raises(RequestError, match="run=last is for other tasks: add task=evaluate"):
         smolvlm_exp.train(["run=last"])
 
 
