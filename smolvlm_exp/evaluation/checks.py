@@ -3,12 +3,18 @@
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from smolvlm_exp.evaluation.held_out import Evaluation
-from smolvlm_exp.evaluation.preference import Logps
+from smolvlm_exp.evaluation.preference import Logps, answer_logps
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import ProcessorMixin
 
 SIDES = ("chosen", "rejected")
 MIN_CHANGE = 1e-4  # nats/token; what rounding does in float32 is a hundredth of it
@@ -18,6 +24,7 @@ MIN_CONTRIBUTION = 0.05  # nats/token below which an image's contribution is too
 MAX_LENGTH_SHARE = 0.5  # of the margin's variance that answers' lengths may explain
 MAX_GAP = 0.2  # of reward accuracy, training over held-out rows
 MAX_LENGTH_CHANGE = 0.5  # by which generated answers may grow or shrink
+MAX_RELOAD_ERROR = 1e-4  # nats; the same weights in the same batch give the same numbers
 LAST_EVENTS = 5  # logged events over which training's accuracy is averaged
 MIN_ROWS = 20  # rows for a share of variance to mean anything
 
@@ -125,3 +132,34 @@ def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:
     x, y = values.double() - values.double().mean(), by.double() - by.double().mean()
     norm = (x @ x) * (y @ y)
     return ((x @ y) ** 2 / norm).item() if norm > 0 else 0.0
+
+
+def check_adapter_reload(
+    model: "PeftModel",
+    processor: "ProcessorMixin",
+    folder: Path,
+    rows: "Dataset",
+    batch_size: int,
+    max_length: int | None,
+    tuned: Logps,
+) -> Check:
+    """Was what was trained saved? PEFT loads the saved adapter into the model, and a batch is scored again.
+
+    The adapter's tensors are zeroed first, so that whatever the file lacks is missing.
+
+    Args:
+        folder: the run's, with `adapter/`.
+        tuned: answer_logps of `rows` in the same batches, from before the adapter was saved.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    set_peft_model_state_dict(model, load_peft_weights(str(folder / "adapter"), device=str(model.device)))
+    first = rows.select(range(min(batch_size, len(rows))))
+    reloaded = answer_logps(model, processor, first, batch_size, max_length)  # type: ignore[arg-type]
+    errors = ((getattr(reloaded, side) - getattr(tuned, side)[: len(first)]).abs().max() for side in SIDES)
+    name = "saved adapter, reloaded: largest log-prob error (nats)"
+    return require("adapter_reload", name, max(errors).item(), "<=", MAX_RELOAD_ERROR)

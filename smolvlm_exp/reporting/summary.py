@@ -11,7 +11,7 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
-from smolvlm_exp.evaluation.statistics import Change
+from smolvlm_exp.evaluation.statistics import Change, changes, intervals
 from smolvlm_exp.reporting.html import embed, highlight
 
 if TYPE_CHECKING:
@@ -45,11 +45,12 @@ class Sample:
 def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check]) -> dict[str, Any]:
     """The parts of summary.json that say how good a model is, and how sure that is."""
     evaluations = {"before": before, **({"after": after} if after else {})}
+    paired = changes(before.ratios, after.ratios) if after else {}
     return {
         "before": before.metrics,
         "after": after.metrics if after else {},
-        "intervals": {name: evaluation.intervals() for name, evaluation in evaluations.items()},
-        "changes": {name: asdict(change) for name, change in after.changes(before).items()} if after else {},
+        "intervals": {name: intervals(evaluation.ratios) for name, evaluation in evaluations.items()},
+        "changes": {name: asdict(change) for name, change in paired.items()},
         "checks": [asdict(check) for check in checks],
         "checks_passed": checks_passed(checks),
     }

@@ -13,8 +13,7 @@ from rich.console import Console
 from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.evaluation.adapter_reload import check_adapter_reload
-from smolvlm_exp.evaluation.checks import Check, compare_evaluations
+from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, compare_evaluations
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.per_row import save_per_row
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned

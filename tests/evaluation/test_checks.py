@@ -133,7 +133,7 @@ def test_rounding_is_not_taken_for_looking(model, processor, rows, monkeypatch):
     """On a GPU a row's numbers depend a little on the batch it is in, which is no sign that a picture arrived."""
     from transformers import Idefics3ForConditionalGeneration
 
-    from smolvlm_exp.evaluation.image_ablation import image_reliance_metrics
+    from smolvlm_exp.evaluation.preference import image_reliance_metrics
 
     ordinary = Idefics3ForConditionalGeneration.forward
 

@@ -109,7 +109,7 @@ def test_speed_is_by_hand(monkeypatch):
     """Two answers, 0.5 s to the first token, 0.1 s a token: 2 x 31 tokens in 3.1 s; slow first calls are not timed."""
     from types import SimpleNamespace
 
-    from smolvlm_exp.evaluation import generation_speed as speed
+    from smolvlm_exp.evaluation import generate as speed
 
     clock, calls = [0.0], []
 
