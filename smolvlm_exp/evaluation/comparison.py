@@ -1,5 +1,6 @@
 """Finished runs grouped by their settings without the seed, and which of their differences are more than noise."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -71,7 +72,6 @@ class Gap:
 
     difference: float  # its metric less the best's
     noise: float | None  # half of the difference's 95 % interval; None where it is not known
-    paired: bool  # whether the two were compared row by row
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,10 @@ class Comparison:
     @cached_property
     def gaps(self) -> list[Gap]:
         """Of each group."""
-        return [self.between(self.groups[0], group) for group in self.groups]
+        return [gap(self.groups[0], group, self.metric) for group in self.groups]
 
-    def between(self, best: Group, group: Group) -> Gap:
-        metric = self.metric
-        difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
-        over_seeds = best.seed_error(metric) ** 2 + group.seed_error(metric) ** 2
-        ours, theirs = group.ratio(metric), best.ratio(metric)
-        rows = [g.runs[0].rows for g in (group, best)]
-        if ours and theirs and rows[0] and rows[1] and np.array_equal(rows[0].test, rows[1].test):
-            change = changes({"": theirs}, {"": ours})[""]
-            return Gap(difference, (((change.high - change.low) / 2) ** 2 + over_seeds) ** 0.5, paired=True)
-        errors = best.error(metric), group.error(metric)
-        noise = None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5
-        return Gap(difference, noise, paired=False)
+    def gap(self, group: Group) -> Gap:
+        return self.gaps[self.groups.index(group)]
 
     def verdict(self, group: Group) -> str:
         """A group against the best."""
@@ -110,10 +100,23 @@ class Comparison:
             return "not measured"
         if group is self.groups[0]:
             return "best"
-        gap = self.gaps[self.groups.index(group)]
+        gap = self.gap(group)
         if gap.noise is None:
             return "no confidence interval"
         return "worse" if abs(gap.difference) > gap.noise else "within the noise"
+
+
+def gap(best: Group, group: Group, metric: str) -> Gap:
+    """Row by row where both evaluated the same held-out rows, else from the two intervals."""
+    difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
+    ours, theirs = group.ratio(metric), best.ratio(metric)
+    rows = [g.runs[0].rows for g in (group, best)]
+    if ours and theirs and rows[0] and rows[1] and np.array_equal(rows[0].test, rows[1].test):
+        change = changes({"": theirs}, {"": ours})[""]
+        over_rows = ((change.high - change.low) / 2) ** 2
+        return Gap(difference, (over_rows + best.seed_error(metric) ** 2 + group.seed_error(metric) ** 2) ** 0.5)
+    errors = best.error(metric), group.error(metric)
+    return Gap(difference, None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5)
 
 
 def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:
@@ -124,6 +127,5 @@ def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:
     for run in runs:
         grouped.setdefault(tuple(run.settings.get(key, "") for key in differing), []).append(run)
     groups = [Group(dict(zip(differing, values, strict=True)), members) for values, members in grouped.items()]
-    worst = -GOALS[metric] * float("inf")
-    groups.sort(key=lambda g: -GOALS[metric] * (worst if g.value(metric) is None else g.value(metric) or 0.0))
+    groups.sort(key=lambda g: math.inf if (value := g.value(metric)) is None else -GOALS[metric] * value)
     return Comparison(groups, differing, metric)

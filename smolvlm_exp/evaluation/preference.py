@@ -25,7 +25,7 @@ class Logps:
     """Log-probabilities of the held-out answers, float32 on the CPU, each of shape (rows,)."""
 
     chosen: torch.Tensor  # summed over the answer's tokens
-    rejected: torch.Tensor
+    rejected: torch.Tensor  # empty where only the chosen answers were scored
     chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
 
@@ -36,36 +36,26 @@ def answer_logps(
     rows: "Dataset | Sequence[dict[str, Any]]",
     batch_size: int,
     max_length: int | None,
+    chosen_only: bool = False,
 ) -> Logps:
     """Log-probabilities of both answers of every row, collated as stock TRL does it in training."""
-    scores = score_rows(model, processor, rows, batch_size, max_length)
-    sums, counts = (torch.cat([part.view(2, -1) for part in side], 1) for side in zip(*scores, strict=True))
-    return Logps(*sums, *counts)
-
-
-def score_rows(
-    model: "PreTrainedModel",
-    processor: "ProcessorMixin",
-    rows: "Dataset | Sequence[dict[str, Any]]",
-    batch_size: int,
-    max_length: int | None,
-    chosen_only: bool = False,
-) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Per batch the summed log-probability and the token count of every answer, the chosen ones first, on the CPU."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
     batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
+    sides = 1 if chosen_only else 2
     model.eval()
 
     @torch.no_grad()
-    def score(batch: range) -> tuple[torch.Tensor, torch.Tensor]:
+    def score(batch: range) -> torch.Tensor:
+        """(2, sides, batch): the answers' log-probabilities and their token counts."""
         collated = collator([{**rows[i]} for i in batch]).items()  # copies, because the collator changes its rows
-        share = 2 if chosen_only else 1
-        inputs = {name: tensor[: len(tensor) // share].to(model.device) for name, tensor in collated}
+        inputs = {name: tensor[: len(tensor) // 2 * sides].to(model.device) for name, tensor in collated}
         mask = inputs.pop("completion_mask")[:, 1:]
         logits = model(**inputs, use_cache=False).logits[:, :-1]
-        return sequence_logps(logits, inputs["input_ids"][:, 1:], mask).cpu(), mask.sum(1).cpu()
+        logps = sequence_logps(logits, inputs["input_ids"][:, 1:], mask)
+        return torch.stack([logps, mask.sum(1)]).view(2, sides, -1).cpu()
 
-    return scatter_map(batches, score, model)
+    sums, counts = torch.cat(scatter_map(batches, score, model), dim=-1)
+    return Logps(sums[0], sums[1:].flatten(), counts[0], counts[1:].flatten())
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -101,7 +91,11 @@ def wins(values: torch.Tensor) -> Ratio:
 
 
 def image_reliance_metrics(
-    model: "PreTrainedModel", processor: "ProcessorMixin", rows: "Dataset", batch_size: int, max_length: int | None
+    model: "PreTrainedModel",
+    processor: "ProcessorMixin",
+    rows: "Dataset",
+    batch_size: int,
+    max_length: int | None,
 ) -> dict[str, Ratio]:
     """Nats/token that the chosen answer loses without its image, averaged over the first ABLATED_ROWS rows.
 
@@ -120,8 +114,8 @@ def image_reliance_metrics(
     def chosen_logps(images: list[list[Image.Image]]) -> torch.Tensor:
         """log p(chosen) / |chosen| of every row with these images, (rows,)."""
         changed = [{**row, "images": own} for row, own in zip(sample, images, strict=True)]
-        scores = score_rows(model, processor, changed, batch_size, max_length, chosen_only=True)
-        return torch.cat([sums / counts for sums, counts in scores])
+        logps = answer_logps(model, processor, changed, batch_size, max_length, chosen_only=True)
+        return logps.chosen / logps.chosen_tokens
 
     replaced = {
         "blank_image_drop": [[Image.new("RGB", image.size, GREY) for image in own] for own in images],

@@ -64,16 +64,19 @@ def write_report(
         samples: held-out rows with the answers before and after.
         histories: cards of held-out rows with the answers during training.
     """
-    run, train = str(relative_to_cwd(folder)), summary.get("train", {})
-    about = {**summary.get("settings", {}), "seed": summary["seed"], "steps": train.get("steps")}
-    about["time"] = duration(train["seconds"]) if "seconds" in train else None
+    train = summary.get("train", {})
+    facts = {
+        "seed": summary["seed"],
+        "steps": train.get("steps"),
+        "time": duration(train["seconds"]) if train else None,
+    }
     text = render(
         "report.html.jinja",
         heading=config.get("name") or "/".join(folder.absolute().parts[-2:]),
         lead=headline(summary),
         status=summary["status"],
         checked=count_passed([check["verdict"] for check in summary["checks"]]),
-        about=about.items(),
+        about={**summary.get("settings", {}), **facts}.items(),
         results=result_rows(summary["before"], summary["after"], summary.get("changes", {})),
         checks=summary["checks"],
         advice=summary.get("advice", []),
@@ -83,9 +86,9 @@ def write_report(
         histories=histories,
         speed=summary.get("speed"),
         train=train_facts(train) if train else (),
-        config=as_yaml(config),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
         versions=summary["versions"],
-        commands=reproduce_commands(run, summary["status"]),
+        commands=reproduce_commands(str(relative_to_cwd(folder)), summary["status"]),
     )
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8", errors="replace")
@@ -116,33 +119,35 @@ def result_row(
     key: str, before: dict[str, float], after: dict[str, float], paired: dict[str, float] | None
 ) -> ResultRow:
     metric = METRICS.get(key) or Metric(humanize(key), "", share=False)
-    numbers = [values.get(key) for values in (before, after)]
-    texts = ("" if n is None else percent(n, 1) if metric.share else number(n) for n in numbers)
-    row, (a, b) = ResultRow(metric.label, metric.note, next(texts), next(texts)), numbers
+    a, b = before.get(key), after.get(key)
+    old, new = ("" if n is None else percent(n, 1) if metric.share else number(n) for n in (a, b))
+    row = ResultRow(metric.label, metric.note, old, new)
     if a is None or b is None:
         return row
-    size = f"{100 * abs(b - a):.1f}" if metric.share else number(abs(b - a))
-    interval, chance = "", False
-    if paired:
-        interval, chance = format_interval(paired, metric.share), paired["low"] <= 0 <= paired["high"]
+    change, good = signed(b - a, metric.share), (b - a) * metric.good
+    uncertain = paired is not None and paired["low"] <= 0 <= paired["high"]
+    interval = format_interval(paired, metric.share) if paired else ""
     row = replace(row, change="no change", interval=interval, track=(a, b) if metric.share else None)
-    if not any(digit in "123456789" for digit in size):
+    if not any(digit in "123456789" for digit in change):
         return row
-    good = (b - a) * metric.good
     return replace(
         row,
-        tone="neutral" if chance or not good else "better" if good > 0 else "worse",
+        tone="neutral" if uncertain or not good else "better" if good > 0 else "worse",
         arrow="↑" if b > a else "↓",
-        change=f"{'+' if b > a else MINUS}{size}{f'{NBSP}points' if metric.share else ''}",
+        change=f"{change}{NBSP}points" if metric.share else change,
     )
 
 
 def format_interval(paired: dict[str, float], share: bool) -> str:
     """The change's 95 % interval and the paired test's p."""
-    ends, p = (paired["low"], paired["high"]), paired["p"]
-    sizes = [f"{100 * abs(end):.1f}" if share else number(abs(end)) for end in ends]
-    low, high = (f"{MINUS if end < 0 else '+'}{size}" for end, size in zip(ends, sizes, strict=True))
-    return f"{low} to {high}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+    p = "< 0.001" if paired["p"] < 0.001 else f"= {paired['p']:.3f}"
+    return f"{signed(paired['low'], share)} to {signed(paired['high'], share)}, p {p}"
+
+
+def signed(difference: float, share: bool) -> str:
+    """With its sign, in points for shares of 1: `+5.6`."""
+    size = f"{100 * abs(difference):.1f}" if share else number(abs(difference))
+    return f"{MINUS if difference < 0 else '+'}{size}"
 
 
 def headline(summary: dict[str, Any]) -> str:
@@ -158,8 +163,8 @@ def headline(summary: dict[str, Any]) -> str:
     if not parts and train.get("first_loss") is not None:
         parts = [f"Training loss: {number(train['first_loss'])} → {number(train['last_loss'])}"]
     sentence = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])
-    start = {"stopped": "The run was stopped before its end."}.get(summary["status"], "")
-    return f"{start} {f'{sentence}.' if sentence else 'Nothing was measured.'}".strip()
+    start = "The run was stopped before its end. " if summary["status"] == "stopped" else ""
+    return f"{start}{sentence or 'Nothing was measured'}."
 
 
 def count_passed(verdicts: list[str]) -> str:
@@ -170,10 +175,10 @@ def count_passed(verdicts: list[str]) -> str:
 
 
 def draw_curves(events: list[dict[str, Any]]) -> list[str]:
-    charts = []
-    for title, keys, options in CURVES:
-        series = {name: metric_points(events, key) for name, key in keys.items()}
-        charts.append(line_chart(series, title, **options))
+    charts = [
+        line_chart({name: metric_points(events, key) for name, key in keys.items()}, title, **options)
+        for title, keys, options in CURVES
+    ]
     return [chart for chart in charts if chart]
 
 
@@ -188,14 +193,6 @@ def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:
         ("last loss", train["last_loss"]),
         ("trainable parameters", f"{trainable:,} of {total:,} ({percent(trainable / total, 2)})"),
     ]
-
-
-def as_yaml(config: dict[str, Any]) -> str:
-    class Dumper(yaml.SafeDumper):
-        """Writes what YAML has no type for, a path for example, as text."""
-
-    Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str(str(value)))
-    return yaml.dump(config, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
 
 
 def reproduce_commands(run: str, status: str) -> list[tuple[str, str]]:
