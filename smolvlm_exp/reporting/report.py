@@ -53,7 +53,7 @@ def write_report(
     summary: dict[str, Any],
     config: dict[str, Any],
     samples: "Sequence[Sample]",
-    histories: Sequence[dict[str, Any]] = (),
+    histories: "Sequence[Sample]" = (),
 ) -> Path:
     """Write `folder/report.html` from what the run measured.
 
@@ -62,7 +62,7 @@ def write_report(
         summary: what summary.json holds; a stopped run's has no `after`, task=evaluate's no `train`.
         config: the whole resolved config.
         samples: held-out rows with the answers before and after.
-        histories: cards of held-out rows with the answers during training.
+        histories: held-out rows with the answers during training.
     """
     train = summary.get("train", {})
     facts = {
@@ -82,8 +82,8 @@ def write_report(
         advice=summary.get("advice", []),
         curves=draw_curves(read_events(folder / "metrics.jsonl")),
         samples=[sample.card() for sample in samples],
-        marked=any(sample.hallucinated_before or sample.hallucinated_after for sample in samples),
-        histories=histories,
+        marked=any(words for sample in samples for words in sample.hallucinated.values()),
+        histories=[sample.card() for sample in histories],
         speed=summary.get("speed"),
         train=train_facts(train) if train else (),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),

@@ -156,7 +156,10 @@ def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", ex
         run.log({"checks": wandb.Table(columns=list(checks[0]), data=[list(check.values()) for check in checks])})
     if samples:
         columns: list[str | int] = ["image", "question", "before", "after", "chosen", "rejected"]
-        rows = [[wandb.Image(s.image), s.question, s.before, s.after, s.chosen, s.rejected] for s in samples]
+        rows = []
+        for s in samples:
+            references = [s.references.get(name, "") for name in ("Chosen", "Rejected")]
+            rows.append([wandb.Image(s.image), s.question, *s.answers.values(), *references])
         run.log({"answers": wandb.Table(columns=columns, data=rows)})
     run.finish(exit_code=exit_code)
 
