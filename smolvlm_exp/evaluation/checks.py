@@ -74,10 +74,7 @@ def compare_evaluations(
     checks += image_reliance(before.metrics, after.metrics)
     assert before.logps
     assert after.logps
-    chosen, rejected = (
-        ((getattr(before.logps, side) - getattr(after.logps, side)) / getattr(after.logps, f"{side}_tokens")).mean()
-        for side in SIDES
-    )  # nats/token that answers lose on average
+    chosen, rejected = (drop.mean() for drop in logp_drops(before.logps, after.logps))
     detail = f"rejected answers fell by {rejected:.2g}"
     name = "chosen log-prob drop (likelihood displacement), nats/token"
     checks.append(require("likelihood_displacement", name, chosen.item(), "<=", MAX_DROP, "warn", detail))
@@ -109,8 +106,12 @@ def policy_changed(before: Evaluation, after: Evaluation) -> Check:
 
 def mean_logp_change(before: Logps, after: Logps) -> float:
     """Mean absolute change of the answers' log-probs, nats/token."""
-    sides = ((getattr(after, side) - getattr(before, side)) / getattr(after, f"{side}_tokens") for side in SIDES)
-    return torch.cat(list(sides)).abs().mean().item()
+    return torch.cat(logp_drops(before, after)).abs().mean().item()
+
+
+def logp_drops(before: Logps, after: Logps) -> list[torch.Tensor]:
+    """What the chosen and the rejected answers lost, nats/token: two of (rows,)."""
+    return [(getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens") for side in SIDES]
 
 
 def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Check]:

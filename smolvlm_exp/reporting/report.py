@@ -25,21 +25,18 @@ Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key o
 
 HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy")
 
+SHARE: dict[str, Any] = {"show": percent, "bounds": (0.0, 1.0)}
 CURVES: Curves = [
     ("Loss", {"training": "loss", "held-out": "eval_loss"}, {}),
     ("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, {}),
     (
         "Reward accuracy",
         {"training": "rewards/accuracies", "held-out": "eval_rewards/accuracies"},
-        {"show": percent, "bounds": (0.0, 1.0), "reference": ("chance", 0.5)},
+        {**SHARE, "reference": ("chance", 0.5)},
     ),
     ("Reward margin", {"training": "rewards/margins", "held-out": "eval_rewards/margins"}, {}),
     ("Log-probs of the answers", {"chosen": "logps/chosen", "rejected": "logps/rejected"}, {}),
-    (
-        "Token accuracy",
-        {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"},
-        {"show": percent, "bounds": (0.0, 1.0)},
-    ),
+    ("Token accuracy", {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"}, SHARE),
     ("Gradient norm", {"norm": "grad_norm"}, {"zero": True}),
     ("Learning rate", {"rate": "learning_rate"}, {"zero": True}),
     ("Pairs/s", {"pairs": "pairs_per_second"}, {"zero": True}),
@@ -58,11 +55,9 @@ def write_report(
     """Write `folder/report.html` from what the run measured.
 
     Args:
-        folder: the run folder; its metrics.jsonl is read. The commands in the report name it as given.
+        folder: the run folder; its metrics.jsonl is read.
         summary: what summary.json holds; a stopped run's has no `after`, task=evaluate's no `train`.
-        config: the whole resolved config.
-        samples: held-out rows with the answers before and after.
-        histories: held-out rows with the answers during training.
+        samples: with the answers before and after training; histories: with those during it.
     """
     train = summary.get("train", {})
     facts = {
@@ -88,7 +83,7 @@ def write_report(
         train=train_facts(train) if train else (),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
         versions=summary["versions"],
-        commands=reproduce_commands(str(relative_to_cwd(folder)), summary["status"]),
+        commands=reproduce_commands(folder, summary["status"]),
     )
     path = folder / "report.html"
     path.write_text(text, encoding="utf-8", errors="replace")
@@ -153,13 +148,11 @@ def signed(difference: float, share: bool) -> str:
 def headline(summary: dict[str, Any]) -> str:
     """One plain sentence that says what happened, from whatever was measured."""
     before, after, train = (summary.get(key, {}) for key in ("before", "after", "train"))
-    both = [
-        f"{METRICS[key].label}: {percent(before[key])} → {percent(after[key])}"
-        for key in HEADLINE
-        if key in before and key in after
+    keys = [k for k in HEADLINE if k in before and k in after] or [k for k in HEADLINE if k in after]
+    parts = [
+        f"{METRICS[key].label}: {' → '.join(percent(values[key]) for values in (before, after) if key in values)}"
+        for key in keys[:2]
     ]
-    single = [f"{METRICS[key].label}: {percent(after[key])}" for key in HEADLINE if key in after]
-    parts = (both or single)[:2]
     if not parts and train.get("first_loss") is not None:
         parts = [f"Training loss: {number(train['first_loss'])} → {number(train['last_loss'])}"]
     sentence = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])
@@ -195,8 +188,8 @@ def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def reproduce_commands(run: str, status: str) -> list[tuple[str, str]]:
-    start = "python -m smolvlm_exp"
-    replay = f"{start} --config-path {shlex.quote(f'{run}/.hydra')} --config-name config"
-    resume = [] if status == "done" else [("Resume from its last checkpoint", f"{start} resume={shlex.quote(run)}")]
-    return [("Run it again", replay), *resume]
+def reproduce_commands(folder: Path, status: str) -> list[tuple[str, str]]:
+    run, command = str(relative_to_cwd(folder)), "python -m smolvlm_exp"
+    replay = f"{command} --config-path {shlex.quote(f'{run}/.hydra')} --config-name config"
+    resume = f"{command} resume={shlex.quote(run)}"
+    return [("Run it again", replay), *([("Resume from its last checkpoint", resume)] if status != "done" else [])]

@@ -116,15 +116,15 @@ class Tracker:
         """A table of held-out rows with their answers at this step."""
         if not self.run:
             return
-        questions, chosen = ([text_of(row[column]) for row in rows] for column in ("prompt", "chosen"))
 
         def show(run: "Run") -> None:
             import wandb
 
-            images = [row["images"][0].copy() for row in rows]
-            for image in images:  # small, because the table is uploaded many times
-                image.thumbnail((SMALL_EDGE, SMALL_EDGE))
-            data = [list(row) for row in zip(map(wandb.Image, images), questions, answers, chosen, strict=True)]
+            data = []
+            for row, answer in zip(rows, answers, strict=True):
+                image = row["images"][0].copy()
+                image.thumbnail((SMALL_EDGE, SMALL_EDGE))  # because the table is uploaded many times
+                data.append([wandb.Image(image), text_of(row["prompt"]), answer, text_of(row["chosen"])])
             columns: list[str | int] = ["image", "question", "answer", "chosen"]
             run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
 

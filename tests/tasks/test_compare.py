@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from smolvlm_exp.evaluation.comparison import Run, compare_runs
-from smolvlm_exp.evaluation.per_row import PerRowResults, load_per_row, save_per_row
+from smolvlm_exp.evaluation.comparison import PerRowResults, Run, compare_runs, load_per_row, save_per_row
 from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.reporting.comparison_page import delta, lead
 from smolvlm_exp.tasks.compare import compare, find_runs
