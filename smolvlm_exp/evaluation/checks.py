@@ -1,4 +1,4 @@
-"""What the evaluations before and after say about a run that its loss does not."""
+"""What evaluations before and after tuning show about a run that its loss does not."""
 
 import operator
 from collections.abc import Sequence
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
 SIDES = ("chosen", "rejected")
-MIN_CHANGE = 1e-4  # nats/token; what rounding does in float32 is a hundredth of it
+MIN_CHANGE = 1e-4  # nats/token; rounding in float32 is a hundredth of it
 MAX_DROP = 0.1  # nats/token that chosen answers may lose: beyond, it is likelihood displacement
-MIN_RELIANCE = 0.5  # of the image's contribution before, that has to be left after
+MIN_RELIANCE = 0.5  # share of the image's contribution before tuning that has to remain
 MIN_CONTRIBUTION = 0.05  # nats/token below which an image's contribution is too small to compare
 MAX_LENGTH_SHARE = 0.5  # of the margin's variance that answers' lengths may explain
 MAX_GAP = 0.2  # of reward accuracy, training over held-out rows
@@ -34,7 +34,7 @@ class Check:
     """As summary.json has it."""
 
     id: str  # stable: scripts, W&B (`checks/<id>`) and advice go by it
-    name: str  # the same for people
+    name: str  # for display
     value: float
     threshold: str
     verdict: str  # ok, warn or fail
@@ -144,9 +144,9 @@ def check_adapter_reload(
     max_length: int | None,
     tuned: Logps,
 ) -> Check:
-    """Was what was trained saved? PEFT loads the saved adapter into the model, and a batch is scored again.
+    """Whether the saved adapter is the trained one: PEFT loads it into the model, and a batch is scored again.
 
-    The adapter's tensors are zeroed first, so that whatever the file lacks is missing.
+    The adapter's tensors are zeroed first, so that a tensor the file lacks does not go unnoticed.
 
     Args:
         folder: the run's, with `adapter/`.

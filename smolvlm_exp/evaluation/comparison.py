@@ -6,7 +6,6 @@ Runs that evaluated the same held-out rows are compared row by row, by the rows.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -61,7 +60,7 @@ def short_fingerprints(fingerprints: Sequence[bytes]) -> np.ndarray:
 @dataclass(frozen=True)
 class Run:
     folder: Path
-    settings: dict[str, str]  # the whole resolved configuration, flat, as text
+    settings: dict[str, str]  # the resolved configuration, flat, as text
     summary: dict[str, Any]
     rows: PerRowResults | None = None
 
@@ -120,6 +119,7 @@ class Gap:
 @dataclass(frozen=True)
 class Comparison:
     groups: list[Group]  # the best first
+    gaps: list[Gap]  # of the groups
     keys: list[str]  # the settings that differ, seed apart
     metric: str
 
@@ -128,11 +128,6 @@ class Comparison:
         """The metrics that all evaluations have, the deciding one first."""
         names = [f"after.{name}" for name in METRICS if all(g.value(f"after.{name}") is not None for g in self.groups)]
         return list(dict.fromkeys([self.metric, *names]))
-
-    @cached_property
-    def gaps(self) -> list[Gap]:
-        """Of each group."""
-        return [gap(self.groups[0], group, self.metric) for group in self.groups]
 
     def gap(self, group: Group) -> Gap:
         return self.gaps[self.groups.index(group)]
@@ -149,7 +144,7 @@ class Comparison:
         return "worse" if abs(gap.difference) > gap.noise else "within the noise"
 
 
-def gap(best: Group, group: Group, metric: str) -> Gap:
+def measure_gap(best: Group, group: Group, metric: str) -> Gap:
     """Row by row where both evaluated the same held-out rows, else from the two intervals."""
     difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
     ours, theirs = group.ratio(metric), best.ratio(metric)
@@ -171,4 +166,5 @@ def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:
         grouped.setdefault(tuple(run.settings.get(key, "") for key in differing), []).append(run)
     groups = [Group(dict(zip(differing, values, strict=True)), members) for values, members in grouped.items()]
     groups.sort(key=lambda g: math.inf if (value := g.value(metric)) is None else -GOALS[metric] * value)
-    return Comparison(groups, differing, metric)
+    gaps = [measure_gap(groups[0], group, metric) for group in groups]
+    return Comparison(groups, gaps, differing, metric)

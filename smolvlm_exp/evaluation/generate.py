@@ -34,13 +34,13 @@ def generate_answers(
     Args:
         rows: each with `images` and `prompt` (messages), as data/preferences.py has them.
         temperature: of sampling; 0: greedy.
-        seed: of sampling; the random state is afterwards what it was.
+        seed: of sampling; the global random state is left unchanged.
     """
     model.eval()
-    # From all of p(y): upstream's default is the 50 likeliest tokens.
+    # From the full distribution: upstream's default is the 50 likeliest tokens.
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
     decoding = sampling if temperature else {"do_sample": False}
-    # Prompts of like length share a batch, so that little is padded; the order is put back at the end.
+    # Prompts of similar length share a batch, so that little is padded; the order is restored at the end.
     order = sorted(range(len(rows)), key=lambda i: [image.size for image in rows[i]["images"]])
     starts = range(0, len(order), batch_size)
 

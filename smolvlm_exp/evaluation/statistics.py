@@ -1,4 +1,4 @@
-"""Metrics that know how sure they are.
+"""Metrics with confidence intervals.
 
 Every metric here is a ratio of two sums over the held-out rows (a mean is one over a sum of ones), so that one way of
 resampling rows serves all: bootstrap intervals, and a paired test of one model against another on the same rows.
@@ -13,7 +13,7 @@ import numpy as np
 
 K = TypeVar("K", bound=Hashable)
 
-# The 97.5 % quantile of Student's t, for 1 to 30 degrees of freedom; beyond, the last one errs to the wide side.
+# The 97.5 % quantile of Student's t, for 1 to 30 degrees of freedom; beyond 30 the last value is slightly too wide.
 T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,

@@ -57,7 +57,7 @@ class Chart:
     legend: Sequence[tuple[str, str]] = ()  # style, name
     lost: int = 0  # points that are not finite
     reference: tuple[str, float] | None = None
-    lines: Sequence["Line"] = ()
+    lines: Sequence[Line] = ()
     bands: Sequence[dict[str, Any]] = ()
     dots: Sequence[tuple[float, float, str, bool]] = ()
     bars: Sequence[tuple[str, float]] = ()

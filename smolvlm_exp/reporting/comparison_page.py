@@ -1,4 +1,4 @@
-"""task=compare for people: compare.html and the table in the terminal, groups of runs with the best first."""
+"""How task=compare is shown: compare.html and the table in the terminal, groups of runs with the best first."""
 
 import os
 from collections.abc import Sequence
@@ -35,7 +35,7 @@ def format_metric(path: str, value: float | None, error: float | None) -> str:
 
 
 def column_name(path: str) -> str:
-    """With an arrow to where it is better."""
+    """With an arrow in the direction that is better."""
     key = path.partition(".")[2]
     return f"{NAMES.get(key, humanize(key))} {ARROWS[GOALS.get(path, 0)]}".strip()
 
@@ -66,7 +66,7 @@ def print_comparison(comparison: Comparison) -> None:
 def comparison_page(comparison: Comparison, folder: Path) -> str:
     """compare.html, in `folder`: the table, and the curves of all runs over each other."""
     runs = [(run_name(group, run), group, run) for group in comparison.groups for run in group.runs]
-    # What decides is in sight before anything is scrolled.
+    # The deciding numbers are visible without scrolling.
     paths = [*comparison.metrics[:3], *COSTS, *comparison.metrics[3:]]
     heads = (COSTS.get(path) or column_name(path) for path in paths)
     return render(
@@ -116,7 +116,7 @@ def lead(comparison: Comparison) -> str:
 
 
 def group_name(group: Group) -> str:
-    """What tells a group from the others: `r=8 learning_rate=0.001`."""
+    """The settings in which a group differs: `r=8 learning_rate=0.001`."""
     names = short_keys(list(group.settings))
     return " ".join(f"{names[key]}={short_value(value)}" for key, value in group.settings.items())
 

@@ -16,9 +16,8 @@ from smolvlm_exp.utils.formatting import number, percent
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-TEMPLATES = Path(__file__).parent / "templates"
 DISPLAY_EDGE = 880  # pixels of a photo's long edge: twice what the page shows, for dense screens
-SMALL_EDGE = 256  # up to it an image is a drawing: kept to the pixel, and enlarged by the page
+SMALL_EDGE = 256  # up to this size an image is a drawing: embedded as it is, and enlarged by the page
 
 
 def render(template: str, **data: Any) -> Markup:
@@ -28,7 +27,7 @@ def render(template: str, **data: Any) -> Markup:
 
 @cache
 def environment() -> Environment:
-    loader = FileSystemLoader(TEMPLATES)
+    loader = FileSystemLoader(Path(__file__).parent / "templates")
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     made.filters |= {"value": format_value, "number": number, "percent": percent}
     return made

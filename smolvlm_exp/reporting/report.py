@@ -1,6 +1,6 @@
 """A run folder -> `report.html`: one file that shows what a run did, without a network, an account or a script.
 
-Python works out what is shown; `templates/report.html.jinja` says where and how.
+Python computes what is shown; `templates/report.html.jinja` lays it out.
 """
 
 import shlex
@@ -51,7 +51,7 @@ def write_report(
     config: dict[str, Any],
     samples: "Sequence[Sample]",
     histories: "Sequence[Sample]" = (),
-) -> Path:
+) -> None:
     """Write `folder/report.html` from what the run measured.
 
     Args:
@@ -85,9 +85,7 @@ def write_report(
         versions=summary["versions"],
         commands=reproduce_commands(folder, summary["status"]),
     )
-    path = folder / "report.html"
-    path.write_text(text, encoding="utf-8", errors="replace")
-    return path
+    (folder / "report.html").write_text(text, encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)

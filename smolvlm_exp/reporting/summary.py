@@ -1,4 +1,4 @@
-"""What an evaluation comes to: summary.json's numbers, the table in the terminal, the report's samples."""
+"""The results of an evaluation: summary.json's numbers, the table in the terminal, the report's samples."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -50,7 +50,7 @@ def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check])
 
 def print_results(console: Console, summary: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
     """The table of `summarize`, and the checks beneath it."""
-    table = Table("held out", *names, "change", "95 % CI", "p", title=None)
+    table = Table("held out", *names, "change", "95 % CI", "p")
     before, after, changes = summary["before"], summary["after"], summary["changes"]
     for key in after or before:
         numbers = ["" if v is None else f"{v:.3f}" for v in (before.get(key), after.get(key))]
@@ -95,7 +95,7 @@ def sample(preferences: Preferences, i: int, answers: dict[str, str], with_refer
 
 
 def reference_texts(row: dict[str, Any]) -> dict[str, str]:
-    """What a row's answer is held against."""
+    """The answers or the truth that a row's answer is compared with."""
     if "chosen" in row:
         return {"Chosen": text_of(row["chosen"]), "Rejected": text_of(row["rejected"])}
     truth = json.loads(row.get("truth") or "{}")

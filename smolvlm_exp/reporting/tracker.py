@@ -1,4 +1,4 @@
-"""Weights & Biases: online where there is an account, offline otherwise; it never asks."""
+"""Weights & Biases: online where there is an account, offline otherwise; it never prompts."""
 
 import contextlib
 import logging
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30.0  # seconds
-PATIENCE = 60.0  # seconds to wait at a run's end for what is not sent yet
+PATIENCE = 60.0  # seconds to wait at a run's end for what has not been sent
 
 
 @dataclass
@@ -197,7 +197,7 @@ def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "R
             return init(mode="online")
         except (Exception, SystemExit) as error:  # it ends the program where it cannot log in
             log.warning(f"W&B: offline ({first_line(error)})")
-            wandb.teardown()  # else its service keeps the run that did not begin
+            wandb.teardown()  # else its service keeps the run that failed to start
     return init(mode="offline")
 
 
@@ -222,7 +222,7 @@ def server_reachable() -> bool:
     address = server()
     port = address.port or (443 if address.scheme == "https" else 80)
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
-        return True  # a proxy's to say
+        return True  # only the proxy can tell
     with contextlib.suppress(OSError), socket.create_connection((address.hostname or "", port), timeout=5):
         return True
     return False

@@ -135,7 +135,7 @@ def test_rounding_is_not_taken_for_image_reliance(model, processor, rows, monkey
 
 
 def test_answers_that_would_be_cut_to_nothing(quick, tmp_path):
-    """TRL would train on no answer at all without a word."""
+    """TRL would silently train on no answer at all."""
     message = r"train row 0: the prompt alone is \d+ tokens .* leaves none for the answer"
     with pytest.raises(RequestError, match=message):
         train(quick("data.max_length=30", "trainer.engine=stock"), tmp_path)
@@ -237,7 +237,7 @@ def test_a_tensor_without_gradient():
 
 
 def test_an_adapter_that_is_saved_in_part(quick, tmp_path, monkeypatch):
-    """A key is missing from the file, which PEFT reads without a word."""
+    """A key is missing from the file, which PEFT ignores silently."""
     from safetensors.torch import load_file, save_file
 
     from smolvlm_exp.tasks import result

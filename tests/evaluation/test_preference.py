@@ -18,7 +18,7 @@ def test_sequence_logps_by_hand():
 def test_accuracy_is_by_token_and_a_tie_counts_half():
     chosen, rejected = torch.tensor([-2.0, -4.0, -3.0]), torch.tensor([-3.0, -3.0, -1.0])
     tokens = torch.tensor([2, 2, 3]), torch.tensor([2, 2, 1])
-    own = Logps(chosen, rejected, *tokens)  # a token: -1 > -1.5; -2 < -1.5; -1 = -1
+    own = Logps(chosen, rejected, *tokens)  # per token: -1 > -1.5; -2 < -1.5; -1 = -1
     metrics = preference_metrics(own)
     assert list(metrics) == ["preference_accuracy"]
     assert metrics["preference_accuracy"].value == pytest.approx(1.5 / 3)

@@ -69,9 +69,9 @@ def test_two_equal_evaluations_do_not_differ():
 
 def test_many_rows_are_taken_in_portions(monkeypatch):
     metric = mean(np.random.default_rng(0).random(300).tolist())
-    whole = interval(metric)
+    at_once = interval(metric)
     monkeypatch.setattr(statistics, "AT_ONCE", 1000)  # three resamples at a time
-    assert interval(metric) == pytest.approx(whole, abs=1e-12)
+    assert interval(metric) == pytest.approx(at_once, abs=1e-12)
     assert compare(metric, metric).p == 1
 
 
