@@ -88,10 +88,7 @@ def line_chart(
         reference: a dashed horizontal line and its name.
         alike: series -> what it is one of; those have one colour, and one place in the legend.
     """
-    finite = {
-        name: sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
-        for name, points in series.items()
-    }
+    finite = {name: sorted(point for point in points if abs(point[1]) < LARGEST) for name, points in series.items()}
     kinds = {name: (alike or {}).get(name, name) for name, points in finite.items() if points}
     if not kinds:
         return ""
