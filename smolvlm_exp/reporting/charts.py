@@ -62,9 +62,8 @@ class Chart:
     dots: Sequence[tuple[float, float, str, bool]] = ()
     bars: Sequence[tuple[str, float]] = ()
 
-
-def draw(chart: Chart) -> str:
-    return render("chart.html.jinja", chart=chart, width=WIDTH, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
+    def draw(self) -> str:
+        return render("chart.html.jinja", chart=self, width=WIDTH, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
 
 
 def line_chart(
@@ -98,7 +97,7 @@ def line_chart(
     lines = [Line(name, legend[kind], thin(finite[name])) for name, kind in kinds.items()]
     values = [y for line in lines for _, y in line.points] + ([reference[1]] if reference and not bounds else [])
     x_axis = step_axis([x for line in lines for x, _ in line.points])
-    chart = Chart(
+    return Chart(
         title,
         "; ".join(describe(line, x_label, show) for line in lines),
         x=x_axis,
@@ -110,8 +109,7 @@ def line_chart(
         reference=reference,
         lines=lines,
         bands=hover_bands(lines, x_axis, x_label, show),
-    )
-    return draw(chart)
+    ).draw()
 
 
 def scatter_chart(
@@ -126,7 +124,7 @@ def scatter_chart(
     if not points:
         return ""
     xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
-    chart = Chart(
+    return Chart(
         title,
         f"{len(points)} runs, from {show(min(ys))} to {show(max(ys))}",
         x=axis(xs, LEFT + 6, RIGHT - 6),
@@ -134,15 +132,14 @@ def scatter_chart(
         x_label=x_label,
         show=show,
         dots=sorted(points, key=lambda point: point[3]),  # the filled ones on top
-    )
-    return draw(chart)
+    ).draw()
 
 
 def bar_chart(shares: Mapping[str, float], title: str) -> str:
     """One figure: a bar per name, for shares of 1, the longest first."""
     bars = sorted(shares.items(), key=lambda item: -item[1])
     spoken = ", ".join(f"{name} {percent(share)}" for name, share in bars)
-    return draw(Chart(title, spoken, height=TOP + 26 * len(bars), bars=bars))
+    return Chart(title, spoken, height=TOP + 26 * len(bars), bars=bars).draw()
 
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
