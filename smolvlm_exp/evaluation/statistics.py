@@ -94,9 +94,10 @@ def bootstrap(metrics: Mapping[K, Ratio]) -> dict[K, np.ndarray]:
     """
     drawn: dict[K, list[np.ndarray]] = {key: [] for key in metrics}
     for rows in {len(metric.top) for metric in metrics.values()}:
-        random = np.random.default_rng(0)
+        rng = np.random.default_rng(0)
         for size in portions(rows):
-            counts = random.multinomial(rows, np.full(rows, 1 / rows), size).astype(np.float64)  # of each row's draws
+            # (size, rows): how often each row was drawn
+            counts = rng.multinomial(rows, np.full(rows, 1 / rows), size).astype(np.float64)
             for key, metric in metrics.items():
                 if len(metric.top) == rows:
                     drawn[key].append(metric.of(counts @ metric.top, counts @ metric.bottom))
@@ -107,9 +108,9 @@ def permutation_test(a: Ratio, b: Ratio) -> float:
     """p of no difference, two-sided: how often it is as large when the two models are swapped row by row."""
     rows, extreme = len(a.top), 0
     assert len(b.top) == rows, "two evaluations of different rows cannot be paired"
-    random = np.random.default_rng(1)
+    rng = np.random.default_rng(1)
     for size in portions(rows):
-        swapped = random.integers(0, 2, (size, rows)).astype(np.float64)
+        swapped = rng.integers(0, 2, (size, rows)).astype(np.float64)
         top, bottom = swapped @ (b.top - a.top), swapped @ (b.bottom - a.bottom)
         swapped_b = b.of(b.top.sum() - top, b.bottom.sum() - bottom)
         swapped_a = a.of(a.top.sum() + top, a.bottom.sum() + bottom)

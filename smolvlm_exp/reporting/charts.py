@@ -92,7 +92,8 @@ def line_chart(
     if not kinds:
         return ""
     legend = {
-        kind: f"s{i % COLOURS}{' dashed' * (i >= COLOURS)}" for i, kind in enumerate(dict.fromkeys(kinds.values()))
+        kind: f"s{i % COLOURS}" + (" dashed" if i >= COLOURS else "")
+        for i, kind in enumerate(dict.fromkeys(kinds.values()))
     }
     lines = [Line(name, legend[kind], thin(finite[name])) for name, kind in kinds.items()]
     values = [y for line in lines for _, y in line.points] + ([reference[1]] if reference and not bounds else [])
