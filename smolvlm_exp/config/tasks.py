@@ -7,8 +7,7 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from smolvlm_exp.training.row_lengths import PlanConfig
-from smolvlm_exp.utils.fields import at_least
+from smolvlm_exp.utils.fields import above, at_least
 
 READERS = {"export": ("export",), "serve": ("serve",), "session": ("chat", "serve"), "runs": ("compare",)}
 
@@ -47,8 +46,13 @@ class Generate(Chat, Train):
 
 
 @dataclass
-class Plan(PlanConfig, Task):
-    """See training/row_lengths.py."""
+class Plan(Task):
+    """What is assumed of data that is not on this disk, and of the GPU."""
+
+    image_size: str = "512x384"  # width x height of most images; the largest are taken to be square
+    answer_tokens: int = at_least(1, 100)  # of most answers; the longest are taken to be twice as long
+    rows: int | None = at_least(1, None)  # of the data set, where they are not known
+    matmul_tflops: float | None = above(0, None)  # of your card, in bfloat16, for seconds; null: the reference card's
 
 
 TASKS: dict[str, type[Task]] = {

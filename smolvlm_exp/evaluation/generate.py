@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.data.control_tokens import render_prompt
+from smolvlm_exp.data.tokens import render_prompt
 from smolvlm_exp.utils.distributed import scatter_map
 from smolvlm_exp.utils.units import GIB
 
@@ -66,7 +66,7 @@ def generate_answers(
 def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
     """What the model's `generate` reads, padded on the left: an answer must follow its prompt directly.
 
-    Control tokens that a prompt spells are text; see data/control_tokens.py.
+    Control tokens that a prompt spells are text; see data/tokens.py.
     """
     return processor(
         text=[render_prompt(processor, row["prompt"]) for row in rows],

@@ -36,12 +36,11 @@ def compare(config: Config, folder: Path) -> Comparison:
 
     result = compare_runs([read_run(path) for path in find_runs(config.runs)], config.metric)
     rows = table_rows(result)
-    pandas.DataFrame(rows, dtype=object).to_csv(folder / "compare.csv", index=False)  # object: whole numbers stay so
+    pandas.DataFrame(rows, dtype=object).to_csv(folder / "compare.csv", index=False)  # object: integers stay integers
     (folder / "compare.html").write_text(comparison_page(result, folder), encoding="utf-8")
     print_comparison(result)
-    track_table(
-        config.tracker, folder, "compare", f"compare {folder.parent.name} {folder.name}", rows, {"runs": len(rows)}
-    )
+    name = f"compare {folder.parent.name} {folder.name}"
+    track_table(config.tracker, folder, "compare", name, rows, {"runs": len(rows)})
     log.info(f"{relative_to_cwd(folder)}/compare.html")
     return result
 

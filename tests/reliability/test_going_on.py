@@ -14,7 +14,7 @@ from smolvlm_exp.runs import resume_check as same
 from smolvlm_exp.runs.checkpoint import damage, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training import checkpointing as reliable
+from smolvlm_exp.training import trainers as reliable
 from smolvlm_exp.training.callbacks import StopCallback
 from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.conftest import compose

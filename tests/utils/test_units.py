@@ -3,8 +3,8 @@
 import pytest
 
 from smolvlm_exp.tasks.chat import load_session
+from smolvlm_exp.training.arguments import budget_of
 from smolvlm_exp.training.engine_setup import check_request
-from smolvlm_exp.training.memory_budget import budget_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.units import bytes_of, size_of
 from tests.conftest import compose

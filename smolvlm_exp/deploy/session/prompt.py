@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from smolvlm_exp.data.control_tokens import render_prompt
 from smolvlm_exp.data.images import ImageLimits, open_image, shrink, to_rgb
-from smolvlm_exp.data.tokens import image_span
+from smolvlm_exp.data.tokens import image_span, render_prompt
 from smolvlm_exp.utils.errors import RequestError
 
 

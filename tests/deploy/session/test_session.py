@@ -6,8 +6,8 @@ import pytest
 import torch
 from PIL import Image
 
-from smolvlm_exp.data.control_tokens import WORD_JOINER
 from smolvlm_exp.data.messages import assistant, user
+from smolvlm_exp.data.tokens import WORD_JOINER
 from smolvlm_exp.deploy.session.kv_cache import LRUCache
 from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession, sample_token
 from smolvlm_exp.deploy.session.torch_backend import TorchModel
