@@ -11,9 +11,9 @@ from rich.console import Console
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.checks import image_reliance, leaked_rows, policy_changed
-from smolvlm_exp.evaluation.generation_speed import generation_speed
+from smolvlm_exp.evaluation.comparison import load_per_row, short_fingerprints
+from smolvlm_exp.evaluation.generate import generation_speed
 from smolvlm_exp.evaluation.held_out import evaluate as evaluate_model
-from smolvlm_exp.evaluation.per_row import load_per_row, short_fingerprints
 from smolvlm_exp.models.adapter import load_adapter, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
 from smolvlm_exp.models.quant import quantization_config

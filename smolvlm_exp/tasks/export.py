@@ -26,6 +26,7 @@ from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.evaluation.checks import checks_passed, mean_logp_change
 from smolvlm_exp.evaluation.held_out import Evaluation, evaluate
 from smolvlm_exp.evaluation.preference import answer_logps, preference_metrics
+from smolvlm_exp.evaluation.statistics import changes
 from smolvlm_exp.models.adapter import saved_adapter
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.reporting.summary import print_results, summarize
@@ -176,8 +177,8 @@ class Exporter:
 
     def finish(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **more: Any) -> None:
         """Print and check how good an export is, and write its card and its record."""
-        measured, changes = parity(self.tuned, exported, self.effect), exported.changes(self.tuned)
-        checks = gate(self.config.export, measured, changes)
+        measured = parity(self.tuned, exported, self.effect)
+        checks = gate(self.config.export, measured, changes(self.tuned.ratios, exported.ratios))
         summary = summarize(self.tuned, exported, checks)
         print(f"{form}{f' ({listed(chosen)})' if chosen else ''}: {measured}")
         print_results(Console(), summary, names=("tuned", "exported"))
@@ -196,7 +197,7 @@ class Exporter:
             "parity": asdict(measured),
             "tuned": self.tuned.metrics,
             "exported": exported.metrics,
-            "intervals": {"tuned": self.tuned.intervals(), "exported": exported.intervals()},
+            "intervals": {"tuned": summary["intervals"]["before"], "exported": summary["intervals"]["after"]},
             "changes": summary["changes"],
             "passes": summary["checks_passed"],
             "checks": summary["checks"],

@@ -13,10 +13,9 @@ from rich.console import Console
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.evaluation.adapter_reload import check_adapter_reload
-from smolvlm_exp.evaluation.checks import Check, compare_evaluations
+from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, compare_evaluations
+from smolvlm_exp.evaluation.comparison import save_per_row
 from smolvlm_exp.evaluation.held_out import Evaluation
-from smolvlm_exp.evaluation.per_row import save_per_row
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report

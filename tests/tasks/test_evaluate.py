@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import smolvlm_exp
-from smolvlm_exp.evaluation import generation_speed as speed
+from smolvlm_exp.evaluation import generate as speed
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.formatting import number
 
