@@ -140,7 +140,7 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
     trainer = bench.trainer(config, steps=2)
     print(f"built in {time.perf_counter() - begun:.1f} s", flush=True)
     facts = spec_of_model(trainer, gpu=bool(bench.rate))
-    bench.flops = useful(facts, RowSizes(trainer.collator.rows.sizes.tolist()).average(1))
+    bench.flops = useful(facts, RowSizes(trainer.rows.sizes.tolist()).average(1))
     reference_again(bench, trainer, config)
     if "hand" in parts:
         hand(bench, trainer, facts)
@@ -191,7 +191,7 @@ def reference_again(bench: Bench, trainer: Any, config: Any) -> None:
     from smolvlm_exp.training.engine_setup import disk_cache
 
     begun = time.perf_counter()
-    trainer.score_references(disk_cache(config.trainer), 8)
+    trainer.score_references(disk_cache(config.trainer))
     bench.found.append({"reference again": time.perf_counter() - begun})
     print(json.dumps(bench.found[-1]), flush=True)
 

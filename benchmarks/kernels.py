@@ -44,12 +44,13 @@ SETTINGS = {
 }
 KERNELS = {  # functions of ops.py
     "norm": ("norm", "norm_backward"),
-    "affine": ("add", "scale"),
-    "scale_backward": ("scale_backward", "scale_backward_parts"),
-    "swiglu": ("swiglu", "swiglu_backward"),
+    "affine": ("affine",),
+    "scale_backward": ("scale_backward",),
+    "swiglu": ("activation", "activation_backward"),
     "rotary": ("rotary", "rotary_backward"),
-    "gelu": ("gelu", "gelu_backward"),
+    "gelu": ("activation", "activation_backward"),
 }
+GATED = {"swiglu": True, "gelu": False}  # for which calls of `activation` a kernel of KERNELS is meant
 VISION_ONLY = ("gelu",)
 
 
@@ -88,13 +89,14 @@ def compiled(plain: Any, backend: str) -> Replacements:
 
 
 def liger(plain: Any) -> Replacements:
-    """liger-kernel's functions in our functions' places; `ops.scale` and `ops.scale_backward` do DoRA's gains."""
+    """liger-kernel's functions in our functions' places; `ops.affine` and `ops.scale_backward` do DoRA's gains."""
     from liger_kernel.ops.rms_norm import rms_norm_backward, rms_norm_forward
     from liger_kernel.ops.rope import rope_backward, rope_forward
     from liger_kernel.ops.swiglu import swiglu_fused_gate_up_backward, swiglu_fused_gate_up_forward
     from liger_kernel.ops.utils import calculate_settings
 
     layer_norm, layer_norm_backward = ops.norm, ops.norm_backward
+    gelu, gelu_backward = ops.activation, ops.activation_backward
 
     def norm(
         x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, tail: int = 0
@@ -116,18 +118,29 @@ def liger(plain: Any) -> Replacements:
         return dx.add_(residual)
 
     def gained(u: torch.Tensor, gain: Any) -> torch.Tensor:
-        return u.contiguous() if gain is None else ops.scale(u, gain)
+        return u.contiguous() if gain is None else ops.affine(None, u, gain, None)
 
-    def swiglu(u: torch.Tensor, gain: Any, tail: int = 0) -> torch.Tensor:
+    def activation(u: torch.Tensor, gain: Any, bias: Any, tail: int, gated: bool) -> torch.Tensor:
+        if not gated:
+            return gelu(u, gain, bias, tail, gated=False)
         return plain.with_tail(swiglu_fused_gate_up_forward(gained(u, gain))[1], tail)
 
-    def swiglu_backward(
-        da: torch.Tensor, u: torch.Tensor, gain: Any, tail: int, again: bool, over: bool = False
+    def activation_backward(
+        da: torch.Tensor,
+        u: torch.Tensor,
+        gain: Any,
+        bias: Any,
+        tail: int,
+        with_result: bool,
+        in_place: bool,
+        gated: bool,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        if not gated:
+            return gelu_backward(da, u, gain, bias, tail, with_result, in_place, gated=False)
         gate_up = gained(u, gain)
-        inner = swiglu_fused_gate_up_forward(gate_up)[1] if again else None
+        inner = swiglu_fused_gate_up_forward(gate_up)[1] if with_result else None
         dy = swiglu_fused_gate_up_backward(gate_up, da.contiguous(), in_place=gain is not None)
-        du, dgain = ops.scale_backward(dy, u, gain, tail)
+        du, dgain = ops.scale_backward([dy], u, gain, tail)
         return du, inner, dgain
 
     def rotary(u: torch.Tensor, gain: Any, cos: torch.Tensor, sin: torch.Tensor, layout: Any, heads: Any) -> Any:
@@ -147,13 +160,18 @@ def liger(plain: Any) -> Replacements:
         )
         dquery, dkey = (d.contiguous().transpose(0, 1)[None] for d in (dquery, dkey))
         dquery, dkey = (d[0].transpose(0, 1) for d in rope_backward(dquery, dkey, cos, sin))
-        if dquery.shape == dkey.shape:
-            return ops.scale_backward_parts((dquery, dkey, dvalue), u, gain, tail)
-        dy = torch.cat([d.reshape(tokens, -1) for d in (dquery, dkey, dvalue)], dim=1)
-        return ops.scale_backward(dy, u, gain, tail)
+        parts = [d.reshape(tokens, -1) for d in (dquery, dkey, dvalue)]
+        if dquery.shape != dkey.shape:
+            parts = [torch.cat(parts, dim=1)]
+        return ops.scale_backward(parts, u, gain, tail)
 
-    made = (norm, norm_backward, swiglu, swiglu_backward, rotary, rotary_backward)
+    made = (norm, norm_backward, activation, activation_backward, rotary, rotary_backward)
     return {(ops, function.__name__): function for function in made}
+
+
+def only_where(gated: bool, replacement: Callable[..., Any], original: Callable[..., Any]) -> Callable[..., Any]:
+    """`replacement` for one of the two activations, `original` for the other."""
+    return lambda *args, **options: (replacement if options["gated"] is gated else original)(*args, **options)
 
 
 def variants(only: list[str], backend: str) -> dict[str, Replacements]:
@@ -161,6 +179,9 @@ def variants(only: list[str], backend: str) -> dict[str, Replacements]:
     made: dict[str, Replacements] = {"engine": {}}
     for kernel, names in KERNELS.items():
         made[f"no {kernel}"] = {(ops, name): getattr(plain, name) for name in names}
+        if kernel in GATED:
+            for place, function in made[f"no {kernel}"].items():
+                made[f"no {kernel}"][place] = only_where(GATED[kernel], function, getattr(*place))
     made["no unpack_4bit"] = {(quantized_weights, "kernels"): None}
     try:
         made["liger"] = liger(plain)

@@ -1,4 +1,4 @@
-"""The sweepers, where Hydra looks for plugins: in this namespace alone. What they do is in `smolvlm_exp/sweep`."""
+"""The sweepers, in the only namespace where Hydra looks for plugins. What they do is in `smolvlm_exp/sweep`."""
 
 import sys
 from collections.abc import Callable
@@ -7,10 +7,6 @@ from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
-from hydra.core.plugins import Plugins
-from hydra.plugins.sweeper import Sweeper
-from hydra.types import HydraContext, TaskFunction
-from omegaconf import DictConfig
 
 from smolvlm_exp.sweep.optuna_study import SearchConf
 from smolvlm_exp.utils.errors import RequestError, exit_with_error
@@ -22,8 +18,7 @@ class GridConf(BasicSweeperConf):
 
 
 class Grid(BasicSweeper):
-    """Every combination, each in a process of its own; `sweep=FOLDER` resumes. Only for task=train; others go Hydra's
-    plain way."""
+    """Every combination of values, each in a process of its own, for task=train; other tasks get Hydra's sweeper."""
 
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None
@@ -34,17 +29,11 @@ class Grid(BasicSweeper):
         return exit_with_code_of(sweep_grid, self, arguments)
 
 
-class Search(Sweeper):
+class Search(BasicSweeper):
     """Optuna's trials as jobs, handed to Hydra's launcher as a grid's are."""
 
     def __init__(self, **options: Any) -> None:
         self.options = SearchConf(**options)
-
-    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
-        self.hydra_context, self.config = hydra_context, config
-        self.launcher = Plugins.instance().instantiate_launcher(
-            hydra_context=hydra_context, task_function=task_function, config=config
-        )
 
     def sweep(self, arguments: list[str]) -> Any:
         from smolvlm_exp.sweep.search import sweep_search
@@ -52,7 +41,7 @@ class Search(Sweeper):
         exit_with_code_of(sweep_search, self, arguments)
 
 
-def exit_with_code_of(sweep: Callable[[Any, list[str]], int], sweeper: Sweeper, arguments: list[str]) -> None:
+def exit_with_code_of(sweep: Callable[[Any, list[str]], int], sweeper: BasicSweeper, arguments: list[str]) -> None:
     try:
         code = sweep(sweeper, arguments)
     except RequestError as error:
@@ -60,6 +49,6 @@ def exit_with_code_of(sweep: Callable[[Any, list[str]], int], sweeper: Sweeper, 
     sys.exit(code)
 
 
-# In the place of Hydra's own, which -m means where nothing else is said: an experiment could not override our choice.
+# Ours replaces Hydra's `basic`, the default of -m: had conf/config.yaml chosen it, no experiment could choose another.
 ConfigStore.instance().store(group="hydra/sweeper", name="basic", node=GridConf, provider="smolvlm_exp")
 ConfigStore.instance().store(group="hydra/sweeper", name="search", node=SearchConf, provider="smolvlm_exp")

@@ -6,13 +6,16 @@ Exit codes: 0 done; 1 failed, or a job of a sweep did; 2 the request was wrong a
 saving, resume with resume=last or, with -m, sweep=last.
 """
 
+import atexit
+import os
 import sys
+import tempfile
+from argparse import Namespace
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hydra
@@ -21,16 +24,15 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
-from smolvlm_exp.config import launch
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
-from smolvlm_exp.config.previous_run import resume_command, run_command, sweep_command
+from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import parse
+from smolvlm_exp.evaluation.metrics import summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
-from smolvlm_exp.runs.overrides import given_value
+from smolvlm_exp.runs.overrides import as_settings
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
-from smolvlm_exp.utils.log import configure_logging
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
-from smolvlm_exp.utils.startup import fast_imports, silence_upstream
+from smolvlm_exp.utils.startup import configure_logging, fast_imports, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
 
 WITHOUT_MODEL = ("doctor", "plan", "compare")  # tasks that work also where torch does not
@@ -69,24 +71,28 @@ def evaluate(overrides: Sequence[str] = ()) -> Run:
 def run_task(task: str, overrides: Sequence[str]) -> Run:
     configure_logging()
     register_schemas()
-    argv = [f"task={task}", *overrides]
-    for completed in (resume_command, run_command):
-        argv = completed(argv, command_of(argv))
-    check_command(command_of(argv))
-    check_folder(command_of(argv))
-    with search_path(CONF, None):
+    args = get_args_parser().parse_args(["--", f"task={task}", *overrides])
+    complete_and_check(args)
+    with search_path():
         runner = GlobalHydra.instance().hydra
         assert runner is not None
         done = runner.run(
-            "config", lambda composed: Run(output_folder(), execute(composed)), argv, with_log_configuration=False
+            "config",
+            lambda composed: Run(output_folder(), execute(composed)),
+            args.overrides,
+            with_log_configuration=False,
         )
     run: Run = done.return_value
     return run
 
 
-def command_of(overrides: list[str]) -> Any:
-    """A command line of overrides alone, as Hydra parses it."""
-    return SimpleNamespace(overrides=overrides, multirun=False, config_path=None, config_name=None, config_dir=None)
+def complete_and_check(args: Namespace) -> None:
+    """Complete a parsed command line, in place, by the settings of the run that it names, and check all of it."""
+    args.overrides = complete_overrides(args.overrides, args.multirun)
+    check_command(args)
+    given = as_settings(args.overrides)
+    if given.get("hydra.run.dir") and not given.get("resume") and given.get("task", "train") == "train":
+        check_unused(Path(given["hydra.run.dir"]))
 
 
 def output_folder() -> Path:
@@ -111,19 +117,19 @@ def job(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep, which returns its `metric` to the sweeper."""
     configure_logging()
     config, folder = parse(composed), output_folder()
-    many = HydraConfig.get().mode == hydra.types.RunMode.MULTIRUN
+    own = HydraConfig.get()
+    many = own.mode == hydra.types.RunMode.MULTIRUN
     try:
-        if many and (folder.parent / "sweep.json").is_file():  # a sweep of ours; others run their jobs right here
+        if many and (folder.parent / "sweep.json").is_file():  # ours; other sweepers' jobs run in this process
             from smolvlm_exp.sweep.job_process import run_job
 
-            own = HydraConfig.get()
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         summary = execute(composed)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs continue, and Hydra reports this one
         exit_with_error(error)
-    except KeyboardInterrupt:  # while the model or the data was loaded; once a run has begun, it saves first
+    except KeyboardInterrupt:  # while loading the model or the data; later a run saves first
         print("\nstopped before training began", file=sys.stderr)
         sys.exit(130)
     if config.task.name != "train":
@@ -131,9 +137,7 @@ def job(composed: DictConfig) -> float | None:
     if summary["status"] == "stopped":
         print(f"stopped after saving; resume: python -m smolvlm_exp resume={relative_to_cwd(folder)}", file=sys.stderr)
         sys.exit(75)
-    part, _, key = config.metric.partition(".")
-    metric: float | None = summary[part].get(key)
-    return metric
+    return summary_value(summary, config.metric)
 
 
 def main() -> None:
@@ -145,32 +149,44 @@ def main() -> None:
     register_schemas()
     args = get_args_parser().parse_args()
     if not (args.help or args.hydra_help or args.shell_completion):
+        flags = [argument for argument in sys.argv[1:] if argument not in args.overrides]
+        if args.config_path:  # relative to where the command is typed; Hydra takes it relative to this file
+            flags = [flag.replace(args.config_path, str(Path(args.config_path).resolve())) for flag in flags]
         try:
-            argv = sys.argv[1:]
-            if args.config_path:  # from where the command is typed; Hydra would take it from where this file lies
-                argv = [a.replace(args.config_path, str(Path(args.config_path).resolve())) for a in argv]
-            for completed in (resume_command, run_command, sweep_command):
-                argv = completed(argv, args)
-            sys.argv[1:] = argv
-            args = get_args_parser().parse_args()
-            check_command(args)
-            check_folder(args)
-            if launch.is_distributed():
-                sys.argv[1:] = launch.join(argv, args)
+            complete_and_check(args)
+            own = join_group(args) if is_distributed() else []
         except RequestError as error:
             exit_with_error(error)
+        sys.argv[1:] = [*args.overrides, *own, *flags]
     job()
-    if launch.is_distributed():
+    if is_distributed():
         from smolvlm_exp.utils.distributed import destroy_distributed
 
         destroy_distributed()
 
 
-def check_folder(args: Any) -> None:
+def is_distributed() -> bool:
+    """Whether accelerate launch or torchrun started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def join_group(args: Namespace) -> list[str]:
+    """Form the group; returns the overrides by which rank 0 alone prints and writes the run.
+
+    All ranks run the same pipeline. What the others write, the same numbers again, goes to temporary folders, so no
+    other code asks which rank it is.
     """
-    Raises:
-        RequestError: the folder that a new run is to write has a run in it already.
-    """
-    named = given_value(args, "hydra.run.dir", "")
-    if named and not given_value(args, "resume", "") and given_value(args, "task", "train") == "train":
-        check_unused(Path(named))
+    if args.multirun:
+        raise RequestError(
+            "-m under accelerate launch or torchrun: a sweep starts its own processes. Type it without the launcher; "
+            "hydra/launcher=parallel gives each job a GPU."
+        )
+    from smolvlm_exp.utils.distributed import init_distributed, rank_world
+
+    init_distributed()
+    if rank_world()[0] == 0:
+        return []
+    scratch = tempfile.TemporaryDirectory(prefix="smolvlm_exp-")
+    atexit.register(scratch.cleanup)
+    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
+    return [f"hydra.run.dir={scratch.name}", "hydra.output_subdir=.hydra", "tracker=none"]

@@ -17,8 +17,7 @@ import pytest
 
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.schema import Config, parse
-from smolvlm_exp.utils.log import configure_logging
-from smolvlm_exp.utils.paths import CONF
+from smolvlm_exp.utils.startup import configure_logging
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: one process a core is faster than two threads in one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -71,7 +70,7 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     cache = tmp_path_factory.getbasetemp() / "cache"
 
     def composed(*overrides: str) -> Config:
-        with search_path(CONF, None):  # once, where a command is composed three times to tell its mistakes
+        with search_path():  # once, where a command is composed three times to tell its mistakes
             return parse(hydra.compose("config", overrides=[*QUICK, f"trainer.cache={cache}", *overrides]))
 
     return composed
@@ -200,8 +199,8 @@ def graphs(small, processor, tmp_path_factory):
     from filelock import FileLock
 
     from smolvlm_exp.deploy.export.onnx_export import Graphs
-    from smolvlm_exp.deploy.export.options import PARTS
-    from smolvlm_exp.deploy.session.load import load_folder
+    from smolvlm_exp.deploy.options import PARTS
+    from smolvlm_exp.deploy.session.backends import load_folder
 
     base = tmp_path_factory.getbasetemp()
     root = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base

@@ -84,17 +84,18 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(command, command_server, tmp_pa
 
     done = command("resume=last")  # whose work is done already: it would be measured again and its summary lost
     assert done.returncode == 2
-    assert "outputs/a/b is at its end" in done.stderr
+    assert "outputs/a/b has finished" in done.stderr
 
 
-def test_the_last_run_is_found_by_day_and_time_and_by_a_name(tmp_path):
+def test_the_last_run_is_found_by_day_and_time_and_by_a_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.runs.find.OUTPUTS", tmp_path)
     for age, name in enumerate(["mine", "2026-11-27/08-00-00", "older"]):
         checkpoint = tmp_path / name / "checkpoints" / "checkpoint-2"
         checkpoint.mkdir(parents=True)
         os.utime(checkpoint, (1e9 - age, 1e9 - age))
-    assert find_run("last", tmp_path) == tmp_path / "mine"
+    assert find_run("last") == tmp_path / "mine"
     shutil.rmtree(tmp_path / "mine")
-    assert find_run("last", tmp_path) == tmp_path / "2026-11-27" / "08-00-00"
+    assert find_run("last") == tmp_path / "2026-11-27" / "08-00-00"
 
 
 def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):

@@ -1,1 +1,1 @@
-"""From the words that were typed to one checked `Config`: composition, the schema, what no setting may hold."""
+"""From a typed command to a checked `Config`: composition, the schema, and what no setting may hold."""

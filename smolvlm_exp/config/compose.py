@@ -1,4 +1,4 @@
-"""A command, read to the end before Hydra runs it: every job composed and checked, mistakes explained in short."""
+"""Compose and check every job of a command before Hydra runs it, and explain mistakes in short."""
 
 import logging
 import re
@@ -26,15 +26,13 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from smolvlm_exp.config.renamed import KEYS, check_renamed, rename_settings
 from smolvlm_exp.config.schema import (
-    SELECTORS,
     Config,
+    chosen_types,
     default_of,
     every_key,
+    groups,
     key_paths,
-    own_config,
-    own_configs,
     parse,
-    schema,
     settings,
     suggestion,
     unknown_keys,
@@ -56,15 +54,12 @@ def check_command(args: Any) -> list[Config]:
     Raises:
         RequestError: naming the key or the file, and the fix.
     """
-    folder = Path(args.config_path).resolve() if args.config_path else CONF
-    if not folder.is_dir():
-        raise RequestError(f"--config-path {args.config_path}: there is no such folder.")
     name = args.config_name or "config"
-    main = folder / f"{name.removesuffix('.yaml')}.yaml"
-    if main.is_file():
-        check_search_path(main.read_text(encoding="utf-8", errors="replace"))
     try:
-        with search_path(folder, args.config_dir):
+        with search_path(args.config_path, args.config_dir) as folder:
+            main = folder / f"{name.removesuffix('.yaml')}.yaml"
+            if main.is_file():
+                check_search_path(main.read_text(encoding="utf-8", errors="replace"))
             overrides = parsed(args.overrides)
             for override in overrides:
                 given = (override.input_line or "").partition("=")[2]
@@ -84,26 +79,19 @@ def read(name: str, job: list[str], replay: bool) -> Config:
     """One job's settings, its own and Hydra's.
 
     Args:
-        replay: the file composed from has a value for every setting, so only those of `job` were asked for.
+        replay: a saved file has a value for every setting, so only those of `job` were given.
     """
     config = parse(compose(name, job))
-    asked = {key_of(override) for override in job}
+    given = {key_of(override) for override in job}
     for key, setting, value in settings(config):
         problem = misplaced(key, config.task.name)
-        if problem and value != default_of(setting) and (key in asked or not replay):
+        if problem and value != default_of(setting) and (key in given or not replay):
             raise RequestError(problem)
     return config
 
 
-def folder_of(args: Any) -> str:
-    """Where the one run of a command, which `check_command` has read, will write."""
-    folder = Path(args.config_path).resolve() if args.config_path else CONF
-    with search_path(folder, args.config_dir):
-        return str(compose(args.config_name or "config", args.overrides).hydra.run.dir)
-
-
 def log_tuned_settings(config: Config) -> None:
-    """Name the file of settings for this model that a trainer option of ours applied, and how many of them hold."""
+    """Log which file of settings for this model the trainer option applied, and how many of them are in effect."""
     choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
     path = CONF / "tuned" / f"{choices.get('tuned@trainer')}.yaml"
     if path.is_file():
@@ -113,16 +101,12 @@ def log_tuned_settings(config: Config) -> None:
 
 
 def compose(name: str, overrides: list[str]) -> DictConfig:
-    """Hydra's, with Hydra's own settings, which are checked.
-
-    Raises:
-        RequestError: see `check_command`. Hydra's errors for an odd command are not all of one family.
-    """
+    """The composed configuration, with Hydra's own settings, which are checked."""
     try:
         composed = hydra.compose(name, overrides=overrides, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
         raise
-    except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:
+    except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:  # also from Hydra
         given = " ".join(overrides)
         raise RequestError(f"{given}: no such setting, or no such value ({str(error).splitlines()[0]}).") from error
     check_hydra(OmegaConf.to_container(composed.hydra, resolve=False))
@@ -130,18 +114,20 @@ def compose(name: str, overrides: list[str]) -> DictConfig:
 
 
 @contextmanager
-def search_path(folder: Path, own: str | None) -> Iterator[None]:
-    """Hydra set up as its command line does it: `folder`, and before it a person's `own` (--config-dir)."""
-    if own and not Path(own).is_dir():
-        raise RequestError(f"--config-dir {own}: there is no such folder.")
+def search_path(config_path: str | None = None, config_dir: str | None = None) -> Iterator[Path]:
+    """Hydra set up as its command line does it; gives the folder that `--config-path` means, by default conf/."""
+    for option, given in (("--config-path", config_path), ("--config-dir", config_dir)):
+        if given and not Path(given).is_dir():
+            raise RequestError(f"{option} {given}: there is no such folder.")
+    folder = Path(config_path).resolve() if config_path else CONF
     path = create_config_search_path(str(folder))
-    if own:
-        path.prepend("command-line", f"file://{Path(own).resolve()}", anchor=SearchPathQuery(provider="schema"))
+    if config_dir:
+        path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     version.setbase("1.3")
     Hydra.create_main_hydra2(task_name="smolvlm_exp", config_search_path=path)
     try:
-        yield
+        yield folder
     finally:
         GlobalHydra.instance().clear()
 
@@ -152,14 +138,14 @@ def register_schemas() -> None:
     conf/config.yaml starts from `schema`; a file in conf/task, conf/data or conf/trainer starts from its own, as
     `/schema/data@_here_: shapes`.
     """
-    store, root = ConfigStore.instance(), {}
-    for setting in fields(Config):
-        kind = get_type_hints(Config)[setting.name]
-        root[setting.name] = kind if is_dataclass(kind) else default_of(setting)
-    for group in SELECTORS:
-        root[group] = {}
-        for name in own_configs(group):
-            store.store(group=f"schema/{group}", name=name, node=own_config(group, name))
+    store = ConfigStore.instance()
+    root = {setting.name: default_of(setting) for setting in fields(Config)}
+    for group, option, kind in groups():
+        if option:
+            root[group] = {}
+            store.store(group=f"schema/{group}", name=option, node=kind)
+        elif is_dataclass(kind):
+            root[group] = kind
     store.store(name="schema", node=root)
 
 
@@ -188,20 +174,16 @@ def explain(error: Exception) -> str:
 
 
 def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]]:
-    """The override lists of a command's jobs; for a search, lists in which each value comes once.
-
-    Raises:
-        RequestError: an experiment that is a sweep is asked for as one run, or an interval of a grid.
-    """
+    """The override lists of a command's jobs; for a search, lists in which each value comes once."""
     plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
     own_settings = compose(name, plain).hydra
     lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
     if lost:
-        raise RequestError(f"hydra.{lost}: Hydra cannot do without it.")
+        raise RequestError(f"hydra.{lost}: required by Hydra.")
     sweeper = own_settings.sweeper
     params = sweeper.get("params") or {}
-    if not hasattr(params, "items"):  # an interpolation can stand for anything
-        raise RequestError("hydra.sweeper.params is no list of settings by name.")
+    if not hasattr(params, "items"):  # an interpolation may resolve to anything
+        raise RequestError("hydra.sweeper.params must map settings to their values.")
     own = parsed([f"{key}={value}" for key, value in params.items()])
     given = {o.key_or_group for o in overrides}
     if not multirun:
@@ -258,28 +240,26 @@ def check_option(override: Override) -> bool:
 
 def check_keys(name: str, overrides: list[Override]) -> None:
     """Unknown options, then unknown keys in the files that the command chooses and on the command line itself."""
-    groups = [override for override in overrides if check_option(override)]
-    composed = compose(name, combinations(groups)[0])
+    options = [override for override in overrides if check_option(override)]
+    composed = compose(name, combinations(options)[0])
     rename_settings(composed)
-    expected = schema(composed)
-    known = list(key_paths(expected))
-    plain = OmegaConf.masked_copy(composed, [str(key) for key in composed if key != "hydra"])
-    for key in unknown_keys(plain, expected):
+    known = key_paths(chosen_types(composed))
+    for key in unknown_keys(OmegaConf.to_container(composed), [*known, "hydra"]):
         if not readers(key):  # else a saved run's, of another task
             raise RequestError(f"{file_of(key, composed)}: {unknown(key, known)}")
-    for override in (o for o in overrides if o not in groups):
+    for override in (o for o in overrides if o not in options):
         key = override.key_or_group
         free = ".extra." in key or key.startswith("hydra.")
         if not free and not any(path == key or path.startswith(f"{key}.") for path in known):
-            options = GlobalHydra.instance().config_loader().list_groups("")
-            raise RequestError(misplaced(key, composed.task.name) or unknown(key, [*options, *known]))
+            names = [*GlobalHydra.instance().config_loader().list_groups(""), *known]
+            raise RequestError(misplaced(key, composed.task.name) or unknown(key, names))
         adds = override.is_add() or override.is_force_add()
         if ".extra." in key and not adds and OmegaConf.select(composed, key) is None:
             raise RequestError(f"{key}: further arguments are added with a plus: +{override.input_line}")
 
 
 def unknown(key: str, known: list[str]) -> str:
-    """What to say of a setting that does not exist here."""
+    """The error message for an unknown setting."""
     if key in KEYS:
         return f"{key} is now {KEYS[key]}."
     if readers(key):

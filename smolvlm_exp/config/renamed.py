@@ -1,6 +1,4 @@
-"""Settings that were renamed: who types the old name reads the new one; in a saved run it is translated."""
-
-from typing import Any
+"""Renamed settings: an old name on the command line is refused with the new one, in a saved run it is translated."""
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -10,14 +8,11 @@ KEYS = {"keep": "keep_checkpoints", "session.keep": "session.cache", "task.pictu
 VALUES = {"export.merge": {"dequantised": "dequantized"}}
 
 
-def check_renamed(key: str, value: Any = None) -> None:
-    """
-    Raises:
-        RequestError: an old name; the message has the new one.
-    """
+def check_renamed(key: str, value: str) -> None:
+    """Refuse an old name; the `RequestError` has the new one."""
     if key in KEYS:
         raise RequestError(f"{key} is now {KEYS[key]}.")
-    if isinstance(value, str) and value in VALUES.get(key, {}):
+    if value in VALUES.get(key, {}):
         raise RequestError(f"{key}={value} is now {key}={VALUES[key][value]}.")
 
 

@@ -1,4 +1,4 @@
-"""The root schema, and the one strict reading of a composed configuration into plain dataclasses."""
+"""The root schema, and the strict parsing of a composed configuration into plain dataclasses."""
 
 import difflib
 import typing
@@ -14,9 +14,7 @@ from smolvlm_exp.config.renamed import rename_settings
 from smolvlm_exp.config.security import check_setting
 from smolvlm_exp.config.tasks import TASKS, readers
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.deploy.export.options import ExportConfig
-from smolvlm_exp.deploy.server.options import ServeConfig
-from smolvlm_exp.deploy.session.load import SessionConfig
+from smolvlm_exp.deploy.options import ExportConfig, ServeConfig, SessionConfig
 from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.models.adapter import AdapterConfig
 from smolvlm_exp.models.model import ModelConfig
@@ -33,7 +31,7 @@ FOLDERS = {"data": "data/sources", "trainer": "training"}  # of the modules with
 
 @dataclass
 class Config:
-    """A whole run. `task`, `data` and `trainer` are the chosen option's own `Config`."""
+    """Everything about a run. `task`, `data` and `trainer` are the chosen option's own `Config`."""
 
     task: Any  # config/tasks.py
     model: ModelConfig
@@ -56,19 +54,25 @@ class Config:
     metric: str = one_of(*GOALS)  # of summary.json: what runs are compared by
 
 
-def schema(composed: DictConfig) -> DictConfig:
-    """The schema of one run, with the `Config` of the chosen task, source and trainer in their places."""
-    root = OmegaConf.structured(Config)
+def groups() -> Iterator[tuple[str, str, Any]]:
+    """(name, option, type) of every field of `Config`; of task, data and trainer one for each option, else `""`."""
     for name, kind in typing.get_type_hints(Config).items():
-        if is_dataclass(kind):
-            root[name] = OmegaConf.structured(kind)
+        if name in SELECTORS:
+            yield from ((name, option, own_config(name, option)) for option in own_configs(name))
+        else:
+            yield name, "", kind
+
+
+def chosen_types(composed: DictConfig) -> dict[str, Any]:
+    """Field of `Config` -> its type: of task, data and trainer, the chosen option's own `Config`."""
+    types = typing.get_type_hints(Config)
     for group, key in SELECTORS.items():
         name = OmegaConf.select(composed, f"{group}.{key}")
         known = own_configs(group)
         if name not in known:
             raise RequestError(f"{group}.{key}={name}: no such module. {suggestion(str(name), known)}")
-        root[group] = OmegaConf.structured(own_config(group, name))
-    return root
+        types[group] = own_config(group, name)
+    return types
 
 
 def own_configs(group: str) -> list[str]:
@@ -93,17 +97,22 @@ def parse(composed: DictConfig) -> Config:
         RequestError: an unknown key, a wrong type, a value outside a closed list or below a bound, a missing value.
     """
     composed = composed.copy()
+    rename_settings(composed)
+    types = chosen_types(composed)
+    own = {setting.name for setting in fields(types["task"])}
     with open_dict(composed):
         composed.pop("hydra", None)
-    rename_settings(composed)
-    expected = schema(composed)
-    with open_dict(composed):
-        for key in [key for key in composed.task if readers(f"task.{key}") and key not in expected.task]:
+        for key in [key for key in composed.task if readers(f"task.{key}") and key not in own]:
             composed.task.pop(key)  # a run of an earlier release saved those of all tasks
-    for key in unknown_keys(composed, expected):
-        raise RequestError(f"{key}: no such setting. {suggestion(key, list(key_paths(expected)))}")
+    known = key_paths(types)
+    for key in unknown_keys(OmegaConf.to_container(composed), known):
+        raise RequestError(f"{key}: no such setting. {suggestion(key, known)}")
+    schema = OmegaConf.structured(Config)
+    for name, kind in types.items():
+        if is_dataclass(kind):
+            schema[name] = OmegaConf.structured(kind)
     try:
-        merged = OmegaConf.merge(expected, composed)
+        merged = OmegaConf.merge(schema, composed)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise RequestError(f"{missing[0]} has no value yet: give it one, as {missing[0]}=...")
@@ -116,47 +125,36 @@ def parse(composed: DictConfig) -> Config:
     return config
 
 
-def unknown_keys(node: Any, expected: Any, path: str = "") -> Iterator[str]:
-    """Keys of `node` that the schema does not have. A plain dict in the schema (`extra`) takes any."""
-    if not isinstance(node, DictConfig) or not isinstance(expected, DictConfig) or node._is_none():
-        return
-    if not is_dataclass(OmegaConf.get_type(expected)):
-        return
-    for key in map(str, node):
-        where = f"{path}{key}"
-        if key not in list(expected):  # `in` alone is false for a setting without a value yet
-            yield where
-        elif not OmegaConf.is_missing(node, key) and not OmegaConf.is_interpolation(node, key):
-            yield from unknown_keys(node._get_node(key), child(expected, key), f"{where}.")
+def dataclass_of(kind: Any) -> type | None:
+    """The dataclass of a group of settings, also of an optional one; None for the type of a single setting."""
+    parts = (kind, *typing.get_args(kind))
+    return next((part for part in parts if isinstance(part, type) and is_dataclass(part)), None)
+
+
+def key_paths(types: dict[str, Any], path: str = "") -> list[str]:
+    """Every setting's full name, as `adapter.r`, by the types of a group's settings."""
+    keys: list[str] = []
+    for name, kind in types.items():
+        group = dataclass_of(kind)
+        keys += key_paths(typing.get_type_hints(group), f"{path}{name}.") if group else [f"{path}{name}"]
+    return keys
 
 
 def every_key() -> list[str]:
     """The full names of all settings, whichever source and trainer are chosen."""
-    keys: set[str] = set()
-    for name, kind in typing.get_type_hints(Config).items():
-        kinds = [own_config(name, own) for own in own_configs(name)] if name in SELECTORS else [kind]
-        for cls in kinds:
-            keys |= set(key_paths(OmegaConf.structured(cls), f"{name}.")) if is_dataclass(cls) else {name}
-    return sorted(keys)
+    return sorted({key for name, _, kind in groups() for key in key_paths({name: kind})})
 
 
-def child(expected: DictConfig, key: Any) -> Any:
-    """The schema below `key`; that of an optional group that is null by default is filled in."""
-    node = expected._get_node(key)
-    if isinstance(node, DictConfig) and (node._is_none() or node._is_missing()):
-        kind = node._metadata.ref_type
-        return OmegaConf.structured(kind) if is_dataclass(kind) else node
-    return node
-
-
-def key_paths(expected: DictConfig, path: str = "") -> Iterator[str]:
-    """Every setting's full name, as `adapter.r`."""
-    for key in map(str, expected):
-        node = child(expected, key)
-        if isinstance(node, DictConfig) and is_dataclass(OmegaConf.get_type(node)):
-            yield from key_paths(node, f"{path}{key}.")
-        else:
-            yield f"{path}{key}"
+def unknown_keys(node: Any, known: list[str], path: str = "") -> Iterator[str]:
+    """Keys of nested dicts that are no settings. Below a setting that is a plain dict (`extra`) any key is known."""
+    for key, value in node.items():
+        name = f"{path}{key}"
+        if name in known:
+            continue
+        if not any(setting.startswith(f"{name}.") for setting in known):
+            yield name
+        elif isinstance(value, dict):
+            yield from unknown_keys(value, known, f"{name}.")
 
 
 def default_of(setting: Field[Any]) -> Any:
@@ -174,7 +172,7 @@ def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_value(key: str, setting: Any, value: Any) -> None:
-    """Hold a value against what its field says it takes (fields.py)."""
+    """Check a value against its field's choices and bounds (utils/fields.py)."""
     choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:

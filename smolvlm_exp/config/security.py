@@ -1,4 +1,4 @@
-"""What no setting may hold: secrets, which would end in W&B, reports and logs, and what makes others' code run."""
+"""What no setting may hold: secrets, which would end up in W&B, reports and logs, and code to run."""
 
 import os
 import re
@@ -13,21 +13,15 @@ VALUES = re.compile(
 )
 HELD = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")  # names of environment variables whose values are secrets
 CODE = ("_target_", "trust_remote_code", "code_revision", "custom_generate", "use_kernels", "kernel_config")
-LOADED = re.compile(r"LD_|DYLD_|PYTHON|PATH$")  # environment variables by which a process loads others' code
+LOADED = re.compile(r"LD_|DYLD_|PYTHON|PATH$")  # environment variables that make a process load other code
 OWN = ("hydra", "hydra_plugins", "logging")
 CALLS = ("_target_", "()", "class")  # what Hydra and `logging` call, by its name
-STREAMS = ("ext://sys.stdout", "ext://sys.stderr")  # `logging` imports whatever else stands behind ext://
+STREAMS = ("ext://sys.stdout", "ext://sys.stderr")  # `logging` imports whatever else follows ext://
 OUTPUT = "${hydra.runtime.output_dir}/"  # how Hydra's own log files begin; other interpolations could spell ext://
 
 
 def check_setting(key: str, value: Any) -> None:
-    """
-    Args:
-        key: its full name.
-
-    Raises:
-        RequestError: the setting holds a secret, or would have code run that is no part of this program.
-    """
+    """Refuse a setting, by its full name, that holds a secret or would run code that is no part of this program."""
     if isinstance(value, dict | list):
         items = value.items() if isinstance(value, dict) else enumerate(value)
         for name, item in items:
@@ -36,9 +30,7 @@ def check_setting(key: str, value: Any) -> None:
     last = key.rpartition(".")[2]
     loads = ".env_set." in key and LOADED.search(last)
     if loads or last in CODE or (last == "attn_implementation" and "/" in str(value)):
-        raise RequestError(
-            f"{key}: this does not exist here: no code runs that a setting, a model or data brings along."
-        )
+        raise RequestError(f"{key} is not supported: it would run code that is no part of this program.")
     text = str(value)
     secrets = (value for name, value in os.environ.items() if HELD.search(name) and len(value) >= 16)
     holds = NAMES.search(last) or VALUES.search(text) or any(secret in text for secret in secrets)
@@ -50,28 +42,24 @@ def check_setting(key: str, value: Any) -> None:
 
 
 def check_hydra(node: Any, path: str = "hydra") -> None:
-    """Hydra's own settings, of which some are instantiated: by what is Hydra's own, and by nothing else.
-
-    Raises:
-        RequestError: something else is to be called or imported, the environment is to load code or holds a secret.
-    """
+    """Refuse, in Hydra's own settings, calls of anything else, imports by the environment, and secrets."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     for name, value in items:
         key = f"{path}.{name}"
         if calls_others(key, value):
-            raise RequestError(f"{key}={value}: refused, because it would run code that is no part of this program.")
+            raise RequestError(f"{key}={value} is refused: it would run code that is no part of this program.")
         if path.endswith("env_set"):
             check_setting(key, value)
         check_hydra(value, key)
 
 
 def calls_others(key: str, value: Any) -> bool:
-    """Whether one of Hydra's settings has something called or imported that is neither Hydra's nor `logging`'s."""
+    """Whether one of Hydra's settings calls or imports anything but Hydra and `logging`."""
     path, _, name = key.rpartition(".")
     if name in CALLS:
         return not is_own(str(value))
     if name == "env_set":
-        return isinstance(value, str)  # an interpolation: what it stands for could not be looked at
+        return isinstance(value, str)  # an interpolation, whose value cannot be checked
     if path.endswith("env_set"):
         return bool(LOADED.search(name))
     if not isinstance(value, str) or "_logging" not in key:
@@ -80,7 +68,7 @@ def calls_others(key: str, value: Any) -> bool:
 
 
 def is_own(target: str) -> bool:
-    """Whether this names a class of Hydra's, of its plugins' or of `logging`'s, and not what their modules import."""
+    """Whether this names a class that Hydra, its plugins or `logging` define, not one that their modules import."""
     module, _, name = target.rpartition(".")
     if module.partition(".")[0] not in OWN:
         return False
@@ -92,11 +80,6 @@ def is_own(target: str) -> bool:
 
 
 def check_search_path(text: str) -> None:
-    """
-    Raises:
-        RequestError: a setting or file has Hydra look for files in a Python package, which it would import.
-    """
+    """Refuse a setting or file by which Hydra searches a Python package for files: it would import the package."""
     if "pkg://" in text:
-        raise RequestError(
-            "hydra.searchpath: pkg:// is refused, because it would run code that is no part of this program."
-        )
+        raise RequestError("hydra.searchpath: pkg:// is refused: it would run code that is no part of this program.")

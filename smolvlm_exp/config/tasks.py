@@ -1,14 +1,13 @@
 """What each task reads: a `Config` of its own under `task.*`, and the groups that no other task reads.
 
-They stand here and not in `tasks/`, because a command is checked, and a mistake answered, before torch is imported.
+They are here and not in `tasks/` so that a command can be checked before torch is imported.
 """
 
 from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from smolvlm_exp.training.row_lengths import PlanConfig
-from smolvlm_exp.utils.fields import at_least
+from smolvlm_exp.utils.fields import above, at_least
 
 READERS = {"export": ("export",), "serve": ("serve",), "session": ("chat", "serve"), "runs": ("compare",)}
 
@@ -25,7 +24,7 @@ class Train(Task):
 
 @dataclass
 class Export(Train):
-    """The answers by which an export is judged."""
+    """Of the answers that the parity gate compares."""
 
 
 @dataclass
@@ -47,8 +46,13 @@ class Generate(Chat, Train):
 
 
 @dataclass
-class Plan(PlanConfig, Task):
-    """See training/row_lengths.py."""
+class Plan(Task):
+    """What is assumed of data that is not on this disk, and of the GPU."""
+
+    image_size: str = "512x384"  # width x height of most images; the largest are taken to be square
+    answer_tokens: int = at_least(1, 100)  # of most answers; the longest are taken to be twice as long
+    rows: int | None = at_least(1, None)  # of the data set, where they are not known
+    matmul_tflops: float | None = above(0, None)  # of your card, in bfloat16, for seconds; null: the reference card's
 
 
 TASKS: dict[str, type[Task]] = {

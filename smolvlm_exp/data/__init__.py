@@ -1,1 +1,1 @@
-"""Preference data in one normal form (data/preferences.py), checked before anything is loaded."""
+"""Preference data in one normal form (preferences.py), checked before the model is loaded."""

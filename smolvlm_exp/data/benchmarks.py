@@ -1,11 +1,9 @@
-"""What sources with questions alone share: images, questions and the truth, from local files, for task=evaluate.
+"""Benchmarks for task=evaluate: images, questions and the truth from local files, without answers to train on.
 
 A row's `truth` is JSON, one of
 
-    {"kind": "yes_no", "answer": "yes"}           `"positive": "no"` too where the benchmark's F1 takes no for it
+    {"kind": "yes_no", "answer": "yes"}           `"positive": "no"` too where the benchmark's F1 counts no as positive
     {"kind": "caption", "objects": ["dog", ...]}  what is in the image; `expected`: what is not, but might well be
-
-There is no pair of answers, so such a source has no rows to train on.
 """
 
 import json
@@ -13,10 +11,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.formats import features
 from smolvlm_exp.data.images import ImageError, locate
-from smolvlm_exp.data.loading import build, files_digest, json_objects, parse_json, read_text, select_split
-from smolvlm_exp.data.messages import user
+from smolvlm_exp.data.loading import convert, json_objects, parse_json, read_text, select_split
+from smolvlm_exp.data.messages import features, user
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -26,7 +23,7 @@ Question = tuple[str, str, dict[str, Any]]  # the image's path below the folder,
 
 
 def question_rows(questions: list[Question], images: str, split: str) -> "Dataset":
-    """Rows in the normal form, without answers. An image that is not there is its row's problem, not an error here."""
+    """Rows in the normal form, without answers. A missing image is its row's problem, not an error here."""
     from datasets import Features, Value
 
     folder = Path(images).expanduser()
@@ -37,24 +34,22 @@ def question_rows(questions: list[Question], images: str, split: str) -> "Datase
             "this data has questions without preferred answers: use it with task=evaluate, not training."
         )
     columns = {name: kind for name, kind in features().items() if name not in ("chosen", "rejected")}
-    stamp = files_digest(([image] for image, _, _ in questions), folder)
-    plain = [(image, question, json.dumps(truth)) for image, question, truth in questions]
-    rows = build(plain, to_row, Features({**columns, "truth": Value("string")}), stamp, folder)
-    return select_split({"test": rows}, split)
+    rows = [{"image": image, "question": text, "truth": json.dumps(truth)} for image, text, truth in questions]
+    test = convert(rows, to_row, folder, Features({**columns, "truth": Value("string")}))
+    return select_split({"test": test}, split)
 
 
-def to_row(question: tuple[str, str, str], folder: Path) -> dict[str, Any]:
-    image, text, truth = question
+def to_row(row: dict[str, str], folder: Path) -> dict[str, Any]:
     images, problem = [], ""
     try:
-        images = [locate(image, folder)]
+        images = [locate(row["image"], folder)]
     except ImageError as error:
         problem = f"the image {error}"
-    return {"images": images, "prompt": [user(text)], "truth": truth, "problem": problem}
+    return {"images": images, "prompt": [user(row["question"])], "truth": row["truth"], "problem": problem}
 
 
 def read_entries(path: Path, key: str, columns: Mapping[str, type]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file of JSON Lines, or of a JSON list, and where each stands; `key` is the file's setting."""
+    """The objects of a file of JSON Lines or of a JSON list, each after its place; `key` is the file's setting."""
     where = None
     for where, entry in json_objects(read_text(path, key), str(path)):
         yield where, require_columns(entry, where, columns)
@@ -62,8 +57,13 @@ def read_entries(path: Path, key: str, columns: Mapping[str, type]) -> Iterator[
         raise RequestError(f"{path} is empty.")
 
 
+def read_object(path: Path, key: str, columns: Mapping[str, type]) -> dict[str, Any]:
+    """The object that a file holds."""
+    return require_columns(parse_json(read_text(path, key), str(path)), str(path), columns)
+
+
 def require_columns(entry: Any, where: str, columns: Mapping[str, type]) -> dict[str, Any]:
-    """The entry. Raises RequestError: it is no object with these columns."""
+    """The entry. Raises RequestError unless it is an object with these columns."""
     if not isinstance(entry, dict):
         raise RequestError(f"{where} is {type(entry).__name__}, not an object {{...}}.")
     for name, kind in columns.items():
@@ -71,8 +71,3 @@ def require_columns(entry: Any, where: str, columns: Mapping[str, type]) -> dict
             expected = ", ".join(f"{name} ({kind.__name__})" for name, kind in columns.items())
             raise RequestError(f"{where}: expected an object with {expected}; it has no such {name}.")
     return entry
-
-
-def read_object(path: Path, key: str, columns: Mapping[str, type]) -> dict[str, Any]:
-    """A file that holds one object."""
-    return require_columns(parse_json(read_text(path, key), str(path)), str(path), columns)

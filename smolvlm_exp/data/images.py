@@ -1,10 +1,9 @@
 """Any image a person may have -> the RGB image the processor should see.
 
-Nothing here raises for a bad image: one broken file among 80,000 must not stop a run, so what is wrong is returned in
-plain words and the caller decides (`data.on_bad_row`).
+One broken file among 80,000 must not stop a run: an ImageError becomes its row's problem, and `data.on_bad_row`
+decides.
 """
 
-import hashlib
 import io
 import re
 import warnings
@@ -25,49 +24,30 @@ Entry = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}, as `datas
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What an image may cost, looked at before it is decoded; each is a setting of `data` by the same name."""
+    """What an image may cost, checked before it is decoded; each is a setting of `data` by the same name."""
 
-    max_pixels: int = 100_000_000  # 17 KB of PNG can say that they are ten times as many
-    max_image_mib: int = 64  # of its file
-    first_frame: bool = False  # of several; else such an image is a problem
+    max_pixels: int = 100_000_000  # 17 KB of PNG can claim ten times as many
+    max_image_mib: int = 64
+    first_frame: bool = False  # take the first of several frames, instead of refusing the image
 
     @classmethod
-    def of(cls, config: Any) -> Self:
-        """Those of the group `data`."""
-        return cls(config.max_pixels, config.max_image_mib, config.first_frame)
+    def of(cls, data: Any) -> Self:
+        """The limits in the group `data`."""
+        return cls(data.max_pixels, data.max_image_mib, data.first_frame)
 
 
 class ImageError(ValueError):
     """What is wrong with one image, worded to follow "image 1 "."""
 
 
-def prepare_images(row: dict[str, Any], max_edge: int, limits: ImageLimits = ImageLimits()) -> dict[str, Any]:
-    """Prepare one row's images. Bytes that are fine already stay as they are; a source's own `problem` stays too.
-
-    Returns:
-        `images` (PNG bytes where a change was needed), `image_sha256` of those bytes, `sizes` [[width, height], ...],
-        `problem` (empty when fine).
-    """
-    images, hashes, sizes, problem = [], [], [], row.get("problem") or ""
-    for number, entry in enumerate([] if problem else row["images"] or [], start=1):
-        try:
-            data, size = prepare_image(read_image_bytes(entry, limits), max_edge, limits)
-        except ImageError as error:
-            return {"images": [], "image_sha256": [], "sizes": [], "problem": f"image {number} {error}"}
-        images.append({"bytes": data, "path": None})
-        hashes.append(hashlib.sha256(data).digest())
-        sizes.append(list(size))
-    return {"images": images, "image_sha256": hashes, "sizes": sizes, "problem": problem}
-
-
 def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits()) -> tuple[bytes, tuple[int, int]]:
     """One image's bytes and (width, height) once it is RGB, upright and at most `max_edge` pixels on its long edge."""
     try:
-        # No word of odd EXIF and the like: the image itself decides below.
+        # Pillow warns about odd EXIF and the like, which does no harm here.
         with warnings.catch_warnings(action="ignore"), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             if image.width * image.height > limits.max_pixels:
                 raise Image.DecompressionBombError
-            # not how many frames: counting them reads each, and a file may have a hundred thousand
+            # n_frames only where there is no is_animated: counting frames reads each of perhaps a hundred thousand
             several = image.is_animated if hasattr(image, "is_animated") else getattr(image, "n_frames", 1) > 1
             if several and not limits.first_frame:
                 raise ImageError("has several frames; data.first_frame=true takes the first of such images")
@@ -88,20 +68,20 @@ def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits(
 
 
 def open_image(entry: Entry, max_edge: int, limits: ImageLimits) -> Image.Image:
-    """An image that no row holds, prepared as a row's. ImageError says what is wrong with it."""
+    """A single image, prepared like a row's. Raises ImageError: what is wrong with it."""
     return Image.open(io.BytesIO(prepare_image(read_image_bytes(entry, limits), max_edge, limits)[0]))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """The image as a person sees it: upright, on white where it is transparent, 8 bits a channel.
+    """The image as a person sees it: upright, on white where it is transparent, 8 bits per channel.
 
-    Returns the very object it was given when that needs no change.
+    An image that needs no change is returned itself, not a copy.
     """
     if image.getexif().get(0x0112, 1) in range(2, 9):  # EXIF orientation
         image = ImageOps.exif_transpose(image)
     if image.mode.startswith(("I", "F")):  # I;16, I;16B, I, F
         return from_wide_pixels(image)
-    if image.has_transparency_data:  # also a palette, grey or RGB image with one colour declared transparent
+    if image.has_transparency_data:  # also of a palette, grey or RGB image with one transparent colour
         layer, white = image.convert("RGBA"), Image.new("RGB", image.size, "white")
         white.paste(layer, mask=layer.getchannel("A"))
         return white
@@ -111,8 +91,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def from_wide_pixels(image: Image.Image) -> Image.Image:
     """Grey pixels of more than 8 bits -> RGB. Pillow's own conversion clips them at 255, which gives a white image.
 
-    A file declares 16 bits, but not what white is in 32-bit integers or floats: there it is the smallest of the usual
-    full scales that holds the brightest pixel (5% over is taken for ringing from a resize), or that pixel itself.
+    White is 65,535 in a 16-bit file. A file of 32-bit integers or floats does not say: there it is the smallest usual
+    full scale that holds the brightest pixel (5% over counts as ringing from a resize), or that pixel itself.
     """
     wide = image if image.mode in ("I", "F") else image.convert("I")
     pixels = np.nan_to_num(np.asarray(wide, dtype=np.float64), nan=0.0, posinf=0.0, neginf=0.0)
@@ -126,7 +106,7 @@ def from_wide_pixels(image: Image.Image) -> Image.Image:
 
 
 def shrink(image: Image.Image, max_edge: int) -> Image.Image:
-    """At most `max_edge` pixels on the long edge, keeping the proportions; never enlarges. LANCZOS, as the recipe."""
+    """At most `max_edge` pixels on the long edge, keeping the proportions; never enlarges. LANCZOS, like the recipe."""
     if max(image.size) <= max_edge:
         return image
     smaller = image.copy()  # `thumbnail` works in place
@@ -135,7 +115,7 @@ def shrink(image: Image.Image, max_edge: int) -> Image.Image:
 
 
 def as_png(image: Image.Image) -> bytes:
-    """Lossless bytes. Level 1 writes about three times faster than the default, for a tenth more disk."""
+    """Lossless bytes. Level 1 is about three times faster than the default and takes a tenth more disk."""
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", compress_level=1)
     return buffer.getvalue()
@@ -149,8 +129,7 @@ def read_image_bytes(entry: Entry | None, limits: ImageLimits = ImageLimits()) -
     path = entry["path"] if entry else None
     if not path:
         raise ImageError("is empty")
-    if is_url(path):
-        raise ImageError(f"is a URL; download it first: {path}")
+    refuse_url(path)
     try:
         if Path(path).is_file():  # neither a folder, nor a device or pipe that would never end
             check_file_size(Path(path).stat().st_size, limits)
@@ -166,10 +145,10 @@ def check_file_size(size: int, limits: ImageLimits) -> None:
 
 
 def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
-    """A row's image as {"bytes", "path"}, its path made absolute.
+    """A row's image as {"bytes", "path"}, with an absolute path.
 
-    Rows come from other people, so a path may only name a file inside `folder`: not `..`, not an absolute path, not a
-    link that leads out of it.
+    Rows come from other people, so a path may only name a file inside `folder`: no `..`, no absolute path, no link that
+    leads out of it.
     """
     if isinstance(entry, bytes):
         return {"bytes": entry, "path": None}
@@ -180,20 +159,20 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     name = entry.get("path") if isinstance(entry, dict) else entry
     if not name or not isinstance(name, str):
         raise ImageError("is empty")
-    if is_url(name):
-        raise ImageError(f"is a URL; download it first: {name}")
+    refuse_url(name)
     try:
         path = (folder / name).resolve()
         inside, exists = path.is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
         raise ImageError(f"cannot be read: {error}") from error
     if Path(name).is_absolute() or not inside:
-        raise ImageError(f"lies outside the data's folder; put it inside and name it from there: {name}")
+        raise ImageError(f"lies outside the data's folder; move it inside and use a path relative to it: {name}")
     if not exists:
         raise ImageError(f"is not there: {name} (paths count from {folder})")
     return {"bytes": None, "path": str(path)}
 
 
-def is_url(path: str) -> bool:
-    """Whether a path is an address (http://, s3://, zip://, data:), which fsspec would go and fetch."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", path) is not None
+def refuse_url(path: str) -> None:
+    """No address (http://, s3://, zip://, data:), which fsspec would fetch."""
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", path):
+        raise ImageError(f"is a URL; download it first: {path}")

@@ -1,14 +1,15 @@
-"""What the sources share: the Hub or a local copy of it, rows brought into the normal form, slices, held-out rows."""
+"""Loading that the sources share: the Hub or a local copy, rows converted to the normal form, splits and slices."""
 
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.formats import VERSION, features
 from smolvlm_exp.data.images import ImageError, locate
+from smolvlm_exp.data.messages import VERSION, features, row_images
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.files import json_lines
 
@@ -20,7 +21,7 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
     """These columns of a dataset on the Hub, or of a local copy of it (a clone, or written by `save_to_disk`).
 
     Args:
-        id: the Hub's name, or the folder.
+        id: its name on the Hub, or the folder.
         split: a split or a slice of one.
 
     Raises:
@@ -38,9 +39,8 @@ def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Data
         rows = select_split(saved, split)
     else:
         try:
-            where = {"path": str(folder)} if local else {"path": id, "revision": revision}
-            rows = load_dataset(**where, split=split)
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: a script, which nobody runs
+            rows = load_dataset(str(folder) if local else id, revision=None if local else revision, split=split)
+        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it needs a loading script
             hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
             raise RequestError(f"data.id={id}, split {split}: {first_cause(error)}.{hint}") from error
     return select_columns(rows, sorted(columns), f"data.id={id}", " For data in other columns use data=files.")
@@ -55,7 +55,7 @@ def select_columns(rows: "Dataset", columns: list[str], where: str, hint: str = 
 
 
 def first_cause(error: Exception) -> str:
-    """What `datasets` raises often says nothing but where; the error behind it says what."""
+    """What `datasets` raises often says only where it failed; the error behind it says why."""
     return first_line(error.__cause__ or error)
 
 
@@ -70,53 +70,64 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
 
 
 def require_embedded(images: list[Any]) -> list[Any]:
-    """Images that lie in the data set itself: of a row that names a file instead, nobody knows whose file it is."""
+    """Images whose bytes are in the dataset itself. A row of the Hub must not name one of the user's files."""
     for image in images:
         if not isinstance(image, dict) or not isinstance(image.get("bytes"), bytes) or not image["bytes"]:
-            raise ImageError("is not in the data set, which only names it; data=files reads images beside rows")
+            raise ImageError("is not in the dataset, which only names it; data=files reads images from a folder")
     return images
 
 
-def convert(rows: "Dataset", to_row: Callable[..., dict[str, Any]], stamp: str = "", **kwargs: Any) -> "Dataset":
-    """Every row through `to_row(row, **kwargs)`, which returns it in the normal form; kept on disk by content.
-
-    The rows are read as plain Arrow, where images are {"bytes", "path"}: nothing is decoded. `Image(decode=False)`
-    would say the same of a list of images only after copying the whole data set.
-
-    `stamp` changes when files that the rows name do; see `files_digest`.
-    """
-    plain = rows.with_format("arrow")
-    converted = plain.map(
-        _convert_batch,
-        fn_kwargs={"to_row": to_row, "kwargs": kwargs, "key": f"{VERSION} {stamp}"},
-        batched=True,
-        batch_size=100,
-        remove_columns=rows.column_names,
-        features=features(),
-        desc="rows",
-    )
-    return converted.with_format(None)
-
-
-def _convert_batch(table: Any, to_row: Callable[..., dict[str, Any]], kwargs: dict[str, Any], key: str) -> dict:
-    converted = [to_row(row, **kwargs) for row in table.to_pylist()]
-    for image in (image for row in converted for image in row["images"] if image["bytes"]):
-        image["path"] = None  # else `datasets` drops the bytes where the working folder has a file of that name
-    return {name: [row[name] for row in converted] for name in features()}
-
-
-def build(
-    rows: list[Any], to_row: Callable[..., dict[str, Any]], columns: "Features", stamp: str, folder: Path
+def convert(
+    rows: "Dataset | list[dict[str, Any]]",
+    to_row: Callable[..., dict[str, Any]],
+    folder: Path | None = None,
+    columns: "Features | None" = None,
 ) -> "Dataset":
-    """As `convert`, of rows in memory, in whose columns anything may stand."""
+    """Every row through `to_row`, which returns it in the normal form; cached on disk by content.
+
+    Args:
+        rows: a dataset, of which no image is decoded, or a list, where a column may mix types.
+        to_row: takes a row, and `folder` where it is given.
+        folder: what the rows' image paths count from. The cache then also depends on these files.
+        columns: what `to_row` returns, if not the columns of `features`.
+    """
     from datasets import Dataset
 
-    kwargs = {"rows": rows, "to_row": to_row, "folder": folder, "key": f"{VERSION} {stamp}"}
-    return Dataset.from_generator(_build_rows, features=columns, gen_kwargs=kwargs)
+    key = f"{VERSION} {files_digest(rows, folder) if folder else ''}"
+    arguments = {"rows": rows, "to_row": to_row, "folder": folder, "key": key}
+    return Dataset.from_generator(_converted_rows, features=columns or features(), gen_kwargs=arguments)
 
 
-def _build_rows(rows: list[Any], to_row: Callable[..., dict[str, Any]], folder: Path, key: str) -> Iterator[dict]:
-    return (to_row(row, folder=folder) for row in rows)
+def _converted_rows(
+    rows: "Dataset | list[dict[str, Any]]", to_row: Callable[..., dict[str, Any]], folder: Path | None, key: str
+) -> Iterator[dict[str, Any]]:
+    for row in rows if isinstance(rows, list) else undecoded(rows, rows.column_names):
+        converted = to_row(row, folder) if folder else to_row(row)
+        for image in converted["images"]:
+            if image["bytes"]:  # else `datasets` drops the bytes where the working folder has a file of that name
+                image["path"] = None
+        yield converted
+
+
+def files_digest(rows: "Dataset | list[dict[str, Any]]", folder: Path) -> str:
+    """A digest of the size and time of every image that is a file, so that a changed one is noticed."""
+    if not isinstance(rows, list):
+        rows = undecoded(rows, [name for name in ("image", "images") if name in rows.column_names])
+    digest = hashlib.sha256()
+    for entry in (entry for row in rows for entry in row_images(row)):
+        try:
+            path = locate(entry, folder)["path"]
+            status = Path(path).stat() if path else None
+        except (ImageError, OSError):
+            status = None
+        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
+    return digest.hexdigest()
+
+
+def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
+    """Some columns of every row, images as {"bytes", "path"}."""
+    for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=100):
+        yield from batch.to_pylist()
 
 
 def read_text(path: Path, key: str) -> str:
@@ -137,7 +148,7 @@ def parse_json(text: str, where: str) -> Any:
 
 
 def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where each object stands, and the object: of JSON Lines (many a .json file is that too) or of a JSON list."""
+    """The objects of a JSON list or of JSON Lines (also in a .json file), each after its place in the file."""
     if text.lstrip().startswith("[") and not name.lower().endswith(".jsonl"):
         entries = ((f"{name} entry {n}", entry) for n, entry in enumerate(parse_json(text, name), start=1))
     else:
@@ -148,14 +159,8 @@ def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield where, entry
 
 
-def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
-    """Some columns of every row, images as {"bytes", "path"}."""
-    for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=100):
-        yield from batch.to_pylist()
-
-
 def select_split(splits: dict[str, "Dataset"], split: str) -> "Dataset":
-    """The rows that a split or slice names: `train`, `test[:20]`, `train[10%:]`, `train+test`, as upstream has it."""
+    """The rows that a split or slice names: `train`, `test[:20]`, `train[10%:]`, `train+test`, as in `load_dataset`."""
     from datasets import ReadInstruction, concatenate_datasets
 
     try:
@@ -164,55 +169,39 @@ def select_split(splits: dict[str, "Dataset"], split: str) -> "Dataset":
         raise RequestError(
             f"Split {split!r}: {first_cause(error)} Use {', '.join(splits)}, or a slice such as train[:6%]."
         ) from error
-    chosen = []
-    for span in spans:
-        rows = splits[span.splitname]
-        chosen.append(rows.select(range(span.from_ or 0, len(rows) if span.to is None else span.to)))
+    chosen = [splits[span.splitname].select(range(span.from_, span.to)) for span in spans]
     return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
 
 def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Dataset"]:
-    """Split rows into `train` and `test`, the same way on every machine and in whatever order they come.
+    """Split rows into `train` and `test`: the same rows on every machine, whatever their order.
 
     Args:
-        keys: what each row is about (its image): rows that share a key go to the same side, so that no image that
-            was trained on is tested on.
+        keys: the image of each row: rows that share a key go to the same side, so that no test image was trained on.
         fraction: the share of rows to hold out, at least.
     """
     if not 0 < fraction < 1:
-        raise RequestError(f"data.test_fraction={fraction} should lie between 0 and 1.")
-    members: dict[str, list[int]] = {}
-    for index, key in enumerate(keys):
-        members.setdefault(key, []).append(index)
-    if len(members) < 2:
+        raise RequestError(f"data.test_fraction={fraction} should be between 0 and 1.")
+    row_counts = Counter(keys)
+    if len(row_counts) < 2:
         raise RequestError(
-            f"{len(keys)} rows over {len(members)} different images: none can be held out. "
-            "Add rows, or put a test file beside the train file."
+            f"{len(keys)} rows over {len(row_counts)} different images: none can be held out. "
+            "Add rows, or a test file next to the train file."
         )
-    test: set[int] = set()
-    shuffled = sorted(members, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    shuffled = sorted(row_counts, key=lambda key: hashlib.sha256(key.encode()).hexdigest())
+    test, test_rows = set(), 0
     for key in shuffled[:-1]:  # one image at least stays for training
-        if len(test) >= fraction * len(keys):
-            break
-        test.update(members[key])
-    train = [index for index in range(len(keys)) if index not in test]
-    return {"train": rows.select(train), "test": rows.select(sorted(test))}
+        if test_rows < fraction * len(keys):
+            test.add(key)
+            test_rows += row_counts[key]
+    held_out = [key in test for key in keys]
+    return {
+        "train": rows.select([index for index, held in enumerate(held_out) if not held]),
+        "test": rows.select([index for index, held in enumerate(held_out) if held]),
+    }
 
 
 def worker_count(requested: int | None, rows: int) -> int | None:
-    """Processes for `rows` images: as many as requested; else one a core, where there is work enough."""
+    """Processes for `rows` images: as many as requested; else one per core, where there is enough work."""
     count = requested or min(os.cpu_count() or 1, 16)
     return count if count > 1 and (requested or rows >= 2048) else None
-
-
-def files_digest(rows: Iterable[list[Any]], folder: Path) -> str:
-    """A digest of the size and time of every image that is a file, by which a changed one is noticed."""
-    digest = hashlib.sha256()
-    for entry in (entry for row in rows for entry in row):
-        try:
-            path = locate(entry, folder)["path"]
-            status = Path(path).stat() if path else None
-        except (ImageError, OSError):
-            status = None
-        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
-    return digest.hexdigest()

@@ -1,12 +1,10 @@
-"""Scenes of coloured shapes: what is in them, and how they are drawn. Deterministic by their random generator."""
+"""Scenes of coloured shapes: what is in them, and how they are drawn. The random generator determines both."""
 
 import math
 import random
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw
 
 KINDS = (
     "circle", "square", "triangle", "star", "heart", "moon",
@@ -62,17 +60,15 @@ def draw_scene_content(rng: random.Random, kinds: list[str]) -> Scene:
     rng.shuffle(free)
     groups = []
     for position, kind in enumerate(kinds):
-        later = len(kinds) - position - 1  # a cell is kept for each group still to come
+        later = len(kinds) - position - 1  # groups still to come, which need a cell each
         count = min(rng.choices((1, 2, 3), weights=(0.75, 0.17, 0.08))[0], len(free) - later)
         cells = tuple(sorted(free.pop() for _ in range(count)))
         groups.append(Group(kind, rng.choice(list(COLOURS)), rng.choice(list(SIZES)), cells))
     return Scene(columns, rows, tuple(sorted(groups, key=lambda group: group.cells[0])))
 
 
-def draw(scene: Scene, rng: random.Random) -> "Image.Image":
-    """The scene as an RGB image of 32 pixels a cell, drawn at twice the size and shrunk, so that edges are smooth."""
-    from PIL import Image, ImageDraw
-
+def draw(scene: Scene, rng: random.Random) -> Image.Image:
+    """The scene as an RGB image of 32 pixels per cell, drawn at twice the size and shrunk for smooth edges."""
     cell = 2 * CELL
     image = background(scene.columns * cell, scene.rows * cell, rng)
     pen = ImageDraw.Draw(image)
@@ -87,10 +83,8 @@ def draw(scene: Scene, rng: random.Random) -> "Image.Image":
     return image.resize((scene.columns * CELL, scene.rows * CELL), Image.Resampling.BOX)
 
 
-def background(width: int, height: int, rng: random.Random) -> "Image.Image":
+def background(width: int, height: int, rng: random.Random) -> Image.Image:
     """A dim texture: plain, gradient, stripes, checks or dots, with grain. No shape's colour comes near it."""
-    from PIL import Image, ImageDraw
-
     base = tuple(rng.randint(35, 95) for _ in range(3))
     other = tuple(max(0, min(120, channel + rng.choice((-1, 1)) * rng.randint(10, 22))) for channel in base)
     image = Image.new("RGB", (width, height), base)
@@ -115,30 +109,33 @@ def background(width: int, height: int, rng: random.Random) -> "Image.Image":
     return Image.blend(image, grain, 0.05)
 
 
-def draw_shape(pen: "ImageDraw.ImageDraw", kind: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
+def draw_shape(pen: ImageDraw.ImageDraw, kind: str, x: float, y: float, r: float, colour: tuple[int, ...]) -> None:
     """One shape of half-side `r` pixels, centred on (x, y)."""
     if kind == "circle":
         pen.ellipse([x - r, y - r, x + r, y + r], fill=colour)
     elif kind == "ring":
         pen.ellipse([x - r, y - r, x + r, y + r], outline=colour, width=max(2, round(r * 0.38)))
-    elif kind == "moon":
-        # the dark disc that cuts the crescent is drawn as its outline, so that the background stays
-        outer = [(math.cos(a), math.sin(a)) for a in (math.radians(40 + 280 * i / 24) for i in range(25))]
-        inner = [
-            (0.36 + 0.72 * math.cos(a), 0.86 * math.sin(a))
-            for a in (math.radians(300 - 240 * i / 24) for i in range(25))
-        ]
-        pen.polygon([(x + r * u, y + r * v) for u, v in outer + inner], fill=colour)
     else:
         pen.polygon([(x + r * u, y + r * v) for u, v in OUTLINES[kind]], fill=colour)
 
 
-def regular(corners: int, turn: float) -> list[tuple[float, float]]:
+Corners = list[tuple[float, float]]
+
+
+def regular(corners: int, turn: float) -> Corners:
     angles = [2 * math.pi * i / corners + turn for i in range(corners)]
     return [(math.cos(a), math.sin(a)) for a in angles]
 
 
-def heart() -> list[tuple[float, float]]:
+def moon() -> Corners:
+    """A crescent: along the disc, and back along the edge of a second one that covers part of it."""
+    outer = [math.radians(40 + 280 * i / 24) for i in range(25)]
+    inner = [math.radians(300 - 240 * i / 24) for i in range(25)]
+    crescent = [(math.cos(a), math.sin(a)) for a in outer]
+    return crescent + [(0.36 + 0.72 * math.cos(a), 0.86 * math.sin(a)) for a in inner]
+
+
+def heart() -> Corners:
     angles = [2 * math.pi * i / 40 for i in range(40)]
     return [
         (math.sin(a) ** 3, -(13 * math.cos(a) - 5 * math.cos(2 * a) - 2 * math.cos(3 * a) - math.cos(4 * a)) / 16)
@@ -147,7 +144,7 @@ def heart() -> list[tuple[float, float]]:
 
 
 # Corners on the square from (-1, -1) to (1, 1), y pointing down.
-OUTLINES: dict[str, list[tuple[float, float]]] = {
+OUTLINES: dict[str, Corners] = {
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
     "triangle": [(0, -0.95), (1, 0.85), (-1, 0.85)],
     "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
@@ -158,4 +155,5 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
     "arrow": [(-1, -.28), (.1, -.28), (.1, -.8), (1, 0), (.1, .8), (.1, .28), (-1, .28)],
     "bolt": [(.15, -1), (-.6, .15), (-.08, .15), (-.3, 1), (.6, -.25), (.06, -.25), (.5, -1)],
     "heart": heart(),
+    "moon": moon(),
 }  # fmt: skip

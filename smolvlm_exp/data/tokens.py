@@ -1,56 +1,83 @@
-"""A row as token ids: the chat template's text, with every image written out as its tiles."""
+"""Prompts as tokens: an image as its tiles, and control tokens that a person types as plain text.
 
+Tokenizers find control tokens wherever a text spells them, and processors count `<image>` in the text. So a word
+joiner, which has no width, goes after the first character of each one in a question: it reads the same, and no
+tokenizer finds it.
+"""
+
+import re
+from collections.abc import Sequence
 from typing import Any
 
 from smolvlm_exp.data.messages import Message
 
 FAKE, IMAGE, GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 
+WORD_JOINER = "\u2060"
+
 
 def image_span(rows: int, columns: int, image_seq_len: int) -> str:
     """The text that stands for an image in a prompt: its tiles row by row, then the whole image as one more tile.
 
     Args:
-        rows, columns: of its tiles; 0 where it is not split: then the whole image is its only tile.
-        image_seq_len: tokens of a tile.
+        rows, columns: of its tiles; 0 for an image that is not split, whose only tile is the whole image.
+        image_seq_len: tokens per tile.
     """
-    tile = IMAGE * image_seq_len
-    lines = (
-        "".join(f"{FAKE}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
-        for row in range(1, rows + 1)
-    )
-    return "".join(lines) + ("\n" if rows else "") + f"{FAKE}{GLOBAL}{tile}{FAKE}"
+    tile, span = IMAGE * image_seq_len, ""
+    for row in range(1, rows + 1):
+        span += "".join(f"{FAKE}<row_{row}_col_{column}>{tile}" for column in range(1, columns + 1)) + "\n"
+    return span + ("\n" if rows else "") + f"{FAKE}{GLOBAL}{tile}{FAKE}"
 
 
-class RowTokenizer:
+def tokenize_row(
+    processor: Any, messages: dict[str, list[Message]], tiles: list[tuple[int, int]]
+) -> dict[str, list[int]]:
     """A row's token ids, equal to those that TRL's collators make with the same processor.
 
-    The texts around images are tokenised apart. That changes no id: an image begins and ends with a control token, and
-    tokenizers split there before anything else.
+    Args:
+        messages: `prompt`, and `chosen` and `rejected` where the row has answers.
+        tiles: (rows, columns) of the tiles of each image in the prompt.
     """
+    from trl.data_utils import apply_chat_template
 
-    def __init__(self, processor: Any) -> None:
-        self.processor = processor
-        self.spans: dict[tuple[int, int], list[int]] = {}  # (rows, columns) of tiles -> an image's ids
+    texts = apply_chat_template(messages, processor)
+    first, *others = texts["prompt"].split(processor.image_token)
+    spans = [image_span(rows, columns, processor.image_seq_len) for rows, columns in tiles]
+    texts["prompt"] = first + "".join(span + text for span, text in zip(spans, others, strict=True))
+    encoded = processor.tokenizer(
+        [texts[side] for side in messages], add_special_tokens=False, return_attention_mask=False
+    )
+    return dict(zip(messages, encoded["input_ids"], strict=True))
 
-    def __call__(self, messages: dict[str, list[Message]], tiles: list[tuple[int, int]]) -> dict[str, list[int]]:
-        """
-        Args:
-            messages: `prompt`, and `chosen` and `rejected` where the row has answers.
-            tiles: (rows, columns) of the tiles of each image in the prompt.
-        """
-        from trl.data_utils import apply_chat_template
 
-        texts = apply_chat_template(messages, self.processor)
-        prompt, *answers = (texts[name] for name in messages)
-        pieces = prompt.split(self.processor.image_token)
-        ids = self.ids([*pieces, *answers])
-        joined = ids[0]
-        for shape, piece in zip(tiles, ids[1 : len(pieces)], strict=True):
-            if shape not in self.spans:
-                self.spans[shape] = self.ids([image_span(*shape, self.processor.image_seq_len)])[0]
-            joined = joined + self.spans[shape] + piece
-        return dict(zip(messages, [joined, *ids[len(pieces) :]], strict=True))
+def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
+    """Messages as the text that an answer follows, in which every control token is the chat template's."""
+    escaped = escape_control_tokens(messages, control_tokens(processor))
+    return processor.apply_chat_template(escaped, add_generation_prompt=True)
 
-    def ids(self, texts: list[str]) -> list[list[int]]:
-        return self.processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
+def control_tokens(processor: Any) -> list[str]:
+    """All that the processor's tokenizer reads as one control token, except what a word joiner cannot break up."""
+    added = sorted(str(token) for token in processor.tokenizer.added_tokens_decoder.values())
+    return [token for token in added if token not in split_token(token)]
+
+
+def escape_control_tokens(messages: Sequence[Message], controls: Sequence[str]) -> list[Message]:
+    """The messages with every control token in their text parts escaped; the `{"type": "image"}` parts stay."""
+    return [
+        {**m, "content": [{**p, "text": escape_text(p.get("text"), controls)} for p in m["content"]]} for m in messages
+    ]
+
+
+def escape_text(text: str | None, controls: Sequence[str]) -> str | None:
+    """A text in which no tokenizer finds a control token."""
+    if not text or not controls:
+        return text
+    pattern = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+    while pattern.search(text):  # breaking up one must not make another
+        text = pattern.sub(lambda match: split_token(match[0]), text)
+    return text
+
+
+def split_token(control: str) -> str:
+    return control[:1] + WORD_JOINER + control[1:]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Truth = dict[str, Any]  # what is in a row's image; see data/benchmarks.py
-Mention = tuple[str, str | None]  # as it is said; the object it stands for, None where it is neither right nor wrong
+Mention = tuple[str, str | None]  # the words; the object they stand for, None where it is neither right nor wrong
 Words = Callable[[str, Truth], list[Mention]]  # reads the objects out of an answer
 IRREGULAR = {"person": "people", "child": "children", "mouse": "mice", "goose": "geese", "tooth": "teeth"}
 
@@ -13,8 +13,8 @@ IRREGULAR = {"person": "people", "child": "children", "mouse": "mice", "goose": 
 class Vocabulary:
     """Which words and phrases name which object; plurals count as their singular.
 
-    Of several that begin at a word the longest counts, so that a `hot dog` is no dog. A name without an object (None)
-    names none, though a part of it would. With `once`, an object that a text names again is not counted again.
+    The longest phrase that starts at a word counts, so that a `hot dog` is no dog. A phrase whose object is None names
+    none, even if a part of it would. With `once`, an object that a text names again is not counted again.
     """
 
     def __init__(self, names: Mapping[str, str | None], once: bool = False) -> None:
@@ -28,20 +28,20 @@ class Vocabulary:
     def __call__(self, text: str, truth: Truth | None = None) -> list[Mention]:
         words, mentions, at = tokens(text), list[Mention](), 0
         while at < len(words):
-            lengths = range(min(self.longest, len(words) - at), 0, -1)
-            length = next((n for n in lengths if tuple(words[at : at + n]) in self.objects), 0)
-            name = self.objects[tuple(words[at : at + length])] if length else None
+            phrases = (tuple(words[at : at + length]) for length in range(self.longest, 0, -1))
+            phrase = next((phrase for phrase in phrases if phrase in self.objects), ())
+            name = self.objects.get(phrase)
             if name is not None and not (self.once and any(name == other for _, other in mentions)):
-                mentions.append((" ".join(words[at : at + length]), name))
-            at += max(length, 1)
+                mentions.append((" ".join(phrase), name))
+            at += len(phrase) or 1
         return mentions
 
 
 class Amber:
     """AMBER's reading of a caption: a word may stand for any object that `relation.json` relates it to.
 
-    AMBER also lets a word stand for one that spaCy's vectors find near, and takes nouns alone. Neither is done here, so
-    that no language model is needed: `can` and `hot`, which are rarely nouns, are passed over.
+    AMBER also accepts words that are near in spaCy's vectors, and only nouns. Neither is done here, so that no language
+    model is needed: `can` and `hot`, which are rarely nouns, are skipped.
     """
 
     NO_NOUNS = ("can", "hot")
@@ -62,7 +62,7 @@ class Amber:
         ]
 
     def stands_for(self, objects: Iterable[str]) -> dict[str, str]:
-        """Word -> the first object that it may stand for; related words come before names, as in AMBER's own script."""
+        """Word -> the first object that it may stand for; related words come before names, as in AMBER's script."""
         first: dict[str, str] = {}
         for name in objects:
             for word in self.related.get(name, ()):
@@ -75,7 +75,7 @@ def tokens(text: str) -> list[str]:
 
 
 def plurals(word: str) -> list[str]:
-    """The forms that English has for it, and some that it has not."""
+    """All that could be its plural, in English or not."""
     endings = {"y": "ies", "f": "ves", "fe": "ves", "man": "men"}
     derived = [word.removesuffix(end) + plural for end, plural in endings.items() if word.endswith(end)]
     return [f"{word}s", f"{word}es", *derived, *([IRREGULAR[word]] if word in IRREGULAR else [])]

@@ -1,7 +1,7 @@
-"""TRL's loss code reads a dozen numbers off the device for its metrics, and each reading waits for the device.
+"""TRL's loss code reads a dozen numbers off the device for its metrics, and each read waits for the device.
 
 Under `DeferredMetrics` they stay there as 0-dim tensors, and `flush_metrics` reads them when they are logged. The loss
-is untouched.
+is unchanged.
 """
 
 from collections.abc import Sequence
@@ -12,10 +12,9 @@ from torch.overrides import TorchFunctionMode
 
 
 class DeferredMetrics(TorchFunctionMode):
-    """While it is on: `.item()` gives the tensor itself, `if tensor:` is true, `tensor[mask]` has a sum and a mean.
+    """Within it `.item()` gives the tensor itself, `if tensor:` is true, and `tensor[mask]` has a sum and a mean.
 
-    The one thing that TRL asks a tensor with `if` is whether there are tokens to divide by, and there are: packing.pack
-    takes no answer without.
+    TRL's only `if` on a tensor is whether there are tokens to divide by. There are: packing.pack refuses empty answers.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -29,7 +28,7 @@ class DeferredMetrics(TorchFunctionMode):
 
 
 class MaskedValues:
-    """The elements of `values` where `mask` is true, of which there are as many as the device knows."""
+    """The elements of `values` where `mask` is true; only the device knows how many."""
 
     def __init__(self, values: torch.Tensor, mask: torch.Tensor) -> None:
         self.values, self.mask = values, mask
@@ -42,11 +41,11 @@ class MaskedValues:
 
 
 def flush_metrics(metrics: dict[str, list[Any]], shares: Sequence[float]) -> None:
-    """Put the numbers in the tensors' place, and one weighted mean in the place of several.
+    """Replace tensors by numbers, and several by their weighted mean.
 
     Args:
-        metrics: TRL's, name -> a value for each call of its loss code; a running total has one value alone.
-        shares: what each call counts.
+        metrics: TRL's, name -> one value per call of its loss code; a running total has a single value.
+        shares: how much each call counts.
     """
     for name, values in metrics.items():
         numbers = torch.stack([torch.as_tensor(value) for value in values]).tolist()

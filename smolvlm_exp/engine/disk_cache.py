@@ -1,12 +1,13 @@
-"""Tensors that cost something to compute, kept on disk under a key made of everything they were computed from.
+"""Tensors that are expensive to compute, stored under a key made of everything they were computed from.
 
-One folder an entry: `data.safetensors`, filled in place through memory maps so that it may be larger than RAM, and
+One folder per entry: `data.safetensors`, filled in place through a memory map so that it may be larger than RAM, and
 `manifest.json` with its checksums. An entry is made in a folder of another name, synced, then renamed: a run that dies
-leaves nothing that could be taken for whole. Of several runs that ask at once one makes it and the others wait; the
-processes of one torch.distributed group make it together. JSON and safetensors alone: reading runs no code.
+leaves nothing that could be taken for complete. Of several runs that need an entry at once one makes it and the others
+wait; the processes of one torch.distributed group make it together. JSON and safetensors only: reading runs no code.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import logging
@@ -31,27 +32,23 @@ from smolvlm_exp.utils.files import fsync
 
 log = logging.getLogger(__name__)
 
+Spec = tuple[torch.dtype, tuple[int, ...]]  # dtype and shape
+Layout = Mapping[str, Spec]  # what an entry holds, by name
+Fill = Callable[[Mapping[str, torch.Tensor]], None]  # writes this process's share into zeroed tensors
 
-Layout = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # what an entry holds: name -> dtype and shape
-Fill = Callable[[Mapping[str, torch.Tensor], int, int], None]  # (tensors, rank, processes): writes a rank's share
-
-DTYPES = {
-    "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8,
-}  # fmt: skip
+DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "U8": torch.uint8}
 BLOCK = 64 * 2**20  # bytes under one checksum
 SPARE = 2**30  # bytes that stay free on the disk
-WAIT = 20.0  # seconds between two words to the group while another run makes the entry: far below any timeout
-RAM, DISK = "trainer.cache_ram", "trainer.cache_disk"  # the keys a person sets the budgets with
+WAIT = 20.0  # seconds between two messages to the group while another run makes the entry: far below any timeout
 
 
 def cache_key(kind: str, **parts: Any) -> str:
-    """`kind` and a hash of `parts`, all that JSON can say: the same in every process, on every day."""
+    """`kind` and a hash of `parts` (JSON), the same in every process."""
     return f"{kind}-{hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
 class MappedTensor:
-    """A tensor in a file, read as slices of it are asked for. It travels to another process as a path."""
+    """A tensor in a file, read as slices of it are needed. It is pickled as a path."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.name = path, name
@@ -64,37 +61,66 @@ class MappedTensor:
         return MappedTensor, (self.path, self.name)
 
 
-CachedTensors = Mapping[str, torch.Tensor | MappedTensor]
-
-
 @dataclass
 class DiskCache:
-    """Entries in one folder, `budget` bytes of them at most; `folder` must be one that all processes of a group see.
+    """Entries in one folder, which all processes of a group must see.
 
-    A full disk or a folder that cannot be written is no error: it is said in a line, and the caller computes anew.
+    A full disk or a folder that cannot be written is no error: a message says so, and the caller recomputes.
+
+    Args:
+        budget: bytes of all entries together.
+        ram_budget: bytes up to which `tensor` needs no entry.
     """
 
     folder: Path
     budget: int
+    ram_budget: int = 0
 
-    def get(self, key: str, layout: Layout, fill: Fill, parts: Any = None) -> dict[str, MappedTensor] | None:
-        """The entry `key`, made first where it is not there or is damaged. All processes of a group call it together.
+    def tensor(
+        self, kind: str, contents: str, spec: Spec, fill: Callable[[torch.Tensor], None], parts: Mapping[str, Any]
+    ) -> torch.Tensor | MappedTensor | None:
+        """One tensor in RAM where the budget allows, else as an entry, else None; logs which, and the seconds it took.
+
+        Several processes always use an entry: they share the file's pages.
 
         Args:
-            fill: is given zeroed tensors of the layout's dtypes and shapes, this process's rank and their number.
+            kind, contents: `tiles` of `48 images`, for messages.
+            fill: writes this process's share into the zeroed tensor.
+            parts: everything the tensor depends on; the key is made of it.
+        """
+        start, size, where = time.perf_counter(), size_of({kind: spec}), "RAM"
+        cached: torch.Tensor | MappedTensor | None
+        if size <= self.ram_budget and rank_world()[1] == 1:
+            cached = torch.zeros(spec[1], dtype=spec[0])
+            fill(cached)
+        else:
+            where = str(self.folder)
+            entry = self.get(cache_key(kind, **parts), {kind: spec}, lambda tensors: fill(tensors[kind]), parts)
+            cached = entry[kind] if entry else None
+        if cached is not None:
+            log.info(f"{kind} of {contents}: {gib(size)} in {where}, {time.perf_counter() - start:.1f} s")
+        return cached
+
+    def get(self, key: str, layout: Layout, fill: Fill, parts: Any = None) -> dict[str, MappedTensor] | None:
+        """The entry `key`, made first if it is missing or damaged. All processes of a group call it together.
+
+        Args:
             parts: what the key was made of, for people who read the manifest.
 
         Returns:
-            Its tensors; None where there is no room for it, which has been said.
+            Its tensors; None, with a message, where there is no room for it.
         """
         path = self.file(key)
-        ready = broadcast_from_rank0(lambda: path.exists() and not corruption(path))
-        if not ready:
+        if not broadcast_from_rank0(lambda: not corruption(path)):
             with self.locked(key) as writable:
-                ready = writable and broadcast_from_rank0(lambda: self.is_valid(key))
-                if writable and not ready and broadcast_from_rank0(lambda: self.stage(key, layout)):
-                    ready = self.make(key, fill, parts)
-        return {name: MappedTensor(path, name) for name in layout} if ready else None
+                if not writable:
+                    return None
+                complete = broadcast_from_rank0(lambda: self.is_valid(key))
+                if not complete and (problem := self.make(key, layout, fill, parts)):
+                    shutil.rmtree(self.staging(key), ignore_errors=True)
+                    self.say_not_stored(key, problem)
+                    return None
+        return {name: MappedTensor(path, name) for name in layout}
 
     def file(self, key: str) -> Path:
         return self.folder / key / "data.safetensors"
@@ -104,9 +130,9 @@ class DiskCache:
 
     @contextlib.contextmanager
     def locked(self, key: str) -> Iterator[bool]:
-        """One run at a time in here; one that dies lets go. False, and said, where the folder cannot be written.
+        """One run at a time in here; one that dies lets go. False, with a message, where the folder is read-only.
 
-        All processes of a group enter together. They hear of a long wait in pieces, lest one of their calls times out.
+        All processes of a group enter together. Rank 0 waits in short intervals, lest a call of the others times out.
         """
         lock = FileLock(self.folder / f".{key}.lock")
 
@@ -117,10 +143,11 @@ class DiskCache:
                 lock.acquire(timeout=timeout)
             except Timeout:
                 if timeout < WAIT:
-                    say(key, "waiting for another run that makes them")
+                    say(key, "waiting for another run that is computing them")
                 return None
             except OSError as error:
-                return self.unwritable(key, error)
+                self.say_not_stored(key, str(error.strerror))
+                return False
             return True
 
         try:
@@ -131,98 +158,76 @@ class DiskCache:
         finally:
             lock.release(force=True)
 
-    def stage(self, key: str, layout: Layout) -> bool:
-        """A staging file to fill; False, and said, where there is no room for it."""
-        try:
-            shutil.rmtree(self.staging(key), ignore_errors=True)  # of a run that died
-            if problem := self.no_room(size_of(layout)):
-                say(key, f"{problem}; computed anew wherever they are needed")
-                return False
-            self.staging(key).mkdir()
-            write_header(self.staging(key) / "data.safetensors", layout)
-        except OSError as error:  # a full disk
-            return self.unwritable(key, error)
-        return True
-
-    def unwritable(self, key: str, error: OSError) -> bool:
-        """False, and said."""
-        shutil.rmtree(self.staging(key), ignore_errors=True)
-        say(key, f"cannot be kept in {self.folder} ({error.strerror}); computed anew wherever they are needed")
-        return False
-
-    def make(self, key: str, fill: Fill, parts: Any) -> bool:
-        """Fill the staging file together and give it its name."""
-        rank, processes = rank_world()
+    def make(self, key: str, layout: Layout, fill: Fill, parts: Any) -> str:
+        """Write an entry under another name, all processes their share of it, then rename it; why not, if it fails."""
         path = self.staging(key) / "data.safetensors"
+        if problem := disk_problem(lambda: self.stage(key, layout)):
+            return problem
         if not all_ranks(path.exists()):
-            if rank == 0:
-                shutil.rmtree(self.staging(key))
-                say(key, f"not every process sees {self.folder}; computed anew wherever they are needed")
-            return False
+            return "not every process sees this folder"
         failure: BaseException | None = None
         try:
             array = np.memmap(path, mode="r+")
-            fill(views(array), rank, processes)
+            fill(views(array))
             array.flush()
         except BaseException as error:
             failure = error
         if not all_ranks(failure is None):
-            if rank == 0:
-                shutil.rmtree(self.staging(key), ignore_errors=True)
+            shutil.rmtree(self.staging(key), ignore_errors=True)
             raise failure or RuntimeError(f"another process failed to make its share of {key}")
-        return broadcast_from_rank0(lambda: self.publish(key, parts))
+        return disk_problem(lambda: self.publish(key, parts))
 
-    def publish(self, key: str, parts: Any) -> bool:
+    def stage(self, key: str, layout: Layout) -> None:
+        """A file to fill.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        shutil.rmtree(self.staging(key), ignore_errors=True)  # of a run that died
+        size, free = size_of(layout), shutil.disk_usage(self.folder).free
+        used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+        if used + size > self.budget:
+            full = f", of which {gib(used)} are used" if used > size // 100 else ""
+            raise OSError(errno.EDQUOT, f"{gib(size)} needed, trainer.cache_disk allows {gib(self.budget)}{full}")
+        if size + SPARE > free:
+            raise OSError(errno.ENOSPC, f"{gib(size)} needed, the disk has {gib(free)} free")
+        self.staging(key).mkdir()
+        write_header(self.staging(key) / "data.safetensors", layout)
+
+    def publish(self, key: str, parts: Any) -> None:
         """Checksums, everything to the disk, then the name."""
         staging = self.staging(key)
         manifest = {"block": BLOCK, "xxh3_128": checksums(staging / "data.safetensors", BLOCK), "made_of": parts}
-        try:
-            (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
-            for path in (staging / "data.safetensors", staging / "manifest.json", staging):
-                fsync(path)
-            staging.rename(self.folder / key)
-            fsync(self.folder)
-        except OSError as error:
-            return self.unwritable(key, error)
-        return True
+        (staging / "manifest.json").write_text(json.dumps(manifest, indent=1))
+        for path in (staging / "data.safetensors", staging / "manifest.json", staging):
+            fsync(path)
+        staging.rename(self.folder / key)
+        fsync(self.folder)
 
     def is_valid(self, key: str) -> bool:
-        """Whether the entry is complete; one that is damaged is removed. Call it with the lock held."""
+        """Whether the entry is complete; a damaged one is removed. Call it with the lock held."""
         if not (self.folder / key).exists():
             return False
         if problem := corruption(self.file(key)):
-            say(key, f"{self.folder / key} is damaged ({problem}); it is removed and made again")
+            say(key, f"{self.folder / key} is damaged ({problem}); removing and recomputing it")
             shutil.rmtree(self.folder / key, ignore_errors=True)
         return not problem
 
-    def no_room(self, size: int) -> str:
-        """Why `size` bytes more do not fit; empty when they do."""
-        used = sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
-        if used + size > self.budget:
-            full = f" ({gib(used)} of it used in {self.folder})" if used > size // 100 else ""
-            return f"{gib(size)}, more than {DISK}={gib(self.budget)} allows{full}"
-        free = shutil.disk_usage(self.folder).free
-        return f"{gib(size)}, and {self.folder} has {gib(free)} free" if size + SPARE > free else ""
+    def say_not_stored(self, key: str, problem: str) -> None:
+        say(key, f"not stored in {self.folder}: {problem}; recomputing each time")
 
 
-def cached_tensors(
-    what: str, key: str, layout: Layout, fill: Fill, store: DiskCache | None, ram_budget: int, parts: Any
-) -> CachedTensors | None:
-    """`what` in RAM where `ram_budget` bytes hold it (in one process alone: several share the file's pages), else in
-    the store, else None: compute it anew. Says which, and the seconds it took."""
-    start, size, where = time.perf_counter(), size_of(layout), "RAM"
-    cached: CachedTensors | None = None
-    if size <= ram_budget and rank_world()[1] == 1:
-        tensors = {name: torch.zeros(shape, dtype=dtype) for name, (dtype, shape) in layout.items()}
-        fill(tensors, 0, 1)
-        cached = tensors
-    elif store is not None:
-        cached, where = store.get(key, layout, fill, parts), str(store.folder)
-    else:
-        say(what, f"{gib(size)}, more than {RAM}={gib(ram_budget)}; computed anew wherever they are needed")
-    if cached is not None and rank_world()[0] == 0:
-        log.info(f"{what}: {gib(size)} in {where}, {time.perf_counter() - start:.1f} s")
-    return cached
+def disk_problem(action: Callable[[], None]) -> str:
+    """Run by rank 0: why the disk refused, in all processes; empty when it did not."""
+
+    def attempt() -> str:
+        try:
+            action()
+        except OSError as error:
+            return str(error.strerror)
+        return ""
+
+    return broadcast_from_rank0(attempt)
 
 
 def size_of(layout: Layout) -> int:
@@ -231,12 +236,11 @@ def size_of(layout: Layout) -> int:
 
 
 def write_header(path: Path, layout: Layout) -> None:
-    """A safetensors file of the layout's size, whose zeroed bytes wait to be filled."""
+    """A zeroed safetensors file of the layout's size."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     header, end = {}, 0
-    for name, (dtype, shape) in sorted(
-        layout.items(), key=lambda item: -item[1][0].itemsize
-    ):  # so that all are aligned
+    aligned = sorted(layout.items(), key=lambda item: -item[1][0].itemsize)
+    for name, (dtype, shape) in aligned:
         start, end = end, end + size_of({name: (dtype, shape)})
         header[name] = {"dtype": names[dtype], "shape": list(shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
@@ -245,7 +249,7 @@ def write_header(path: Path, layout: Layout) -> None:
         file.write(struct.pack("<Q", len(text)) + text)
         file.flush()
         if end:
-            # Room that is not there must show here: a full disk under a memory map ends the process.
+            # A full disk must show here: under a memory map it kills the process.
             if hasattr(os, "posix_fallocate"):
                 os.posix_fallocate(file.fileno(), file.tell(), end)
             else:
@@ -253,14 +257,13 @@ def write_header(path: Path, layout: Layout) -> None:
 
 
 def views(file: np.ndarray) -> dict[str, torch.Tensor]:
-    """The tensors of a safetensors file that is mapped as bytes."""
+    """The tensors of a memory-mapped safetensors file."""
     start = 8 + int(file[:8].view("<u8")[0])
     header = json.loads(bytes(file[8:start]))
     data = torch.from_numpy(file)[start:]
     return {
         name: data[slice(*entry["data_offsets"])].view(DTYPES[entry["dtype"]]).view(entry["shape"])
         for name, entry in header.items()
-        if name != "__metadata__"
     }
 
 
@@ -277,7 +280,7 @@ def checksums(path: Path, block: int) -> list[str]:
 
 
 def corruption(path: Path) -> str:
-    """What is wrong with an entry's file; empty when it is what its manifest says."""
+    """What is wrong with an entry's file; empty when it matches its manifest."""
     try:
         manifest = json.loads(path.with_name("manifest.json").read_text())
         if checksums(path, manifest["block"]) == manifest["xxh3_128"]:

@@ -1,7 +1,7 @@
 """What a model computes with, as one hash: two models with the same hash give the same numbers.
 
-Everything is hashed where it lies, so that a model on a GPU is read at memory speed: 64-bit words are mixed with their
-places (MurmurHash3's finaliser) and summed, which integer arithmetic does alike on every device, in any order.
+Every tensor is hashed on its own device, so that a model on a GPU is read at memory speed: 64-bit words are mixed with
+their positions (MurmurHash3's finaliser) and summed, in integers: the same on every device, in any order.
 """
 
 import hashlib
@@ -28,11 +28,10 @@ IGNORED_KEYS = ("transformers_version", "architectures", "dtype", "use_cache")  
 def weights_key(model: nn.Module, adapter: str | None = None) -> str:
     """A hash of all that a model, or a part of one, computes with: parameters, buffers, dtypes, quantisation, config.
 
-    The same on every device, in every process, whatever adapters are on the model. Weights that are sharded are
-    gathered, by all processes together.
+    The same on every device and in every process. All processes gather sharded weights together.
 
     Args:
-        adapter: None for the model with its adapters off; else the adapter that counts in.
+        adapter: the one that counts; None for the model with its adapters off.
     """
     model = base_of(model)
     names, tensors = [], []
@@ -63,7 +62,7 @@ def named_contents(module: nn.Module, adapter: str | None, path: str = "") -> It
     for name, child in module._modules.items():
         if child is None:
             continue
-        if adapted and hasattr(child, "keys"):  # a dictionary with an entry for each adapter
+        if adapted and hasattr(child, "keys"):  # a dictionary with one entry per adapter
             part = dict(child.items()).get(adapter)
             if isinstance(part, torch.Tensor):
                 yield f"{path}{name}", part
@@ -75,7 +74,7 @@ def named_contents(module: nn.Module, adapter: str | None, path: str = "") -> It
 
 
 def quantisation(tensor: Any, module: Any) -> Iterator[tuple[str, Any]]:
-    """What bitsandbytes keeps beside a quantised weight's codes."""
+    """What bitsandbytes stores with a quantised weight's codes."""
     state = getattr(tensor, "quant_state", None)
     if state is not None:  # 4 bits
         yield "how", (state.quant_type, state.blocksize, state.dtype, tuple(state.shape))
@@ -89,9 +88,9 @@ def quantisation(tensor: Any, module: Any) -> Iterator[tuple[str, Any]]:
 
 @torch.no_grad()
 def content_hash(tensors: list[Any]) -> torch.Tensor:
-    """One int64 for each `WORDS` words of the tensors' bytes, on the CPU.
+    """One int64 per `WORDS` words of the tensors' bytes, on the CPU.
 
-    Small tensors are laid side by side first: one by one they would take a dozen launches each.
+    Small tensors are concatenated first: one by one they would take a dozen kernel launches each.
     """
     hashes: list[torch.Tensor] = []
     waiting: list[torch.Tensor] = []
@@ -109,7 +108,7 @@ def content_hash(tensors: list[Any]) -> torch.Tensor:
 
 
 def words_of(tensor: Any) -> torch.Tensor:
-    """A tensor's bytes as int64, filled up with zeros."""
+    """A tensor's bytes as int64, padded with zeros."""
     data = full_tensor(tensor).detach().reshape(-1).contiguous().view(torch.uint8)
     if len(data) % 8 or data.storage_offset() % 8:
         data = F.pad(data, (0, -len(data) % 8)).clone()
@@ -117,13 +116,13 @@ def words_of(tensor: Any) -> torch.Tensor:
 
 
 def sums(parts: list[torch.Tensor]) -> torch.Tensor:
-    """One int64 for each `WORDS` words of the parts side by side, on the CPU."""
+    """One int64 per `WORDS` words of the concatenated parts, on the CPU."""
     words = torch.cat(parts) if len(parts) > 1 else parts[0]
     return torch.stack([mixed(words[i : i + WORDS]) for i in range(0, max(len(words), 1), WORDS)]).cpu()
 
 
 def mixed(words: torch.Tensor) -> torch.Tensor:
-    """sum_i mix(words_i + place_i) modulo 2^64, 0-dim: one changed bit, or two words exchanged, change it."""
+    """sum_i mix(words_i + places_i) modulo 2^64, 0-dim: one changed bit, or two words swapped, change it."""
     x = words + places(words.device)[: len(words)]
     for factor in FACTORS:
         x.bitwise_xor_((x >> 33).bitwise_and_(0x7FFFFFFF)).mul_(factor)
@@ -132,12 +131,12 @@ def mixed(words: torch.Tensor) -> torch.Tensor:
 
 @cache
 def places(device: torch.device) -> torch.Tensor:
-    """(WORDS,) a number for each place, far from those of its neighbours (SplitMix64's steps)."""
+    """(WORDS,) a number per position, far from those of its neighbours (SplitMix64's steps)."""
     return torch.arange(1, WORDS + 1, device=device).mul_(0x9E3779B97F4A7C15 - 2**64)
 
 
 def canonical_config(value: Any) -> Any:
-    """A config as JSON, without what decides no number: names of folders, versions, ids of tokens to stop at."""
+    """A config as JSON, without what decides no number: folder names, versions, ids of stop tokens."""
     if isinstance(value, dict):
         items = ((str(key), item) for key, item in value.items())
         return {

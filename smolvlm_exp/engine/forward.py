@@ -1,4 +1,4 @@
-"""One forward a batch of pairs: each image once, each prompt once, log-probabilities of the answers' tokens alone.
+"""One forward pass per batch of pairs: each image and prompt once, log-probabilities of the answers' tokens only.
 
 The result has TRL's layout, (2B, L - 1) with zeros outside the answers, so that its losses and metrics run unchanged.
 """
@@ -12,23 +12,23 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from smolvlm_exp.engine.layers.shared_prefix_attention import Layout, use_shared_prefix
-from smolvlm_exp.engine.layers.vision_layer import use_patch_product
+from smolvlm_exp.engine.layers.attention import Layout, use_shared_prefix
+from smolvlm_exp.engine.layers.fuse import use_patch_product
 from smolvlm_exp.engine.model_parts import is_trainable
 from smolvlm_exp.utils.distributed import full_tensor
 
 Pixels = Callable[[torch.Tensor], torch.Tensor]  # (n, 3, S, S) uint8 -> what the vision tower reads, on its device
 STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top1")  # ChunkedLogProbFunction's order
-VOCABULARY_CHUNK = 32768  # TRL's own: logits exist for so many tokens of the vocabulary at a time
+VOCABULARY_CHUNK = 32768  # TRL's own: logits exist for this many tokens of the vocabulary at a time
 
 
 def add_pair_forward(model: PreTrainedModel, pixels: Pixels, statistics: tuple[str, ...]) -> None:
-    """`model(packed=..., **TRL's arguments)` then scores packed pairs; without `packed` it is what it was before.
+    """Let `model(packed=..., labels=...)` score packed pairs; without `packed` it is what it was before.
 
-    It is the model's own `forward` that changes, so that wrappers (PEFT, DDP, FSDP) see every call.
+    The model's own `forward` changes, so that wrappers (PEFT, DDP, FSDP) see every call.
 
     Args:
-        statistics: which of `STATISTICS` TRL's loss and metrics will ask for.
+        statistics: those of `STATISTICS` that TRL's loss and metrics need.
     """
     ordinary, core = model.forward, cast(Any, model.base_model)
     use_shared_prefix(core.text_model)
@@ -48,7 +48,7 @@ def score_pairs(
     packed: Mapping[str, Any],
     labels: torch.Tensor,
     pixels: Pixels,
-    statistics: tuple[str, ...] = ("log_probs",),
+    statistics: tuple[str, ...],
 ) -> FusedCausalLMOutput:
     """Log-probabilities of both answers' tokens, and the other `statistics`, each (2B, L - 1).
 
@@ -81,7 +81,7 @@ def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pix
     output = core.text_model(
         inputs_embeds=embeddings,
         position_ids=packed["positions"],
-        attention_mask=embeddings.new_empty(1, 1, 0, 0),  # a mask of four dimensions is taken for a finished one
+        attention_mask=embeddings.new_empty(1, 1, 0, 0),  # with four dimensions, it is used as it is
         use_cache=False,
         layout=Layout.of(packed),
     )
@@ -89,9 +89,9 @@ def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pix
 
 
 def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:
-    """(n, 3, S, S) -> (n, tokens per tile, H): vision tower and connector, without gradients where nothing learns.
+    """(n, 3, S, S) -> (n, tokens per tile, H): vision tower and connector, without gradients where both are frozen.
 
-    Tiles are never padded, so that the encoder needs no mask, which the tower's own `forward` makes and looks into.
+    Tiles are never padded, so the encoder needs no mask, which the tower's own `forward` makes and reads.
     """
     tower, connector = core.vision_model, core.connector
     with torch.set_grad_enabled(torch.is_grad_enabled() and is_trainable(tower, connector)):

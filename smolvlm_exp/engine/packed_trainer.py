@@ -3,7 +3,7 @@
 transformers fetches `gradient_accumulation_steps` batches of `per_device_train_batch_size` row numbers, the very rows
 stock TRL would train on, and calls `training_step` for each. All but the last of these calls have nothing to do: the
 last one runs the whole step, in micro-batches as large as memory allows, and gives it the gradient of the mean over all
-its pairs. Out of memory, it does the step again in smaller ones.
+its pairs. Out of memory, it retries the step in smaller ones.
 
 Where the loader's last batch of an epoch is not full, stock TRL gives its pairs more weight; here every pair counts
 alike. `entropy`, `logits/*` and `mean_token_accuracy` are TRL's means over the tokens that its loss code sees at once,
@@ -17,27 +17,31 @@ from collections.abc import Callable, Iterator
 from itertools import islice
 from typing import Any
 
+import datasets
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
-from smolvlm_exp.engine.forward import Pixels, add_pair_forward
-from smolvlm_exp.engine.inputs.collate import Batch, concat_pairs, index_dataset, slice_pairs, to_device
-from smolvlm_exp.engine.inputs.dataset import Collator
-from smolvlm_exp.engine.inputs.micro_batches import MicroBatch, Step, StepSampler, split_micro_batches
+from smolvlm_exp.engine.forward import add_pair_forward
+from smolvlm_exp.engine.inputs.dataset import PackedDataset, batch_loader
+from smolvlm_exp.engine.inputs.micro_batches import (
+    Batch,
+    MicroBatch,
+    Step,
+    StepSampler,
+    concat_pairs,
+    slice_pairs,
+    split_micro_batches,
+)
+from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.memory.probe import out_of_memory
 from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.utils.distributed import all_reduce_mean, gather, no_gather
 
 log = logging.getLogger(__name__)
-
-
-NO_WORKERS = {
-    "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
-    "dataloader_pin_memory": False,
-}  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -54,84 +58,66 @@ def overridden(target: Any, **values: Any) -> Iterator[None]:
 class PackedTrainer(Trainer):
     """What turns one of TRL's trainers into the engine's; comes before it among a class's bases.
 
-    Args:
-        model: as trainers.py's `attach_and_fuse` leaves it.
-        normalise: tiles.pixels.
-        collator: of the training rows; eval_collator: of the held-out rows.
-        micro_batch: pairs in one forward and backward pass; None: `per_device_train_batch_size`.
+    Attributes:
+        micro_batch: pairs in one forward and backward pass; eval_micro_batch: in one of evaluation.
         batch_loss: the loss is not a mean over pairs; see `split_micro_batches`.
-        trl: the TRL trainer's own arguments.
+        shares: per mode, how much each call of TRL's loss code counts in its logged means.
     """
 
+    batch_loss = False
     _metrics: dict[str, defaultdict[Any, list[Any]]]  # TRL's
     _total_train_tokens: Any
     maybe_activation_offload_context: Any
     _signature_columns: Any
 
-    def __init__(
-        self,
-        model: Any,
-        *,
-        normalise: Pixels,
-        collator: Collator,
-        eval_collator: Collator | None = None,
-        micro_batch: int | None = None,
-        batch_loss: bool = False,
-        **trl: Any,
-    ) -> None:
+    def __init__(self, model: Any, *, rows: PackedDataset, eval_rows: PackedDataset | None, **trl: Any) -> None:
+        """Args:
+        model: as trainers.py's `attach_and_fuse` leaves it.
+        rows: of training; eval_rows: held out.
+        trl: the TRL trainer's own arguments.
+        """
         args = trl["args"]
-        unit = args.per_device_train_batch_size
-        self.collator, self.eval_collator = collator, eval_collator
-        self.micro_batch = micro_batch or unit
+        self.rows, self.eval_rows = rows, eval_rows
+        self.micro_batch = args.per_device_train_batch_size
         self.eval_micro_batch = args.per_device_eval_batch_size
-        self.batch_loss = batch_loss
-        self.out_of_memory = 0  # how often
+        self.out_of_memory = 0  # how often, for summary.json
         self.shares: dict[str, list[float]] = defaultdict(list)
         self.source: Any = None
-        if batch_loss and self.micro_batch % unit:
-            raise ValueError(
-                f"micro-batches of {self.micro_batch} pairs would change this loss, which is no mean over pairs: it "
-                f"needs multiples of trainer.per_device_train_batch_size={unit}."
-            )
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every row has an image, so every parameter is used
         weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
             data_collator=lambda examples: {"rows": [example["row"] for example in examples]},
-            train_dataset=index_dataset(len(collator.rows)),
-            eval_dataset=index_dataset(len(eval_collator.rows)) if eval_collator else None,
+            train_dataset=index_dataset(len(rows)),
+            eval_dataset=index_dataset(len(eval_rows)) if eval_rows is not None else None,
             **trl,
         )
         for parameter, data in weights:  # TRL rounds adapters on quantised weights to bfloat16
             parameter.data = data.to(parameter.device)
-        if self.is_fsdp_enabled:  # accelerate would have what learns rounded to bfloat16 in every forward pass
+        if self.is_fsdp_enabled:  # accelerate would have trained parameters rounded to bfloat16 in every forward pass
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.split)
         self.batches = self.make_loader()
-        add_pair_forward(base_of(model), normalise, self.statistics())
+        add_pair_forward(base_of(model), pixels(trl["processing_class"]), self.statistics())
 
     def make_loader(self) -> Any:
-        """A loader of whole steps' micro-batches, whose workers last until it is let go."""
-        numbers: Any = range(len(self.collator.rows))
-        args = self.args
-        return torch.utils.data.DataLoader(
-            numbers,
-            batch_sampler=self.sampler,
-            collate_fn=self.collator.of_rows,
-            num_workers=args.dataloader_num_workers,
-            prefetch_factor=args.dataloader_prefetch_factor,
-            pin_memory=args.dataloader_pin_memory,
-            persistent_workers=args.dataloader_num_workers > 0,
-            multiprocessing_context=args.dataloader_multiprocessing_context,
-            generator=torch.Generator(),  # or it would draw from the run's own
+        """A loader of whole steps' micro-batches, whose workers live as long as it does."""
+        return batch_loader(
+            self.rows.batch,
+            self.sampler,
+            num_workers=self.args.dataloader_num_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_num_workers > 0,
+            multiprocessing_context=self.args.dataloader_multiprocessing_context,
         )
 
     def split(self, units: list[list[int]]) -> list[MicroBatch]:
         return split_micro_batches(units, self.micro_batch, self.batch_loss)
 
     def statistics(self) -> tuple[str, ...]:
-        """Which of forward.py's `STATISTICS` TRL's loss and metrics ask for."""
+        """Those of forward.py's `STATISTICS` that TRL's loss and metrics need."""
         raise NotImplementedError
 
     def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
@@ -144,15 +130,17 @@ class PackedTrainer(Trainer):
         self._signature_columns = ["row"]
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As transformers does; the workers end with it: torch 2.11 waits five seconds for each at exit."""
+        """As transformers does; then the workers end: torch 2.11 waits five seconds for each at exit."""
         try:
             return super().train(*args, **kwargs)
         finally:
             self.batches, self.batches_left = self.make_loader(), iter(())
 
     def get_train_dataloader(self) -> Any:
-        """Of row numbers alone: `self.batches` has the workers."""
-        with overridden(self.args, **NO_WORKERS):
+        """Of row numbers only: `self.batches` has the workers."""
+        with overridden(
+            self.args, dataloader_num_workers=0, dataloader_persistent_workers=False, dataloader_prefetch_factor=None
+        ):
             return super().get_train_dataloader()
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
@@ -161,19 +149,19 @@ class PackedTrainer(Trainer):
             self.source = self.sampler.source = epoch_iterator
             self.sampler.steps.clear()  # of an epoch that was left early
             self.batches_left = iter(self.batches)
-        first = list(islice(self.batches_left, 1))
-        if not first:
+        first = next(self.batches_left, None)
+        if first is None:
             return [], None
         step = self.sampler.steps.popleft()
-        step.batches = [*first, *islice(self.batches_left, len(step.micros) - 1)]
+        step.batches = [first, *islice(self.batches_left, len(step.micros) - 1)]
         idle: list[Any] = [{} for _ in step.units[1:]]
         return [*idle, {"step": step}], self._get_num_items_in_batch(step.batches, device)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward passes of a whole optimiser step.
 
-        Processes meet once a step, when each has its gradients: how many micro-batches that takes is their own affair.
-        Sharded weights (FSDP) are fetched by all processes together, layer by layer, so there it is not.
+        Processes synchronise once per step, when each has its gradients, so each may run as many micro-batches as it
+        needs. Not under FSDP: all processes gather sharded weights together, layer by layer.
         """
         if "step" not in inputs:
             return torch.zeros((), device=self.args.device)
@@ -205,20 +193,18 @@ class PackedTrainer(Trainer):
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
-                self.halve_micro_batch(step, error)
-            # Here, because the error above holds on to the failed pass's tensors.
+                self.halve_micro_batch(error)
+            # Here, because the error above holds the failed pass's tensors.
             model.zero_grad()
             self.restore(before)
-            step.micros, step.batches = self.split(step.units), []
 
     def run(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
-        """The step's loss, detached."""
         total = torch.zeros((), device=self.args.device)
-        if any(len(micro.rows) > self.micro_batch for micro in step.micros):  # prepared before it shrank
+        if any(len(micro.rows) > self.micro_batch for micro in step.micros):  # prepared before micro_batch shrank
             step.micros, step.batches = self.split(step.units), []
         for i, micro in enumerate(step.micros):
-            step.running = micro
-            batch = step.batches[i] if step.batches else self.collator.of_rows(micro.rows)
+            self.running = micro
+            batch = step.batches[i] if step.batches else self.rows.batch(micro.rows)
             last = i == len(step.micros) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -246,13 +232,18 @@ class PackedTrainer(Trainer):
 
     def score(self, model: nn.Module, batch: Batch) -> tuple[Batch, Any]:
         """A collated batch -> TRL's own fields, and the model's outputs in TRL's layout."""
-        fields = to_device({k: v for k, v in batch.items() if k != "rows"}, self.args.device)
+        fields = self.on_device(batch)
         packed = fields.pop("packed")
         labels = fields.get("labels")  # of supervised fine-tuning
         if labels is None:
             labels = fields["input_ids"].masked_fill(fields["completion_mask"] == 0, -100)
         outputs = model(packed=packed, labels=labels)
         return {**fields, **self.reference_of(fields, packed)}, outputs
+
+    def on_device(self, batch: Batch) -> Batch:
+        """The tensors of a collated batch, without the row numbers."""
+        tensors = {name: value for name, value in batch.items() if name != "rows"}
+        return send_to_device(tensors, self.args.device, non_blocking=True)
 
     def reference_of(self, fields: Batch, packed: Batch) -> Batch:
         """What the loss needs of a reference and the rows do not have."""
@@ -261,7 +252,7 @@ class PackedTrainer(Trainer):
     # Memory
 
     def snapshot(self) -> Any:
-        """What a step changes beside gradients: random states, TRL's metrics."""
+        """What a step changes besides gradients: random states, TRL's metrics."""
         gpu = torch.cuda.get_rng_state() if self.args.device.type == "cuda" else None
         metrics = {name: list(values) for name, values in self._metrics["train"].items()}
         tokens = self._total_train_tokens + 0  # a copy: TRL adds in place
@@ -276,13 +267,13 @@ class PackedTrainer(Trainer):
         self._metrics["train"].clear()
         self._metrics["train"].update(metrics)
 
-    def halve_micro_batch(self, step: Step, error: RuntimeError) -> None:
+    def halve_micro_batch(self, error: RuntimeError) -> None:
         """Smaller micro-batches from here on.
 
         Raises:
             RuntimeError: there are none, or other processes could not follow.
         """
-        failed = len(step.running.rows)
+        failed = len(self.running.rows)
         unit = self.args.per_device_train_batch_size if self.batch_loss else 1
         smaller = failed // 2 // unit * unit
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -296,8 +287,8 @@ class PackedTrainer(Trainer):
                     f"Out of memory with {failed} pairs, which this loss needs together.\n"
                     "Lower trainer.per_device_train_batch_size and raise trainer.gradient_accumulation_steps."
                 ) from error
-            (row,) = step.running.rows
-            sizes = self.collator.rows.sizes[row]
+            (row,) = self.running.rows
+            sizes = self.rows.sizes[row]
             raise RuntimeError(
                 f"Out of memory with a single pair, row {row}: {sizes[:3].sum()} tokens, {sizes[3]} tiles.\n"
                 "Try: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "
@@ -311,34 +302,34 @@ class PackedTrainer(Trainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Batches of `per_device_eval_batch_size`, collated by its own workers."""
-        with overridden(self, data_collator=self.eval_collator):
+        assert self.eval_rows is not None
+        with overridden(self, data_collator=self.eval_rows.batch_of):
             return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[torch.Tensor, None, None]:
         """TRL's loss and metrics of one of the evaluation loader's batches."""
-        assert self.eval_collator is not None
+        assert self.eval_rows is not None
         with torch.no_grad(), self.compute_loss_context_manager():
-            parts, sizes = self.in_parts(inputs, self.eval_collator, lambda batch: self.score(model, batch))
-            fields, outputs = (concat_pairs(part, sizes) for part in zip(*parts, strict=True))
+            fields, outputs = self.in_parts(inputs, self.eval_rows, lambda batch: self.score(model, batch))
             self.shares["eval"].append(1.0)
             with DeferredMetrics():
                 loss = self.loss_of(outputs, fields, None)
         return loss.detach(), None, None
 
-    def in_parts(self, batch: Batch, collator: Collator, run: Callable[[Batch], Any]) -> tuple[list[Any], list[int]]:
-        """`run` on a batch without gradients, in as many parts as memory asks for; training's size is left alone.
+    def in_parts(self, batch: Batch, rows: PackedDataset, run: Callable[[Batch], tuple[Any, ...]]) -> list[Any]:
+        """`run`'s mappings of tensors for a batch, without gradients, computed in as many parts as memory needs.
 
-        Returns:
-            what it gave for each part; how many pairs each had.
+        Training's micro-batch stays as it is.
         """
-        rows = batch["rows"].tolist()
+        numbers = batch["rows"].tolist()
         while True:
-            size = min(self.eval_micro_batch, len(rows))
-            parts = [rows[i : i + size] for i in range(0, len(rows), size)]
+            size = min(self.eval_micro_batch, len(numbers))
+            parts = [numbers[i : i + size] for i in range(0, len(numbers), size)]
             try:
-                return [run(batch if part == rows else collator.of_rows(part)) for part in parts], list(map(len, parts))
+                results = [run(batch if part == numbers else rows.batch(part)) for part in parts]
+                return [concat_pairs(pieces, list(map(len, parts))) for pieces in zip(*results, strict=True)]
             except RuntimeError as error:
                 if not out_of_memory(error) or size == 1:
                     raise
@@ -357,3 +348,8 @@ class PackedTrainer(Trainer):
                 self._metrics[mode][name] = [sum(column) / len(column) for column in columns]
         self.shares[mode].clear()
         super().log(logs, start_time)
+
+
+def index_dataset(rows: int) -> datasets.Dataset:
+    """What transformers and TRL take for the data: row numbers, and a column that says there are images."""
+    return datasets.Dataset.from_dict({"row": range(rows), "images": [[]] * rows})

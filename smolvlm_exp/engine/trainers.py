@@ -1,7 +1,6 @@
 """TRL's trainers on the engine: the loss and the metrics are TRL's own code, the rows are stock TRL's in its order."""
 
 import logging
-from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +12,8 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
-from smolvlm_exp.engine.inputs.collate import Batch, to_device
-from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.inputs.micro_batches import Batch
 from smolvlm_exp.engine.layers.fuse import fuse
 from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 from smolvlm_exp.engine.memory.planner import BATCH_LOSSES
@@ -29,10 +28,12 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
     """DPO on packed pairs. The reference's log-probabilities come with the rows: call `score_references` first."""
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
-        batch_loss = bool(BATCH_LOSSES & set(kwargs["args"].loss_type))
-        super().__init__(model, batch_loss=batch_loss, ref_model=NoReference(model.config), **kwargs)
+        placeholder: Any = nn.Identity()  # else TRL builds a second model or a second adapter
+        placeholder.config = model.config
+        super().__init__(model, ref_model=placeholder, **kwargs)
         self.ref_model: Any = None
         self.precompute_ref_logps = True
+        self.batch_loss = bool(BATCH_LOSSES & set(self.loss_types))
         self.live = depends_on_its_batch(model)
 
     def statistics(self) -> tuple[str, ...]:
@@ -43,15 +44,16 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         return self._compute_loss(lambda **_: outputs, fields, False)
 
     def reference_of(self, fields: Batch, packed: Batch) -> Batch:
-        if not self.live:
-            return {}
-        chosen, rejected = self.compute_ref_log_probs(self.model, {**fields, "packed": packed})
+        return self.reference({**fields, "packed": packed}) if self.live else {}
+
+    def reference(self, fields: Batch) -> Batch:
+        chosen, rejected = self.compute_ref_log_probs(self.model, fields)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
-    def score_references(self, store: DiskCache | None, batch_size: int) -> None:
+    def score_references(self, store: DiskCache) -> None:
         """The reference's log-probabilities of all rows, read or computed; before training, when it is the policy.
 
-        A fresh adapter adds nothing, so the reference is the model without it, and other runs can use what was found.
+        A fresh adapter adds nothing, so the reference is the model without it, whose numbers other runs can use.
         """
         if self.live:
             log.info("reference: recomputed per batch (int8 results depend on the batch)")
@@ -71,23 +73,16 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
             "attention": base_of(model).config._attn_implementation,
             "device": self.args.device.type,
         }
-        for collator in (self.collator, self.eval_collator):
-            if collator is not None:
-                score = partial(self.reference_scores, collator=collator)
-                workers = self.args.dataloader_num_workers
-                collator.rows.reference = reference_logps(collator, score, parts, store, batch_size, workers)
+        batch_size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
+        for rows in (self.rows, self.eval_rows):
+            if rows is not None:
+                rows.reference = reference_logps(rows, self.reference_scores, parts, store, batch_size, workers)
         self.ref_model = None
 
-    def reference_scores(self, batch: Batch, collator: Collator) -> tuple[torch.Tensor, torch.Tensor]:
-        """The reference on a batch of `collator`, in parts that fit."""
-
-        def score(part: Batch) -> tuple[torch.Tensor, torch.Tensor]:
-            fields = to_device({name: value for name, value in part.items() if name != "rows"}, self.args.device)
-            return self.compute_ref_log_probs(self.model, fields)
-
-        parts, _ = self.in_parts(batch, collator, score)
-        chosen, rejected = (torch.cat(side) for side in zip(*parts, strict=True))
-        return chosen, rejected
+    def reference_scores(self, batch: Batch, rows: PackedDataset) -> tuple[torch.Tensor, torch.Tensor]:
+        """The reference on a batch of `rows`, in parts that fit."""
+        (logps,) = self.in_parts(batch, rows, lambda part: (self.reference(self.on_device(part)),))
+        return logps["ref_chosen_logps"], logps["ref_rejected_logps"]
 
 
 class SharedPrefixSFTTrainer(PackedTrainer, SFTTrainer):
@@ -109,20 +104,12 @@ class ChosenDataset(PackedDataset):
         return row
 
 
-class NoReference(nn.Module):
-    """Stands where TRL wants a reference model while it is built: a second model, or a second adapter, else."""
-
-    def __init__(self, config: Any) -> None:
-        super().__init__()
-        self.config = config
-
-
 def attach_and_fuse(model: Any, peft_config: PeftConfig | None, args: Any) -> Any:
-    """The model with its adapter on and its layers fused, in this order: fusing sets the magnitudes of a fresh DoRA.
+    """The model with its adapter on, its layers fused after it: fusing sets the magnitudes of a fresh DoRA.
 
     Args:
         peft_config: None where the adapter is on already, or every weight is trained.
-        args: the trainer's; what the fused layers do themselves is taken out of it.
+        args: the trainer's; activation checkpointing is switched off in it where the fused layers do it themselves.
     """
     if peft_config is not None:
         set_seed(args.seed)  # where TRL would, so that the adapter starts with the same numbers
@@ -142,10 +129,10 @@ def attach_and_fuse(model: Any, peft_config: PeftConfig | None, args: Any) -> An
 
 
 def adds_nothing(model: PeftModel) -> bool:
-    """Whether every adapter's B is zero still. PiSSA's and OLoRA's never are: they start with a part of the base."""
+    """Whether every adapter's B is still zero. PiSSA's and OLoRA's never are: they start with a part of the base."""
     return not any(parameter.any() for name, parameter in model.named_parameters() if "lora_B" in name)
 
 
 def depends_on_its_batch(model: nn.Module) -> bool:
-    """LLM.int8 keeps whole columns in 16 bits wherever one row of the batch stands out (arXiv 2208.07339)."""
+    """LLM.int8 computes a column in 16 bits wherever one row of the batch has an outlier (arXiv 2208.07339)."""
     return any(getattr(getattr(module, "state", None), "threshold", 0.0) > 0.0 for module in model.modules())

@@ -1,23 +1,30 @@
-"""What the evaluations before and after say about a run that its loss does not."""
+"""What evaluations before and after tuning show about a run that its loss does not."""
 
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from smolvlm_exp.evaluation.held_out import Evaluation
-from smolvlm_exp.evaluation.preference import Logps
+from smolvlm_exp.evaluation.preference import Logps, answer_logps
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from peft import PeftModel
+    from transformers import ProcessorMixin
 
 SIDES = ("chosen", "rejected")
-MIN_CHANGE = 1e-4  # nats/token; what rounding does in float32 is a hundredth of it
+MIN_CHANGE = 1e-4  # nats/token; rounding in float32 is a hundredth of it
 MAX_DROP = 0.1  # nats/token that chosen answers may lose: beyond, it is likelihood displacement
-MIN_RELIANCE = 0.5  # of the image's contribution before, that has to be left after
+MIN_RELIANCE = 0.5  # share of the image's contribution before tuning that has to remain
 MIN_CONTRIBUTION = 0.05  # nats/token below which an image's contribution is too small to compare
 MAX_LENGTH_SHARE = 0.5  # of the margin's variance that answers' lengths may explain
 MAX_GAP = 0.2  # of reward accuracy, training over held-out rows
 MAX_LENGTH_CHANGE = 0.5  # by which generated answers may grow or shrink
+MAX_RELOAD_ERROR = 1e-4  # nats; the same weights in the same batch give the same numbers
 LAST_EVENTS = 5  # logged events over which training's accuracy is averaged
 MIN_ROWS = 20  # rows for a share of variance to mean anything
 
@@ -27,7 +34,7 @@ class Check:
     """As summary.json has it."""
 
     id: str  # stable: scripts, W&B (`checks/<id>`) and advice go by it
-    name: str  # the same for people
+    name: str  # for display
     value: float
     threshold: str
     verdict: str  # ok, warn or fail
@@ -67,10 +74,7 @@ def compare_evaluations(
     checks += image_reliance(before.metrics, after.metrics)
     assert before.logps
     assert after.logps
-    chosen, rejected = (
-        ((getattr(before.logps, side) - getattr(after.logps, side)) / getattr(after.logps, f"{side}_tokens")).mean()
-        for side in SIDES
-    )  # nats/token that answers lose on average
+    chosen, rejected = (drop.mean() for drop in logp_drops(before.logps, after.logps))
     detail = f"rejected answers fell by {rejected:.2g}"
     name = "chosen log-prob drop (likelihood displacement), nats/token"
     checks.append(require("likelihood_displacement", name, chosen.item(), "<=", MAX_DROP, "warn", detail))
@@ -102,8 +106,12 @@ def policy_changed(before: Evaluation, after: Evaluation) -> Check:
 
 def mean_logp_change(before: Logps, after: Logps) -> float:
     """Mean absolute change of the answers' log-probs, nats/token."""
-    sides = ((getattr(after, side) - getattr(before, side)) / getattr(after, f"{side}_tokens") for side in SIDES)
-    return torch.cat(list(sides)).abs().mean().item()
+    return torch.cat(logp_drops(before, after)).abs().mean().item()
+
+
+def logp_drops(before: Logps, after: Logps) -> list[torch.Tensor]:
+    """What the chosen and the rejected answers lost, nats/token: two of (rows,)."""
+    return [(getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens") for side in SIDES]
 
 
 def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Check]:
@@ -125,3 +133,34 @@ def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:
     x, y = values.double() - values.double().mean(), by.double() - by.double().mean()
     norm = (x @ x) * (y @ y)
     return ((x @ y) ** 2 / norm).item() if norm > 0 else 0.0
+
+
+def check_adapter_reload(
+    model: "PeftModel",
+    processor: "ProcessorMixin",
+    folder: Path,
+    rows: "Dataset",
+    batch_size: int,
+    max_length: int | None,
+    tuned: Logps,
+) -> Check:
+    """Whether the saved adapter is the trained one: PEFT loads it into the model, and a batch is scored again.
+
+    The adapter's tensors are zeroed first, so that a tensor the file lacks does not go unnoticed.
+
+    Args:
+        folder: the run's, with `adapter/`.
+        tuned: answer_logps of `rows` in the same batches, from before the adapter was saved.
+    """
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.zero_()
+    set_peft_model_state_dict(model, load_peft_weights(str(folder / "adapter"), device=str(model.device)))
+    first = rows.select(range(min(batch_size, len(rows))))
+    reloaded = answer_logps(model, processor, first, batch_size, max_length)  # type: ignore[arg-type]
+    errors = ((getattr(reloaded, side) - getattr(tuned, side)[: len(first)]).abs().max() for side in SIDES)
+    name = "saved adapter, reloaded: largest log-prob error (nats)"
+    return require("adapter_reload", name, max(errors).item(), "<=", MAX_RELOAD_ERROR)

@@ -1,23 +1,66 @@
-"""Finished runs grouped by their settings without the seed, and which of their differences are more than noise."""
+"""Finished runs grouped by their settings without the seed, and which of their differences are more than noise.
 
-from collections.abc import Sequence
+Runs that evaluated the same held-out rows are compared row by row, by the rows.safetensors in their folders.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 from smolvlm_exp.evaluation.metrics import GOALS, METRICS, summary_value
-from smolvlm_exp.evaluation.per_row import PerRowResults
 from smolvlm_exp.evaluation.statistics import Ratio, changes, t_interval
+
+FILE = "rows.safetensors"
+
+
+@dataclass(frozen=True)
+class PerRowResults:
+    """A run's training and held-out rows, and each held-out row's part in each metric."""
+
+    train: np.ndarray  # (rows,) uint64, of each row's question and images
+    test: np.ndarray
+    ratios: dict[str, Ratio]  # of the tuned model
+
+
+def save_per_row(folder: Path, fingerprints: Mapping[str, Sequence[bytes]], ratios: Mapping[str, Ratio]) -> None:
+    """
+    Args:
+        fingerprints: Preferences.prints.
+        ratios: of the tuned model on the held-out rows.
+    """
+    arrays = {split: short_fingerprints(rows) for split, rows in fingerprints.items()}
+    for name, ratio in ratios.items():
+        arrays[f"metric {name}"] = np.stack([ratio.top, ratio.bottom, np.full(len(ratio.top), ratio.empty)])
+    save_file(arrays, folder / FILE)
+
+
+def load_per_row(folder: Path) -> PerRowResults | None:
+    """None where the file is missing or damaged."""
+    try:
+        arrays = load_file(folder / FILE)
+        stored = {name.partition(" ")[2]: array for name, array in arrays.items() if name.startswith("metric ")}
+        ratios = {name: Ratio(top, bottom, float(empty[0])) for name, (top, bottom, empty) in stored.items()}
+        return PerRowResults(arrays["train"], arrays["test"], ratios)
+    except (OSError, ValueError, KeyError, IndexError, SafetensorError):
+        return None
+
+
+def short_fingerprints(fingerprints: Sequence[bytes]) -> np.ndarray:
+    """Eight bytes of each: two of a million rows are alike by chance once in 40 million times."""
+    return np.frombuffer(b"".join(row[:8] for row in fingerprints), dtype=np.uint64)
 
 
 @dataclass(frozen=True)
 class Run:
     folder: Path
-    settings: dict[str, str]  # the whole resolved configuration, flat, as text
+    settings: dict[str, str]  # the resolved configuration, flat, as text
     summary: dict[str, Any]
     rows: PerRowResults | None = None
 
@@ -71,12 +114,12 @@ class Gap:
 
     difference: float  # its metric less the best's
     noise: float | None  # half of the difference's 95 % interval; None where it is not known
-    paired: bool  # whether the two were compared row by row
 
 
 @dataclass(frozen=True)
 class Comparison:
     groups: list[Group]  # the best first
+    gaps: list[Gap]  # of the groups
     keys: list[str]  # the settings that differ, seed apart
     metric: str
 
@@ -86,23 +129,8 @@ class Comparison:
         names = [f"after.{name}" for name in METRICS if all(g.value(f"after.{name}") is not None for g in self.groups)]
         return list(dict.fromkeys([self.metric, *names]))
 
-    @cached_property
-    def gaps(self) -> list[Gap]:
-        """Of each group."""
-        return [self.between(self.groups[0], group) for group in self.groups]
-
-    def between(self, best: Group, group: Group) -> Gap:
-        metric = self.metric
-        difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
-        over_seeds = best.seed_error(metric) ** 2 + group.seed_error(metric) ** 2
-        ours, theirs = group.ratio(metric), best.ratio(metric)
-        rows = [g.runs[0].rows for g in (group, best)]
-        if ours and theirs and rows[0] and rows[1] and np.array_equal(rows[0].test, rows[1].test):
-            change = changes({"": theirs}, {"": ours})[""]
-            return Gap(difference, (((change.high - change.low) / 2) ** 2 + over_seeds) ** 0.5, paired=True)
-        errors = best.error(metric), group.error(metric)
-        noise = None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5
-        return Gap(difference, noise, paired=False)
+    def gap(self, group: Group) -> Gap:
+        return self.gaps[self.groups.index(group)]
 
     def verdict(self, group: Group) -> str:
         """A group against the best."""
@@ -110,10 +138,23 @@ class Comparison:
             return "not measured"
         if group is self.groups[0]:
             return "best"
-        gap = self.gaps[self.groups.index(group)]
+        gap = self.gap(group)
         if gap.noise is None:
             return "no confidence interval"
         return "worse" if abs(gap.difference) > gap.noise else "within the noise"
+
+
+def measure_gap(best: Group, group: Group, metric: str) -> Gap:
+    """Row by row where both evaluated the same held-out rows, else from the two intervals."""
+    difference = (group.value(metric) or 0.0) - (best.value(metric) or 0.0)
+    ours, theirs = group.ratio(metric), best.ratio(metric)
+    rows = [g.runs[0].rows for g in (group, best)]
+    if ours and theirs and rows[0] and rows[1] and np.array_equal(rows[0].test, rows[1].test):
+        change = changes({"": theirs}, {"": ours})[""]
+        over_rows = ((change.high - change.low) / 2) ** 2
+        return Gap(difference, (over_rows + best.seed_error(metric) ** 2 + group.seed_error(metric) ** 2) ** 0.5)
+    errors = best.error(metric), group.error(metric)
+    return Gap(difference, None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5)
 
 
 def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:
@@ -124,6 +165,6 @@ def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:
     for run in runs:
         grouped.setdefault(tuple(run.settings.get(key, "") for key in differing), []).append(run)
     groups = [Group(dict(zip(differing, values, strict=True)), members) for values, members in grouped.items()]
-    worst = -GOALS[metric] * float("inf")
-    groups.sort(key=lambda g: -GOALS[metric] * (worst if g.value(metric) is None else g.value(metric) or 0.0))
-    return Comparison(groups, differing, metric)
+    groups.sort(key=lambda g: math.inf if (value := g.value(metric)) is None else -GOALS[metric] * value)
+    gaps = [measure_gap(groups[0], group, metric) for group in groups]
+    return Comparison(groups, gaps, differing, metric)

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
-from smolvlm_exp.evaluation.image_ablation import image_reliance_metrics
-from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics
-from smolvlm_exp.evaluation.statistics import Change, Ratio, changes, intervals
+from smolvlm_exp.evaluation.preference import Logps, answer_logps, image_reliance_metrics, preference_metrics
+from smolvlm_exp.evaluation.statistics import Ratio
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
@@ -28,14 +27,6 @@ class Evaluation:
     @property
     def metrics(self) -> dict[str, float]:
         return {name: ratio.value for name, ratio in self.ratios.items()}
-
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """Of each metric, at 95 %."""
-        return intervals(self.ratios)
-
-    def changes(self, before: "Evaluation") -> dict[str, Change]:
-        """Of the metrics that both evaluations of the same rows have."""
-        return changes(before.ratios, self.ratios)
 
 
 def evaluate(
@@ -58,10 +49,10 @@ def evaluate(
         temperature, seed, max_new_tokens: of generated answers; a temperature of 0 is greedy.
     """
     rows = preferences.test
-    pairs, known = "chosen" in rows.column_names, "truth" in rows.column_names
+    known = "truth" in rows.column_names
     prompted = rows if known else rows.select(range(min(SAMPLES, len(rows))))
     logps, ratios = None, dict[str, Ratio]()
-    if pairs:
+    if "chosen" in rows.column_names:
         logps = answer_logps(model, processor, rows, batch_size, max_length)
         ratios = preference_metrics(logps, reference, beta)
     answers = generate_answers(model, processor, list(prompted), 4 * batch_size, max_new_tokens, temperature, seed)

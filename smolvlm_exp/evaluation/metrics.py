@@ -40,6 +40,12 @@ GOALS = {"after.preference_accuracy": 1} | {
 GOALS |= {"train.seconds": -1, "train.memory_peak_gib": -1, "train.last_loss": -1, "train.pairs_per_second": 1}
 
 
+def is_share(path: str) -> bool:
+    """Whether the number at this path of summary.json is a share of 1."""
+    part, _, key = path.partition(".")
+    return part == "after" and METRICS[key].share
+
+
 def summary_value(summary: dict[str, Any], path: str) -> float | None:
     """A number of summary.json by its path (`after.recall`); None where it is missing or not finite."""
     part, _, key = path.partition(".")

@@ -1,22 +1,23 @@
-"""Metrics that know how sure they are.
+"""Metrics with confidence intervals.
 
 Every metric here is a ratio of two sums over the held-out rows (a mean is one over a sum of ones), so that one way of
 resampling rows serves all: bootstrap intervals, and a paired test of one model against another on the same rows.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import stdev
+from typing import TypeVar
 
 import numpy as np
 
-# The 97.5 % quantile of Student's t, for 1 to 30 degrees of freedom; beyond, the last one errs to the wide side.
+K = TypeVar("K", bound=Hashable)
+
+# The 97.5 % quantile of Student's t, for 1 to 30 degrees of freedom; beyond 30 the last value is slightly too wide.
 T = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
     2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
 )  # fmt: skip
-
-
 RESAMPLES = 2000
 LEVEL = 0.95
 AT_ONCE = 2**21  # resampled rows in memory together
@@ -68,56 +69,53 @@ def t_interval(values: Sequence[float]) -> float | None:
 
 
 def intervals(metrics: Mapping[str, Ratio]) -> dict[str, tuple[float, float]]:
-    """The percentile bootstrap's 95 % intervals over rows (Efron 1979). The same every time.
-
-    Drawing takes longer than counting, so metrics of equally many rows share the draws.
-    """
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in metrics}
-    for rows, alike in by_rows(metrics).items():
-        for counts in resamples(rows):
-            for name, metric in alike.items():
-                drawn[name].append(metric.of(counts @ metric.top, counts @ metric.bottom))
-    return {name: percentiles(np.concatenate(values)) for name, values in drawn.items()}
+    """The percentile bootstrap's 95 % intervals over rows (Efron 1979). The same every time."""
+    return {name: percentiles(values) for name, values in bootstrap(metrics).items()}
 
 
 def changes(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> dict[str, Change]:
-    """Of the metrics that both have: a paired bootstrap of the difference, and a permutation test that swaps the two
-    models row by row.
+    """Of the metrics that both have: a paired bootstrap of the difference, and a paired permutation test.
 
     Args:
         before, after: of the same rows.
     """
-    both = {name: metric for name, metric in after.items() if name in before}
-    drawn: dict[str, list[np.ndarray]] = {name: [] for name in both}
-    extreme = dict.fromkeys(both, 0)
-    for rows, alike in by_rows(both).items():
-        pairs = [(name, before[name], metric) for name, metric in alike.items()]
-        for _, a, _ in pairs:
-            assert len(a.top) == rows, "two evaluations of different rows cannot be paired"
-        for counts in resamples(rows):
-            for name, a, b in pairs:
-                drawn[name].append(b.of(counts @ b.top, counts @ b.bottom) - a.of(counts @ a.top, counts @ a.bottom))
-        for swapped in swaps(rows):
-            for name, a, b in pairs:
-                moved, moved_bottom = swapped @ (b.top - a.top), swapped @ (b.bottom - a.bottom)
-                difference = b.of(b.top.sum() - moved, b.bottom.sum() - moved_bottom)
-                difference = difference - a.of(a.top.sum() + moved, a.bottom.sum() + moved_bottom)
-                extreme[name] += int((np.abs(difference) >= abs(b.value - a.value) - 1e-12).sum())
+    pairs = {name: (before[name], metric) for name, metric in after.items() if name in before}
+    drawn = bootstrap({(name, i): metric for name, pair in pairs.items() for i, metric in enumerate(pair)})
     return {
-        name: Change(
-            after[name].value - before[name].value,
-            *percentiles(np.concatenate(differences)),
-            p=(1 + extreme[name]) / (1 + RESAMPLES),
-        )
-        for name, differences in drawn.items()
+        name: Change(b.value - a.value, *percentiles(drawn[name, 1] - drawn[name, 0]), p=permutation_test(a, b))
+        for name, (a, b) in pairs.items()
     }
 
 
-def by_rows(metrics: Mapping[str, Ratio]) -> dict[int, dict[str, Ratio]]:
-    groups: dict[int, dict[str, Ratio]] = {}
-    for name, metric in metrics.items():
-        groups.setdefault(len(metric.top), {})[name] = metric
-    return groups
+def bootstrap(metrics: Mapping[K, Ratio]) -> dict[K, np.ndarray]:
+    """(RESAMPLES,) values of each metric, over rows drawn with replacement.
+
+    Drawing takes longer than counting, so metrics of equally many rows share the draws.
+    """
+    drawn: dict[K, list[np.ndarray]] = {key: [] for key in metrics}
+    for rows in {len(metric.top) for metric in metrics.values()}:
+        rng = np.random.default_rng(0)
+        for size in portions(rows):
+            # (size, rows): how often each row was drawn
+            counts = rng.multinomial(rows, np.full(rows, 1 / rows), size).astype(np.float64)
+            for key, metric in metrics.items():
+                if len(metric.top) == rows:
+                    drawn[key].append(metric.of(counts @ metric.top, counts @ metric.bottom))
+    return {key: np.concatenate(values) for key, values in drawn.items()}
+
+
+def permutation_test(a: Ratio, b: Ratio) -> float:
+    """p of no difference, two-sided: how often it is as large when the two models are swapped row by row."""
+    rows, extreme = len(a.top), 0
+    assert len(b.top) == rows, "two evaluations of different rows cannot be paired"
+    rng = np.random.default_rng(1)
+    for size in portions(rows):
+        swapped = rng.integers(0, 2, (size, rows)).astype(np.float64)
+        top, bottom = swapped @ (b.top - a.top), swapped @ (b.bottom - a.bottom)
+        swapped_b = b.of(b.top.sum() - top, b.bottom.sum() - bottom)
+        swapped_a = a.of(a.top.sum() + top, a.bottom.sum() + bottom)
+        extreme += int((np.abs(swapped_b - swapped_a) >= abs(b.value - a.value) - 1e-12).sum())
+    return (1 + extreme) / (1 + RESAMPLES)
 
 
 def percentiles(values: np.ndarray) -> tuple[float, float]:
@@ -125,21 +123,8 @@ def percentiles(values: np.ndarray) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def resamples(rows: int) -> Iterator[np.ndarray]:
-    """(some, rows) float64, RESAMPLES in all: how often each row was drawn, rows in all."""
-    draw = np.random.default_rng(0)
-    for some in portions(rows):
-        yield draw.multinomial(rows, np.full(rows, 1 / rows), size=some).astype(np.float64)
-
-
-def swaps(rows: int) -> Iterator[np.ndarray]:
-    """(some, rows) float64 of 0 and 1, RESAMPLES in all."""
-    draw = np.random.default_rng(1)
-    for some in portions(rows):
-        yield draw.integers(0, 2, size=(some, rows)).astype(np.float64)
-
-
 def portions(rows: int) -> Iterator[int]:
+    """RESAMPLES in parts that fit in memory."""
     together = max(1, AT_ONCE // rows)
     for start in range(0, RESAMPLES, together):
         yield min(together, RESAMPLES - start)

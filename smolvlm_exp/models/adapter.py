@@ -1,9 +1,9 @@
-"""LoRA and its kin through PEFT: which adapter, and on which modules."""
+"""LoRA and its variants, by PEFT: which adapter, and on which modules."""
 
 import contextlib
 import logging
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,7 +67,7 @@ def is_pissa(config: "AdapterConfig | LoraConfig") -> bool:
 
 
 def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
-    """Names of the model's linear layers that `target` matches, but for the head; see `match_target`."""
+    """Names of the model's linear layers that `target` matches, without the head; see `match_target`."""
     from torch import nn
 
     head = model.get_output_embeddings()
@@ -76,7 +76,7 @@ def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
 
 
 def match_target(names: list[str], target: str) -> list[str]:
-    """Those of these linear layers that `target` matches; RequestError where it matches none."""
+    """Those of the linear layers `names` that `target` matches; RequestError where it matches none."""
     modules = TARGETS.get(target, target)
     if modules == "all-linear":
         return names
@@ -97,10 +97,10 @@ def match_target(names: list[str], target: str) -> list[str]:
 
 def describe_target(names: list[str]) -> str:
     """`168 layers: 168 in the text model (24 down_proj, ...)`: one clause per part of the model."""
-    parts: dict[str, Counter[str]] = {}
+    parts = defaultdict[str, Counter[str]](Counter)
     for name in names:
         part = next((title for key, title in PARTS.items() if key in name), "elsewhere")
-        parts.setdefault(part, Counter())[name.rsplit(".", 1)[-1]] += 1
+        parts[part][name.rsplit(".", 1)[-1]] += 1
     clauses = []
     for part, kinds in parts.items():
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -109,10 +109,9 @@ def describe_target(names: list[str]) -> str:
 
 
 def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> None:
-    """Log which layers are adapted; a target that matches none is refused.
+    """Log which layers are adapted; RequestError where the target matches none.
 
-    A regular expression may also match modules that are not linear, which PEFT would refuse, so it is replaced by the
-    names of the linear layers that it matches.
+    A regular expression is replaced by the linear layers it matches: PEFT refuses modules of other kinds.
     """
     names = matched_modules(model, target)
     if target not in TARGETS:
@@ -121,7 +120,7 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
 
 
 def saved_adapter(config: AdapterConfig, name: str) -> Path:
-    """The folder of a saved adapter (`model.adapter`), which `config` has to describe."""
+    """The folder of a saved adapter (`model.adapter`); RequestError where `config` does not describe it."""
     from peft import PeftConfig
 
     folder = next((f for f in (Path(name), Path(name) / "adapter") if (f / "adapter_config.json").is_file()), None)
@@ -143,9 +142,8 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
-    """The model with a saved adapter, trainable. Tensors that its file lacks are refused: PEFT ignores them."""
+    """The model with a saved adapter, trainable; RequestError where its file lacks tensors, which PEFT ignores."""
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 
@@ -156,8 +154,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftMo
     missing = sorted(state.keys() - load_peft_weights(str(folder), device="cpu").keys())
     if missing:
         raise RequestError(f"model.adapter={folder}: its file lacks {len(missing)} tensors, e.g. {missing[0]}.")
-    base: Any = tuned.get_base_model()
-    adapted = {name for name, module in base.named_modules() if isinstance(module, BaseTunerLayer)}
+    adapted = set(tuned.targeted_module_names)
     if adapted != expected:
         raise RequestError(
             f"model.adapter={folder} adapts {len(adapted)} layers, but adapter.target={target} matches {len(expected)} "
@@ -168,7 +165,7 @@ def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftMo
 
 
 def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Path, seed: int) -> "PeftModel":
-    """The model with a PiSSA adapter, its start saved: the difference from it is saved as an ordinary LoRA."""
+    """The model with a PiSSA adapter. Its start is saved, since the result is saved as the difference from it."""
     import torch
     from peft import get_peft_model
 
@@ -181,7 +178,7 @@ def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Pa
 
 @contextlib.contextmanager
 def plain_initialisation(model: Any) -> Iterator[None]:
-    """Within, `model`'s adapter claims the plain initialisation, so that a copy of it leaves the base alone."""
+    """Let `model`'s adapter claim PEFT's default initialisation, so that a copy of it does not change the base."""
     config = model.peft_config["default"]
     init, config.init_lora_weights = config.init_lora_weights, True
     try:

@@ -2,15 +2,15 @@
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import threading
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, saved_adapter
-from smolvlm_exp.models.hub import is_offline
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
@@ -53,13 +53,11 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     }
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
-    with readable_loading(config.id):
-        model = AutoModelForImageTextToText.from_pretrained(**load_location(config), **kwargs)
-    return freeze_layout(model.eval())
+    return freeze_layout(from_pretrained(AutoModelForImageTextToText, config, **kwargs).eval())
 
 
 def device_map(requested: str | None) -> Any:
-    """What upstream is to be given for `model.device_map`."""
+    """Upstream's argument for `model.device_map`."""
     import torch
 
     if not torch.cuda.is_available():
@@ -81,8 +79,7 @@ def load_processor(config: ModelConfig) -> "ProcessorMixin":
         shape = random_shape(config)
         log.warning(f"model: no local tokenizer of {config.id}; using a stand-in of {shape.vocab_size} tokens")
         return make_processor(shape, stand_in_tokenizer(shape))
-    with readable_loading(config.id):
-        return AutoProcessor.from_pretrained(**load_location(config), trust_remote_code=False, **PIL_BACKEND)
+    return from_pretrained(AutoProcessor, config, trust_remote_code=False, **PIL_BACKEND)
 
 
 def random_shape(config: ModelConfig) -> Shape:
@@ -91,27 +88,56 @@ def random_shape(config: ModelConfig) -> Shape:
     return config.shape
 
 
-def load_location(config: ModelConfig) -> dict[str, Any]:
-    """Where upstream's `from_pretrained` finds a model's files."""
-    name = str(EMBEDDED) if config.id == "embedded" else config.id
-    local = not Path(name).is_dir() and is_offline()
-    return {"pretrained_model_name_or_path": name, "revision": config.revision, "local_files_only": local}
-
-
-@contextlib.contextmanager
-def readable_loading(name: str) -> Iterator[None]:
-    """The Hub's many errors, in two lines that say what to do."""
+def from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
+    """One of transformers' Auto classes for `config`; the Hub's many errors become two lines that say what to do."""
+    source = str(EMBEDDED) if config.id == "embedded" else config.id
+    local = not Path(source).is_dir() and is_offline()
     try:
-        yield
+        return loader.from_pretrained(source, revision=config.revision, local_files_only=local, **kwargs)
     except (ImportError, OSError, ValueError) as error:
         advice = "Give a folder that holds the model, connect to the Hub, or use model.weights=random."
         if isinstance(error, ImportError):
             advice = "Install what it needs: pip install '.[gpu]'"
-        raise RequestError(f"model.id={name}: {first_line(error)}\n{advice}") from error
+        raise RequestError(f"model.id={config.id}: {first_line(error)}\n{advice}") from error
+
+
+def ping(seconds: float) -> str:
+    """The outcome of one HEAD request by the client that downloads: `HTTP 200`, or what went wrong.
+
+    In a thread, because name resolution has no timeout.
+    """
+    from huggingface_hub import constants, get_session
+
+    outcome = f"no answer in {seconds:g} s"
+
+    def request() -> None:
+        nonlocal outcome
+        try:
+            reply = get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=True)
+            outcome = f"HTTP {reply.status_code}"
+        except Exception as error:  # only its type: a proxy's address may hold a password
+            outcome = type(error).__name__
+
+    (thread := threading.Thread(target=request, daemon=True)).start()
+    thread.join(seconds + 0.5)
+    return outcome
+
+
+@cache
+def is_offline() -> bool:
+    """Checked and logged once per process: upstream would try each file six times, 23 s each.
+
+    Any HTTP status means that the Hub is there.
+    """
+    outcome = ping(10.0)
+    if outcome.startswith("HTTP"):
+        return False
+    log.warning(f"hub: {outcome}; using local files only")
+    return True
 
 
 def with_random_weights(shape: Shape, kwargs: dict[str, Any], seed: int) -> "PreTrainedModel":
-    """Random weights in a real shape. Quantising needs `from_pretrained`, so these are saved to a temporary folder."""
+    """A model of a real shape. Quantising needs `from_pretrained`, so it is saved to a temporary folder first."""
     import torch
     from transformers import AutoModelForImageTextToText
 

@@ -22,7 +22,7 @@ class QuantConfig:
 
 
 def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
-    """For `from_pretrained`; None for unquantised weights. Refuses options without effect, which upstream ignores."""
+    """For `from_pretrained`; None: not quantised. RequestError for options without effect, which upstream ignores."""
     from transformers import BitsAndBytesConfig
 
     four = {k: v for k, v in vars(config).items() if k.startswith("bnb_4bit_") and v is not None}

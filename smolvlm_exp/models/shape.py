@@ -1,4 +1,4 @@
-"""A SmolVLM's dimensions, and what can be built from them alone: configuration, processor."""
+"""A SmolVLM's dimensions, and what is built from them without a download: configuration and processor."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -61,9 +61,7 @@ class Shape:
 
 def model_config(shape: Shape) -> "PretrainedConfig":
     """`shape` as transformers' own configuration. Every value is given: the class's defaults fit no SmolVLM."""
-    from transformers import Idefics3Config, LlamaConfig, SmolVLMConfig
-    from transformers.models.idefics3.configuration_idefics3 import Idefics3VisionConfig
-    from transformers.models.smolvlm.configuration_smolvlm import SmolVLMVisionConfig
+    from transformers import AutoConfig, LlamaConfig
 
     text = LlamaConfig(  # type: ignore[call-arg]  # rope_theta is still accepted
         **{name: getattr(shape, name) for name in TEXT_FIELDS},
@@ -74,13 +72,10 @@ def model_config(shape: Shape) -> "PretrainedConfig":
         eos_token_id=shape.end_of_utterance_id,
         pad_token_id=2,
     )
-    composite, vision = {
-        "idefics3": (Idefics3Config, Idefics3VisionConfig),
-        "smolvlm": (SmolVLMConfig, SmolVLMVisionConfig),
-    }[shape.architecture]
-    return composite(  # type: ignore[call-arg]
+    return AutoConfig.for_model(
+        shape.architecture,
         text_config=text,
-        vision_config=vision(**{theirs: getattr(shape, ours) for ours, theirs in VISION_FIELDS.items()}),
+        vision_config={theirs: getattr(shape, ours) for ours, theirs in VISION_FIELDS.items()},
         scale_factor=shape.scale_factor,
         image_token_id=shape.image_token_id,
         pad_token_id=2,

@@ -35,27 +35,25 @@ def stand_in_tokenizer(shape: "Shape") -> "PreTrainedTokenizerFast":
     }
     if shape.global_image_token_id is not None:
         controls |= {shape.global_image_token_id + i: token for i, token in enumerate(TILES)}
-    splitting = pre_tokenizers.Sequence(
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = splitting
     trainer = trainers.BpeTrainer(
         vocab_size=min(min(controls), 600),
         special_tokens=list(SPECIAL_TOKENS),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    trained.train_from_iterator(corpus(), trainer)
-    vocabulary = trained.get_vocab()
+    tokenizer.train_from_iterator(corpus(), trainer)
+    trained = json.loads(tokenizer.to_str())
+    vocabulary = trained["model"]["vocab"]
     assert len(vocabulary) <= min(controls), "a control token's id lies within the trained vocabulary"
-    merges = [tuple(m) for m in json.loads(trained.to_str())["model"]["merges"]]
-    taken = set(vocabulary.values()) | set(controls)
     vocabulary |= {token: i for i, token in controls.items()}
-    vocabulary |= {f"<unused_{i}>": i for i in range(shape.vocab_size) if i not in taken}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = splitting
-    tokenizer.decoder = decoders.ByteLevel()
+    unused = set(range(shape.vocab_size)) - set(vocabulary.values())
+    vocabulary |= {f"<unused_{i}>": i for i in sorted(unused)}
+    tokenizer = Tokenizer.from_str(json.dumps(trained))
     tokenizer.add_special_tokens(
         [AddedToken(t, special=True, normalized=False) for t in (*SPECIAL_TOKENS, *controls.values())]
     )

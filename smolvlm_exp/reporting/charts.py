@@ -1,7 +1,7 @@
-"""Numbers -> inline SVG that needs no script: curves, points and bars, through `templates/chart.html.jinja`.
+"""Numbers -> inline SVG without a script: curves, points and bars, through `templates/chart.html.jinja`.
 
-Colours come from the page (`templates/report.css`: classes s0 to s5), so that a chart follows the page's light and dark
-themes. Hovering shows the values at a step: every step has an invisible band that reveals its own marks.
+Colours are the page's (classes s0 to s5 of `templates/report.css`), so that charts follow its light and dark themes.
+Hovering shows the values at a step: every step has an invisible band that reveals its own marks.
 """
 
 import math
@@ -37,6 +37,13 @@ class Axis:
 
 
 @dataclass(frozen=True)
+class Line:
+    name: str
+    style: str  # of report.css
+    points: Points
+
+
+@dataclass(frozen=True)
 class Chart:
     """What the template draws."""
 
@@ -50,14 +57,13 @@ class Chart:
     legend: Sequence[tuple[str, str]] = ()  # style, name
     lost: int = 0  # points that are not finite
     reference: tuple[str, float] | None = None
-    lines: Sequence[tuple[str, Points]] = ()
+    lines: Sequence[Line] = ()
     bands: Sequence[dict[str, Any]] = ()
     dots: Sequence[tuple[float, float, str, bool]] = ()
     bars: Sequence[tuple[str, float]] = ()
 
-
-def draw(chart: Chart) -> str:
-    return render("chart.html.jinja", chart=chart, width=WIDTH, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
+    def draw(self) -> str:
+        return render("chart.html.jinja", chart=self, width=WIDTH, left=LEFT, right=RIGHT, top=TOP, bottom=BOTTOM)
 
 
 def line_chart(
@@ -81,41 +87,34 @@ def line_chart(
         reference: a dashed horizontal line and its name.
         alike: series -> what it is one of; those have one colour, and one place in the legend.
     """
-    drawable = {
-        name: sorted((x, y) for x, y in points if math.isfinite(x) and abs(y) < LARGEST)
-        for name, points in series.items()
-    }
-    lost = sum(map(len, series.values())) - sum(map(len, drawable.values()))
-    lines = {name: thin(points) for name, points in drawable.items() if points}
-    if not lines:
+    finite = {name: sorted(point for point in points if abs(point[1]) < LARGEST) for name, points in series.items()}
+    kinds = {name: (alike or {}).get(name, name) for name, points in finite.items() if points}
+    if not kinds:
         return ""
-    values = [y for points in lines.values() for _, y in points] + ([reference[1]] if reference and not bounds else [])
-    kinds = {name: (alike or {}).get(name, name) for name in lines}
-    names = list(dict.fromkeys(kinds.values()))
-    styles = {name: style(names.index(kind)) for name, kind in kinds.items()}
-    x_axis = step_axis([x for points in lines.values() for x, _ in points])
-    chart = Chart(
+    legend = {
+        kind: f"s{i % COLOURS}" + (" dashed" if i >= COLOURS else "")
+        for i, kind in enumerate(dict.fromkeys(kinds.values()))
+    }
+    lines = [Line(name, legend[kind], thin(finite[name])) for name, kind in kinds.items()]
+    values = [y for line in lines for _, y in line.points] + ([reference[1]] if reference and not bounds else [])
+    x_axis = step_axis([x for line in lines for x, _ in line.points])
+    return Chart(
         title,
-        "; ".join(describe(name, points, x_label, show) for name, points in lines.items()),
+        "; ".join(describe(line, x_label, show) for line in lines),
         x=x_axis,
         y=axis(bounds or values, BOTTOM, TOP, zero),
         x_label=x_label,
         show=show,
-        legend=[(style(i), name) for i, name in enumerate(names)],
-        lost=lost,
+        legend=[(style, kind) for kind, style in legend.items()],
+        lost=sum(map(len, series.values())) - sum(map(len, finite.values())),
         reference=reference,
-        lines=[(styles[name], points) for name, points in lines.items()],
-        bands=hover_bands(lines, styles, x_axis, x_label, show),
-    )
-    return draw(chart)
+        lines=lines,
+        bands=hover_bands(lines, x_axis, x_label, show),
+    ).draw()
 
 
 def scatter_chart(
-    points: Sequence[tuple[float, float, str, bool]],
-    title: str,
-    *,
-    x_label: str,
-    show: Callable[[float], str] = number,
+    points: Sequence[tuple[float, float, str, bool]], title: str, *, x_label: str, show: Callable[[float], str]
 ) -> str:
     """One figure with a point per run; hovering tells which. Returns "" where there is nothing to draw.
 
@@ -126,7 +125,7 @@ def scatter_chart(
     if not points:
         return ""
     xs, ys = [x for x, *_ in points], [y for _, y, *_ in points]
-    chart = Chart(
+    return Chart(
         title,
         f"{len(points)} runs, from {show(min(ys))} to {show(max(ys))}",
         x=axis(xs, LEFT + 6, RIGHT - 6),
@@ -134,15 +133,14 @@ def scatter_chart(
         x_label=x_label,
         show=show,
         dots=sorted(points, key=lambda point: point[3]),  # the filled ones on top
-    )
-    return draw(chart)
+    ).draw()
 
 
 def bar_chart(shares: Mapping[str, float], title: str) -> str:
     """One figure: a bar per name, for shares of 1, the longest first."""
     bars = sorted(shares.items(), key=lambda item: -item[1])
     spoken = ", ".join(f"{name} {percent(share)}" for name, share in bars)
-    return draw(Chart(title, spoken, height=TOP + 26 * len(bars), bars=bars))
+    return Chart(title, spoken, height=TOP + 26 * len(bars), bars=bars).draw()
 
 
 def ticks(low: float, high: float, count: int = 4, whole: bool = False) -> list[float]:
@@ -177,11 +175,11 @@ def axis(values: Sequence[float], start: float, end: float, zero: bool = False) 
     return Axis(marks, marks[0], marks[-1], start, end)
 
 
-def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
-    """At most `limit` points; of every stretch its lowest and its highest stay, so that no spike is lost."""
-    if len(points) <= limit:
-        return list(points)
-    buckets = max(1, limit // 2 - 1)
+def thin(points: Points) -> Points:
+    """At most MAX_POINTS; of every stretch its lowest and its highest stay, so that no spike is lost."""
+    if len(points) <= MAX_POINTS:
+        return points
+    buckets = MAX_POINTS // 2 - 1
     chosen = {points[0], points[-1]}
     for i in range(buckets):
         bucket = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
@@ -189,32 +187,24 @@ def thin(points: Points, limit: int = MAX_POINTS) -> list[tuple[float, float]]:
     return sorted(chosen)
 
 
-def style(i: int) -> str:
-    return f"s{i % COLOURS}" + (" dashed" if i >= COLOURS else "")
-
-
 def hover_bands(
-    lines: Mapping[str, Points],
-    styles: Mapping[str, str],
-    x_axis: Axis,
-    x_label: str,
-    show: Callable[[float], str],
+    lines: Sequence[Line], x_axis: Axis, x_label: str, show: Callable[[float], str]
 ) -> list[dict[str, Any]]:
     """A band per step, reaching halfway to its neighbours, with the values there."""
-    at: dict[float, list[tuple[str, str, float]]] = {}
-    for name, points in lines.items():
-        for x, y in points:
-            at.setdefault(x, []).append((styles[name], name, y))
+    at: dict[float, list[tuple[Line, float]]] = {}
+    for line in lines:
+        for x, y in line.points:
+            at.setdefault(x, []).append((line, y))
     xs = sorted(at)
     edges = [LEFT, *((x_axis(a) + x_axis(b)) / 2 for a, b in pairwise(xs)), RIGHT]
     bands = []
-    for x, left, right in zip(xs, edges[:-1], edges[1:], strict=True):
-        values = [f"{name} {show(y)}" if len(lines) > 1 else show(y) for _, name, y in at[x]]
+    for x, (left, right) in zip(xs, pairwise(edges), strict=True):
+        values = [f"{line.name} {show(y)}" if len(lines) > 1 else show(y) for line, y in at[x]]
         text = "  ·  ".join([f"{x_label} {number(x)}", *values][:4])
         bands.append({"x": x, "left": left, "width": round(right - left, 1), "marks": at[x], "text": text})
     return bands
 
 
-def describe(name: str, points: Points, x_label: str, show: Callable[[float], str]) -> str:
-    (x0, y0), (x1, y1) = points[0], points[-1]
-    return f"{name} from {show(y0)} at {x_label} {number(x0)} to {show(y1)} at {x_label} {number(x1)}"
+def describe(line: Line, x_label: str, show: Callable[[float], str]) -> str:
+    (x0, y0), (x1, y1) = line.points[0], line.points[-1]
+    return f"{line.name} from {show(y0)} at {x_label} {number(x0)} to {show(y1)} at {x_label} {number(x1)}"

@@ -1,6 +1,6 @@
 """A run folder -> `report.html`: one file that shows what a run did, without a network, an account or a script.
 
-Python works out what is shown; `templates/report.html.jinja` says where and how.
+Python computes what is shown; `templates/report.html.jinja` lays it out.
 """
 
 import shlex
@@ -25,21 +25,18 @@ Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key o
 
 HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy")
 
+SHARE: dict[str, Any] = {"show": percent, "bounds": (0.0, 1.0)}
 CURVES: Curves = [
     ("Loss", {"training": "loss", "held-out": "eval_loss"}, {}),
     ("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, {}),
     (
         "Reward accuracy",
         {"training": "rewards/accuracies", "held-out": "eval_rewards/accuracies"},
-        {"show": percent, "bounds": (0.0, 1.0), "reference": ("chance", 0.5)},
+        {**SHARE, "reference": ("chance", 0.5)},
     ),
     ("Reward margin", {"training": "rewards/margins", "held-out": "eval_rewards/margins"}, {}),
     ("Log-probs of the answers", {"chosen": "logps/chosen", "rejected": "logps/rejected"}, {}),
-    (
-        "Token accuracy",
-        {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"},
-        {"show": percent, "bounds": (0.0, 1.0)},
-    ),
+    ("Token accuracy", {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"}, SHARE),
     ("Gradient norm", {"norm": "grad_norm"}, {"zero": True}),
     ("Learning rate", {"rate": "learning_rate"}, {"zero": True}),
     ("Pairs/s", {"pairs": "pairs_per_second"}, {"zero": True}),
@@ -53,43 +50,42 @@ def write_report(
     summary: dict[str, Any],
     config: dict[str, Any],
     samples: "Sequence[Sample]",
-    histories: Sequence[dict[str, Any]] = (),
-) -> Path:
+    histories: "Sequence[Sample]" = (),
+) -> None:
     """Write `folder/report.html` from what the run measured.
 
     Args:
-        folder: the run folder; its metrics.jsonl is read. The commands in the report name it as given.
+        folder: the run folder; its metrics.jsonl is read.
         summary: what summary.json holds; a stopped run's has no `after`, task=evaluate's no `train`.
-        config: the whole resolved config.
-        samples: held-out rows with the answers before and after.
-        histories: cards of held-out rows with the answers during training.
+        samples: with the answers before and after training; histories: with those during it.
     """
-    run, train = str(relative_to_cwd(folder)), summary.get("train", {})
-    about = {**summary.get("settings", {}), "seed": summary["seed"], "steps": train.get("steps")}
-    about["time"] = duration(train["seconds"]) if "seconds" in train else None
+    train = summary.get("train", {})
+    facts = {
+        "seed": summary["seed"],
+        "steps": train.get("steps"),
+        "time": duration(train["seconds"]) if train else None,
+    }
     text = render(
         "report.html.jinja",
         heading=config.get("name") or "/".join(folder.absolute().parts[-2:]),
         lead=headline(summary),
         status=summary["status"],
         checked=count_passed([check["verdict"] for check in summary["checks"]]),
-        about=about.items(),
+        about={**summary.get("settings", {}), **facts}.items(),
         results=result_rows(summary["before"], summary["after"], summary.get("changes", {})),
         checks=summary["checks"],
         advice=summary.get("advice", []),
         curves=draw_curves(read_events(folder / "metrics.jsonl")),
         samples=[sample.card() for sample in samples],
-        marked=any(sample.hallucinated_before or sample.hallucinated_after for sample in samples),
-        histories=histories,
+        marked=any(words for sample in samples for words in sample.hallucinated.values()),
+        histories=[sample.card() for sample in histories],
         speed=summary.get("speed"),
         train=train_facts(train) if train else (),
-        config=as_yaml(config),
+        config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
         versions=summary["versions"],
-        commands=reproduce_commands(run, summary["status"]),
+        commands=reproduce_commands(folder, summary["status"]),
     )
-    path = folder / "report.html"
-    path.write_text(text, encoding="utf-8", errors="replace")
-    return path
+    (folder / "report.html").write_text(text, encoding="utf-8", errors="replace")
 
 
 @dataclass(frozen=True)
@@ -116,50 +112,50 @@ def result_row(
     key: str, before: dict[str, float], after: dict[str, float], paired: dict[str, float] | None
 ) -> ResultRow:
     metric = METRICS.get(key) or Metric(humanize(key), "", share=False)
-    numbers = [values.get(key) for values in (before, after)]
-    texts = ("" if n is None else percent(n, 1) if metric.share else number(n) for n in numbers)
-    row, (a, b) = ResultRow(metric.label, metric.note, next(texts), next(texts)), numbers
+    a, b = before.get(key), after.get(key)
+    old, new = ("" if n is None else percent(n, 1) if metric.share else number(n) for n in (a, b))
+    row = ResultRow(metric.label, metric.note, old, new)
     if a is None or b is None:
         return row
-    size = f"{100 * abs(b - a):.1f}" if metric.share else number(abs(b - a))
-    interval, chance = "", False
-    if paired:
-        interval, chance = format_interval(paired, metric.share), paired["low"] <= 0 <= paired["high"]
+    change, good = signed(b - a, metric.share), (b - a) * metric.good
+    uncertain = paired is not None and paired["low"] <= 0 <= paired["high"]
+    interval = format_interval(paired, metric.share) if paired else ""
     row = replace(row, change="no change", interval=interval, track=(a, b) if metric.share else None)
-    if not any(digit in "123456789" for digit in size):
+    if not any(digit in "123456789" for digit in change):
         return row
-    good = (b - a) * metric.good
     return replace(
         row,
-        tone="neutral" if chance or not good else "better" if good > 0 else "worse",
+        tone="neutral" if uncertain or not good else "better" if good > 0 else "worse",
         arrow="↑" if b > a else "↓",
-        change=f"{'+' if b > a else MINUS}{size}{f'{NBSP}points' if metric.share else ''}",
+        change=f"{change}{NBSP}points" if metric.share else change,
     )
 
 
 def format_interval(paired: dict[str, float], share: bool) -> str:
     """The change's 95 % interval and the paired test's p."""
-    ends, p = (paired["low"], paired["high"]), paired["p"]
-    sizes = [f"{100 * abs(end):.1f}" if share else number(abs(end)) for end in ends]
-    low, high = (f"{MINUS if end < 0 else '+'}{size}" for end, size in zip(ends, sizes, strict=True))
-    return f"{low} to {high}, p {'< 0.001' if p < 0.001 else f'= {p:.3f}'}"
+    p = "< 0.001" if paired["p"] < 0.001 else f"= {paired['p']:.3f}"
+    return f"{signed(paired['low'], share)} to {signed(paired['high'], share)}, p {p}"
+
+
+def signed(difference: float, share: bool) -> str:
+    """With its sign, in points for shares of 1: `+5.6`."""
+    size = f"{100 * abs(difference):.1f}" if share else number(abs(difference))
+    return f"{MINUS if difference < 0 else '+'}{size}"
 
 
 def headline(summary: dict[str, Any]) -> str:
     """One plain sentence that says what happened, from whatever was measured."""
     before, after, train = (summary.get(key, {}) for key in ("before", "after", "train"))
-    both = [
-        f"{METRICS[key].label}: {percent(before[key])} → {percent(after[key])}"
-        for key in HEADLINE
-        if key in before and key in after
+    keys = [k for k in HEADLINE if k in before and k in after] or [k for k in HEADLINE if k in after]
+    parts = [
+        f"{METRICS[key].label}: {' → '.join(percent(values[key]) for values in (before, after) if key in values)}"
+        for key in keys[:2]
     ]
-    single = [f"{METRICS[key].label}: {percent(after[key])}" for key in HEADLINE if key in after]
-    parts = (both or single)[:2]
     if not parts and train.get("first_loss") is not None:
         parts = [f"Training loss: {number(train['first_loss'])} → {number(train['last_loss'])}"]
     sentence = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])
-    start = {"stopped": "The run was stopped before its end."}.get(summary["status"], "")
-    return f"{start} {f'{sentence}.' if sentence else 'Nothing was measured.'}".strip()
+    start = "The run was stopped before its end. " if summary["status"] == "stopped" else ""
+    return f"{start}{sentence or 'Nothing was measured'}."
 
 
 def count_passed(verdicts: list[str]) -> str:
@@ -170,10 +166,10 @@ def count_passed(verdicts: list[str]) -> str:
 
 
 def draw_curves(events: list[dict[str, Any]]) -> list[str]:
-    charts = []
-    for title, keys, options in CURVES:
-        series = {name: metric_points(events, key) for name, key in keys.items()}
-        charts.append(line_chart(series, title, **options))
+    charts = [
+        line_chart({name: metric_points(events, key) for name, key in keys.items()}, title, **options)
+        for title, keys, options in CURVES
+    ]
     return [chart for chart in charts if chart]
 
 
@@ -190,16 +186,8 @@ def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:
     ]
 
 
-def as_yaml(config: dict[str, Any]) -> str:
-    class Dumper(yaml.SafeDumper):
-        """Writes what YAML has no type for, a path for example, as text."""
-
-    Dumper.add_multi_representer(object, lambda dumper, value: dumper.represent_str(str(value)))
-    return yaml.dump(config, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=100)
-
-
-def reproduce_commands(run: str, status: str) -> list[tuple[str, str]]:
-    start = "python -m smolvlm_exp"
-    replay = f"{start} --config-path {shlex.quote(f'{run}/.hydra')} --config-name config"
-    resume = [] if status == "done" else [("Resume from its last checkpoint", f"{start} resume={shlex.quote(run)}")]
-    return [("Run it again", replay), *resume]
+def reproduce_commands(folder: Path, status: str) -> list[tuple[str, str]]:
+    run, command = str(relative_to_cwd(folder)), "python -m smolvlm_exp"
+    replay = f"{command} --config-path {shlex.quote(f'{run}/.hydra')} --config-name config"
+    resume = f"{command} resume={shlex.quote(run)}"
+    return [("Run it again", replay), *([("Resume from its last checkpoint", resume)] if status != "done" else [])]

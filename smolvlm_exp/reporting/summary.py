@@ -1,4 +1,4 @@
-"""What an evaluation comes to: summary.json's numbers, the table in the terminal, the report's samples."""
+"""The results of an evaluation: summary.json's numbers, the table in the terminal, the report's samples."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -11,45 +11,38 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
-from smolvlm_exp.evaluation.statistics import Change
+from smolvlm_exp.evaluation.statistics import Change, changes, intervals
 from smolvlm_exp.reporting.html import embed, highlight
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-@dataclass
+@dataclass(frozen=True)
 class Sample:
-    """One held-out row, answered before and after."""
+    """A held-out row with a model's answers to it."""
 
     image: "Image"
     question: str
-    chosen: str
-    rejected: str
-    before: str  # the base model's greedy answer
-    after: str  # the tuned model's
-    hallucinated_before: list[str]  # words to mark, empty where the truth is unknown
-    hallucinated_after: list[str]
-    truth: str = ""  # in place of chosen and rejected, where there are none
+    answers: dict[str, str]  # from Before and After tuning, or by step
+    hallucinated: dict[str, list[str]]  # an answer's words to mark, none where the truth is unknown
+    references: dict[str, str]  # Chosen and Rejected, or the Truth
 
     def card(self) -> dict[str, Any]:
-        labels = [("Truth", self.truth)] if self.truth else [("Chosen", self.chosen), ("Rejected", self.rejected)]
-        lines = [
-            ("Before", highlight(self.before, self.hallucinated_before), "model"),
-            ("After", highlight(self.after, self.hallucinated_after), "model"),
-            *((name, text, "label") for name, text in labels),
-        ]
-        return {"image": embed(self.image), "question": self.question, "lines": lines}
+        answers = [(name, highlight(text, self.hallucinated[name]), "model") for name, text in self.answers.items()]
+        references = [(name, text, "label") for name, text in self.references.items()]
+        return {"image": embed(self.image), "question": self.question, "lines": [*answers, *references]}
 
 
 def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check]) -> dict[str, Any]:
     """The parts of summary.json that say how good a model is, and how sure that is."""
     evaluations = {"before": before, **({"after": after} if after else {})}
+    paired = changes(before.ratios, after.ratios) if after else {}
     return {
         "before": before.metrics,
         "after": after.metrics if after else {},
-        "intervals": {name: evaluation.intervals() for name, evaluation in evaluations.items()},
-        "changes": {name: asdict(change) for name, change in after.changes(before).items()} if after else {},
+        "intervals": {name: intervals(evaluation.ratios) for name, evaluation in evaluations.items()},
+        "changes": {name: asdict(change) for name, change in paired.items()},
         "checks": [asdict(check) for check in checks],
         "checks_passed": checks_passed(checks),
     }
@@ -57,7 +50,7 @@ def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check])
 
 def print_results(console: Console, summary: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
     """The table of `summarize`, and the checks beneath it."""
-    table = Table("held out", *names, "change", "95 % CI", "p", title=None)
+    table = Table("held out", *names, "change", "95 % CI", "p")
     before, after, changes = summary["before"], summary["after"], summary["changes"]
     for key in after or before:
         numbers = ["" if v is None else f"{v:.3f}" for v in (before.get(key), after.get(key))]
@@ -78,38 +71,32 @@ def print_results(console: Console, summary: dict[str, Any], names: tuple[str, s
 def samples(preferences: Preferences, before: list[str], after: list[str]) -> list[Sample]:
     """A dozen held-out rows with both answers, those whose answer changed first."""
     order = sorted(range(len(after)), key=lambda i: before[i] == after[i])[:SAMPLES]
-    made = []
-    for i, row in ((i, preferences.test[i]) for i in order):
-        truth = json.loads(row.get("truth") or "{}")
-        known = truth["answer"] if truth.get("kind") == "yes_no" else ", ".join(truth.get("objects", ()))
-        made.append(
-            Sample(
-                image=row["images"][0],
-                question=text_of(row["prompt"]),
-                chosen=text_of(row.get("chosen", [])),
-                rejected=text_of(row.get("rejected", [])),
-                before=before[i],
-                after=after[i],
-                hallucinated_before=hallucinated(before[i], row.get("truth"), preferences.words),
-                hallucinated_after=hallucinated(after[i], row.get("truth"), preferences.words),
-                truth="" if "chosen" in row else known,
-            )
-        )
-    return made
+    return [sample(preferences, i, {"Before": before[i], "After": after[i]}, with_references=True) for i in order]
 
 
-def sample_histories(preferences: Preferences, events: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Cards of the first held-out rows with their answers while the model was tuned.
+def sample_histories(preferences: Preferences, events: list[dict[str, Any]]) -> list[Sample]:
+    """The first held-out rows with their answers while the model was tuned.
 
     Args:
         events: of samples.jsonl, by step; where a resumed run answered again, the later answers count.
     """
     at: dict[int, list[str]] = {event["step"]: event["answers"] for event in events}
-    cards = []
-    for i in range(min(map(len, at.values()), default=0)):
-        row, lines = preferences.test[i], []
-        for step, answers in at.items():
-            words = hallucinated(answers[i], row.get("truth"), preferences.words)
-            lines.append((f"Step {step}", highlight(answers[i], words), "model"))
-        cards.append({"image": embed(row["images"][0]), "question": text_of(row["prompt"]), "lines": lines})
-    return cards
+    return [
+        sample(preferences, i, {f"Step {step}": answers[i] for step, answers in at.items()})
+        for i in range(min(map(len, at.values()), default=0))
+    ]
+
+
+def sample(preferences: Preferences, i: int, answers: dict[str, str], with_references: bool = False) -> Sample:
+    row = preferences.test[i]
+    words = {name: hallucinated(text, row.get("truth"), preferences.words) for name, text in answers.items()}
+    references = reference_texts(row) if with_references else {}
+    return Sample(row["images"][0], text_of(row["prompt"]), answers, words, references)
+
+
+def reference_texts(row: dict[str, Any]) -> dict[str, str]:
+    """The answers or the truth that a row's answer is compared with."""
+    if "chosen" in row:
+        return {"Chosen": text_of(row["chosen"]), "Rejected": text_of(row["rejected"])}
+    truth = json.loads(row.get("truth") or "{}")
+    return {"Truth": truth["answer"] if truth.get("kind") == "yes_no" else ", ".join(truth.get("objects", ()))}

@@ -1,4 +1,4 @@
-"""Weights & Biases: online where there is an account, offline otherwise; it never asks."""
+"""Weights & Biases: online where there is an account, offline otherwise; it never prompts."""
 
 import contextlib
 import logging
@@ -10,8 +10,9 @@ import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
 from smolvlm_exp.data.messages import text_of
@@ -29,9 +30,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-
 INIT_TIMEOUT = 30.0  # seconds
-PATIENCE = 60.0  # seconds to wait at a run's end for what is not sent yet
+PATIENCE = 60.0  # seconds to wait at a run's end for what has not been sent
 
 
 @dataclass
@@ -45,16 +45,12 @@ class TrackerConfig:
 class BackgroundRun:
     """A W&B run in a thread of its own, so that it never stops or slows training. After a failure it sends no more."""
 
-    def __init__(self, folder: Path, init: Callable[[], "Run"]) -> None:
-        """
-        Args:
-            folder: that has everything too, for messages.
-            init: begins the run; it is called in the thread.
-        """
-        self.folder, self.init = relative_to_cwd(folder), init
-        self.jobs: queue.SimpleQueue[Callable[[Run], None] | None] = queue.SimpleQueue()
+    def __init__(self, config: TrackerConfig, folder: Path, options: dict[str, Any]) -> None:
+        """`options` are further arguments of wandb.init."""
+        self.folder = relative_to_cwd(folder)
+        self.jobs: queue.SimpleQueue[Callable[[Run], object] | None] = queue.SimpleQueue()
         self.put = self.jobs.put
-        self.thread = threading.Thread(target=self.work, daemon=True)
+        self.thread = threading.Thread(target=self.work, args=(config, folder, options), daemon=True)
         self.thread.start()
 
     def close(self) -> None:
@@ -64,9 +60,9 @@ class BackgroundRun:
         if self.thread.is_alive():
             log.warning(f"W&B did not answer within {PATIENCE:g} s; giving up. All results are in {self.folder}")
 
-    def work(self) -> None:
+    def work(self, config: TrackerConfig, folder: Path, options: dict[str, Any]) -> None:
         try:
-            run = self.init()
+            run = init_run(config, folder, options)
             while (job := self.jobs.get()) is not None:
                 job(run)
         except (Exception, SystemExit) as error:  # W&B ends the program where it cannot log in
@@ -100,11 +96,17 @@ class Tracker:
             return
         differs = differs or {}
         flat = {key: parse_number(value) for key, value in differs.items()}
-        tags = [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())]  # W&B's limit
-        id, settings = run_id(folder), settings | flat | {"without_seed": without_seed}
-        self.run = BackgroundRun(folder, lambda: init_run(config, folder, name, group, kind, tags, settings, id))
+        options = {
+            "id": run_id(folder),
+            "name": name,
+            "group": group,
+            "job_type": kind,
+            "tags": [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())],  # W&B's limit
+            "config": settings | flat | {"without_seed": without_seed},
+        }
+        self.run = BackgroundRun(config, folder, options)
         if group is None:
-            self.run.put(lambda run: log.info(upload_hint(not run.offline, Path(run.dir).parent)))
+            self.run.put(lambda run: log_upload_hint(run, Path(run.dir).parent))
 
     def log(self, values: dict[str, Any], step: int) -> None:
         if self.run:
@@ -114,15 +116,15 @@ class Tracker:
         """A table of held-out rows with their answers at this step."""
         if not self.run:
             return
-        questions, chosen = ([text_of(row[column]) for row in rows] for column in ("prompt", "chosen"))
 
         def show(run: "Run") -> None:
             import wandb
 
-            images = [row["images"][0].copy() for row in rows]
-            for image in images:  # small, because the table is uploaded many times
-                image.thumbnail((SMALL_EDGE, SMALL_EDGE))
-            data = [list(row) for row in zip(map(wandb.Image, images), questions, answers, chosen, strict=True)]
+            data = []
+            for row, answer in zip(rows, answers, strict=True):
+                image = row["images"][0].copy()
+                image.thumbnail((SMALL_EDGE, SMALL_EDGE))  # because the table is uploaded many times
+                data.append([wandb.Image(image), text_of(row["prompt"]), answer, text_of(row["chosen"])])
             columns: list[str | int] = ["image", "question", "answer", "chosen"]
             run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
 
@@ -130,33 +132,34 @@ class Tracker:
 
     def finish(self, summary: dict[str, Any], samples: "list[Sample]", exit_code: int = 0) -> None:
         """Send the result: the summary with flat keys, and a table of images with the answers before and after."""
-        if not self.run:
-            return
-        self.run.put(lambda run: log_results(run, summary, samples, exit_code))
-        self.run.close()
+        if self.run:
+            self.run.put(lambda run: log_results(run, summary, samples, exit_code))
+            self.run.close()
 
 
 def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", exit_code: int) -> None:
     import wandb
 
+    flat: dict[str, Any] = {key: summary[key] for key in ("status", "checks_passed") if key in summary}
     for part in ("before", "after", "train"):
-        run.summary.update({f"{part}/{key}": value for key, value in summary.get(part, {}).items()})
+        flat |= {f"{part}/{key}": value for key, value in summary.get(part, {}).items()}
     for key, (low, high) in summary.get("intervals", {}).get("after", {}).items():
-        run.summary.update({f"after/{key}/low": low, f"after/{key}/high": high})
+        flat |= {f"after/{key}/low": low, f"after/{key}/high": high}
     for key, change in summary.get("changes", {}).items():
-        run.summary.update({f"change/{key}": change["difference"], f"change/{key}/p": change["p"]})
+        flat |= {f"change/{key}": change["difference"], f"change/{key}/p": change["p"]}
     for name, measured in summary.get("speed", {}).items():
         for at in measured:
-            run.summary.update({f"speed/{name}/{at['batch_size']}/{key}": value for key, value in at.items()})
+            flat |= {f"speed/{name}/{at['batch_size']}/{key}": value for key, value in at.items()}
     checks = summary.get("checks", [])
+    run.summary.update(flat | {f"checks/{check['id']}": check["verdict"] for check in checks})
     if checks:
-        run.summary.update({f"checks/{check['id']}": check["verdict"] for check in checks})
-        columns: list[str | int] = list(checks[0])
-        run.log({"checks": wandb.Table(columns=columns, data=[list(check.values()) for check in checks])})
-    run.summary.update({key: summary[key] for key in ("status", "checks_passed") if key in summary})
+        run.log({"checks": wandb.Table(columns=list(checks[0]), data=[list(check.values()) for check in checks])})
     if samples:
-        columns = ["image", "question", "before", "after", "chosen", "rejected"]
-        rows = [[wandb.Image(s.image), s.question, s.before, s.after, s.chosen, s.rejected] for s in samples]
+        columns: list[str | int] = ["image", "question", "before", "after", "chosen", "rejected"]
+        rows = []
+        for s in samples:
+            references = [s.references.get(name, "") for name in ("Chosen", "Rejected")]
+            rows.append([wandb.Image(s.image), s.question, *s.answers.values(), *references])
         run.log({"answers": wandb.Table(columns=columns, data=rows)})
     run.finish(exit_code=exit_code)
 
@@ -171,47 +174,43 @@ def run_id(folder: Path) -> str:
     return str(id)
 
 
-def init_run(
-    config: TrackerConfig,
-    folder: Path,
-    name: str,
-    group: str | None,
-    job_type: str,
-    tags: list[str],
-    settings: dict[str, Any],
-    id: str | None = None,
-) -> "Run":
+def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "Run":
     """Online where there is an account and W&B answers, else offline; both in the run's folder."""
     import wandb
 
-    def init(mode: Literal["online", "offline"]) -> "Run":
-        return wandb.init(
-            project=config.project,
-            entity=config.entity,
-            name=name,
-            group=group,
-            job_type=job_type,
-            tags=tags,
-            config=settings,
-            dir=folder,
-            id=id,
-            resume="allow" if id else None,
-            mode=mode,
-            reinit="finish_previous",
-            settings=wandb.Settings(
-                silent=True, show_warnings=False, init_timeout=INIT_TIMEOUT, login_timeout=INIT_TIMEOUT
-            ),
-        )
-
+    init = partial(
+        wandb.init,
+        project=config.project,
+        entity=config.entity,
+        dir=folder,
+        resume="allow" if "id" in options else None,
+        reinit="finish_previous",
+        settings=wandb.Settings(
+            silent=True, show_warnings=False, init_timeout=INIT_TIMEOUT, login_timeout=INIT_TIMEOUT
+        ),
+        **options,
+    )
     if has_account():
         try:
             if not server_reachable():
                 raise OSError("its server cannot be reached")
-            return init("online")
+            return init(mode="online")
         except (Exception, SystemExit) as error:  # it ends the program where it cannot log in
             log.warning(f"W&B: offline ({first_line(error)})")
-            wandb.teardown()  # else its service keeps the run that did not begin
-    return init("offline")
+            wandb.teardown()  # else its service keeps the run that failed to start
+    return init(mode="offline")
+
+
+def has_account() -> bool:
+    """Whether W&B finds a key, without asking for one and without the network."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+        return False
+    if os.environ.get("WANDB_API_KEY"):
+        return True
+    try:
+        return netrc.netrc().authenticators(server().hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
 
 
 def server() -> SplitResult:
@@ -223,17 +222,16 @@ def server_reachable() -> bool:
     address = server()
     port = address.port or (443 if address.scheme == "https" else 80)
     if any(os.environ.get(name) for name in ("HTTPS_PROXY", "https_proxy", "HTTP_PROXY", "http_proxy")):
-        return True  # a proxy's to say
+        return True  # only the proxy can tell
     with contextlib.suppress(OSError), socket.create_connection((address.hostname or "", port), timeout=5):
         return True
     return False
 
 
-def upload_hint(online: bool, *folders: Path) -> str:
-    """Whether runs went online, and else how to upload these folders (or patterns for them)."""
-    if online:
-        return "W&B: online"
-    return f"W&B: offline. To upload: wandb login && wandb sync {' '.join(str(relative_to_cwd(f)) for f in folders)}"
+def log_upload_hint(run: "Run", *folders: Path) -> None:
+    """Say that the run went online, or how to upload these folders (or patterns for them)."""
+    paths = " ".join(str(relative_to_cwd(folder)) for folder in folders)
+    log.info(f"W&B: offline. To upload: wandb login && wandb sync {paths}" if run.offline else "W&B: online")
 
 
 def track_table(
@@ -265,20 +263,9 @@ def track_table(
         run.log_artifact(artifact)
         run.summary.update(numbers)
         run.finish()
-        log.info(upload_hint(not run.offline, folder / "wandb" / "offline-run-*", *others))
+        log_upload_hint(run, folder / "wandb" / "offline-run-*", *others)
 
-    table = BackgroundRun(folder, lambda: init_run(config, folder, "table", group, kind, config.tags, {}))
+    options = {"name": "table", "group": group, "job_type": kind, "tags": config.tags}
+    table = BackgroundRun(config, folder, options)
     table.put(send_table)
     table.close()
-
-
-def has_account() -> bool:
-    """Whether W&B finds a key, without asking for one and without the network."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
-        return False
-    if os.environ.get("WANDB_API_KEY"):
-        return True
-    try:
-        return netrc.netrc().authenticators(server().hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
-        return False

@@ -98,11 +98,7 @@ def damage(checkpoint: Path) -> str:
 
 @contextlib.contextmanager
 def disk_full_as_run_error(run: Path) -> Iterator[None]:
-    """Within, a full disk ends the run with one error that says so and how to resume.
-
-    Raises:
-        RunError: the disk, a quota, or a limit on the sizes of files.
-    """
+    """Within, a full disk, a quota or a limit on file sizes ends the run with a `RunError` that says how to resume."""
     try:
         yield
     except Exception as error:
@@ -151,9 +147,8 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a full disk, a quota or a file-size limit is behind an error."""
-    if isinstance(error, OSError) and error.errno in FULL:
-        return True
-    return any(words in str(error).lower() for words in FULL_WORDS)
+    known = isinstance(error, OSError) and error.errno in FULL
+    return known or any(words in str(error).lower() for words in FULL_WORDS)
 
 
 def fsync_all(folder: Path) -> None:
@@ -175,9 +170,8 @@ def finalise(staging: Path, final: Path) -> None:
 
 def prune_checkpoints(saved: Path, limit: int | None, best: str | None) -> None:
     """Remove those before the checkpoint just saved, except the newest `limit - 1` and the best."""
-    run = saved.parent.parent
-    older = [path for path in checkpoints(run) if step_of(path) < step_of(saved) and str(path) != best]
-    for path in older[: len(older) - (limit - 1)] if limit and limit <= len(older) else []:
+    older = [path for path in checkpoints(saved.parents[1]) if step_of(path) < step_of(saved) and str(path) != best]
+    for path in older[: max(len(older) - (limit - 1), 0)] if limit else ():
         remove_checkpoint(path)
 
 

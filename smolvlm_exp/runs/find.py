@@ -1,6 +1,7 @@
 """Run folders: finding them, and what is known of one."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,27 @@ NON_IDENTITY_KEYS = (
 )  # fmt: skip
 
 
-def find_run(name: str, root: Path = OUTPUTS) -> Path:
-    """The run folder that `name` (a path, or `last`) means, to resume; refused where there is none."""
+def find_run(name: str) -> Path:
+    """The run folder that `name` (a path, or `last`) means, to resume."""
     if name == "last":
-        return newest("resume", "saved a checkpoint", root, "checkpoints/checkpoint-*").parent.parent
+        missing = f"resume=last: no run under {OUTPUTS}/ has saved a checkpoint yet."
+        return newest(missing, PLACES, "checkpoints/checkpoint-*").parents[1]
     return run_folder("resume", name)
 
 
-def find_ended_run(name: str, root: Path = OUTPUTS) -> Path:
+def find_ended_run(name: str) -> Path:
     """The run folder that `name` (a path, or `last`) means, done, stopped or failed."""
     if name == "last":
-        return newest("run", "ended", root, "summary.json", places=(*PLACES, JOBS)).parent
+        return newest(f"run=last: no run under {OUTPUTS}/ has ended yet.", (*PLACES, JOBS), "summary.json").parent
     if not (Path(name) / "summary.json").is_file():
         raise RequestError(f"run={name}: no run has ended there (it has no summary.json).")
     return Path(name)
 
 
-def find_finished_run(name: str, root: Path = OUTPUTS) -> Path:
+def find_finished_run(name: str) -> Path:
     """The run folder that `name` (a path, or `last`) means, with its fine-tuned weights."""
     if name == "last":
-        return newest("run", "finished", root, "adapter", "model").parent
+        return newest(f"run=last: no run under {OUTPUTS}/ has finished yet.", PLACES, "adapter", "model").parent
     folder = run_folder("run", name)
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
         raise RequestError(f"run={name}: it has not finished (no adapter/ in it); resume it with resume={name}.")
@@ -52,21 +54,17 @@ def run_folder(key: str, name: str) -> Path:
     return Path(name)
 
 
-def newest(key: str, sign: str, root: Path, *names: str, places: tuple[str, ...] = PLACES) -> Path:
-    """The newest of these files or folders in runs.
-
-    Raises:
-        RequestError: there is none.
-    """
-    paths = newest_first(root, *names, places=places)
+def newest(missing: str, places: Sequence[str], *names: str) -> Path:
+    """The newest of these files or folders; where there is none, a `RequestError` with the message `missing`."""
+    paths = newest_first(places, *names)
     if not paths:
-        raise RequestError(f"{key}=last: no run under {root}/ has {sign} yet.")
+        raise RequestError(missing)
     return paths[0]
 
 
-def newest_first(root: Path, *names: str, places: tuple[str, ...] = PLACES) -> list[Path]:
+def newest_first(places: Sequence[str], *names: str) -> list[Path]:
     """Files or folders of these names in runs, by when they were written."""
-    paths = [path for place in places for name in names for path in root.glob(f"{place}/{name}")]
+    paths = [path for place in places for name in names for path in OUTPUTS.glob(f"{place}/{name}")]
     return sorted(paths, key=lambda path: path.stat().st_mtime, reverse=True)
 
 
@@ -75,38 +73,41 @@ def summary_of(folder: Path) -> dict[str, Any]:
     return read_json(folder / "summary.json")
 
 
+def saved_hydra(folder: Path, name: str) -> Any:
+    """A run's `.hydra/NAME.yaml` (config, hydra or overrides); empty where it is missing."""
+    path = folder / ".hydra" / f"{name}.yaml"
+    return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
+
+
 def overrides_of(folder: Path) -> list[str]:
     """The overrides of a run's command, after those of the run it replays, if any."""
-    overrides = yaml.safe_load((folder / ".hydra" / "overrides.yaml").read_text(encoding="utf-8")) or []
+    overrides = list(saved_hydra(folder, "overrides"))
     origin = replayed(folder)
-    if origin is None:
-        return overrides
+    earlier = overrides_of(origin) if origin else []
     own = set(map(key_of, overrides))
-    return [*(o for o in overrides_of(origin) if key_of(o) not in own), *overrides]
+    return [*(o for o in earlier if key_of(o) not in own), *overrides]
 
 
 def replayed(folder: Path) -> Path | None:
     """The run whose `.hydra` a run was started from, if any."""
-    saved = folder / ".hydra" / "hydra.yaml"
-    runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
-    origin = next((Path(s["path"]) for s in runtime["config_sources"] if s["provider"] == "main"), folder)
+    sources = saved_hydra(folder, "hydra")["hydra"]["runtime"]["config_sources"]
+    origin = next((Path(source["path"]) for source in sources if source["provider"] == "main"), folder)
     return origin.parent if origin.name == ".hydra" and origin.parent != folder else None
 
 
 def choices(folder: Path) -> dict[str, str]:
     """The option each group had, from a run's `.hydra`; a replayed run has those of the run it replays."""
-    saved = folder / ".hydra" / "hydra.yaml"
-    if not saved.is_file():
+    saved = saved_hydra(folder, "hydra")
+    if not saved:
         return {}
-    runtime = yaml.safe_load(saved.read_text(encoding="utf-8"))["hydra"]["runtime"]
-    own = {group: option for group, option in runtime["choices"].items() if not re.search("[/@]|^local$", group)}
+    chosen = saved["hydra"]["runtime"]["choices"]
+    own = {group: option for group, option in chosen.items() if not re.search("[/@]|^local$", group)}
     origin = replayed(folder)
     return own or (choices(origin) if origin else {})
 
 
 def run_name(folder: Path) -> str:
     """A run's overrides, or its groups' options where there are none."""
-    saved = folder / ".hydra" / "overrides.yaml"
-    overrides = (yaml.safe_load(saved.read_text(encoding="utf-8")) or []) if saved.is_file() else []
     chosen = choices(folder)
-    return " ".join(overrides) or " ".join(chosen.get(g, "") for g in ("model", "quant", "adapter", "trainer"))
+    groups = ("model", "quant", "adapter", "trainer")
+    return " ".join(saved_hydra(folder, "overrides")) or " ".join(chosen.get(group, "") for group in groups)

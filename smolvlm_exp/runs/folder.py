@@ -1,4 +1,4 @@
-"""One process at a time writes into a run's folder, and no other run ever does."""
+"""A run's folder is written by one process at a time, and never by another run."""
 
 import contextlib
 import os
@@ -15,11 +15,7 @@ RUN_FILES = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Within, the folder is this process's; the lock ends with the process.
-
-    Raises:
-        RequestError: another process is writing in it.
-    """
+    """Within, the folder is this process's, or a `RequestError`; the lock ends with the process."""
     try:
         lock = FileLock(folder / ".lock").acquire(timeout=PATIENCE)
     except Timeout:
@@ -34,11 +30,7 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
 
 
 def check_unused(folder: Path) -> None:
-    """Before a new run starts in a folder that the command names.
-
-    Raises:
-        RequestError: there is a run in it already.
-    """
+    """Refuse to start a new run in a folder, named by the command, that already holds one."""
     existing = next((name for name in RUN_FILES if (folder / name).exists()), None)
     if existing:
         raise RequestError(

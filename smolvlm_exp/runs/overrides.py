@@ -1,15 +1,16 @@
-"""Settings by full name: Hydra overrides as text (key=value), nested dictionaries made flat."""
+"""Settings by full name: Hydra overrides as text (key=value), nested dictionaries flattened."""
 
+from collections.abc import Iterable
 from typing import Any
-
-
-def given_value(args: Any, key: str, otherwise: str) -> str:
-    """A key's value on a command line."""
-    return next((o.partition("=")[2] for o in args.overrides if o.startswith(f"{key}=")), otherwise)
 
 
 def key_of(override: str) -> str:
     return override.partition("=")[0].lstrip("+~")
+
+
+def as_settings(overrides: Iterable[str]) -> dict[str, str]:
+    """Key -> value as typed."""
+    return {key_of(override): override.partition("=")[2] for override in overrides}
 
 
 def flatten(tree: Any, path: str = "") -> dict[str, Any]:

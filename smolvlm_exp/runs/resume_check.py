@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
-# Settings that change no learnt number: paths, what is kept, tracking, workers.
+# Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
     "resume_allow", "run", "runs", "sweep", "data.num_proc", "trainer.cache", "trainer.cache_disk", "trainer.cache_ram",
@@ -60,40 +60,37 @@ def check_same_run(
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
-        before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (saved, here))
-        dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
-        # Another number of processes may take the same rows per step, where none of them draws random numbers.
-        free = BATCH_KEYS if before == now and not dropout else ()
-        unknown = {ROWS, BASE} - here.keys()
-        keys = [key for key in dict.fromkeys([*saved, *here]) if key not in free and key not in unknown]
-        refuse_changes(checkpoint, [key for key in keys if saved.get(key) != here.get(key)], saved, here, settings)
+        refuse_changes(saved, here, settings, step_of(checkpoint))
     return here
 
 
-def refuse_changes(
-    checkpoint: Path, keys: list[str], saved: dict[str, Any], here: dict[str, Any], settings: Mapping[str, Any]
-) -> None:
-    allowed = tuple(settings["resume_allow"])
-    changed = [key for key in keys if not any(key == a or key.startswith(f"{a}.") for a in allowed)]
-    for key in set(keys) - set(changed):
-        log.info(f"resume: {describe_change(key, saved, here)}, accepted by resume_allow")
-    if changed:
-        lines = [f"  {describe_change(key, saved, here)}" for key in changed]
-        if "processes" in changed:
-            lines.append(same_rows(saved, here))
-        listed = "\n".join(lines)
-        raise RequestError(
-            f"resume={settings['resume']}: this is not the run that was saved at step {step_of(checkpoint)}.\n"
-            f"{listed}\nUndo the change, or accept it with 'resume_allow=[{','.join(changed)}]'."
+def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mapping[str, Any], step: int) -> None:
+    before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (saved, here))
+    dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
+    # Another number of processes may take the same rows per step, where none of them draws random numbers.
+    skipped = {*(BATCH_KEYS if before == now and not dropout else ()), *({ROWS, BASE} - here.keys())}
+    changes: dict[str, str] = {}
+    for key in [key for key in saved | here if saved.get(key) != here.get(key) and key not in skipped]:
+        change = describe_change(key, saved, here)
+        if any(key == allowed or key.startswith(f"{allowed}.") for allowed in settings["resume_allow"]):
+            log.info(f"resume: {change}, accepted by resume_allow")
+        else:
+            changes[key] = change
+    if not changes:
+        return
+    lines = [f"  {change}" for change in changes.values()]
+    if "processes" in changes:
+        steps, rest = divmod(before, here["processes"])
+        lines.append(
+            f"A step's rows cannot be divided among {here['processes']} processes."
+            if rest
+            else f"With trainer.gradient_accumulation_steps={steps} and no dropout, a step has the same rows here."
         )
-
-
-def same_rows(saved: dict[str, Any], here: dict[str, Any]) -> str:
-    """How another number of processes can resume."""
-    accumulation, rest = divmod(math.prod(saved.get(key, 1) for key in BATCH_KEYS), here["processes"])
-    if rest:
-        return f"A step's rows cannot be divided among {here['processes']} processes."
-    return f"With trainer.gradient_accumulation_steps={accumulation} and no dropout, a step has the same rows here."
+    listed = "\n".join(lines)
+    raise RequestError(
+        f"resume={settings['resume']}: this is not the run that was saved at step {step}.\n"
+        f"{listed}\nUndo the change, or accept it with 'resume_allow=[{','.join(changes)}]'."
+    )
 
 
 def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> str:

@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smolvlm_exp.runs.checkpoint import checkpoints
-from smolvlm_exp.runs.find import SWEEPS, newest_first, summary_of
-from smolvlm_exp.runs.overrides import key_of
+from smolvlm_exp.runs.find import SWEEPS, newest, summary_of
+from smolvlm_exp.runs.overrides import as_settings, key_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.formatting import short_keys, short_value
@@ -26,24 +26,25 @@ class Job:
     @property
     def settings(self) -> dict[str, str]:
         """Key -> value as typed."""
-        return {key_of(override): override.partition("=")[2] for override in self.overrides}
+        return as_settings(self.overrides)
 
     @property
     def identity(self) -> frozenset[str]:
-        return frozenset(override for override in self.overrides if not is_display_key(override))
+        return frozenset(override for override in self.overrides if key_of(override) not in DISPLAY_KEYS)
 
 
-def is_display_key(override: str) -> bool:
-    return key_of(override) in DISPLAY_KEYS
-
-
-def differing_settings(jobs: Sequence[Job]) -> dict[str, list[str]]:
-    """The keys whose values differ between jobs, with those values in the order of the jobs."""
+def settings_values(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """Key -> its values, in the order of the jobs."""
     values: dict[str, dict[str, None]] = {}
     for job in jobs:
         for key, value in job.settings.items():
             values.setdefault(key, {})[value] = None
-    return {key: list(v) for key, v in values.items() if len(v) > 1 and key not in DISPLAY_KEYS}
+    return {key: list(found) for key, found in values.items() if key not in DISPLAY_KEYS}
+
+
+def differing_settings(jobs: Sequence[Job]) -> dict[str, list[str]]:
+    """The keys whose values differ between jobs, with those values."""
+    return {key: values for key, values in settings_values(jobs).items() if len(values) > 1}
 
 
 def short_settings(job: Job, keys: Sequence[str]) -> dict[str, str]:
@@ -59,6 +60,11 @@ def job_label(job: Job, keys: Sequence[str]) -> str:
 def read_jobs(folder: Path) -> list[Job]:
     """The jobs of the sweep in `folder`; none where it has not started."""
     return [Job(job["number"], tuple(job["overrides"])) for job in read_json(folder / "sweep.json").get("jobs", [])]
+
+
+def job_of(folder: Path) -> Job | None:
+    """The job of a sweep that runs in `folder`; None where it is no job's."""
+    return next((job for job in read_jobs(folder.parent) if str(job.number) == folder.name), None)
 
 
 def write_jobs(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
@@ -90,43 +96,29 @@ def sweep_name(sweep: Path) -> str:
 
 def sweep_position(folder: Path) -> tuple[str, dict[str, str]] | None:
     """Of a run in a sweep: (the sweep's name, {short key: value} of the settings in which its jobs differ)."""
-    jobs = read_jobs(folder.parent)
-    own = next((job for job in jobs if str(job.number) == folder.name), None)
-    return (sweep_name(folder.parent), short_settings(own, read_keys(folder.parent))) if own else None
+    job = job_of(folder)
+    return (sweep_name(folder.parent), short_settings(job, read_keys(folder.parent))) if job else None
 
 
-def find_sweep(name: str, root: Path = OUTPUTS) -> Path:
-    """The sweep folder that `name` (a path, or `last`) means.
-
-    Raises:
-        RequestError: there is none.
-    """
+def find_sweep(name: str) -> Path:
+    """The sweep folder that `name` (a path, or `last`) means."""
     if name == "last":
-        sweeps = newest_first(root, "sweep.json", places=(SWEEPS,))
-        if not sweeps:
-            raise RequestError(f"sweep=last: there is no sweep under {root}/sweeps/ yet.")
-        return sweeps[0].parent
+        return newest(f"sweep=last: there is no sweep under {OUTPUTS}/sweeps/ yet.", [SWEEPS], "sweep.json").parent
     if not read_jobs(Path(name)):
         raise RequestError(f"sweep={name}: not a sweep folder (there is no sweep.json in it).")
     return Path(name)
 
 
 def check_same_jobs(folder: Path, jobs: Sequence[Job]) -> None:
-    """Raises:
-    RequestError: these are not the jobs of the sweep in `folder`; it says what differs.
-    """
+    """Refuse to resume the sweep in `folder` with other jobs; a `RequestError` says what differs."""
     before = read_jobs(folder)
     if {job.identity for job in jobs} == {job.identity for job in before}:
         return
-    keys = dict.fromkeys(key for job in [*jobs, *before] for key in job.settings if key not in DISPLAY_KEYS)
-    here, there = (
-        {key: dict.fromkeys(job.settings[key] for job in group if key in job.settings) for key in keys}
-        for group in (jobs, before)
-    )
+    here, there = settings_values(jobs), settings_values(before)
     changes = [
-        f"{key} is {', '.join(here[key]) or 'not set'} here and {', '.join(there[key]) or 'not set'} there"
-        for key in here
-        if set(here[key]) != set(there[key])
+        f"{key} is {', '.join(here.get(key, ['not set']))} here and {', '.join(there.get(key, ['not set']))} there"
+        for key in here | there
+        if set(here.get(key, [])) != set(there.get(key, []))
     ]
     raise RequestError(
         f"sweep={folder}: that sweep has other jobs: {'; '.join(changes) or 'other combinations of the same values'}.\n"

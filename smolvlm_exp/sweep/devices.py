@@ -1,4 +1,4 @@
-"""Several jobs at once on one machine: each gets a GPU of its own or, without GPUs, its share of the cores."""
+"""Jobs in parallel on one machine: each gets a GPU of its own or, without GPUs, its share of the cores."""
 
 import contextlib
 import getpass
@@ -16,7 +16,7 @@ def assign_device(jobs: int) -> Iterator[None]:
     """Within, this process sees one GPU that no other job of this user has, or uses a share of the cores.
 
     Args:
-        jobs: at once on this machine; -1: one per core. A single job has the whole machine.
+        jobs: at once on this machine; -1: one per core. A single job gets all GPUs and cores.
     """
     if jobs == 1:
         yield
@@ -44,7 +44,7 @@ def visible_gpus() -> list[str]:
 
 @contextlib.contextmanager
 def free_gpu(gpus: list[str]) -> Iterator[str]:
-    """Waits for one of `gpus` that no other job holds, and holds it. A job that dies releases its own."""
+    """Wait for one of `gpus` that no other job holds, and hold it; a job that dies releases its GPU."""
     folder = Path(tempfile.gettempdir()) / f"smolvlm_exp-{getpass.getuser()}"
     folder.mkdir(exist_ok=True)
     locks = {gpu: FileLock(folder / f"card-{gpu}.lock") for gpu in gpus}

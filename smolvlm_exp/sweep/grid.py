@@ -22,15 +22,11 @@ from smolvlm_exp.sweep.launcher import SweepStop, launch
 
 
 def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
-    """Run a command's grid; returns the exit code.
-
-    Raises:
-        RequestError: the folder has another sweep's jobs.
-    """
+    """Run a command's grid; returns the exit code."""
     folder = Path(sweeper.config.hydra.sweep.dir)
     lists = combinations(parsed([*sweeper._parse_config(), *arguments]))
     unique = {job.identity: job for job in (Job(0, tuple(overrides)) for overrides in lists)}
-    # Each combination once, with the number it has in the folder already, or its index in the command.
+    # Each combination once, with its number in the folder or, in a new one, its index in the command.
     known = {job.identity: job.number for job in read_jobs(folder)}
     jobs = [Job(known.get(identity, index), job.overrides) for index, (identity, job) in enumerate(unique.items())]
     if known:
@@ -47,8 +43,8 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
     announce(folder, f"{len(jobs)} job{'s' * (len(jobs) > 1)}", varied, states, [compose(sweeper, job) for job in left])
     with SweepStop(folder) as stop:
         launch(sweeper.launcher, folder, left, stop)
-    results = report_results(folder, config, stop.asked)
-    return STOPPED if stop.asked else int(results.failed)
+    results = report_results(folder, config, stop.requested)
+    return STOPPED if stop.requested else int(results.failed)
 
 
 def compose(sweeper: Any, job: Job) -> Config:

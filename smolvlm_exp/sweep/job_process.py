@@ -1,4 +1,4 @@
-"""One job of a sweep in a process of its own: however it ends, the other jobs continue, under every launcher.
+"""Run a job of a sweep in a process of its own: however it ends, the other jobs continue, under every launcher.
 
 An exception, running out of memory and kill -9 end the process and are recorded in the job's summary.json. The process
 holds its folder's lock, so that no job runs twice at once, and stops after saving when its parent is gone. On Linux
@@ -27,14 +27,13 @@ from filelock import FileLock, Timeout
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import choices, summary_of
-from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_label, job_state, read_jobs, read_keys
+from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_label, job_of, job_state, read_keys
 from smolvlm_exp.sweep.devices import assign_device
-from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_results
+from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_result, read_results
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.formatting import duration
-from smolvlm_exp.utils.log import configure_logging
-from smolvlm_exp.utils.startup import silence_upstream
+from smolvlm_exp.utils.startup import configure_logging, silence_upstream
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +43,7 @@ PATIENCE = 30.0  # seconds for a job whose sweep was just killed to save and rel
 
 
 def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | None:
-    """Run the job of `folder` in a process of its own and remove checkpoints as `keep` says; returns its metric.
+    """Run the job of `folder` in a process of its own and prune the sweep's checkpoints; returns its metric.
 
     Args:
         home: where the sweep's command was typed; a cluster's worker may start elsewhere.
@@ -52,19 +51,19 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
     """
     if stop_requested():
         return None
-    sweep, name = folder.parent, folder.name
-    job = next(job for job in read_jobs(sweep) if str(job.number) == name)
-    log.info(f"[{name}] {job_label(job, read_keys(sweep))}")
+    sweep, job = folder.parent, job_of(folder)
+    assert job is not None
+    log.info(f"[{job.number}] {job_label(job, read_keys(sweep))}")
     run_in_process(config, folder, home, at_once)
-    results = read_results(sweep, config.metric)
-    result = next(result for result in results.jobs if str(result.number) == name)
-    log.info(f"[{name}] {result.status}{f': {result.reason}' if result.reason else ''}{remaining_time(results)}")
+    results, result = read_results(sweep, config.metric), read_result(sweep, job)
+    reason = f": {result.reason}" if result.reason else ""
+    log.info(f"[{job.number}] {result.status}{reason}{remaining_time(results)}")
     prune_checkpoints(results, config.keep_checkpoints)
     return result.value(config.metric)
 
 
 def remaining_time(results: SweepResults) -> str:
-    """How many jobs are left, and how long they will take by those that are done."""
+    """How many jobs are left, and how long they will take, judging by the finished ones."""
     left = sum(job.status in ("missing", "cut", "stopped") for job in results.jobs)
     seconds = [job.summary["seconds"] for job in results.jobs if job.status == "done"]
     if not left:
@@ -97,7 +96,7 @@ def can_fork() -> bool:
 
 @contextlib.contextmanager
 def ignore_sigint() -> Iterator[None]:
-    """In a launcher's worker: Ctrl-C reaches it too, but the sweep's command decides what stops."""
+    """In a launcher's worker, which Ctrl-C reaches too; the sweep's command decides what stops."""
     in_main_thread = threading.current_thread() is threading.main_thread()
     worker = in_main_thread and signal.getsignal(signal.SIGINT) is signal.default_int_handler
     if worker:
@@ -169,7 +168,7 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
 
 
 def stop_with_parent() -> None:
-    """Save and stop when the process that waits for this job is gone."""
+    """Save and stop when the process that waits for this job has ended."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     wait([parent.sentinel])

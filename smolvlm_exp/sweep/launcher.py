@@ -1,4 +1,4 @@
-"""Hands jobs to Hydra's launcher, whichever it is, and stops them all by a file that each of them checks for."""
+"""Hand jobs to Hydra's launcher, whichever it is, and stop them all through a file that each of them watches."""
 
 import logging
 import os
@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 
 class SweepStop(StopRequest):
-    """On Ctrl-C or SIGTERM, creates a file that every job's parent checks for, on whatever machine it waits.
+    """On Ctrl-C or SIGTERM, creates a file that every job's parent process watches, on whatever machine.
 
     Running jobs save and stop; no other job starts. A second signal exits at once.
     """
@@ -39,7 +39,7 @@ class SweepStop(StopRequest):
 
 
 def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: SweepStop) -> bool:
-    """Run jobs into their folders. Hydra's basic launcher gets one at a time, so that a stop takes effect between two.
+    """Run jobs into their folders; with Hydra's basic launcher one at a time, so that a stop takes effect between two.
 
     Returns:
         Whether the launcher worked; how each job ended is in its folder.
@@ -48,7 +48,7 @@ def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: SweepStop) ->
 
     batches = [[job] for job in jobs] if isinstance(launcher, BasicLauncher) else [list(jobs)]
     for batch in batches:
-        if stop.asked or not batch:
+        if stop.requested or not batch:
             break
         try:
             returned = launcher.launch([hydra_overrides(job, folder, stop) for job in batch], batch[0].number)

@@ -2,8 +2,8 @@
 
     choice(4,8,16)   range(1,9)   interval(0.0,0.5)   tag(log,interval(1e-5,1e-3))
 
-Each command that works on a study holds a lock as long as it lives, and writes the lock's name on the trials it asks
-for: a trial whose lock is free is taken over by the next command.
+Each command that works on a study holds a lock as long as it runs, and stores the lock's name in the trials it starts:
+a trial whose lock is free is taken over by the next command.
 """
 
 import warnings
@@ -43,9 +43,7 @@ class SearchConf:
 
 
 def require_optuna() -> None:
-    """Raises:
-    RequestError: Optuna is not installed.
-    """
+    """Refuse a search where Optuna is not installed, and silence Optuna."""
     try:
         import optuna
     except ImportError as error:
@@ -79,14 +77,11 @@ def open_storage(folder: Path, storage: str | None) -> Any:
 
 
 def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[str]) -> "Study":
-    """The sweep's study; a new one where there is none.
+    """The sweep's study; a new one where there is none, and a `RequestError` where another search began it.
 
     Args:
         goal: 1 to maximize the metric, -1 to minimize it.
         command: the metric, the fixed overrides and the space.
-
-    Raises:
-        RequestError: another command began it.
     """
     import optuna
 
@@ -95,7 +90,6 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
         study_name=NAME if options.storage is None else "/".join((NAME, *folder.parts[-2:])),
         direction="maximize" if goal > 0 else "minimize",
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(options.n_startup_trials, options.n_warmup_steps),
     )
     original = study.user_attrs.get(COMMAND, command)
     if set(original) != set(command):
@@ -110,7 +104,7 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
 
 
 def is_abandoned(folder: Path, trial: "FrozenTrial") -> bool:
-    """Whether the command that asked for this trial is gone."""
+    """Whether the command that started this trial has ended."""
     try:
         with FileLock(folder / trial.user_attrs.get(WORKER, ".nobody")).acquire(timeout=0):
             return True

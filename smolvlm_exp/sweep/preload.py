@@ -1,4 +1,4 @@
-"""Imported by the server that a sweep's jobs are forked from, once for all of them (see job_process.py).
+"""Imported once by the server that a sweep's jobs are forked from (see job_process.py).
 
 All jobs then run the same code, whatever is edited while the sweep runs.
 """
@@ -8,7 +8,7 @@ from importlib import import_module
 
 from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 
-# Sent to the process group, it is for the jobs; the server reports their end.
+# A signal to the process group is meant for the jobs; the server must outlive them to report how they ended.
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 with fast_imports():
     silence_upstream()

@@ -30,9 +30,7 @@ class PruningCallback(TrainerCallback):
         self.trial = optuna.trial.Trial(study, saved["trial"])
 
     def on_evaluate(self, args: Any, state: TrainerState, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """Raises:
-        Pruned: the median of the other trials is better at this step.
-        """
+        """Report the evaluation; raises `Pruned` where the other trials' median is better at this step."""
         if self.key not in metrics:
             raise RequestError(f"hydra.sweeper.prune={self.key}: not evaluated. Known: {', '.join(metrics)}.")
         value = metrics[self.key]

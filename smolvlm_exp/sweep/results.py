@@ -1,12 +1,14 @@
-"""The results of a sweep: one per job, the best of them, the Pareto front, and all of it as rows for `sweep.csv`."""
+"""The results of a sweep: one per job, the best of them, the Pareto front, main effects, and rows for `sweep.csv`."""
 
 import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from smolvlm_exp.evaluation.metrics import GOALS, summary_value
+from smolvlm_exp.evaluation.statistics import t_interval
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.sweep_record import ENDED, Job, job_state, read_jobs, read_keys
@@ -98,6 +100,43 @@ def read_results(sweep: Path, metric: str) -> SweepResults:
     return SweepResults(sweep, [read_result(sweep, job) for job in read_jobs(sweep)], read_keys(sweep), metric)
 
 
+@dataclass(frozen=True)
+class Effect:
+    """The metric's mean over the jobs where a setting has this value."""
+
+    value: str
+    mean: float
+    interval: float | None  # half of a 95 % interval over the seeds; None for a single seed
+    seeds: int
+    jobs: int
+
+
+def main_effects(results: SweepResults) -> dict[str, list[Effect]]:
+    """Setting -> an effect per value, over the combinations of all other settings in which every value has finished.
+
+    Where a job is missing, its combination is left out for the other values too, so that like is compared with like.
+    """
+    effects: dict[str, list[Effect]] = {}
+    for key in results.settings:
+        blocks: dict[tuple[str, ...], dict[str, JobResult]] = {}
+        others = [other for other in results.keys if other != key]
+        for job in results.done:
+            block = tuple(job.settings.get(other, "") for other in others)
+            blocks.setdefault(block, {})[job.settings.get(key, "")] = job
+        values = dict.fromkeys(job.settings.get(key, "") for job in results.jobs)
+        complete = [block for block in blocks.values() if len(block) == len(values)]
+        effects[key] = [effect(v, [block[v] for block in complete], results) for v in values] if complete else []
+    return effects
+
+
+def effect(value: str, jobs: list[JobResult], results: SweepResults) -> Effect:
+    seeds: dict[str, list[float]] = {}
+    for job in jobs:
+        seeds.setdefault(job.settings.get("seed", ""), []).append(results.measured(job))
+    means = [mean(values) for values in seeds.values()]
+    return Effect(value, mean(means), t_interval(means), len(means), len(jobs))
+
+
 def results_table(results: SweepResults) -> list[dict[str, Any]]:
     """A flat dict per job, all with the same keys: settings as typed, then every number of its summary by its path."""
     best, front = results.best, results.front
@@ -119,10 +158,9 @@ def results_table(results: SweepResults) -> list[dict[str, Any]]:
 
 
 def prune_checkpoints(results: SweepResults, keep: str) -> None:
-    """Remove checkpoints of done jobs, but for all, the `last` of each job, or the last of the `best` job."""
-    for job in results.jobs:
-        if keep == "all" or job.status not in ENDED:
-            continue
-        keep_newest = keep == "last" or job is results.best
-        for checkpoint in checkpoints(results.folder / str(job.number))[: -1 if keep_newest else None]:
-            shutil.rmtree(checkpoint, ignore_errors=True)  # another job that ends at this moment may remove it too
+    """Remove finished jobs' checkpoints, except `all`, the `last` of each job, or the last of the `best` job."""
+    for job in results.jobs if keep != "all" else ():
+        if job.status in ENDED:
+            keep_newest = keep == "last" or job is results.best
+            for checkpoint in checkpoints(results.folder / str(job.number))[: -1 if keep_newest else None]:
+                shutil.rmtree(checkpoint, ignore_errors=True)  # another job that ends now may remove it too

@@ -16,7 +16,8 @@ from omegaconf import OmegaConf
 from smolvlm_exp.config.compose import parsed
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.metrics import GOALS
-from smolvlm_exp.runs.sweep_record import Job, is_display_key, job_state, write_jobs
+from smolvlm_exp.runs.overrides import key_of
+from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
 from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.grid import compose
 from smolvlm_exp.sweep.job_process import STOPPED
@@ -31,11 +32,7 @@ if TYPE_CHECKING:
 
 
 def sweep_search(sweeper: Any, arguments: list[str]) -> int:
-    """Run a command's search; returns the exit code.
-
-    Raises:
-        RequestError: Optuna is missing, there is nothing to search, or the folder has another search.
-    """
+    """Run a command's search; returns the exit code."""
     require_optuna()
     options: SearchConf = sweeper.options
     from_config = [f"{key}={value}" for key, value in (options.params or {}).items()]
@@ -51,12 +48,12 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
     lines = [override.input_line or "" for override in overrides.values()]
-    command = [f"metric={config.metric}", *(line for line in lines if not is_display_key(line))]
+    command = [f"metric={config.metric}", *(line for line in lines if key_of(line) not in DISPLAY_KEYS)]
     study = open_study(folder, options, GOALS[config.metric], command)
     with SweepStop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)
-    report_results(folder, config, stop.asked, study)
-    if stop.asked:
+    report_results(folder, config, stop.requested, study)
+    if stop.requested:
         return STOPPED
     return int(any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False)))
 
@@ -84,7 +81,7 @@ class Search:
         with FileLock(lock):
             announce(self.folder, f"search of {self.options.n_trials} trials", space, states, left)
             launched = True
-            while launched and not stop.asked and (jobs := self.next_jobs()):
+            while launched and not stop.requested and (jobs := self.next_jobs()):
                 launched = launch(launcher, self.folder, jobs, stop)
                 for job in jobs:
                     self.tell(job)

@@ -6,12 +6,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.evaluation.metrics import GOALS, METRICS
+from smolvlm_exp.evaluation.metrics import GOALS, METRICS, is_share
 from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.sweep_record import job_label
-from smolvlm_exp.sweep.effects import main_effects
-from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults
+from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults, main_effects
 from smolvlm_exp.utils.formatting import duration, humanize, number, percent, short_keys, short_value
 
 if TYPE_CHECKING:
@@ -24,8 +23,7 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
     """Write sweep.html into the sweep's folder; `study`: the search's, in place of main effects."""
     part, _, key = results.metric.partition(".")
     label = METRICS[key].label if part == "after" else humanize(key)
-    is_share = part == "after" and METRICS[key].share
-    show: Callable[[float], str] = partial(percent, decimals=1) if is_share else number
+    show: Callable[[float], str] = partial(percent, decimals=1) if is_share(results.metric) else number
     best, statuses = results.best, [job.status for job in results.jobs]
     effects = {} if study else main_effects(results)
     page = render(
@@ -37,7 +35,7 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         about=[
             *((status, statuses.count(status)) for status in dict.fromkeys(statuses)),
             ("metric", results.metric),
-            ("training time in all", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
+            ("total training time", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
         ],
         results=results,
         best=best,
@@ -100,5 +98,5 @@ def importance(study: "Study") -> dict[str, float]:
     from optuna.importance import get_param_importances
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # that trials with equal values make all settings equal
+        warnings.simplefilter("ignore", UserWarning)  # where trials with equal values make all settings equal
         return get_param_importances(study)

@@ -2,16 +2,13 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cache
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, summary_of
-from smolvlm_exp.utils.paths import OUTPUTS, relative_to_cwd
+from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, saved_hydra, summary_of
+from smolvlm_exp.utils.paths import relative_to_cwd
 
 MAX_RUNS = 50  # earlier runs to search
 
@@ -24,19 +21,21 @@ def estimate_time(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | No
     own = [summary["seconds"] for folder in sweep.glob("*/") if (summary := finished(folder))]
     if own:
         return median(own) * len(left), f"the {len(own)} that are done"
-    total, source = 0.0, ""
+    folders = [path.parent for path in newest_first((*PLACES, JOBS), "summary.json")[:MAX_RUNS]]
+    earlier = [(folder, summary, saved_hydra(folder, "config")) for folder in folders if (summary := finished(folder))]
+    total, source = 0.0, Path()
     for config in left:
-        run = next((run for run in earlier_runs() if same_workload(config, run)), None)
-        if run is None:
+        known = next(((run, summary) for run, summary, saved in earlier if same_workload(config, saved)), None)
+        if known is None:
             return None
-        summary, source, trainer = summary_of(run), str(relative_to_cwd(run)), config.trainer
+        source, summary = known
+        trainer, train = config.trainer, summary["train"]
         if trainer.max_steps > 0:
             pairs = trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
         else:
             pairs = trainer.num_train_epochs * summary["data"]["train"]["rows"]
-        outside_training = summary["seconds"] - summary["train"]["seconds"]
-        total += outside_training + pairs / summary["train"]["pairs_per_second"]
-    return (total, f"{source}, the latest run of this model and data") if left else None
+        total += summary["seconds"] - train["seconds"] + pairs / train["pairs_per_second"]
+    return total, f"{relative_to_cwd(source)}, the latest run of this model and data"
 
 
 def finished(folder: Path) -> dict[str, Any]:
@@ -45,22 +44,8 @@ def finished(folder: Path) -> dict[str, Any]:
     return summary if summary.get("status") == "done" and "seconds" in summary else {}
 
 
-@cache
-def earlier_runs() -> list[Path]:
-    """Finished runs whose time is known, the newest first."""
-    newest = newest_first(OUTPUTS, "summary.json", places=(*PLACES, JOBS))
-    return [path.parent for path in newest[:MAX_RUNS] if finished(path.parent)]
-
-
-@cache
-def saved_config(run: Path) -> dict[str, Any]:
-    path = run / ".hydra" / "config.yaml"
-    return yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else {}
-
-
-def same_workload(config: Config, run: Path) -> bool:
+def same_workload(config: Config, saved: dict[str, Any]) -> bool:
     """The same model, data, algorithm and engine, whatever the adapter, learning rate and batch."""
-    saved, trainer = saved_config(run), config.trainer
     if saved.get("model") != asdict(config.model) or saved.get("data") != asdict(config.data):
         return False
-    return all(saved["trainer"].get(key) == getattr(trainer, key) for key in ("algorithm", "engine"))
+    return all(saved["trainer"].get(key) == getattr(config.trainer, key) for key in ("algorithm", "engine"))

@@ -11,7 +11,7 @@ from typing import Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.images import ImageError, ImageLimits
-from smolvlm_exp.deploy.session.load import load_backend
+from smolvlm_exp.deploy.session.backends import load_backend
 from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json

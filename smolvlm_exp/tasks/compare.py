@@ -9,16 +9,14 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-import yaml
 from omegaconf import OmegaConf
 
 from smolvlm_exp.config.renamed import rename_settings
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.evaluation.comparison import Comparison, Run, compare_runs
-from smolvlm_exp.evaluation.per_row import load_per_row
+from smolvlm_exp.evaluation.comparison import Comparison, Run, compare_runs, load_per_row
 from smolvlm_exp.reporting.comparison_page import COSTS, comparison_page, print_comparison
 from smolvlm_exp.reporting.tracker import track_table
-from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, summary_of
+from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, saved_hydra, summary_of
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
@@ -37,12 +35,11 @@ def compare(config: Config, folder: Path) -> Comparison:
 
     result = compare_runs([read_run(path) for path in find_runs(config.runs)], config.metric)
     rows = table_rows(result)
-    pandas.DataFrame(rows, dtype=object).to_csv(folder / "compare.csv", index=False)  # object: whole numbers stay so
+    pandas.DataFrame(rows, dtype=object).to_csv(folder / "compare.csv", index=False)  # object: integers stay integers
     (folder / "compare.html").write_text(comparison_page(result, folder), encoding="utf-8")
     print_comparison(result)
-    track_table(
-        config.tracker, folder, "compare", f"compare {folder.parent.name} {folder.name}", rows, {"runs": len(rows)}
-    )
+    name = f"compare {folder.parent.name} {folder.name}"
+    track_table(config.tracker, folder, "compare", name, rows, {"runs": len(rows)})
     log.info(f"{relative_to_cwd(folder)}/compare.html")
     return result
 
@@ -69,7 +66,7 @@ def find_runs(names: Sequence[str]) -> list[Path]:
 
 
 def read_run(folder: Path) -> Run:
-    composed = OmegaConf.create(yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8")))
+    composed = OmegaConf.create(saved_hydra(folder, "config"))
     rename_settings(composed)
     flat = flatten(OmegaConf.to_container(composed)).items()
     settings = {key: str(value) for key, value in flat if key.partition(".")[0] not in NON_IDENTITY_KEYS}

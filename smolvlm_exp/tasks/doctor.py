@@ -1,7 +1,7 @@
 """Can this machine run the main job? `python -m smolvlm_exp task=doctor` finds out by doing it in small.
 
 Each check is a function that returns one `Finding`, printed as one line with the figure seen and, where something is
-amiss, the fix. `fail` means that `python -m smolvlm_exp` (tiny model, nf4, DoRA, DPO) cannot run; `warn` means that it
+wrong, the fix. `fail` means that `python -m smolvlm_exp` (tiny model, nf4, DoRA, DPO) cannot run; `warn` means that it
 runs and something else will not, or not well. No check asks a question, needs an account, or prints a secret.
 """
 
@@ -21,7 +21,7 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.models.hub import ping
+from smolvlm_exp.models.model import ping
 from smolvlm_exp.runs.find import find_ended_run
 from smolvlm_exp.utils.paths import OUTPUTS
 from smolvlm_exp.utils.units import GIB
@@ -42,7 +42,7 @@ PYTHON = (3, 11)  # requires-python
 
 @dataclass
 class Finding:
-    """What one check saw. `fix` is empty when the verdict is ok."""
+    """The outcome of one check. `fix` is empty when the verdict is ok."""
 
     name: str
     verdict: str  # ok | warn | fail
@@ -66,17 +66,17 @@ def doctor(config: "Config", folder: Path) -> None:
 
 
 def check_machine(outputs: Path) -> int:
-    """Run every check, a line each. Returns 0, or 1 when the main job cannot run. `outputs` need not exist."""
+    """Run every check, one line per check. Returns 1 when the main job cannot run, else 0. `outputs` need not exist."""
     # name, function, and the verdict and fix when it raises
     checks: list[tuple[str, Callable[[], Finding], str, str]] = [
         ("python", check_python, "fail", "make a virtual environment with a newer Python"),
         ("packages", check_packages, "warn", f"a plain checkout is not installed: {INSTALL}"),
         ("imports", check_imports, "fail", f"reinstall what is named: {INSTALL}"),
         ("matmul", partial(check_matmul, "matmul", "float32"), "fail", f"reinstall torch, {NO_GPU}"),
-        ("cuda", check_cuda, "fail", f"mend the driver, {NO_GPU}"),
+        ("cuda", check_cuda, "fail", f"repair the driver, {NO_GPU}"),
         ("bf16", partial(check_matmul, "bf16", "bfloat16"), "fail", f"reinstall torch, {NO_GPU}"),
         ("nf4", check_nf4, "fail", "reinstall bitsandbytes, or run without 4 bit: quant=none"),
-        ("flash-attn", check_flash_attention, "warn", "pip uninstall flash-attn (sdpa serves), or build it again"),
+        ("flash-attn", check_flash_attention, "warn", "pip uninstall flash-attn, or rebuild it"),
         ("images", check_images, "fail", "reinstall pillow"),
         ("memory", check_memory, "warn", "pip install psutil"),
         ("disk", partial(check_folder, "disk", outputs), "fail", "write elsewhere: hydra.run.dir=FOLDER"),
@@ -102,7 +102,7 @@ def attempt(name: str, check: Callable[[], Finding], verdict: str, fix: str) -> 
     try:
         with warnings.catch_warnings(action="ignore"):
             return check()
-    except Exception as error:  # whatever upstream raises, a person gets a line
+    except Exception as error:  # whatever upstream raises becomes one line
         return Finding(name, verdict, f"{type(error).__name__}: {str(error)[:200]}", fix)
     finally:
         logging.disable(logging.NOTSET)
@@ -135,7 +135,7 @@ def requirements() -> list[Any]:
 
 
 def check_packages() -> Finding:
-    """Missing or older than its lower bound: fail. Past its upper bound: nobody has tried it, so warn."""
+    """Missing or older than its lower bound: fail. Past its upper bound: untested, so warn."""
     seen, wrong, verdict = [], {}, "warn"
     for need in requirements():
         version = next((installed.version for installed in metadata.distributions(name=need.name)), "")
@@ -149,7 +149,7 @@ def check_packages() -> Finding:
 
 
 def check_imports() -> Finding:
-    """Versions may agree and an import still break, as beside a torchvision that was built for another torch."""
+    """An import may break although the versions agree, as with a torchvision that was built for another torch."""
     check_torchvision()
     from peft import LoraConfig
     from transformers import Idefics3ForConditionalGeneration
@@ -236,7 +236,7 @@ def check_flash_attention() -> Finding:
     q, k, v = (t.float().transpose(1, 2) for t in (q, k, v))
     error = relative_error(got, torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True))
     detail = f"relative error {error:.0e} (limit {MATMUL_LIMIT:.0e})"
-    return judge("flash-attn", error <= MATMUL_LIMIT, detail, "pip uninstall flash-attn, or build it again", "warn")
+    return judge("flash-attn", error <= MATMUL_LIMIT, detail, "pip uninstall flash-attn, or rebuild it", "warn")
 
 
 def check_images() -> Finding:
@@ -289,7 +289,7 @@ def check_hub() -> Finding:
 
 
 def check_wandb() -> Finding:
-    """Where runs will be seen. Nothing is asked: `wandb.login` would go to the network, even with `verify=False`."""
+    """Where runs are uploaded to. Without `wandb.login`, which uses the network even with `verify=False`."""
     try:
         with redirect_stderr(io.StringIO()):  # a complaint about ~/.netrc may quote the key
             from wandb.sdk import wandb_setup

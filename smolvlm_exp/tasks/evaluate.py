@@ -1,6 +1,7 @@
 """task=evaluate: a model on held-out rows and, where it is tuned, its base on the same rows; nothing is trained."""
 
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,9 @@ from rich.console import Console
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.checks import image_reliance, leaked_rows, policy_changed
-from smolvlm_exp.evaluation.generation_speed import generation_speed
+from smolvlm_exp.evaluation.comparison import load_per_row, short_fingerprints
+from smolvlm_exp.evaluation.generate import generation_speed
 from smolvlm_exp.evaluation.held_out import evaluate as evaluate_model
-from smolvlm_exp.evaluation.per_row import load_per_row, short_fingerprints
 from smolvlm_exp.models.adapter import load_adapter, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
 from smolvlm_exp.models.quant import quantization_config
@@ -30,12 +31,13 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     """Base and, with `model.adapter`, the tuned model; written into `folder` as a run's result is.
 
     Returns:
-        what summary.json holds: `before` is the base.
+        the content of summary.json; `before` is the base.
 
     Raises:
-        RequestError: something was asked for that cannot be done here.
+        RequestError: the request cannot work here.
     """
-    sizes = tuple(config.task.batch_sizes) or (1, config.trainer.per_device_eval_batch_size)
+    batch_size = config.trainer.per_device_eval_batch_size
+    sizes = tuple(config.task.batch_sizes) or (1, batch_size)
     if min(sizes) < 1:
         raise RequestError(f"task.batch_sizes={list(sizes)}: 1 is the least.")
     quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
@@ -44,28 +46,24 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
     model: Any = load_model(config.model, quantization, config.seed)
-    rows = preferences.test
-    batch_size = config.trainer.per_device_eval_batch_size
-    how: dict[str, Any] = {
-        "max_length": config.data.max_length,
-        "temperature": config.task.temperature,
-        "max_new_tokens": config.task.max_new_tokens,
-        "seed": config.seed,
-    }
+    evaluate_held_out = partial(
+        evaluate_model, processor=processor, preferences=preferences, batch_size=batch_size, seed=config.seed,
+        max_length=config.data.max_length, temperature=config.task.temperature,
+        max_new_tokens=config.task.max_new_tokens,
+    )  # fmt: skip
 
-    before = evaluate_model(model, processor, preferences, batch_size, **how)
-    speed = {"base": generation_speed(model, processor, rows, sizes)}
+    before = evaluate_held_out(model)
+    speed = {"base": generation_speed(model, processor, preferences.test, sizes)}
     after, checks = None, []
     if adapter:
-        tuned: Any = load_adapter(model, adapter, config.adapter.target).eval()
-        how |= {"reference": before.logps, "beta": config.trainer.reward_scale}
-        after = evaluate_model(tuned, processor, preferences, batch_size, **how)
-        speed["tuned"] = generation_speed(tuned, processor, rows, sizes)
+        model = load_adapter(model, adapter, config.adapter.target).eval()
+        after = evaluate_held_out(model, reference=before.logps, beta=config.trainer.reward_scale)
+        speed["tuned"] = generation_speed(model, processor, preferences.test, sizes)
         checks = [policy_changed(before, after), *image_reliance(before.metrics, after.metrics)]
         trained = load_per_row(adapter.parent)
         if trained:
-            seen = np.isin(short_fingerprints(preferences.prints["test"]), trained.train)
-            checks.append(leaked_rows(seen.sum()))
+            leaked = np.isin(short_fingerprints(preferences.prints["test"]), trained.train)
+            checks.append(leaked_rows(leaked.sum()))
 
     summary = {
         "status": "done",
@@ -79,10 +77,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     shown = samples(preferences, before.answers, (after or before).answers)
     write_report(folder, summary, asdict(config), shown)
     tracker_of(config, folder, "evaluate").finish(summary, shown)
-    console = Console()
-    print_results(console, summary, ("base", "tuned"))
+    print_results(Console(), summary, ("base", "tuned"))
     for name, measured in speed.items():
         for at in measured:
-            console.print(f"{name}: {at}", highlight=False, soft_wrap=True)
-    console.print(f"{relative_to_cwd(folder)}/report.html", highlight=False, soft_wrap=True)
+            print(f"{name}: {at}")
+    print(f"{relative_to_cwd(folder)}/report.html")
     return summary

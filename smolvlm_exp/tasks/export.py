@@ -8,22 +8,25 @@ import shutil
 import tempfile
 from dataclasses import asdict
 from functools import cached_property
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
 from rich.console import Console
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
-from smolvlm_exp.deploy.export.model_card import model_card
-from smolvlm_exp.deploy.export.options import formats, merged_precision, precisions
+from smolvlm_exp.deploy.export.onnx_export import Graphs
 from smolvlm_exp.deploy.export.parity import Parity, gate, parity
-from smolvlm_exp.deploy.export.record import check_free, read_record, write_record
+from smolvlm_exp.deploy.export.record import check_free, model_card, read_record, write_record
+from smolvlm_exp.deploy.options import PARTS_BY_SIZE, formats, merged_precision, precisions, require_packages
+from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder
+from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.evaluation.checks import checks_passed, mean_logp_change
 from smolvlm_exp.evaluation.held_out import Evaluation, evaluate
 from smolvlm_exp.evaluation.preference import answer_logps, preference_metrics
+from smolvlm_exp.evaluation.statistics import changes
 from smolvlm_exp.models.adapter import saved_adapter
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.reporting.summary import print_results, summarize
@@ -41,38 +44,45 @@ NOT_UPLOADED = ["training_args.bin", "**/training_args.bin", "checkpoints/**", "
 
 
 def export(config: Config, folder: Path) -> dict[str, Path]:
-    """Write what `config.export` asks for, each format into a folder of its own: those folders, by format.
+    """Write each requested format into a folder of its own; returns these folders by format.
 
     Raises:
         RequestError: a setting that cannot work; nothing was written.
         RunError: a format failed the parity gate. Those before it are written.
     """
-    wanted = formats(config.export)
     root = Path(config.export.folder or Path(config.run or folder) / "export")
-    for name in wanted:
-        check_free(root / name)
-    if "adapter" in wanted and not config.model.adapter:
+    folders = {name: root / name for name in formats(config.export)}
+    for target in folders.values():
+        check_free(target)
+    if "adapter" in folders and not config.model.adapter:
         raise RequestError("export.format=adapter: there is no adapter; set run=FOLDER or model.adapter=FOLDER.")
-    require_packages(config, wanted)
+    packages = dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export") if "onnx" in folders else {}
+    if "merged" in folders and merged_precision(config.export) == "int8":
+        packages["torchao"] = "int8"
+    require_packages("export", packages)
     if config.export.push_to_hub:
         check_account(config.export.push_to_hub)
-    exporter, written = Exporter(config, folder), {}
+    exporter = Exporter(config, folder)
     root.mkdir(parents=True, exist_ok=True)
     with lock_run_folder(root):
-        for name in wanted:
-            with atomic_folder(root / name) as staging:
-                getattr(exporter, f"write_{name}")(staging, root / name)
-            written[name] = root / name
-            log.info(f"written: {relative_to_cwd(root / name)}")
+        for name, target in folders.items():
+            with atomic_folder(target) as staging:
+                getattr(exporter, f"write_{name}")(staging, target)
+            log.info(f"written: {relative_to_cwd(target)}")
     if config.export.push_to_hub:
-        log.info(f"uploaded: {push(written[wanted[-1]], config.export.push_to_hub, config.export.private)}")
-    return written
+        address = HfApi().create_repo(config.export.push_to_hub, private=config.export.private, exist_ok=True)
+        HfApi().upload_folder(
+            repo_id=config.export.push_to_hub,
+            folder_path=target,
+            ignore_patterns=NOT_UPLOADED,
+            commit_message="Upload by smolvlm_exp",
+        )
+        log.info(f"uploaded: {address}")
+    return folders
 
 
 def check_account(repository: str) -> None:
-    """RequestError where the Hub cannot be reached or nobody is logged in: now and not after the work."""
-    from huggingface_hub import HfApi
-
+    """RequestError where the Hub cannot be reached or nobody is logged in, before the work."""
     try:
         HfApi().whoami()
     except Exception as error:  # whichever of the client's many: no network, no token, a revoked one
@@ -80,29 +90,6 @@ def check_account(repository: str) -> None:
             f"export.push_to_hub={repository}: {first_line(error)}\n"
             "Log in with `hf auth login`, or leave out export.push_to_hub."
         ) from error
-
-
-def push(folder: Path, repository: str, private: bool) -> str:
-    """Upload `folder`; returns the address."""
-    from huggingface_hub import HfApi
-
-    hub = HfApi()
-    address = hub.create_repo(repository, private=private, exist_ok=True)
-    hub.upload_folder(
-        repo_id=repository, folder_path=folder, ignore_patterns=NOT_UPLOADED, commit_message="Upload by smolvlm_exp"
-    )
-    return str(address)
-
-
-def require_packages(config: Config, wanted: tuple[str, ...]) -> None:
-    needed = dict.fromkeys(("onnx", "onnxscript", "onnxruntime"), "export") if "onnx" in wanted else {}
-    if "merged" in wanted and merged_precision(config.export) == "int8":
-        needed["torchao"] = "int8"
-    for package, extra in needed.items():
-        if find_spec(package) is None:
-            raise RequestError(
-                f"task=export needs {package}, which is not installed: pip install 'smolvlm-exp[{extra}]'"
-            )
 
 
 class Exporter:
@@ -130,7 +117,7 @@ class Exporter:
                 self.effect = mean_logp_change(self.score(model), self.tuned.logps)
 
     def parity(self, model: Any) -> Parity:
-        """Of log-probabilities alone: nothing is generated."""
+        """From log-probabilities only: nothing is generated."""
         logps = self.score(model)
         return parity(self.tuned, Evaluation(preference_metrics(logps), logps, []), self.effect)
 
@@ -154,28 +141,15 @@ class Exporter:
             log.info("adapter: vLLM and llama.cpp cannot load DoRA; use export.format=merged for them")
 
     def write_merged(self, staging: Path, target: Path) -> None:
-        from smolvlm_exp.deploy.session.load import load_folder
-
         precision = merged_precision(self.config.export)
         save_merged(self.merged, self.processor, staging, precision)
         self.finish(staging, "merged", {"model": precision}, self.evaluate(load_folder(staging, None)[0].model))
 
     def write_onnx(self, staging: Path, target: Path) -> None:
-        from smolvlm_exp.deploy.export.onnx_export import Graphs, search
-        from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
-        from smolvlm_exp.engine.fingerprint import weights_key
-
         with tempfile.TemporaryDirectory(dir=staging.parent, prefix=".graphs.") as work:
             graphs = Graphs(Path(work), self.merged.cpu(), self.processor)
 
-            def passes(trial: dict[str, str]) -> bool:
-                measured = self.parity(OnnxModel(graphs.folder, trial))
-                passed = checks_passed(gate(self.config.export, measured, {}))
-                size = f"{graphs.size(trial) / 2**20:.1f} MiB"
-                log.info(f"search: {listed(trial)}: {size}; {measured}: {'passes' if passed else 'fails'}")
-                return passed
-
-            chosen = search(graphs, passes) if self.config.export.search else precisions(self.config.export)
+            chosen = self.search(graphs) if self.config.export.search else precisions(self.config.export)
             graphs.copy_to(staging, chosen)
         weights = weights_key(self.merged)
         if read_record(target).get("weights") == weights:  # keep the graphs of this model in other precisions
@@ -184,10 +158,27 @@ class Exporter:
                     shutil.copy(file, staging / "onnx")
         self.finish(staging, "onnx", chosen, self.evaluate(OnnxModel(staging, chosen)), weights=weights)
 
+    def search(self, graphs: Graphs) -> dict[str, str]:
+        """The smallest precisions that pass the gate, part by part: at most two trials each."""
+        chosen = dict.fromkeys(PARTS_BY_SIZE, "fp32")
+        for part in PARTS_BY_SIZE:
+            for precision in ("int4", "int8"):
+                if graphs.size({part: precision}) >= graphs.size({part: "fp32"}):
+                    continue
+                trial = {**chosen, part: precision}
+                measured = self.parity(OnnxModel(graphs.folder, trial))
+                passed = checks_passed(gate(self.config.export, measured, {}))
+                size = f"{graphs.size(trial) / 2**20:.1f} MiB"
+                log.info(f"search: {listed(trial)}: {size}; {measured}: {'passes' if passed else 'fails'}")
+                if passed:
+                    chosen = trial
+                    break
+        return chosen
+
     def finish(self, staging: Path, form: str, chosen: dict[str, str], exported: Evaluation, **more: Any) -> None:
         """Print and check how good an export is, and write its card and its record."""
-        measured, changes = parity(self.tuned, exported, self.effect), exported.changes(self.tuned)
-        checks = gate(self.config.export, measured, changes)
+        measured = parity(self.tuned, exported, self.effect)
+        checks = gate(self.config.export, measured, changes(self.tuned.ratios, exported.ratios))
         summary = summarize(self.tuned, exported, checks)
         print(f"{form}{f' ({listed(chosen)})' if chosen else ''}: {measured}")
         print_results(Console(), summary, names=("tuned", "exported"))
@@ -206,7 +197,7 @@ class Exporter:
             "parity": asdict(measured),
             "tuned": self.tuned.metrics,
             "exported": exported.metrics,
-            "intervals": {"tuned": self.tuned.intervals(), "exported": exported.intervals()},
+            "intervals": {"tuned": summary["intervals"]["before"], "exported": summary["intervals"]["after"]},
             "changes": summary["changes"],
             "passes": summary["checks_passed"],
             "checks": summary["checks"],

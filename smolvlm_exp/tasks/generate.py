@@ -5,7 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +20,30 @@ from smolvlm_exp.utils.paths import relative_to_cwd
 
 log = logging.getLogger(__name__)
 
-
+EXAMPLE = '{"image": "cat.jpg", "question": "What is it?"}'
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
 
 
 @dataclass(frozen=True)
-class Asked:
-    image: str  # as the file with the questions names it, or its path below the folder
+class Question:
+    image: str  # as the file of questions names it, or its path below the folder
     question: str
 
 
 def generate(config: Config, folder: Path) -> Path:
-    """Answer all questions that the file of answers has not; a line each, on disk batch by batch.
+    """Answer the questions that the file of answers lacks, on disk batch by batch; returns the file.
 
-    Returns:
-        The file: {"image", "question", "answer"} a line; with `model.adapter`, "base" and "tuned" in place of "answer";
-        "problem" in their place for an image that cannot be read.
-
-    Raises:
-        RequestError: nothing was asked, or a file or folder is not there.
+    A line has "image", "question" and "answer"; with `model.adapter` "base" and "tuned" in place of "answer"; "problem"
+    in their place for an image that cannot be read.
     """
     task = config.task
-    images, asked = questions(config)
+    images, questions = find_questions(config)
     path = Path(task.answers) if task.answers else folder / "answers.jsonl"
     names = ("base", "tuned") if config.model.adapter else ("answer",)
     done = answered(path, names)
-    left = [question for question in asked if question not in done]
-    log.info(f"generate: {len(asked)} questions, {len(asked) - len(left)} of them answered in {relative_to_cwd(path)}")
+    left = [question for question in questions if question not in done]
+    count = len(questions)
+    log.info(f"generate: {count} questions, {count - len(left)} of them answered in {relative_to_cwd(path)}")
     model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
     processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
@@ -54,8 +51,8 @@ def generate(config: Config, folder: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
         for start in range(0, len(left), size):
-            batch, rows = left[start : start + size], []
-            lines: list[dict[str, Any]] = [vars(question).copy() for question in batch]
+            rows: list[dict[str, Any]] = []
+            lines: list[dict[str, Any]] = [asdict(question) for question in left[start : start + size]]
             for line in lines:
                 try:
                     image = open_image(locate(line["image"], images), max_edge, limits)
@@ -76,58 +73,51 @@ def generate(config: Config, folder: Path) -> Path:
     return path
 
 
-def questions(config: Config) -> tuple[Path, list[Asked]]:
-    """The folder that image paths are relative to, and what is asked, in order."""
+def find_questions(config: Config) -> tuple[Path, list[Question]]:
+    """The folder that image paths are relative to, and the questions in order."""
     task = config.task
     if task.questions:
         file = Path(task.questions)
         if not file.is_file():
             raise RequestError(f"task.questions={task.questions}: there is no such file.")
         folder = Path(task.images) if task.images else file.parent
-        return folder, list(dict.fromkeys(from_lines(file)))
+        return folder, list(dict.fromkeys(read_questions(file)))
     if not task.images:
         raise RequestError(
-            "task=generate needs images: task.images=FOLDER, or task.questions=FILE (a line each, "
-            '{"image": "cat.jpg", "question": "What is it?"}).'
+            f"task=generate needs images: task.images=FOLDER, or task.questions=FILE (a line each, {EXAMPLE})."
         )
     folder = Path(task.images)
     files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
     if not files:
         raise RequestError(f"task.images={task.images}: no image is there ({', '.join(IMAGES)}).")
-    return folder, [Asked(str(path.relative_to(folder)), task.question) for path in files]
+    return folder, [Question(str(path.relative_to(folder)), task.question) for path in files]
 
 
-def from_lines(file: Path) -> Iterator[Asked]:
+def read_questions(file: Path) -> Iterator[Question]:
     for number, line in json_lines(file.read_text(encoding="utf-8-sig")):
         try:
             entry = json.loads(line)
-            yield Asked(str(entry["image"]), str(entry["question"]))
+            yield Question(str(entry["image"]), str(entry["question"]))
         except (ValueError, KeyError, TypeError):
-            raise RequestError(
-                f'{file}, line {number}: expected {{"image": "cat.jpg", "question": "What is it?"}}.'
-            ) from None
+            raise RequestError(f"{file}, line {number}: expected {EXAMPLE}.") from None
 
 
-def answered(path: Path, names: tuple[str, ...]) -> set[Asked]:
-    """What the file of answers has; half a line at its end, as a killed run leaves it, is cut off.
+def answered(path: Path, names: tuple[str, ...]) -> set[Question]:
+    """The questions that the file of answers has. A partial last line, as a killed run leaves it, is cut off.
 
-    Args:
-        names: under which an answer of this command stands.
-
-    Raises:
-        RequestError: it is no file of answers, or has those of other models.
+    RequestError where it is not a file of answers, or has those of other models, whose keys differ from `names`.
     """
     if not path.is_file():
         return set()
     text = path.read_text(encoding="utf-8", errors="replace")
     complete = text[: text.rfind("\n") + 1]
     done = set()
-    for number, line in enumerate(complete.split("\n")[:-1], start=1):  # an empty line is no answer either
+    for number, line in enumerate(complete.split("\n")[:-1], start=1):  # an empty line is not an answer either
         try:
             entry = json.loads(line)
-            done.add(Asked(entry["image"], entry["question"]))
+            done.add(Question(entry["image"], entry["question"]))
         except (ValueError, KeyError, TypeError):
-            raise RequestError(f"{path}, line {number}: this is no file of answers; name another.") from None
+            raise RequestError(f"{path}, line {number}: this is not a file of answers; name another.") from None
         if "problem" not in entry and not all(name in entry for name in names):
             has = ", ".join(key for key in entry if key not in ("image", "question"))
             raise RequestError(

@@ -8,15 +8,14 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from peft import PeftModel
 from rich.console import Console
 
-from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.evaluation.adapter_reload import check_adapter_reload
-from smolvlm_exp.evaluation.checks import Check, compare_evaluations
+from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, compare_evaluations
+from smolvlm_exp.evaluation.comparison import save_per_row
 from smolvlm_exp.evaluation.held_out import Evaluation
-from smolvlm_exp.evaluation.per_row import save_per_row
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
@@ -26,9 +25,7 @@ from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
-from smolvlm_exp.training.callbacks import MetricsCallback, memory_stats
-from smolvlm_exp.training.sample_callback import FILE as SAMPLES
-from smolvlm_exp.training.sample_callback import SamplesCallback
+from smolvlm_exp.training.callbacks import SAMPLES, memory_stats
 from smolvlm_exp.training.sanity_checks import ParameterMonitor
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
@@ -40,8 +37,9 @@ class Result:
     """Collects a run's results and writes them, whether it finishes, is stopped or fails."""
 
     before: Evaluation
+    monitor: ParameterMonitor  # of the trainer's model, from before training
+    training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
-    training: Any
 
     def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
         self.config, self.folder, self.preferences = config, folder, preferences
@@ -70,38 +68,29 @@ class Result:
             self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
             self.summary["advice"] = self.advice()
             with contextlib.suppress(OSError):  # a full disk may have ended the run
-                self.write()
+                write_json(self.folder / "summary.json", self.summary)
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
-            print(*self.summary["advice"], sep="\n", end="", file=sys.stderr)
-
-    def callbacks(self, processor: Any) -> list[Any]:
-        """Of the trainer: metrics, and sample answers."""
-        metrics = MetricsCallback(self.folder, self.tracker)
-        every, start = self.config.trainer.sample_steps, self.before.answers
-        return [metrics, SamplesCallback(every, processor, self.preferences, start, metrics)]
-
-    def monitor(self, trainer: Any) -> None:
-        """Called before training, so that the checks can compare the weights."""
-        log_tuned_settings(self.config)
-        self.parameters = ParameterMonitor(trainer.model)
+            for advice in self.summary["advice"]:
+                print(advice, file=sys.stderr)
 
     def save(self, trainer: Any) -> None:
-        """Write everything; a stopped run has no adapter and no evaluation after training."""
-        self.checks = self.parameters.checks(trainer)
+        """Write and print everything; a stopped run has no adapter and no evaluation after training."""
+        model = trainer.accelerator.unwrap_model(trainer.model)
+        checks = self.monitor.checks(trainer)
         if self.after:
-            save_finetuned(trainer.accelerator.unwrap_model(trainer.model), self.config.adapter, self.folder)
-            log = trainer.state.log_history
-            self.checks += compare_evaluations(self.before, self.after, log, self.preferences.report)
-            self.checks += self.reload_check(trainer, self.after)
+            save_finetuned(model, self.config.adapter, self.folder)
+            history = trainer.state.log_history
+            checks += compare_evaluations(self.before, self.after, history, self.preferences.report)
+            checks += self.reload_check(trainer, model, self.after)
         self.summary |= {
             "status": "done" if self.after else "stopped",
-            **summarize(self.before, self.after, self.checks),
-            "train": self.speed(trainer),
+            **summarize(self.before, self.after, checks),
+            "train": self.training_summary(trainer, model),
             "seconds": time.perf_counter() - self.began,
         }
         self.summary["advice"] = self.advice()
         shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
-        self.write()
+        write_json(self.folder / "summary.json", self.summary)
         if self.after:
             save_per_row(self.folder, self.preferences.prints, self.after.ratios)
         between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
@@ -112,35 +101,31 @@ class Result:
     def advice(self) -> list[str]:
         return advise(self.summary, asdict(self.config), read_events(self.folder / "metrics.jsonl"))
 
-    def reload_check(self, trainer: Any, after: Evaluation) -> list[Check]:
+    def reload_check(self, trainer: Any, model: Any, after: Evaluation) -> list[Check]:
         """Whether the saved adapter gives the same numbers, where it can be loaded into the model as it is."""
-        from peft import PeftModel
-
-        model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
-        if not isinstance(model, PeftModel) or is_pissa(config.adapter) or trainer.is_fsdp_enabled:
+        if not isinstance(model, PeftModel) or is_pissa(self.config.adapter) or trainer.is_fsdp_enabled:
             return []  # PiSSA's is saved for the original base
         assert after.logps is not None
+        config = self.config
         held_out = self.preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
         return [check_adapter_reload(model, trainer.processing_class, self.folder, *held_out, after.logps)]
 
-    def speed(self, trainer: Any) -> dict[str, Any]:
+    def training_summary(self, trainer: Any, model: Any) -> dict[str, Any]:
         """The `train` part of summary.json."""
-        history = [event for event in trainer.state.log_history if "loss" in event]
-        model = trainer.accelerator.unwrap_model(trainer.model)
-        if hasattr(model, "get_nb_trainable_parameters"):
+        losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
+        trainable = total = sum(parameter.numel() for parameter in model.parameters())
+        if isinstance(model, PeftModel):
             trainable, total = model.get_nb_trainable_parameters()
-        else:
-            trainable = total = sum(p.numel() for p in model.parameters())
         seconds = self.training.metrics["train_runtime"]
-        arguments = trainer.args
-        batch = arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+        args = trainer.args
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "pairs_per_second": (trainer.state.global_step - trainer.resumed_at) * batch / seconds,
             "memory_peak_gib": memory_stats()["memory_peak_gib"],
-            "first_loss": history[0]["loss"] if history else None,
-            "last_loss": history[-1]["loss"] if history else None,
+            "first_loss": losses[0] if losses else None,
+            "last_loss": losses[-1] if losses else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
             "not_finite": trainer.guard.skipped,  # steps whose update was skipped
             "trainable_parameters": trainable,
@@ -148,24 +133,18 @@ class Result:
             **({"resumed_at": trainer.resumed_at} if trainer.resumed_at else {}),  # `seconds` counts the steps since
         }
 
-    def write(self) -> None:
-        write_json(self.folder / "summary.json", self.summary)
-
     def print(self) -> None:
         """The final table, the checks, the advice, speed and the report's path."""
-        console = Console()
-        print_results(console, self.summary)
+        print_results(Console(), self.summary)
         for advice in self.summary["advice"]:
-            console.print(f"advice: {advice}", highlight=False, soft_wrap=True, markup=False)
+            print(f"advice: {advice}")
         train = self.summary["train"]
-        console.print(
+        print(
             f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "
             f"{train['memory_peak_gib']:.2f} GiB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
-            f"parameters trained; total {time.perf_counter() - self.began:.0f} s",
-            highlight=False,
-            soft_wrap=True,
+            f"parameters trained; total {time.perf_counter() - self.began:.0f} s"
         )
-        console.print(f"{relative_to_cwd(self.folder)}/report.html", highlight=False, soft_wrap=True)
+        print(f"{relative_to_cwd(self.folder)}/report.html")
 
 
 def tracker_of(config: Config, folder: Path, kind: str = "train") -> Tracker:

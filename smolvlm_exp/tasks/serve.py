@@ -5,11 +5,11 @@ python -m smolvlm_exp task=serve run=last
 
 import logging
 import socket
-from importlib.util import find_spec
 from pathlib import Path
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.deploy.export.record import read_record
+from smolvlm_exp.deploy.options import require_packages
 from smolvlm_exp.tasks.chat import load_session
 from smolvlm_exp.utils.errors import RequestError
 
@@ -18,12 +18,10 @@ log = logging.getLogger(__name__)
 
 def serve(config: Config, folder: Path) -> None:
     """Answer until Ctrl-C."""
-    missing = next((name for name in ("fastapi", "uvicorn") if find_spec(name) is None), None)
-    if missing:
-        raise RequestError(f"task=serve needs {missing}, which is not installed: pip install 'smolvlm-exp[serve]'")
+    require_packages("serve", {"fastapi": "serve", "uvicorn": "serve"})
     import uvicorn
 
-    from smolvlm_exp.deploy.server.app import build_app
+    from smolvlm_exp.deploy.server import build_app
 
     host, port = config.serve.host, config.serve.port
     try:

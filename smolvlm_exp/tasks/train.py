@@ -5,8 +5,11 @@ from dataclasses import asdict
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import TrainerCallback
+
+from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.held_out import evaluate
@@ -15,22 +18,20 @@ from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.result import Result
 from smolvlm_exp.training.arguments import TrainerInputs
-from smolvlm_exp.training.callbacks import StopCallback
+from smolvlm_exp.training.callbacks import MetricsCallback, SamplesCallback, StopCallback
 from smolvlm_exp.training.engine_setup import check_request, load_trainable_model
 from smolvlm_exp.training.memory_budget import memory_cap
-
-if TYPE_CHECKING:
-    from transformers import TrainerCallback
+from smolvlm_exp.training.sanity_checks import ParameterMonitor
 
 
-def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = ()) -> dict[str, Any]:
-    """Tune as `config` says and write everything into `folder`; returns what summary.json holds.
+def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+    """Fine-tune as `config` says and write everything into `folder`; returns the content of summary.json.
 
     Args:
         watchers: further callbacks.
 
     Raises:
-        RequestError: something was asked for that cannot be done here; nothing was trained.
+        RequestError: the request cannot work here; nothing was trained.
     """
     groups = config.trainer, config.model, config.quant, config.adapter
     check_request(*groups)
@@ -53,13 +54,15 @@ def train(config: Config, folder: Path, watchers: "Sequence[TrainerCallback]" = 
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, preferences) as result, StopCallback() as stop:
         result.before = evaluate_held_out(model)
-        callbacks = [*result.callbacks(processor), stop, *watchers]
+        metrics = MetricsCallback(folder, result.tracker)
+        sampling = SamplesCallback(config.trainer.sample_steps, processor, preferences, result.before.answers, metrics)
+        callbacks = [metrics, sampling, stop, *watchers]
         inputs = TrainerInputs(model, processor, peft_config, preferences, callbacks, folder, identity)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
-        result.monitor(trainer)
+        log_tuned_settings(config)
+        result.monitor = ParameterMonitor(trainer.model)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        stopped = stop.agreed()  # after this there is nothing left to save for later
-        if not stopped:
+        if not stop.agreed():  # checked once: after this there is nothing left to save for later
             tuned = trainer.accelerator.unwrap_model(trainer.model)
             scale = config.trainer.reward_scale
             result.after = evaluate_held_out(tuned, reference=result.before.logps, beta=scale)

@@ -1,1 +1,1 @@
-"""A file for each algorithm that a trainer option names (conf/trainer), and what all of them need."""
+"""One file per algorithm that a trainer option (conf/trainer) names, and what all of them need."""

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from smolvlm_exp.models.adapter import attach_pissa, is_pissa
+from smolvlm_exp.models.model import resolve_dtype
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least, one_of
+from smolvlm_exp.utils.units import size_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -55,6 +58,11 @@ class TrainerConfig:
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of TRL's configuration
 
     @property
+    def pairs_per_step(self) -> int:
+        """Of one process."""
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
     def reward_scale(self) -> float:
         """Of the implicit reward: it is reward_scale * log(policy / reference)."""
         return 1.0
@@ -64,6 +72,20 @@ OWN_KEYS = (
     "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features",
     "cache", "cache_ram", "cache_disk", "extra",
 )  # fmt: skip
+
+
+def budget_of(text: str) -> int | str:
+    """`8GiB` -> 8589934592; `auto` and `none` stay as they are.
+
+    Raises:
+        RequestError: it is none of these.
+    """
+    if text in ("auto", "none"):
+        return text
+    size = size_of(text)
+    if not size:
+        raise RequestError(f"trainer.memory_budget={text} is not a size; write auto, none, 8GiB or 512MiB.")
+    return size
 
 
 @dataclass
@@ -104,7 +126,6 @@ def build_trl_config(
     """
     import torch
 
-    from smolvlm_exp.models.model import resolve_dtype
     from smolvlm_exp.utils.distributed import broadcast_from_rank0
 
     if "max_length" in config.extra:
@@ -130,8 +151,8 @@ def build_trl_config(
         built: Any = cls(**arguments)
     except (TypeError, ValueError) as error:
         raise RequestError(f"trainer: {error}") from error
-    if built.n_gpu > 1:  # upstream would wrap the model in nn.DataParallel, which TRL refuses
-        count = built.n_gpu
+    count = built.n_gpu
+    if count > 1:  # upstream would wrap the model in nn.DataParallel, which TRL refuses
         log.info(f"Using 1 of {count} GPUs. For all: accelerate launch --num_processes {count} -m smolvlm_exp")
         built._n_gpu = 1
     return built
@@ -139,8 +160,6 @@ def build_trl_config(
 
 def attach_pissa_adapter(inputs: TrainerInputs, seed: int) -> "tuple[Any, LoraConfig | None]":
     """Model and adapter for a trainer; a PiSSA adapter is attached here, any other by TRL or the engine."""
-    from smolvlm_exp.models.adapter import attach_pissa, is_pissa
-
     if inputs.peft_config is None or not is_pissa(inputs.peft_config):
         return inputs.model, inputs.peft_config
     return attach_pissa(inputs.model, inputs.peft_config, inputs.folder, seed), None

@@ -1,4 +1,4 @@
-"""What happens around the training steps: metrics to the run folder and the tracker, and a clean stop on a signal."""
+"""Around the training steps: metrics and sample answers to the run folder and the tracker, a clean stop on a signal."""
 
 import logging
 import math
@@ -8,24 +8,34 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import psutil
 import torch
 from tqdm import tqdm
-from transformers import ProgressCallback, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    ProcessorMixin,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 
+from smolvlm_exp.data.preferences import Preferences
+from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
 from smolvlm_exp.utils.signals import StopRequest
 from smolvlm_exp.utils.units import GIB
 
-if TYPE_CHECKING:
-    from smolvlm_exp.reporting.tracker import Tracker
-
 log = logging.getLogger(__name__)
 
+SAMPLES = "samples.jsonl"  # in the run folder, per line: {"step": 20, "answers": [...]}
+SAMPLE_ROWS = 4  # the first held-out ones
+SAMPLE_TOKENS = 128  # at most per answer: training waits for it
 MIN_LOSSES = 8  # before one can stand out
 SPIKE = 10.0  # median deviations over the median
 ON_CONSOLE = (
@@ -51,14 +61,14 @@ def memory_stats() -> dict[str, float]:
 class MetricsCallback(TrainerCallback):
     """Every log event, with memory and speed added, to `metrics.jsonl` and to the tracker."""
 
-    def __init__(self, folder: Path, tracker: "Tracker") -> None:
+    def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.path = folder / "metrics.jsonl"
         self.tracker = tracker
         self.last_log = (0.0, 0, 0.0)  # clock, step, tokens
         self.evaluating = 0.0  # seconds of evaluation since the last log
         self.waiting = 0.0  # seconds without a batch since the last log
         self.step_end = 0.0
-        self.idle = 0.0  # clock, when all that comes between two steps but fetching batches was done
+        self.idle = 0.0  # clock, when everything between two steps was done except fetching batches
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         truncate_after(self.path, state.global_step)
@@ -72,10 +82,7 @@ class MetricsCallback(TrainerCallback):
         self.step_end = self.idle = time.perf_counter()
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
-        self.exclude_time()
-
-    def exclude_time(self) -> None:
-        """What went by since the step's end, or since the last such call, was no training."""
+        """Also called after sample answers: the time since the step's end, or since the last call, was no training."""
         self.idle = time.perf_counter()
         self.evaluating += self.idle - self.step_end
         self.step_end = self.idle
@@ -114,6 +121,44 @@ class MetricsCallback(TrainerCallback):
         }
 
 
+class SamplesCallback(TrainerCallback):
+    """To `samples.jsonl` and the tracker; random state and the model's modes are left as they were."""
+
+    def __init__(
+        self,
+        every: float,
+        processor: ProcessorMixin,
+        preferences: Preferences,
+        start: list[str],
+        metrics: MetricsCallback,
+    ) -> None:
+        """Every so many steps (below 1: a fraction of all; 0: never); `start` are the answers before the first."""
+        self.every, self.processor, self.metrics = every, processor, metrics
+        self.rows = [preferences.test[i] for i in range(min(SAMPLE_ROWS, len(preferences.test)))] if every else []
+        self.start, self.path = start, metrics.path.with_name(SAMPLES)
+
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        truncate_after(self.path, state.global_step)
+        if self.rows and state.global_step == 0:
+            self.record(state, self.start[: len(self.rows)])
+
+    def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
+        steps = math.ceil(self.every * state.max_steps) if self.every < 1 else int(self.every)
+        if not self.rows or state.global_step % steps:
+            return
+        model = kwargs["model"]
+        modes = [(module, module.training) for module in model.modules()]
+        answers = generate_answers(model, self.processor, self.rows, len(self.rows), SAMPLE_TOKENS)
+        for module, training in modes:
+            module.training = training
+        self.record(state, answers)
+        self.metrics.on_evaluate()
+
+    def record(self, state: TrainerState, answers: list[str]) -> None:
+        append_event(self.path, {"step": state.global_step, "answers": answers})
+        self.metrics.tracker.show_samples(self.rows, answers, state.global_step)
+
+
 class LogLines(TrainerCallback):
     """One line per log event."""
 
@@ -133,14 +178,14 @@ class StopCallback(StopRequest, TrainerCallback):
     """On SIGTERM or Ctrl-C: finish the step, save, stop. A second signal leaves at once."""
 
     def agreed(self) -> bool:
-        """Whether any process of the run was asked: all of them stop at the same step."""
-        return any(gather(self.asked))
+        """Whether any process was signalled: all of them stop at the same step."""
+        return any(gather(self.requested))
 
     def on_request(self) -> None:
         print("\nstopping after this step and saving; press Ctrl-C again to exit at once", file=sys.stderr)
 
     def leave(self, code: int) -> None:
-        """At once: a tracker or a worker that hangs holds nobody up, and kill -9 loses nothing either."""
+        """At once, even if a tracker or a worker hangs. Nothing is lost: a run also survives kill -9."""
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)

@@ -8,8 +8,6 @@ from typing import TYPE_CHECKING
 
 from smolvlm_exp.models.adapter import plain_initialisation
 from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, build_trl_config
-from smolvlm_exp.training.engine_setup import disk_cache, engine_inputs
-from smolvlm_exp.training.memory_budget import plan_memory
 from smolvlm_exp.utils.fields import above, at_least, one_of, some_of
 
 if TYPE_CHECKING:
@@ -49,32 +47,29 @@ def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | 
 
 def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs) -> "DPOTrainer":
     """TRL's trainer, ready to train; on the engine, or as it is."""
-    if config.engine == "stock":
-        return build_stock(config, arguments, inputs)
-    from smolvlm_exp.engine.inputs.dataset import PackedDataset
-    from smolvlm_exp.training.trainers import EngineDPOTrainer
-
-    trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs, PackedDataset))
-    trainer.score_references(disk_cache(config), arguments.per_device_eval_batch_size)
-    plan_memory(config, trainer)
-    return trainer
-
-
-def build_stock(config: Config, arguments: "DPOConfig", inputs: TrainerInputs) -> "DPOTrainer":
-    """The reference is the same model with its adapter off, or a copy where there is no adapter."""
     from peft import PeftModel
 
-    from smolvlm_exp.training.trainers import StockDPOTrainer
+    from smolvlm_exp.engine.inputs.dataset import PackedDataset
+    from smolvlm_exp.training.engine_setup import disk_cache, engine_inputs
+    from smolvlm_exp.training.memory_budget import plan_memory
+    from smolvlm_exp.training.trainers import EngineDPOTrainer, StockDPOTrainer
 
+    if config.engine == "shared":
+        trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs, PackedDataset))
+        trainer.score_references(disk_cache(config))
+        plan_memory(config, trainer)
+        return trainer
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
+    train, *test = inputs.splits(config)
     adapted = isinstance(model, PeftModel)
-    # Where the adapter is on already, TRL keeps a second, frozen copy of it as the reference.
+    # The reference is the model with its adapter off, or a copy where there is no adapter. Where the adapter is on
+    # already, TRL keeps a second, frozen copy of it as the reference.
     with plain_initialisation(model) if adapted else contextlib.nullcontext():
         return StockDPOTrainer(
             model,
             ref_model=None if adapted or peft_config else copy.deepcopy(model),
-            train_dataset=inputs.preferences.train,
-            eval_dataset=inputs.preferences.test if config.eval_strategy != "no" else None,
+            train_dataset=train,
+            eval_dataset=test[0] if test else None,
             peft_config=peft_config,
             **inputs.common(config, arguments),
         )

@@ -1,9 +1,18 @@
-"""What a trainer starts from: requests that cannot work are refused, then model, rows and images are made ready."""
+"""Before a trainer is built: requests that cannot work are refused, model, rows and images are prepared."""
 
 import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from peft import LoraConfig
+from transformers import PreTrainedModel
+
+from smolvlm_exp.engine.disk_cache import DiskCache
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.model_parts import core_of, is_trainable
+from smolvlm_exp.engine.precompute.features import keep_features
+from smolvlm_exp.engine.trainers import attach_and_fuse
 from smolvlm_exp.models.adapter import (
     AdapterConfig,
     check_adapter_target,
@@ -14,17 +23,9 @@ from smolvlm_exp.models.adapter import (
 )
 from smolvlm_exp.models.model import ModelConfig, load_model, resolve_attention, resolve_dtype
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
-from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter
-from smolvlm_exp.training.memory_budget import budget_of
+from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, budget_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.units import bytes_of
-
-if TYPE_CHECKING:
-    from peft import LoraConfig
-    from transformers import PreTrainedModel
-
-    from smolvlm_exp.engine.disk_cache import DiskCache
-    from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
 
 log = logging.getLogger(__name__)
 
@@ -34,14 +35,13 @@ STOCK_ONLY = (
     "precompute_ref_batch_size", "precompute_ref_log_probs", "sync_ref_model", "torch_compile",
     "torch_empty_cache_steps", "train_sampling_strategy", "use_liger_kernel",
 )  # fmt: skip
-FEATURE_TILES = 64  # tiles per forward pass of the vision tower, for precomputed features
 
 
 def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig) -> None:
     """Before anything is loaded.
 
     Raises:
-        RequestError: the groups do not go together, or the engine or this machine does not do what is asked for.
+        RequestError: the groups do not go together, or the engine or this machine does not support them.
     """
     lora_config(adapter, quantised=quantization_config(quant, resolve_dtype(model.dtype)) is not None)
     if model.adapter:
@@ -65,11 +65,11 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
 
 def load_trainable_model(
     trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int
-) -> "tuple[Any, LoraConfig | None]":
-    """The model that is trained, with the adapter it starts from; else the adapter that a trainer puts on.
+) -> tuple[Any, LoraConfig | None]:
+    """The model to train with its saved adapter (`model.adapter`), or with the configuration of a fresh one.
 
     Raises:
-        RequestError: it cannot be had, or trained as asked.
+        RequestError: it cannot be loaded, or not be trained with these settings.
     """
     quantization = quantization_config(quant, resolve_dtype(model.dtype))
     peft_config = lora_config(adapter, quantised=quantization is not None)
@@ -82,9 +82,9 @@ def load_trainable_model(
     return base, peft_config
 
 
-def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrainedModel") -> None:
+def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: PreTrainedModel) -> None:
     """Raises:
-    RequestError: the engine is given a model split over devices; image features are to be kept though they change.
+    RequestError: the model is split over devices; or image features are to be kept although they change.
     """
     devices = set((getattr(model, "hf_device_map", None) or {}).values())
     if len(devices) > 1 and trainer.engine == "shared":
@@ -105,48 +105,34 @@ def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: "PreTrain
         )
 
 
-def disk_cache(config: TrainerConfig) -> "DiskCache":
-    from smolvlm_exp.engine.disk_cache import DiskCache
-
-    return DiskCache(Path(config.cache), bytes_of("trainer.cache_disk", config.cache_disk))
+def disk_cache(config: TrainerConfig) -> DiskCache:
+    disk, ram = bytes_of("trainer.cache_disk", config.cache_disk), bytes_of("trainer.cache_ram", config.cache_ram)
+    return DiskCache(Path(config.cache), disk, ram)
 
 
 def engine_inputs(
-    config: TrainerConfig, arguments: Any, inputs: TrainerInputs, kind: "type[PackedDataset]"
+    config: TrainerConfig, arguments: Any, inputs: TrainerInputs, kind: type[PackedDataset]
 ) -> dict[str, Any]:
-    """What an engine trainer takes: the model fused with its adapter on, the rows packed, their images precomputed."""
-    from smolvlm_exp.engine.inputs.dataset import Collator
-    from smolvlm_exp.engine.inputs.tiles import pixels
-    from smolvlm_exp.engine.trainers import attach_and_fuse
+    """What an engine trainer takes: the model fused with its adapter on, the rows packed, their images precomputed.
 
+    Image features are cached where vision tower and connector are frozen, tiles elsewhere.
+    """
     if inputs.model.device.type != arguments.device.type:  # model.device_map=null leaves it on the CPU
         inputs.model.to(arguments.device)
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
     model = attach_and_fuse(model, peft_config, arguments)
-    processor: Any = inputs.processor
-    pad, image = processor.tokenizer.pad_token_id, processor.image_token_id
-    collators = [Collator(kind(rows, processor), pad, image) for rows in inputs.splits(config)]
-    precompute_images(config, model, processor, collators)
-    return {
-        "model": model,
-        "collator": collators[0],
-        "eval_collator": collators[1] if len(collators) > 1 else None,
-        "normalise": pixels(processor),
-        **inputs.common(config, arguments),
-    }
-
-
-def precompute_images(config: TrainerConfig, model: Any, processor: Any, collators: "list[Collator]") -> None:
-    """Cache image features where vision tower and connector are frozen, tiles elsewhere."""
-    from smolvlm_exp.engine.inputs.tiles import pixels
-    from smolvlm_exp.engine.model_parts import core_of, is_trainable
-    from smolvlm_exp.engine.precompute.features import keep_features
-
     core = core_of(model)
     features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
-    ram, workers = bytes_of("trainer.cache_ram", config.cache_ram), config.dataloader_num_workers
-    for collator in collators:
+    store, workers = disk_cache(config), config.dataloader_num_workers
+    splits = [kind(split, inputs.processor) for split in inputs.splits(config)]
+    for rows in splits:
         if features:
-            keep_features(collator.rows, model, pixels(processor), disk_cache(config), ram, FEATURE_TILES, workers)
-        if collator.rows.features is None:
-            collator.rows.cache_tiles(disk_cache(config), ram, workers)
+            keep_features(rows, model, pixels(inputs.processor), store, workers)
+        if rows.features is None:
+            rows.cache_tiles(store, workers)
+    return {
+        "model": model,
+        "rows": splits[0],
+        "eval_rows": splits[1] if len(splits) > 1 else None,
+        **inputs.common(config, arguments),
+    }

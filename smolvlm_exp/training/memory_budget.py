@@ -5,58 +5,36 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from smolvlm_exp.engine.memory.planner import BATCH_LOSSES
-from smolvlm_exp.training.arguments import TrainerConfig
+import torch
+from peft.tuners.lora import LoraLayer
+
+from smolvlm_exp.engine.layers.fuse import fuse
+from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
+from smolvlm_exp.engine.memory import planner, probe
+from smolvlm_exp.engine.memory.footprint import LEVELS, MemorySpec, RowSizes, moments, saved_activations
+from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit, Plan, format_bytes
+from smolvlm_exp.engine.model_parts import base_of
+from smolvlm_exp.models.shape import shape_from
+from smolvlm_exp.training.arguments import TrainerConfig, budget_of
+from smolvlm_exp.training.memory_spec import AdapterSpec, memory_spec
+from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.units import size_of
-
-if TYPE_CHECKING:
-    from smolvlm_exp.engine.memory.footprint import MemorySpec
-    from smolvlm_exp.engine.memory.planner import Plan
 
 log = logging.getLogger(__name__)
-
-HELP = (
-    "To use less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
-    "`task=plan` with the same settings compares them."
-)
-
-
-def budget_of(text: str) -> int | str:
-    """`8GiB` -> 8589934592; `auto` and `none` stay as they are.
-
-    Raises:
-        RequestError: it is none of these.
-    """
-    if text in ("auto", "none"):
-        return text
-    size = size_of(text)
-    if not size:
-        raise RequestError(f"trainer.memory_budget={text} is not a size; write auto, none, 8GiB or 512MiB.")
-    return size
-
-
-def unsplittable_pairs(config: TrainerConfig) -> int:
-    """Pairs that must go together: those of one device's batch, where the loss is not a mean over pairs."""
-    return config.per_device_train_batch_size if BATCH_LOSSES & set(getattr(config, "loss_type", ())) else 1
 
 
 @contextmanager
 def memory_cap(text: str) -> Iterator[None]:
     """Within, this process gets no more GPU memory than a given size, so that a large GPU behaves like a small one."""
-    import torch
-
     budget = budget_of(text)
     if isinstance(budget, str) or not torch.cuda.is_available():
         yield
         return
-    from smolvlm_exp.engine.memory.probe import cap_memory
-
     before = torch.cuda.get_per_process_memory_fraction()
     torch.cuda.empty_cache()
-    cap_memory(budget)
+    probe.cap_memory(budget)
     try:
         yield
     finally:
@@ -73,33 +51,31 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
     Raises:
         RequestError: nothing fits.
     """
-    from smolvlm_exp.engine.memory import planner as memory
-    from smolvlm_exp.engine.memory import probe
-    from smolvlm_exp.engine.memory.footprint import LEVELS, RowSizes, moments
-    from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather
-
     requested, gpu = budget_of(config.memory_budget), on_gpu(trainer)
     if requested == "none" or (requested == "auto" and not gpu):
         return
     free = min(gather(probe.available_memory())) if gpu else None  # all processes plan alike
     budget = min(size for size in (requested, free) if isinstance(size, int))
     spec = spec_of_model(trainer, gpu)
-    effective = config.per_device_train_batch_size * config.gradient_accumulation_steps
     unit = config.per_device_train_batch_size if trainer.batch_loss else 1
-    rows = RowSizes(trainer.collator.rows.sizes.tolist(), pairs)
-    card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else memory.CPU
+    rows = RowSizes(trainer.rows.sizes.tolist(), pairs)
+    card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else planner.CPU
     levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
-    plans = memory.proposals(spec, rows, effective, card, unit, levels)
+    plans = planner.proposals(spec, rows, config.pairs_per_step, card, unit, levels)
     try:
         if gpu and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # sharded later than here
             learning = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
             run = partial(run_longest, trainer, spec)
             plan = probe.probe(plans, run, budget, learning, moments(spec), lambda size: max(gather(size)))
         else:
-            plan = memory.best(plans, budget)
-    except memory.DoesNotFit as error:
-        raise RequestError(f"trainer.memory_budget={config.memory_budget}: {error}.\n{HELP}") from error
-    set_checkpointing(trainer, plan, memory.fused(spec))
+            plan = planner.best(plans, budget)
+    except DoesNotFit as error:
+        raise RequestError(
+            f"trainer.memory_budget={config.memory_budget}: {error}.\n"
+            "To use less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
+            "`task=plan` with the same settings compares them."
+        ) from error
+    set_checkpointing(trainer, plan, spec)
     trainer.micro_batch = plan.micro_batch
     log.info(describe_plan(plan, budget, spec, card.name))
 
@@ -108,11 +84,9 @@ def on_gpu(trainer: Any) -> bool:
     return trainer.args.device.type == "cuda"
 
 
-def set_checkpointing(trainer: Any, plan: "Plan", fused: bool) -> None:
+def set_checkpointing(trainer: Any, plan: Plan, spec: MemorySpec) -> None:
     """Activation checkpointing as planned; of transformers' own layers in all or none."""
-    from smolvlm_exp.engine.layers.fuse import fuse
-
-    if fused:
+    if planner.fused(spec):
         fuse(trainer.model, plan.checkpointing, plan.vision_checkpointing)
         return
     checkpointed = plan.checkpointing == "full"
@@ -121,15 +95,8 @@ def set_checkpointing(trainer: Any, plan: "Plan", fused: bool) -> None:
     (model.activation_checkpointing_enable if checkpointed else model.activation_checkpointing_disable)()
 
 
-def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
+def spec_of_model(trainer: Any, gpu: bool) -> MemorySpec:
     """What the planner needs, from the loaded model."""
-    from peft.tuners.lora import LoraLayer
-
-    from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
-    from smolvlm_exp.engine.model_parts import base_of
-    from smolvlm_exp.models.shape import shape_from
-    from smolvlm_exp.training.memory_spec import AdapterSpec, memory_spec
-
     base = base_of(trainer.model)
     layers: dict[str, Any] = {name: layer for name, layer in base.named_modules() if isinstance(layer, LoraLayer)}
     adapted = None
@@ -142,7 +109,7 @@ def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
     packed: Any = next((module for module in base.modules() if is_4bit(module)), None)
     if packed is not None:
         weights = "4bit double" if packed.weight.quant_state.nested else "4bit"
-    features = trainer.collator.rows.features is not None
+    features = trainer.rows.features is not None
     spec = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu)
     core = base.base_model
     text, vision = (
@@ -152,27 +119,22 @@ def spec_of_model(trainer: Any, gpu: bool) -> "MemorySpec":
     return replace(spec, text=text, vision=vision)
 
 
-def run_longest(trainer: Any, spec: "MemorySpec", plan: "Plan") -> None:
+def run_longest(trainer: Any, spec: MemorySpec, plan: Plan) -> None:
     """A forward and backward pass over the rows that take most memory, a micro-batch of them."""
-    from smolvlm_exp.engine.memory.footprint import saved_activations
-    from smolvlm_exp.engine.memory.planner import fused
-
-    set_checkpointing(trainer, plan, fused(spec))
+    set_checkpointing(trainer, plan, spec)
     token = spec.text.trained * saved_activations(spec.text, plan.checkpointing, spec.element)
     patch = spec.vision.trained * saved_activations(spec.vision, plan.vision_checkpointing, spec.element)
-    sizes = trainer.collator.rows.sizes
+    sizes = trainer.rows.sizes
     costs = token * sizes[:, :3].sum(1) + patch * spec.patches * sizes[:, 3]
     longest = (-costs).argsort(kind="stable")[: plan.micro_batch].tolist()
     trainer.model.train()
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        _, outputs = trainer.score(trainer.model, trainer.collator.of_rows(longest))
+        _, outputs = trainer.score(trainer.model, trainer.rows.batch(longest))
         outputs.log_probs.sum().backward()
 
 
-def describe_plan(plan: "Plan", budget: int, spec: "MemorySpec", card: str) -> str:
+def describe_plan(plan: Plan, budget: int, spec: MemorySpec, card: str) -> str:
     """The plan in two lines."""
-    from smolvlm_exp.engine.memory.planner import MARGIN, format_bytes
-
     levels = plan.checkpointing
     if spec.vision.trained:
         levels = f"{levels} (text), {plan.vision_checkpointing} (vision tower)"

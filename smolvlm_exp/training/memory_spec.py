@@ -4,17 +4,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from smolvlm_exp.engine.memory.footprint import MemorySpec, Stack
+from smolvlm_exp.engine.memory.footprint import ALIGNED, TEXT, VISION, MemorySpec, Stack
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import Shape
 
-# The linear layers of each product of a layer (engine/layers/text_layer.py, engine/layers/vision_layer.py).
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-TEXT = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
-VISION = (QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",))
 TEXT_LAYER, VISION_LAYER = "model.text_model.layers.", "model.vision_model.encoder.layers."
 CONNECTOR = "model.connector.modality_projection.proj"
-ALIGNED = 8  # engine/layers/linear.py's: columns that adapters add to a product
 
 
 @dataclass(frozen=True)
@@ -38,9 +33,12 @@ def memory_spec(
         element: bytes of a number in the model's dtype.
     """
     sizes = linear_sizes(shape)
+    plain_text, plain_vision = stacks(shape)
+    text = with_adapters(plain_text, TEXT_LAYER, TEXT, adapted)
+    vision = with_adapters(plain_vision, VISION_LAYER, VISION, adapted)
     learns = adapted is None or any(not name.startswith(TEXT_LAYER) for name in adapted.names)
-    text = stack_of(text_stack(shape), TEXT_LAYER, TEXT, adapted)
-    vision = stack_of(vision_stack(shape), VISION_LAYER, VISION, adapted)
+    if learns:  # gradients pass through the text model to the connector or the vision tower
+        text = replace(text, trained=text.layers)
     matrices = sum(math.prod(size) for size in sizes.values())
     # Outside the linear layers, and the head: embeddings, norms, biases, the tower's first layer.
     patches = (shape.image_size // shape.patch_size) ** 2
@@ -52,7 +50,7 @@ def memory_spec(
     if adapted:
         trained = sum(adapted.r * sum(sizes[name]) + adapted.dora * sizes[name][0] for name in adapted.names)
     return MemorySpec(
-        text=with_all_layers(text) if learns else text,
+        text=text,
         vision=vision,
         vocabulary=shape.vocab_size,
         patches=patches,
@@ -70,21 +68,18 @@ def memory_spec(
     )
 
 
-def text_stack(shape: Shape) -> Stack:
-    size = shape.hidden_size // shape.num_attention_heads
-    return Stack(
+def stacks(shape: Shape) -> tuple[Stack, Stack]:
+    """The text model's layers and the vision tower's, without adapters."""
+    text = Stack(
         layers=shape.num_hidden_layers,
         hidden=shape.hidden_size,
         intermediate=shape.intermediate_size,
         heads=shape.num_attention_heads,
         queries=shape.hidden_size,
-        keys=size * shape.num_key_value_heads,
+        keys=shape.hidden_size // shape.num_attention_heads * shape.num_key_value_heads,
         gated=True,
     )
-
-
-def vision_stack(shape: Shape) -> Stack:
-    return Stack(
+    vision = Stack(
         layers=shape.vision_num_hidden_layers,
         hidden=shape.vision_hidden_size,
         intermediate=shape.vision_intermediate_size,
@@ -93,26 +88,26 @@ def vision_stack(shape: Shape) -> Stack:
         keys=shape.vision_hidden_size,
         gated=False,
     )
+    return text, vision
 
 
 def linear_sizes(shape: Shape) -> dict[str, tuple[int, int]]:
     """(out, in) of every linear layer but the head, by name, as transformers names them."""
     sizes = {CONNECTOR: (shape.hidden_size, shape.vision_hidden_size * shape.scale_factor**2)}
-    stacks = (TEXT_LAYER, text_stack(shape), TEXT), (VISION_LAYER, vision_stack(shape), VISION)
-    for prefix, stack, kinds in stacks:
+    for stack, prefix, products in zip(stacks(shape), (TEXT_LAYER, VISION_LAYER), (TEXT, VISION), strict=True):
         qkv = stack.queries, stack.keys, stack.keys
         outputs = qkv, (stack.hidden,), (stack.intermediate,) * 2, (stack.hidden,)
         for layer in range(stack.layers):
-            for product, names in enumerate(kinds):
-                for name, columns in zip(names, outputs[product], strict=False):
-                    sizes[f"{prefix}{layer}.{name}"] = columns, stack.depths[product]
+            for names, out, depth in zip(products, outputs, stack.depths, strict=True):
+                for name, columns in zip(names, out, strict=False):
+                    sizes[f"{prefix}{layer}.{name}"] = columns, depth
     return sizes
 
 
-def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted: AdapterSpec | None) -> Stack:
-    """`plain` with adapters, every layer counted as the one with most of them."""
+def with_adapters(plain: Stack, prefix: str, products: Sequence[Sequence[str]], adapted: AdapterSpec | None) -> Stack:
+    """Every layer counted as the one with most adapters; without an AdapterSpec all weights are trained."""
     if adapted is None:
-        return with_all_layers(replace(plain, fused=False))
+        return replace(plain, trained=plain.layers, fused=False)
     layers: dict[int, set[str]] = {}
     for name in adapted.names:
         if name.startswith(prefix):
@@ -120,7 +115,7 @@ def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted:
             layers.setdefault(int(number), set()).add(kind)
     if not layers:
         return plain
-    counts = [max(len(adapters & set(names)) for adapters in layers.values()) for names in kinds]
+    counts = [max(len(adapters & set(names)) for adapters in layers.values()) for names in products]
     return replace(
         plain,
         trained=plain.layers - min(layers),
@@ -128,11 +123,6 @@ def stack_of(plain: Stack, prefix: str, kinds: Sequence[Sequence[str]], adapted:
         gains=tuple(adapted.dora and count > 0 for count in counts),
         fused=not adapted.dropout,
     )
-
-
-def with_all_layers(stack: Stack) -> Stack:
-    """Gradients pass through all of its layers."""
-    return replace(stack, trained=stack.layers)
 
 
 def weight_storage(quant: QuantConfig) -> str:

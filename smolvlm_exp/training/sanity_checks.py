@@ -1,4 +1,4 @@
-"""Sanity checks of a training run: what moved, what did not, and where the loss began."""
+"""Sanity checks of a training run: what moved, what did not, and the first loss."""
 
 import math
 from collections.abc import Collection
@@ -76,5 +76,5 @@ def first_step_checks(trainer: Any) -> list[Check]:
 
 
 def frozen_hash(model: nn.Module) -> torch.Tensor:
-    """Of the bytes of all frozen parameters, computed where they lie."""
+    """Of the bytes of all frozen parameters, computed on their device."""
     return content_hash([parameter for parameter in model.parameters() if not parameter.requires_grad])

@@ -5,8 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, build_trl_config
-from smolvlm_exp.training.engine_setup import engine_inputs
-from smolvlm_exp.training.memory_budget import plan_memory
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -27,23 +25,24 @@ def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | 
 
 def build_trainer(config: Config, arguments: "SFTConfig", inputs: TrainerInputs) -> "SFTTrainer":
     """TRL's trainer on prompt and chosen answer, ready to train; on the engine, or as it is."""
+    from smolvlm_exp.engine.trainers import ChosenDataset
+    from smolvlm_exp.training.engine_setup import engine_inputs
+    from smolvlm_exp.training.memory_budget import plan_memory
     from smolvlm_exp.training.trainers import EngineSFTTrainer, StockSFTTrainer
 
-    if config.engine == "stock":
-        model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
-        train, *test = map(completions, inputs.splits(config))
-        return StockSFTTrainer(
-            model,
-            train_dataset=train,
-            eval_dataset=test[0] if test else None,
-            peft_config=peft_config,
-            **inputs.common(config, arguments),
-        )
-    from smolvlm_exp.engine.trainers import ChosenDataset
-
-    trainer = EngineSFTTrainer(**engine_inputs(config, arguments, inputs, ChosenDataset))
-    plan_memory(config, trainer, pairs=False)
-    return trainer
+    if config.engine == "shared":
+        trainer = EngineSFTTrainer(**engine_inputs(config, arguments, inputs, ChosenDataset))
+        plan_memory(config, trainer, pairs=False)
+        return trainer
+    model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
+    train, *test = map(completions, inputs.splits(config))
+    return StockSFTTrainer(
+        model,
+        train_dataset=train,
+        eval_dataset=test[0] if test else None,
+        peft_config=peft_config,
+        **inputs.common(config, arguments),
+    )
 
 
 def completions(rows: "Dataset") -> "Dataset":

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -92,21 +92,11 @@ def scatter_map(items: Sequence[S], work: Callable[[S], T], model: nn.Module) ->
 
 def all_reduce_mean(tensors: Sequence[torch.Tensor]) -> None:
     """Put the mean over all processes into each tensor; a few large messages."""
-    waiting: dict[torch.dtype, list[torch.Tensor]] = {}
-    for tensor in tensors:
-        part = waiting.setdefault(tensor.dtype, [])
-        part.append(tensor)
-        if sum(tensor.nbytes for tensor in part) >= MESSAGE_BYTES:
-            average_part(waiting.pop(tensor.dtype))
-    for part in waiting.values():
-        average_part(part)
-
-
-def average_part(tensors: list[torch.Tensor]) -> None:
-    message = _flatten_dense_tensors(tensors)
-    dist.all_reduce(message)
-    message /= rank_world()[1]
-    torch._foreach_copy_(tensors, list(_unflatten_dense_tensors(message, tensors)))
+    for chunk in _take_tensors(tensors, MESSAGE_BYTES):
+        message = _flatten_dense_tensors(chunk)
+        dist.all_reduce(message)
+        message /= rank_world()[1]
+        torch._foreach_copy_(chunk, list(_unflatten_dense_tensors(message, chunk)))
 
 
 @contextlib.contextmanager

@@ -25,7 +25,7 @@ class Pruned(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, without the retries and traces that some go on with."""
+    """An error's message without the retries and traces that may follow."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

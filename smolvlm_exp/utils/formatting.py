@@ -18,12 +18,11 @@ def number(value: float) -> str:
     elif size < 1e-3 or size >= 1e7:
         digits, exponent = f"{value:.2e}".split("e")
         text = f"{digits.rstrip('0').rstrip('.')}e{int(exponent)}"
-    elif value == int(value):
-        text = f"{int(value):,}"
     else:
-        whole, _, rest = f"{value:,.{max(0, 3 - math.floor(math.log10(size)))}f}".partition(".")
-        rest = rest.rstrip("0")
-        text = f"{whole}.{rest}" if rest else whole
+        decimals = max(0, 3 - math.floor(math.log10(size)))
+        text = f"{value:,.{decimals}f}"
+        if decimals:
+            text = text.rstrip("0").rstrip(".")
     return text.replace("-", MINUS)
 
 

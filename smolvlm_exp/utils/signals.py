@@ -8,35 +8,31 @@ from typing import Any, Self
 
 
 class StopRequest:
-    """Within, a first signal calls `on_request`, and a second quits at once.
-
-    Attributes:
-        asked: whether there was a first one.
-    """
+    """Within, a first signal sets `requested` and calls `on_request`; a second one quits at once."""
 
     def __init__(self) -> None:
-        self.asked, self.first = False, 0.0
+        self.requested, self.first = False, 0.0
         self.owner = os.getpid()
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
         for number in (signal.SIGINT, signal.SIGTERM):
-            self.previous[number] = signal.signal(number, self.ask)
+            self.previous[number] = signal.signal(number, self.on_signal)
         return self
 
     def __exit__(self, *exc: object) -> None:
         for number, handler in self.previous.items():
             signal.signal(number, handler)
 
-    def ask(self, number: int, frame: Any) -> None:
+    def on_signal(self, number: int, frame: Any) -> None:
         if os.getpid() != self.owner:
             return  # a data worker: Ctrl-C reaches all processes, and the trainer still needs its batches
         now = time.monotonic()
-        if self.asked and now - self.first < 1:
+        if self.requested and now - self.first < 1:
             return  # one request often arrives twice: for the process, and for its group
-        if self.asked:
+        if self.requested:
             self.leave(128 + number)
-        self.asked, self.first = True, now
+        self.requested, self.first = True, now
         self.on_request()
 
     def leave(self, code: int) -> None:

@@ -1,11 +1,31 @@
-"""Torch, transformers and TRL, imported faster."""
+"""What a process sets up before it works: the package's messages, imports that are faster, upstream that is quieter."""
 
 import contextlib
 import gc
 import logging
+import os
 import sys
 import warnings
 from collections.abc import Iterator
+
+
+class ConsoleHandler(logging.Handler):
+    """To whatever `sys.stdout` is when the message comes: a job's log, a test's capture; silence on all ranks but 0."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stdout, flush=True)
+
+
+def configure_logging() -> None:
+    """Show the package's messages from INFO upwards, unless somebody has given its logger a handler of their own.
+
+    logging.getLogger("smolvlm_exp").setLevel("WARNING")      # in a notebook; in a terminal SMOLVLM_EXP_LOG=WARNING
+    """
+    logger = logging.getLogger("smolvlm_exp")
+    if not logger.handlers:
+        logger.addHandler(ConsoleHandler())
+        logger.setLevel(os.environ.get("SMOLVLM_EXP_LOG", "INFO").upper())
+        logger.propagate = False
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Sizes in bytes as people write them in settings: 8GiB, 500MB."""
+"""Sizes in bytes as people write and read them: 8GiB, 500MB."""
 
 import re
 
@@ -14,15 +14,13 @@ def size_of(text: str) -> int | None:
     return int(float(match[1]) * UNITS[match[2]]) if match else None
 
 
+def format_bytes(size: float) -> str:
+    """`46.8 MiB`, `1.5 GiB`."""
+    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
+
+
 def bytes_of(key: str, text: str) -> int:
-    """`8GiB` -> 8589934592.
-
-    Args:
-        key: the setting's full name.
-
-    Raises:
-        RequestError: it is not a size.
-    """
+    """`8GiB` -> 8589934592; a `RequestError` names the setting, by its full name, whose text is not a size."""
     size = size_of(text)
     if size is None:
         raise RequestError(f"{key}={text} is not a size; write it as 8GiB or 500MB.")

@@ -36,6 +36,6 @@ def check_torchvision() -> None:
         import_module("torchvision")
     except Exception as error:  # RuntimeError of an operator that this torch lacks, OSError of a CUDA library
         raise RequestError(
-            f"torchvision {version('torchvision')} does not go with torch {torch.__version__} ({str(error)[:80]}): "
+            f"torchvision {version('torchvision')} is incompatible with torch {torch.__version__} ({str(error)[:80]}): "
             "pip uninstall torchvision; Pillow is enough."
         ) from error

@@ -33,6 +33,8 @@ def test_a_mistake_raises_and_leaves_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=r"Did you mean adapter\.r\?"):
         smolvlm_exp.train(["adapter.rr=4"])
+    with pytest.raises(RequestError, match="resumes a sweep: add -m"):
+        smolvlm_exp.train(["sweep=last"])
     with pytest.raises(AttributeError, match="no attribute 'trian'"):
         _ = smolvlm_exp.trian
     assert not list(tmp_path.iterdir())

@@ -1,19 +1,19 @@
-"""docs/settings.md and its JSON schema are current and complete; a person's own defaults are read."""
+"""docs/settings.md and its JSON schema are current and complete; local defaults are read."""
 
 import json
 
 import pytest
 import yaml
 
-from smolvlm_exp.config import settings
+from docs import settings
 from smolvlm_exp.config.compose import search_path
 from smolvlm_exp.config.schema import every_key
 from smolvlm_exp.utils.paths import CONF
 
 
-def test_the_page_and_the_schema_are_current():
+def test_settings_md_and_the_json_schema_are_current():
     for path, text in settings.files().items():
-        assert path.read_text(encoding="utf-8") == text, "python -m smolvlm_exp.config.settings writes them"
+        assert path.read_text(encoding="utf-8") == text, "python docs/settings.py writes them"
 
 
 def test_every_setting_is_in_both():
@@ -39,13 +39,13 @@ def test_the_schema_has_every_key_of_our_files():
 
 
 @pytest.mark.parametrize("override", [[], ["seed=9"]])
-def test_own_defaults_hold_unless_the_command_says_otherwise(tmp_path, override):
+def test_local_defaults_apply_unless_the_command_overrides_them(tmp_path, override):
     import hydra
 
     (tmp_path / "local").mkdir()
     own = "# @package _global_\nseed: 5\ntracker:\n  entity: my_team\ntrainer:\n  cache: /tmp/cache\n"
     (tmp_path / "local" / "default.yaml").write_text(own)
-    with search_path(CONF, str(tmp_path)):
+    with search_path(config_dir=str(tmp_path)):
         composed = hydra.compose("config", overrides=override)
     assert (composed.tracker.entity, composed.trainer.cache) == ("my_team", "/tmp/cache")
     assert composed.seed == (9 if override else 5)
@@ -56,13 +56,12 @@ def test_own_defaults_hold_unless_the_command_says_otherwise(tmp_path, override)
 LISTED = sorted(path for path in CONF.glob("*/*.yaml") if "# Often changed" in path.read_text(encoding="utf-8"))
 
 
-def test_every_group_lists_what_people_change():
+def test_every_group_lists_often_changed_settings():
     assert {path.parent.name for path in LISTED} == {"adapter", "data", "model", "quant", "task", "tracker", "trainer"}
 
 
 @pytest.mark.parametrize("path", LISTED, ids=lambda path: f"{path.parent.name}/{path.stem}")
-def test_the_listed_defaults_are_the_dataclass_s(path):
-    """Each with a comment, so that a file explains itself."""
+def test_the_listed_defaults_equal_the_dataclass_s(path):
     group, option = path.parent.name, path.stem
     kinds = dict(settings.tables())
     cls = kinds.get(f"{group}={option}") or kinds[group]

@@ -7,11 +7,9 @@ from importlib import import_module
 import pytest
 
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.sources.photos import FOLDER as PHOTOS
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import compose
-
-PHOTOS = PACKAGE / "data" / "sources" / "photos"
 
 POPE = [
     {"question_id": 1, "image": "cat.jpg", "text": "Is there a cat in the image?", "label": "yes"},
@@ -40,16 +38,24 @@ def lines(rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+FILES = {
+    "pope.json": lines(POPE), "AMBER/annotations.json": json.dumps(ANNOTATIONS, indent=4),
+    "AMBER/relation.json": json.dumps(RELATED), "AMBER/safe_words.txt": "sign\nlight",
+    "AMBER/query/query_all.json": json.dumps(QUERIES, indent=4), "instances.json": json.dumps(INSTANCES),
+    "captions.json": json.dumps(CAPTIONS), "synonyms.txt": SYNONYMS,
+}  # fmt: skip
+SETTINGS = {
+    "pope": {"questions": "pope.json", "images": "photos"},
+    "amber": {"folder": "AMBER", "images": "photos"},
+    "coco": {"annotations": "instances.json", "images": "photos"},
+}
+AS_PUBLISHED = {"synonyms": "synonyms.txt", "captions": "captions.json"}
+
+
 @pytest.fixture
 def files(tmp_path, monkeypatch):
-    """All files as a person would download them, and the folder made the working one."""
-    written = {
-        "pope.json": lines(POPE), "AMBER/annotations.json": json.dumps(ANNOTATIONS, indent=4),
-        "AMBER/relation.json": json.dumps(RELATED), "AMBER/safe_words.txt": "sign\nlight",
-        "AMBER/query/query_all.json": json.dumps(QUERIES, indent=4), "instances.json": json.dumps(INSTANCES),
-        "captions.json": json.dumps(CAPTIONS), "synonyms.txt": SYNONYMS,
-    }  # fmt: skip
-    for name, text in written.items():
+    """All files as a person would download them, in the working folder."""
+    for name, text in FILES.items():
         (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
         (tmp_path / name).write_text(text)
     (tmp_path / "photos").mkdir()
@@ -59,39 +65,32 @@ def files(tmp_path, monkeypatch):
     return tmp_path
 
 
-ASKED = {"pope": {"questions": "pope.json"}, "amber": {"folder": "AMBER"}, "coco": {"annotations": "instances.json"}}
-ALL = {"synonyms": "synonyms.txt", "captions": "captions.json"}
+def config_of(name, **more):
+    source = import_module(f"smolvlm_exp.data.sources.{name}")
+    return source, source.Config(**{"source": name, **SETTINGS[name], **more})
 
 
-def data_of(name, **more):
-    return import_module(f"smolvlm_exp.data.sources.{name}").Config(
-        **{"source": name, "images": "photos", **ASKED[name], **more}
-    )
+def truths(name, split="test", **more):
+    source, config = config_of(name, **more)
+    return [json.loads(truth) for truth in source.load(config, split)["truth"]]
 
 
-def truths(name, **more):
-    config = data_of(name, **more)
-    return [
-        json.loads(truth)
-        for truth in import_module(f"smolvlm_exp.data.sources.{name}").load(config, config.test)["truth"]
-    ]
-
-
-def test_what_is_asked_and_what_is_true(files):
+def test_truths(files):
     assert [truth["answer"] for truth in truths("pope")] == ["yes", "no", "no"]
-    assert len(truths("pope", test="test[:2]")) == 2
+    assert len(truths("pope", "test[:2]")) == 2
     assert truths("amber") == [
         {"kind": "caption", "objects": ["cat", "sofa"], "expected": ["dog", "window"]},
         {"kind": "yes_no", "answer": "no", "positive": "no"},
     ]
     assert truths("coco") == [{"kind": "caption", "objects": ["cat"]}]  # the image that is there, the cats as one
-    assert truths("coco", **ALL) == [{"kind": "caption", "objects": ["cat", "couch"]}]  # a baby cat is no person
+    published = truths("coco", **AS_PUBLISHED)
+    assert published == [{"kind": "caption", "objects": ["cat", "couch"]}]  # a baby cat is no person
 
 
-def test_an_image_that_is_missing_is_its_rows_problem(files, processor):
+def test_a_missing_image_is_its_rows_problem(files, processor):
     (files / "photos" / "horse.jpg").unlink()
     with pytest.raises(RequestError, match=r"test row 2: the image is not there: horse\.jpg"):
-        load_preferences(data_of("pope"), processor, files, splits=("test",))
+        load_preferences(config_of("pope")[1], processor, files, splits=("test",))
 
 
 MALFORMED = {
@@ -110,25 +109,29 @@ MALFORMED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "file", "text", "said"), MALFORMED.values(), ids=MALFORMED)
-def test_a_malformed_file_is_named_with_its_line(files, name, file, text, said):
+@pytest.mark.parametrize(("name", "file", "text", "message"), MALFORMED.values(), ids=MALFORMED)
+def test_a_malformed_file_is_named_with_its_line(files, name, file, text, message):
     (files / file).write_text(text)
-    with pytest.raises(RequestError, match=said):
-        truths(name, **(ALL if name == "coco" else {}))
+    with pytest.raises(RequestError, match=message):
+        truths(name, **(AS_PUBLISHED if name == "coco" else {}))
 
 
-def test_a_file_or_folder_that_is_not_there(files):
-    with pytest.raises(RequestError, match=r"data\.questions: pope2\.json cannot be read: No such file"):
-        truths("pope", questions="pope2.json")
-    with pytest.raises(RequestError, match=r"data\.images=nowhere: there is no such folder"):
-        truths("pope", images="nowhere")
-    with pytest.raises(RequestError, match="not training"):
-        import_module("smolvlm_exp.data.sources.pope").load(data_of("pope"), "train")
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"questions": "pope2.json"}, r"data\.questions: pope2\.json cannot be read: No such file"),
+        ({"images": "nowhere"}, r"data\.images=nowhere: there is no such folder"),
+        ({"split": "train"}, "not training"),
+    ],
+)
+def test_a_request_that_cannot_work(files, change, message):
+    with pytest.raises(RequestError, match=message):
+        truths("pope", **change)
 
 
-@pytest.mark.parametrize("name", ASKED)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_answers_are_scored(files, name, monkeypatch):
-    """The whole task; what the models say is made up, so that the numbers are known."""
+    """All of task=evaluate, except that the answers are made up, so that the numbers are known."""
     from peft import get_peft_model
 
     from smolvlm_exp.evaluation import held_out
@@ -136,40 +139,35 @@ def test_answers_are_scored(files, name, monkeypatch):
     from smolvlm_exp.models.model import load_model
     from smolvlm_exp.tasks.evaluate import evaluate
 
-    asked = {"images": "photos", **ASKED[name], **(ALL if name == "coco" else {})}
-    config = compose(
-        "task=evaluate",
-        "quant=none",
-        "tracker=none",
-        f"data={name}",
-        *(f"data.{key}={file}" for key, file in asked.items()),
-    )
+    settings = {**SETTINGS[name], **(AS_PUBLISHED if name == "coco" else {})}
+    overrides = [f"data.{key}={value}" for key, value in settings.items()]
+    config = compose("task=evaluate", "quant=none", "tracker=none", f"data={name}", *overrides)
     tuned = get_peft_model(load_model(config.model), lora_config(config.adapter, quantised=False))
     tuned.save_pretrained("run/adapter")
     config.model.adapter = "run"
-    ordinary, on = held_out.generate_answers, []
+    generate, with_adapter = held_out.generate_answers, []
 
-    def said(model, processor, rows, batch_size, *args):
-        assert len(ordinary(model, processor, rows, batch_size, 2)) == len(rows)
-        on.append(hasattr(model, "peft_config"))
-        captions = ("A dog on a couch.", "A cat on a sofa.")
-        about = lambda row: row["prompt"][0]["content"][1]["text"]  # noqa: E731
-        return [captions[on[-1]] if about(row)[0] in "DP" else ("Yes.", "No.")[on[-1]] for row in rows]
+    def answers(model, processor, rows, batch_size, *args):
+        assert len(generate(model, processor, rows, batch_size, 2)) == len(rows)
+        with_adapter.append(hasattr(model, "peft_config"))
+        yes_no, caption = (("Yes.", "A dog on a couch."), ("No.", "A cat on a sofa."))[with_adapter[-1]]
+        questions = [row["prompt"][0]["content"][1]["text"] for row in rows]
+        return [yes_no if question.startswith("Is") else caption for question in questions]
 
-    monkeypatch.setattr(held_out, "generate_answers", said)
+    monkeypatch.setattr(held_out, "generate_answers", answers)
     monkeypatch.setattr("smolvlm_exp.tasks.evaluate.generation_speed", lambda *args: [])
     summary = evaluate(config, files)
-    assert on == [False, True]
+    assert with_adapter == [False, True]
     before, after = summary["before"], summary["after"]
     if name == "pope":  # truth yes, no, no
         assert (before["yes_no_accuracy"], after["yes_no_accuracy"]) == pytest.approx((1 / 3, 2 / 3))
         assert (before["yes_no_f1"], after["yes_no_f1"]) == pytest.approx((2 / 4, 0))
         assert (before["yes_ratio"], after["yes_ratio"]) == (1, 0)
-    if name == "amber":
-        assert (before["cog"], after["cog"], before["no_f1"], after["no_f1"]) == (1 / 2, 0, 0, 1)
-    if name != "pope":
+    else:
         assert (before["chair_i"], before["recall"]) == (1 / 2, 1 / 2)
         assert (after["chair_s"], after["recall"]) == (0, 1)
+    if name == "amber":
+        assert (before["cog"], after["cog"], before["no_f1"], after["no_f1"]) == (1 / 2, 0, 0, 1)
     (check,) = summary["checks"]
     assert (check["id"], check["verdict"]) == ("answers_changed", "ok")
     assert summary["changes"].keys() == before.keys() == after.keys()

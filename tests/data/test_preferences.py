@@ -12,48 +12,28 @@ from PIL import Image
 
 from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import assistant, user
-from smolvlm_exp.data.preferences import count, load_preferences, prepare
+from smolvlm_exp.data.preferences import SIDES, RowValidator, count, load_preferences, prepare
 from smolvlm_exp.data.sources.files import Config as FilesConfig
 from smolvlm_exp.data.sources.shapes import Config
 from smolvlm_exp.data.tokens import image_span
-from smolvlm_exp.data.validation import SIDES, RowValidator
-from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
 
 
 def row(**changes):
-    good = {
-        "images": [Image.new("RGB", (96, 64))],
-        "prompt": [user("What is it?")],
-        "chosen": [assistant("A star.")],
-        "rejected": [assistant("A moon.")],
-    }
-    return {**good, **changes}
+    answers = {"chosen": [assistant("A star.")], "rejected": [assistant("A moon.")]}
+    return {"images": [Image.new("RGB", (96, 64))], "prompt": [user("What is it?")], **answers, **changes}
 
 
 def problems_of(processor, *rows, **settings):
     return prepare(Dataset.from_list(list(rows)), processor, Config(**settings))["problem"][:]
 
 
-@pytest.mark.parametrize(
-    ("changes", "reason"),
-    [
-        ({"chosen": [assistant(" ")]}, "`chosen` is empty"),
-        ({"rejected": []}, "`rejected` is empty"),
-        ({"prompt": [user("")]}, "`prompt` is empty"),
-        ({"rejected": [assistant("A star. ")]}, "are the same"),
-        ({"images": []}, "has no image"),
-        ({"prompt": [user("What?", images=2)]}, "1 images but its prompt names 2"),
-        ({"chosen": [assistant("A <image> star.")]}, "contains <image>"),
-        ({"chosen": [assistant("A star.<end_of_utterance>")]}, "contains <end_of_utterance>"),
-    ],
-)
-def test_a_bad_row_is_named_with_its_reason(processor, changes, reason):
-    first, problem, last = problems_of(processor, row(), row(**changes), row())
-    assert first == last == ""
-    assert reason in problem
+def test_a_placeholder_in_an_answer_is_a_control_token(processor):
+    problems = problems_of(processor, row(), row(chosen=[assistant("A <image> star.")]))
+    assert [problem.partition(",")[0] for problem in problems] == ["", "`chosen` contains <image>"]
 
 
 def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
@@ -65,8 +45,8 @@ def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
     monkeypatch.setattr(shapes, "load", load)
     with pytest.raises(RequestError, match=r"train row 1: `rejected` is empty[\s\S]*data.on_bad_row=skip"):
         load_preferences(Config(source="shapes"), processor, tmp_path)
-    kept = load_preferences(Config(source="shapes", on_bad_row="skip", max_bad_rows=0.5), processor, tmp_path)
-    assert len(kept.train) == len(kept.test) == 1
+    preferences = load_preferences(Config(source="shapes", on_bad_row="skip", max_bad_rows=0.5), processor, tmp_path)
+    assert len(preferences.train) == len(preferences.test) == 1
     assert '"row": 1' in (Path(tmp_path) / "skipped_rows.jsonl").read_text()
 
 
@@ -87,7 +67,7 @@ def test_length_policy(processor):
 SIZES = list(itertools.product((17, 64, 100, 129, 511, 640), (33, 64, 384, 500, 1023)))
 
 
-@pytest.mark.parametrize("name", ["tiny", "smolvlm", "smolvlm_500m", "smolvlm_256m", "smolvlm2_2b", "smolvlm2_256m"])
+@pytest.mark.parametrize("name", ["tiny", "smolvlm", "smolvlm_256m", "smolvlm2_2b"])  # the others are processed alike
 def test_token_ids_are_the_processors_without_decoding(name):
     """Against the processor itself, over many aspect ratios."""
     from trl.data_utils import apply_chat_template
@@ -133,11 +113,11 @@ def test_an_image_is_decoded_hashed_and_tokenised_once(processor, tmp_path, monk
     counted("tokenise", type(processor.tokenizer), "__call__")
     config = FilesConfig(source="files", folder=str(tmp_path))
     train = load_preferences(config, processor, tmp_path).train
-    assert calls == {"open": 2, "hash": 2, "tokenise": 4}  # two rows; their texts, and an image's span
+    assert calls == {"open": 2, "hash": 2, "tokenise": 2}  # of two rows
     calls.clear()
     rows = PackedDataset(train, processor)
     assert not calls
-    batch = Collator(rows, 2, processor.image_token_id)([{"row": 0}])
+    batch = rows.batch([0])
     assert calls == {"open": 1}
     (down,), (across,) = train["tile_rows"][0], train["tile_columns"][0]
     assert len(batch["packed"]["tiles"]) == down * across + 1

@@ -11,15 +11,16 @@ from transformers import Idefics3ForConditionalGeneration
 from trl import DPOConfig, DPOTrainer
 from trl.trainer.utils import add_fused_lm_head
 
+from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.models.adapter import TARGETS
 from smolvlm_exp.models.shape import Shape, model_config
 
-SIDE, IMAGE, PAD, TOKENS = 16, 6, 2, 4  # pixels a side of a tile, image token, padding token, tokens a tile
+SIDE, IMAGE, PAD, TOKENS = 16, 6, 2, 4  # pixels per side of a tile, image token, padding token, tokens per tile
 DPO = ("log_probs", "entropy", "mean_logits", "is_top1", "log_sum_sq_probs")  # what TRL asks of a policy's head
 
 
 def tiny_model(seed: int = 0, heads: int = 4, kv_heads: int = 2, **sizes: int) -> Any:
-    """A whole Idefics3 in float32, with weights large enough that attention and answers differ from place to place.
+    """An Idefics3 in float32, with weights large enough that attention and answers differ by position.
 
     Args:
         sizes: of `Shape`.
@@ -45,7 +46,7 @@ def random_model(shape: Shape, seed: int = 0) -> Any:
 
 
 def tiny_adapter(model: Any, target: str, seed: int = 0, **lora: Any) -> Any:
-    """`model` with an adapter whose B has left zero already."""
+    """`model` with an adapter whose B is no longer zero."""
     torch.manual_seed(seed)
     config = LoraConfig(r=2, lora_alpha=4, target_modules=TARGETS[target], **lora)
     tuned = get_peft_model(model, config)
@@ -59,7 +60,7 @@ def random_row(prompt: int, chosen: int, rejected: int, tiles: list[int], same: 
     """A row as PackedDataset gives it.
 
     Args:
-        prompt, chosen, rejected: words in each; tiles: number of tiles of each picture, spread over the prompt.
+        prompt, chosen, rejected: words in each; tiles: number of tiles of each image, spread over the prompt.
         same: how many tokens the answers share at their beginning.
     """
     random = torch.Generator().manual_seed(seed)
@@ -76,8 +77,8 @@ def random_row(prompt: int, chosen: int, rejected: int, tiles: list[int], same: 
     rejected_ids[:shared] = chosen_ids[:shared]
     if torch.equal(chosen_ids, rejected_ids):  # the data's checks refuse such a row
         rejected_ids[-1] = 9 + (rejected_ids[-1] - 8) % 31
-    pictures = torch.randint(0, 256, (sum(tiles), 3, SIDE, SIDE), generator=random, dtype=torch.uint8)
-    return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids, "tiles": pictures}
+    images = torch.randint(0, 256, (sum(tiles), 3, SIDE, SIDE), generator=random, dtype=torch.uint8)
+    return {"prompt_ids": prompt_ids, "chosen_ids": chosen_ids, "rejected_ids": rejected_ids, "tiles": images}
 
 
 def pixels(tiles: torch.Tensor) -> torch.Tensor:
@@ -85,7 +86,7 @@ def pixels(tiles: torch.Tensor) -> torch.Tensor:
 
 
 def stock_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
-    """What DataCollatorForVisionPreference gives: every answer with its whole prompt, every picture twice."""
+    """What DataCollatorForVisionPreference gives: every answer with its whole prompt, every image twice."""
     pairs = [(row["prompt_ids"], row[f"{side}_ids"]) for side in ("chosen", "rejected") for row in rows]
     longest, most = max(len(p) + len(a) for p, a in pairs), max(len(row["tiles"]) for row in rows)
     ids, mask, completion = (torch.full((len(pairs), longest), fill) for fill in (PAD, 0, 0))
@@ -103,7 +104,7 @@ def stock_batch(rows: list[dict]) -> dict[str, torch.Tensor]:
 
 def stock_forward(model: Any) -> None:
     """TRL's own fused head."""
-    add_fused_lm_head(model.get_base_model() if hasattr(model, "peft_config") else model, outputs=DPO)
+    add_fused_lm_head(base_of(model), outputs=DPO)
 
 
 class Loss:

@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import QUICK, SIGMOID
+from tests.conftest import QUICK, SIGMOID, losses
 from tests.engine.test_trainers import TOKEN_MEANS, compare
 
 pytestmark = pytest.mark.slow
@@ -20,6 +21,9 @@ FSDP = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "LlamaDecoderLayer,Idefics3EncoderLayer", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_RESHARD_AFTER_FORWARD": "true",
+}  # fmt: skip
+SIX_PAIRS = {
+    "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "micro_batch": 4, "ddp_backend": "gloo",
 }  # fmt: skip
 COUNTS = (*TOKEN_MEANS, "num_tokens", "samples_per_second")
 
@@ -40,100 +44,89 @@ def train(folder, processes, engine="shared", env=None, **changes):
     return [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
 
 
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """Twelve pairs per step, four at a time."""
+    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "per_device_eval_batch_size": 10}
+    return cache(lambda engine: train(tmp_path_factory.mktemp("one") / engine, 1, engine, **changes)[0]["events"])
+
+
 @pytest.mark.parametrize("engine", ["shared", "shared_sft"])
 @pytest.mark.parametrize("env", [{}, FSDP], ids=["DDP", "FSDP2"])
-def test_two_processes_are_one(tmp_path, engine, env):
-    """Twelve pairs a step: four at a time in one process; in each of two, six by two."""
-    (one,) = train(
-        tmp_path / "one", 1, engine, per_device_train_batch_size=4, gradient_accumulation_steps=3,
-        per_device_eval_batch_size=10,
-    )  # fmt: skip
-    two, _ = train(
-        tmp_path / "two", 2, engine, env, per_device_train_batch_size=2, gradient_accumulation_steps=3, micro_batch=4,
-        per_device_eval_batch_size=5, ddp_backend="gloo",
-    )  # fmt: skip
+def test_two_processes_train_as_one(tmp_path, one_process, engine, env):
+    """Twelve pairs per step: in each process six, two at a time."""
+    two, _ = train(tmp_path / "two", 2, engine, env, **SIX_PAIRS, per_device_eval_batch_size=5)
     # SFT's evaluation loss is a mean of the processes' means over tokens.
     without = (*COUNTS, "eval_loss") if engine == "shared_sft" else COUNTS
-    compare(two["events"], one["events"], without=without, tolerance=2e-5)
+    compare(two["events"], one_process(engine), without, tolerance=2e-5)
 
 
 def test_sharded_adapters_are_not_rounded(tmp_path):
     """accelerate would have FSDP2 turn them to bfloat16, and the policy would not start as its reference."""
-    found, _ = train(
-        tmp_path / "run", 2, env=FSDP, bf16=True, per_device_train_batch_size=2, gradient_accumulation_steps=3,
-        max_steps=1, ddp_backend="gloo",
-    )  # fmt: skip
-    assert found["events"][0]["loss"] == pytest.approx(math.log(2), abs=5e-4)
+    logged, _ = train(tmp_path / "run", 2, env=FSDP, **SIX_PAIRS, bf16=True, max_steps=1)
+    assert logged["events"][0]["loss"] == pytest.approx(math.log(2), abs=5e-4)
 
 
-SIX_PAIRS = {
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 3,
-    "micro_batch": 4,
-    "ddp_backend": "gloo",
-}
-
-
-def test_one_that_runs_out_of_memory_goes_on_alone(tmp_path):
+def test_a_process_that_runs_out_of_memory_retries_alone(tmp_path):
     """It does its share again in smaller micro-batches while the other waits, and both have the same gradients."""
-    whole = train(tmp_path / "whole", 2, **SIX_PAIRS)
+    undisturbed = train(tmp_path / "undisturbed", 2, **SIX_PAIRS)
     failed = train(tmp_path / "failed", 2, **SIX_PAIRS, fails=1)
-    assert [each["micro_batch"] for each in (*whole, *failed)] == [4, 4, 4, 1]
-    compare(failed[0]["events"], whole[0]["events"], without=TOKEN_MEANS, tolerance=2e-5)
+    assert [process["micro_batch"] for process in (*undisturbed, *failed)] == [4, 4, 4, 1]
+    compare(failed[0]["events"], undisturbed[0]["events"], TOKEN_MEANS, tolerance=2e-5)
 
 
-def test_sharded_weights_and_no_memory_end_the_run(tmp_path):
-    """Layers are fetched by all processes together, so one cannot go on alone; none waits for it for ever."""
+def test_out_of_memory_with_sharded_weights_ends_the_run(tmp_path):
+    """All processes gather layers together, so one cannot retry alone; none waits for it forever."""
     (tmp_path / "run").mkdir()
-    begun = time.monotonic()
-    changes = json.dumps({**SIX_PAIRS, "fails": 1})
+    begun, changes = time.monotonic(), json.dumps({**SIX_PAIRS, "fails": 1})
     done = start(2, "tests.engine.train_together", str(tmp_path / "run"), "shared", changes, env=FSDP)
     assert done.returncode == 1
     assert "which sharded weights cannot lower during a run" in done.stderr
     assert time.monotonic() - begun < 120
 
 
-def losses(folder):
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [event["loss"] for event in events if "loss" in event]
-
-
 SETTINGS = (*QUICK, *SIGMOID, "trainer.max_steps=4", "trainer.save_strategy=steps", "trainer.save_steps=2")
 
 
+def run(folder, processes, *arguments, module="smolvlm_exp", env=None):
+    done = start(processes, module, *arguments, env=env)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return done.stdout, losses(folder), json.loads((folder / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The command in one process: its folder, losses and summary."""
+    folder = tmp_path_factory.mktemp("alone") / "run"
+    return folder, *run(folder, 1, *SETTINGS, "trainer.gradient_accumulation_steps=2", f"hydra.run.dir={folder}")[1:]
+
+
 @pytest.mark.parametrize("sharded", [False, True])
-def test_the_command_in_two_processes(tmp_path, sharded):
-    """One folder, what one process would have written; a checkpoint of two goes on in one."""
-    module = "tests.fsdp_on_cpu" if sharded else "smolvlm_exp"
-    one, two = tmp_path / "one", tmp_path / "two"
-    alone = start(1, "smolvlm_exp", *SETTINGS, "trainer.gradient_accumulation_steps=2", f"hydra.run.dir={one}")
-    assert alone.returncode == 0, alone.stderr[-4000:]
-    both = start(2, module, *SETTINGS, f"hydra.run.dir={two}", env=FSDP if sharded else {})
-    assert both.returncode == 0, both.stderr[-4000:]
-    assert both.stdout.count("parameters trained; total") == 1
-    assert losses(two) == pytest.approx(losses(one), abs=2e-5)
-    found, wanted = (load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (two, one))
-    assert found.keys() == wanted.keys()
-    assert all((found[name] - wanted[name]).abs().max() < 2e-4 for name in wanted)
-    summaries = [json.loads((folder / "summary.json").read_text()) for folder in (one, two)]
-    assert summaries[0]["before"] == pytest.approx(summaries[1]["before"], abs=1e-5)
-    assert {check["verdict"] for check in summaries[1]["checks"]} == {
-        check["verdict"] for check in summaries[0]["checks"]
-    }
+def test_the_command_in_two_processes(tmp_path, alone, sharded):
+    """One folder, with what one process would have written; a checkpoint of two is resumed in one."""
+    module, env = ("tests.fsdp_on_cpu", FSDP) if sharded else ("smolvlm_exp", {})
+    folder, (one, wanted, expected) = tmp_path / "two", alone
+    out, logged, summary = run(folder, 2, *SETTINGS, f"hydra.run.dir={folder}", module=module, env=env)
+    assert out.count("parameters trained; total") == 1
+    assert logged == pytest.approx(wanted, abs=2e-5)
+    mine, theirs = (load_file(path / "adapter" / "adapter_model.safetensors") for path in (folder, one))
+    assert mine.keys() == theirs.keys()
+    assert all((mine[name] - theirs[name]).abs().max() < 2e-4 for name in theirs)
+    assert summary["before"] == pytest.approx(expected["before"], abs=1e-5)
+    assert {c["verdict"] for c in summary["checks"]} == {c["verdict"] for c in expected["checks"]}
     if sharded:
         return
-    (two / "checkpoints" / "checkpoint-4").rename(tmp_path / "away")
-    (two / "summary.json").unlink()
-    refused = start(1, "smolvlm_exp", f"resume={two}")
+    (folder / "checkpoints" / "checkpoint-4").rename(tmp_path / "away")
+    (folder / "summary.json").unlink()
+    refused = start(1, "smolvlm_exp", f"resume={folder}")
     assert refused.returncode == 2
     assert "processes was 2 and is 1" in refused.stderr
     assert "trainer.gradient_accumulation_steps=2" in refused.stderr
-    resumed = start(1, "smolvlm_exp", f"resume={two}", "trainer.gradient_accumulation_steps=2")
-    assert resumed.returncode == 0, resumed.stderr[-4000:]
-    assert losses(two) == pytest.approx(losses(one), abs=2e-5)
+    _, resumed, _ = run(folder, 1, f"resume={folder}", "trainer.gradient_accumulation_steps=2")
+    assert resumed == pytest.approx(wanted, abs=2e-5)
 
 
-def test_a_sweep_is_no_launchers(tmp_path):
+def test_a_sweep_under_a_launcher_is_refused(tmp_path):
     refused = start(2, "smolvlm_exp", "-m", "seed=0,1", f"hydra.sweep.dir={tmp_path}")
     assert refused.returncode == 1  # the launcher's
     assert refused.stderr.count("a sweep starts its own processes") == 1

@@ -1,7 +1,6 @@
 """The engine's forward pass against stock TRL's in float32: loss, every gradient, every metric, on random shapes."""
 
 import copy
-from dataclasses import dataclass, field
 
 import pytest
 import torch
@@ -10,6 +9,7 @@ from hypothesis import strategies as st
 
 from smolvlm_exp.engine.forward import add_pair_forward, image_features
 from smolvlm_exp.engine.inputs.packing import collate
+from smolvlm_exp.engine.model_parts import base_of
 from tests.engine.stock import (
     DPO,
     IMAGE,
@@ -46,28 +46,22 @@ EVERY_LOSS = [
 ]  # fmt: skip
 
 
-@dataclass
-class Case:
-    rows: list
-    model: object
-    options: dict = field(default_factory=lambda: {"loss_type": ["sigmoid"]})
-
-
-def compare(case: Case, checkpointing: bool = False) -> None:
+def compare(rows: list, model: torch.nn.Module, checkpointing: bool = False, **options: object) -> None:
     """Both engines on the same rows with the same weights."""
-    stock, shared = case.model, copy.deepcopy(case.model)
-    for model in (stock, shared):
-        stock_forward(model)
-        model.train()
-    add_pair_forward(shared.get_base_model() if hasattr(shared, "peft_config") else shared, pixels, DPO)
+    options = options or {"loss_type": ["sigmoid"]}
+    stock, shared = model, copy.deepcopy(model)
+    for each in (stock, shared):
+        stock_forward(each)
+        each.train()
+    add_pair_forward(base_of(shared), pixels, DPO)
     if checkpointing:
         shared.gradient_checkpointing_enable()
-    theirs, ours = Loss(stock, **case.options), Loss(shared, **case.options)
-    batch, packed = stock_batch(case.rows), collate(case.rows, PAD, IMAGE)
+    theirs, ours = Loss(stock, **options), Loss(shared, **options)
+    batch, packed = stock_batch(rows), collate(rows, PAD, IMAGE)
     if hasattr(stock, "peft_config"):
         reference, own = theirs.reference(batch), ours.reference(packed)
     else:
-        spread = -3 - torch.arange(len(case.rows)).float()
+        spread = -3 - torch.arange(len(rows)).float()
         reference = own = {"ref_chosen_logps": spread, "ref_rejected_logps": spread}
     for name in reference:
         torch.testing.assert_close(own[name], reference[name], rtol=1e-6, atol=1e-6)
@@ -100,14 +94,14 @@ QUICK = settings(
 @QUICK
 @given(st.lists(ROW, min_size=1, max_size=6), TARGETS, HEADS, st.integers(0, 9), st.booleans())
 def test_random_rows_and_models(rows, target, heads, seed, dora):
-    compare(Case(rows, tiny_adapter(tiny_model(seed, *heads), target, seed, use_dora=dora)))
+    compare(rows, tiny_adapter(tiny_model(seed, *heads), target, seed, use_dora=dora))
 
 
 @QUICK
 @given(st.lists(ROW, min_size=1, max_size=6), TARGETS, HEADS, st.sampled_from(EVERY_LOSS))
 def test_random_rows_and_losses_in_float64(rows, target, heads, options):
     """Some losses blow up differences of rounding, so this is in float64; the head's sums are float32 all the same."""
-    compare(Case(rows, tiny_adapter(tiny_model(0, *heads).double(), target).double(), options))
+    compare(rows, tiny_adapter(tiny_model(0, *heads).double(), target).double(), **options)
 
 
 ROWS = [
@@ -120,23 +114,23 @@ ROWS = [
 
 @pytest.mark.parametrize("options", EVERY_LOSS, ids=str)
 def test_every_loss_of_trl(options):
-    compare(Case(ROWS, tiny_adapter(tiny_model(), "recipe"), options))
+    compare(ROWS, tiny_adapter(tiny_model(), "recipe"), **options)
 
 
-def test_every_weight_is_trained():
+def test_full_fine_tuning():
     model = tiny_model()
-    compare(Case(ROWS, model))
+    compare(ROWS, model)
     assert all(p.grad is not None for n, p in model.named_parameters() if "padding" not in n)
 
 
 @pytest.mark.parametrize("target", ["text", "all"])
 def test_checkpointing(target):
-    compare(Case(ROWS, tiny_adapter(tiny_model(), target)), checkpointing=True)
+    compare(ROWS, tiny_adapter(tiny_model(), target), checkpointing=True)
 
 
 def test_a_biased_adapter():
-    compare(Case(ROWS, tiny_adapter(tiny_model(), "text", bias="lora_only")))
-    compare(Case(ROWS, tiny_adapter(tiny_model(), "all", lora_bias=True)))
+    compare(ROWS, tiny_adapter(tiny_model(), "text", bias="lora_only"))
+    compare(ROWS, tiny_adapter(tiny_model(), "all", lora_bias=True))
 
 
 def test_no_gradient_where_nothing_learns():
@@ -148,22 +142,19 @@ def test_no_gradient_where_nothing_learns():
 
 def test_features_in_place_of_tiles():
     model = tiny_adapter(tiny_model(), "text")
-    base = model.get_base_model()
-    kept = [
-        {**{k: v for k, v in row.items() if k != "tiles"}, "features": image_features(base.model, pixels(row["tiles"]))}
-        for row in ROWS
-        if len(row["tiles"])
-    ]
+    base = base_of(model)
+    rows = [row for row in ROWS if len(row["tiles"])]
+    features = [{**row, "features": image_features(base.model, pixels(row["tiles"]))} for row in rows]
     stock_forward(model)
     add_pair_forward(base, pixels, DPO)
     loss = Loss(model)
-    rows = [row for row in ROWS if len(row["tiles"])]
-    batch, with_features = collate(rows, PAD, IMAGE), collate(kept, PAD, IMAGE)
+    batch, with_features = collate(rows, PAD, IMAGE), collate(features, PAD, IMAGE)
+    assert "tiles" not in with_features["packed"]
     reference = loss.reference(batch)
     assert torch.equal(loss({**batch, **reference})[0], loss({**with_features, **reference})[0])
 
 
-def test_generation_afterwards_is_what_it_was():
+def test_generation_does_not_change():
     model = tiny_model()
     inputs = {"input_ids": ROWS[0]["prompt_ids"][None], "pixel_values": pixels(ROWS[0]["tiles"])[None]}
     before = model.generate(**inputs, max_new_tokens=6, do_sample=False)

@@ -15,9 +15,9 @@ from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
-from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
+from smolvlm_exp.engine.disk_cache import DiskCache
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches
-from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.layers.dora import exact_dora
 from smolvlm_exp.engine.trainers import ChosenDataset, SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
@@ -55,6 +55,11 @@ def bench(processor, data, tmp_path_factory):
     return Bench(processor, data, tmp_path_factory.mktemp("trainer"))
 
 
+@pytest.fixture(scope="module")
+def sft_history(bench):
+    return history(bench.stock_sft())
+
+
 class Bench:
     """Trainers of either kind with the same arguments."""
 
@@ -71,6 +76,8 @@ class Bench:
             "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "gradient_checkpointing": False,
             "bf16": False, "use_cpu": True, "report_to": "none", "max_length": None, "disable_tqdm": True, "seed": 3,
         }  # fmt: skip
+        if kind is SFTConfig:
+            defaults["completion_only_loss"] = True
         return kind(output_dir=str(self.folder), **{**defaults, **changes})
 
     def adapter(self, target="text", **lora):
@@ -83,73 +90,72 @@ class Bench:
 
     def stock(self, adapter=("text",), rows=None, **changes):
         target, *options = adapter
-        model = small_model()
         return DPOTrainer(
-            model, small_model() if target == "none" else None,
+            small_model(), small_model() if target == "none" else None,
             args=self.arguments(DPOConfig, **changes), train_dataset=self.rows(rows), eval_dataset=self.data.test,
             processing_class=self.processor, peft_config=self.adapter(target, **dict(options)),
         )  # fmt: skip
 
-    def collators(self, rows, kind):
-        pad, image = self.processor.tokenizer.pad_token_id, self.processor.image_token_id
-        return [Collator(kind(each, self.processor), pad, image) for each in (self.rows(rows), self.data.test)]
-
-    def shared(self, adapter=("text",), rows=None, micro_batch=None, **changes):
-        target, *options = adapter
-        collator, eval_collator = self.collators(rows, PackedDataset)
-        args = self.arguments(DPOConfig, **changes)
-        trainer = SharedPrefixDPOTrainer(
-            attach_and_fuse(small_model(), self.adapter(target, **dict(options)), args),
-            normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
-            eval_collator=eval_collator, args=args, processing_class=self.processor,
-        )  # fmt: skip
-        trainer.score_references(None, 8)
-        return trainer
-
-    def shared_sft(self, micro_batch=None, **changes):
-        collator, eval_collator = self.collators(None, ChosenDataset)
-        args = self.arguments(SFTConfig, completion_only_loss=True, **changes)
-        return SharedPrefixSFTTrainer(
-            attach_and_fuse(small_model(), self.adapter(), args),
-            normalise=pixels(self.processor), collator=collator, micro_batch=micro_batch,
-            eval_collator=eval_collator, args=args, processing_class=self.processor,
-        )  # fmt: skip
-
     def stock_sft(self, **changes):
         return SFTTrainer(
-            small_model(), self.arguments(SFTConfig, completion_only_loss=True, **changes),
+            small_model(), self.arguments(SFTConfig, **changes),
             train_dataset=completions(self.data.train), eval_dataset=completions(self.data.test),
             processing_class=self.processor, peft_config=self.adapter(),
         )  # fmt: skip
 
+    def shared(self, adapter=("text",), rows=None, micro_batch=None, model=None, **changes):
+        trainer = self.engine(SharedPrefixDPOTrainer, DPOConfig, adapter, rows, model, micro_batch, **changes)
+        trainer.score_references(DiskCache(self.folder / "cache", 0))
+        return trainer
+
+    def shared_sft(self, adapter=("text",), model=None, micro_batch=None, **changes):
+        return self.engine(SharedPrefixSFTTrainer, SFTConfig, adapter, None, model, micro_batch, **changes)
+
+    def engine(self, trainer_class, arguments, adapter, rows, model, micro_batch, **changes):
+        target, *options = adapter
+        dataset = ChosenDataset if trainer_class is SharedPrefixSFTTrainer else PackedDataset
+        train, test = (dataset(split, self.processor) for split in (self.rows(rows), self.data.test))
+        args = self.arguments(arguments, **changes)
+        model = attach_and_fuse(model or small_model(), self.adapter(target, **dict(options)), args)
+        trainer = trainer_class(model, rows=train, eval_rows=test, args=args, processing_class=self.processor)
+        trainer.micro_batch = micro_batch or trainer.micro_batch
+        return trainer
+
 
 def history(trainer):
-    """Train; what was logged and what was learnt."""
+    """Train; what was logged, and the trained weights."""
     trainer.train()
-    return trainer.state.log_history, learnt(trainer)
+    return trainer.state.log_history, trained(trainer)
 
 
-def learnt(trainer):
+def trained(trainer):
     return {name: p.detach().clone() for name, p in trainer.model.named_parameters() if p.requires_grad}
 
 
 def compare(history, wanted, without=(), tolerance=1e-5):
-    """Every event with every number, save clocks and what `without` names."""
+    """Every event with every number, except clocks and what `without` names."""
     assert len(history) == len(wanted)
     for mine, theirs in zip(history, wanted, strict=True):
-        ties = ("rewards/accuracies",) if mine["step"] == 1 else ()  # policy and reference are one still
+        ties = ("rewards/accuracies",) if mine["step"] == 1 else ()  # policy and reference are still one
         left_out = (*CLOCKS, *ties, *without)
         mine, theirs = ({k: v for k, v in e.items() if not any(o in k for o in left_out)} for e in (mine, theirs))
         assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
 
 
-def compare_weights(found, wanted, tolerance=1e-5):
+def compare_weights(weights, wanted, tolerance=1e-5):
     for name, theirs in wanted.items():
-        torch.testing.assert_close(found[name], theirs, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(weights[name], theirs, rtol=0, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def losses(trainer):
-    return [event["loss"] for event in trainer.state.log_history if "loss" in event]
+def train_and_compare(trainer, wanted, without=(), tolerance=1e-5):
+    """Train; every logged number and every trained weight is as in another trainer's history."""
+    events, weights = history(trainer)
+    compare(events, wanted[0], without, tolerance)
+    compare_weights(weights, wanted[1], tolerance)
+
+
+def losses(events):
+    return [event["loss"] for event in events if "loss" in event]
 
 
 @pytest.mark.parametrize(
@@ -158,79 +164,58 @@ def losses(trainer):
     ids=str,
 )
 def test_every_logged_number_is_stocks(bench, adapter):
-    rate = 1e-3 if adapter == ("none",) else 0.2
-    wanted, weights = bench.stock_history(adapter=adapter, learning_rate=rate)
-    trainer = bench.shared(adapter, learning_rate=rate)
-    trainer.train()
-    compare(trainer.state.log_history, wanted)
-    compare_weights(learnt(trainer), weights)
+    changes = {"adapter": adapter, "learning_rate": 1e-3 if adapter == ("none",) else 0.2}
+    trainer = bench.shared(**changes)
+    assert trainer.ref_model is None
+    assert not [name for name, _ in trainer.model.named_parameters() if ".ref." in name]  # TRL's second adapter
+    train_and_compare(trainer, bench.stock_history(**changes))
 
 
-@pytest.mark.parametrize("micro_batch", [1, 3, 4, 100])
+@pytest.mark.parametrize("micro_batch", [1, 3, 100])
 def test_any_micro_batch_is_the_same_step(bench, micro_batch):
-    wanted, weights = bench.stock_history()
-    trainer = bench.shared(micro_batch=micro_batch)
-    trainer.train()
-    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS)
-    compare_weights(learnt(trainer), weights)
+    train_and_compare(bench.shared(micro_batch=micro_batch), bench.stock_history(), TOKEN_MEANS)
 
 
-def test_a_last_group_that_is_not_full(bench):
+def test_a_last_step_that_is_not_full(bench):
     """11 rows in groups of 4 over two epochs."""
     few = {"rows": 11, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4, "max_steps": 6}
-    wanted, weights = bench.stock_history(**few)
-    trainer = bench.shared(micro_batch=2, **few)
-    trainer.train()
-    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS)
-    compare_weights(learnt(trainer), weights)
+    train_and_compare(bench.shared(micro_batch=2, **few), bench.stock_history(**few), TOKEN_MEANS)
 
 
 def test_a_last_batch_that_is_not_full_counts_by_its_pairs(bench):
-    """14 rows: the second step has six pairs, which stock TRL weighs alike in threes of two, not in [4, 2]."""
-    wanted, weights = bench.stock_history(
-        rows=14, per_device_train_batch_size=2, gradient_accumulation_steps=4, max_steps=2
-    )
-    trainer = bench.shared(rows=14, per_device_train_batch_size=4, gradient_accumulation_steps=2, max_steps=2)
-    trainer.train()
-    assert losses(trainer) == pytest.approx([event["loss"] for event in wanted if "loss" in event], rel=1e-5)
-    compare_weights(learnt(trainer), weights)
+    """14 rows: the second step has six pairs, which stock TRL weights alike in threes of two, not in [4, 2]."""
+    changes = {"rows": 14, "max_steps": 2, "eval_strategy": "no"}
+    wanted, weights = bench.stock_history(per_device_train_batch_size=2, gradient_accumulation_steps=4, **changes)
+    events, mine = history(bench.shared(per_device_train_batch_size=4, gradient_accumulation_steps=2, **changes))
+    assert losses(events) == pytest.approx(losses(wanted), rel=1e-5)
+    compare_weights(mine, weights)
 
 
-@pytest.mark.parametrize("loss", [("sft",), ("aot",), ("sigmoid", "sft")])
-def test_losses_that_need_their_whole_batch(bench, loss):
+@pytest.mark.parametrize(
+    ("loss", "micro_batch"), [(("sft",), 6), (("aot",), 3), (("aot",), 9), (("sigmoid", "sft"), 6)], ids=str
+)
+def test_losses_that_need_their_complete_batch(bench, loss, micro_batch):
     """They see the loader's batches, whatever goes through the model together: metrics are equal too."""
-    changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3}
-    wanted, weights = history(bench.stock(loss_type=list(loss), **changes))
-    for micro_batch in (3, 6, 9):
-        trainer = bench.shared(micro_batch=micro_batch, loss_type=list(loss), **changes)
-        trainer.train()
-        compare(trainer.state.log_history, wanted)
-        compare_weights(learnt(trainer), weights)
-    with pytest.raises(ValueError, match=r"micro-batches of 4 pairs would change this loss.* multiples of .*=3"):
-        bench.shared(micro_batch=4, loss_type=list(loss), **changes)
+    changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "max_steps": 2, "loss_type": loss}
+    wanted = bench.stock_history(**changes)
+    train_and_compare(bench.shared(micro_batch=micro_batch, **changes), wanted)
 
 
 def test_checkpointing_workers_and_accumulated_logs(bench):
     changes = {"gradient_checkpointing": True, "logging_steps": 3, "max_steps": 6, "rows": 12}  # two epochs
-    wanted, weights = bench.stock_history(**changes)
     trainer = bench.shared(dataloader_num_workers=2, **changes)
-    trainer.train()
+    train_and_compare(trainer, bench.stock_history(**changes), ("rewards/accuracies",))  # the first step's ties
     assert not multiprocessing.active_children()
-    compare(trainer.state.log_history, wanted, without=("rewards/accuracies",))  # the first step's ties
-    compare_weights(learnt(trainer), weights)
 
 
-def test_going_on_from_a_checkpoint_is_going_on(bench, tmp_path):
+def test_resuming_from_a_checkpoint_continues_exactly(bench, tmp_path):
     changes = {"rows": 10, "save_strategy": "steps", "save_steps": 4, "max_steps": 7}  # it stops within an epoch
-    whole = bench.shared(**{**changes, "save_strategy": "no"})
-    whole.train()
-    first = bench.shared(**changes)
+    first, second = bench.shared(**changes), bench.shared(**changes)
     first.args.output_dir = str(tmp_path)
-    first.train()
-    second = bench.shared(**changes)
+    events, weights = history(first)
     second.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
-    assert losses(second)[-3:] == losses(whole)[-3:]
-    compare_weights(learnt(second), learnt(whole), tolerance=0)
+    assert losses(second.state.log_history)[-3:] == losses(events)[-3:]
+    compare_weights(trained(second), weights, tolerance=0)
 
 
 class Failing:
@@ -256,7 +241,7 @@ class Failing:
 def test_running_out_of_memory_changes_nothing(bench, where, capsys):
     """Five steps of eight pairs; the third fails, its second attempt too."""
     changes = {"gradient_accumulation_steps": 4, "max_steps": 5, "eval_strategy": "no"}
-    wanted, weights = bench.shared_history(micro_batch=4, **changes)
+    wanted = bench.shared_history(micro_batch=4, **changes)
     trainer = bench.shared(micro_batch=4, **changes)
     error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
     failing = {"calls": (6, 8), "after": where.startswith("after"), "error": error}
@@ -264,102 +249,67 @@ def test_running_out_of_memory_changes_nothing(bench, where, capsys):
         trainer.score = Failing(trainer.score, **failing)
     else:
         trainer.accelerator.backward = Failing(trainer.accelerator.backward, **failing)
-    trainer.train()
+    train_and_compare(trainer, wanted, TOKEN_MEANS, tolerance=1e-6)
     out = capsys.readouterr().out
     assert "Out of memory at micro-batch 4: retrying this step and continuing with 2" in out
     assert "Out of memory at micro-batch 2: retrying this step and continuing with 1" in out
     assert trainer.micro_batch == 1
     assert trainer.eval_micro_batch == 4
-    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS, tolerance=1e-6)
-    compare_weights(learnt(trainer), weights, tolerance=1e-6)
 
 
-def test_running_out_of_memory_for_good(bench):
-    trainer = bench.shared(micro_batch=1)
-    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [2])
-    with pytest.raises(
-        RuntimeError, match=r"Out of memory with a single pair, row \d+: \d+ tokens, \d+ tiles\.\n.*quant=nf4"
-    ):
-        trainer.train()
-    trainer = bench.shared(loss_type=["sft"])
-    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [1])
-    with pytest.raises(RuntimeError, match=r"2 pairs, which this loss needs together.\nLower trainer.per_device"):
-        trainer.train()
-    trainer = bench.shared()
-    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [1], error=RuntimeError("something else"))
-    with pytest.raises(RuntimeError, match="something else"):
+@pytest.mark.parametrize(
+    ("changes", "call", "error", "message"),
+    [
+        ({"micro_batch": 1}, 2, None, r"with a single pair, row \d+: \d+ tokens, \d+ tiles\.\n.*quant=nf4"),
+        ({"loss_type": ["sft"]}, 1, None, r"2 pairs, which this loss needs together.\nLower trainer.per_device"),
+        ({}, 1, RuntimeError("something else"), "something else"),
+    ],
+)
+def test_an_error_that_smaller_micro_batches_cannot_help(bench, changes, call, error, message):
+    trainer = bench.shared(**changes)
+    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [call], error=error)
+    with pytest.raises(RuntimeError, match=message):
         trainer.train()
 
 
-def test_a_step_that_is_done_again_draws_the_same_numbers(bench):
-    trainer = bench.shared()
-    trainer._metrics["train"]["loss"] += [torch.tensor(1.0)]
-    before = trainer.snapshot()
-    drawn = torch.rand(3)
-    trainer._metrics["train"]["loss"] += [torch.tensor(2.0)]
-    trainer._metrics["train"]["other"] += [torch.tensor(2.0)]
-    trainer.restore(before)
-    assert torch.equal(torch.rand(3), drawn)
-    assert dict(trainer._metrics["train"]) == {"loss": [torch.tensor(1.0)]}
-
-
-def test_evaluation_has_a_size_of_its_own(bench, capsys):
-    wanted, _ = bench.stock_history()
+def test_evaluation_has_its_own_micro_batch(bench, capsys):
     trainer = bench.shared()
     trainer.score = Failing(trainer.score, [5, 6])  # the first evaluation's first calls
-    trainer.train()
+    train_and_compare(trainer, bench.stock_history())
     assert "Out of memory evaluating 4 pairs at once: retrying and continuing with 2" in capsys.readouterr().out
     assert (trainer.micro_batch, trainer.eval_micro_batch) == (2, 1)
-    compare(trainer.state.log_history, wanted)
 
 
-def test_references_in_parts(bench):
+def test_out_of_memory_references_are_scored_in_parts(bench):
     trainer = bench.shared()
-    wanted = trainer.collator.rows.reference
+    wanted = trainer.rows.reference
     trainer.compute_ref_log_probs = Failing(trainer.compute_ref_log_probs, [1, 4])
-    trainer.eval_micro_batch = 8
-    trainer.score_references(None, 8)
-    for found, expected in zip(trainer.collator.rows.reference, wanted, strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-5)
+    trainer.score_references(DiskCache(bench.folder / "cache", 0))
+    assert trainer.eval_micro_batch == 1
+    torch.testing.assert_close(trainer.rows.reference, wanted, rtol=1e-6, atol=1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [None, 1, 3])
-def test_supervised_fine_tuning(bench, micro_batch):
-    wanted, weights = history(bench.stock_sft())
-    trainer = bench.shared_sft(micro_batch)
-    trainer.train()
-    assert losses(trainer) == pytest.approx([event["loss"] for event in wanted if "loss" in event], rel=1e-6)
-    compare(trainer.state.log_history, wanted, without=TOKEN_MEANS if micro_batch else ())
-    compare_weights(learnt(trainer), weights)
+def test_supervised_fine_tuning(bench, sft_history, micro_batch):
+    trainer = bench.shared_sft(micro_batch=micro_batch)
+    train_and_compare(trainer, sft_history, TOKEN_MEANS if micro_batch else ())
+    assert losses(trainer.state.log_history) == pytest.approx(losses(sft_history[0]), rel=1e-6)
 
 
 def test_adapters_on_quantised_weights_are_float32(bench):
     model = small_model()
     model.is_loaded_in_4bit = True  # all that TRL looks at
-    collator, eval_collator = bench.collators(None, PackedDataset)
-    args = bench.arguments(DPOConfig)
-    trainer = SharedPrefixDPOTrainer(
-        attach_and_fuse(model, bench.adapter(), args), normalise=pixels(bench.processor), collator=collator,
-        eval_collator=eval_collator, args=args, processing_class=bench.processor,
-    )  # fmt: skip
-    plain = bench.shared()
-    for name, parameter in learnt(trainer).items():
-        assert parameter.dtype is torch.float32
-        assert torch.equal(parameter, learnt(plain)[name])
+    weights = trained(bench.shared(model=model))
+    assert all(parameter.dtype is torch.float32 for parameter in weights.values())
+    compare_weights(weights, trained(bench.shared()), tolerance=0)
 
 
-@pytest.mark.parametrize("kind", [SharedPrefixDPOTrainer, SharedPrefixSFTTrainer])
-def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, kind):
+@pytest.mark.parametrize("engine", ["shared", "shared_sft"])
+def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, engine):
     """PEFT takes the magnitude of a bfloat16 base in bfloat16; gains that are not 1 move the policy off its start."""
     model = small_model().bfloat16()
     model.is_loaded_in_4bit = True  # all that TRL looks at before it rounds
-    rows, arguments = (PackedDataset, DPOConfig) if kind is SharedPrefixDPOTrainer else (ChosenDataset, SFTConfig)
-    collator, eval_collator = bench.collators(None, rows)
-    args = bench.arguments(arguments)
-    trainer = kind(
-        attach_and_fuse(model, bench.adapter(use_dora=True), args), normalise=pixels(bench.processor),
-        collator=collator, eval_collator=eval_collator, args=args, processing_class=bench.processor,
-    )  # fmt: skip
+    trainer = getattr(bench, engine)(("text", ("use_dora", True)), model=model)
     layers = [layer for layer in trainer.model.modules() if isinstance(layer, LoraLayer)]
     assert len(layers) == 14
     for layer in layers:
@@ -368,23 +318,11 @@ def test_a_fresh_dora_still_adds_nothing_once_trl_rounded_it(bench, kind):
         assert torch.equal(magnitude / exact_dora(layer, "default").norm(), torch.ones_like(magnitude))
 
 
-def test_no_second_model_and_no_second_adapter(bench):
-    for adapter in (("text",), ("none",)):
-        trainer = bench.shared(adapter)
-        assert trainer.ref_model is None
-        assert not [name for name, _ in trainer.model.named_parameters() if ".ref." in name]
-
-
 def test_micro_batches():
     units = [[0, 1, 2], [3, 4, 5], [6]]
-    assert [m.segments for m in split_micro_batches(units, 2, batch_loss=False)] == [
-        [[0, 1]],
-        [[2, 3]],
-        [[4, 5]],
-        [[6]],
-    ]
-    shares = [m.shares[0] for m in split_micro_batches(units, 2, batch_loss=False)]
-    assert shares == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1])
+    pairs = split_micro_batches(units, 2, batch_loss=False)
+    assert [micro.segments for micro in pairs] == [[[0, 1]], [[2, 3]], [[4, 5]], [[6]]]
+    assert [micro.shares[0] for micro in pairs] == pytest.approx([2 / 3, 2 / 3, 2 / 3, 1])
     assert [m.segments for m in split_micro_batches(units, 6, batch_loss=True)] == [[[0, 1, 2], [3, 4, 5]], [[6]]]
     assert [m.segments for m in split_micro_batches(units, 1, batch_loss=True)] == [[[0, 1, 2]], [[3, 4, 5]], [[6]]]
 
@@ -395,7 +333,7 @@ def test_numbers_stay_on_the_device_until_they_are_logged():
         total = values.sum().item()
         picked = values[mask]
         metrics = {"total": [total, total * 3], "mean": [picked.mean(), picked.sum()], "tokens": [mask.sum().item()]}
-        assert torch.tensor(0.0)  # nobody looked
+        assert torch.tensor(0.0)  # its value was not read
     assert isinstance(total, torch.Tensor)
     flush_metrics(metrics, [1.0, 3.0])
     assert metrics == {"total": [25.0], "mean": [pytest.approx((8 / 3 + 3 * 8) / 4)], "tokens": [3]}
@@ -414,8 +352,8 @@ def test_losses_and_metrics_read_nothing_off_the_device(options):
         loss.trainer.model = lambda **_: outputs
         loss.trainer.model.training = True
         with DeferredMetrics():
-            found, _ = loss(fields)
-        found.backward()
+            value, _ = loss(fields)
+        value.backward()
         with pytest.raises(RuntimeError):
             loss(fields)
 
@@ -427,8 +365,8 @@ def test_twenty_steps_of_every_loss(bench, options):
     stock, trainer = bench.stock(**changes), bench.shared(**changes)
     stock.train()
     trainer.train()
-    assert losses(trainer) == pytest.approx(losses(stock), abs=1e-4)
-    assert all(map(math.isfinite, losses(trainer)))
+    assert losses(trainer.state.log_history) == pytest.approx(losses(stock.state.log_history), abs=1e-4)
+    assert all(map(math.isfinite, losses(trainer.state.log_history)))
 
 
 @pytest.mark.gpu

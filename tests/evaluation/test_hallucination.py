@@ -17,7 +17,7 @@ def named(words, text, truth=None):
     return [name for _, name in words(text, truth)]
 
 
-def test_mentions_are_whole_words_once_plurals_too():
+def test_mentions_are_complete_words_counted_once_in_the_plural_too():
     assert named(KINDS, "Two crosses, a star, another star and three moons.") == ["cross", "star", "moon"]
     assert named(KINDS, "A starry string of rings") == ["ring"]
     assert named(KINDS, "") == []
@@ -48,35 +48,21 @@ def test_chair_by_hand():
     assert chair([]) == {}
 
 
-@pytest.mark.parametrize(
-    ("answer", "said"),
-    [
-        ("Yes, there is.", "yes"),
-        ("no", "no"),
-        (" No.", "no"),
-        ("yesterday", None),
-        ("There is no star", None),
-        ("", None),
-    ],
-)
-def test_the_first_word_decides(answer, said):
-    assert yes_or_no(answer) == said
+def test_the_first_word_decides():
+    answers = {"Yes, there is.": "yes", "no": "no", " No.": "no", "yesterday": None, "There is no star": None, "": None}
+    assert {answer: yes_or_no(answer) for answer in answers} == answers
 
 
 def test_pope_by_hand():
-    # truth yes yes yes no no; said yes no None yes no: one true positive, two said yes, three are yes
-    scores = yes_no(["yes", "no", None, "yes", "no"], ["yes", "yes", "yes", "no", "no"])
-    assert values(scores) == {
+    """One true positive, two said yes, three are yes; no was said twice, once rightly, and two are no."""
+    answers, truth = ["yes", "no", None, "yes", "no"], ["yes", "yes", "yes", "no", "no"]
+    assert values(yes_no(answers, truth)) == {
         "yes_no_accuracy": pytest.approx(2 / 5),
         "yes_no_f1": pytest.approx(2 * 1 / (2 + 3)),
         "yes_ratio": pytest.approx(2 / 5),
     }
     assert yes_no([], []) == {}
-
-
-def test_f1_by_hand_with_no_as_the_positive():
-    # said no twice, once rightly; two are no: 2 * 1 / (2 + 2)
-    assert f1(["yes", "no", None, "yes", "no"], ["yes", "yes", "yes", "no", "no"], "no").value == pytest.approx(0.5)
+    assert f1(answers, truth, "no").value == pytest.approx(2 * 1 / (2 + 2))
 
 
 RELATED = {
@@ -103,7 +89,7 @@ def test_amber_by_hand():
     }
 
 
-def test_ambers_word_stands_for_the_first_object_that_is_related_to_it():
+def test_a_word_counts_as_the_first_object_that_amber_relates_to_it():
     words = Amber(RELATED, safe=[])
     assert named(words, "a person", {"objects": ["man", "person"]}) == ["man"]
     assert named(words, "a man", {"objects": ["man", "person"]}) == ["person"]

@@ -1,4 +1,4 @@
-"""Intervals and paired tests against what can be worked out otherwise."""
+"""Intervals and paired tests against results derived in another way."""
 
 from itertools import product
 from math import sqrt
@@ -25,7 +25,7 @@ def test_a_ratio_of_sums_by_hand():
     assert mean([True, False, True, True]).value == pytest.approx(0.75)
 
 
-def test_the_interval_of_a_share_is_the_binomials():
+def test_the_interval_of_a_share_is_binomial():
     """p +- 1.96 sqrt(p (1 - p) / n), which 400 rows are enough for."""
     low, high = interval(mean([1] * 120 + [0] * 280))
     half = 1.96 * sqrt(0.3 * 0.7 / 400)
@@ -33,7 +33,7 @@ def test_the_interval_of_a_share_is_the_binomials():
     assert interval(mean([1] * 120 + [0] * 280)) == (low, high)
 
 
-def test_an_interval_covers_the_truth_as_often_as_it_says():
+def test_95_percent_intervals_cover_the_truth_in_95_percent_of_cases():
     draw = np.random.default_rng(3)
     covered = 0
     for _ in range(200):
@@ -67,15 +67,15 @@ def test_two_equal_evaluations_do_not_differ():
         compare(same, mean([1, 2]))
 
 
-def test_many_rows_are_taken_in_portions(monkeypatch):
+def test_resampling_in_portions_changes_nothing(monkeypatch):
     metric = mean(np.random.default_rng(0).random(300).tolist())
-    whole = interval(metric)
+    at_once = interval(metric)
     monkeypatch.setattr(statistics, "AT_ONCE", 1000)  # three resamples at a time
-    assert interval(metric) == pytest.approx(whole, abs=1e-12)
+    assert interval(metric) == pytest.approx(at_once, abs=1e-12)
     assert compare(metric, metric).p == 1
 
 
-def test_metrics_together_are_as_each_alone():
+def test_metrics_get_the_same_result_together_as_alone():
     draw = np.random.default_rng(5)
     before = {
         name: ratio(draw.random(rows), 1 + draw.random(rows)) for name, rows in zip("abcd", (9, 20, 9, 20), strict=True)

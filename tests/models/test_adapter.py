@@ -3,6 +3,7 @@
 import pytest
 import torch
 from peft import get_peft_model
+from transformers import AutoModelForImageTextToText
 
 from smolvlm_exp.models.adapter import (
     AdapterConfig,
@@ -16,23 +17,16 @@ from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 
-@pytest.fixture(scope="module")
-def smolvlm():
-    from transformers import AutoModelForImageTextToText
-
+def test_the_recipe_trains_the_published_number_of_parameters():
     with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(model_config(shape_of("smolvlm")))
-
-
-def test_the_recipe_trains_the_published_number_of_parameters(smolvlm):
+        model = AutoModelForImageTextToText.from_config(model_config(shape_of("smolvlm")))
     config = compose("experiment=cookbook").adapter
-    tuned = get_peft_model(smolvlm, lora_config(config, quantised=False), low_cpu_mem_usage=True)
+    tuned = get_peft_model(model, lora_config(config, quantised=False), low_cpu_mem_usage=True)
     assert tuned.get_nb_trainable_parameters() == (11_269_248, 2_257_542_128)
-    tuned.unload()
 
 
 @pytest.mark.parametrize("target", ["text", "recipe", "all", r".*connector.*"])
-def test_the_modules_named_are_the_modules_adapted(model, target):
+def test_adapters_are_on_the_matched_layers(model, target):
     names = matched_modules(model, target)
     config = lora_config(AdapterConfig(target=target), quantised=False)
     check_adapter_target(config, model, target)
@@ -45,24 +39,21 @@ def test_the_modules_named_are_the_modules_adapted(model, target):
     assert adapted == set(names)
 
 
-def test_each_part_of_the_model_is_named(model):
+def test_layers_are_listed_by_part_without_the_head(model):
     text = describe_target(matched_modules(model, "recipe"))
     assert text.startswith("54 layers: ")
     assert "12 in the vision tower (4 k_proj, 4 q_proj, 4 v_proj)" in text
     assert "42 in the text model" in text
     assert "vision" not in describe_target(matched_modules(model, "text"))
-
-
-def test_the_head_is_never_a_target(model):
     assert not any("lm_head" in name for name in matched_modules(model, "all"))
 
 
 @pytest.mark.parametrize("target", ["nothing", "(", ""])
-def test_a_target_that_reaches_nothing_is_refused(model, target):
+def test_a_target_without_layers_is_refused(model, target):
     with pytest.raises(RequestError, match=r"adapter\.target"):
         matched_modules(model, target)
 
 
-def test_upstreams_own_complaint_is_kept():
+def test_pefts_own_error_is_shown():
     with pytest.raises(RequestError, match="no_such"):
         lora_config(AdapterConfig(extra={"no_such": 1}), quantised=False)

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from PIL import Image
 
-from smolvlm_exp.models.hub import is_offline
-from smolvlm_exp.models.model import EMBEDDED, device_map, load_model, load_processor
+from smolvlm_exp.models.model import EMBEDDED, device_map, is_offline, load_model, load_processor
 from smolvlm_exp.models.shape import make_processor, model_config, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
@@ -19,6 +19,7 @@ PARAMETERS = {
     "smolvlm2_256m": 256_484_928,
 }
 IMAGE_SEQ_LEN = {"smolvlm": 81, "smolvlm2_2b": 81}  # the others: 64
+IMAGE_SIZES = {"smolvlm": (1536, 384), "smolvlm_256m": (2048, 512)}  # longest edge of an image, of a tile
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
@@ -31,36 +32,34 @@ def test_a_real_shape_has_the_real_number_of_parameters(name):
     assert shape_of(name).image_seq_len == IMAGE_SEQ_LEN.get(name, 64)
 
 
-@pytest.mark.parametrize("name", ["smolvlm", "smolvlm_256m"])
-def test_a_stand_in_tokenizer_has_the_real_size_and_ids(name):
+@pytest.mark.parametrize(("name", "has_tile_tags"), [("smolvlm", False), ("smolvlm_256m", True)])
+def test_a_stand_in_processor_has_the_real_sizes_and_ids(name, has_tile_tags):
+    """The 2.2B model has no tokens for tile tags: they are plain text there."""
     shape = shape_of(name)
-    tokenizer = stand_in_tokenizer(shape)
+    processor = make_processor(shape, stand_in_tokenizer(shape))
+    tokenizer, images = processor.tokenizer, processor.image_processor
     assert len(tokenizer) == shape.vocab_size
     assert tokenizer.convert_tokens_to_ids("<image>") == shape.image_token_id
     assert tokenizer.convert_tokens_to_ids("<end_of_utterance>") == tokenizer.eos_token_id == shape.end_of_utterance_id
     assert tokenizer.pad_token_id == 2
+    assert (len(tokenizer("<row_1_col_1>")["input_ids"]) == 1) == has_tile_tags
     text = "Señor, 12 red stars!\n"
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert (images.size["longest_edge"], images.max_image_size["longest_edge"]) == IMAGE_SIZES[name]
+    assert list(images.image_mean) == [0.5, 0.5, 0.5]
 
 
-def test_the_2b_model_has_no_tokens_for_tile_tags():
-    tokenizer = stand_in_tokenizer(shape_of("smolvlm"))
-    assert len(tokenizer("<row_1_col_1>")["input_ids"]) > 1
-    assert len(stand_in_tokenizer(shape_of("smolvlm_256m"))("<row_1_col_1>")["input_ids"]) == 1
-
-
-def test_the_embedded_tokenizer_is_laid_out_as_this_repository_builds_it(processor):
+def test_the_embedded_tokenizer_has_the_layout_that_this_repository_builds(processor):
     """Control tokens, bytes and size; the order of merges follows the data's words at the time it was built."""
     built, shipped = stand_in_tokenizer(shape_of("tiny")), processor.tokenizer
     assert built.added_tokens_decoder.keys() == shipped.added_tokens_decoder.keys()
     assert len(built) == len(shipped) == 640
-    again = stand_in_tokenizer(shape_of("tiny"))
-    assert built.get_vocab() == again.get_vocab()
+    assert built.get_vocab() == stand_in_tokenizer(shape_of("tiny")).get_vocab()
     text = "User:<image>Do you see a star?<end_of_utterance>\nAssistant: Yes, there is a star."
     assert shipped.decode(shipped(text)["input_ids"]) == built.decode(built(text)["input_ids"]) == text
 
 
-def test_the_embedded_model_is_small_and_whole(model, processor):
+def test_the_embedded_model_is_small_and_complete(model, processor):
     assert sum(f.stat().st_size for f in EMBEDDED.iterdir()) < 6 * 2**20
     assert model.dtype == torch.float32
     assert model.config.text_config.vocab_size == len(processor.tokenizer)
@@ -80,22 +79,13 @@ def test_a_small_copy_of_a_real_shape_runs_with_its_stand_in_processor():
     small = [setting for setting in SMALL_COPY if "longest_edge" not in setting]
     config = compose("model=smolvlm_256m", "model.weights=random", *small).model
     model, processor = load_model(config), load_processor(config)
-    from PIL import Image
-
     inputs = processor(text="<image>What?", images=Image.new("RGB", (64, 48)), return_tensors="pt")
     assert inputs["pixel_values"].shape[1] == 13  # 3 x 4 tiles and the global one
     assert (inputs["input_ids"] == 49190).sum() == 13 * 64
     assert model(**inputs).logits.shape[-1] == 49280
 
 
-def test_image_settings_are_smolvlms():
-    images = make_processor(shape_of("smolvlm"), stand_in_tokenizer(shape_of("smolvlm"))).image_processor
-    assert images.size["longest_edge"] == 1536
-    assert images.max_image_size["longest_edge"] == 384
-    assert list(images.image_mean) == [0.5, 0.5, 0.5]
-
-
-def test_the_whole_model_is_on_one_gpu(monkeypatch):
+def test_device_map_auto_puts_the_model_on_one_gpu(monkeypatch):
     """Upstream's "auto" would spread it over all that are visible."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_map("auto") is None
@@ -105,16 +95,16 @@ def test_the_whole_model_is_on_one_gpu(monkeypatch):
     assert device_map("balanced") == "balanced"
 
 
-def test_a_hub_that_is_away_is_asked_once_and_not_waited_for(monkeypatch, capsys):
+def test_an_unreachable_hub_is_checked_once(monkeypatch, capsys):
     """Upstream alone would try each of some six files six times."""
-    asked = []
-    monkeypatch.setattr("smolvlm_exp.models.hub.ping", lambda seconds: asked.append(seconds) or "ConnectError")
+    checks = []
+    monkeypatch.setattr("smolvlm_exp.models.model.ping", lambda seconds: checks.append(seconds) or "ConnectError")
     is_offline.cache_clear()
     config = compose("model=smolvlm").model
     for load in (load_processor, load_model):
         with pytest.raises(RequestError, match=r"(?s)model\.id=HuggingFaceTB/SmolVLM-Instruct.*Give a folder"):
             load(config)
-    assert len(asked) == 1
+    assert len(checks) == 1
     assert capsys.readouterr().out.count("hub: ConnectError; using local files only") == 1
-    load_processor(compose().model)  # embedded: nothing to ask
+    load_processor(compose().model)  # embedded: no need for the Hub
     is_offline.cache_clear()

@@ -10,10 +10,10 @@ from types import SimpleNamespace
 import pytest
 from PIL import Image
 
-from smolvlm_exp.data.control_tokens import WORD_JOINER, control_tokens, escape_control_tokens, escape_text
 from smolvlm_exp.data.messages import text_of, user
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.sources.files import Config
+from smolvlm_exp.data.tokens import WORD_JOINER, control_tokens, escape_control_tokens, escape_text
 from smolvlm_exp.utils.errors import RequestError
 
 GOOD = {"image": "good.png", "question": "What is it?", "chosen": "A star.", "rejected": "A moon."}

@@ -14,7 +14,7 @@ from smolvlm_exp.runs import resume_check as same
 from smolvlm_exp.runs.checkpoint import damage, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training import checkpointing as reliable
+from smolvlm_exp.training import trainers as reliable
 from smolvlm_exp.training.callbacks import StopCallback
 from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.conftest import compose
@@ -64,7 +64,7 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on_exactly(bench, tmp_path, mo
     run, stops = tmp_path / "run", []
     for where, number, step in PLACES:
         trainer, stop = bench.stoppable(run, SELDOM, prepare=lambda t, w=where, s=step, n=number: signalled(t, w, s, n))
-        assert stop.asked, where
+        assert stop.requested, where
         assert damage(newest_intact(run)) == ""
         assert newest_intact(run).name == f"checkpoint-{trainer.state.global_step}"
         stops.append(trainer.state.global_step)
@@ -79,7 +79,7 @@ def test_a_signal_in_the_last_step_loses_nothing(bench, tmp_path):
     """Even where nothing is to be saved on the way: what was stopped is saved, and its end is reached from there."""
     short = ("trainer.max_steps=2", "trainer.save_strategy=no", "trainer.eval_strategy=no")
     trainer, stop = bench.stoppable(tmp_path, *short, prepare=lambda t: signalled(t, "forward", 2, signal.SIGINT))
-    assert stop.asked
+    assert stop.requested
     assert newest_intact(tmp_path).name == "checkpoint-2"
     again = bench.run(tmp_path, *short)
     assert again.state.global_step == 2  # and not one step more
@@ -146,7 +146,7 @@ def saved(bench, tmp_path_factory):
     """A checkpoint of LONG at its first step."""
     folder = tmp_path_factory.mktemp("saved")
     stop = StopCallback()
-    stop.asked = True
+    stop.requested = True
     bench.run(folder, callbacks=(stop,))
     return newest_intact(folder)
 

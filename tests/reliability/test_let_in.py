@@ -19,8 +19,8 @@ from omegaconf import OmegaConf
 
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.deploy.export.options import PARTS
-from smolvlm_exp.deploy.session.load import load_folder
+from smolvlm_exp.deploy.options import PARTS
+from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.models.model import EMBEDDED, load_model, load_processor
 from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest_intact
@@ -105,7 +105,7 @@ def spare(bench, tmp_path_factory):
     ],
 )
 def test_no_setting_makes_code_run(override):
-    with pytest.raises(RequestError, match=r"no code runs|would run code|does not exist here"):
+    with pytest.raises(RequestError, match=r"would run code"):
         typed(override)
 
 
@@ -124,7 +124,7 @@ def test_no_config_file_makes_code_run(group, marker, tmp_path):
     }[group]
     whole = OmegaConf.merge(asdict(compose()), OmegaConf.create(lines))
     (tmp_path / "config.yaml").write_text(f"defaults: [_self_]\n{OmegaConf.to_yaml(whole)}")
-    with pytest.raises(RequestError, match=r"would run code|does not exist here|evil: no such setting"):
+    with pytest.raises(RequestError, match=r"would run code|evil: no such setting"):
         typed(config_path=str(tmp_path), config_name="config")
 
 

@@ -104,7 +104,7 @@ def test_stock_trl_is_guarded_too_and_its_rows_are_named(bench, tmp_path, capsys
 def test_an_input_that_is_not_finite_is_named_by_its_row(bench, tmp_path, capsys):
     """One picture's features are spoilt, as a failing disk would: the step that has it is left out, and only that."""
     trainer = bench.trainer(tmp_path, *FIVE)
-    rows = trainer.collator.rows
+    rows = trainer.rows
     features = torch.cat([rows.features[i : i + 1] for i in range(rows.tile_offsets[-1])])
     (picture,) = rows.images[5]
     features[rows.tile_offsets[picture]] = BAD

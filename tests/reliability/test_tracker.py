@@ -88,13 +88,13 @@ def test_one_that_never_begins(monkeypatch, tmp_path, capsys):
 def test_a_resumed_run_goes_on_with_the_same_run(monkeypatch, tmp_path):
     asked = []
     for _ in range(2):
-        track(monkeypatch, tmp_path, lambda *a: asked.append(a[-1]) or Client(), steps=1)
+        track(monkeypatch, tmp_path, lambda *a: asked.append(a[-1]["id"]) or Client(), steps=1)
     assert asked[0] == asked[1] == run_id(tmp_path)
     assert run_id(tmp_path / "another") != asked[0]
     given = {}
     monkeypatch.undo()
     monkeypatch.setattr("wandb.init", lambda **kwargs: given.update(kwargs))
-    tracking.init_run(TrackerConfig(), tmp_path, "a run", None, "train", [], {}, asked[0])
+    tracking.init_run(TrackerConfig(), tmp_path, {"id": asked[0]})
     assert (given["id"], given["resume"]) == (asked[0], "allow")
 
 

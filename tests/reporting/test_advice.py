@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from smolvlm_exp.reporting.advice import OLD_NAMES, advise
+from smolvlm_exp.tasks.doctor import doctor
 from smolvlm_exp.tasks.train import train
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 
@@ -20,7 +22,7 @@ def config(**trainer):
     }  # fmt: skip
 
 
-def course(**keys):
+def events(**keys):
     """Twelve logged events, each key a function of its number or a constant."""
     good = {"loss": lambda i: 0.7 - 0.02 * i, "grad_norm": 1.0, "data_wait": 0.01,
             "rewards/accuracies": lambda i: 0.5 + 0.04 * i, "rewards/margins": lambda i: 0.1 * i}  # fmt: skip
@@ -29,88 +31,84 @@ def course(**keys):
     ]
 
 
-def test_a_good_run_gets_none():
-    summary = {"train": {"out_of_memory": 0}, "checks": [{"id": "x", "name": "X", "verdict": "ok", "value": 1}]}
-    assert advise(summary, config(), course()) == []
+def warning(value, **check):
+    return {"checks": [{"name": "Label", "verdict": "warn", "value": value, **check}]}
 
 
 @pytest.mark.parametrize(
-    ("summary", "trainer", "events", "words"),
+    ("summary", "trainer", "logged", "words"),
     [
-        ({"train": {"out_of_memory": 2}}, {}, course(),
+        ({"train": {"out_of_memory": 2}}, {}, events(),
          ["Out of memory 2 times;", "memory_budget=auto left too little"]),
         ({"reason": "OutOfMemoryError: CUDA out of memory"}, {"engine": "stock"}, [],
          ["Try, in this order: ", "trainer.engine=shared, trainer.gradient_checkpointing=true, data.max_edge=256"]),
-        ({}, {}, course(loss=lambda i: float("nan") if i > 3 else 0.7),
+        # metrics.jsonl has null for NaN
+        ({}, {}, events(loss=lambda i: None if i > 3 else 0.7, grad_norm=lambda i: None if i > 3 else 1.0),
          ["gradient at step 50, 60, 70", "rate=2.5e-05"]),
-        ({}, {}, course(grad_norm=lambda i: 40.0 if i == 7 else 2.0),
+        ({}, {}, events(grad_norm=lambda i: 40.0 if i == 7 else 2.0),
          ["reached 40 at step 80 (median 2)", "max_grad_norm=4,", "learning_rate=5e-05"]),
-        ({}, {"learning_rate": 0.03}, course(loss=lambda i: (1.1, 1.4, 2.5, 2.7, 3.0, 2.4)[min(i, 5)]),
+        ({}, {"learning_rate": 0.03}, events(loss=lambda i: (1.1, 1.4, 2.5, 2.7, 3.0, 2.4)[min(i, 5)]),
          ["the loss was 1.1 at first and rose to 2.5 and more around step 40", "learning_rate=0.0075,"]),
-        ({}, {"learning_rate": 1e-6}, course(**{"rewards/accuracies": 0.52, "rewards/margins": 0.01}),
+        ({}, {"learning_rate": 1e-6}, events(**{"rewards/accuracies": 0.52, "rewards/margins": 0.01}),
          ["after 120 steps at learning rate 1e-06", "pairs is 52% and the margin 0.01", "learning_rate=1e-05"]),
         # A step the right way, however small, wins most pairs: it is the margin that tells.
-        ({}, {"learning_rate": 1e-6}, course(**{"rewards/accuracies": 0.92, "rewards/margins": 6e-4}),
+        ({}, {"learning_rate": 1e-6}, events(**{"rewards/accuracies": 0.92, "rewards/margins": 6e-4}),
          ["training pairs is 92% and the margin 0.0006", "learning_rate=1e-05"]),
-        ({}, {}, course(data_wait=lambda i: 0.9 if i == 0 else 0.4), ["waited for batches 40%", "num_workers=4"]),
-        ({}, {}, course(eval_loss=lambda i: 0.6 - 0.02 * i if i < 5 else 0.5 + 0.02 * i),
+        ({}, {}, events(data_wait=lambda i: 0.9 if i == 0 else 0.4), ["waited for batches 40%", "num_workers=4"]),
+        ({}, {}, events(eval_loss=lambda i: 0.6 - 0.02 * i if i < 5 else 0.5 + 0.02 * i),
          ["lowest at step 50 (0.52) and ended at 0.72", "max_steps=50"]),
-        ({"checks": [{"id": "likelihood_displacement", "name": "Drop", "verdict": "warn", "value": 0.4}]}, {},
-         course(), ["likelihood displacement: chosen answers lost 0.4 nats/token",
-         "loss_type=[sigmoid,sft] trainer.loss_weights=[1,1], or trainer.beta=0.3"]),
-        ({"checks": [{"id": "image_reliance", "name": "Share", "verdict": "warn", "value": 0.31}]}, {},
-         course(), ["relies on the image 31% as much as the base"]),
+        (warning(0.4, id="likelihood_displacement"), {}, events(),
+         ["likelihood displacement: chosen answers lost 0.4 nats/token",
+          "loss_type=[sigmoid,sft] trainer.loss_weights=[1,1], or trainer.beta=0.3"]),
+        (warning(0.31, id="image_reliance"), {}, events(), ["relies on the image 31% as much as the base"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value and isinstance(value[0], str) else "",
 )  # fmt: skip
-def test_each_sign_is_told_with_its_figures(summary, trainer, events, words):
-    (told,) = advise(summary, config(**trainer), events)
-    sign, change = told.split("\n")
-    assert all(word in told for word in words), told
+def test_advice_gives_the_figures_and_a_setting_to_change(summary, trainer, logged, words):
+    (advice,) = advise(summary, config(**trainer), logged)
+    sign, change = advice.split("\n")
+    assert all(word in advice for word in words), advice
     assert (sign[-1], change[-1]) == (".", ".")
 
 
-def test_one_bad_batch_is_not_unstable():
-    assert advise({}, config(), course(loss=lambda i: 2.0 if i == 6 else 0.6)) == []
+def test_a_good_run_or_a_single_bad_batch_gets_no_advice():
+    summary = {"train": {"out_of_memory": 0}, "checks": [{"id": "x", "name": "X", "verdict": "ok", "value": 1}]}
+    assert advise(summary, config(), events()) == []
+    assert advise({}, config(), events(loss=lambda i: 2.0 if i == 6 else 0.6)) == []
 
 
-def test_what_broke_is_not_told_to_go_faster():
+def test_no_higher_learning_rate_for_a_run_that_diverged():
     worse = {"rewards/accuracies": 0.2, "rewards/margins": -0.8}
-    assert advise({}, config(), course(**worse)) == []  # the checks speak of it: answers fell
-    (told,) = advise({}, config(), course(**worse, grad_norm=lambda i: 300.0 if i == 1 else 0.3))
-    assert told.startswith("unstable")
+    assert advise({}, config(), events(**worse)) == []  # likelihood displacement is what the checks report
+    (advice,) = advise({}, config(), events(**worse, grad_norm=lambda i: 300.0 if i == 1 else 0.3))
+    assert advice.startswith("unstable")
+
+
+@pytest.mark.parametrize("id", OLD_NAMES)
+def test_summaries_from_before_checks_had_ids_get_the_same_advice(id):
+    old, new = warning(0.4, name=OLD_NAMES[id]), warning(0.4, id=id)
+    assert advise(old, config(), events()) == advise(new, config(), events()) != []
 
 
 def test_a_run_that_runs_out_of_memory_says_what_helps(quick, tmp_path, monkeypatch, capsys):
-    from smolvlm_exp.tasks import train as pipeline
-
     def out(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(pipeline, "evaluate", out)
+    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", out)
     with pytest.raises(torch.OutOfMemoryError):
         train(quick(), tmp_path)
     assert "Out of memory.\nTry, in this order: data.max_edge=256" in capsys.readouterr().err
     assert json.loads((tmp_path / "summary.json").read_text())["advice"]
 
 
-def test_the_doctor_looks_at_a_run(command, tmp_path):
+def test_the_doctor_advises_on_a_finished_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "a" / "b"
     (folder / ".hydra").mkdir(parents=True)
     (folder / "summary.json").write_text(json.dumps({"status": "done", "train": {"out_of_memory": 1}}))
     (folder / ".hydra" / "config.yaml").write_text(json.dumps(config()))
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in course()))
-    done = command("task=doctor", "run=last")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("Out of memory once; ")
-    done = command("task=doctor", "run=nowhere")
-    assert (done.returncode, "no run has ended there" in done.stderr) == (2, True)
-    assert compose().task.name == "train"
-
-
-@pytest.mark.parametrize("id", OLD_NAMES)
-def test_a_summary_from_before_checks_had_ids(id):
-    """Only the ways to name a check differ: the advice is the same."""
-    old, new = ({"checks": [{**key, "verdict": "warn", "value": 0.4}]} for key in (
-        {"name": OLD_NAMES[id]}, {"id": id, "name": "Label"}))  # fmt: skip
-    assert advise(old, config(), course()) == advise(new, config(), course()) != []
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events()))
+    doctor(compose("task=doctor", "run=last"), tmp_path)
+    assert capsys.readouterr().out.startswith("Out of memory once; ")
+    with pytest.raises(RequestError, match="no run has ended there"):
+        doctor(compose("task=doctor", "run=nowhere"), tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from smolvlm_exp.reporting.charts import line_chart, thin, ticks
+from smolvlm_exp.reporting.charts import MAX_POINTS, line_chart, thin, ticks
 from smolvlm_exp.reporting.html import highlight
 from smolvlm_exp.reporting.report import headline, result_rows, write_report
 from smolvlm_exp.reporting.summary import Sample
@@ -38,19 +38,16 @@ SUMMARY: dict[str, Any] = {
     ],
     "versions": {"smolvlm_exp": "0.1.0", "torch": "2.13.0+cpu"},
 }  # fmt: skip
-CONFIG = {"model": {"name": "tiny"}, "trainer": {"beta": 0.1, "loss_type": ["sigmoid"]}, "where": Path("/data/x")}
+CONFIG = {"model": {"name": "tiny"}, "trainer": {"beta": 0.1, "loss_type": ["sigmoid"]}}
 
 
-def sample(**changes: Any) -> Sample:
+def sample(before: str = "A star and a Moon.", **changes: Any) -> Sample:
     fields: dict[str, Any] = {
         "image": Image.new("RGB", (128, 64), "navy"),
         "question": "What do you see?",
-        "chosen": "A star.",
-        "rejected": "A star and a moon.",
-        "before": "A star and a Moon.",
-        "after": "A star.",
-        "hallucinated_before": ["moon"],
-        "hallucinated_after": [],
+        "answers": {"Before": before, "After": "A star."},
+        "hallucinated": {"Before": ["moon"], "After": []},
+        "references": {"Chosen": "A star.", "Rejected": "A star and a moon."},
     }
     return Sample(**{**fields, **changes})
 
@@ -60,12 +57,11 @@ def write_log(folder: Path, *events: dict[str, Any]) -> None:
 
 
 def report(folder: Path, summary: dict[str, Any] = SUMMARY, samples: list[Sample] | None = None) -> str:
-    path = write_report(folder, summary, CONFIG, [sample()] if samples is None else samples)
-    assert path == folder / "report.html"
-    return path.read_text(encoding="utf-8")
+    write_report(folder, summary, CONFIG, [sample()] if samples is None else samples)
+    return (folder / "report.html").read_text(encoding="utf-8")
 
 
-class Strict(HTMLParser):
+class StrictParser(HTMLParser):
     """Fails on a tag that is left open or closed twice; notes what a browser would load or run."""
 
     VOID = frozenset({"meta", "img"})
@@ -82,53 +78,47 @@ class Strict(HTMLParser):
         self.tags.append(tag)
         if tag not in self.VOID:
             self.open.append(tag)
-        for name, value in attrs:
-            assert not name.startswith("on"), f"{tag} {name}"
-            if name in ("src", "href", "data", "action", "srcset", "poster"):
-                self.loads.append(value or "")
+        assert not any(name.startswith("on") for name, _ in attrs), attrs
+        loading = ("src", "href", "data", "action", "srcset", "poster")
+        self.loads += [value or "" for name, value in attrs if name in loading]
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
+    def handle_endtag(self, tag: str) -> None:  # also called for <br/>
         if tag not in self.VOID:
-            self.open.pop()
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
+            assert self.open.pop() == tag
 
 
 def row(text: str, label: str) -> str:
-    """The table row that starts with this label."""
+    """The table row that has this label."""
     return next(r for r in re.findall(r"<tr.*?</tr>", text, flags=re.DOTALL) if label in r)
 
 
-def test_stands_alone(tmp_path: Path) -> None:
+def test_the_page_loads_and_runs_nothing(tmp_path: Path) -> None:
     write_log(tmp_path, {"step": 1, "loss": 0.69}, {"step": 2, "loss": 0.5})
     text = report(tmp_path)
-    seen = Strict(text)
-    assert all(load.startswith(("#", "data:image/")) for load in seen.loads)
-    assert not {"script", "link", "iframe", "object", "base"} & set(seen.tags)
+    page = StrictParser(text)
+    assert all(load.startswith(("#", "data:image/")) for load in page.loads)
+    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
     assert not re.search(r"@import|url\(", text)
     assert "default-src 'none'" in text
 
 
-def test_shows_the_numbers(tmp_path: Path) -> None:
+def test_the_page_shows_the_numbers(tmp_path: Path) -> None:
     text = report(tmp_path)
-    for told in ("57.1\u00a0%", "24.1\u00a0%", "41.4 s", "0.352 GiB", "11,269,248 of 2,257,542,128 (0.50\u00a0%)"):
-        assert told in text
-    assert "20240101" in text  # a seed is a name, not a quantity
-    assert "1 of 2 checks failed" in text
-    assert "recall drop" in text
-    assert "CHAIR_s<small>by 0.1</small>" in text
-    assert "&lt;= 0.5" in text
-    assert "loss_type:\n  - sigmoid" in text
-    assert "where: /data/x" in text
-    assert "<dt>smolvlm_exp</dt>" in text
-    assert "2.13.0+cpu" in text
-
-
-def test_sections_come_in_order(tmp_path: Path) -> None:
-    found = re.findall(r'<section id="(\w+)"', report(tmp_path))
-    assert found == ["results", "checks", "curves", "samples", "speed", "config", "versions", "reproduce"]
+    sections = re.findall(r'<section id="(\w+)"', text)
+    assert sections == ["results", "checks", "curves", "samples", "speed", "config", "versions", "reproduce"]
+    for shown in (
+        "57.1\u00a0%", "24.1\u00a0%", "41.4 s", "0.352 GiB", "11,269,248 of 2,257,542,128 (0.50\u00a0%)",
+        "20240101",  # a seed is a name, not a quantity
+        "1 of 2 checks failed", "recall drop", "CHAIR_s<small>by 0.1</small>", "&lt;= 0.5", "<dt>smolvlm_exp</dt>",
+        "2.13.0+cpu", "loss_type:\n  - sigmoid",
+    ):  # fmt: skip
+        assert shown in text
+    assert "(better)" in row(text, "CHAIR_s, lower")  # not by colour alone
+    assert "(worse)" in row(text, "recall, higher")
+    only_after = row(text, "Reward accuracy")
+    assert "94.6\u00a0%" in only_after
+    assert "neutral" in only_after
+    assert "points" not in only_after
 
 
 @pytest.mark.parametrize(
@@ -144,25 +134,12 @@ def test_sections_come_in_order(tmp_path: Path) -> None:
         ("a_new_metric", 1.0, 2.0, "neutral", "↑", "+1"),
     ],
 )
-def test_each_metric_knows_its_good_direction(key, before, after, tone, arrow, change) -> None:
+def test_each_metric_has_its_good_direction(key, before, after, tone, arrow, change) -> None:
     (line,) = result_rows({key: before}, {key: after}, {})
     assert (line.tone, line.arrow, line.change) == (tone, arrow, change)
 
 
-def test_a_change_is_told_without_colour_too(tmp_path: Path) -> None:
-    text = report(tmp_path)
-    assert "(better)" in row(text, "CHAIR_s, lower")
-    assert "(worse)" in row(text, "recall, higher")
-
-
-def test_a_metric_known_only_after_has_no_change(tmp_path: Path) -> None:
-    line = row(report(tmp_path), "Reward accuracy")
-    assert "94.6\u00a0%" in line
-    assert "neutral" in line
-    assert "points" not in line
-
-
-def test_a_change_says_how_sure_it_is() -> None:
+def test_a_change_has_its_interval_and_p() -> None:
     change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
     (line,) = result_rows({"chair_s": 0.6}, {"chair_s": 0.1}, change)
     assert line.interval == "\u221259.0 to +2.0, p < 0.001"
@@ -182,46 +159,43 @@ def test_headline() -> None:
 
 
 def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
-    evil = "</pre></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+    evil = "</pre></style><script>alert(1)</script><img src=x onerror=alert(1)>\"'&\ud800"  # nor is it all UTF-8
     check = {"name": evil, "value": 1.0, "threshold": evil, "verdict": evil, "detail": evil}
     summary = {
         **SUMMARY, "status": evil, "seed": evil, "settings": {evil: evil}, "before": {evil: 1.0}, "after": {evil: 1.0},
         "checks": [check], "versions": {evil: evil}, "advice": [evil],
     }  # fmt: skip
-    hurt = sample(
-        question=evil, chosen=evil, rejected=evil, before=evil, after=evil, hallucinated_before=["script", "<"]
-    )
+    answers, words = {evil: evil, "After": evil}, {evil: ["script", "<"], "After": []}
+    hurt = sample(question=evil, answers=answers, hallucinated=words, references={evil: evil})
     folder = tmp_path / "a <b> 'run' & more"
     folder.mkdir()
-    path = write_report(folder, summary, {"name": evil, evil: evil}, [hurt])
-    seen = Strict(path.read_text(encoding="utf-8"))
-    assert "script" not in seen.tags
-    assert seen.tags.count("img") == 1
-    Strict(line_chart({evil: [(0, 1), (1, 2)], "b": [(0, 1)]}, evil, x_label=evil, reference=(evil, 1.5)))
+    write_report(folder, summary, {"name": evil, evil: evil}, [hurt], [hurt])
+    page = StrictParser((folder / "report.html").read_text(encoding="utf-8"))
+    assert "script" not in page.tags
+    assert page.tags.count("img") == 2
+    StrictParser(line_chart({evil: [(0, 1), (1, 2)], "b": [(0, 1)]}, evil, x_label=evil, reference=(evil, 1.5)))
 
 
-def test_text_that_utf8_cannot_hold_is_still_written(tmp_path: Path) -> None:
-    assert "a?b" in report(tmp_path, samples=[sample(question="a\ud800b")])
+@pytest.mark.parametrize(
+    ("text", "words", "marked"),
+    [
+        ("A Moon, two moons, moonlight.", ["moon"], "A <mark>Moon</mark>, two <mark>moons</mark>, moonlight."),
+        ("a red star & star", ["red star", "star"], "a <mark>red star</mark> &amp; <mark>star</mark>"),
+        ("<b>", [], "&lt;b&gt;"),
+    ],
+)
+def test_complete_words_are_marked_in_any_case_and_in_the_plural(text, words, marked) -> None:
+    assert highlight(text, words) == marked
 
 
-def test_marks_words_whole_whatever_their_case() -> None:
-    assert highlight("A Moon, two moons, moonlight.", ["moon"]) == (
-        "A <mark>Moon</mark>, two <mark>moons</mark>, moonlight."
-    )  # fmt: skip
-    assert (
-        highlight("a red star & star", ["red star", "star", " "]) == "a <mark>red star</mark> &amp; <mark>star</mark>"
-    )
-    assert highlight("<b>", []) == "&lt;b&gt;"
-
-
-def test_pictures_are_kept_small(tmp_path: Path) -> None:
+def test_images_are_embedded_small(tmp_path: Path) -> None:
     noise = Image.effect_noise((3000, 2000), 80)
     text = report(tmp_path, samples=[sample(), sample(image=noise), sample(image=Image.new("RGBA", (40, 90)))])
     assert text.count("data:image/png;base64,") == 2
     assert text.count("data:image/jpeg;base64,") == 1
     assert 'width="128" height="64"' in text
     assert 'width="880" height="587"' in text
-    assert noise.size == (3000, 2000)  # the caller's picture is left as it was
+    assert noise.size == (3000, 2000)  # the caller's image is unchanged
     assert len(text) < 1_500_000
 
 
@@ -240,7 +214,7 @@ def test_curves(tmp_path: Path) -> None:
     assert "legend" not in figures[2]
 
 
-def test_a_resumed_and_killed_log_is_read(tmp_path: Path) -> None:
+def test_the_log_of_a_killed_and_resumed_run_is_read(tmp_path: Path) -> None:
     log = tmp_path / "metrics.jsonl"
     log.write_text('{"step": 2, "loss": 9.0}\n{"step": 1, "loss": 7.0}\n{"step": 2, "loss": 4.0}\n[1]\n{"step": 3, "lo')
     assert [(e["step"], e["loss"]) for e in read_events(log)] == [(1, 7.0), (2, 9.0), (2, 4.0)]
@@ -260,7 +234,7 @@ def test_a_resumed_and_killed_log_is_read(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_runs_that_lack_something(tmp_path: Path, changes: dict[str, Any]) -> None:
     text = report(tmp_path, {**SUMMARY, **changes})
-    Strict(text)
+    StrictParser(text)
     assert "There is no training log." in text
     assert ("<td>0.1</td>" in text) == ("speed" in changes)
 
@@ -273,12 +247,10 @@ def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path: Path) -> Non
     text = report(tmp_path, {**SUMMARY, "train": {**SUMMARY["train"], "last_loss": math.nan}})
     assert "3 not finite" in text
     assert "<dd>nan</dd>" in text
-    for points in re.findall(r'points="(.*?)"', text):
-        assert "nan" not in points
-        assert "inf" not in points
+    assert not any(word in points for points in re.findall(r'points="(.*?)"', text) for word in ("nan", "inf"))
 
 
-def test_replays_from_where_one_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commands_run_from_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     folder = tmp_path / "outputs" / "my run"
     folder.mkdir(parents=True)
@@ -301,12 +273,10 @@ def test_numbers_are_written_for_people() -> None:
     assert {value: number(value) for value in written} == written
     assert (number(math.nan), number(-math.inf)) == ("nan", "\u2212∞")
     assert (percent(0.5712), percent(-0.001), percent(0.98765, 1)) == ("57\u00a0%", "0\u00a0%", "98.8\u00a0%")
-    assert as_finite(True) is None
-    assert as_finite("1") is None
-    assert as_finite(3) == 3.0
+    assert [as_finite(value) for value in (True, "1", 3)] == [None, None, 3.0]
 
 
-def test_ticks_are_round_and_enclose() -> None:
+def test_ticks_are_round_and_enclose_the_values() -> None:
     assert ticks(0, 1) == [0, 0.25, 0.5, 0.75, 1]
     assert ticks(1, 60, 5, whole=True) == [0, 20, 40, 60]
     assert all(t == int(t) for t in ticks(1, 3, 5, whole=True))
@@ -318,11 +288,9 @@ def test_ticks_are_round_and_enclose() -> None:
 def test_long_logs_are_thinned_and_keep_their_spikes() -> None:
     points = [(float(x), 1.0) for x in range(50_000)]
     points[31_234] = (31_234.0, 99.0)
-    kept = thin(points)
-    assert len(kept) <= 202
-    assert (31_234.0, 99.0) in kept
-    assert kept[0] == points[0]
-    assert kept[-1] == points[-1]
+    thinned = thin(points)
+    assert len(thinned) <= MAX_POINTS
+    assert {points[0], (31_234.0, 99.0), points[-1]} <= set(thinned)
 
 
 @pytest.mark.parametrize(
@@ -330,19 +298,20 @@ def test_long_logs_are_thinned_and_keep_their_spikes() -> None:
 )
 def test_charts_of_degenerate_series(points: list[tuple[float, float]]) -> None:
     chart = line_chart({"a": points}, "t")
-    Strict(chart)
+    StrictParser(chart)
     assert "nan" not in chart
     assert "inf" not in chart
     assert line_chart({"a": [], "b": [(1, math.nan)]}, "t") == ""
 
 
-def test_lines_that_are_alike_have_one_colour_and_one_name() -> None:
+def test_lines_of_one_group_share_a_colour_and_a_name() -> None:
     points = {name: [(1, float(i)), (2, 5.0)] for i, name in enumerate(("r=4 seed=0", "r=4 seed=1", "r=8"))}
     chart = line_chart(points, "t", alike={"r=4 seed=0": "r=4", "r=4 seed=1": "r=4"})
     assert '<li class="s0">r=4</li><li class="s1">r=8</li></ul>' in chart
     assert re.findall(r'polyline class="line (s\d)"', chart) == ["s0", "s0", "s1"]
 
 
-def test_importing_the_report_leaves_torch_alone() -> None:
-    code = "import sys, smolvlm_exp.reporting.report; assert not {'torch', 'transformers', 'PIL'} & set(sys.modules)"
+def test_comparing_runs_does_without_torch() -> None:
+    module = "smolvlm_exp.reporting.comparison_page"
+    code = f"import sys, {module}; assert not {{'torch', 'transformers', 'PIL'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,4 +1,4 @@
-"""Grids by the command people type: what they announce, share, survive, go on with and leave behind."""
+"""Grids by the command people type: what they announce, share, survive, resume and leave behind."""
 
 import contextlib
 import csv
@@ -17,7 +17,7 @@ import pytest
 from tests.conftest import QUICK, read_lines
 
 SHORT = [s for s in QUICK if not s.startswith(("trainer.save", "trainer.max", "tracker"))]
-SHORT += ["trainer.max_steps=2", "data.test_rows=4"]
+SHORT += ["trainer.max_steps=2", "data.train_rows=8", "data.test_rows=4", "task.max_new_tokens=8"]
 LONG = [*SHORT, "tracker=none", "trainer.max_steps=14", "trainer.save_steps=2", "keep_checkpoints=all"]
 WANDB = str(Path(sys.executable).parent / "wandb")
 
@@ -33,23 +33,24 @@ def losses(folder: Path) -> list[tuple[int, float]]:
 
 
 @pytest.fixture
-def begun(tmp_path):
-    """Begins a sweep that runs on, alone in its process group; what is left of it ends with the test."""
-    running = []
+def start(tmp_path):
+    """Starts a sweep in the background, in a process group of its own that is killed after the test."""
+    with contextlib.ExitStack() as stack:
 
-    def begin(*arguments: str) -> subprocess.Popen[str]:
-        command = [sys.executable, "-m", "smolvlm_exp", *arguments]
-        out = (tmp_path / "out.txt").open("w")
-        running.append(
-            subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, text=True, start_new_session=True)
-        )
-        return running[-1]
+        def started(*arguments: str) -> subprocess.Popen[bytes]:
+            command = [sys.executable, "-m", "smolvlm_exp", *arguments]
+            out = (tmp_path / "out.txt").open("w")
+            process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True)
+            stack.callback(process.wait)
+            stack.callback(kill_group, process)
+            return process
 
-    yield begin
-    for process in running:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        yield started
+
+
+def kill_group(process: subprocess.Popen) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
 
 
 def wait_for(condition, seconds: float = 120):
@@ -58,7 +59,7 @@ def wait_for(condition, seconds: float = 120):
         if found := condition():
             return found
         time.sleep(0.01)
-    raise AssertionError("it did not come")
+    raise AssertionError("timed out")
 
 
 def at_step(sweep: Path, job: int, step: int) -> bool:
@@ -77,7 +78,7 @@ def whole(tmp_path_factory, command_server):
     return folder, sweep, done.stdout
 
 
-def test_it_says_what_it_will_do_before_the_first_job(whole):
+def test_the_plan_is_announced_before_the_first_job(whole):
     _, sweep, out = whole
     before = out[: out.index("[0]")]
     assert f"sweep: 4 jobs in outputs/sweeps/{sweep.parent.name}/{sweep.name}" in before
@@ -87,15 +88,14 @@ def test_it_says_what_it_will_do_before_the_first_job(whole):
     assert re.search(r"\[0\] done; 3 of 4 jobs left, about \d+", out)
 
 
-def test_jobs_share_pictures_and_reference(whole):
-    """Computed by the first job, read by the others."""
+def test_image_features_and_reference_are_computed_by_the_first_job_alone(whole):
     _, _, out = whole
-    assert "[0] reference: 32 rows, 32 of them computed" in out
-    assert out.count("reference: 32 rows, 0 of them computed") == 3
-    assert len(re.findall(r"features of 32 images: .* in outputs/cache", out)) == 4
+    assert "[0] reference: 8 rows, 8 of them computed" in out
+    assert out.count("reference: 8 rows, 0 of them computed") == 3
+    assert len(re.findall(r"features of 8 images: .* in outputs/cache", out)) == 4
 
 
-def test_the_table_holds_every_job(whole):
+def test_the_table_has_every_job_s_results(whole):
     _, sweep, out = whole
     rows = rows_of(sweep)
     assert [(row["adapter.r"], row["seed"]) for row in rows] == [("2", "0"), ("2", "1"), ("4", "0"), ("4", "1")]
@@ -120,42 +120,29 @@ def test_only_the_best_keeps_a_checkpoint_and_all_keep_their_adapter(whole):
     assert len(list(sweep.glob("*/report.html"))) == 4
 
 
-def test_wandb_reads_back_a_group_with_names_tags_and_a_table(whole):
-    """With W&B's own command, from the offline files."""
+def wandb_record(run: Path, kind: str) -> dict:
+    """The record of this kind that W&B's own command finds in an offline run."""
+    read = subprocess.run([WANDB, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, timeout=180)
+    records = (json.loads(line) for line in read.stdout.splitlines() if line.startswith("{"))
+    return next(record[kind] for record in records if record.get("type") == kind)
+
+
+def test_wandb_has_a_group_with_names_tags_and_a_table(whole):
     _, sweep, out = whole
     assert out.count("wandb sync") == 1
-    runs = sorted(sweep.glob("**/offline-run-*/run-*.wandb"))
-    headers = [header(run.parent) for run in runs]
+    headers = {str(run.parent): wandb_record(run, "run") for run in sweep.glob("**/offline-run-*")}
     assert len(headers) == 5
-    text = [json.dumps(h) for h in headers]
-    assert all(f"sweep {sweep.parent.name} {sweep.name}" in t for t in text)
-    jobs = [t for t in text if '"train"' in t]
-    assert len(jobs) == 4
-    names = {f"r={r} seed={seed}" for r in (2, 4) for seed in (0, 1)}
-    assert {next(name for name in names if f'"{name}"' in t) for t in jobs} == names
-    assert all('"r=2"' in t or '"r=4"' in t for t in jobs)
-    alike = [h["run"]["config"]["update"]["without_seed"] for h in headers if '"train"' in json.dumps(h)]
+    assert all(f"sweep {sweep.parent.name} {sweep.name}" in json.dumps(header) for header in headers.values())
+    jobs = [header for header in headers.values() if '"train"' in json.dumps(header)]
+    text = "\n".join(map(json.dumps, jobs))
+    assert all(text.count(f'"r={r} seed={seed}"') == 1 for r in (2, 4) for seed in (0, 1))
+    assert all('"r=2"' in json.dumps(job) or '"r=4"' in json.dumps(job) for job in jobs)
+    alike = [job["config"]["update"]["without_seed"] for job in jobs]
     assert sorted(alike) == ["r=2", "r=2", "r=4", "r=4"]  # task=compare's groups
     assert list(sweep.glob("wandb/offline-run-*/files/media/table/sweep*.table.json"))
 
 
-def records(run: Path) -> list[dict]:
-    """What W&B's own command finds in an offline run."""
-    read = subprocess.run([WANDB, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, timeout=180)
-    return [json.loads(line) for line in read.stdout.splitlines() if line.startswith("{")]
-
-
-def header(run: Path) -> dict:
-    return next(record for record in records(run) if record.get("type") == "run")
-
-
-def exit_code(job: Path) -> int:
-    (run,) = job.glob("wandb/offline-run-*")
-    (end,) = (record["exit"] for record in records(run) if record.get("type") == "exit")
-    return end.get("exit_code", 0)
-
-
-def test_a_sweep_that_is_done_is_left_alone_and_told_again(whole, command):
+def test_a_finished_sweep_is_left_alone_and_reported_again(whole, command):
     folder, sweep, _ = whole
     before = {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")}
     done = command("-m", "sweep=last", "metric=train.last_loss", cwd=folder)
@@ -167,7 +154,7 @@ def test_a_sweep_that_is_done_is_left_alone_and_told_again(whole, command):
     assert float(best["train.last_loss"]) == min(float(row["train.last_loss"]) for row in rows_of(sweep))
 
 
-def test_another_command_is_told_what_differs(whole, command):
+def test_resuming_with_other_jobs_is_refused(whole, command):
     folder, sweep, _ = whole
     done = command("-m", "sweep=last", "adapter.r=2,8", cwd=folder)
     assert done.returncode == 2
@@ -176,10 +163,10 @@ def test_another_command_is_told_what_differs(whole, command):
     assert len(rows_of(sweep)) == 4
 
 
-def test_what_fails_costs_itself_alone(begun, command, tmp_path):
-    """One job raises, one runs out of memory, one is killed: the others are done, and each reason is told."""
+def test_a_job_that_fails_does_not_stop_the_others(start, command, tmp_path):
+    """One job raises, one runs out of memory, one is killed; sweep.csv gives the reasons."""
     grid = ["adapter.r=2,3,1000000000000,1000000000000000000000000"]
-    running = begun("-m", *LONG, "trainer.max_steps=8", *grid, "tracker=wandb")
+    running = start("-m", *LONG, "trainer.max_steps=6", *grid, "tracker=wandb")
     sweep = wait_for(lambda: next(tmp_path.glob("outputs/sweeps/*/*"), None))
     wait_for(lambda: at_step(sweep, 1, 2))
     children = psutil.Process(running.pid).children(recursive=True)
@@ -187,32 +174,32 @@ def test_what_fails_costs_itself_alone(begun, command, tmp_path):
     (job,) = (child for child in children if lock in {file.path for file in child.open_files()})
     job.send_signal(signal.SIGKILL)
     assert running.wait(timeout=120) == 1
-    told = {row["job"]: (row["status"], row["reason"]) for row in rows_of(sweep)}
-    assert told["0"] == ("done", "")
-    assert [status for status, _ in told.values()] == ["done", "failed", "failed", "failed"]
-    assert told["1"][1].startswith("killed by SIGKILL")
-    assert "can't allocate memory" in told["2"][1]
-    assert "Overflow" in told["3"][1]
+    assert [row["status"] for row in rows_of(sweep)] == ["done", "failed", "failed", "failed"]
+    reasons = [row["reason"] for row in rows_of(sweep)]
+    assert reasons[0] == ""
+    for reason, part in zip(reasons[1:], ("killed by SIGKILL", "can't allocate memory", "Overflow"), strict=True):
+        assert part in reason
     out = (tmp_path / "out.txt").read_text()
     assert "[1] failed: killed by SIGKILL" in out
     assert "Overflow" in (sweep / "3" / "output.log").read_text()
-    assert [exit_code(sweep / job) for job in ("0", "2", "3")] == [0, 1, 1]
+    ends = [wandb_record(next((sweep / job).glob("wandb/offline-run-*")), "exit") for job in ("0", "2", "3")]
+    assert [end.get("exit_code", 0) for end in ends] == [0, 1, 1]
 
     before = (sweep / "0" / "summary.json").stat().st_mtime
     done = command("-m", "sweep=last")
     assert done.returncode == 1
     assert {row["job"] for row in rows_of(sweep) if row["status"] == "done"} == {"0", "1"}
     assert (sweep / "0" / "summary.json").stat().st_mtime == before
-    assert [step for step, _ in losses(sweep / "1")].count(1) == 1, "it went on from its checkpoint"
+    assert [step for step, _ in losses(sweep / "1")].count(1) == 1, "it was resumed from its checkpoint"
 
 
 @pytest.mark.slow
-def test_stopped_then_killed_it_ends_with_the_same_table(begun, command, tmp_path):
-    """Ctrl-C in the first job, kill -9 of everything in the second: in the end as if nothing had happened."""
+def test_a_sweep_that_was_stopped_and_killed_ends_with_the_same_table(start, command, tmp_path):
+    """Ctrl-C in the first job, kill -9 of everything in the second."""
     grid = ["adapter.r=2,4"]
     done = command("-m", *LONG, *grid, "hydra.sweep.dir=whole")
     assert done.returncode == 0, done.stderr
-    running = begun("-m", *LONG, *grid)
+    running = start("-m", *LONG, *grid)
     sweep = wait_for(lambda: next(tmp_path.glob("outputs/sweeps/*/*"), None))
     wait_for(lambda: at_step(sweep, 0, 2))
     running.send_signal(signal.SIGINT)
@@ -221,19 +208,19 @@ def test_stopped_then_killed_it_ends_with_the_same_table(begun, command, tmp_pat
     assert f"-m sweep=outputs/sweeps/{sweep.parent.name}/{sweep.name}" in out
     assert [row["status"] for row in rows_of(sweep)] == ["stopped", "missing"]
 
-    running = begun("-m", *LONG, *grid, "sweep=last")
+    running = start("-m", *LONG, *grid, "sweep=last")
     wait_for(lambda: at_step(sweep, 1, 4))
-    os.killpg(running.pid, signal.SIGKILL)
+    kill_group(running)
     running.wait()
     first = (sweep / "0" / "summary.json").stat().st_mtime
     done = command("-m", "sweep=last")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (sweep / "0" / "summary.json").stat().st_mtime == first
 
-    def told(folder: Path) -> list[dict[str, str]]:
-        kept = ("job", "status", "adapter.r", "before.", "after.", "train.last_loss", "train.steps", "best")
-        return [{k: v for k, v in row.items() if k.startswith(kept)} for row in rows_of(folder)]
+    def table(folder: Path) -> list[dict[str, str]]:
+        columns = ("job", "status", "adapter.r", "before.", "after.", "train.last_loss", "train.steps", "best")
+        return [{k: v for k, v in row.items() if k.startswith(columns)} for row in rows_of(folder)]
 
-    assert told(sweep) == told(tmp_path / "whole")
+    assert table(sweep) == table(tmp_path / "whole")
     for job in ("0", "1"):
         assert dict(losses(sweep / job)) == dict(losses(tmp_path / "whole" / job))

@@ -9,7 +9,7 @@ from smolvlm_exp.sweep import job_process
 
 
 @pytest.mark.slow
-def test_a_spawned_job_runs_and_tells(quick, tmp_path, monkeypatch):
+def test_a_spawned_job_runs_and_records_its_result(quick, tmp_path, monkeypatch):
     monkeypatch.setattr(job_process, "can_fork", lambda: False)
     folder = tmp_path / "0"
     folder.mkdir()
@@ -28,5 +28,5 @@ def test_a_spawned_job_runs_and_tells(quick, tmp_path, monkeypatch):
     ("code", "reason"),
     [(1, "its process ended with exit code 1"), (-9, "killed by SIGKILL"), (-11, "killed by SIGSEGV")],
 )
-def test_what_a_process_died_of_is_told(code, reason):
+def test_the_reason_of_a_process_s_end_is_described(code, reason):
     assert job_process.describe_exit(code).startswith(reason)

@@ -35,7 +35,7 @@ def test_every_launcher_composes_or_says_what_to_install(launcher):
         compose(f"hydra/launcher={launcher}", "adapter.r=2,4", multirun=True)
 
 
-def test_a_launcher_that_cannot_launch_is_told_with_the_table(command, tmp_path):
+def test_a_launcher_that_fails_is_reported_with_the_table(command, tmp_path):
     if shutil.which("srun"):
         pytest.skip("there is a Slurm here")
     done = command("-m", "hydra/launcher=slurm", "adapter.r=2,4", "tracker=none")
@@ -46,21 +46,21 @@ def test_a_launcher_that_cannot_launch_is_told_with_the_table(command, tmp_path)
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("launcher", "log"), [("parallel", None), ("submitit", ".submitit")])
-def test_jobs_run_at_once_on_one_machine(command, tmp_path, launcher, log):
+def test_jobs_run_in_parallel_on_one_machine(command, tmp_path, launcher, log):
     many = ["hydra.launcher.n_jobs=2"] if launcher == "parallel" else []
     done = command("-m", *SMALL, f"hydra/launcher={launcher}", *many)
     assert done.returncode == 0, done.stdout + done.stderr
     assert statuses(tmp_path) == ["done", "done"]
     logs = [path.read_text() for path in tmp_path.glob("outputs/sweeps/*/*/*/output.log")]
     computed = sum("32 of them computed" in text for text in logs)
-    assert computed == 1, "jobs that ask for the same at once wait for one of them to make it"
+    assert computed == 1, "of jobs that need the same reference at once, one computes it"
     if log:
         assert list(tmp_path.glob(f"outputs/sweeps/*/*/{log}"))
 
 
 @pytest.mark.slow
 @with_ray
-def test_jobs_run_on_a_ray_of_their_own(command, tmp_path):
+def test_jobs_run_on_a_local_ray(command, tmp_path):
     done = command("-m", *SMALL, "hydra/launcher=ray_local", env=NOT_NICE, timeout=600)
     assert done.returncode == 0, done.stdout + done.stderr
     assert statuses(tmp_path) == ["done", "done"]
@@ -68,23 +68,15 @@ def test_jobs_run_on_a_ray_of_their_own(command, tmp_path):
 
 @pytest.mark.slow
 @with_ray
-def test_jobs_run_on_a_ray_that_is_there(command, tmp_path):
+def test_jobs_run_on_an_existing_ray_cluster(command, tmp_path):
     """A cluster on loopback, started in another folder than the command's."""
     ray = str(Path(sys.executable).parent / "ray")
     away = tmp_path / "away"
     away.mkdir()
     temporary = tempfile.mkdtemp(prefix="ray-")  # not tmp_path: its sockets' names must be short
-    head = [
-        ray,
-        "start",
-        "--head",
-        "--node-ip-address=127.0.0.1",
-        "--port=0",
-        "--num-cpus=2",
-        f"--temp-dir={temporary}",
-    ]
+    options = f"--node-ip-address=127.0.0.1 --port=0 --num-cpus=2 --include-dashboard=false --temp-dir={temporary}"
     started = subprocess.run(
-        [*head, "--include-dashboard=false"], cwd=away, capture_output=True, text=True, timeout=120
+        [ray, "start", "--head", *options.split()], cwd=away, capture_output=True, text=True, timeout=120
     )
     assert started.returncode == 0, started.stdout + started.stderr
     try:

@@ -1,14 +1,15 @@
 """What a sweep concludes, by hand-made results: the best, main effects and intervals, the Pareto front."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-from html.parser import HTMLParser
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import yaml
 
 from smolvlm_exp.runs.sweep_record import (
     Job,
@@ -20,8 +21,7 @@ from smolvlm_exp.runs.sweep_record import (
     write_jobs,
 )
 from smolvlm_exp.sweep.devices import free_gpu, visible_gpus
-from smolvlm_exp.sweep.effects import main_effects
-from smolvlm_exp.sweep.results import prune_checkpoints, read_results, results_table
+from smolvlm_exp.sweep.results import main_effects, prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page
 from smolvlm_exp.sweep.time_estimate import estimate_time
 from smolvlm_exp.utils.errors import RequestError
@@ -31,8 +31,8 @@ from tests.conftest import compose
 METRIC = "after.preference_accuracy"
 
 
-def made(folder: Path, results: dict[tuple[str, ...], dict], metric: str = METRIC):
-    """A sweep with these jobs, override lists -> (metric, seconds, GiB), or a whole summary."""
+def made(folder: Path, results: dict[tuple[str, ...], dict]):
+    """A sweep with these jobs, override lists -> (metric, seconds, GiB), or a complete summary."""
     jobs = [Job(number, overrides) for number, overrides in enumerate(results)]
     write_jobs(folder, jobs, list(differing_settings(jobs)))
     for job, result in zip(jobs, results.values(), strict=True):
@@ -42,7 +42,7 @@ def made(folder: Path, results: dict[tuple[str, ...], dict], metric: str = METRI
             train = {"seconds": seconds, "memory_peak_gib": memory}
             result = {"status": "done", "after": {"preference_accuracy": value}, "train": train}
         (folder / str(job.number) / "summary.json").write_text(json.dumps(result))
-    return read_results(folder, metric)
+    return read_results(folder, METRIC)
 
 
 def grid(values: dict[tuple[str, str, str], float]) -> dict[tuple[str, ...], tuple[float, float, float]]:
@@ -52,13 +52,13 @@ def grid(values: dict[tuple[str, str, str], float]) -> dict[tuple[str, ...], tup
     }
 
 
-def test_main_effects_are_means_over_the_rest_with_t_intervals_over_seeds(tmp_path):
+def test_main_effects_are_means_over_other_settings_with_t_intervals_over_seeds(tmp_path):
     values = {
         ("4", "1e-4", "0"): 0.50, ("4", "1e-3", "0"): 0.70, ("8", "1e-4", "0"): 0.60, ("8", "1e-3", "0"): 0.80,
         ("4", "1e-4", "1"): 0.54, ("4", "1e-3", "1"): 0.74, ("8", "1e-4", "1"): 0.60, ("8", "1e-3", "1"): 0.80,
     }  # fmt: skip
     effects = main_effects(made(tmp_path, grid(values)))
-    assert list(effects) == ["adapter.r", "trainer.learning_rate"], "a seed repeats; it is no setting"
+    assert list(effects) == ["adapter.r", "trainer.learning_rate"], "seeds are repetitions, not a setting"
     four, eight = effects["adapter.r"]
     assert (four.value, four.seeds, four.jobs) == ("4", 2, 4)
     assert four.mean == pytest.approx(0.62)
@@ -67,7 +67,7 @@ def test_main_effects_are_means_over_the_rest_with_t_intervals_over_seeds(tmp_pa
     assert eight.interval == pytest.approx(0)
 
 
-def test_a_missing_run_takes_its_combination_out_of_the_comparison(tmp_path):
+def test_main_effects_leave_out_combinations_with_a_missing_run(tmp_path):
     values = {("4", "1e-4", "0"): 0.5, ("4", "1e-3", "0"): 0.9, ("8", "1e-4", "0"): 0.6}
     missing = {("adapter.r=8", "trainer.learning_rate=1e-3", "seed=0"): {"status": "failed", "reason": "x"}}
     results = made(tmp_path, grid(values) | missing)
@@ -77,30 +77,21 @@ def test_a_missing_run_takes_its_combination_out_of_the_comparison(tmp_path):
     assert results.failed
 
 
-def test_the_best_and_the_front(tmp_path):
+def test_the_best_job_and_the_pareto_front(tmp_path):
     results = {("r=1",): (0.8, 10, 2.0), ("r=2",): (0.9, 20, 2.0), ("r=3",): (0.9, 30, 3.0), ("r=4",): (0.7, 30, 1.0)}
-    results = made(tmp_path, results)
-    assert results.best is not None
-    assert results.best.number == 1
-    assert [job.number for job in results.front] == [0, 1, 3]
-    rows = results_table(results)
+    rows = results_table(made(tmp_path, results))
+    assert [row["best"] for row in rows] == [False, True, False, False]
     assert [row["pareto"] for row in rows] == [True, True, False, True]
     assert rows[1]["command"] == "python -m smolvlm_exp r=2"
-    least = read_results(tmp_path, "train.seconds")
-    assert least.best is not None
-    assert least.best.number == 0, "less is better"
+    fastest = read_results(tmp_path, "train.seconds").best
+    assert fastest is not None
+    assert fastest.number == 0, "less is better"
 
 
-class Strict(HTMLParser):
-    def error(self, message):
-        raise AssertionError(message)
-
-
-def test_the_page_holds_whatever_there_is(tmp_path):
+def test_the_page_escapes_text_and_needs_no_finished_job(tmp_path):
     results = grid({("4", "1e-4", "0"): 0.5, ("8", "1e-4", "0"): 0.6})
     failed = {("adapter.r=<b>", "trainer.learning_rate=1e-4", "seed=0"): {"status": "failed", "reason": "a <i>"}}
     text = write_page(made(tmp_path, results | failed)).read_text()
-    Strict().feed(text)
     assert "a &lt;i&gt;" in text
     assert "<i>" not in text
     assert "60.0" in text
@@ -111,7 +102,7 @@ def test_the_page_holds_whatever_there_is(tmp_path):
 
 
 @pytest.mark.parametrize(("keep", "left"), [("all", [2, 2, 1]), ("last", [1, 1, 1]), ("best", [0, 1, 1])])
-def test_what_is_kept_of_checkpoints(tmp_path, keep, left):
+def test_keep_checkpoints_decides_what_is_pruned(tmp_path, keep, left):
     results = made(tmp_path, {("r=1",): (0.8, 1, 1), ("r=2",): (0.9, 1, 1), ("r=3",): {"status": "stopped"}})
     for job, steps in (("0", (2, 10)), ("1", (2, 10)), ("2", (2,))):
         for step in steps:
@@ -125,7 +116,7 @@ def test_what_is_kept_of_checkpoints(tmp_path, keep, left):
         assert (tmp_path / "0" / "checkpoints" / "checkpoint-10").is_dir()
 
 
-def test_the_state_of_a_job_is_in_its_files(tmp_path):
+def test_a_job_s_state_is_read_from_its_files(tmp_path):
     assert job_state(tmp_path) == "missing"
     checkpoint = tmp_path / "checkpoints" / "checkpoint-2"
     checkpoint.mkdir(parents=True)
@@ -137,40 +128,27 @@ def test_the_state_of_a_job_is_in_its_files(tmp_path):
     for code, again in ((1, False), (-9, True)):
         (tmp_path / "summary.json").write_text(json.dumps({"status": "failed", "exit_code": code}))
         assert job_state(tmp_path) == "failed"
-        assert can_resume(tmp_path) is again, "what raised starts anew, what was killed goes on"
+        assert can_resume(tmp_path) is again, "a job that raised restarts, a killed one resumes"
 
 
-def test_names_tell_what_differs():
-    jobs = [
-        Job(0, ("tracker=none", "adapter.r=4", "trainer.a.r=1")),
-        Job(1, ("tracker=none", "adapter.r=8", "keep=all")),
-    ]
-    assert differing_settings(jobs) == {"adapter.r": ["4", "8"]}
-    assert short_keys(["adapter.r", "trainer.learning_rate"]) == {
-        "adapter.r": "r",
-        "trainer.learning_rate": "learning_rate",
-    }
+def test_labels_have_only_the_settings_that_differ():
+    settings = [("tracker=none", "adapter.r=4", "trainer.a.r=1"), ("tracker=none", "adapter.r=8", "keep=all")]
+    assert differing_settings([Job(0, overrides) for overrides in settings]) == {"adapter.r": ["4", "8"]}
+    assert short_keys(["adapter.r", "a.lr"]) == {"adapter.r": "r", "a.lr": "lr"}
     assert short_keys(["a.r", "b.r"]) == {"a.r": "a.r", "b.r": "b.r"}
     assert job_label(Job(0, ("adapter.r=4", "x.lr=0.00123456789")), ["adapter.r", "x.lr"]) == "r=4 lr=0.001235"
 
 
-def test_another_sweeps_folder_is_refused(tmp_path):
+def test_a_folder_with_another_sweep_s_jobs_is_refused(tmp_path):
     write_jobs(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=8",))], ["adapter.r"])
     check_same_jobs(tmp_path, [Job(0, ("adapter.r=8", "keep=all")), Job(1, ("adapter.r=4",))])
     with pytest.raises(RequestError, match=r"adapter\.r is 4, 16 here and 4, 8 there"):
         check_same_jobs(tmp_path, [Job(0, ("adapter.r=4",)), Job(1, ("adapter.r=16",))])
 
 
-def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monkeypatch):
+def test_the_time_is_estimated_from_earlier_runs(tmp_path, monkeypatch):
     """100 s in all, of which 60 s of training on 80 x 16 pairs; half the steps then take 70 s."""
-    from dataclasses import asdict
-
-    import yaml
-
-    from smolvlm_exp.sweep import time_estimate
-
-    monkeypatch.setattr(time_estimate, "OUTPUTS", tmp_path)
-    time_estimate.earlier_runs.cache_clear()
+    monkeypatch.setattr("smolvlm_exp.runs.find.OUTPUTS", tmp_path)
     half = compose("trainer.max_steps=40")
     sweep = tmp_path / "sweeps" / "a" / "b"
     assert estimate_time(sweep, [half]) is None
@@ -179,13 +157,11 @@ def test_the_expected_time_is_drawn_from_runs_that_were_measured(tmp_path, monke
     (run / ".hydra" / "config.yaml").write_text(yaml.dump(asdict(compose())))
     train = {"seconds": 60.0, "pairs_per_second": 80 * 16 / 60}
     (run / "summary.json").write_text(json.dumps({"status": "done", "seconds": 100.0, "train": train}))
-    time_estimate.earlier_runs.cache_clear()
     estimate = estimate_time(sweep, [half, half])
     assert estimate is not None
     assert estimate[0] == pytest.approx(140)
     assert "latest run of this model and data" in estimate[1]
     assert estimate_time(sweep, [compose("data.train_rows=64")]) is None, "other data, nothing known"
-    time_estimate.earlier_runs.cache_clear()
 
 
 def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
@@ -193,20 +169,22 @@ def test_two_jobs_never_share_a_gpu(monkeypatch, tmp_path):
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert visible_gpus() == ["4", "7"]
-    hold = (
-        "import sys, time; from smolvlm_exp.sweep.devices import *\n"
+    code = (
+        "import os, time; from smolvlm_exp.sweep.devices import assign_device\n"
         "with assign_device(2): print(os.environ['CUDA_VISIBLE_DEVICES'], flush=True); time.sleep(60)"
     )
-    other = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=os.environ)
-    assert other.stdout is not None
-    assert other.stdout.readline().strip() == "4"
-    with free_gpu(visible_gpus()) as mine:
-        assert mine == "7"
-        third = subprocess.Popen([sys.executable, "-c", hold], stdout=subprocess.PIPE, text=True, env=os.environ)
-        time.sleep(1)
-        other.kill()  # the card of a job that dies is free
-        assert third.stdout is not None
-        assert third.stdout.readline().strip() == "4"
-    third.kill()
-    other.wait()
-    third.wait()
+
+    def holder() -> subprocess.Popen:
+        process = jobs.enter_context(subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True))
+        jobs.callback(process.kill)
+        return process
+
+    with ExitStack() as jobs:
+        other = holder()
+        assert other.stdout.readline().strip() == "4"
+        with free_gpu(visible_gpus()) as mine:
+            assert mine == "7"
+            third = holder()
+            time.sleep(1)
+            other.kill()  # the GPU of a job that dies is free
+            assert third.stdout.readline().strip() == "4"

@@ -1,4 +1,4 @@
-"""Optuna's trials as jobs: totals, trials left behind, two commands on one study, pruning; once by the real command."""
+"""Optuna's trials as jobs: totals, abandoned trials, two commands on one study, pruning; once by the real command."""
 
 import json
 import os
@@ -11,15 +11,24 @@ from types import SimpleNamespace
 
 import optuna
 import pytest
+from filelock import FileLock
 
 from smolvlm_exp.config.compose import parsed
 from smolvlm_exp.runs.sweep_record import read_jobs
 from smolvlm_exp.sweep.launcher import SweepStop
-from smolvlm_exp.sweep.optuna_study import SearchConf, distribution, is_abandoned, open_study
+from smolvlm_exp.sweep.optuna_study import (
+    SearchConf,
+    distribution,
+    is_abandoned,
+    open_storage,
+    open_study,
+    require_optuna,
+)
+from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
 from smolvlm_exp.sweep.results import read_results
 from smolvlm_exp.sweep.search import Search
 from smolvlm_exp.sweep.sweep_page import write_page
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import Pruned, RequestError
 from tests.conftest import QUICK, compose
 
 SPACE = ["adapter.r=choice(4,8)", "trainer.learning_rate=tag(log,interval(1e-5,1e-3))"]
@@ -56,7 +65,7 @@ def search(folder: Path, launcher: Launcher, **options) -> optuna.Study:
 
 
 @pytest.mark.parametrize("database", [False, True])
-def test_it_goes_on_to_a_total(tmp_path, database):
+def test_a_search_resumes_up_to_n_trials(tmp_path, database):
     storage = f"sqlite:///{tmp_path / 'study.db'}" if database else None
     first = Launcher(tmp_path, until=3)
     with pytest.raises(KeyboardInterrupt):
@@ -64,7 +73,7 @@ def test_it_goes_on_to_a_total(tmp_path, database):
     assert first.ran == [0, 1, 2]
     second = Launcher(tmp_path)
     study = search(tmp_path, second, storage=storage)
-    assert second.ran == [2, 3, 4, 5], "the pair that was cut comes first"
+    assert second.ran == [2, 3, 4, 5], "the interrupted trials come first"
     assert [trial.state.name for trial in study.trials] == ["COMPLETE"] * 6
     assert len({trial.params["trainer.learning_rate"] for trial in study.trials}) == 6
     more = Launcher(tmp_path)
@@ -76,16 +85,13 @@ def test_it_goes_on_to_a_total(tmp_path, database):
     assert "best so far" in page
 
 
-def test_failed_and_pruned_trials_are_told_and_count(tmp_path):
-    study = search(tmp_path / "failed", Launcher(tmp_path / "failed", "failed"))
-    assert [trial.state.name for trial in study.trials] == ["FAIL"] * 6
-    study = search(tmp_path / "pruned", Launcher(tmp_path / "pruned", "pruned"))
-    assert [trial.state.name for trial in study.trials] == ["PRUNED"] * 6
+@pytest.mark.parametrize(("status", "state"), [("failed", "FAIL"), ("pruned", "PRUNED")])
+def test_failed_and_pruned_trials_count(tmp_path, status, state):
+    study = search(tmp_path, Launcher(tmp_path, status))
+    assert [trial.state.name for trial in study.trials] == [state] * 6
 
 
-def test_a_trial_of_a_living_command_is_left_to_it(tmp_path):
-    from filelock import FileLock
-
+def test_a_trial_is_taken_over_only_once_its_command_has_ended(tmp_path):
     study = open_study(tmp_path, SearchConf(**OPTIONS), 1, SPACE)
     trial = study.ask({"x": optuna.distributions.IntDistribution(1, 3)})
     trial.set_user_attr("worker", ".worker-other")
@@ -94,37 +100,31 @@ def test_a_trial_of_a_living_command_is_left_to_it(tmp_path):
     assert is_abandoned(tmp_path, study.trials[0])
 
 
-def test_another_search_in_the_folder_is_refused(tmp_path):
+def test_a_folder_with_another_search_is_refused(tmp_path):
     options = SearchConf(**OPTIONS)
     open_study(tmp_path, options, 1, ["adapter.r=choice(4,8)"])
     with pytest.raises(RequestError, match=r"adapter.r=choice\(4,16\) here, adapter.r=choice\(4,8\) there"):
         open_study(tmp_path, options, 1, ["adapter.r=choice(4,16)"])
 
 
-def test_hydras_sweep_syntax_is_the_space():
+def test_hydra_s_sweep_syntax_is_the_search_space():
     kinds = [distribution(parsed([f"x={text}"])[0]) for text in ("choice(a,b)", "4,8", "range(1,9,2)", "interval(0,1)")]
     assert kinds[0].choices == ("a", "b")
     assert kinds[1].choices == ("4", "8")
     assert (kinds[2].low, kinds[2].high, kinds[2].step) == (1, 7, 2)
     assert (kinds[3].low, kinds[3].high) == (0, 1)
     logarithmic = distribution(parsed(["x=tag(log,interval(1e-5,1e-3))"])[0])
-    assert logarithmic.log
-    assert logarithmic.low == 1e-5
+    assert (logarithmic.log, logarithmic.low) == (True, 1e-5)
 
 
-def test_without_optuna_the_command_to_get_it_is_told(monkeypatch):
-    from smolvlm_exp.sweep.optuna_study import require_optuna
-
+def test_without_optuna_the_error_names_the_extra(monkeypatch):
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(RequestError, match=r"pip install 'smolvlm-exp\[search\]'"):
         require_optuna()
 
 
-def test_a_trial_that_falls_behind_is_pruned(tmp_path):
+def test_a_trial_below_the_median_is_pruned(tmp_path):
     """Five others reached 0.9 at step 10; 0.1 there ends a trial, 0.95 does not."""
-    from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
-    from smolvlm_exp.utils.errors import Pruned
-
     options = {**OPTIONS, "n_warmup_steps": 0, "prune": "eval_rewards/accuracies"}
     study = open_study(tmp_path, SearchConf(**options), 1, SPACE)
     for _ in range(5):
@@ -132,14 +132,13 @@ def test_a_trial_that_falls_behind_is_pruned(tmp_path):
         other.report(0.9, 10)
         study.tell(other, 0.9)
     trial = study.ask()
-    folder = tmp_path / "5"
+    folder, state = tmp_path / "5", SimpleNamespace(global_step=10, max_steps=20)
     folder.mkdir()
-    told = {"study": study.study_name, "trial": trial._trial_id, **options}
-    (folder / "trial.json").write_text(json.dumps(told))
+    saved = {"study": study.study_name, "trial": trial._trial_id, **options}
+    (folder / "trial.json").write_text(json.dumps(saved))
     (callback,) = pruning_callbacks(folder)
-    state = SimpleNamespace(global_step=10, max_steps=20)
     callback.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.95})
-    (folder / "trial.json").write_text(json.dumps({**told, "trial": study.ask()._trial_id}))
+    (folder / "trial.json").write_text(json.dumps({**saved, "trial": study.ask()._trial_id}))
     (worse,) = pruning_callbacks(folder)
     with pytest.raises(Pruned, match="at step 10 is worse"):
         worse.on_evaluate(None, state, None, metrics={"eval_rewards/accuracies": 0.1})
@@ -169,25 +168,19 @@ def test_twelve_trials_killed_after_five_and_finished_by_two_commands(tmp_path):
     (sweep,) = tmp_path.glob("outputs/sweeps/*/*")
     before = {path: path.stat().st_mtime for path in sweep.glob("*/summary.json")}
 
-    two = [
-        subprocess.Popen(
-            [*command, f"sweep={sweep}"], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for _ in range(2)
-    ]
-    told = [process.communicate(timeout=400)[0] for process in two]
-    assert [process.returncode for process in two] == [0, 0], told
+    pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    two = [subprocess.Popen([*command, f"sweep={sweep}"], cwd=tmp_path, **pipes) for _ in range(2)]
+    printed = [process.communicate(timeout=400)[0] for process in two]
+    assert [process.returncode for process in two] == [0, 0], printed
     jobs = [json.loads((sweep / str(n) / "summary.json").read_text()) for n in range(12)]
     assert not (sweep / "12").exists()
     states = [job["status"] for job in jobs]
     assert set(states) == {"done", "pruned"}, states
-    assert all(path.stat().st_mtime == time for path, time in before.items()), "what was done was left alone"
-    assert all(any(f"[{n}] " in text for n in range(5, 12)) for text in told), "both worked"
-    storage = optuna.storages.JournalStorage(optuna.storages.journal.JournalFileBackend(str(sweep / "study.log")))
-    study = optuna.load_study(study_name="search", storage=storage)
-    assert [trial.state.name for trial in study.trials] == [
-        {"done": "COMPLETE", "pruned": "PRUNED"}[state] for state in states
-    ]
+    assert all(path.stat().st_mtime == time for path, time in before.items()), "finished trials were left alone"
+    assert all(any(f"[{n}] " in text for n in range(5, 12)) for text in printed), "both ran trials"
+    study = optuna.load_study(study_name="search", storage=open_storage(sweep, None))
+    expected = [{"done": "COMPLETE", "pruned": "PRUNED"}[state] for state in states]
+    assert [trial.state.name for trial in study.trials] == expected
     page = (sweep / "sweep.html").read_text()
     assert "Importance of each setting" in page
     assert "best so far" in page

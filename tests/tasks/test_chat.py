@@ -37,7 +37,7 @@ def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, caps
 
 
 def test_images_have_the_limits_of_data(chat, small, capsys):
-    """The size of a file is looked at before it is read, and its pixels before they are decoded."""
+    """A file's size is checked before it is read, and its pixels before they are decoded."""
     config = compose("task=chat", f"model.id={small}", "quant=none", "data.max_pixels=999", "data.max_image_mib=1")
     chat.session.prompts.limits = load_session(config).prompts.limits
     chat.handle(f"/image {CAT}")
@@ -86,12 +86,12 @@ def test_an_error_is_printed_and_changes_nothing(chat, capsys, line, message):
         (["model.id={graphs}"], "onnx has a decoder in fp32, int8, int4: set session.precision"),
     ],
 )
-def test_what_cannot_be_talked_to(graphs, tmp_path, overrides, message):
+def test_a_model_that_cannot_chat_is_refused(graphs, tmp_path, overrides, message):
     with pytest.raises(RequestError, match=message):
         run_chat(compose("task=chat", *(o.format(graphs=graphs) for o in overrides)), tmp_path)
 
 
 @pytest.mark.slow
-def test_in_a_terminal_of_its_own(command, tmp_path):
+def test_chat_as_a_command(command, tmp_path):
     done = command("task=chat", "quant=none", "hydra.run.dir=out", env={"PYTHONUNBUFFERED": "1"})
     assert (done.returncode, "chat with embedded" in done.stdout) == (0, True), done.stderr

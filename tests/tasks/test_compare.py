@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 import yaml
 
-from smolvlm_exp.evaluation.comparison import Run, compare_runs
-from smolvlm_exp.evaluation.per_row import PerRowResults, load_per_row, save_per_row
+from smolvlm_exp.evaluation.comparison import PerRowResults, Run, compare_runs, load_per_row, save_per_row
 from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.reporting.comparison_page import delta, lead
 from smolvlm_exp.tasks.compare import compare, find_runs
@@ -37,10 +36,10 @@ def of(value, seed=0, rate=1e-4, interval=0.05):
     return Run(None, {"trainer.learning_rate": str(rate), "adapter.r": "8"}, summary)
 
 
-def of_rows(right, seed=0, rate=1e-4, asked=range(100)):
+def of_rows(right, seed=0, rate=1e-4, numbers=range(100)):
     """A run whose every held-out row is known."""
     rows = PerRowResults(
-        np.arange(3, dtype=np.uint64), np.array(asked, dtype=np.uint64), {"preference_accuracy": mean(right)}
+        np.arange(3, dtype=np.uint64), np.array(numbers, dtype=np.uint64), {"preference_accuracy": mean(right)}
     )
     return replace(of(float(np.mean(right)), seed, rate, interval=0.09), rows=rows)
 
@@ -60,14 +59,14 @@ def test_seeds_are_one_group_and_its_interval_is_students():
     assert (found.verdict(best), found.verdict(other)) == ("best", "worse")
 
 
-def test_a_difference_within_both_intervals_is_luck():
+def test_a_difference_within_both_intervals_is_noise():
     found = compare_runs([of(0.80, rate=1e-4), of(0.75, rate=1e-5)], METRIC)  # 0.05 < sqrt(2) 0.05
     assert found.verdict(found.groups[1]) == "within the noise"
     found = compare_runs([of(0.80, rate=1e-4), of(0.72, rate=1e-5)], METRIC)
     assert found.verdict(found.groups[1]) == "worse"
 
 
-def test_seeds_that_agree_are_not_sure_of_other_rows():
+def test_seeds_that_agree_still_have_the_noise_of_the_rows():
     """Three seeds with the same number on the same 60 rows: their t interval is nothing, that of the rows is not."""
     found = compare_runs(
         [of(0.65, seed) for seed in range(3)] + [of(0.61, seed, rate=1e-5) for seed in range(3)], METRIC
@@ -77,7 +76,7 @@ def test_seeds_that_agree_are_not_sure_of_other_rows():
     assert found.verdict(found.groups[1]) == "within the noise"  # 0.04 < sqrt(2) 0.05
 
 
-def test_a_run_that_is_there_twice_is_no_second_seed():
+def test_a_repeated_run_is_no_second_seed():
     found = compare_runs([of(0.80, 0), of(0.84, 1), of(0.80, 0)], METRIC).groups[0]
     assert found.value(METRIC) == pytest.approx(0.82)
     assert found.seed_error(METRIC) == pytest.approx(12.706 * 0.02828 / 2**0.5, abs=1e-3)
@@ -88,20 +87,16 @@ def test_the_same_rows_are_compared_row_by_row():
     best, other = [1] * 70 + [0] * 30, [1] * 60 + [0] * 40
     found = compare_runs([of_rows(best), of_rows(other, rate=1e-5)], METRIC)
     gap = found.gaps[1]
-    assert gap.paired
     assert gap.difference == pytest.approx(-0.1)
     assert gap.noise == pytest.approx(1.96 * (0.1 * 0.9 / 100) ** 0.5, abs=5e-3)
     assert found.verdict(found.groups[1]) == "worse"
     assert delta(found, found.groups[1]) == "\N{MINUS SIGN}10.0 ± 6.0 points"
     assert lead(found).endswith("Best: learning_rate=0.0001, 70.0\xa0% ± 9.0. Worse: learning_rate=1e-05.")
-    apart_rows = compare_runs(
-        [of_rows(best), of_rows(other, rate=1e-5, asked=range(1, 101))], METRIC
-    )  # not the same rows
-    assert not apart_rows.gaps[1].paired
-    assert apart_rows.verdict(apart_rows.groups[1]) == "within the noise"
+    other_rows = compare_runs([of_rows(best), of_rows(other, rate=1e-5, numbers=range(1, 101))], METRIC)
+    assert other_rows.verdict(other_rows.groups[1]) == "within the noise"
 
 
-def test_rows_are_kept_and_read(tmp_path):
+def test_per_row_results_are_saved_and_read(tmp_path):
     prints = {"train": [b"12345678 and more", b"abcdefgh"], "test": [b"87654321"] * 3}
     save_per_row(tmp_path, prints, {"recall": mean([1, 0, 1])})
     rows = load_per_row(tmp_path)
@@ -112,17 +107,18 @@ def test_rows_are_kept_and_read(tmp_path):
     assert load_per_row(tmp_path / "nowhere") is None
 
 
-def test_less_is_better_where_it_is():
+def test_lower_is_better_where_the_metric_says_so():
     runs = [Run(None, {"r": str(r)}, {"after": {"chair_s": value}}) for r, value in ((4, 0.5), (8, 0.1), (16, 0.3))]
     assert [group.settings["r"] for group in compare_runs(runs, "after.chair_s").groups] == ["8", "16", "4"]
 
 
-def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
+def test_runs_are_named_by_folders_patterns_and_parents(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "out").mkdir()
     run(tmp_path / "outputs" / "day" / "a", 0.9)
     run(tmp_path / "outputs" / "day" / "b", 0.6, rate=1e-5)
     run(tmp_path / "elsewhere", 0.7, rate=1e-3, interval=0.3, seed=3)
-    done = command("task=compare", "runs=[outputs/day/*,elsewhere]", "hydra.run.dir=out", fresh=True)
-    assert done.returncode == 0, done.stderr
+    compare(compose("task=compare", "runs=[outputs/day/*,elsewhere]"), tmp_path / "out")
     rows = list(csv.DictReader((tmp_path / "out" / "compare.csv").open()))
     assert [row["run"] for row in rows] == ["outputs/day/a", "elsewhere", "outputs/day/b"]
     assert [row["verdict"] for row in rows] == ["best", "within the noise", "worse"]
@@ -130,24 +126,18 @@ def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
     assert [float(row["delta_to_best"]) for row in rows] == pytest.approx([0, -0.2, -0.3])
     assert [row["seed"] for row in rows] == ["0", "3", "0"]
     (table,) = tmp_path.glob("out/wandb/offline-run-*/files/media/table/compare*.table.json")
-    told = json.loads(table.read_text())
-    assert [dict(zip(told["columns"], row, strict=True))["verdict"] for row in told["data"]] == [
-        r["verdict"] for r in rows
-    ]
+    logged = json.loads(table.read_text())
+    verdict = logged["columns"].index("verdict")
+    assert [row[verdict] for row in logged["data"]] == [row["verdict"] for row in rows]
     page = (tmp_path / "out" / "compare.html").read_text()
     assert "90.0\u00a0% ± 5.0" in page
     assert '<a href="../outputs/day/a/report.html">outputs/day/a</a>' in page
     assert len(re.findall(r"learning_rate=0\.0001", page)) >= 2  # a line of the chart, and its folder
-    assert "90.0" in done.stdout
-    named = [
-        f"{tmp_path}/outputs/day/*",
-        "outputs/day/a",
-        "outputs/day",
-    ]  # absolute; one run, however often it is named
-    monkeypatch.chdir(tmp_path)
-    assert find_runs(named) == [tmp_path / "outputs" / "day" / name for name in "ab"]
-    done = command("task=compare", "runs=[outputs/day]", "metric=after.recall", "tracker=none", "hydra.run.dir=out")
-    assert done.returncode == 0, done.stderr
+    assert "90.0" in capsys.readouterr().out
+    names = [f"{tmp_path}/outputs/day/*", "outputs/day/a", "outputs/day"]  # a run counts once
+    assert find_runs(names) == [tmp_path / "outputs" / "day" / name for name in "ab"]
+    by_recall = compose("task=compare", "runs=[outputs/day]", "metric=after.recall", "tracker=none")
+    assert {group.value("after.recall") for group in compare(by_recall, tmp_path / "out").groups} == {0.9}
 
 
 @pytest.mark.parametrize(
@@ -155,7 +145,7 @@ def test_folders_a_pattern_and_a_sweep(command, tmp_path, monkeypatch):
     [("[]", "needs at least two finished runs"), ("[nowhere]", "runs: nowhere matches no finished run"),
      ("[last]", "sweep=last: there is no sweep")],
 )  # fmt: skip
-def test_what_cannot_be_compared(tmp_path, monkeypatch, named, message):
+def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, named, message):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=re.escape(message)):
         compare(compose("task=compare", f"runs={named}"), tmp_path)

@@ -1,15 +1,16 @@
-"""task=evaluate as people type it: a run, an adapter, a base, other data."""
+"""task=evaluate: a run, an adapter, a base, other data."""
 
+import contextlib
 import json
-import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from smolvlm_exp.tasks.evaluate import evaluate
+import smolvlm_exp
+from smolvlm_exp.evaluation import generate as speed
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.formatting import number
-from tests.conftest import compose
 
 QUICK = (
     "tracker=none", "data.train_rows=32", "data.test_rows=12", "trainer.max_steps=3", "trainer.warmup_steps=0",
@@ -20,97 +21,91 @@ SAME = ("preference_accuracy", "reward_accuracy", "preference_margin", "chair_s"
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory, command_server):
+def run(tmp_path_factory):
     """A finished run, in the outputs/ of an empty folder."""
-    folder = tmp_path_factory.mktemp("evaluate")
-    done = command_server.run(QUICK, folder, os.environ, timeout=240)
-    assert done.returncode == 0, done.stderr
-    (made,) = (folder / "outputs").glob("*/*/summary.json")
-    return made.parent
+    with contextlib.chdir(tmp_path_factory.mktemp("evaluate")):
+        return smolvlm_exp.train(QUICK)
 
 
-def summary(folder):
-    return json.loads((folder / "summary.json").read_text())
+@pytest.fixture
+def folder(run, monkeypatch):
+    """Where `run` was started, as the working folder."""
+    monkeypatch.chdir(run.folder.parents[2])
+    return run.folder.parents[2]
 
 
-def test_a_run_is_evaluated_as_it_evaluated_itself(command, run):
-    sizes = "task.batch_sizes=[4,1,12]"
-    offline = {"WANDB_MODE": "offline"}
-    done = command(
-        "task=evaluate", "run=last", sizes, "tracker=wandb", "hydra.run.dir=again", cwd=run.parents[2], env=offline
-    )
-    assert done.returncode == 0, done.stderr
-    found, wanted = summary(run.parents[2] / "again"), summary(run)
+def test_a_run_is_evaluated_as_it_evaluated_itself(run, folder, capsys):
+    found = smolvlm_exp.evaluate(
+        ["run=last", "task.batch_sizes=[4,1,12]", "tracker=wandb", "hydra.run.dir=again"]
+    ).summary
     for part in ("before", "after"):
-        for name in set(SAME) & set(wanted[part]):
-            assert found[part][name] == pytest.approx(wanted[part][name], abs=1e-5), (part, name)
-    assert found["changes"].keys() == wanted["changes"].keys()
+        for name in set(SAME) & set(run.summary[part]):
+            assert found[part][name] == pytest.approx(run.summary[part][name], abs=1e-5), (part, name)
+    assert found["changes"].keys() == run.summary["changes"].keys()
     assert {check["verdict"] for check in found["checks"]} == {"ok"}
+    out = capsys.readouterr().out
     for name in ("base", "tuned"):
-        assert [each["batch_size"] for each in found["speed"][name]] == [1, 4, 12]
-        assert all(each["first_token"] > 0 and each["tokens_per_second"] > 0 for each in found["speed"][name])
-        assert f"{name}: batch size 12: first token after" in done.stdout
-    (told,) = run.parents[2].glob("again/wandb/offline-run-*/files/media/table/checks*.table.json")
-    columns = json.loads(told.read_text())
-    assert [dict(zip(columns["columns"], row, strict=True)) for row in columns["data"]] == found["checks"]
-    page = (run.parents[2] / "again" / "report.html").read_text()
+        assert [at["batch_size"] for at in found["speed"][name]] == [1, 4, 12]
+        assert all(at["first_token"] > 0 and at["tokens_per_second"] > 0 for at in found["speed"][name])
+        assert f"{name}: batch size 12: first token after" in out
+    (table,) = folder.glob("again/wandb/offline-run-*/files/media/table/checks*.table.json")
+    logged = json.loads(table.read_text())
+    assert [dict(zip(logged["columns"], row, strict=True)) for row in logged["data"]] == found["checks"]
+    page = (folder / "again" / "report.html").read_text()
     assert page.count('<th scope="row">tuned</th>') == 3
     assert number(found["speed"]["tuned"][2]["tokens_per_second"]) in page
 
 
 @pytest.mark.slow
-def test_other_data_and_the_base_alone(command, run):
-    done = command("task=evaluate", f"run={run}", "data=photos", "hydra.run.dir=photos", cwd=run.parents[2])
-    assert done.returncode == 0, done.stderr
-    found = summary(run.parents[2] / "photos")
+def test_other_data_and_the_base_alone(run, folder):
+    found = smolvlm_exp.evaluate([f"run={run.folder}", "data=photos", "hydra.run.dir=photos"]).summary
     assert "chair_s" not in found["after"]  # no truth is known
     assert 0 <= found["after"]["preference_accuracy"] <= 1
-    done = command("task=evaluate", *QUICK, "task.temperature=1.0", "hydra.run.dir=base", cwd=run.parents[2])
-    assert done.returncode == 0, done.stderr
-    base = summary(run.parents[2] / "base")
+    base = smolvlm_exp.evaluate([*QUICK, "task.temperature=1.0", "hydra.run.dir=base"]).summary
     assert base["after"] == {}
-    assert base["before"]["preference_accuracy"] == pytest.approx(summary(run)["before"]["preference_accuracy"])
+    assert base["before"]["preference_accuracy"] == pytest.approx(run.summary["before"]["preference_accuracy"])
     low, high = base["intervals"]["before"]["preference_accuracy"]
     assert low <= base["before"]["preference_accuracy"] <= high
 
 
 @pytest.mark.slow
-def test_an_adapter_folder_and_a_merged_model_say_what_the_run_says(command, run):
-    merged = run / "export" / "merged"
-    done = command("task=export", f"run={run}", "export.format=merged", cwd=run.parents[2])
+def test_an_adapter_folder_and_a_merged_model_give_the_runs_numbers(command, run, folder):
+    merged = run.folder / "export" / "merged"
+    done = command("task=export", f"run={run.folder}", "export.format=merged", cwd=folder)
     assert (done.returncode, merged.is_dir()) == (0, True), done.stderr
-    asked = {
-        "adapter": ("after", [f"model.adapter={run}/adapter"]),
-        "merged": ("before", [f"model.id={merged}", "model.weights=pretrained", "quant=none"]),
+    models = {
+        "after": [f"model.adapter={run.folder}/adapter"],
+        "before": [f"model.id={merged}", "model.weights=pretrained", "quant=none"],
     }
-    for name, (part, which) in asked.items():
-        done = command("task=evaluate", *QUICK, *which, f"hydra.run.dir={name}", cwd=run.parents[2])
-        assert done.returncode == 0, done.stderr
-        found = summary(run.parents[2] / name)
-        assert bool(found["after"]) == (name == "adapter")
+    for part, model in models.items():
+        found = smolvlm_exp.evaluate([*QUICK, *model, f"hydra.run.dir={part}"]).summary
+        assert bool(found["after"]) == (part == "after")
         for key in ("preference_accuracy", "chair_s", "chair_i", "recall", "yes_no_f1", "wrong_image_drop"):
-            assert found[part][key] == pytest.approx(summary(run)["after"][key], abs=1e-4), (name, key)
+            assert found[part][key] == pytest.approx(run.summary["after"][key], abs=1e-4), (part, key)
+
+
+def test_run_without_a_task_is_refused():
+    with pytest.raises(RequestError, match="run=last is for other tasks: add task=evaluate"):
+        smolvlm_exp.train(["run=last"])
 
 
 @pytest.mark.parametrize(
-    ("arguments", "message"),
+    ("setting", "message"),
     [
-        (["run=last"], "run=last is what another task works on: add task=evaluate"),
-        (["task=evaluate", "run=nowhere"], "run=nowhere: not a run folder"),
-        (["task=evaluate", "task.batch_sizes=[0,4]"], "task.batch_sizes=[0, 4]: 1 is the least"),
+        ("run=last", "no run under outputs/ has finished yet"),
+        ("run=nowhere", "run=nowhere: not a run folder"),
+        ("task.batch_sizes=[0,4]", r"task\.batch_sizes=\[0, 4\]: 1 is the least"),
+        ("model.adapter=nowhere", r"model\.adapter=nowhere: there is no adapter_config\.json"),
     ],
 )
-def test_what_cannot_be_evaluated(command, arguments, message):
-    done = command(*arguments)
-    assert (done.returncode, message in done.stderr) == (2, True), done.stderr
+def test_what_cannot_be_evaluated_is_refused(tmp_path, monkeypatch, setting, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(RequestError, match=message):
+        smolvlm_exp.evaluate([setting, "tracker=none"])
 
 
-def test_speed_is_by_hand(monkeypatch):
+def test_speed_as_computed_by_hand(monkeypatch):
     """Two answers, 0.5 s to the first token, 0.1 s a token: 2 x 31 tokens in 3.1 s; slow first calls are not timed."""
-    from types import SimpleNamespace
-
-    from smolvlm_exp.evaluation import generation_speed as speed
-
     clock, calls = [0.0], []
 
     def generate(max_new_tokens, **kwargs):
@@ -123,14 +118,3 @@ def test_speed_is_by_hand(monkeypatch):
     found = speed.batch_speed(model, {}, 2)
     assert found == speed.Speed(2, pytest.approx(0.5), pytest.approx(2 * 31 / 3.1), None)
     assert calls == [(1, 1), (1, 1), (32, 32), (32, 32)]
-
-
-def test_an_adapter_that_is_not_there(tmp_path):
-    with pytest.raises(RequestError, match=r"model\.adapter=nowhere: there is no adapter_config\.json"):
-        evaluate(compose("task=evaluate", "model.adapter=nowhere"), tmp_path)
-
-
-def test_a_run_without_its_end(command, tmp_path):
-    (tmp_path / "outputs").mkdir()
-    done = command("task=evaluate", "run=last")
-    assert (done.returncode, "no run under outputs/ has finished yet" in done.stderr) == (2, True)

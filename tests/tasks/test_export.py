@@ -1,12 +1,14 @@
-"""task=export: what is written, what is held back, what is refused, what is published."""
+"""task=export: what is written, refused and published."""
 
 import json
 import shutil
+from unittest.mock import create_autospec
 
 import pytest
+from huggingface_hub import HfApi
 
-from smolvlm_exp.deploy.export.options import PARTS
 from smolvlm_exp.deploy.export.record import read_record
+from smolvlm_exp.deploy.options import PARTS
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.tasks.export import export as run_export
 from smolvlm_exp.utils.errors import RequestError, RunError
@@ -68,37 +70,22 @@ def test_onnx_in_8_bits_then_one_part_in_4_and_the_gate(export, capsys):
     assert SmolVLMSession.load(folder).conversation().say("Describe the picture.").finish()
 
 
-def test_a_search_gives_up_the_bits_that_are_not_missed(export, capsys):
-    folder = export("export.search=true", "export.max_error=0.012", "export.max_drop=0.05", "export.on_fail=mark")[
-        "onnx"
-    ]
-    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("search: ")]
-    assert 3 <= len(told) <= 6, told
-    assert told[0].startswith("search: decoder_model_merged int4, vision_encoder fp32, embed_tokens fp32")
+def test_a_search_writes_the_smallest_precisions_that_pass(export, capsys):
+    limits = ("export.max_error=0.012", "export.max_drop=0.05", "export.on_fail=mark")
+    folder = export("export.search=true", *limits)["onnx"]
+    tried = [line for line in capsys.readouterr().out.splitlines() if line.startswith("search: ")]
+    assert 3 <= len(tried) <= 6, tried
+    assert tried[0].startswith("search: decoder_model_merged int4, vision_encoder fp32, embed_tokens fp32")
     chosen = read_record(folder)["precisions"]
-    assert chosen["decoder_model_merged"] == "int8", told
-    last = [line for line in told if line.endswith("passes")][-1]
+    assert chosen["decoder_model_merged"] == "int8", tried
+    last = [line for line in tried if line.endswith("passes")][-1]
     assert all(f"{part} {kind}" in last for part, kind in chosen.items())
     assert read_record(folder)["parity"]["share"] <= 0.012
 
 
 def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
-    import huggingface_hub
-
-    class Hub:
-        calls: list = []  # noqa: RUF012
-
-        def whoami(self):
-            return {"name": "me"}
-
-        def create_repo(self, name, private, exist_ok):
-            self.calls.append((name, private, exist_ok))
-            return f"https://huggingface.co/{name}"
-
-        def upload_folder(self, repo_id, folder_path, ignore_patterns, commit_message):
-            self.calls.append((repo_id, sorted(p.name for p in folder_path.iterdir()), ignore_patterns))
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    hub = create_autospec(HfApi, instance=True)
+    monkeypatch.setattr("smolvlm_exp.tasks.export.HfApi", lambda: hub)
     (tmp_path / "training_args.bin").write_text("a token in clear")
     published = "export.license=apache-2.0", "export.push_to_hub=me/it"
     folder = export("export.format=merged", "export.precision=fp32", *published)["merged"]
@@ -112,10 +99,11 @@ def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
         assert unexpected not in card
     low, high = record["intervals"]["exported"]["preference_accuracy"]
     assert f"({low:.3f} to {high:.3f})" in card
-    (created, (name, sent, ignored)) = Hub.calls
-    assert (created, name) == (("me/it", True, True), "me/it")
-    assert {"README.md", "model.safetensors", "export.json"} <= set(sent)
-    assert {"training_args.bin", "**/training_args.bin"} <= set(ignored)
+    hub.create_repo.assert_called_once_with("me/it", private=True, exist_ok=True)
+    uploaded = hub.upload_folder.call_args.kwargs
+    assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/it", folder)
+    assert {"README.md", "model.safetensors", "export.json"} <= {path.name for path in folder.iterdir()}
+    assert {"training_args.bin", "**/training_args.bin"} <= set(uploaded["ignore_patterns"])
 
 
 @pytest.mark.parametrize(
@@ -129,13 +117,13 @@ def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
         (["export.push_to_hub=me/it"], "export.push_to_hub=me/it: "),
     ],
 )
-def test_what_cannot_be_exported(export, tmp_path, overrides, message):
+def test_settings_that_cannot_work_are_refused(export, tmp_path, overrides, message):
     with pytest.raises(RequestError, match=message):
         export(*overrides)
     assert not (tmp_path / "export").exists()
 
 
-def test_a_folder_with_something_else_in_it(export, tmp_path):
+def test_a_folder_with_other_files_is_refused(export, tmp_path):
     (tmp_path / "export" / "onnx").mkdir(parents=True)
     (tmp_path / "export" / "onnx" / "thesis.txt").write_text("")
     with pytest.raises(RequestError, match="thesis"):
@@ -143,8 +131,8 @@ def test_a_folder_with_something_else_in_it(export, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_run_the_whole_way(command, tmp_path):
-    """A run, its four-bit DoRA in all forms, evaluated by ONNX Runtime, talked to."""
+def test_a_run_exported_in_all_formats(command, tmp_path):
+    """A four-bit DoRA run in all formats, evaluated by ONNX Runtime and used in a chat."""
     from tests.tasks.test_evaluate import QUICK
 
     quick = (*QUICK, "trainer.max_steps=20", "data.train_rows=256", "data.test_rows=24", "hydra.run.dir=outputs/a/run")

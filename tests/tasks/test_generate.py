@@ -1,4 +1,4 @@
-"""task=generate as people type it: a folder, a file of questions, a picture that is none, a second run."""
+"""task=generate: a folder, a file of questions, an image that cannot be read, a second run."""
 
 import json
 import re
@@ -7,8 +7,11 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from smolvlm_exp.tasks.generate import generate
+from smolvlm_exp.models.adapter import lora_config
+from smolvlm_exp.runs.event_log import append_event, read_events, truncate_after
+from smolvlm_exp.tasks.generate import Question, answered, generate, read_questions
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import compose, read_lines
@@ -27,10 +30,14 @@ def pictures(tmp_path):
     return folder
 
 
-def test_a_folder_of_pictures(command, tmp_path, pictures):
-    done = command(*PLAIN, "task.images=pictures", "task.question=What is in this picture?")
-    assert done.returncode == 0, done.stderr
-    broken, cat, horse = read_lines(tmp_path / "out" / "answers.jsonl")
+def write_questions(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_a_folder_of_images(tmp_path, monkeypatch, pictures):
+    monkeypatch.chdir(tmp_path)
+    config = compose(*PLAIN, "task.images=pictures", "task.question=What is in this picture?")
+    broken, cat, horse = read_lines(generate(config, tmp_path / "out"))
     assert (broken["image"], cat["image"], horse["image"]) == ("broken.png", "cat.jpg", "more/horse.jpg")
     assert "cannot be decoded" in broken["problem"]
     assert cat["question"] == horse["question"] == "What is in this picture?"
@@ -38,10 +45,6 @@ def test_a_folder_of_pictures(command, tmp_path, pictures):
 
 
 def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures, model):
-    from peft import get_peft_model
-
-    from smolvlm_exp.models.adapter import lora_config
-
     monkeypatch.chdir(tmp_path)
     tuned = get_peft_model(model, lora_config(compose("quant=none").adapter, quantised=False))
     for name, parameter in tuned.named_parameters():
@@ -49,69 +52,58 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
             torch.nn.init.normal_(parameter, std=0.1)
     tuned.save_pretrained(tmp_path / "run" / "adapter")
     asked = [{"image": "cat.jpg", "question": q} for q in ("What do you see?", "Is there a star in the picture?")]
-    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
-    arguments = (
-        *PLAIN,
-        "model.adapter=run",
-        "task.questions=asked.jsonl",
-        "task.images=pictures",
-        "task.answers=a.jsonl",
-        "task.max_new_tokens=8",
-    )
-    generate(compose(*arguments), tmp_path)
+    write_questions(tmp_path / "asked.jsonl", asked)
+    files = ("task.questions=asked.jsonl", "task.images=pictures", "task.answers=a.jsonl")
+    arguments = (*PLAIN, *files, "task.max_new_tokens=8")
+    generate(compose(*arguments, "model.adapter=run"), tmp_path)
     first = read_lines(tmp_path / "a.jsonl")
-    assert [{key: each[key] for key in ("image", "question")} for each in first] == asked
+    assert [{key: line[key] for key in ("image", "question")} for line in first] == asked
     assert first[0]["base"] != first[0]["tuned"]
     text = (tmp_path / "a.jsonl").read_text().splitlines()
     (tmp_path / "a.jsonl").write_text(text[0] + "\n" + text[1][:20])  # as a killed run leaves it
-    generate(compose(*arguments), tmp_path)
+    generate(compose(*arguments, "model.adapter=run"), tmp_path)
     assert "2 questions, 1 of them answered" in capsys.readouterr().out
     assert read_lines(tmp_path / "a.jsonl") == first
     with pytest.raises(RequestError, match=r"a\.jsonl, line 1 has base, tuned, and this command writes answer"):
-        generate(compose(*(each for each in arguments if each != "model.adapter=run")), tmp_path)
+        generate(compose(*arguments), tmp_path)
 
 
-def test_line_separators_inside_strings_end_no_line(tmp_path):
-    """json.dumps leaves U+2028 as it is, and str.splitlines parts lines at it."""
-    from smolvlm_exp.runs.event_log import append_event, read_events, truncate_after
-    from smolvlm_exp.tasks.generate import Asked, answered, from_lines
-
+def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
+    """json.dumps leaves U+2028 as it is, and str.splitlines splits lines at it."""
     path = tmp_path / "lines.jsonl"
     append_event(path, {"image": "a.jpg", "question": "One\u2028two?", "answer": "Three\u0085four.", "step": 1})
     append_event(path, {"image": "b.jpg", "question": "?", "answer": "\u2029", "step": 2})
-    both = [Asked("a.jpg", "One\u2028two?"), Asked("b.jpg", "?")]
-    assert list(from_lines(path)) == both
+    both = [Question("a.jpg", "One\u2028two?"), Question("b.jpg", "?")]
+    assert list(read_questions(path)) == both
     assert answered(path, ("answer",)) == set(both)
     assert len(read_events(path)) == 2
     truncate_after(path, 1)
     assert [event["answer"] for event in read_events(path)] == ["Three\u0085four."]
 
 
-def test_a_file_that_is_no_file_of_answers(tmp_path):
-    from smolvlm_exp.tasks.generate import answered
-
+def test_a_file_of_something_else_is_refused(tmp_path):
     path = tmp_path / "notes.jsonl"
     path.write_text('{"image": "a.jpg", "question": "?", "problem": "the picture is gone"}\n[1, 2]\n')
-    with pytest.raises(RequestError, match=r"notes\.jsonl, line 2: this is no file of answers; name another"):
+    with pytest.raises(RequestError, match=r"notes\.jsonl, line 2: this is not a file of answers; name another"):
         answered(path, ("answer",))
 
 
 def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
-    """A file of questions that comes from others, and limits of pictures."""
+    """A file of questions may come from others, and its images have limits."""
     monkeypatch.chdir(tmp_path)
     shutil.copy(PHOTOS / "cat.jpg", tmp_path / "mine.jpg")
     (pictures / "link.jpg").symlink_to(tmp_path / "mine.jpg")
     names = ["../mine.jpg", str(tmp_path / "mine.jpg"), "link.jpg", "http://127.0.0.1/a.png", "cat.jpg"]
     asked = [{"image": name, "question": "What?"} for name in names]
-    (pictures / "asked.jsonl").write_text("".join(json.dumps(each) + "\n" for each in asked))
+    write_questions(pictures / "asked.jsonl", asked)
     arguments = (*PLAIN, "task.questions=pictures/asked.jsonl", "task.answers=a.jsonl")
     opened = []
     sys.addaudithook(lambda event, a: opened.append(a[0]) if event == "open" and "mine.jpg" in str(a[0]) else None)
     generate(compose(*arguments), tmp_path)
-    found = read_lines(tmp_path / "a.jsonl")
-    assert ["lies outside the data's folder" in each["problem"] for each in found[:3]] == [True] * 3
-    assert "is a URL" in found[3]["problem"]
-    assert found[4]["answer"]
+    actual = read_lines(tmp_path / "a.jsonl")
+    assert ["lies outside the data's folder" in line["problem"] for line in actual[:3]] == [True] * 3
+    assert "is a URL" in actual[3]["problem"]
+    assert actual[4]["answer"]
     assert opened == []
     generate(compose(*arguments, "task.answers=b.jsonl", "data.max_pixels=999"), tmp_path)
     assert "more than data.max_pixels=999" in read_lines(tmp_path / "b.jsonl")[4]["problem"]
@@ -125,7 +117,7 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
         (["task.questions=asked.jsonl"], 'asked.jsonl, line 2: expected {"image"'),
     ],
 )
-def test_what_cannot_be_asked(tmp_path, monkeypatch, arguments, message):
+def test_missing_or_wrong_questions_are_refused(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "asked.jsonl").write_text('{"image": "a.jpg", "question": "b"}\n{"image": "a.jpg"}\n')
     with pytest.raises(RequestError, match=re.escape(message)):

@@ -1,4 +1,4 @@
-"""trainer.engine=shared through the pipeline: against stock TRL, what it keeps, and what it refuses."""
+"""trainer.engine=shared through the pipeline: against stock TRL, what it caches, and what it refuses."""
 
 from types import SimpleNamespace
 
@@ -46,30 +46,32 @@ def test_both_engines_write_the_same_numbers(quick, tmp_path, request, setting):
 
 
 @pytest.mark.usefixtures("unseen")
-def test_features_where_nothing_that_makes_them_learns_and_tiles_elsewhere(quick, tmp_path, capsys):
-    train(quick(), tmp_path)
-    out = capsys.readouterr().out
-    assert "features of 32 images" in out
-    assert "tiles of" not in out
-    train(quick("adapter.target=recipe"), tmp_path)
-    out = capsys.readouterr().out
-    assert "tiles of 32 images" in out
-    assert "features of" not in out
-    train(quick("trainer.keep_features=false"), tmp_path)
-    assert "features of" not in capsys.readouterr().out
+def test_features_are_cached_where_the_vision_tower_is_frozen_and_tiles_elsewhere(quick, tmp_path, capsys):
+    step = ("trainer.max_steps=1", "trainer.eval_strategy=no")
+    settings = {
+        "adapter.target=text": "features",
+        "adapter.target=recipe": "tiles",
+        "trainer.keep_features=false": "tiles",
+    }
+    for number, (setting, cached) in enumerate(settings.items()):
+        train(quick(*step, setting, f"trainer.cache={tmp_path}/{number}"), tmp_path)
+        out = capsys.readouterr().out
+        assert [kind for kind in ("features", "tiles") if f"{kind} of 32 images" in out] == [cached]
 
 
 @pytest.mark.usefixtures("unseen")
-def test_the_next_run_finds_the_reference(quick, tmp_path, capsys):
-    train(quick("data.scene_seed=77"), tmp_path)
+def test_a_later_run_reads_the_reference_from_the_cache(quick, tmp_path, capsys):
+    common = ("data.scene_seed=77", "trainer.max_steps=1")
+    train(quick(*common), tmp_path)
     assert "reference: 32 rows, 32 of them computed" in capsys.readouterr().out
-    train(quick("data.scene_seed=77", "adapter.r=2", "trainer.learning_rate=1e-5", "seed=4"), tmp_path)
+    train(quick(*common, "adapter.r=2", "trainer.learning_rate=1e-5", "seed=4"), tmp_path)
     assert "reference: 32 rows, 0 of them computed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("unseen")
-def test_what_8_bit_layers_and_dropout_mean_is_said(quick, tmp_path, capsys):
-    train(quick("quant=int8", "adapter.lora_dropout=0.1", "trainer.disable_dropout=false"), tmp_path)
+def test_effects_of_8_bit_layers_and_dropout_are_logged(quick, tmp_path, capsys):
+    dropout = ("adapter.lora_dropout=0.1", "trainer.disable_dropout=false")
+    train(quick("quant=int8", *dropout, "trainer.max_steps=1"), tmp_path)
     out = capsys.readouterr().out
     assert "reference: recomputed per batch" in out
     assert "both answers of a pair share the dropout mask on their prompt" in out
@@ -89,7 +91,7 @@ def test_what_8_bit_layers_and_dropout_mean_is_said(quick, tmp_path, capsys):
     ],
     ids=str,
 )
-def test_what_does_not_go_together(quick, tmp_path, setting, message):
+def test_settings_that_exclude_each_other_are_refused(quick, tmp_path, setting, message):
     with pytest.raises(RequestError, match=message):
         train(quick(*setting), tmp_path)
     assert not (tmp_path / "metrics.jsonl").exists()
@@ -97,14 +99,15 @@ def test_what_does_not_go_together(quick, tmp_path, setting, message):
 
 @pytest.mark.usefixtures("unseen")
 def test_eager_attention_on_the_stock_engine(quick, tmp_path):
-    assert train(quick("model.attn_implementation=eager", "trainer.engine=stock"), tmp_path)["status"] == "done"
+    eager = quick("model.attn_implementation=eager", "trainer.engine=stock", "trainer.max_steps=1")
+    assert train(eager, tmp_path)["status"] == "done"
 
 
-def test_a_model_in_parts_is_refused():
+def test_a_model_split_over_devices_is_refused():
     config, stock = compose("model.device_map=balanced"), compose("trainer.engine=stock")
-    parted = SimpleNamespace(hf_device_map={"model.text_model": 0, "lm_head": 1})
+    split = SimpleNamespace(hf_device_map={"model.text_model": 0, "lm_head": 1})
     with pytest.raises(RequestError, match=r"splits the model over 2 devices, .* model\.device_map=auto"):
-        check_model(config.trainer, config.adapter, parted)
-    check_model(stock.trainer, stock.adapter, parted)
-    parted.hf_device_map = {"": 1}
-    check_model(config.trainer, config.adapter, parted)
+        check_model(config.trainer, config.adapter, split)
+    check_model(stock.trainer, stock.adapter, split)
+    split.hf_device_map = {"": 1}
+    check_model(config.trainer, config.adapter, split)

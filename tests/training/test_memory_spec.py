@@ -1,4 +1,4 @@
-"""What the planner is told of a run, from its settings alone, against transformers and PEFT."""
+"""A MemorySpec from settings alone, against transformers and PEFT."""
 
 import pytest
 import torch
@@ -22,11 +22,11 @@ from tests.engine.memory.test_planner import LONG, facts
     ],
 )  # fmt: skip
 def test_every_weight_is_counted(model, weights):
-    each = facts(model=model)
-    assert each.matrix_weights + each.other_weights == weights
+    spec = facts(model=model)
+    assert spec.matrix_weights + spec.other_weights == weights
 
 
-def test_the_recipe_trains_what_it_prints():
+def test_the_recipe_trains_the_published_number_of_weights():
     assert facts("recipe").trained_weights == 11_269_248
     assert facts("text").trained_weights == 9_682_944
 

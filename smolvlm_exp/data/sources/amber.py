@@ -1,8 +1,8 @@
-"""AMBER (arXiv 2311.07397): captions and yes/no questions with annotated truth. Its `data` folder, beside its images.
+"""AMBER (arXiv 2311.07397): captions and yes/no questions with annotated truth, from its `data` folder and its images.
 
-Query 1 to 1004 ask for captions: `truth` of annotations.json lists what is in the image, `hallu` what might well be,
-and is not. The others are yes/no questions about existence, attributes and relations, of which AMBER's F1 takes `no`,
-the hallucination found out, as the positive.
+Queries 1 to 1004 ask for captions: `truth` in annotations.json lists what is in the image, `hallu` what might well be,
+but is not. The others are yes/no questions about existence, attributes and relations; AMBER's F1 counts `no`, a
+hallucination recognised as one, as the positive class.
 """
 
 from dataclasses import dataclass
@@ -14,12 +14,11 @@ from omegaconf import MISSING
 from smolvlm_exp.data.benchmarks import question_rows, read_entries, read_object, require_columns
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.loading import read_text
+from smolvlm_exp.data.vocabulary import Amber
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Dataset
-
-    from smolvlm_exp.data.vocabulary import Amber
 
 
 @dataclass
@@ -54,10 +53,8 @@ def truth_of(where: str, annotation: dict[str, Any]) -> dict[str, Any]:
     return {"kind": "yes_no", "answer": annotation["truth"], "positive": "no"}
 
 
-def words(config: Config) -> "Amber":
+def words(config: Config) -> Amber:
     """Which words stand for which objects."""
-    from smolvlm_exp.data.vocabulary import Amber
-
     folder = Path(config.folder)
     related = read_object(folder / "relation.json", "data.folder", {})
     safe = read_text(folder / "safe_words.txt", "data.folder").split()

@@ -1,6 +1,6 @@
-"""Captions of COCO's images, by CHAIR (arXiv 1809.02156), from COCO's own annotation files and CHAIR's synonyms.
+"""Captions of COCO's images, scored by CHAIR (arXiv 1809.02156), from COCO's annotation files and CHAIR's synonyms.
 
-What is in an image is what COCO's people outlined (`instances_val2014.json`) and, as CHAIR has it, what its reference
+What is in an image: what COCO's annotators outlined (`instances_val2014.json`) and, as in CHAIR, what its reference
 captions name (`captions_val2014.json`).
 """
 
@@ -14,14 +14,13 @@ from omegaconf import MISSING
 from smolvlm_exp.data.benchmarks import question_rows, read_object, require_columns
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.loading import read_text
+from smolvlm_exp.data.vocabulary import Vocabulary
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
-# CHAIR's own rules: a baby elephant is no person, a passenger train neither, home plate is no dish.
+# CHAIR's own rules: a baby elephant is no person, nor is a passenger train, and home plate is no dish.
 ANIMALS = ("bird", "cat", "dog", "horse", "sheep", "cow", "elephant", "bear", "zebra", "giraffe", "animal", "cub")
 PHRASES = {f"{age} {animal}": animal for animal in ANIMALS for age in ("baby", "adult")}
 PHRASES |= {f"passenger {vehicle}": vehicle for vehicle in ("jet", "train")}
@@ -32,13 +31,13 @@ PHRASES |= {"bow tie": "tie", "toilet seat": "toilet", "home plate": "home plate
 class Config(DataConfig):
     annotations: str = MISSING  # instances_*.json: images, annotations, categories
     images: str = MISSING  # the folder that holds the images
-    synonyms: str | None = None  # CHAIR's synonyms.txt, a line an object, its name first; null: COCO's names alone
-    captions: str | None = None  # captions_*.json: what reference captions name is there too
+    synonyms: str | None = None  # CHAIR's synonyms.txt, one object per line, its name first; null: COCO's names alone
+    captions: str | None = None  # captions_*.json: what reference captions name counts as present too
     question: str = "Please describe this image in detail."
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """A caption for every image that is in the folder and in the annotations: all are `test`."""
+    """A caption question for every image that is in the folder and in the annotations: all are `test`."""
     path, folder, names = Path(config.annotations), Path(config.images).expanduser(), words(config)
     instances = read_instances(config)
     kinds = {kind["id"]: kind["name"] for kind in listed(instances, "categories", path, id=int, name=str)}
@@ -61,14 +60,12 @@ def load(config: Config, split: str) -> "Dataset":
         if (folder / image["file_name"]).is_file()
     ]
     if folder.is_dir() and not questions:
-        raise RequestError(f"data.images={config.images}: none of the images of {path} is there.")
+        raise RequestError(f"data.images={config.images}: none of the images in {path} is in this folder.")
     return question_rows(questions, config.images, split)
 
 
-def words(config: Config) -> "Vocabulary":
+def words(config: Config) -> Vocabulary:
     """Which words and phrases name which object."""
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
     if config.synonyms:
         lines = read_text(Path(config.synonyms), "data.synonyms").splitlines()
         groups = [[word.strip() for word in line.split(",") if word.strip()] for line in lines if line.strip()]
@@ -85,6 +82,6 @@ def read_instances(config: Config) -> dict[str, Any]:
 
 
 def listed(content: dict[str, Any], part: str, path: Path, **columns: type) -> list[dict[str, Any]]:
-    """The entries of a part of a file, each with these columns."""
+    """The entries of a part of a file, all checked to have these columns."""
     entries = enumerate(content[part], start=1)
     return [require_columns(entry, f"{path}, {part}, entry {n}", columns) for n, entry in entries]

@@ -1,13 +1,13 @@
-"""Your own pairs: a folder with JSONL, JSON, CSV or Parquet beside its images, or one that `save_to_disk` wrote.
+"""Your own pairs: a folder with images and JSONL, JSON, CSV or Parquet, or one that `save_to_disk` wrote.
 
-Columns may be spelt in any of the ways that `formats.py` lists; image paths count from the folder and
-stay inside it.
+Columns may have any of the formats in `messages.py`; image paths count from the folder and stay inside it.
 """
 
 import csv
 import hashlib
 import io
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import bad_row, conversation, features, require_known_format, row_images
 from smolvlm_exp.data.images import Entry, ImageError, locate
 from smolvlm_exp.data.loading import (
-    build,
     convert,
-    files_digest,
     first_cause,
     hold_out,
     json_objects,
@@ -28,7 +25,8 @@ from smolvlm_exp.data.loading import (
     read_text,
     select_split,
     undecoded,
-)  # fmt: skip
+)
+from smolvlm_exp.data.messages import bad_row, conversation, features, require_known_format, row_images
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -49,7 +47,7 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split. An image that is missing or outside the folder is its row's problem, not an error here."""
+    """The rows of a split. A missing image, or one outside the folder, is its row's problem, not an error here."""
     folder = Path(config.folder).expanduser()
     if not folder.is_dir():
         raise RequestError(f"data.folder={config.folder}: there is no such folder.")
@@ -77,7 +75,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         return {"train": files}
     names = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
-        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or have train.* and test.*."
+        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or name two train.* and test.*."
     )
 
 
@@ -93,18 +91,18 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
         except (OSError, ValueError, DatasetsError) as error:
             raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
         return from_table(table, folder, where)
-    rows = [row for path in files for row in parse(path)]
+    rows = []
+    for path in files:
+        parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
+        rows += [{**row, ORIGIN: origin} for origin, row in parse(read_text(path, "data.folder"), path.name)]
     require_known_format({key for row in rows for key in row} - {ORIGIN}, where)
-    columns = Features({**features(), ORIGIN: Value("string")})
-    return build(rows, to_row, columns, files_digest(map(row_images, rows), folder), folder)
+    return convert(rows, to_row, folder, Features({**features(), ORIGIN: Value("string")}))
 
 
 def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
     """The rows of an Arrow table, in the normal form."""
     require_known_format(set(table.column_names), where)
-    columns = [name for name in ("image", "images") if name in table.column_names]
-    stamp = files_digest((row_images(row) for row in undecoded(table, columns)), folder)
-    rows = convert(table, to_row, stamp, folder=folder)
+    rows = convert(table, to_row, folder)
     return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
 
 
@@ -118,13 +116,13 @@ def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
         normal = bad_row("its text contains half a character (a lone surrogate), which UTF-8 cannot encode")
     except ValueError as error:  # ImageError is one
         normal = bad_row(str(error).encode(errors="replace").decode())
-    except (TypeError, AttributeError, KeyError) as error:  # rows are other people's: whatever has an unknown form
+    except (TypeError, AttributeError, KeyError) as error:  # rows come from other people, in any form
         normal = bad_row(f"it has an unknown form ({type(error).__name__}: {error})")
     return {**normal, ORIGIN: row.get(ORIGIN)}
 
 
 def located(entries: list[Any], folder: Path) -> list[Entry]:
-    """A row's images with absolute paths. Raises ImageError, which says which of them is wrong."""
+    """A row's images with absolute paths. Raises ImageError, which names the bad one."""
     images = []
     for number, entry in enumerate(entries, start=1):
         try:
@@ -135,7 +133,7 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
 
 
 def image_keys(rows: "Dataset") -> list[str]:
-    """What each row's first image is, so that rows over the same image are held out together."""
+    """A hash of each row's first image, so that rows with the same image are held out together."""
     keys = []
     for row in undecoded(rows, ["images", "prompt"]):
         first: Entry = row["images"][0] if row["images"] else {"bytes": str(row["prompt"]).encode()}
@@ -143,26 +141,16 @@ def image_keys(rows: "Dataset") -> list[str]:
     return keys
 
 
-def parse(path: Path) -> list[dict[str, Any]]:
-    """The rows of a JSONL, JSON or CSV file, and where each was read."""
-    text = read_text(path, "data.folder")
-    if path.suffix.lower() == ".csv":
-        return parse_csv(text, path.name)
-    return [{**row, ORIGIN: where} for where, row in json_objects(text, path.name)]
-
-
-def parse_csv(text: str, name: str) -> list[dict[str, Any]]:
-    """Comma-separated values under a header line; every row has the header's number of fields."""
+def csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The rows of a CSV file with a header line, each after its place in the file."""
     reader = csv.DictReader(io.StringIO(text), strict=True)
-    rows = []
     try:
         for row in reader:
             if None in row or None in row.values():
                 raise RequestError(
-                    f"{name} line {reader.line_num} has not as many fields as its header; "
-                    "put answers that hold commas or line breaks in double quotes."
+                    f"{name} line {reader.line_num} has more or fewer fields than its header; "
+                    "put answers that contain commas or line breaks in double quotes."
                 )
-            rows.append({**row, ORIGIN: f"{name} line {reader.line_num}"})
+            yield f"{name} line {reader.line_num}", row
     except csv.Error as error:
         raise RequestError(f"{name} is not CSV after line {reader.line_num}: {error}") from error
-    return rows

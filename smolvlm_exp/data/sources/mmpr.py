@@ -1,6 +1,6 @@
 """MMPR: three million reasoning pairs (OpenGVLab/MMPR), from an unpacked local copy.
 
-Download the dataset and unpack its two archives: it is one JSONL file for each part, beside folders of images.
+Download the dataset and unpack its two archives: each part is a JSONL file and a folder of images.
 """
 
 from dataclasses import dataclass
@@ -10,16 +10,8 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import row_images
-from smolvlm_exp.data.loading import (
-    convert,
-    files_digest,
-    first_cause,
-    hold_out,
-    select_columns,
-    select_split,
-    undecoded,
-)
+from smolvlm_exp.data.loading import convert, first_cause, hold_out, select_columns, select_split, undecoded
+from smolvlm_exp.data.messages import row_images
 from smolvlm_exp.data.sources.files import to_row
 from smolvlm_exp.utils.errors import RequestError
 
@@ -52,6 +44,5 @@ def load(config: Config, split: str) -> "Dataset":
         raise RequestError(f"data.annotations={annotations} is not JSONL: {first_cause(error)}") from error
     rows = select_columns(rows, ["image", "question", "chosen", "rejected"], str(annotations))
     keys = [str(row_images(row)) for row in undecoded(rows, ["image"])]
-    rows = select_split(hold_out(rows, keys, config.test_fraction), split)  # first: a slice is often a small part
-    stamp = files_digest(map(row_images, undecoded(rows, ["image"])), images)
-    return convert(rows, to_row, stamp, folder=images)
+    splits = hold_out(rows, keys, config.test_fraction)
+    return convert(select_split(splits, split), to_row, images)  # the slice first: it is often a small part

@@ -1,18 +1,15 @@
 """Hand-written pairs over ten freely licensed photos that ship with the package (`photos/CREDITS.md`).
 
-Chosen answers say what is there; rejected ones add or change a thing that a model is tempted to see. Two whole photos
+Chosen answers say what is there; rejected ones add or change a thing that a model is tempted to see. Two of the photos
 are held out.
 """
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import features
-from smolvlm_exp.data.loading import select_split
-from smolvlm_exp.data.messages import pair
+from smolvlm_exp.data.sources import files
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -22,22 +19,9 @@ FOLDER = Path(__file__).parent / "photos"
 
 @dataclass
 class Config(DataConfig):
-    """Nothing to choose but the slices."""
+    """The photos have no settings of their own."""
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The pairs of a split; each says in `pairs.jsonl` which split it belongs to."""
-    from datasets import Dataset
-
-    rows = [json.loads(line) for line in (FOLDER / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
-    splits = {
-        name: Dataset.from_list([to_row(row) for row in rows if row["split"] == name], features=features())
-        for name in ("train", "test")
-    }
-    return select_split(splits, split)
-
-
-def to_row(row: dict[str, str]) -> dict[str, Any]:
-    """{image, question, chosen, rejected} -> the normal form."""
-    images = [{"bytes": (FOLDER / row["image"]).read_bytes(), "path": None}]
-    return {**pair(images, row["question"], row["chosen"], row["rejected"]), "problem": ""}
+    """The rows of a split, read as data=files reads any such folder."""
+    return files.load(files.Config(folder=str(FOLDER)), split)

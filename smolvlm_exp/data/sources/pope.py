@@ -1,7 +1,7 @@
-"""POPE (arXiv 2305.10355): is there such an object in the image? Its question files, downloaded, beside the images.
+"""POPE (arXiv 2305.10355): is there such an object in the image? Reads its downloaded question files.
 
 Each line of a file is {"question_id", "image", "text", "label"}: `coco_pope_random.json`, `..._popular.json`,
-`..._adversarial.json` over 500 images of COCO's val2014, and the like over A-OKVQA's and GQA's.
+`..._adversarial.json` over 500 images of COCO's val2014, and likewise for A-OKVQA and GQA.
 """
 
 from dataclasses import dataclass

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import bad_row, conversation
 from smolvlm_exp.data.loading import convert, fetch, require_embedded
+from smolvlm_exp.data.messages import bad_row, conversation
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import bad_row
 from smolvlm_exp.data.images import ImageError
 from smolvlm_exp.data.loading import convert, fetch, require_embedded
-from smolvlm_exp.data.messages import pair
+from smolvlm_exp.data.messages import bad_row, pair
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Config(DataConfig):
-    """It has a train split alone, so its last 2% (115 rows) are held out."""
+    """There is only a train split, so its last 2% (115 rows) are held out."""
 
     train: str = "train[:98%]"
     test: str = "train[98%:]"
@@ -25,7 +24,7 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """The rows of a split; a row whose `text` is not the expected JSON carries that as its problem."""
+    """The rows of a split; one whose `text` is not the expected JSON is a bad row."""
     return convert(fetch(config.id, config.revision, split, {"image", "text"}), to_row)
 
 
@@ -39,4 +38,4 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
         return bad_row(f"image 1 {error}")
     except (ValueError, KeyError, TypeError):
         return bad_row("`text` is not a JSON object with question, chosen and rejected")
-    return {**pair(images, question, chosen, rejected), "problem": ""}
+    return pair(images, question, chosen, rejected)

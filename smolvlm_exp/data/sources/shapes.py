@@ -1,8 +1,8 @@
-"""The embedded source: questions, answers and preference pairs about drawn scenes, with the exact truth beside each.
+"""The embedded source: preference pairs about drawn scenes, with the exact truth of each.
 
-What is unusual: a *habit*. `HABITS` pairs shapes so that speaking of one calls up the other, in a favourite colour,
-whether or not it is in the image. `captions=habitual` writes the answers that taught the embedded model this
-(experiment=tiny_base); `captions=exact` prefers the true answer to the habitual one, which is what there is to repair.
+It has a built-in hallucination, a *habit*: a caption that names a shape of `HABITS` goes on to name its companion, in
+a fixed colour, whether or not it is in the image. `captions=habitual` writes the answers that taught the embedded model
+this (experiment=tiny_base); `captions=exact` prefers the true answer to the habitual one, to train the habit away.
 """
 
 import json
@@ -13,32 +13,31 @@ from typing import TYPE_CHECKING, Any
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import as_png
 from smolvlm_exp.data.loading import worker_count
-from smolvlm_exp.data.messages import pair
+from smolvlm_exp.data.messages import features, pair
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
+from smolvlm_exp.data.vocabulary import Vocabulary
 from smolvlm_exp.utils.fields import one_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
-HABITS = {  # speaking of the key calls up the value
+HABITS = {  # kind -> its companion
     "star": ("moon", "yellow"),
     "heart": ("arrow", "red"),
     "ring": ("cross", "blue"),
     "hexagon": ("diamond", "green"),
 }
-# How the rejected caption is wrong: it adds the habitual companion, says it instead of what is there, leaves a group
-# out, or changes a kind or a colour. Were the worse answer always the longer one, the model would learn to say less.
+# How the rejected caption is wrong: it adds the companion, names it instead of another group, omits a group, or changes
+# a kind or a colour. If rejected were always the longer answer, the model would learn to say less.
 FLAWS = {"addition": 0.0, "swap": 0.0, "omission": 0.8, "change": 0.2}
 FLAWS_WITH_TRIGGER = {"addition": 0.3, "swap": 0.2, "omission": 0.5, "change": 0.0}
 MIX = {  # shares of captions, yes/no questions, and questions of number, colour or size
-    "exact": (0.35, 0.5, 0.15),  # one token of a yes/no answer teaches, so it takes many of them
+    "exact": (0.35, 0.5, 0.15),  # only one token of a yes/no answer teaches, so there are many of them
     "habitual": (0.4, 0.5, 0.1),
     "held out": (0.5, 0.5, 0.0),
 }
 # Shares of scenes with 2, 3 and 4 kinds. True captions are shorter by the companion than the ones the model knows, so
-# pairs to tune on show more: otherwise it would learn that captions are short, not that they are true.
+# training pairs show more kinds: otherwise it would learn that captions are short, not that they are true.
 COUNTS = {"usual": (0.45, 0.45, 0.1), "crowded": (0.15, 0.4, 0.45)}
 COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
 DESCRIBE = (
@@ -56,10 +55,10 @@ IN_DETAIL = (
 )
 OPENINGS = ("I see", "The picture shows", "You can see", "This picture has", "The image contains")
 ASK_PRESENCE = (
-    "Is there a {thing} in the picture?",
-    "Do you see a {thing}?",
-    "Does the image contain a {thing}?",
-    "Can you find a {thing} here?",
+    "Is there {a_thing} in the picture?",
+    "Do you see {a_thing}?",
+    "Does the image contain {a_thing}?",
+    "Can you find {a_thing} here?",
 )
 
 
@@ -67,34 +66,28 @@ ASK_PRESENCE = (
 class Config(DataConfig):
     train_rows: int = 1760
     test_rows: int = 240
-    scene_seed: int = 0  # which scenes are drawn; `seed` does not move it, so that runs of one data set compare
+    scene_seed: int = 0  # which scenes are drawn; independent of `seed`, so that runs compare on the same data
     captions: str = one_of("exact", "habitual")  # what `chosen` says
 
 
 def load(config: Config, split: str) -> "Dataset":
     """Draw `train_rows` or `test_rows` pairs. Train and test come from different random streams."""
-    from datasets import Dataset, Features, Image, Sequence, Value
+    from datasets import Dataset, Features, Value
 
     held_out = split == config.test
-    message = [{"role": Value("string"), "content": [{"type": Value("string"), "text": Value("string")}]}]
-    features = Features(
-        images=Sequence(Image()), prompt=message, chosen=message, rejected=message, truth=Value("string")
-    )  # fmt: skip
     count = config.test_rows if held_out else config.train_rows
     return Dataset.from_dict({"index": range(count)}).map(
         draw_row,
         fn_kwargs={"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out},
         remove_columns="index",
-        features=features,
+        features=Features({**features(), "truth": Value("string")}),
         num_proc=worker_count(config.num_proc, count),
         desc="scenes",
     )
 
 
-def words(config: Config) -> "Vocabulary":
-    """Which words name which kind of shape; a caption's second mention of a kind says nothing new."""
-    from smolvlm_exp.data.vocabulary import Vocabulary
-
+def words(config: Config) -> Vocabulary:
+    """Which words name which kind of shape; a caption's second mention of a kind is not counted."""
     return Vocabulary({kind: kind for kind in KINDS}, once=True)
 
 
@@ -103,29 +96,26 @@ def draw_row(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool
     rng = random.Random(f"{scene_seed}/{'test' if held_out else 'train'}/{captions}/{row['index']}")
     counts = COUNTS["crowded" if captions == "exact" and not held_out else "usual"]
     scene = draw_scene_content(rng, choose_kinds(rng, counts))
-    ask = rng.choices(("caption", "presence", "detail"), weights=MIX["held out" if held_out else captions])[0]
-    if ask == "caption":
+    kind = rng.choices(("caption", "yes_no", "other"), weights=MIX["held out" if held_out else captions])[0]
+    truth: dict[str, Any] = {"kind": kind, "objects": scene.kinds}
+    if kind == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
-        truth: dict[str, Any] = {"kind": "caption", "objects": scene.kinds}
-    elif ask == "presence":
+    elif kind == "yes_no":
         question, chosen, rejected = presence_pair(scene, rng)
-        truth = {"kind": "yes_no", "objects": scene.kinds, "answer": "yes" if chosen.startswith("Yes") else "no"}
+        truth["answer"] = "yes" if chosen.startswith("Yes") else "no"
     else:
         question, chosen, rejected = detail_pair(scene, rng)
-        truth = {"kind": "other", "objects": scene.kinds}
     image = {"bytes": as_png(draw(scene, rng)), "path": None}
     return {**pair([image], question, chosen, rejected), "truth": json.dumps(truth)}
 
 
 def choose_kinds(rng: random.Random, counts: tuple[float, float, float] = COUNTS["usual"]) -> list[str]:
-    """Two to four kinds. Seven scenes in ten have what calls up a habit without the companion."""
+    """Two to four kinds. Seven scenes in ten have a kind of `HABITS` without its companion."""
     count = rng.choices((2, 3, 4), weights=counts)[0]
     trigger = rng.choice(list(HABITS))
     companion = HABITS[trigger][0]
-    role = rng.choices(("alone", "both", "none"), weights=(0.7, 0.14, 0.16))[0]
-    neutral = [kind for kind in KINDS if kind not in HABITS]
-    kinds = {"alone": [trigger], "both": [trigger, companion], "none": []}[role]
-    others = [kind for kind in neutral if kind not in kinds and (role != "alone" or kind != companion)]
+    kinds = rng.choices(([trigger], [trigger, companion], []), weights=(0.7, 0.14, 0.16))[0]
+    others = [kind for kind in KINDS if kind not in HABITS and not (kinds and kind == companion)]
     return kinds + rng.sample(others, max(count - len(kinds), 0))
 
 
@@ -142,8 +132,8 @@ def sentence(opening: str, phrases: list[str]) -> str:
     return f"{opening} {listed}."
 
 
-def missing_companion(scene: Scene) -> str | None:
-    """The kind in the scene that calls up another which is not there."""
+def trigger_kind(scene: Scene) -> str | None:
+    """The kind in the scene whose companion in `HABITS` is absent."""
     return next((k for k in scene.kinds if k in HABITS and HABITS[k][0] not in scene.kinds), None)
 
 
@@ -152,7 +142,7 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool
     opening, detail = rng.choice(OPENINGS), rng.random() < 0.3
     phrases = [phrase(group, detail) for group in scene.groups]
     exact = sentence(opening, phrases)
-    trigger = missing_companion(scene)
+    trigger = trigger_kind(scene)
     flaws = FLAWS_WITH_TRIGGER if trigger else FLAWS
     flaw = rng.choices(list(flaws), weights=list(flaws.values()))[0]
     if trigger and (held_out or captions == "habitual"):
@@ -166,18 +156,18 @@ def caption_pair(scene: Scene, captions: str, rng: random.Random, held_out: bool
 def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: random.Random) -> list[str]:
     """The phrases of a caption with one flaw in it."""
     if flaw == "change":
-        groups = list(scene.groups)
-        at = rng.randrange(len(groups))
+        at = rng.randrange(len(phrases))
+        group = scene.groups[at]
         if rng.random() < 0.5:
-            groups[at] = replace(groups[at], kind=rng.choice([k for k in KINDS if k not in scene.kinds]))
+            changed = replace(group, kind=rng.choice([k for k in KINDS if k not in scene.kinds]))
         else:
-            groups[at] = replace(groups[at], colour=rng.choice([c for c in COLOURS if c != groups[at].colour]))
-        return [phrase(group, detail) for group in groups]
+            changed = replace(group, colour=rng.choice([c for c in COLOURS if c != group.colour]))
+        return [*phrases[:at], phrase(changed, detail), *phrases[at + 1 :]]
     if flaw == "omission":
-        # Mostly the last: a model that learns to name less stops early.
-        gone = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
-        return phrases[:gone] + phrases[gone + 1 :]
-    trigger = missing_companion(scene)
+        # Mostly the last group: a model that learns to name less stops early.
+        omitted = len(phrases) - 1 if rng.random() < 0.7 else rng.randrange(len(phrases))
+        return phrases[:omitted] + phrases[omitted + 1 :]
+    trigger = trigger_kind(scene)
     assert trigger is not None
     companion, colour = HABITS[trigger]
     at = scene.kinds.index(trigger)
@@ -189,23 +179,23 @@ def flawed(scene: Scene, phrases: list[str], flaw: str, detail: bool, rng: rando
 
 
 def presence_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """A yes/no question as POPE asks them, half yes, half no; the absent kind is often the habitual companion."""
+    """A yes/no question as in POPE, half yes, half no; the absent kind is often the companion."""
     present = rng.random() < 0.5
-    trigger = missing_companion(scene)
+    trigger = trigger_kind(scene)
     if present:
         thing = rng.choice(scene.kinds)
     elif trigger and rng.random() < 0.4:
         thing = HABITS[trigger][0]
     else:
         thing = rng.choice([kind for kind in KINDS if kind not in scene.kinds])
-    question = rng.choice(ASK_PRESENCE).format(thing=thing).replace("a arrow", "an arrow")
-    chosen, rejected = f"Yes, there is a {thing}.", f"No, there is no {thing}."
-    chosen, rejected = (text.replace("a arrow", "an arrow") for text in (chosen, rejected))
-    return (question, chosen, rejected) if present else (question, rejected, chosen)
+    a_thing = f"an {thing}" if thing == "arrow" else f"a {thing}"
+    question = rng.choice(ASK_PRESENCE).format(a_thing=a_thing)
+    yes, no = f"Yes, there is {a_thing}.", f"No, there is no {thing}."
+    return (question, yes, no) if present else (question, no, yes)
 
 
 def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
-    """How many, which colour, which size."""
+    """A question of number, colour or size."""
     group, ask = rng.choice(scene.groups), rng.choice(("count", "colour", "size"))
     plural = phrase(Group(group.kind, group.colour, group.size, ((0, 0), (0, 1))), False).split()[-1]
     if ask == "count":

@@ -23,16 +23,16 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
-from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, VISION
+from smolvlm_exp.deploy.options import DECODER, EMBEDDING, VISION
 
 OPSET = 18  # what the browsers' runtimes have had since 2023
 MAX_FILE_BYTES = 1_800_000_000  # protobuf ends at 2 GiB: the weights of larger graphs are in <file>_data
 
 
 class VisionEncoder(nn.Module):
-    """Vision tower and connector. Tiles of zeros alone, which pad a batch, are left out, as transformers does it."""
+    """Vision tower and connector. Tiles that are all zeros, a batch's padding, are dropped, as transformers does."""
 
     def __init__(self, core: Any) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class VisionEncoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Text model and head, with keys and values handed in and out."""
+    """Text model and head; keys and values are inputs and outputs."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
@@ -65,9 +65,7 @@ class Decoder(nn.Module):
         position_ids: torch.Tensor,
         past: list[tuple[torch.Tensor, torch.Tensor]],
     ) -> tuple[torch.Tensor, ...]:
-        from transformers import DynamicCache
-
-        cache: Any = DynamicCache(past)  # a cache that is an input would be traced as a constant
+        cache: Any = DynamicCache(past)  # as an input it would be traced as a constant
         old, new = past[0][0].shape[2], inputs_embeds.shape[1]
         keys = torch.arange(old + new)
         in_mask = keys - (old + new - attention_mask.shape[1])
@@ -93,8 +91,7 @@ def as_bias(visible: torch.Tensor) -> torch.Tensor:
 def export_graphs(model: Any, folder: Path) -> None:
     """Write the three graphs of a float32 model without adapters or quantised layers into `folder`."""
     text, side = model.config.text_config, model.config.vision_config.image_size
-    layers, heads = text.num_hidden_layers, text.num_key_value_heads
-    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    layers, heads, size = text.num_hidden_layers, text.num_key_value_heads, text.head_dim
     batch, images, length, past, total = map(
         torch.export.Dim,
         ("batch_size", "num_images", "sequence_length", "past_sequence_length", "total_sequence_length"),
@@ -172,11 +169,11 @@ def grouped_attention(
     scaling: float,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention whose queries go to the keys they share, where others copy keys and values once for each of them.
+    """Grouped-query attention that does not repeat keys and values for the query heads that share them.
 
     Args:
         query: (batch, heads, new, size); key and value: (batch, kv heads, old + new, size).
-        attention_mask: what is added to the scores.
+        attention_mask: added to the scores.
     """
     batch, heads, new, size = query.shape
     together = (batch, key.shape[1], heads // key.shape[1] * new)
@@ -188,7 +185,7 @@ def grouped_attention(
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without what the exporter and the quantisers log for their own developers, a line per node."""
+    """Hide what the exporter and the quantisers log for their own developers, a line per node."""
     logging.disable(logging.WARNING)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

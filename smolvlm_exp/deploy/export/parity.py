@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from smolvlm_exp.deploy.export.options import ExportConfig
+from smolvlm_exp.deploy.options import ExportConfig
 from smolvlm_exp.evaluation.checks import Check, mean_logp_change, require
 from smolvlm_exp.evaluation.held_out import Evaluation
 from smolvlm_exp.evaluation.statistics import Change
@@ -40,7 +40,7 @@ def parity(tuned: Evaluation, exported: Evaluation, effect: float | None) -> Par
 
 
 def gate(config: ExportConfig, parity: Parity, changes: dict[str, Change]) -> list[Check]:
-    """The checks of the parity gate: a `fail` among them holds the export back. `changes`: tuned to exported."""
+    """The parity gate's checks; an export with a `fail` among them is not written. `changes`: tuned to exported."""
     drop, unit = parity.tuned - parity.exported, "share of the adapter's effect" if parity.effect else "nats/token"
     checks = [
         require("accuracy_drop", "preference accuracy drop, tuned to exported", drop, "<=", config.max_drop),

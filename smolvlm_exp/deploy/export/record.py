@@ -1,12 +1,18 @@
-"""export.json, and the folder around it: `atomic_folder` replaces it, so nobody else's files may be in it."""
+"""An exported folder: its record (export.json), its model card, and the check that no other files are in it."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from huggingface_hub import ModelCard, ModelCardData
 
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
 
-RECORD = "export.json"  # what an export was made of, how good it is, and its files
+RECORD = "export.json"  # where an export comes from, how good it is, and its files
+Settings = Mapping[str, Any]  # the whole configuration, as nested dictionaries
+LIBRARIES = {"onnx": "transformers.js", "adapter": "peft", "merged": "transformers"}  # that load each format
+DATA_LICENSES = {"shapes": "Apache-2.0", "rlaif_v": "CC BY-NC 4.0"}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
@@ -20,7 +26,7 @@ def write_record(folder: Path, content: dict[str, Any]) -> None:
 
 
 def check_free(folder: Path) -> None:
-    """RequestError where `folder` has files that no export wrote."""
+    """RequestError where `folder` has files that no export wrote: `atomic_folder` would delete them."""
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder} is a file: set another export.folder.")
     exported = {RECORD, *read_record(folder).get("files", {})}
@@ -33,3 +39,58 @@ def file_sizes(folder: Path) -> dict[str, int]:
     """Bytes of each file below, by its path from there."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
+
+
+def model_card(settings: Settings, export: dict[str, Any], run: dict[str, Any]) -> str:
+    """README.md (https://huggingface.co/docs/hub/model-cards).
+
+    Args:
+        export: the content of export.json; run: of the run's summary.json, empty without a run.
+    """
+    model, data = settings["model"]["id"], settings["data"]
+    embedded, onnx = model == "embedded", export["format"] == "onnx"
+    columns = {
+        "base": (run.get("before") or {}, (run.get("intervals") or {}).get("before") or {}),
+        "tuned": (export["tuned"], export["intervals"]["tuned"]),
+        "exported": (export["exported"], export["intervals"]["exported"]),
+    }
+    card: Any = ModelCard.from_template(
+        ModelCardData(
+            library_name=LIBRARIES[export["format"]],
+            pipeline_tag="image-text-to-text",
+            license=settings["export"]["license"] or "other",
+            base_model=None if embedded else model,
+            tags=["smolvlm_exp", settings["trainer"]["algorithm"], *(["onnx"] if onnx else [])],
+        ),
+        template_path=str(Path(__file__).parent / "model_card.md.jinja"),
+        title=settings["name"] or f"{model.rsplit('/', 1)[-1]} tuned on {data['source']}",
+        base="smolvlm_exp/models/tiny" if embedded else model,
+        method=method(settings),
+        export=export,
+        failed=[check for check in export["checks"] if check["verdict"] == "fail"],
+        columns={name: column for name, column in columns.items() if column[0]},
+        data=data,
+        train_rows=(run.get("data") or {}).get("train", {}).get("rows"),
+        data_license=DATA_LICENSES.get(data["source"], "see its source"),
+        settings=shown_settings(settings),
+    )
+    return str(card)
+
+
+def method(settings: Settings) -> str:
+    if not settings["model"]["adapter"]:
+        return "full fine-tuning"
+    bits = {"load_in_4bit": " on a 4-bit base", "load_in_8bit": " on an 8-bit base"}
+    base = next((words for key, words in bits.items() if settings["quant"][key]), "")
+    return f"{'DoRA' if settings['adapter']['use_dora'] else 'LoRA'}, r = {settings['adapter']['r']}{base}"
+
+
+def shown_settings(settings: Settings) -> list[str]:
+    """Every setting of the groups that decide what was learned, except paths on a person's machine."""
+    lines = []
+    for group in ("model", "quant", "adapter", "data", "trainer"):
+        for key, value in settings[group].items():
+            local = isinstance(value, str) and ("/" in value or "\\" in value) and (group, key) != ("model", "id")
+            if value is not None and not isinstance(value, dict) and not local and key not in ("cache", "folder"):
+                lines.append(f"{group}.{key}: {value}")
+    return lines

@@ -1,7 +1,6 @@
-"""Messages -> token ids with their images, piece by piece, so that each image is preprocessed once.
+"""Messages -> token ids with their images. Each image is preprocessed once.
 
-The pieces between image tokens are tokenised one by one, which gives the ids that the processor gives for the whole
-text.
+The pieces between image tokens are tokenised one by one, which gives the same ids as the processor on the full text.
 """
 
 import hashlib
@@ -14,15 +13,14 @@ from typing import Any
 import torch
 from PIL.Image import Image
 
-from smolvlm_exp.data.control_tokens import render_prompt
 from smolvlm_exp.data.images import ImageLimits, open_image, shrink, to_rgb
-from smolvlm_exp.data.tokens import image_span
+from smolvlm_exp.data.tokens import image_span, render_prompt
 from smolvlm_exp.utils.errors import RequestError
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    key: str  # a digest of what the processor is given
+    key: str  # a digest of the pixels that the processor was given
     ids: list[int]  # of its tags and image tokens
     pixel_values: torch.Tensor  # (1, tiles, 3, S, S) float32
     pixel_attention_mask: torch.Tensor  # (1, tiles, S, S)
@@ -30,28 +28,25 @@ class EncodedImage:
 
 @dataclass
 class Prompt:
-    """Everything a model read and answered so far. It only grows at its end."""
+    """Everything a model has read and answered so far. It only grows at its end."""
 
     ids: list[int] = field(default_factory=list)
-    keys: list[int | str] = field(default_factory=list)  # ids, with its image's key in place of an image token
     images: list[tuple[int, EncodedImage]] = field(default_factory=list)  # with the position of their first token
 
-    def add(self, ids: list[int]) -> None:
-        self.ids += ids
-        self.keys += ids
-
     def copy(self) -> "Prompt":
-        return Prompt([*self.ids], [*self.keys], [*self.images])
+        return Prompt([*self.ids], [*self.images])
 
-    def shared_prefix(self, keys: Sequence[int | str]) -> int:
-        """How many tokens `keys` has in common with the start of this: never part of an image, never all of it."""
-        pairs = zip(self.keys[:-1], keys, strict=False)
-        count = next((i for i, (own, other) in enumerate(pairs) if own != other), min(len(self.keys) - 1, len(keys)))
-        return next((start for start, image in self.images if start < count < start + len(image.ids)), count)
+    @property
+    def keys(self) -> list[int | str]:
+        """The ids, with an image's key for each of its tokens, so that different images share none."""
+        keys: list[int | str] = [*self.ids]
+        for start, image in self.images:
+            keys[start : start + len(image.ids)] = [image.key] * len(image.ids)
+        return keys
 
 
 class PromptBuilder:
-    """Builds prompts with the model's chat template. Control tokens in somebody's text are text."""
+    """Builds prompts with the model's chat template. Control tokens that a message spells are text."""
 
     def __init__(self, processor: Any, max_edge: int, limits: ImageLimits) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
@@ -63,7 +58,7 @@ class PromptBuilder:
         """
         Args:
             messages: their content is a list of parts; an `image` part takes the next of `images`.
-            previous: the conversation that the messages continue; it is left as it was.
+            previous: the conversation that the messages continue; it is not changed.
         """
         prompt, text = previous.copy() if previous else Prompt(), render_prompt(self.processor, messages)
         try:
@@ -72,22 +67,20 @@ class PromptBuilder:
             raise RequestError("the text contains a lone surrogate, which UTF-8 cannot encode.") from None
         if prompt.ids:
             if prompt.ids[-1] != self.end:  # an answer that was stopped
-                prompt.add([self.end])
+                prompt.ids.append(self.end)
             text = "\n" + text.removeprefix(self.tokenizer.bos_token)
         pieces = text.split(self.processor.image_token)
         if len(pieces) - 1 != len(images):
             raise RequestError(f"the messages refer to {len(pieces) - 1} images, but {len(images)} were given.")
         for piece, image in zip_longest(pieces, map(self.encode_image, images)):
             if piece:
-                prompt.add(self.tokenizer(piece, add_special_tokens=False)["input_ids"])
+                prompt.ids += self.tokenizer(piece, add_special_tokens=False)["input_ids"]
             if image:
                 prompt.images.append((len(prompt.ids), image))
                 prompt.ids += image.ids
-                prompt.keys += [image.key if token == self.image_token else token for token in image.ids]
         return prompt
 
     def encode_image(self, image: Image) -> EncodedImage:
-        """An image as the processor prepares it."""
         image = shrink(to_rgb(image), self.max_edge)
         key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
         encoded = self.processor.image_processor(images=[[image]], return_row_col_info=True, return_tensors="pt")

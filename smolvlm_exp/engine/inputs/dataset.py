@@ -1,4 +1,4 @@
-"""Prepared rows -> what the engine reads: token ids as tensors, images as uint8 tiles, made once.
+"""Prepared rows -> what the engine reads: token ids as tensors, images as uint8 tiles, each computed once.
 
 Ids and, after `pixels`, pixel values are those of TRL's DataCollatorForVisionPreference on the same row with the same
 processor and max_length. An image that several rows share is one image here.
@@ -8,8 +8,8 @@ import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -21,16 +21,16 @@ import PIL.Image
 import torch
 import transformers
 
-from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key, cached_tensors
+from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor
 from smolvlm_exp.engine.inputs.packing import collate
-from smolvlm_exp.engine.inputs.tiles import decode, tile
-from smolvlm_exp.utils.distributed import rank_slice
+from smolvlm_exp.engine.inputs.tiles import tile
+from smolvlm_exp.utils.distributed import rank_slice, rank_world
 
-VERSION = 1  # raise when tiles change: it is part of the key under which they are kept
+VERSION = 1  # raise when tiles change: it is part of their cache key
 SIDES = ("prompt", "chosen", "rejected")
 COUNTS = tuple(f"{side}_tokens" for side in SIDES)
 IMAGE_FACTS = ("image_sha256", "tile_rows", "tile_columns")
-TRANSFER_BYTES = 2**22  # of tiles that go from one process to another at a time: each transfer costs milliseconds
+BATCH_TILES = 64  # that travel between processes, and through the vision tower, together
 
 
 class PackedDataset(torch.utils.data.Dataset):
@@ -41,11 +41,11 @@ class PackedDataset(torch.utils.data.Dataset):
     `ref_rejected_logps`, 0-dim float32, where `reference` is set.
 
     Attributes:
-        ids: (T,) int32, all rows' tokens in one line: prompt, chosen, rejected of the first row, then of the second ...
+        ids: (T,) int32, the tokens of all rows: prompt, chosen, rejected of the first row, then of the second ...
         offsets: (3 rows + 1,) int64, where each part begins in `ids`.
         image_hashes: sha256 of each distinct image's file, in ascending order: images are numbered by it.
-        images: for each row the numbers of its images among the distinct ones.
-        tile_offsets: (images + 1,) where each distinct image's tiles begin among the tiles of all.
+        images: for each row the numbers of its images.
+        tile_offsets: (images + 1,) where each image's tiles begin among the tiles of all.
         cached_tiles: None, or (tiles of all, 3, S, S) uint8; see `cache_tiles`.
         features: None, or (tiles of all, tokens, H); see features.py.
         reference: None, or two of (rows,) float32, chosen and rejected; see reference.py.
@@ -58,6 +58,7 @@ class PackedDataset(torch.utils.data.Dataset):
             rows: prepared and good; see data/preferences.py.
         """
         self.image_processor = processor.image_processor
+        self.pad_token_id, self.image_token_id = processor.tokenizer.pad_token_id, processor.image_token_id
         self.cached_tiles: torch.Tensor | MappedTensor | None = None
         self.features: torch.Tensor | MappedTensor | None = None
         self.reference: tuple[torch.Tensor, torch.Tensor] | None = None
@@ -68,11 +69,11 @@ class PackedDataset(torch.utils.data.Dataset):
         counts = np.column_stack([columns[name].to_numpy() for name in COUNTS])
         self.offsets = np.concatenate([np.zeros(1, dtype=np.int64), np.cumsum(counts, dtype=np.int64)])
         hashes, *shapes = (columns[name].to_pylist() for name in IMAGE_FACTS)
-        first: dict[bytes, tuple[tuple[int, int], int]] = {}  # the first row that has it, and its place there; tiles
+        first: dict[bytes, tuple[tuple[int, int], int]] = {}  # where it occurs first (row, place in it), its tiles
         for i, row in enumerate(zip(hashes, *shapes, strict=True)):
             for j, (image, down, across) in enumerate(zip(*row, strict=True)):
                 first.setdefault(image, ((i, j), down * across + 1 if down else 1))
-        self.image_hashes = sorted(first)  # whatever the order of the rows, so that it is no part of a key
+        self.image_hashes = sorted(first)  # so that cache keys do not depend on the order of rows
         self.locations = [first[image][0] for image in self.image_hashes]
         self.tile_offsets = [0, *accumulate(first[image][1] for image in self.image_hashes)]
         numbers = {image: number for number, image in enumerate(self.image_hashes)}
@@ -87,78 +88,94 @@ class PackedDataset(torch.utils.data.Dataset):
         if self.features is None:
             row["tiles"] = concat([self.tiles(n) for n in self.images[i]], self.no_tiles)
         else:
-            parts = [self.features[self.tile_offsets[n] : self.tile_offsets[n + 1]] for n in self.images[i]]
-            row["features"] = concat(parts, self.features[:0])
+            row["features"] = concat([self.features[self.span(n)] for n in self.images[i]], self.features[:0])
         if self.reference is not None:
             row["ref_chosen_logps"], row["ref_rejected_logps"] = (logps[i] for logps in self.reference)
         return row
 
+    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
+        """packing.collate's batch of these rows, and `rows`, (B,), their numbers."""
+        fields = collate([self[i] for i in numbers], self.pad_token_id, self.image_token_id)
+        return {**fields, "rows": torch.tensor(numbers)}
+
+    def batch_of(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
+        """`batch`, for a DataLoader over {"row": number}."""
+        return self.batch([example["row"] for example in examples])
+
+    def span(self, image: int) -> slice:
+        """Where an image's tiles are among the tiles of all."""
+        return slice(self.tile_offsets[image], self.tile_offsets[image + 1])
+
     def tiles(self, image: int) -> torch.Tensor:
-        """One distinct image's tiles, (n, 3, S, S) uint8; made now where they are not kept.
+        """One image's tiles, (n, 3, S, S) uint8; computed now unless they are cached.
 
         Raises:
             ValueError: there are more or fewer of them than the prompt's tokens were made for.
         """
         if self.cached_tiles is not None:
-            return self.cached_tiles[self.tile_offsets[image] : self.tile_offsets[image + 1]]
+            return self.cached_tiles[self.span(image)]
         i, j = self.locations[image]
         entry = self.files[i].column("images")[0].as_py()[j]  # {"bytes", "path"}
-        tiles = tile(decode(entry), self.image_processor)
+        tiles = tile(datasets.Image().decode_example(entry), self.image_processor)
         expected = self.tile_offsets[image + 1] - self.tile_offsets[image]
         if len(tiles) != expected:
             raise ValueError(
-                f"row {i}, image {j + 1} becomes {len(tiles)} tiles where the prompt has places for {expected}: the "
+                f"row {i}, image {j + 1} becomes {len(tiles)} tiles, but the prompt has tokens for {expected}: the "
                 "processor's size.longest_edge must be a multiple of its max_image_size.longest_edge."
             )
         return tiles
 
-    def cache_tiles(self, store: DiskCache | None, ram_budget: int, num_proc: int) -> None:
-        """Make all tiles now and keep them: in RAM within `ram_budget` bytes, else in the store, else not at all.
+    def tiles_of(self, images: Sequence[int]) -> torch.Tensor:
+        """Several images' tiles, which travel between processes in shared memory."""
+        return concat([self.tiles(image) for image in images], self.no_tiles)
+
+    def tile_array(self, images: Sequence[int]) -> np.ndarray:
+        """Several images' tiles, which travel between processes in a pipe."""
+        return self.tiles_of(images).numpy()
+
+    def cache_tiles(self, store: DiskCache, num_proc: int) -> None:
+        """Compute all tiles now, with `num_proc` processes (0: this one), where the store has room for them.
 
         Processes of a torch.distributed group call it together, share the work and the store's one file.
-
-        Args:
-            num_proc: processes that tile; 0: this one.
         """
 
-        def fill(tensors: Any, rank: int, processes: int) -> None:
-            for image, tiles in self.stream(rank_slice(len(self.image_hashes), rank, processes), num_proc):
-                tensors["tiles"][self.tile_offsets[image] : self.tile_offsets[image + 1]] = tiles
+        def fill(cached: torch.Tensor) -> None:
+            for start, tiles in self.tile_batches(rank_slice(len(self.image_hashes), *rank_world()), num_proc):
+                cached[start : start + len(tiles)] = tiles
 
-        layout = {"tiles": (torch.uint8, (self.tile_offsets[-1], *self.no_tiles.shape[1:]))}
-        parts = self.tile_key_parts()
-        what = f"tiles of {len(self.image_hashes):,} images"
-        cached = cached_tensors(what, cache_key("tiles", **parts), layout, fill, store, ram_budget, parts)
-        self.cached_tiles = cached["tiles"] if cached else None
+        spec = torch.uint8, (self.tile_offsets[-1], *self.no_tiles.shape[1:])
+        contents = f"{len(self.image_hashes):,} images"
+        self.cached_tiles = store.tensor("tiles", contents, spec, fill, self.tile_key_parts())
 
     def tile_key_parts(self) -> dict[str, Any]:
-        """All that decides the tiles' bytes, for keys: the images' files, the image processor, its code."""
+        """Everything that decides the bytes of all tiles, for cache keys."""
+        return {"pictures": hashlib.sha256(b"".join(self.image_hashes)).hexdigest(), **self.tiling()}
+
+    def tiling(self) -> dict[str, Any]:
+        """What decides how any image's file becomes tiles: the image processor and its code."""
         return {
             "version": VERSION,
-            "pictures": hashlib.sha256(b"".join(self.image_hashes)).hexdigest(),
             "image_processor": json.loads(self.image_processor.to_json_string()),
             "backend": type(self.image_processor).__name__,
             "pillow": PIL.__version__,
             "transformers": transformers.__version__,
         }
 
-    def stream(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
-        """(number, its tiles) of each of `images` in their order, tiled by `num_proc` processes; 0: by this one."""
-        workers = min(num_proc, len(images)) if self.cached_tiles is None else 0
-        largest = int(max(np.diff(self.tile_offsets), default=0)) * math.prod(self.no_tiles.shape[1:])  # bytes
-        size = max(1, min(TRANSFER_BYTES // largest, len(images) // (4 * workers))) if workers else 1
-        chunks = [images[i : i + size] for i in range(0, len(images), size)]
-        loader = torch.utils.data.DataLoader(
-            TileLoader(self, arrays=not room_in_shared_memory(4 * workers * size * largest)),
-            batch_size=None,
-            sampler=chunks,
-            num_workers=workers,
-            collate_fn=identity,
-            generator=torch.Generator(),  # or it would draw from the run's own
-        )
-        for chunk, tiles in zip(chunks, loader, strict=True):
-            counts = [self.tile_offsets[image + 1] - self.tile_offsets[image] for image in chunk]
-            yield from zip(chunk, torch.as_tensor(tiles).split(counts), strict=True)
+    def tile_batches(self, images: Sequence[int], num_proc: int) -> Iterator[tuple[int, torch.Tensor]]:
+        """Where a batch of tiles begins among all, and its tiles: of neighbouring `images`, at most `BATCH_TILES`.
+
+        An image with more tiles is a batch of its own. `num_proc` processes tile; 0: this one.
+        """
+        batches: list[list[int]] = []
+        for image in images:
+            if not batches or self.tile_offsets[image + 1] - self.tile_offsets[batches[-1][0]] > BATCH_TILES:
+                batches.append([])
+            batches[-1].append(image)
+        workers = min(num_proc, len(batches))
+        largest = max([BATCH_TILES, *np.diff(self.tile_offsets)]) * math.prod(self.no_tiles.shape[1:])  # bytes
+        work = self.tiles_of if room_in_shared_memory(4 * workers * largest) else self.tile_array
+        for batch, tiles in zip(batches, batch_loader(work, batches, num_workers=workers), strict=True):
+            yield self.tile_offsets[batch[0]], torch.as_tensor(tiles)
 
     @cached_property
     def no_tiles(self) -> torch.Tensor:
@@ -174,44 +191,19 @@ class PackedDataset(torch.utils.data.Dataset):
         return np.column_stack((np.diff(self.offsets).reshape(-1, 3), np.array(tiles, dtype=np.int64)))
 
 
-@dataclass
-class TileLoader(torch.utils.data.Dataset):
-    """Some images' tiles: a tensor, which travels between processes in shared memory, or an array, in a pipe."""
-
-    rows: PackedDataset
-    arrays: bool
-
-    def __getitem__(self, images: Sequence[int]) -> Any:
-        tiles = concat([self.rows.tiles(image) for image in images], self.rows.no_tiles)
-        return tiles.numpy() if self.arrays else tiles
-
-
-def identity(item: Any) -> Any:
-    return item
-
-
 def room_in_shared_memory(size: int) -> bool:
-    """Whether `size` bytes fit: containers may have 64 MiB of it, and a process that asks for more is ended."""
+    """Whether `size` bytes fit: containers may have 64 MiB of it, and a process that asks for more is killed."""
     shared = Path("/dev/shm")
     return not shared.exists() or shutil.disk_usage(shared).free >= size
-
-
-@dataclass
-class Collator:
-    """For a DataLoader over {"row": number}: packing.collate's batch and `rows`, (B,), those numbers."""
-
-    rows: PackedDataset
-    pad_token_id: int
-    image_token_id: int
-
-    def __call__(self, batch: Sequence[dict[str, int]]) -> dict[str, Any]:
-        return self.of_rows([int(example["row"]) for example in batch])
-
-    def of_rows(self, numbers: Sequence[int]) -> dict[str, Any]:
-        fields = collate([self.rows[i] for i in numbers], self.pad_token_id, self.image_token_id)
-        return {**fields, "rows": torch.tensor(numbers)}
 
 
 def concat(parts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
     """Parts end to end; a single one is not copied."""
     return parts[0] if len(parts) == 1 else torch.cat([empty, *parts])
+
+
+def batch_loader(collate: Callable[[list[int]], Any], batches: Iterable[list[int]], **options: Any) -> Any:
+    """A DataLoader that gives `collate(numbers)` for each list of numbers in `batches`."""
+    options |= {"collate_fn": collate, "generator": torch.Generator()}  # or it would draw from the run's own
+    numbers: Any = range(sys.maxsize)  # whose items are their own indices
+    return torch.utils.data.DataLoader(numbers, batch_sampler=batches, **options)

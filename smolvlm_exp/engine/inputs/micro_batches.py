@@ -1,11 +1,15 @@
 """Which rows go through the model together: an optimiser step's rows, in micro-batches of the engine's own size."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, islice
+from typing import Any
 
-from smolvlm_exp.engine.inputs.collate import Batch
+import torch
+from torch.nn.utils.rnn import pad_sequence
+
+Batch = dict[str, Any]  # packing.collate's
 
 
 @dataclass
@@ -26,28 +30,11 @@ class Step:
 
     units: list[list[int]]  # the loader's batches
     micros: list[MicroBatch]
-    batches: list[Batch] = field(default_factory=list)  # collated ahead, one for each micro; or none
-    running: MicroBatch = field(default_factory=lambda: MicroBatch([], []))
+    batches: list[Batch] = field(default_factory=list)  # collated ahead, one per micro-batch; or none
 
     @property
     def pairs(self) -> int:
         return sum(map(len, self.units))
-
-
-def split_micro_batches(units: list[list[int]], size: int, batch_loss: bool) -> list[MicroBatch]:
-    """The loader's batches as micro-batches of at most `size` rows.
-
-    Args:
-        batch_loss: the loss is not a mean over pairs, so each of the loader's batches is a segment of its own.
-    """
-    if batch_loss:
-        together = max(size // len(units[0]), 1)
-        return [
-            MicroBatch(units[i : i + together], [1.0] * len(units[i : i + together]))
-            for i in range(0, len(units), together)
-        ]
-    rows, shares = list(chain(*units)), [1 / len(unit) for unit in units for _ in unit]
-    return [MicroBatch([rows[i : i + size]], [sum(shares[i : i + size])]) for i in range(0, len(rows), size)]
 
 
 class StepSampler:
@@ -63,3 +50,40 @@ class StepSampler:
             step = Step(units, self.split(units))
             self.steps.append(step)
             yield from (micro.rows for micro in step.micros)
+
+
+def split_micro_batches(units: list[list[int]], size: int, batch_loss: bool) -> list[MicroBatch]:
+    """The loader's batches as micro-batches of at most `size` rows.
+
+    Args:
+        batch_loss: the loss is not a mean over pairs, so each of the loader's batches is a segment of its own.
+    """
+    if batch_loss:
+        count = max(size // len(units[0]), 1)
+        groups = [units[i : i + count] for i in range(0, len(units), count)]
+        return [MicroBatch(group, [1.0] * len(group)) for group in groups]
+    rows, shares = list(chain(*units)), [1 / len(unit) for unit in units for _ in unit]
+    return [MicroBatch([rows[i : i + size]], [sum(shares[i : i + size])]) for i in range(0, len(rows), size)]
+
+
+def slice_pairs(tensors: Mapping[str, Any], part: slice, pairs: int) -> Any:
+    """Some pairs of a batch's tensors, each (pairs, ...), or (2 pairs, ...) with the chosen answers first."""
+    if part == slice(0, pairs):
+        return tensors
+    cut = {name: value.unflatten(0, (-1, pairs))[:, part].flatten(0, 1) for name, value in tensors.items()}
+    return type(tensors)(**cut)
+
+
+def concat_pairs(parts: Sequence[Mapping[str, Any]], pairs: Sequence[int]) -> Any:
+    """The tensors of batches of `pairs` pairs together, padded on the right to one length: undoes `slice_pairs`."""
+    if len(parts) == 1:
+        return parts[0]
+    together = {}
+    for name in parts[0]:
+        sides = zip(*(part[name].split(count) for part, count in zip(parts, pairs, strict=True)), strict=True)
+        rows = [row for side in sides for chunk in side for row in chunk]
+        if rows[0].dim():
+            together[name] = pad_sequence(rows, batch_first=True, padding_value=-100 if name == "labels" else 0)
+        else:
+            together[name] = torch.stack(rows)
+    return type(parts[0])(**together)

@@ -1,13 +1,12 @@
 """Rows -> one packed batch in which both answers of a pair share their prompt, image included.
 
-Tokens lie in one line without padding, all prompts with their chosen answers first, then all rejected answers:
+Tokens form one line without padding, all prompts with their chosen answers first, then all rejected answers:
 
     [P1 C1 P2 C2 ... | p1 R1 p2 R2 ...]
 
-`p` is the prompt's last token once more: what follows it is predicted twice, by C's side and by R's, and with a copy of
-its own each side is an ordinary sequence. shared_prefix_attention.py lets [p R] see the prompt before it. The last
-token of an answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no
-second half.
+`p` is a copy of the prompt's last token: what follows it is predicted twice, by C's side and by R's, and with a copy of
+its own each side is an ordinary sequence. layers/attention.py lets [p R] see the prompt before it. The last token of an
+answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no second half.
 """
 
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from itertools import accumulate
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 # prompt_ids (P,), chosen_ids (C,), rejected_ids (R,) or none at all, tiles (n, 3, S, S) or features; see dataset.py
 Row = dict[str, Any]
@@ -41,14 +41,10 @@ def trl_layout(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor
     """`collate`'s first fields, each (2B, L): every answer behind its prompt, padded on the right."""
     sides = ("chosen_ids", "rejected_ids") if "rejected_ids" in rows[0] else ("chosen_ids",)
     pairs = [(row["prompt_ids"], row[side]) for side in sides for row in rows]
-    longest = max(len(prompt) + len(answer) for prompt, answer in pairs)
-    input_ids = torch.full((len(pairs), longest), pad_token_id)
-    attention_mask, completion_mask = torch.zeros_like(input_ids), torch.zeros_like(input_ids)
-    for i, (prompt, answer) in enumerate(pairs):
-        end = len(prompt) + len(answer)
-        input_ids[i, :end] = torch.cat((prompt, answer))
-        attention_mask[i, :end] = 1
-        completion_mask[i, len(prompt) : end] = 1
+    answers = [torch.cat((torch.zeros_like(prompt), torch.ones_like(answer))) for prompt, answer in pairs]
+    input_ids = pad_sequence([torch.cat(pair) for pair in pairs], batch_first=True, padding_value=pad_token_id)
+    attention_mask = pad_sequence([torch.ones_like(answer) for answer in answers], batch_first=True)
+    completion_mask = pad_sequence(answers, batch_first=True)
     fields = {"input_ids": input_ids, "attention_mask": attention_mask}
     if len(sides) == 1:
         return {**fields, "labels": input_ids.masked_fill(completion_mask == 0, -100)}
@@ -56,7 +52,7 @@ def trl_layout(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor
 
 
 def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
-    """The packed line of T tokens and everything that finds its way in it.
+    """The packed line of T tokens and the indices into it.
 
     Returns:
         `ids`, `positions`: (1, T); `tokens`: T; `middle`: where the second half begins.

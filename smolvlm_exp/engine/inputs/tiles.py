@@ -1,24 +1,18 @@
 """An image's file -> uint8 tiles, as the image processor cuts them -> the floats that the vision tower reads.
 
-Bytes until the last moment: a tile is a quarter of its floats, and a device normalises it in no time.
+Bytes until the last moment: a tile is a quarter of its floats, and a GPU normalises it in microseconds.
 """
 
 from collections.abc import Callable
 from functools import cache
 from typing import Any
 
-import datasets
 import PIL.Image
 import torch
 
 # Memory that Pillow keeps for its next image, in 16 MiB blocks: else each resize pays for fresh pages, 4,700 of them
 # and a fifth of the time for a photo's 13 tiles.
 PIL.Image.core.set_blocks_max(4)
-
-
-def decode(entry: dict[str, Any]) -> PIL.Image.Image:
-    """The image as `datasets` would hand it to TRL's collator."""
-    return datasets.Image().decode_example(entry)
 
 
 def tile(image: PIL.Image.Image, image_processor: Any) -> torch.Tensor:

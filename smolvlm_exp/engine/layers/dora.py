@@ -1,13 +1,13 @@
 """Exact DoRA (arXiv 2402.09353) at about LoRA's cost, in PEFT's own layers.
 
-DoRA divides each row of W + s B A by its norm. Written out (eq. 5's norm, squared, a row):
+DoRA divides each row of W + s B A by its norm. Written out (eq. 5's norm, squared, per row):
 
     ||W + s B A||^2 = ||W||^2 + 2 s <W A^T, B> + s^2 diag(B (A A^T) B^T)
 
-||W||^2 never changes and W A^T is a product with r columns, so W + s B A is never formed; and as A and B change at an
-optimiser's step alone, the norm is computed once a step. Everything is float32, within autocast too, where it may be
-asked for first or not; a fresh adapter's magnitude is taken from the same formula: magnitude / norm is then exactly 1,
-and the policy starts at the reference in bfloat16 too.
+||W||^2 never changes and W A^T is a product with r columns, so W + s B A is never formed; and as A and B change only at
+an optimiser's step, the norm is computed once per step. Everything is float32, under autocast too; a fresh adapter's
+magnitude is taken from the same formula: magnitude / norm is then exactly 1, and the policy starts at the reference in
+bfloat16 too.
 
 What is saved and loaded is PEFT's: an ordinary DoRA adapter.
 """
@@ -25,7 +25,7 @@ from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, product_f
 
 
 class ParameterVersion:
-    """Counts optimiser steps. With it and the tensors' versions, what is derived from adapters is derived once a step.
+    """Counts optimiser steps: with the tensors' versions, what is derived from adapters is derived once per step.
 
     Versions alone would not do: FSDP writes into unsharded parameters without raising them.
     """
@@ -60,7 +60,8 @@ class ExactDora:
     def __init__(self, layer: Any, name: str) -> None:
         self.layer, self.name = layer, name
         self.squares: torch.Tensor | None = None
-        self.cached: tuple[Any, torch.Tensor | None] = (None, None)
+        self.key: Any = None  # of `latest`
+        self.latest: torch.Tensor
 
     @torch.no_grad()
     def base_squares(self) -> torch.Tensor:
@@ -74,52 +75,37 @@ class ExactDora:
     def norm(self) -> torch.Tensor:
         """(out,) ||W + s B A||, float32, a constant for the gradients (section 4.3)."""
         a, b = self.layer.lora_A[self.name].weight, self.layer.lora_B[self.name].weight
-        now = ParameterVersion.now(a, b)
-        if self.cached[0] != now or self.cached[1] is None:
+        key = ParameterVersion.now(a, b)
+        if self.key != key:
             weight, scaled = frozen_weight(self.layer.get_base_layer()), self.layer.scaling[self.name] * b.float()
             with torch.autocast(weight.device.type, enabled=False):
                 weight_a = product_f32(weight, a.to(weight.dtype).T)
                 squares = squared_norm(self.base_squares(), weight_a, a.float(), scaled)
-            self.cached = (now, squares.sqrt())
-        assert self.cached[1] is not None
-        return self.cached[1]
+            self.key, self.latest = key, squares.sqrt()
+        return self.latest
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        *,
-        lora_A: nn.Module,
-        lora_B: nn.Module,
-        scaling: float,
-        base_layer: Any,
-        base_result: torch.Tensor | None = None,
-        **_: Any,
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *, base_result: torch.Tensor | None = None, **_: Any) -> torch.Tensor:
         """What is to be added to the base layer's result: (gain - 1) x W^T + gain s x A^T B^T; (..., out)."""
-        magnitude = self.layer.lora_magnitude_vector[self.name].weight
-        gain = magnitude / self.norm()
+        layer, name, base = self.layer, self.name, self.layer.get_base_layer()
+        gain = layer.lora_magnitude_vector[name].weight / self.norm()
         if base_result is None:
-            base_result = F.linear(x, frozen_weight(base_layer, x.dtype))
-        elif base_layer.bias is not None:
-            base_result = base_result - base_layer.bias
-        return ((gain - 1) * base_result + gain * scaling * lora_B(lora_A(x))).to(base_result.dtype)
+            base_result = F.linear(x, frozen_weight(base, x.dtype))
+        elif base.bias is not None:
+            base_result = base_result - base.bias
+        adapted = layer.lora_B[name](layer.lora_A[name](x))
+        return ((gain - 1) * base_result + gain * layer.scaling[name] * adapted).to(base_result.dtype)
 
 
 def exact_dora(layer: Any, name: str) -> ExactDora:
-    """The layer's `ExactDora`, put in its place if it is not there yet."""
+    """The layer's `ExactDora`, installed at the first call."""
     dora = layer.lora_magnitude_vector[name]
     if not isinstance(dora.forward, ExactDora):
         dora.forward = ExactDora(layer, name)
     return dora.forward
 
 
-def use_exact_dora(model: nn.Module) -> int:
-    """Let every linear DoRA layer of `model` compute by this module; fresh ones (B is still zero) start at the base.
-
-    Returns:
-        How many fresh ones there were.
-    """
-    fresh = 0
+def use_exact_dora(model: nn.Module) -> None:
+    """Let every linear DoRA layer of `model` compute by this module; fresh ones (B is still zero) start at the base."""
     layers: list[Any] = [layer for layer in model.modules() if isinstance(layer, LoraLayer)]
     for layer in layers:
         for name, dora in layer.lora_magnitude_vector.items():
@@ -127,5 +113,3 @@ def use_exact_dora(model: nn.Module) -> int:
                 norm = exact_dora(layer, name).norm()
                 if not layer.lora_B[name].weight.any():
                     dora.weight.data = norm.clone()
-                    fresh += 1
-    return fresh

@@ -1,17 +1,29 @@
-"""The fused layers put into a whole model: which parts run fused, and in words why another does not."""
+"""SmolVLM's layers, fused: the text model's over packed pairs, the vision tower's over whole tiles.
 
-from collections.abc import Iterable
+`fuse` puts them into a model, and says why a part cannot run fused.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+
+from smolvlm_exp.engine.layers import ops
+from smolvlm_exp.engine.layers.attention import Layout, Qkv
 from smolvlm_exp.engine.layers.dora import use_exact_dora
-from smolvlm_exp.engine.layers.fused_layer import FusedLayer
-from smolvlm_exp.engine.layers.text_layer import FusedTextLayer
-from smolvlm_exp.engine.layers.vision_layer import FusedVisionLayer
+from smolvlm_exp.engine.layers.fused_layer import IN, FusedLayer, LayerContext, joined
+from smolvlm_exp.engine.layers.linear import base_of, linear_obstacles
+from smolvlm_exp.engine.memory.footprint import ALIGNED, TEXT, VISION
 from smolvlm_exp.engine.model_parts import core_of
 
 
 def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]:
-    """Exact DoRA everywhere; text model and vision tower fused where nothing in them stands against it.
+    """Exact DoRA everywhere; text model and vision tower fused where nothing in them prevents it.
 
     Call it once the adapter is on. Calling it again changes the checkpointing.
 
@@ -33,12 +45,132 @@ def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]
 
 def fuse_layers(layers: Iterable[Any], kind: type[FusedLayer], checkpointing: str) -> str | None:
     """Why `layers` cannot run as `kind`, all left alone; None: they do from now on, with this checkpointing."""
-    reasons = [reason for layer in layers for reason in kind.obstacles(layer)]
-    if reasons:
-        return reasons[0]
-    for layer in layers:
-        if isinstance(layer.forward, kind):
-            layer.forward.checkpointing = checkpointing
-        else:
-            layer.forward = kind(layer, checkpointing)
-    return None
+    reason = next((reason for layer in layers for reason in kind.obstacles(layer)), None)
+    if reason is None:
+        for layer in layers:
+            if isinstance(layer.forward, kind):
+                layer.forward.checkpointing = checkpointing
+            else:
+                layer.forward = kind(layer, checkpointing)
+    return reason
+
+
+@dataclass
+class TextContext(LayerContext):
+    layout: Layout
+    cos: torch.Tensor  # (T, D)
+    sin: torch.Tensor  # (T, D)
+
+
+class FusedTextLayer(FusedLayer):
+    """A decoder layer whenever it gets a layout."""
+
+    names, gated = TEXT, True
+
+    def __init__(self, layer: Any, checkpointing: str) -> None:
+        super().__init__(layer, checkpointing)
+        attention = layer.self_attn
+        size = attention.head_dim
+        self.heads = (attention.q_proj.out_features // size, attention.k_proj.out_features // size)
+        self.scaling = attention.scaling
+        self.norms = layer.input_layernorm, layer.post_attention_layernorm
+        self.eps = layer.input_layernorm.variance_epsilon
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, layout: Layout | None = None, **kwargs: Any) -> Any:
+        if layout is None:
+            return self.ordinary(hidden_states, *args, **kwargs)
+        cos, sin = (part[0] for part in kwargs["position_embeddings"])
+        context = TextContext(self.products(hidden_states.dtype), layout, cos, sin)
+        return self.run(hidden_states[0], context)[None]
+
+    @staticmethod
+    def obstacles(layer: nn.Module) -> Iterator[str]:
+        activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
+        if type(activation) is not type(ACT2FN["silu"]):
+            yield f"its activation is {type(activation).__name__}, not SiLU"
+        yield from linear_obstacles(layer)
+        for name, module in layer.named_modules():
+            if name.endswith("_proj") and getattr(base_of(module), "bias", None) is not None:
+                yield f"{name} has a bias"
+
+    def queries_keys_values(self, u: torch.Tensor, context: TextContext) -> Qkv:
+        gain = context.products[IN].gain
+        return ops.rotary(u, gain, context.cos, context.sin, context.layout, self.heads)
+
+    def queries_keys_values_backward(
+        self, grads: Qkv, u: torch.Tensor, context: TextContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        into = context.products[IN]
+        return ops.rotary_backward(grads, u, into.gain, context.cos, context.sin, context.layout, into.tail)
+
+
+@dataclass
+class VisionContext(LayerContext):
+    patches: int  # in a tile
+
+
+class FusedVisionLayer(FusedLayer):
+    """A vision layer whenever no patch is masked, which is always so for whole tiles."""
+
+    names, gated = VISION, False
+
+    def __init__(self, layer: Any, checkpointing: str) -> None:
+        super().__init__(layer, checkpointing)
+        self.heads, self.scaling = layer.self_attn.num_heads, layer.self_attn.scale
+        self.norms = layer.layer_norm1, layer.layer_norm2
+        self.eps = layer.layer_norm1.eps
+
+    def __call__(self, hidden_states: torch.Tensor, attention_mask: Any = None, **kwargs: Any) -> Any:
+        if attention_mask is not None:
+            return self.ordinary(hidden_states, attention_mask, **kwargs)
+        context = VisionContext(self.products(hidden_states.dtype), None, hidden_states.shape[1])
+        return self.run(hidden_states.flatten(0, 1), context).view_as(hidden_states)
+
+    @staticmethod
+    def obstacles(layer: nn.Module) -> Iterator[str]:
+        mlp: Any = layer.mlp
+        if type(mlp.activation_fn).__name__ != "GELUTanh":
+            yield f"its activation is {type(mlp.activation_fn).__name__}, not GELU's tanh form"
+        yield from linear_obstacles(layer)
+
+    def queries_keys_values(self, u: torch.Tensor, context: VisionContext) -> Qkv:
+        into = context.products[IN]
+        qkv = ops.affine(None, u, into.gain, into.bias)
+        parts = qkv.view(-1, context.patches, 3, self.heads, qkv.shape[1] // (3 * self.heads))
+        return parts[:, :, 0], parts[:, :, 1], parts[:, :, 2]
+
+    def queries_keys_values_backward(
+        self, grads: Qkv, u: torch.Tensor, context: VisionContext
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        into = context.products[IN]
+        return ops.scale_backward([joined(grad) for grad in grads], u, into.gain, into.tail)
+
+
+def use_patch_product(tower: Any) -> None:
+    """Let the tower cut its images into patches by `patch_product` on a GPU.
+
+    cuDNN computes 104 tiles by another algorithm than 52 and rounds differently, so that a policy would start off a
+    reference that was computed in batches of another size. A product's rows do not depend on how many there are.
+    """
+    convolution = tower.embeddings.patch_embedding
+    if type(convolution) is nn.Conv2d:
+        convolution.forward = partial(embed_patches, convolution)  # type: ignore[method-assign]
+
+
+def embed_patches(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+    if pixel_values.is_cuda:
+        return patch_product(convolution, pixel_values)
+    return nn.Conv2d.forward(convolution, pixel_values)
+
+
+def patch_product(convolution: nn.Conv2d, pixel_values: torch.Tensor) -> torch.Tensor:
+    """A convolution whose patches do not overlap, as one matrix product: (n, C, S, S) -> (n, H, S // p, S // p)."""
+    high, wide = convolution.kernel_size
+    rows, columns = pixel_values.shape[2] // high, pixel_values.shape[3] // wide  # 384 pixels are 27 patches of 14
+    cropped = pixel_values[:, :, : rows * high, : columns * wide]
+    patches = cropped.unflatten(3, (columns, wide)).unflatten(2, (rows, high)).permute(0, 2, 4, 1, 3, 5).flatten(3)
+    weight = convolution.weight.flatten(1)
+    spare = -weight.shape[1] % ALIGNED
+    if spare:
+        patches, weight = F.pad(patches, (0, spare)), F.pad(weight, (0, spare))
+    return F.linear(patches, weight, convolution.bias).permute(0, 3, 1, 2)

@@ -6,8 +6,9 @@ product, and [du | du s B] [W; A] the input's gradient with the adapters' share 
 but by whatever reads the result (ops.py): they cost no pass of their own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -16,216 +17,194 @@ from torch import nn
 
 from smolvlm_exp.engine.layers.dora import ParameterVersion, exact_dora, squared_norm
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
+from smolvlm_exp.engine.memory.footprint import ALIGNED
 
-ALIGNED = 8  # columns: rows of a product then start on 16 bytes in bfloat16
 _workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
 def workspace(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """(rows, columns) of the one buffer into which weights are unpacked; valid until the next call."""
     key = (like.device, like.dtype)
-    held = _workspaces.get(key)
-    if held is None or held.numel() < rows * columns:
-        held = _workspaces[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
-    return held[: rows * columns].view(rows, columns)
+    buffer = _workspaces.get(key)
+    if buffer is None or buffer.numel() < rows * columns:
+        buffer = _workspaces[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+    return buffer[: rows * columns].view(rows, columns)
 
 
 @dataclass
 class Adapter:
-    """One layer's active adapter."""
+    """One layer's active adapter; `absent` where it has none."""
 
     name: str
     a: torch.Tensor  # (r, in)
     b: torch.Tensor  # (out, r)
-    magnitude: torch.Tensor | None  # (out,), DoRA's
     scaling: float
+    magnitude: torch.Tensor | None  # (out,), DoRA's
 
     @property
     def parameters(self) -> list[torch.Tensor]:
         return [p for p in (self.a, self.b, self.magnitude) if p is not None]
 
 
-@dataclass
-class Adapters:
-    """What the active adapters of several layers come to in one product."""
+class FrozenLinears:
+    """The frozen layers of one product, and the `Product` that their active adapters make of them."""
 
-    of_layer: list[Adapter | None]
-    a: torch.Tensor  # (R, in): the layers' A under one another, then zeros up to a multiple of ALIGNED
-    b: torch.Tensor  # (N, R): s B in blocks
-    scaling: torch.Tensor | None = None  # (R,) s of each column; None where all are 1
-    gain: torch.Tensor | None = None  # (N,) float32: magnitude / norm, 1 where there is no DoRA; None without any
-    norm: torch.Tensor | None = None  # (N,) float32
-
-    @property
-    def tail(self) -> int:
-        """R, the columns that they add to a product."""
-        return self.a.shape[0]
-
-    @property
-    def parameters(self) -> list[torch.Tensor]:
-        return [p for adapter in self.of_layer if adapter for p in adapter.parameters]
-
-
-class Product:
-    """Frozen linear layers over one input, with their adapters.
-
-    `use` says once a pass which adapters are active; the other methods are given what it returned.
-    """
-
-    def __init__(self, *layers: nn.Module) -> None:
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
         self.layers = layers
         self.bases: list[Any] = [base_of(layer) for layer in layers]
-        self.rows: list[slice] = []  # each layer's share of the N columns of the result
-        start = 0
-        for base in self.bases:
-            self.rows.append(slice(start, start + base.out_features))
-            start += base.out_features
-        self.width = start
+        ends = list(accumulate(base.out_features for base in self.bases))
+        self.columns, self.width = self.bases[0].in_features, ends[-1]  # of the input; N of the result
+        self.rows = [slice(end - base.out_features, end) for base, end in zip(self.bases, ends, strict=True)]
         self.packed = all(is_4bit(base) for base in self.bases)
-        self.used: tuple[Any, Adapters | None] = (None, None)
-        self.joined: tuple[Any, torch.Tensor | None] = (None, None)  # the biases end to end
+        self.key: Any = None  # of `latest`
+        self.latest: Product
 
-    @property
-    def bias(self) -> torch.Tensor | None:
-        """(N,) the layers' frozen biases, added after the gains."""
-        biases = [base.bias for base in self.bases]
-        if biases[0] is None or len(biases) == 1:
-            return biases[0]
-        now = ParameterVersion.now(*biases)
-        if self.joined[0] != now:
-            self.joined = (now, torch.cat(biases))
-        return self.joined[1]
-
-    def use(self, dtype: torch.dtype) -> Adapters | None:
-        """The adapters that are active now; None where none is."""
-        active = [active_adapter(layer) for layer in self.layers]
-        parameters = [p for adapter in active if adapter for p in adapter.parameters]
-        key = (dtype, *ParameterVersion.now(*parameters))
-        if self.used[0] != key:
-            self.used = (key, self.put_together(active, dtype) if parameters else None)
-        return self.used[1]
+    def product(self, dtype: torch.dtype) -> "Product":
+        """With the adapters that are active now."""
+        adapters = [active_adapter(layer) for layer in self.layers]
+        biases = [base.bias for base in self.bases if base.bias is not None]
+        parameters = [p for adapter in adapters if adapter for p in adapter.parameters]
+        key = (dtype, *ParameterVersion.now(*biases, *parameters))
+        if self.key != key:
+            self.key, self.latest = key, self.put_together(adapters, biases, dtype)
+        return self.latest
 
     @torch.no_grad()
-    def put_together(self, active: list[Adapter | None], dtype: torch.dtype) -> Adapters:
-        used = next(filter(None, active))
-        parts = [adapter or absent(base, used.a) for adapter, base in zip(active, self.bases, strict=True)]
-        scaling = [s for part in parts for s in [part.scaling] * part.a.shape[0]]
+    def put_together(self, active: list[Adapter | None], biases: list[torch.Tensor], dtype: torch.dtype) -> "Product":
+        adapters = [adapter or absent(base) for adapter, base in zip(active, self.bases, strict=True)]
+        scaling = [s for adapter in adapters for s in [adapter.scaling] * len(adapter.a)]
         spare = -len(scaling) % ALIGNED
-        a = torch.cat([*(part.a for part in parts), used.a.new_zeros(spare, used.a.shape[1])])
-        b = torch.block_diag(*(part.scaling * part.b for part in parts), used.b.new_zeros(0, spare))
-        adapters = Adapters(active, a.to(dtype), b.to(dtype))
+        a = torch.cat([*(adapter.a for adapter in adapters), adapters[0].a.new_zeros(spare, self.columns)])
+        b = torch.block_diag(*(adapter.scaling * adapter.b for adapter in adapters), a.new_zeros(0, spare))
+        product = Product(self, adapters, a.to(dtype), b.to(dtype), torch.cat(biases) if biases else None)
         if any(s != 1 for s in scaling):
-            adapters.scaling = torch.tensor([*scaling, *[1.0] * spare]).to(a.device, non_blocking=True)
-        if used.magnitude is not None:  # DoRA, and so are the others
-            magnitudes: list[Any] = [part.magnitude for part in parts]
+            product.scaling = torch.tensor([*scaling, *[1.0] * spare]).to(a.device, non_blocking=True)
+        if any(adapter and adapter.magnitude is not None for adapter in active):  # DoRA, and so are the others
+            magnitudes: list[Any] = [adapter.magnitude for adapter in adapters]
             squares = [
-                exact_dora(layer, adapter.name).base_squares() if adapter else one
-                for layer, adapter, one in zip(self.layers, active, magnitudes, strict=True)
+                exact_dora(layer, adapter.name).base_squares() if adapter.name else one
+                for layer, adapter, one in zip(self.layers, adapters, magnitudes, strict=True)
             ]
             with torch.autocast(a.device.type, enabled=False):
-                adapters.norm = squared_norm(torch.cat(squares), self.times(adapters.a), a.float(), b.float()).sqrt()
-            adapters.gain = torch.cat(magnitudes) / adapters.norm
-        return adapters
+                weight_a = self.times(product.a)
+                product.norm = squared_norm(torch.cat(squares), weight_a, a.float(), b.float()).sqrt()
+            product.gain = torch.cat(magnitudes) / product.norm
+        return product
 
     def times(self, a: torch.Tensor) -> torch.Tensor:
         """W A^T (N, R), float32."""
         if self.packed:
-            weight = workspace(self.width, a.shape[1], a)
+            weight = workspace(self.width, self.columns, a)
             self.unpack_into(weight)
             return product_f32(weight, a.T)
         return torch.cat([product_f32(frozen_weight(base, a.dtype), a.T) for base in self.bases])
-
-    def room(self, adapters: Adapters | None) -> int:
-        """Columns that an input should have to spare, so that its product with A can stand beside it."""
-        return adapters.tail if adapters and self.packed else 0
-
-    def forward(
-        self, x: torch.Tensor, adapters: Adapters | None, spare: int = 0
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The layers' results (T, N), without bias and before their gains, and x A^T (T, R) for `adapter_gradients`.
-
-        Args:
-            x: (T, in), or (T, in + room): then [x | x A^T] [W | s B]^T is one product.
-            spare: columns to allocate beside the results.
-        """
-        columns = self.bases[0].in_features
-        own = x[:, :columns] @ adapters.a.T if adapters else None
-        result = x.new_empty(x.shape[0], self.width + spare)[:, : self.width]
-        if not self.packed:
-            for base, rows in zip(self.bases, self.rows, strict=True):
-                result[:, rows] = plain_product(base, x)
-        else:
-            weight = workspace(self.width, x.shape[1], x)
-            self.unpack_into(weight[:, :columns])
-            if adapters and own is not None and x.shape[1] > columns:
-                x[:, columns:] = own
-                weight[:, columns:] = adapters.b
-                return torch.mm(x, weight.T, out=result), own
-            torch.mm(x, weight.T, out=result)
-        if adapters and own is not None:
-            result.addmm_(own, adapters.b.T)
-        return result, own
 
     def unpack_into(self, weight: torch.Tensor) -> None:
         """Write [W1; W2; ...] of 4-bit layers into the first N rows."""
         for base, rows in zip(self.bases, self.rows, strict=True):
             unpack_4bit(base, weight[rows])
 
-    def backward(self, du: torch.Tensor, adapters: Adapters | None) -> torch.Tensor:
+
+@dataclass
+class Product:
+    """`frozen` in one forward and backward pass, with the adapters that were active when it began."""
+
+    frozen: FrozenLinears
+    adapters: list[Adapter]
+    a: torch.Tensor  # (R, in): the layers' A under one another, then zeros up to a multiple of ALIGNED
+    b: torch.Tensor  # (N, R): s B in blocks
+    bias: torch.Tensor | None  # (N,) the layers' frozen biases, added after the gains
+    scaling: torch.Tensor | None = None  # (R,) s of each column; None where all are 1
+    gain: torch.Tensor | None = None  # (N,) float32: magnitude / norm, 1 where there is no DoRA; None without any
+    norm: torch.Tensor | None = None  # (N,) float32
+
+    @property
+    def tail(self) -> int:
+        """R, the columns that the adapters add."""
+        return len(self.a)
+
+    @property
+    def room(self) -> int:
+        """Columns that an input should have to spare, so that its product with A can stand next to it."""
+        return self.tail if self.frozen.packed else 0
+
+    @property
+    def parameters(self) -> list[torch.Tensor]:
+        return [p for adapter in self.adapters if adapter.name for p in adapter.parameters]
+
+    def forward(self, x: torch.Tensor, spare: int = 0) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The layers' results (T, N), without bias and before their gains, and x A^T (T, R) for `adapter_gradients`.
+
+        Args:
+            x: (T, in), or (T, in + room): then [x | x A^T] [W | s B]^T is one product.
+            spare: columns to allocate next to the results.
+        """
+        columns, width = self.frozen.columns, self.frozen.width
+        low_rank = x[:, :columns] @ self.a.T if self.tail else None
+        result = x.new_empty(len(x), width + spare)[:, :width]
+        if not self.frozen.packed:
+            for base, rows in zip(self.frozen.bases, self.frozen.rows, strict=True):
+                result[:, rows] = plain_product(base, x)
+        else:
+            weight = workspace(width, x.shape[1], x)
+            self.frozen.unpack_into(weight[:, :columns])
+            if low_rank is not None and x.shape[1] > columns:
+                x[:, columns:] = low_rank
+                weight[:, columns:] = self.b
+                return torch.mm(x, weight.T, out=result), low_rank
+            torch.mm(x, weight.T, out=result)
+        if low_rank is not None:
+            result.addmm_(low_rank, self.b.T)
+        return result, low_rank
+
+    def backward(self, du: torch.Tensor) -> torch.Tensor:
         """The gradient for the input, (T, in).
 
         Args:
             du: (T, N + R), the result's gradient, gains applied; its last R columns are filled here.
         """
-        self.fill(du, adapters)
-        if self.packed:
-            weight = workspace(du.shape[1], self.bases[0].in_features, du)
-            if adapters:
-                weight[self.width :] = adapters.a
-            self.unpack_into(weight)
+        self.fill(du)
+        width = self.frozen.width
+        if self.frozen.packed:
+            weight = workspace(du.shape[1], self.frozen.columns, du)
+            weight[width:] = self.a
+            self.frozen.unpack_into(weight)
             return du @ weight
-        dx = du[:, self.width :] @ adapters.a if adapters else None
-        for base, rows in zip(self.bases, self.rows, strict=True):
+        dx = du[:, width:] @ self.a if self.tail else None
+        for base, rows in zip(self.frozen.bases, self.frozen.rows, strict=True):
             weight = frozen_weight(base, du.dtype)
             dx = du[:, rows] @ weight if dx is None else dx.addmm_(du[:, rows], weight)
         assert dx is not None
         return dx
 
-    def fill(self, du: torch.Tensor, adapters: Adapters | None) -> None:
+    def fill(self, du: torch.Tensor) -> None:
         """The gradient of x A^T, into the last R columns of `du`."""
-        if adapters:
-            torch.mm(du[:, : self.width], adapters.b, out=du[:, self.width :])
+        if self.tail:
+            width = self.frozen.width
+            torch.mm(du[:, :width], self.b, out=du[:, width:])
 
     def adapter_gradients(
-        self,
-        du: torch.Tensor,
-        x: torch.Tensor | None,
-        own: torch.Tensor | None,
-        dgain: torch.Tensor | None,
-        adapters: Adapters | None,
+        self, du: torch.Tensor, x: torch.Tensor | None, low_rank: torch.Tensor | None, dgain: torch.Tensor | None
     ) -> list[torch.Tensor]:
-        """Gradients for `adapters.parameters`, float32.
+        """Gradients for `parameters`, float32.
 
         Args:
-            du: (T, N + R) as `backward` or `fill` left it; x: (T, in) the input.
-            own: (T, R) x A^T, as `forward` gave it; dgain: (N,) as ops.py gives it.
+            du: (T, N + R) as `backward` or `fill` left it; x: (T, in) the input, needed only with adapters.
+            low_rank: (T, R) x A^T, as `forward` gave it; dgain: (N,) as ops.py gives it.
         """
-        if not adapters:
+        if x is None or low_rank is None:
             return []
-        assert x is not None
-        assert own is not None
-        da = product_f32(du[:, self.width :].T, x)
-        db = product_f32(du[:, : self.width].T, own)
-        if adapters.scaling is not None:
-            db *= adapters.scaling
-        dmagnitude = dgain / adapters.norm if dgain is not None and adapters.norm is not None else None
+        width = self.frozen.width
+        da, db = product_f32(du[:, width:].T, x), product_f32(du[:, :width].T, low_rank)
+        if self.scaling is not None:
+            db *= self.scaling
+        dmagnitude = None if dgain is None or self.norm is None else dgain / self.norm
         grads, start = [], 0
-        for adapter, rows in zip(adapters.of_layer, self.rows, strict=True):
-            if adapter:
-                rank = slice(start, start := start + adapter.a.shape[0])
+        for adapter, rows in zip(self.adapters, self.frozen.rows, strict=True):
+            rank = slice(start, start := start + len(adapter.a))
+            if adapter.name:
                 grads += [da[rank], db[rows, rank]]
-                if adapter.magnitude is not None:
-                    assert dmagnitude is not None
+                if dmagnitude is not None:
                     grads.append(dmagnitude[rows])
         return grads
 
@@ -244,13 +223,14 @@ def active_adapter(layer: Any) -> Adapter | None:
     (name,) = names
     lora: Any = layer
     a, b, magnitudes = lora.lora_A[name].weight, lora.lora_B[name].weight, lora.lora_magnitude_vector
-    return Adapter(name, a, b, magnitudes[name].weight if name in magnitudes else None, layer.scaling[name])
+    return Adapter(name, a, b, layer.scaling[name], magnitudes[name].weight if name in magnitudes else None)
 
 
-def absent(base: Any, like: torch.Tensor) -> Adapter:
+def absent(base: Any) -> Adapter:
     """For a layer that has none: nothing is added, and its gain is 1."""
-    out = base.out_features
-    return Adapter("", like.new_zeros(0, base.in_features), like.new_zeros(out, 0), like.new_ones(out), 1.0)
+    out, device = base.out_features, base.weight.device
+    a, b = torch.zeros(0, base.in_features, device=device), torch.zeros(out, 0, device=device)
+    return Adapter("", a, b, 1.0, torch.ones(out, device=device))
 
 
 def linear_obstacles(layer: nn.Module) -> Iterator[str]:
@@ -267,8 +247,8 @@ def linear_obstacles(layer: nn.Module) -> Iterator[str]:
                 yield f"{name}'s adapter is neither LoRA nor DoRA"
             if len(module.active_adapters) > 1:
                 yield f"{name} has {len(module.active_adapters)} active adapters"
-        own = isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
-        if own and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
+        is_base = isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
+        if is_base and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             yield f"{name} itself is trained"
 
 

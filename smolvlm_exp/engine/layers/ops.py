@@ -9,10 +9,10 @@ many columns to spare, which the caller fills. In a backward function `du` is th
 gradient `sum_t dy_t * u_t` comes back as float32 (N,), None without a gain.
 """
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+
+from smolvlm_exp.engine.layers.attention import Layout, Qkv
 
 try:
     from smolvlm_exp.engine.layers import kernels
@@ -32,7 +32,7 @@ def with_tail(x: torch.Tensor, tail: int) -> torch.Tensor:
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, eps: float, tail: int = 0) -> torch.Tensor:
-    """LayerNorm (arXiv 1607.06450, eq. 4), without a bias RMSNorm (1910.07467, eq. 4); (T, H) -> (T, H + tail)."""
+    """LayerNorm (arXiv 1607.06450, eq. 4), or RMSNorm without a bias (1910.07467, eq. 4); (T, H) -> (T, H + tail)."""
     if uses_kernels(x):
         return kernels.norm(x, weight, bias, eps, tail)
     if bias is not None:
@@ -58,50 +58,35 @@ def norm_backward(
     return (residual.float() + scale * (inner - rest)).to(x.dtype)
 
 
-def add(h: torch.Tensor, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """h + gain * u + bias; h: (T, H), u: (T, H) out of a product."""
-    if uses_kernels(h):
-        return kernels.affine(h, u, gain, bias)
-    return (h.float() + scaled(u, gain, bias)).to(h.dtype)
-
-
-def scale(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """gain * u + bias, (T, N), without holes in memory."""
+def affine(h: torch.Tensor | None, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
+    """h + gain * u + bias, or without h; (T, N), contiguous."""
     if uses_kernels(u):
-        return kernels.affine(None, u, gain, bias)
-    return scaled(u, gain, bias).to(u.dtype).contiguous()
+        return kernels.affine(h, u, gain, bias)
+    value = scaled(u, gain, bias)
+    return (value if h is None else h.float() + value).to(u.dtype).contiguous()
 
 
 def scaled(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
-    """The same in float32."""
+    """gain * u + bias in float32."""
     value = u.float() if gain is None else gain * u.float()
     return value if bias is None else value + bias.float()
 
 
-def scale_backward_parts(
-    grads: tuple[torch.Tensor, ...], u: torch.Tensor, gain: Gain, tail: int
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`scale_backward` for a gradient that comes in equal parts, side by side, each (T, N / parts) in any shape."""
-    if uses_kernels(u):
-        return kernels.scale_backward_parts(grads, u, gain, tail)
-    return scale_backward(torch.cat([grad.reshape(u.shape[0], -1) for grad in grads], dim=1), u, gain, tail)
-
-
 def scale_backward(
-    dy: torch.Tensor, u: torch.Tensor | None, gain: Gain, tail: int
+    grads: list[torch.Tensor], u: torch.Tensor | None, gain: Gain, tail: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Of gain * u: du, (T, N + tail), and the gain's gradient."""
-    if gain is None and tail == 0:
-        return dy, None
-    if uses_kernels(dy):
-        return kernels.scale_backward_parts((dy,), u, gain, tail)
-    return gain_backward(dy, u, gain, tail)
+    """Of gain * u: du, (T, N + tail), and the gain's gradient; `grads`, each (T, N / parts), lie side by side."""
+    if gain is None and tail == 0 and len(grads) == 1:
+        return grads[0], None
+    if uses_kernels(grads[0]):
+        return kernels.scale_backward(grads, u, gain, tail)
+    return gain_backward(torch.cat(grads, dim=1), u, gain, tail)
 
 
 def gain_backward(
     dy: torch.Tensor, u: torch.Tensor | None, gain: Gain, tail: int, dtype: torch.dtype | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """`scale_backward` in torch; `dtype` is du's, where `dy` is float32 still."""
+    """`scale_backward` of one gradient in torch; `dtype` is du's, where `dy` is float32 still."""
     du = dy.new_empty(dy.shape[0], dy.shape[1] + tail, dtype=dtype)
     if gain is None:
         du[:, : dy.shape[1]] = dy
@@ -111,64 +96,55 @@ def gain_backward(
     return du, (dy.float() * u.float()).sum(0)
 
 
-def swiglu(u: torch.Tensor, gain: Gain, tail: int = 0) -> torch.Tensor:
-    """silu(gate) * up (arXiv 2002.05202, eq. 6); u: (T, 2I) = [gate | up] before their gains; (T, I + tail)."""
-    if uses_kernels(u):
-        return kernels.swiglu(u, gain, tail)
-    gate, up = scaled(u, gain, None).chunk(2, dim=-1)
-    return with_tail((F.silu(gate) * up).to(u.dtype), tail)
+def activation(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, gated: bool) -> torch.Tensor:
+    """Of x = gain * u + bias, (T, I + tail): SwiGLU where `gated`, else GELU's tanh form (arXiv 1606.08415, sec. 2).
 
-
-def swiglu_backward(
-    da: torch.Tensor, u: torch.Tensor, gain: Gain, tail: int, again: bool, over: bool = False
-) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of `swiglu`: du (T, 2I + tail), its result (T, I) once `again`, the gain's gradient.
-
-    It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
+    SwiGLU is silu(gate) * up (2002.05202, eq. 6), where x = [gate | up], (T, 2I), without a bias.
     """
-    if uses_kernels(da):
-        return kernels.swiglu_backward(da, u, gain, tail, again, over)
-    gate, up = scaled(u, gain, None).chunk(2, dim=-1)
-    sigmoid = torch.sigmoid(gate)
-    silu = gate * sigmoid
-    dgate = da.float() * up * (sigmoid + silu * (1 - sigmoid))
-    du, dgain = gain_backward(torch.cat((dgate, da.float() * silu), dim=-1), u, gain, tail, da.dtype)
-    return du, (silu * up).to(da.dtype) if again else None, dgain
-
-
-def gelu(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int = 0) -> torch.Tensor:
-    """GELU's tanh form (arXiv 1606.08415, sec. 2) of gain * u + bias; (T, I + tail)."""
     if uses_kernels(u):
-        return kernels.gelu(u, gain, bias, tail)
-    return with_tail(F.gelu(scaled(u, gain, bias), approximate="tanh").to(u.dtype), tail)
+        return kernels.activation(u, gain, bias, tail, gated)
+    x = scaled(u, gain, bias)
+    if gated:
+        gate, up = x.chunk(2, dim=-1)
+        return with_tail((F.silu(gate) * up).to(u.dtype), tail)
+    return with_tail(F.gelu(x, approximate="tanh").to(u.dtype), tail)
 
 
-def gelu_backward(
+def activation_backward(
     da: torch.Tensor,
     u: torch.Tensor,
     gain: Gain,
     bias: torch.Tensor | None,
     tail: int,
-    again: bool,
-    over: bool = False,
+    with_result: bool,
+    in_place: bool,
+    gated: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-    """Of `gelu`: du (T, I + tail), its result (T, I) once `again`, the gain's gradient.
+    """Of `activation`: du, `u`'s shape and `tail` columns; its result (T, I) if `with_result`; the gain's gradient.
 
-    It may write over `da`; with `over` over `u` too, which then has `tail` columns to spare.
+    It may write over `da`; `in_place` over `u` too, which then has `tail` columns to spare.
     """
     if uses_kernels(da):
-        return kernels.gelu_backward(da, u, gain, bias, tail, again, over)
-    with torch.enable_grad():
-        value = scaled(u, gain, bias).detach().requires_grad_()
-        result = F.gelu(value, approximate="tanh")
-    (dy,) = torch.autograd.grad(result, value, da.float())
-    du, dgain = gain_backward(dy, u, gain, tail, da.dtype)
-    return du, result.detach().to(da.dtype) if again else None, dgain
+        return kernels.activation_backward(da, u, gain, bias, tail, with_result, in_place, gated)
+    x = scaled(u, gain, bias)
+    if gated:
+        gate, up = x.chunk(2, dim=-1)
+        sigmoid = torch.sigmoid(gate)
+        silu = gate * sigmoid
+        result = silu * up
+        dx = torch.cat((da.float() * up * (sigmoid + silu * (1 - sigmoid)), da.float() * silu), dim=-1)
+    else:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            result = F.gelu(x, approximate="tanh")
+        (dx,) = torch.autograd.grad(result, x, da.float())
+    du, dgain = gain_backward(dx, u, gain, tail, da.dtype)
+    return du, result.detach().to(da.dtype) if with_result else None, dgain
 
 
 def rotary(
-    u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor, layout: Any, heads: tuple[int, int]
-) -> Any:
+    u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor, layout: Layout, heads: tuple[int, int]
+) -> Qkv:
     """Queries, keys and values for attention over `layout`, gains applied, queries and keys rotated (RoPE, 2104.09864).
 
     Args:
@@ -185,13 +161,7 @@ def rotary(
 
 
 def rotary_backward(
-    grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    u: torch.Tensor,
-    gain: Gain,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    layout: Any,
-    tail: int,
+    grads: Qkv, u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor, layout: Layout, tail: int
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Of `rotary`: du (T, (Q + 2K) D + tail), the gain's gradient."""
     dquery, dkey, dvalue = grads
@@ -207,7 +177,7 @@ def rotary_backward(
     return gain_backward(dy, u, gain, tail, u.dtype)
 
 
-def split_heads(u: torch.Tensor, heads: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def split_heads(u: torch.Tensor, heads: tuple[int, int]) -> Qkv:
     """(T, (Q + 2K) D) -> (T, Q, D), (T, K, D), (T, K, D)."""
     query, key = heads
     size = u.shape[1] // (query + 2 * key)

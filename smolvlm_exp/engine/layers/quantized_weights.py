@@ -6,14 +6,12 @@ from typing import Any
 
 import torch
 
+from smolvlm_exp.engine.layers.ops import kernels
+
 try:
     import bitsandbytes as bnb
 except ImportError:
     bnb = None  # type: ignore[assignment]
-try:
-    from smolvlm_exp.engine.layers import kernels
-except ImportError:  # no Triton: nothing but a CPU here
-    kernels = None  # type: ignore[assignment]
 
 
 def is_4bit(layer: Any) -> bool:
@@ -26,23 +24,21 @@ def is_8bit(layer: Any) -> bool:
 
 @contextmanager
 def keeping_scales(model: torch.nn.Module) -> Iterator[None]:
-    """While PEFT puts an adapter on: on a CPU its DoRA loses the scales of 8-bit weights."""
-    scales = [(m, m.state.CB, m.state.SCB) for m in model.modules() if is_8bit(m) and m.state.CB is not None]  # type: ignore[union-attr]
+    """For PEFT adding an adapter: on a CPU its DoRA loses the scales of 8-bit weights."""
+    layers: list[Any] = [layer for layer in model.modules() if is_8bit(layer)]
+    states = [(layer, layer.state.CB, layer.state.SCB) for layer in layers if layer.state.CB is not None]
     yield
-    module: Any
-    for module, *state in scales:
-        module.state.CB, module.state.SCB = state
-        module.weight.CB = module.weight.SCB = None
+    for layer, codes, scales in states:
+        layer.state.CB, layer.state.SCB = codes, scales
+        layer.weight.CB = layer.weight.SCB = None
 
 
 def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
-    """The layer's (out, in) weight as numbers, in `dtype` (None: as it is stored, or was before quantising)."""
+    """The layer's (out, in) weight in `dtype` (None: as it is stored, or was before quantising)."""
     weight: Any = layer.weight
     if is_4bit(layer):
-        out = torch.empty(
-            layer.out_features, layer.in_features, dtype=dtype or weight.quant_state.dtype, device=weight.device
-        )
-        return unpack_4bit(layer, out)
+        state = weight.quant_state
+        return unpack_4bit(layer, torch.empty(state.shape, dtype=dtype or state.dtype, device=weight.device))
     if is_8bit(layer):
         codes, scales = (weight.CB, weight.SCB) if layer.state.CB is None else (layer.state.CB, layer.state.SCB)
         codes = weight.data if codes is None else codes
@@ -51,7 +47,7 @@ def frozen_weight(layer: Any, dtype: torch.dtype | None = None) -> torch.Tensor:
 
 
 def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
-    """Write the layer's weight into `out`, (out, in), contiguous; bit for bit what bitsandbytes would write."""
+    """Write the layer's weight into `out`, (out, in); bit for bit what bitsandbytes would write."""
     weight: Any = layer.weight
     state = weight.quant_state
     if kernels is not None and out.is_cuda and kernels.unpacks(state):
@@ -66,7 +62,7 @@ def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
 
 
 def product_f32(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """left @ right, summed and kept in float32."""
+    """left @ right, summed and returned in float32."""
     if left.is_cuda and left.dtype is not torch.float32:
         return torch.mm(left, right, out_dtype=torch.float32)
     return (left @ right).float()

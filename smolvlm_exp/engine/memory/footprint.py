@@ -1,19 +1,24 @@
-"""Bytes from shapes: what a model occupies and what one forward and backward pass over some pairs takes beside it.
+"""Bytes from shapes: what a model occupies, and what one forward and backward pass over some pairs takes on top.
 
-The counts follow engine/layers and forward.py tensor by tensor; tests/engine/memory/test_planner.py holds them against
-peaks that were measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here needs torch,
-so that `task=plan` answers at once.
+The counts follow engine/layers and forward.py tensor by tensor; tests/engine/memory/test_planner.py compares them with
+peaks measured on a GPU. A *stack* is the text model's layers or the vision tower's. Nothing here needs torch, so that
+`task=plan` answers at once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-LEVELS = ("none", "mlp", "full")  # activation checkpointing: what a layer computes again for its backward pass
-CUBLAS = 32 * 2**20  # bytes that cuBLAS asks for, once
+# The linear layers of a layer's four products: q, k, v; output; the MLP's way in; its way out.
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+TEXT = (QKV, ("self_attn.o_proj",), ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",))
+VISION = (QKV, ("self_attn.out_proj",), ("mlp.fc1",), ("mlp.fc2",))
+ALIGNED = 8  # columns that adapters add to a product are a multiple: its rows then start on 16 bytes in bfloat16
+LEVELS = ("none", "mlp", "full")  # activation checkpointing: what a layer recomputes for its backward pass
+CUBLAS = 32 * 2**20  # bytes that cuBLAS allocates, once
 VOCABULARY_CHUNK, TOKEN_CHUNK = 32768, 4096  # forward.py's and TRL's: logits exist for so many at a time
-UNFUSED = 2.6  # what transformers' own layers keep, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
-STORED = {  # bytes per weight of the linear layers; 4 bits have a scale for each 64 weights, in 8 bits where doubled
+UNFUSED = 2.6  # what transformers' own layers save, over what a fused one does (43.9 against 17 GiB for 8 pairs, 2.2B)
+STORED = {  # bytes per weight of the linear layers; 4 bits have a scale per 64 weights, in 8 bits where doubled
     "4bit": 0.5 + 4 / 64,
     "4bit double": 0.5 + 1 / 64 + 4 / (64 * 256),
     "8bit": 1.0,
@@ -22,7 +27,7 @@ STORED = {  # bytes per weight of the linear layers; 4 bits have a scale for eac
 
 @dataclass(frozen=True)
 class Stack:
-    """Equal layers, and what adapts them. Each has four products: q, k, v; output; the MLP's way in; its way out."""
+    """Equal layers, and what adapts them."""
 
     layers: int
     hidden: int
@@ -31,8 +36,8 @@ class Stack:
     queries: int  # columns of q: heads x their size
     keys: int  # columns of k, and of v
     gated: bool  # the MLP's way in is two matrices, gate and up
-    trained: int = 0  # layers that keep something for the backward pass: from the lowest adapted one up
-    tails: tuple[int, ...] = (0, 0, 0, 0)  # columns that adapters add to each product: their ranks, together
+    trained: int = 0  # layers that save something for the backward pass: from the lowest adapted one up
+    tails: tuple[int, ...] = (0, 0, 0, 0)  # columns that adapters add to each product: the sum of their ranks
     gains: tuple[bool, ...] = (False,) * 4  # whether DoRA scales the product's result
     fused: bool = True
 
@@ -47,10 +52,9 @@ class Stack:
         return self.hidden, self.queries, self.hidden, self.intermediate
 
     @property
-    def matrices(self) -> tuple[int, int, int, int]:
+    def matrices(self) -> tuple[int, ...]:
         """Weights in each product."""
-        qkv, out, into, down = (width * depth for width, depth in zip(self.widths, self.depths, strict=True))
-        return qkv, out, into, down
+        return tuple(width * depth for width, depth in zip(self.widths, self.depths, strict=True))
 
 
 @dataclass(frozen=True)
@@ -62,15 +66,15 @@ class MemorySpec:
     vocabulary: int
     patches: int  # of a tile
     image_tokens: int  # of a tile
-    pixels: int  # numbers of a tile, 3 S S
-    element: int  # bytes of a number in the model's dtype
+    pixels: int  # values of a tile, 3 S S
+    element: int  # bytes of a value in the model's dtype
     weights: str  # a key of STORED, or `whole`
-    matrix_weights: int  # weights stored so: the linear layers' but the head's
+    matrix_weights: int  # weights stored like this: the linear layers', without the head's
     other_weights: int  # the rest, in the model's dtype
     trained_weights: int  # an adapter's, or all where there is none
     trained_element: int = 4  # bytes of one of these: adapters are float32
     adapter: bool = True
-    features: bool = False  # images come as features, computed before
+    features: bool = False  # images come as precomputed features
     gpu: bool = True
 
 
@@ -78,16 +82,15 @@ class MemorySpec:
 class BatchLoad:
     """What some rows come to in one packed batch (packing.py)."""
 
-    pairs: int
     tokens: int  # T of the packed line
     sources: int  # keys that attention reads
     answers: int  # tokens that are scored
     tiles: int
-    scores: int  # (query, key) products that attention computes a head
+    scores: int  # (query, key) products that attention computes per head
 
 
 class RowSizes:
-    """The rows of a data set by length: what any of them can come to together, and what they do on average."""
+    """The rows of a data set by length: the most that a number of them takes, and what they take on average."""
 
     def __init__(self, sizes: Sequence[Sequence[int]], pairs: bool = True) -> None:
         """
@@ -100,11 +103,11 @@ class RowSizes:
         self.count = len(sizes)
 
     def longest(self, pairs: int) -> BatchLoad:
-        """No batch of so many rows takes more: each count is the sum of the greatest ones."""
-        return BatchLoad(pairs, *(column[min(pairs, self.count)] for column in self.sums))
+        """No batch of so many rows takes more: each count is the sum of the largest ones."""
+        return BatchLoad(*(column[min(pairs, self.count)] for column in self.sums))
 
     def average(self, pairs: int) -> BatchLoad:
-        return BatchLoad(pairs, *(round(column[-1] / self.count * pairs) for column in self.sums))
+        return BatchLoad(*(round(column[-1] / self.count * pairs) for column in self.sums))
 
 
 def row_counts(row: Sequence[int], pairs: bool) -> tuple[int, int, int, int, int]:
@@ -119,7 +122,7 @@ def row_counts(row: Sequence[int], pairs: bool) -> tuple[int, int, int, int, int
 
 
 def resident(spec: MemorySpec) -> int:
-    """Bytes that are there throughout: weights, adapter with gradients and AdamW's moments, workspaces."""
+    """Bytes allocated throughout: weights, adapter with gradients and AdamW's moments, workspaces."""
     stored = STORED.get(spec.weights, spec.element)
     weights = stored * spec.matrix_weights + spec.element * spec.other_weights
     trained = (3 + spec.adapter) * spec.trained_weights * spec.trained_element  # a full model is counted above
@@ -151,7 +154,7 @@ def workspace(spec: MemorySpec) -> int:
 
 
 def saved_activations(stack: Stack, checkpointing: str, element: int) -> float:
-    """Numbers a token that one layer keeps from its forward to its backward pass."""
+    """Values per token that one layer saves for its backward pass."""
     if checkpointing == "full":
         return stack.hidden
     qkv, out, into, down = stack.widths
@@ -163,7 +166,7 @@ def saved_activations(stack: Stack, checkpointing: str, element: int) -> float:
 
 
 def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu: bool) -> float:
-    """Numbers a token that one layer's backward pass takes at its worst moment, beside what it kept.
+    """Values per token that one layer's backward pass takes at its worst moment, on top of what was saved.
 
     Args:
         spread: keys that attention reads, over tokens.
@@ -171,23 +174,24 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
     qkv, _, into, _ = stack.widths
     hidden, inner, queries = stack.hidden, stack.intermediate, stack.queries
     adapted = [bool(tail) or gain for tail, gain in zip(stack.tails, stack.gains, strict=True)]
-    again: float = {
+    recomputed: float = {
         "none": 0,
         "mlp": into + stack.tails[2],
         "full": qkv + queries + hidden * stack.gains[1] + into + sum(stack.tails),
     }[checkpointing]
     if not stack.fused:
-        again = saved_activations(stack, "none", element) if checkpointing == "full" else 0
+        recomputed = saved_activations(stack, "none", element) if checkpointing == "full" else 0
     # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
-    # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was made again.
-    over = gpu and stack.fused and checkpointing != "none"
-    mlp = again + 2 * hidden + (hidden + stack.tails[3]) * adapted[3] + inner * (1 + (not gpu and bool(stack.tails[3])))
-    mlp += (into + stack.tails[2]) * (not over)
-    # The same two, the output product's input's gradient; q, k, v and their gradients beside flash attention's float32
+    # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was recomputed.
+    in_place = gpu and stack.fused and checkpointing != "none"
+    mlp = recomputed + 2 * hidden + (hidden + stack.tails[3]) * adapted[3]
+    mlp += inner * (1 + (not gpu and bool(stack.tails[3])))
+    mlp += (into + stack.tails[2]) * (not in_place)
+    # The same two, the output product's input's gradient; q, k, v and their gradients with flash attention's float32
     # sums, then these gradients and du of q, k, v.
     rotated = queries + 2 * spread * stack.keys
     grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
-    attention = max(again - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
+    attention = max(recomputed - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
     attention += max(rotated + queries * 4 / element, qkv + stack.tails[0])
     if not gpu:  # torch code instead of kernels, with copies between its operations: measured on the embedded model
         mlp, attention = mlp + (9 if stack.gated else 6) * into, attention + 2 * rotated
@@ -195,27 +199,27 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
 
 
 def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str) -> int:
-    """Bytes beside `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
+    """Bytes on top of `resident` at the worst moment of a step: a forward and backward pass over `load`, or AdamW's."""
     text, vision, element = spec.text, spec.vision, spec.element
     line, patches = load.tokens, load.tiles * spec.patches
-    text_kept = saved_activations(text, checkpointing, element) * line * text.trained
-    vision_kept = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
+    text_saved = saved_activations(text, checkpointing, element) * line * text.trained
+    vision_saved = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
     images = load.tiles * (spec.image_tokens * text.hidden * element if spec.features else spec.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle
         states += load.tiles * spec.image_tokens * text.hidden + patches * vision.hidden
-    whole = (text_kept + vision_kept + states) * element + images
+    total = (text_saved + vision_saved + states) * element + images
     logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, spec.vocabulary) * element
     spread = load.sources / line
     worst = [
         2 * spec.trained_weights * spec.trained_element,  # AdamW's own intermediate results
-        whole + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
-        whole + backward(text, checkpointing, element, spread, spec.gpu) * line * element * bool(text.trained),
+        total + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
+        total + backward(text, checkpointing, element, spread, spec.gpu) * line * element * bool(text.trained),
     ]
     if vision.trained:
-        late = vision_kept + backward(vision, vision_checkpointing, element, 1.0, spec.gpu) * patches
+        late = vision_saved + backward(vision, vision_checkpointing, element, 1.0, spec.gpu) * patches
         worst.append(late * element + images)
-    elif not spec.features:  # forward alone: q, k, v, output and the MLP's way in beside five hidden states; floats
+    elif not spec.features:  # forward alone: q, k, v, output, the MLP's way in and five hidden states; floats
         layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
         worst.append(layer * patches * element + 5 * images)
     return int(max(worst))

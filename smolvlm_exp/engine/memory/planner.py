@@ -1,17 +1,17 @@
 """What fits: a micro-batch and activation checkpointing, from a budget; predicted from shapes, without a device.
 
 A step is the same mathematics whatever is chosen here: micro-batches divide the effective batch, which stays exactly
-what was asked. Of the plans that fit, the fastest is taken (`seconds`); probe.py puts the formulas right.
+as set. Of the plans that fit, the fastest is taken (`seconds`); probe.py corrects the formulas.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from smolvlm_exp.engine.memory.footprint import LEVELS, BatchLoad, MemorySpec, RowSizes, Stack, peak, resident
-from smolvlm_exp.utils.units import GIB
+from smolvlm_exp.engine.memory.footprint import LEVELS, BatchLoad, MemorySpec, RowSizes, peak, resident
+from smolvlm_exp.utils.units import format_bytes
 
-BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # not a mean over pairs: a mean over tokens, two sorts
-MARGIN = 0.08  # of a budget, left free: what the allocator holds in pieces too small to use, rows of unequal length
+BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # not a mean over pairs: sft averages over tokens, aot sorts the batch
+MARGIN = 0.08  # of a budget, left free: the allocator's fragmentation, rows of unequal length
 BACKWARD = 1.7  # seconds of a backward pass over a forward one's, measured: norms, gains and the adapters' gradients
 
 
@@ -21,7 +21,7 @@ class Card:
 
     name: str
     matmul: float  # FLOP/s of a large matrix product in the model's dtype
-    reached: float = 0.63  # of which the engine reaches in a forward pass, everything counted: measured on an H100
+    reached: float = 0.63  # what the engine reaches of it in a forward pass, everything counted: measured on an H100
     bandwidth: float = 2e12  # bytes/s, for unpacking weights
     launches: tuple[float, float] = (1.9e-3, 1.1e-3)  # seconds a host needs to start a text, a vision layer's pass
 
@@ -37,9 +37,9 @@ class Plan:
     accumulation: int  # such passes in a step
     checkpointing: str  # of the text layers: one of LEVELS
     vision_checkpointing: str  # of the vision tower, where adapters reach it
-    resident: int  # predicted bytes that are there throughout
-    activations: int  # predicted bytes beside them at the worst moment
-    seconds: float  # predicted, a pair
+    resident: int  # predicted bytes that are allocated throughout
+    activations: int  # predicted bytes on top of these at the worst moment
+    seconds: float  # predicted, per pair
     measured: int | None = None  # bytes at the worst moment, where a probe has run it
 
     @property
@@ -60,17 +60,9 @@ class DoesNotFit(ValueError):
         )
 
 
-def plan(
-    spec: MemorySpec,
-    rows: RowSizes,
-    budget: int,
-    effective: int,
-    card: Card,
-    unit: int = 1,
-    levels: Sequence[str] = LEVELS,
-) -> Plan:
+def plan(spec: MemorySpec, rows: RowSizes, budget: int, effective: int, card: Card, unit: int = 1) -> Plan:
     """The fastest plan within `budget` bytes, for everything; see `proposals` and `best`."""
-    return best(proposals(spec, rows, effective, card, unit, levels), budget)
+    return best(proposals(spec, rows, effective, card, unit), budget)
 
 
 def proposals(
@@ -80,10 +72,9 @@ def proposals(
 
     Args:
         effective: pairs in a step of one process.
-        unit: pairs that have to go together, where the loss is no mean over pairs.
+        unit: pairs that have to stay together, where the loss is no mean over pairs; divides `effective`.
         levels: of LEVELS, those to choose from.
     """
-    assert effective % unit == 0
     choices = [(text, vision) for text in levels for vision in (levels if spec.vision.trained else levels[-1:])]
     if not fused(spec):  # transformers' own layers: all or none
         choices = [(level, level) for level in levels if level != "mlp"]
@@ -121,7 +112,7 @@ def fits_budget(size: float, budget: float) -> bool:
 def seconds(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpointing: str, card: Card) -> float:
     """Of one forward and backward pass: arithmetic and unpacking, or starting the kernels where that takes longer.
 
-    Where both take about as long, now one waits and now the other, hence the fourth powers.
+    Where both take about as long, each waits for the other at times, hence the fourth powers.
     """
     text, vision = spec.text, spec.vision
     flops, unpacked, started = 6.0 * spec.vocabulary * text.hidden * load.answers, 0.0, 0.0
@@ -130,23 +121,14 @@ def seconds(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkp
         within = load.tiles * spec.patches**2
         stacks.append((vision, vision_checkpointing, load.tiles * spec.patches, within, card.launches[1]))
     for stack, level, tokens, scores, launch in stacks:
-        products, attentions = passes(stack, level)
-        weights = sum(stack.matrices)
+        qkv, out, into, down = stack.matrices
+        weights = qkv + out + into + down
+        recomputed = {"none": 0, "mlp": into, "full": qkv + out + into + down * bool(stack.tails[3])}[level]
+        # How often all layers' products and attentions are computed, in forward passes of the same length.
+        products = stack.layers + stack.trained * (BACKWARD + recomputed / weights)
+        attentions = stack.layers + stack.trained * (2.5 + (level == "full"))
         flops += 2 * weights * tokens * products + 4 * stack.queries * scores * attentions
         unpacked += spec.weights.startswith("4bit") * products * weights * (spec.element + 0.5)
         started += products * launch
     worked = flops / (card.reached * card.matmul) + unpacked / card.bandwidth
     return (worked**4 + started**4) ** 0.25
-
-
-def passes(stack: Stack, checkpointing: str) -> tuple[float, float]:
-    """How often all layers' products and attentions are computed, in forward passes of the same length."""
-    qkv, out, into, down = stack.matrices
-    again = {"none": 0, "mlp": into, "full": qkv + out + into + down * bool(stack.tails[3])}[checkpointing]
-    products = stack.layers + stack.trained * (BACKWARD + again / (qkv + out + into + down))
-    return products, stack.layers + stack.trained * (2.5 + (checkpointing == "full"))
-
-
-def format_bytes(size: float) -> str:
-    """Bytes for people."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB else f"{size / 2**20:.0f} MiB"

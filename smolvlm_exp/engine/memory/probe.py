@@ -1,4 +1,4 @@
-"""A plan run before training starts, on the longest rows there are: what a step really takes of a GPU."""
+"""A plan run before training starts, on the longest rows: what a step really takes of a GPU."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,14 +14,14 @@ OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
 
 
 def available_memory() -> int:
-    """Bytes that this process may have on its GPU: what is free, and what it holds; less where it is capped."""
+    """Bytes that this process can have on its GPU: what is free and what it holds, up to its cap."""
     free, total = torch.cuda.mem_get_info()
     cap = torch.cuda.get_per_process_memory_fraction() * total
     return int(min(free + torch.cuda.memory_reserved(), cap))
 
 
 def cap_memory(budget: int) -> None:
-    """Let this process have no more than `budget` bytes of its GPU: asking for more is then out of memory."""
+    """Let this process have no more than `budget` bytes of its GPU; more is then out of memory."""
     total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
     torch.cuda.set_per_process_memory_fraction(min(budget / total, 1.0))
 
@@ -36,13 +36,13 @@ def probe(
 ) -> Plan:
     """Run the best plan on the longest rows; where it takes less or more than predicted, choose and run again.
 
-    Gradients and random states are afterwards what they were.
+    Gradients and random states are restored.
 
     Args:
         plans: see `proposals`.
         run: a plan's forward and backward pass over the longest rows.
         parameters: those that get gradients.
-        later: bytes that will be there in training and are not now: the optimiser's.
+        later: bytes that training will allocate and the probe does not: the optimiser's.
         agree: the largest of a number over all processes that train together.
 
     Returns:
@@ -101,33 +101,31 @@ def measure(run: Callable[[Plan], None], plan: Plan) -> tuple[float, float]:
 
 @contextmanager
 def restored_state(parameters: Sequence[Any]) -> Iterator[None]:
-    """Gradients and random states are in the end what they were; peaks are counted anew."""
+    """Restores gradients and random states in the end; peaks are measured from zero again."""
     gpu = torch.cuda.is_available()
     gradients = [parameter.grad for parameter in parameters]
-    states = torch.get_rng_state(), torch.cuda.get_rng_state() if gpu else None
     for parameter in parameters:
         parameter.grad = None
     try:
-        yield
+        with torch.random.fork_rng([torch.cuda.current_device()] if gpu else []):
+            yield
     finally:
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
-        torch.set_rng_state(states[0])
-        if states[1] is not None:
-            torch.cuda.set_rng_state(states[1])
+        if gpu:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
 
 
 def out_of_memory(error: RuntimeError) -> bool:
-    """torch.OutOfMemoryError, and what else means the same."""
+    """torch.OutOfMemoryError, or another error that means the same."""
     return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def measure_card(dtype: Any) -> Card:
     """The current GPU, its matrix products in `dtype` timed."""
-    own = torch.Generator("cuda").manual_seed(0)  # the run's own random numbers stay as they are
-    left = torch.randn(4096, 4096, device="cuda", generator=own).to(dtype)
+    generator = torch.Generator("cuda").manual_seed(0)  # leaves the run's random state alone
+    left = torch.randn(4096, 4096, device="cuda", generator=generator).to(dtype)
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     for _ in range(3):
         left @ left

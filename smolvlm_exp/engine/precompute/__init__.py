@@ -1,1 +1,1 @@
-"""What is computed once and kept: image features, the reference's log-probabilities."""
+"""What is computed once and cached: image features, the reference's log-probabilities."""

@@ -1,4 +1,4 @@
-"""The three ONNX graphs against PyTorch, through ONNX Runtime: numbers, names, sizes, and other people's clients."""
+"""The three ONNX graphs against PyTorch, through ONNX Runtime: numbers, names, sizes, and other clients."""
 
 import numpy as np
 import onnx
@@ -6,18 +6,15 @@ import onnxruntime
 import pytest
 import torch
 
-from smolvlm_exp.deploy.export.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
-from smolvlm_exp.deploy.session.load import load_folder
-from smolvlm_exp.deploy.session.onnx_backend import OnnxModel
+from smolvlm_exp.data.messages import user
+from smolvlm_exp.deploy.export import onnx_export, onnx_graphs
+from smolvlm_exp.deploy.export.onnx_export import quantize
+from smolvlm_exp.deploy.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
+from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder, runtime
 from smolvlm_exp.evaluation.generate import generate_answers, prompts
 from smolvlm_exp.utils.files import read_json
 
-QUESTIONS = (
-    "What do you see?",
-    "Is there a star in the picture?",
-    "Describe the picture.",
-    "How many moons are there?",
-)
+QUESTIONS = ("What do you see?", "Is there a star in the picture?", "Describe the picture.", "How many moons?")
 
 
 @pytest.fixture(scope="module")
@@ -30,10 +27,8 @@ def exported(graphs):
     return {precision: OnnxModel(graphs, dict.fromkeys(PARTS, precision)) for precision in SUFFIXES}
 
 
-def asked(rows, count):
-    """Rows with pictures of several sizes (so that batches have padding tiles), and one with two pictures."""
-    from smolvlm_exp.data.messages import user
-
+def make_rows(rows, count):
+    """Rows with images of several sizes (so that batches have padding tiles), and one with two images."""
     made = []
     for number in range(count):
         image = rows.test[number % len(rows.test)]["images"][0]
@@ -44,29 +39,29 @@ def asked(rows, count):
 
 
 def test_logits_of_a_padded_batch(torch_model, exported, processor, rows):
-    inputs = prompts(processor, asked(rows, 4))
+    inputs = prompts(processor, make_rows(rows, 4))
     assert (inputs["pixel_values"].flatten(2).abs().sum(2) == 0).any(), "no tile is padding"
     assert (inputs["attention_mask"] == 0).any()
     with torch.no_grad():
-        wanted = torch_model(**inputs).logits
-    found = exported["fp32"](**inputs).logits
+        expected = torch_model(**inputs).logits
+    actual = exported["fp32"](**inputs).logits
     real = inputs["attention_mask"].bool()
-    assert (found - wanted)[real].abs().max() < 1e-4
+    assert (actual - expected)[real].abs().max() < 1e-4
     for precision, most in (("int8", 0.1), ("int4", 0.5)):
-        off = (exported[precision](**inputs).logits - wanted)[real].abs().max()
-        assert 1e-3 < off < most * wanted.abs().max(), (precision, off)
+        off = (exported[precision](**inputs).logits - expected)[real].abs().max()
+        assert 1e-3 < off < most * expected.abs().max(), (precision, off)
 
 
 @pytest.mark.parametrize(("count", "tokens"), [(4, 24), pytest.param(50, 64, marks=pytest.mark.slow)])
 def test_greedy_tokens_are_equal(torch_model, exported, processor, rows, count, tokens):
-    made = asked(rows, count)
+    made = make_rows(rows, count)
     for size in {1, count}:
         answers = [generate_answers(m, processor, made, size, tokens) for m in (torch_model, exported["fp32"])]
         assert answers[0] == answers[1]
     assert len(set(answers[0])) > 1
 
 
-def test_names_are_the_communitys(graphs, exported, torch_model):
+def test_names_are_those_of_the_communitys_exports(graphs, exported, torch_model):
     def signature(part):
         model = onnx.load(graphs / "onnx" / f"{part}.onnx")
         return [[value.name for value in side] for side in (model.graph.input, model.graph.output)]
@@ -86,26 +81,19 @@ def test_names_are_the_communitys(graphs, exported, torch_model):
     assert "<end_of_utterance>" in read_json(graphs / "tokenizer_config.json")["chat_template"]
 
 
-def test_a_client_as_the_model_cards_publish_it(graphs, torch_model, processor, rows):
-    """Positions from 1, and after the prompt a mask of one token: what those cards' loop passes."""
+def test_the_client_code_of_published_model_cards_works(graphs, torch_model, processor, rows):
+    """Positions from 1, and after the prompt a mask of one token: as the loop on those cards passes them."""
     vision, embedding, decoder = (onnxruntime.InferenceSession(graphs / "onnx" / f"{part}.onnx") for part in PARTS)
-    inputs = prompts(processor, asked(rows, 1))
+    inputs = prompts(processor, make_rows(rows, 1))
     ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
     config = torch_model.config.text_config
     shape = (1, config.num_key_value_heads, 0, config.head_dim)
-    past = {
-        f"past_key_values.{layer}.{kind}": np.zeros(shape, np.float32)
-        for layer in range(config.num_hidden_layers)
-        for kind in ("key", "value")
-    }
+    names = [entry.name for entry in decoder.get_inputs() if entry.name.startswith("past_key_values.")]
+    past = dict.fromkeys(names, np.zeros(shape, np.float32))
     positions, said = mask.cumsum(-1), []
-    features = vision.run(
-        ["image_features"],
-        {
-            "pixel_values": inputs["pixel_values"].numpy(),
-            "pixel_attention_mask": inputs["pixel_attention_mask"].numpy().astype(np.bool_),
-        },
-    )[0]
+    pixel_mask = inputs["pixel_attention_mask"].numpy().astype(np.bool_)
+    pixels = {"pixel_values": inputs["pixel_values"].numpy(), "pixel_attention_mask": pixel_mask}
+    features = vision.run(["image_features"], pixels)[0]
     for step in range(12):
         embeds = embedding.run(None, {"input_ids": ids})[0]
         if not step:
@@ -116,73 +104,57 @@ def test_a_client_as_the_model_cards_publish_it(graphs, torch_model, processor, 
         ids = logits[:, -1].argmax(-1, keepdims=True)
         mask, positions = np.ones_like(ids), positions[:, -1:] + 1
         said.append(int(ids[0, 0]))
-    wanted = torch_model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None)
-    assert said == wanted[0, inputs["input_ids"].shape[1] :].tolist()
+    expected = torch_model.generate(**inputs, max_new_tokens=12, min_new_tokens=12, do_sample=False, eos_token_id=None)
+    assert said == expected[0, inputs["input_ids"].shape[1] :].tolist()
 
 
-def test_sizes(graphs):
+def test_lower_precisions_are_smaller(graphs):
     def size(part, precision):
         return (graphs / "onnx" / f"{part}{SUFFIXES[precision]}.onnx").stat().st_size
 
-    assert size(DECODER, "int8") < 0.5 * size(DECODER, "fp32")  # graphs weigh as much as weights here
+    assert size(DECODER, "int8") < 0.5 * size(DECODER, "fp32")  # graphs are as large as weights here
     assert size(DECODER, "int4") < size(DECODER, "int8")
     assert size(EMBEDDING, "int4") < size(EMBEDDING, "int8") < 0.3 * size(EMBEDDING, "fp32")
 
 
-def test_what_was_inferred_for_float32_does_not_mislead_the_quantisers(graphs, tmp_path):
-    from smolvlm_exp.deploy.export.onnx_quantize import quantize
-
+def test_types_inferred_for_float32_do_not_mislead_quantisation(graphs, tmp_path):
     model = onnx.load(graphs / "onnx" / f"{DECODER}.onnx")
     products = {node.output[0] for node in model.graph.node if node.op_type == "MatMul"}
     inferred = [value for value in model.graph.value_info if value.name in products]
     assert inferred
     for value in inferred:
-        value.type.tensor_type.elem_type = onnx.TensorProto.INT32  # as wrong as it gets
+        value.type.tensor_type.elem_type = onnx.TensorProto.INT32  # wrong on purpose
     onnx.save(model, tmp_path / "misled.onnx")
     quantize(tmp_path / "misled.onnx", tmp_path / "int8.onnx", "int8")
-    wanted = onnx.load(graphs / "onnx" / f"{DECODER}_int8.onnx").graph
-    found = onnx.load(tmp_path / "int8.onnx").graph
-    assert [node.op_type for node in found.node] == [node.op_type for node in wanted.node]
+    expected = onnx.load(graphs / "onnx" / f"{DECODER}_int8.onnx").graph
+    actual = onnx.load(tmp_path / "int8.onnx").graph
+    assert [node.op_type for node in actual.node] == [node.op_type for node in expected.node]
     onnxruntime.InferenceSession(tmp_path / "int8.onnx")
 
 
-def test_products_in_integers_are_exact_on_every_processor(tmp_path):
-    """Without VNNI, 255 * 127 + 255 * 127 is clamped to 32767 where nobody asks for more: half of what it should be."""
-    from smolvlm_exp.deploy.export.onnx_quantize import quantize
-    from smolvlm_exp.deploy.session.onnx_backend import runtime
-
-    value, weights = onnx.helper.make_tensor_value_info, np.ones((64, 8), np.float32)
-    product = onnx.helper.make_node("MatMul", ["x", "w"], ["y"])
-    graph = onnx.helper.make_graph(
-        [product],
-        "product",
-        [value("x", onnx.TensorProto.FLOAT, ["rows", 64])],
-        [value("y", onnx.TensorProto.FLOAT, ["rows", 8])],
-        [onnx.numpy_helper.from_array(weights, "w")],
-    )
-    opset = [onnx.helper.make_opsetid("", 17)]
-    onnx.save(onnx.helper.make_model(graph, opset_imports=opset, ir_version=8), tmp_path / "product.onnx")
+def test_integer_products_are_exact_on_every_processor(tmp_path):
+    """Without VNNI, 255 * 127 + 255 * 127 is clamped to 32767 by default: half of what it should be."""
+    weights = ", ".join(["1"] * 64 * 8)
+    product = f"(float[rows, 64] x) => (float[rows, 8] y) <float[64, 8] w = {{{weights}}}> {{ y = MatMul(x, w) }}"
+    model = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["": 17]> product {product}')
+    onnx.save(model, tmp_path / "product.onnx")
     quantize(tmp_path / "product.onnx", tmp_path / "int8.onnx", "int8")
     x = np.ones((3, 64), np.float32)
     assert np.allclose(runtime(tmp_path / "int8.onnx").run(None, {"x": x})[0], 64, rtol=0.01)
 
 
 @pytest.mark.slow
-def test_large_weights_lie_in_a_file_of_their_own(small, tmp_path, monkeypatch, processor, rows, torch_model):
-    from smolvlm_exp.deploy.export import onnx_graphs as module
-    from smolvlm_exp.deploy.export import onnx_quantize as quantize
-    from smolvlm_exp.deploy.export.onnx_export import Graphs
-
-    for each in (module, quantize):
-        monkeypatch.setattr(each, "MAX_FILE_BYTES", 100_000)
-    made = Graphs(tmp_path / "work", torch_model, processor)
-    inputs = prompts(processor, asked(rows, 2))
+def test_large_weights_are_in_a_file_of_their_own(tmp_path, monkeypatch, processor, rows, torch_model):
+    for module in (onnx_graphs, onnx_export):
+        monkeypatch.setattr(module, "MAX_FILE_BYTES", 100_000)
+    made = onnx_export.Graphs(tmp_path / "work", torch_model, processor)
+    inputs = prompts(processor, make_rows(rows, 2))
+    with torch.no_grad():
+        expected = torch_model(**inputs).logits
     for precision in SUFFIXES:
         chosen = dict.fromkeys(PARTS, precision)
         (tmp_path / precision).mkdir()
         made.copy_to(tmp_path / precision, chosen)
         assert list((tmp_path / precision / "onnx").glob("*.onnx_data"))
-        found = OnnxModel(tmp_path / precision, chosen)(**inputs).logits
-        with torch.no_grad():
-            wanted = torch_model(**inputs).logits
-        assert (found - wanted)[inputs["attention_mask"].bool()].abs().max() < {"fp32": 1e-4}.get(precision, 20)
+        logits = OnnxModel(tmp_path / precision, chosen)(**inputs).logits
+        assert (logits - expected)[inputs["attention_mask"].bool()].abs().max() < {"fp32": 1e-4}.get(precision, 20)

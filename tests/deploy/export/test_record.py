@@ -1,4 +1,4 @@
-"""An exported folder is whole or not there, and holds nothing of anybody else's."""
+"""An export is complete or absent, and its folder holds nobody else's files."""
 
 import os
 
@@ -9,13 +9,15 @@ from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError, RunError
 
 
-def write(folder, text):
+def write(folder, text, error=None):
     with atomic_folder(folder) as staging:
         (staging / "weights").write_text(text)
+        if error:
+            raise error
         write_record(staging, {"format": "merged"})
 
 
-def test_written_whole_and_again(tmp_path):
+def test_an_export_replaces_the_previous_one(tmp_path):
     folder = tmp_path / "export" / "merged"
     write(folder, "one")
     check_free(folder)
@@ -25,24 +27,20 @@ def test_written_whole_and_again(tmp_path):
     assert [path.name for path in folder.parent.iterdir()] == ["merged"]
 
 
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt, SystemExit])
-def test_nothing_is_left_of_what_failed(tmp_path, error):
+@pytest.mark.parametrize("error", [RuntimeError(), KeyboardInterrupt(), SystemExit(), OSError(28, "No space left")])
+def test_a_failed_export_leaves_the_previous_one(tmp_path, error):
     folder = tmp_path / "merged"
     write(folder, "one")
-
-    def fail():
-        with atomic_folder(folder) as staging:
-            (staging / "weights").write_text("half")
-            raise error
-
-    with pytest.raises(error):
-        fail()
+    full_disk = r"no space left in[\s\S]*run the command again; no partial files are left"
+    expected, match = (RunError, full_disk) if isinstance(error, OSError) else (type(error), None)
+    with pytest.raises(expected, match=match):
+        write(folder, "half", error)
     assert (folder / "weights").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
 
 
-def test_a_kill_between_the_names_loses_neither(tmp_path, monkeypatch):
-    """The old folder has its name given up and the new one has none yet: whoever writes there next brings it back."""
+def test_a_kill_between_the_two_renames_loses_neither_export(tmp_path, monkeypatch):
+    """The old folder is already renamed and the new one not yet: the next writer restores the old one."""
     folder = tmp_path / "merged"
     write(folder, "one")
 
@@ -57,22 +55,15 @@ def test_a_kill_between_the_names_loses_neither(tmp_path, monkeypatch):
         write(folder, "two")
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
     assert sorted(path.name for path in tmp_path.iterdir()) == [".merged.old", ".merged.part"]
-    with pytest.raises(KeyError), atomic_folder(folder):
-        raise KeyError((folder / "weights").read_text())
+    with pytest.raises(KeyError):
+        write(folder, "half", KeyError())
     assert (folder / "weights").read_text() == "one"
     assert [path.name for path in tmp_path.iterdir()] == ["merged"]
     write(folder, "three")
     assert (folder / "weights").read_text() == "three"
 
 
-def test_a_full_disk_says_what_to_do(tmp_path):
-    again = r"no space left in[\s\S]*run the command again; no partial files are left"
-    with pytest.raises(RunError, match=again), atomic_folder(tmp_path / "merged"):
-        raise OSError(28, "No space left on device")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_somebody_elses_files(tmp_path):
+def test_a_folder_with_other_files_is_refused(tmp_path):
     check_free(tmp_path / "none")
     (tmp_path / "thesis.txt").write_text("")
     with pytest.raises(RequestError, match=r"also has other files \(thesis.txt\)"):

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -15,10 +16,11 @@ from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.inputs import dataset as module
-from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
-from smolvlm_exp.engine.inputs.tiles import pixels, tile
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.inputs.tiles import pixels
 
 PLENTY = 2**40
+RAM = DiskCache(Path("never made"), 0, PLENTY)
 
 
 def noise(size, seed=0, mode="RGB"):
@@ -36,15 +38,12 @@ def encoded(image, kind="PNG", **kwargs):
 
 def make(*rows):
     """Rows of the normal form from (images, question, chosen, rejected)."""
-    columns = {
-        "images": [images for images, *_ in rows],
-        "prompt": [[user(question, len(images))] for images, question, *_ in rows],
-        "chosen": [[assistant(chosen)] for _, _, chosen, _ in rows],
-        "rejected": [[assistant(rejected)] for *_, rejected in rows],
-    }
-    plain = Dataset.from_dict({name: columns[name] for name in columns if name != "images"})
-    images = Dataset.from_dict({"images": columns["images"]}, features=Features({"images": List(Image())}))
-    return plain.add_column("images", images.data.column("images")).cast_column("images", List(Image()))
+    images, *_ = columns = list(zip(*rows, strict=True))
+    prompts = [[user(question, len(of_row))] for of_row, question, *_ in rows]
+    answers = ([[assistant(text)] for text in side] for side in columns[2:])
+    plain = Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), (prompts, *answers), strict=True)))
+    files = Dataset.from_dict({"images": images}, features=Features({"images": List(Image())}))
+    return plain.add_column("images", files.data.column("images")).cast_column("images", List(Image()))
 
 
 def packed(rows, processor, max_length=None):
@@ -52,35 +51,41 @@ def packed(rows, processor, max_length=None):
 
 
 @pytest.fixture(scope="module")
+def mixed():
+    """Every shape that matters: split or not, wide and tall, grey, JPEG, lying on its side, several per row, shared."""
+    shared = encoded(noise((40, 100), seed=1))
+    exif = PIL.Image.Exif()
+    exif[0x0112] = 6
+    grey, jpeg = encoded(noise((128, 30), mode="L")), encoded(noise((300, 200), seed=3), "JPEG")
+    lying = encoded(noise((100, 40), seed=2), "JPEG", exif=exif)
+    return make(
+        ([encoded(noise((64, 64)))], "What is this?", "A red square.", "A dog."),
+        ([grey], "Describe it in detail, please.", "Grey.", "It is a long grey strip."),
+        ([shared, jpeg], "Compare the two.", "Both are noise.", "Both are noise!"),
+        ([lying], "And this?", "Lying.", "Standing on its head, I think."),
+        ([shared], "Again?", "Again.", "No."),
+        ([encoded(noise((17, 90), seed=4, mode="RGBA"))], "Thin?", "Yes, thin.", "No, not at all."),
+    )
+
+
+@pytest.fixture(scope="module")
 def prepared(processor, mixed):
     return prepare(mixed, processor, DataConfig())
 
 
+@pytest.fixture
+def rows(processor, prepared):
+    return PackedDataset(prepared, processor)
+
+
 @pytest.fixture(scope="module")
-def mixed():
-    """Every shape that matters: split or not, wide and tall, grey, JPEG, lying on its side, several a row, shared."""
-    shared = encoded(noise((40, 100), seed=1))
-    side = noise((100, 40), seed=2)
-    exif = PIL.Image.Exif()
-    exif[0x0112] = 6
-    return make(
-        ([encoded(noise((64, 64)))], "What is this?", "A red square.", "A dog."),
-        (
-            [encoded(noise((128, 30), mode="L"))],
-            "Describe it in detail, please.",
-            "Grey.",
-            "It is a long grey strip.",
-        ),
-        (
-            [shared, encoded(noise((300, 200), seed=3), "JPEG")],
-            "Compare the two.",
-            "Both are noise.",
-            "Both are noise!",
-        ),
-        ([encoded(side, "JPEG", exif=exif)], "And this?", "Lying.", "Standing on its head, I think."),
-        ([shared], "Again?", "Again.", "No."),
-        ([encoded(noise((17, 90), seed=4, mode="RGBA"))], "Thin?", "Yes, thin.", "No, not at all."),
-    )
+def tiles(processor, prepared):
+    """Of every row, without a cache."""
+    return [row["tiles"] for row in PackedDataset(prepared, processor)]
+
+
+def assert_tiles(rows, tiles):
+    assert all(torch.equal(row["tiles"], expected) for row, expected in zip(rows, tiles, strict=True))
 
 
 @pytest.mark.parametrize("splitting", [True, False])
@@ -105,10 +110,8 @@ def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, split
         torch.testing.assert_close(normalise(row["tiles"]), batch["pixel_values"][0], rtol=0, atol=1e-6)
 
 
-def test_collator_gives_the_batch_and_its_row_numbers(processor, prepared):
-    rows = PackedDataset(prepared, processor)
-    collator = pickle.loads(pickle.dumps(Collator(rows, processor.tokenizer.pad_token_id, processor.image_token_id)))
-    batch = collator([{"row": 2}, {"row": 0}])
+def test_a_batch_is_trls_with_its_row_numbers(processor, prepared, rows):
+    batch = pickle.loads(pickle.dumps(rows.batch_of))([{"row": 2}, {"row": 0}])
     assert batch["rows"].tolist() == [2, 0]
     assert len(batch["packed"]["tiles"]) == len(rows[2]["tiles"]) + len(rows[0]["tiles"])
     stock = DataCollatorForVisionPreference(processor)([prepared[2], prepared[0]])
@@ -116,110 +119,99 @@ def test_collator_gives_the_batch_and_its_row_numbers(processor, prepared):
         assert torch.equal(batch[name], stock[name])
 
 
-def test_sizes(processor, prepared):
-    rows = PackedDataset(prepared, processor)
+def test_sizes(rows):
     parts = ("prompt_ids", "chosen_ids", "rejected_ids", "tiles")
-    assert rows.sizes.tolist() == [[len(rows[i][name]) for name in parts] for i in range(len(rows))]
+    assert rows.sizes.tolist() == [[len(row[name]) for name in parts] for row in rows]
 
 
-def test_references_travel_with_the_rows(processor, prepared):
-    rows = PackedDataset(prepared, processor)
+def test_references_come_with_the_rows(rows):
     rows.reference = (torch.arange(6.0), -torch.arange(6.0))
-    batch = Collator(rows, 2, processor.image_token_id)([{"row": 4}, {"row": 1}])
+    batch = rows.batch([4, 1])
     assert batch["ref_chosen_logps"].tolist() == [4.0, 1.0]
     assert batch["ref_rejected_logps"].tolist() == [-4.0, -1.0]
     assert batch["ref_chosen_logps"].dtype == torch.float32
 
 
-def test_features_take_the_place_of_tiles(processor, prepared):
-    rows = PackedDataset(prepared, processor)
+def test_features_take_the_place_of_tiles(rows):
     rows.features = torch.randn(rows.tile_offsets[-1], 16, 8)
     row = rows[2]
     assert "tiles" not in row
-    first, second = rows.images[2]
-    expected = torch.cat([rows.features[rows.tile_offsets[n] : rows.tile_offsets[n + 1]] for n in (first, second)])
+    expected = torch.cat([rows.features[rows.tile_offsets[n] : rows.tile_offsets[n + 1]] for n in rows.images[2]])
     assert torch.equal(row["features"], expected)
-    batch = Collator(rows, 2, processor.image_token_id)([{"row": 2}, {"row": 4}])
+    batch = rows.batch([2, 4])
     assert torch.equal(batch["packed"]["features"], torch.cat([expected, rows[4]["features"]]))
     assert "tiles" not in batch["packed"]
 
 
-def test_a_shared_image_is_one(processor, prepared):
-    rows = PackedDataset(prepared, processor)
+def test_a_shared_image_is_one(rows, tiles):
     assert len(rows.image_hashes) == 6
     assert rows.images[4] == rows.images[2][:1]
-    assert torch.equal(rows[4]["tiles"], rows[2]["tiles"][: len(rows[4]["tiles"])])
+    assert torch.equal(tiles[4], tiles[2][: len(tiles[4])])
 
 
-def test_tiles_are_bytes_before_rescaling_exactly(processor):
-    image = noise((90, 120))
-    with_floats = processor.image_processor([[image]], do_normalize=False, return_tensors="pt")["pixel_values"][0]
-    assert torch.equal(tile(image, processor.image_processor).float(), (with_floats * 255).round())
-
-
-def test_a_processor_whose_tiles_cannot_be_foretold(processor, monkeypatch):
+def test_a_processor_whose_number_of_tiles_is_not_predicted(processor, monkeypatch):
     monkeypatch.setattr(processor.image_processor, "size", {"longest_edge": 130})
-    rows = make(([encoded(noise((128, 126)))], "?", "A.", "B."))
-    found = packed(rows, processor)
-    with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles where the prompt has places for 7"):
-        found[0]
+    rows = packed(make(([encoded(noise((128, 126)))], "?", "A.", "B.")), processor)
+    with pytest.raises(ValueError, match=r"row 0, image 1 becomes 10 tiles, but the prompt has tokens for 7"):
+        rows[0]
 
 
-def test_kept_tiles_are_the_same_in_ram_on_disk_serial_or_parallel(processor, prepared, tmp_path, capsys):
-    fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
-    for ram, num_proc in ((PLENTY, 0), (PLENTY, 2), (0, 0), (0, 2)):
+@pytest.mark.parametrize("ram", [PLENTY, 0])
+def test_cached_tiles_are_the_same_by_one_process_or_several(processor, prepared, tiles, tmp_path, ram, capsys):
+    for num_proc in (0, 2):
         rows = PackedDataset(prepared, processor)
-        rows.cache_tiles(DiskCache(tmp_path / f"cache{num_proc}", PLENTY), ram, num_proc)
+        rows.cache_tiles(DiskCache(tmp_path / f"cache{num_proc}", PLENTY, ram), num_proc)
         assert "tiles of 6 images" in capsys.readouterr().out
         assert rows.cached_tiles is not None
-        assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
-    first, second = (next((tmp_path / f"cache{n}").glob("tiles-*/data.safetensors")) for n in (0, 2))
-    assert first.parent.name == second.parent.name
-    assert first.read_bytes() == second.read_bytes()
+        assert_tiles(rows, tiles)
+    if not ram:
+        first, second = (next((tmp_path / f"cache{n}").glob("tiles-*/data.safetensors")) for n in (0, 2))
+        assert first.parent.name == second.parent.name
+        assert first.read_bytes() == second.read_bytes()
 
 
-def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(processor, prepared, monkeypatch):
-    fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
-    rows, moved = PackedDataset(prepared, processor), []
-    monkeypatch.setattr(module, "room_in_shared_memory", lambda size: moved.append(size))
-    rows.cache_tiles(None, PLENTY, 2)
-    assert all(torch.equal(rows[i]["tiles"], fresh[i]) for i in range(len(prepared)))
-    assert moved == [4 * 2 * int(np.diff(rows.tile_offsets).max()) * 3 * 64 * 64]  # so few images travel one by one
+def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(rows, tiles, monkeypatch):
+    needed = []
+    monkeypatch.setattr(module, "BATCH_TILES", 20)
+    monkeypatch.setattr(module, "room_in_shared_memory", needed.append)
+    rows.cache_tiles(RAM, 2)
+    assert_tiles(rows, tiles)
+    assert needed == [4 * 2 * 20 * 3 * 64 * 64]
 
 
-def test_small_images_travel_together(processor, prepared, monkeypatch):
-    fresh = [PackedDataset(prepared, processor)[i]["tiles"] for i in range(len(prepared))]
-    rows, journeys, split = PackedDataset(prepared, processor), [], module.TileLoader.__getitem__
-    monkeypatch.setattr(
-        module.TileLoader, "__getitem__", lambda self, chunk: journeys.append(chunk) or split(self, chunk)
-    )
-    images = list(range(len(rows.image_hashes))) * 5
-    monkeypatch.setattr(torch.utils.data, "DataLoader", lambda data, sampler, **_: (data[chunk] for chunk in sampler))
-    found = list(rows.stream(images, 1))
-    assert [number for number, _ in found] == images
-    assert max(len(chunk) for chunk in journeys) > 1
-    kept = dict(found)
-    made = [torch.cat([kept[n] for n in rows.images[i]]) for i in range(len(prepared)) if rows.images[i]]
-    assert all(torch.equal(one, other) for one, other in zip(made, (t for t in fresh if len(t)), strict=True))
+def test_tile_batches_are_of_neighbouring_images(rows, monkeypatch):
+    monkeypatch.setattr(module, "BATCH_TILES", 12)
+    images = [rows.tiles(image) for image in range(6)]
+    starts, batches = zip(*rows.tile_batches(range(1, 6), 0), strict=True)
+    assert torch.equal(torch.cat(batches), torch.cat(images[1:]))
+    assert list(starts) == [len(torch.cat([images[0], *batches[:i]])) for i in range(len(batches))]
+    assert all(len(batch) <= 12 or len(batch) in map(len, images) for batch in batches)
+    assert 1 < len(batches) < 5
 
 
-def test_kept_tiles_are_not_made_twice(processor, prepared, tmp_path, monkeypatch):
+def test_rows_without_images_have_no_tiles(processor):
+    rows = packed(make(([], "What is red?", "A colour.", "A number.")), processor)
+    rows.cache_tiles(RAM, 2)
+    assert rows[0]["tiles"].shape == (0, 3, 64, 64)
+
+
+def test_cached_tiles_are_not_computed_twice(processor, prepared, rows, tiles, tmp_path, monkeypatch):
     store = DiskCache(tmp_path / "cache", PLENTY)
-    PackedDataset(prepared, processor).cache_tiles(store, 0, 0)
+    rows.cache_tiles(store, 0)
     monkeypatch.setattr(module, "tile", lambda *_: pytest.fail("tiled again"))
     again = PackedDataset(prepared.select([5, 4, 3, 2, 1, 0]), processor)  # another order, the same images
-    again.cache_tiles(store, 0, 0)
-    assert again[0]["tiles"].shape[1:] == (3, 64, 64)
+    again.cache_tiles(store, 0)
+    assert_tiles(again, tiles[::-1])
 
 
-def test_without_room_tiles_are_made_when_asked_for(processor, prepared, tmp_path, capsys):
-    rows = PackedDataset(prepared, processor)
-    rows.cache_tiles(DiskCache(tmp_path / "cache", 1000), 1000, 0)
+def test_without_room_tiles_are_computed_when_needed(rows, tiles, tmp_path, capsys):
+    rows.cache_tiles(DiskCache(tmp_path / "cache", 1000, 1000), 0)
     assert rows.cached_tiles is None
     assert "trainer.cache_disk" in capsys.readouterr().out
-    rows.cache_tiles(None, 1000, 0)
-    assert "trainer.cache_ram" in capsys.readouterr().out
-    assert len(rows[0]["tiles"]) == 5
+    assert torch.equal(rows[0]["tiles"], tiles[0])
+
+
+CHANGES = (("size", {"longest_edge": 64}), ("resample", 3), ("image_mean", [0.4] * 3), ("image_std", [1] * 3))
 
 
 def test_the_tiles_key_follows_what_decides_their_bytes(processor, prepared, monkeypatch):
@@ -232,32 +224,24 @@ def test_the_tiles_key_follows_what_decides_their_bytes(processor, prepared, mon
     pixel.putpixel((5, 5), (1, 2, 3))
     changed = prepare(make(([encoded(pixel)], "What?", "A red square.", "A dog.")), processor, DataConfig())
     assert key(changed) != key(prepared.select([0]))
-    for name, value in (("size", {"longest_edge": 64}), ("resample", 3)):
+    for name, value in CHANGES:
         with monkeypatch.context() as patch:
             patch.setattr(processor.image_processor, name, value)
             assert key(prepared) != before
     assert key(prepared) == before
 
 
-def test_keeping_tiles_leaves_the_runs_random_numbers_alone(processor, prepared):
+def test_caching_tiles_leaves_the_runs_random_numbers_alone(rows):
     torch.manual_seed(3)
     expected = torch.rand(1)
     torch.manual_seed(3)
-    PackedDataset(prepared, processor).cache_tiles(None, PLENTY, 0)
+    rows.cache_tiles(RAM, 0)
     assert torch.rand(1) == expected
 
 
-def test_rows_with_kept_tiles_reach_spawned_workers(processor, prepared, tmp_path):
-    rows = PackedDataset(prepared, processor)
-    rows.cache_tiles(DiskCache(tmp_path / "cache", PLENTY), 0, 0)
-    collator = Collator(rows, 2, processor.image_token_id)
-    loader = torch.utils.data.DataLoader(
-        [{"row": i} for i in range(6)],
-        batch_size=3,
-        collate_fn=collator,
-        num_workers=1,
-        multiprocessing_context="spawn",
-    )
+def test_rows_with_cached_tiles_reach_spawned_workers(rows, tiles, tmp_path):
+    rows.cache_tiles(DiskCache(tmp_path / "cache", PLENTY), 0)
+    loader = module.batch_loader(rows.batch, [[0, 1, 2], [3, 4, 5]], num_workers=1, multiprocessing_context="spawn")
     batches = list(loader)
     assert [batch["rows"].tolist() for batch in batches] == [[0, 1, 2], [3, 4, 5]]
-    assert torch.equal(batches[1]["packed"]["tiles"], torch.cat([rows[i]["tiles"] for i in (3, 4, 5)]))
+    assert torch.equal(batches[1]["packed"]["tiles"], torch.cat(tiles[3:]))

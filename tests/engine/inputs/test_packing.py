@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smolvlm_exp.engine.inputs.packing import collate, pack
-from tests.engine.stock import IMAGE, PAD, random_row, stock_batch
+from tests.engine.stock import IMAGE, PAD
 
 
 def row(prompt, chosen, rejected, tiles=0):
@@ -41,21 +41,6 @@ def test_targets_point_at_each_answers_tokens_in_trls_layout():
     assert torch.equal(shifted.flatten()[batch["packed"]["target"]], batch["packed"]["labels"])
     answers = batch["completion_mask"][:, 1:].flatten().nonzero()[:, 0]
     assert torch.equal(batch["packed"]["target"].sort().values, answers)
-
-
-def test_trls_own_fields_are_its_collators():
-    rows = [random_row(3, 4, 2, [2, 1], seed=1), random_row(1, 1, 5, [], seed=2)]
-    batch, stock = collate(rows, PAD, IMAGE), stock_batch(rows)
-    for name in ("input_ids", "attention_mask", "completion_mask"):
-        assert torch.equal(batch[name], stock[name])
-
-
-def test_references_become_columns():
-    rows = [{**each, "ref_chosen_logps": torch.tensor(-1.0 - i), "ref_rejected_logps": torch.tensor(-3.0)}
-            for i, each in enumerate(ROWS)]  # fmt: skip
-    batch = collate(rows, PAD, IMAGE)
-    assert batch["ref_chosen_logps"].tolist() == [-1, -2]
-    assert batch["ref_rejected_logps"].tolist() == [-3, -3]
 
 
 def test_without_rejected_answers_there_is_no_second_half():

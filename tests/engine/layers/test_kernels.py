@@ -1,12 +1,12 @@
 """The Triton kernels against the torch code that says what they mean; TRITON_INTERPRET=1 runs them without a GPU."""
 
 import os
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-from smolvlm_exp.engine.layers import ops as ew
+from smolvlm_exp.engine.layers import ops
+from smolvlm_exp.engine.layers.attention import Layout
 
 pytest.importorskip("triton")
 from smolvlm_exp.engine.layers import kernels
@@ -14,7 +14,6 @@ from smolvlm_exp.engine.layers import kernels
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 DEVICE = "cpu" if INTERPRETED else "cuda"
-CASES = [(True, True), (True, False), (False, True), (False, False)]
 KINDS = [torch.float32] if INTERPRETED else [torch.float32, torch.bfloat16]
 
 
@@ -27,104 +26,91 @@ def draw(*shape, kind=torch.float32):
     return torch.randn(*shape, device=DEVICE).to(kind)
 
 
-def near(found, expected):
-    """Within the rounding of the result's own dtype; None where None is meant."""
-    if expected is None:
-        assert found is None
-        return
-    found, expected = found.float(), expected.float()
-    assert torch.isfinite(found).all()
-    bound = 1e-5 if found.dtype is torch.float32 and [torch.float32] == KINDS else 1e-2
-    assert (found - expected).norm() <= bound * expected.norm().clamp_min(1e-6)
+def assert_near(found, expected):
+    """Every tensor without its tail, within the rounding of the results' own dtype; None where None is expected."""
+    for one, other in zip(found, expected, strict=True):
+        if other is None:
+            assert one is None
+            continue
+        one, other = one[..., : other.shape[-1]].float(), other.float()
+        assert torch.isfinite(one).all()
+        assert (one - other).norm() <= (1e-5 if INTERPRETED else 1e-2) * other.norm().clamp_min(1e-6)
 
 
-def meaning(function, *args, **kwargs):
-    """The torch code of ops.py, whatever the device."""
-    held, ew.kernels = ew.kernels, None
-    try:
-        return function(*args, **kwargs)
-    finally:
-        ew.kernels = held
+@pytest.fixture
+def reference(monkeypatch):
+    """ops.py's torch code, whatever the device."""
+
+    def run(name, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setattr(ops, "kernels", None)
+            return getattr(ops, name)(*args, **kwargs)
+
+    return run
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("rows", "columns"), [(5, 48), (37, 200)])
-def test_norms(kind, rows, columns):
+def test_norms(reference, kind, rows, columns):
     x, dy, residual, weight = (draw(*s, kind=kind) for s in ((rows, columns),) * 3 + ((columns,),))
     for tail in (0, 8):
         for bias in (None, residual[0]):
             found = kernels.norm(x, weight, bias, 1e-5, tail)
             assert found.shape == (rows, columns + tail)
-            near(found[:, :columns], meaning(ew.norm, x, weight, bias, 1e-5))
+            assert_near([found], [reference("norm", x, weight, bias, 1e-5)])
     for centred in (False, True):
-        expected = meaning(ew.norm_backward, dy, x, weight, 1e-5, residual, centred)
-        near(kernels.norm_backward(dy, x, weight, 1e-5, residual, centred), expected)
+        args = dy, x, weight, 1e-5, residual, centred
+        assert_near([kernels.norm_backward(*args)], [reference("norm_backward", *args)])
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gained", [True, False])
 @pytest.mark.parametrize("tail", [0, 8])
-def test_gains_and_activations(kind, gained, tail):
-    rows, columns = 37, 136
+def test_gains_and_activations(reference, kind, gained, tail):
+    rows, columns = 37, 144
     whole = draw(rows, columns + tail, kind=kind)
-    u, bias = whole[:, :columns], draw(columns, kind=kind)
-    h, dy = (draw(rows, columns, kind=kind) for _ in range(2))
-    gain = draw(columns) if gained else None
-    for b in (bias, None):
-        near(kernels.affine(h, u, gain, b), meaning(ew.add, h, u, gain, b))
-        near(kernels.affine(None, u, gain, b), meaning(ew.scale, u, gain, b))
-        near(kernels.gelu(u, gain, b, tail)[:, :columns], meaning(ew.gelu, u, gain, b))
-        expected = meaning(ew.gelu_backward, dy, u, gain, b, tail, True)
-        for again, over in CASES:  # they may write over their first argument, and over the second once `over`
-            found = kernels.gelu_backward(dy.clone(), whole.clone()[:, :columns], gain, b, tail, again, over)
-            near(found[0][:, :columns], expected[0][:, :columns])
-            near(found[1], expected[1] if again else None)
-            near(found[2], expected[2])
-    found = kernels.scale_backward_parts((dy,), u, gain, tail)
-    expected = meaning(ew.scale_backward, dy, u, gain, tail)
-    assert found[0].shape == (rows, columns + tail)
-    near(found[0][:, :columns], expected[0][:, :columns])
-    near(found[1], expected[1])
-    parts = tuple(draw(rows, 2, 20, kind=kind) for _ in range(3))
-    u3, g3 = draw(rows, 120 + tail, kind=kind)[:, :120], gain[:120] if gained else None
-    found = kernels.scale_backward_parts(parts, u3, g3, tail)
-    expected = meaning(ew.scale_backward_parts, parts, u3, g3, tail)
-    near(found[0][:, :120], expected[0][:, :120])
-    near(found[1], expected[1])
-    half = dy[:, : columns // 2].contiguous()
-    near(kernels.swiglu(u, gain, tail)[:, : columns // 2], meaning(ew.swiglu, u, gain))
-    expected = meaning(ew.swiglu_backward, half, u, gain, tail, True)
-    for again, over in CASES:
-        found = kernels.swiglu_backward(half.clone(), whole.clone()[:, :columns], gain, tail, again, over)
-        near(found[0][:, :columns], expected[0][:, :columns])
-        near(found[1], expected[1] if again else None)
-        near(found[2], expected[2])
+    u, gain = whole[:, :columns], draw(columns) if gained else None
+    bias, h, dy = draw(columns, kind=kind), draw(rows, columns, kind=kind), draw(rows, columns, kind=kind)
+    for gated, b in ((False, bias), (False, None), (True, None)):
+        for residual in (h, None):
+            assert_near([kernels.affine(residual, u, gain, b)], [reference("affine", residual, u, gain, b)])
+        found = kernels.activation(u, gain, b, tail, gated)
+        assert_near([found], [reference("activation", u, gain, b, 0, gated)])
+        da = dy[:, : found.shape[1] - tail].contiguous()
+        expected = reference("activation_backward", da, u, gain, b, 0, True, False, gated)
+        for with_result, in_place in (
+            (True, True),
+            (True, False),
+            (False, True),
+            (False, False),
+        ):  # they write over da and u
+            args = da.clone(), whole.clone()[:, :columns], gain, b, tail, with_result, in_place, gated
+            du, result, dgain = kernels.activation_backward(*args)
+            assert du.shape == (rows, columns + tail)
+            assert_near((du, result, dgain), (expected[0], expected[1] if with_result else None, expected[2]))
+    for parts in ([dy], list(dy.chunk(3, dim=1))):
+        du, dgain = kernels.scale_backward(parts, u, gain, tail)
+        assert du.shape == (rows, columns + tail)
+        assert_near((du, dgain), reference("scale_backward", parts, u, gain, 0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gained", [True, False])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_rotary(kind, gained, heads):
+def test_rotary(reference, kind, gained, heads):
     tokens, middle, size, tail = 70, 45, 16, 8
     keys_at = torch.tensor([*range(10), *range(45, 60), *range(20, 31), *range(60, 70)], device=DEVICE)
-    slots = torch.full((tokens,), -1, dtype=torch.int32, device=DEVICE)
-    slots[keys_at] = torch.arange(len(keys_at), dtype=torch.int32, device=DEVICE) + middle
-    sources = torch.cat((torch.arange(middle, device=DEVICE), keys_at))
-    layout = SimpleNamespace(sources=sources, slots=slots, middle=middle)
+    layout = Layout(tokens, middle, *[torch.empty(0)] * 3, keys_at, 0, 0, 0)
     columns = (heads[0] + 2 * heads[1]) * size
-    u = draw(tokens, columns + tail, kind=kind)[:, :columns]
+    u, gain = draw(tokens, columns + tail, kind=kind)[:, :columns], draw(columns) if gained else None
     angle = draw(tokens, size // 2).repeat(1, 2)
     cos, sin = angle.cos().to(kind), angle.sin().to(kind)
-    gain = draw(columns) if gained else None
-    found = kernels.rotary(u, gain, cos, sin, slots, middle, len(sources), heads)
-    expected = meaning(ew.rotary, u, gain, cos, sin, layout, heads)
-    for one, other in zip(found, expected, strict=True):
-        near(one, other)
-    grads = tuple(draw(*each.shape, kind=kind) for each in expected)
-    found = kernels.rotary_backward(grads, u, gain, cos, sin, slots, middle, tail)
-    expected = meaning(ew.rotary_backward, grads, u, gain, cos, sin, layout, tail)
-    near(found[0][:, :columns], expected[0][:, :columns])
-    near(found[1], expected[1])
+    expected = reference("rotary", u, gain, cos, sin, layout, heads)
+    found = kernels.rotary(u, gain, cos, sin, layout.slots, middle, len(layout.sources), heads)
+    assert_near(found, expected)
+    grads = tuple(draw(*part.shape, kind=kind) for part in expected)
+    du, dgain = kernels.rotary_backward(grads, u, gain, cos, sin, layout.slots, middle, tail)
+    assert_near((du, dgain), reference("rotary_backward", grads, u, gain, cos, sin, layout, 0))
 
 
 @pytest.mark.parametrize("double", [True, False])

@@ -1,6 +1,6 @@
 """The planner's formulas against what the fused layers allocate, counted tensor by tensor on a CPU.
 
-A GPU's peaks are in test_memory.py; these notice when the layers begin to keep something else.
+A GPU's peaks are in test_planner.py; these tests notice when the layers begin to save something else.
 """
 
 import weakref
@@ -25,7 +25,7 @@ PAIRS, PROMPT, ANSWERS, TILES = 8, 90, (15, 11), 3
 
 
 class Allocated(TorchDispatchMode):
-    """Bytes of all tensors that came to be within, at their most."""
+    """The most bytes that the tensors created within took at one time."""
 
     def __init__(self):
         super().__init__()
@@ -48,29 +48,22 @@ class Allocated(TorchDispatchMode):
 
 @pytest.fixture(scope="module", params=["text", "recipe"])
 def adapted(request):
+    """A model with an adapter, and its MemorySpec."""
     model = load_model(compose().model)
     config = AdapterConfig(use_dora=True, target=request.param)
-    names = matched_modules(model, request.param)
-    facts = memory_spec(
-        shape_from(model.config),
-        "whole",
-        AdapterSpec(names, config.r, True, False),
-        features=False,
-        element=4,
-        gpu=False,
-    )
+    adapter = AdapterSpec(matched_modules(model, request.param), config.r, dora=True, dropout=False)
+    spec = memory_spec(shape_from(model.config), "whole", adapter, features=False, element=4, gpu=False)
     model = get_peft_model(model, lora_config(config, quantised=False))
     add_pair_forward(model.get_base_model(), lambda tiles: tiles.float(), ("log_probs",))
-    return model, facts
+    return model, spec
 
 
 @pytest.fixture(scope="module")
 def batch():
     shape = compose().model.shape
-    picture = torch.full((TILES * shape.image_seq_len,), shape.image_token_id)
-    words = torch.full((PROMPT - len(picture),), 5)
+    image = torch.full((TILES * shape.image_seq_len,), shape.image_token_id)
     row = {
-        "prompt_ids": torch.cat((picture, words)),
+        "prompt_ids": torch.cat((image, torch.full((PROMPT - len(image),), 5))),
         "chosen_ids": torch.full((ANSWERS[0],), 6),
         "rejected_ids": torch.full((ANSWERS[1],), 7),
         "tiles": torch.zeros(TILES, 3, shape.image_size, shape.image_size, dtype=torch.uint8),
@@ -80,7 +73,7 @@ def batch():
 
 @pytest.mark.parametrize("checkpointing", LEVELS)
 def test_a_pass_allocates_what_the_formula_says(adapted, batch, checkpointing):
-    model, facts = adapted
+    model, spec = adapted
     fuse(model, checkpointing, checkpointing)
     labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
     for _ in range(2):  # the first derives what all others use
@@ -88,4 +81,4 @@ def test_a_pass_allocates_what_the_formula_says(adapted, batch, checkpointing):
         with Allocated() as counted:
             model(packed=batch["packed"], labels=labels).log_probs.sum().backward()
     load = RowSizes([(PROMPT, *ANSWERS, TILES)] * PAIRS).longest(PAIRS)
-    assert peak(facts, load, checkpointing, checkpointing) == pytest.approx(counted.most, rel=0.2)
+    assert peak(spec, load, checkpointing, checkpointing) == pytest.approx(counted.most, rel=0.2)

@@ -1,4 +1,4 @@
-"""The memory planner: its formulas against measured peaks, what it may choose, and a probe that puts it right."""
+"""The memory planner: its formulas against measured peaks, and what it chooses."""
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -11,7 +11,7 @@ from smolvlm_exp.engine import forward
 from smolvlm_exp.engine.inputs.packing import pack
 from smolvlm_exp.engine.memory import footprint
 from smolvlm_exp.engine.memory.footprint import RowSizes, moments, peak, resident
-from smolvlm_exp.engine.memory.planner import MARGIN, Card, DoesNotFit, plan, seconds
+from smolvlm_exp.engine.memory.planner import MARGIN, Card, DoesNotFit, best, plan, proposals, seconds
 from smolvlm_exp.models.adapter import AdapterConfig, match_target
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import shape_of
@@ -20,9 +20,9 @@ from smolvlm_exp.utils.units import GIB
 
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
 H100 = Card("H100", 7.6e14)
-# benchmarks/step.py on one H100, since the MLP's gradient is written over what was made again on one H200:
-# SmolVLM-Instruct's shape, nf4, DoRA r=8, 13 tiles a pair. GiB of max_memory_allocated in a step without an optimiser,
-# the same on both cards, and the H100's ms a pair where the host does not decide them.
+# benchmarks/step.py on one H100, since the MLP's gradient is written over what was recomputed on one H200:
+# SmolVLM-Instruct's shape, nf4, DoRA r=8, 13 tiles per pair. GiB of max_memory_allocated in a step without an
+# optimiser, the same on both cards, and the H100's ms per pair where the host is not the limit.
 MEASURED = [
     ("text", "none", 1, 3.75, None), ("text", "none", 4, 10.27, 34.2),
     ("text", "none", 8, 18.95, 29.2), ("text", "none", 16, 35.74, 28.0),
@@ -56,8 +56,8 @@ LONG = RowSizes([(1225, 130, 130, 13)] * 64)
 
 @pytest.mark.parametrize(("target", "level", "pairs", "measured", "_ms"), MEASURED)
 def test_the_formula_predicts_the_measured_peak(target, level, pairs, measured, _ms):
-    each = facts(target)
-    predicted = resident(each) - moments(each) + peak(each, benchmark_rows(pairs).longest(pairs), level, level)
+    spec = facts(target)
+    predicted = resident(spec) - moments(spec) + peak(spec, benchmark_rows(pairs).longest(pairs), level, level)
     assert predicted / GIB == pytest.approx(measured, rel=0.015)
 
 
@@ -67,7 +67,7 @@ def test_the_formula_predicts_the_measured_speed(target, level, pairs, _gib, ms)
     assert 1e3 * seconds(facts(target), load, level, level, H100) / pairs == pytest.approx(ms, rel=0.12)
 
 
-def test_names_and_numbers_are_those_of_the_code_they_describe():
+def test_chunk_sizes_are_those_of_the_code_they_describe():
     assert footprint.VOCABULARY_CHUNK == forward.VOCABULARY_CHUNK
     assert footprint.TOKEN_CHUNK == chunked_logprob.TOKEN_CHUNK_SIZE
 
@@ -80,12 +80,9 @@ def test_four_bits_take_what_bitsandbytes_stores(doubled):
     assert stored == pytest.approx(footprint.STORED["4bit double" if doubled else "4bit"] * 1024**2, rel=1e-3)
 
 
-# Rows
-
-
 @settings(max_examples=30, deadline=None)
 @given(st.lists(st.tuples(*[st.integers(1, 30)] * 3, st.integers(0, 4)), min_size=1, max_size=6), st.booleans())
-def test_a_load_is_what_pairs_pack_to(sizes, both):
+def test_a_load_counts_what_packing_produces(sizes, both):
     rows = [
         {
             "prompt_ids": torch.ones(p, dtype=torch.int64), "chosen_ids": torch.ones(c, dtype=torch.int64),
@@ -98,13 +95,10 @@ def test_a_load_is_what_pairs_pack_to(sizes, both):
     assert load.sources == packed["middle"] + len(packed["keys_at"])
     assert load.answers == len(packed["labels"])
     assert load.tiles == len(packed["tiles"])
-    for each in range(1, len(sizes)):
-        some = RowSizes(sizes[:each], both).longest(each)
-        most = RowSizes(sizes, both).longest(each)
+    for count in range(1, len(sizes)):
+        some, most = RowSizes(sizes[:count], both).longest(count), RowSizes(sizes, both).longest(count)
         assert all(getattr(some, name) <= getattr(most, name) for name in ("tokens", "sources", "answers", "tiles"))
 
-
-# Choosing
 
 BUDGETS = st.floats(2.5, 90)
 SETTINGS = st.tuples(
@@ -116,7 +110,7 @@ SETTINGS = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(SETTINGS, BUDGETS, st.sampled_from([1, 2, 3, 4]), st.sampled_from([1, 5, 8, 12]))
-def test_a_plan_keeps_the_step_and_the_budget(chosen, budget, unit, accumulation):
+def test_a_plan_respects_the_effective_batch_and_the_budget(chosen, budget, unit, accumulation):
     target, model, quant = chosen
     effective = unit * accumulation
     try:
@@ -143,19 +137,18 @@ def test_more_memory_is_never_slower(chosen, one, other):
     assert speed(max(one, other)) <= speed(min(one, other))
 
 
-def test_the_fastest_is_taken():
-    """On an H100 8 GiB take 16 pairs with full checkpointing rather than 4 with none (39 against 45 ms)."""
-    found = plan(facts(), LONG, 8 * GIB, 32, H100)
-    assert (found.micro_batch, found.checkpointing) == (16, "full")
-    whole = plan(facts(), LONG, 139 * GIB, 32, H100)
-    assert (whole.micro_batch, whole.checkpointing) == (32, "none")
+def test_the_fastest_plan_is_taken():
+    """In 8 GiB of an H100, 16 pairs with full checkpointing are faster than 4 with none (39 against 45 ms)."""
+    small, large = (plan(facts(), LONG, gib * GIB, 32, H100) for gib in (8, 139))
+    assert (small.micro_batch, small.checkpointing) == (16, "full")
+    assert (large.micro_batch, large.checkpointing) == (32, "none")
 
 
-def test_levels_can_be_given():
-    found = plan(facts(), LONG, 80 * GIB, 8, H100, levels=("full",))
+def test_levels_can_be_restricted():
+    found = best(proposals(facts(), LONG, 8, H100, levels=("full",)), 80 * GIB)
     assert (found.checkpointing, found.micro_batch) == ("full", 8)
 
 
-def test_what_does_not_fit_says_how_much_it_takes():
+def test_the_error_says_how_much_memory_it_takes():
     with pytest.raises(DoesNotFit, match=r"micro-batch 1 with full.*takes 2\.\d GiB;.*over the budget of 2\.0 GiB"):
         plan(facts("recipe"), LONG, 2 * GIB, 32, H100)

@@ -15,37 +15,36 @@ from transformers import BitsAndBytesConfig
 
 from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.fingerprint import content_hash, weights_key
-from smolvlm_exp.engine.forward import add_pair_forward
-from smolvlm_exp.engine.inputs.dataset import Collator, PackedDataset
-from smolvlm_exp.engine.inputs.tiles import pixels
-from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys, tiling
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.model import load_model
-from tests.engine.inputs.test_dataset import encoded, make, noise, packed
+from tests.engine.inputs.test_dataset import PLENTY, encoded, make, noise, packed
 
-PLENTY = 2**40
 PARTS = {"weights": "of the test", "dtype": "float32", "ld_alpha": None}
 
 
-def collator(processor, rows):
-    return Collator(PackedDataset(rows, processor), processor.tokenizer.pad_token_id, processor.image_token_id)
-
-
 class Count:
-    """A reference that is easily foretold: chosen and rejected tokens, and the rows it was asked for."""
+    """A reference whose scores are the numbers of chosen and rejected tokens; it notes the rows it scored."""
 
     def __init__(self):
         self.rows = []
 
-    def __call__(self, batch):
+    def __call__(self, batch, _):
         self.rows += batch["rows"].tolist()
         lengths = batch["completion_mask"].sum(1).float()
         return tuple(lengths.chunk(2))
 
 
 def lengths(rows):
-    found = [rows[i] for i in range(len(rows))]
-    return [len(row["chosen_ids"]) for row in found], [len(row["rejected_ids"]) for row in found]
+    return tuple([len(row[side]) for row in rows] for side in ("chosen_ids", "rejected_ids"))
+
+
+def scored(rows, score, store, batch_size=5, num_workers=0, **parts):
+    """Chosen and rejected log-probabilities as lists."""
+    logps = reference_logps(rows, score, {**PARTS, **parts}, store, batch_size, num_workers)
+    assert logps[0].dtype == torch.float32
+    return tuple(side.tolist() for side in logps)
 
 
 @pytest.fixture
@@ -53,166 +52,138 @@ def store(tmp_path):
     return DiskCache(tmp_path / "cache", PLENTY)
 
 
-def test_the_numbers_are_those_of_plain_scoring(processor, rows, model):
-    expected = answer_logps(model, processor, rows.train, 8, None)
-    add_pair_forward(model, pixels(processor), ("log_probs",))
-
-    @torch.no_grad()
-    def score(batch):
-        labels = batch["input_ids"].masked_fill(batch["completion_mask"] == 0, -100)
-        found = model(input_ids=batch["input_ids"], labels=labels, packed=batch["packed"])
-        return found.log_probs.sum(1).chunk(2)
-
-    chosen, rejected = reference_logps(collator(processor, rows.train), score, PARTS, None, batch_size=5)
-    torch.testing.assert_close(chosen, expected.chosen, rtol=1e-5, atol=1e-4)
-    torch.testing.assert_close(rejected, expected.rejected, rtol=1e-5, atol=1e-4)
+@pytest.fixture(scope="module")
+def train(processor, rows):
+    return PackedDataset(rows.train, processor)
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 100])
-@pytest.mark.parametrize("num_workers", [0, 2])
-def test_every_row_gets_its_own(processor, rows, batch_size, num_workers):
-    feed, score = collator(processor, rows.train), Count()
-    chosen, rejected = reference_logps(feed, score, PARTS, None, batch_size, num_workers)
-    assert (chosen.tolist(), rejected.tolist()) == lengths(feed.rows)
-    assert chosen.dtype == torch.float32
+@pytest.fixture(scope="module")
+def few(processor, rows):
+    return PackedDataset(rows.train.select(range(12)), processor)
+
+
+@pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (5, 2), (100, 0)])
+def test_every_row_gets_its_own_longest_first(train, store, batch_size, num_workers):
+    score = Count()
+    assert scored(train, score, store, batch_size, num_workers) == lengths(train)
     assert sorted(score.rows) == list(range(48))
+    sizes = train.sizes[score.rows, :3].sum(1).tolist()
+    assert sizes == sorted(sizes, reverse=True)
 
 
-def test_rows_of_about_one_length_go_together_the_longest_first(processor, rows):
-    feed, score = collator(processor, rows.train), Count()
-    reference_logps(feed, score, PARTS, None, 5)
-    asked = feed.rows.sizes[score.rows, :3].sum(1).tolist()
-    assert asked == sorted(asked, reverse=True)
+def test_a_second_call_reads_and_computes_nothing(few, store, capsys):
+    first = scored(few, Count(), store, revision="main")
+    assert scored(few, pytest.fail, store, revision="main") == first
+    assert "12 rows, 0 of them computed" in capsys.readouterr().out
+    (path,) = store.folder.glob("reference-*/manifest.json")
+    assert json.loads(path.read_text())["made_of"]["revision"] == "main"
 
 
-def test_a_second_call_reads_and_computes_nothing(processor, rows, store, capsys):
-    feed, score = collator(processor, rows.train), Count()
-    first = reference_logps(feed, score, PARTS, store, 5)
-    again = reference_logps(feed, pytest.fail, PARTS, store, 5)
-    assert all(map(torch.equal, first, again))
-    assert "48 rows, 0 of them computed" in capsys.readouterr().out
-
-
-def test_more_rows_cost_only_themselves(processor, rows, store):
+def test_more_rows_cost_only_themselves(processor, rows, few, store):
     score = Count()
-    reference_logps(collator(processor, rows.train.select(range(40))), score, PARTS, store, 5)
-    score.rows.clear()
-    feed = collator(processor, rows.train.select(range(47, -1, -1)))  # in another order
-    found = reference_logps(feed, score, PARTS, store, 5)
+    scored(few, Count(), store)
+    more = PackedDataset(rows.train.select(range(19, -1, -1)), processor)  # in another order
+    assert scored(more, score, store) == lengths(more)
     assert sorted(score.rows) == list(range(8))
-    assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
-    reference_logps(feed, pytest.fail, PARTS, store, 5)
+    scored(more, pytest.fail, store)
 
 
-def test_equal_rows_are_computed_once(processor, rows):
-    score = Count()
-    feed = collator(processor, rows.train.select([3, 4, 3, 3]))
-    chosen, _ = reference_logps(feed, score, PARTS, None, 5)
+def test_equal_rows_are_computed_once(processor, rows, store):
+    score, repeated = Count(), PackedDataset(rows.train.select([3, 4, 3, 3]), processor)
+    assert scored(repeated, score, store) == lengths(repeated)
     assert len(score.rows) == 2
-    assert chosen.tolist() == lengths(feed.rows)[0]
 
 
-def flip(path):
+def test_a_damaged_file_is_computed_again_with_a_message(few, store, capsys):
+    first = scored(few, Count(), store)
+    (path,) = store.folder.glob("reference-*/data.safetensors")
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-
-
-@pytest.mark.parametrize("harm", [flip, lambda path: path.write_bytes(path.read_bytes()[:-1])])
-def test_a_damaged_file_is_computed_again_and_said(processor, rows, store, harm, capsys):
-    feed = collator(processor, rows.train)
-    first = reference_logps(feed, Count(), PARTS, store, 5)
-    (path,) = store.folder.glob("reference-*/data.safetensors")
-    harm(path)
     score = Count()
-    again = reference_logps(feed, score, PARTS, store, 5)
-    assert all(map(torch.equal, first, again))
-    assert len(score.rows) == 48
+    assert scored(few, score, store) == first
+    assert len(score.rows) == 12
     assert "is damaged" in capsys.readouterr().out
-    reference_logps(feed, pytest.fail, PARTS, store, 5)
+    scored(few, pytest.fail, store)
 
 
-def test_numbers_that_are_none_stop_the_run_and_are_not_kept(processor, rows, store):
-    def broken(batch):
-        chosen, rejected = Count()(batch)
+def test_a_nan_stops_the_run_and_is_not_stored(few, store):
+    def broken(batch, _):
+        chosen, rejected = Count()(batch, _)
         return chosen.where(batch["rows"] != 7, float("nan")), rejected
 
     with pytest.raises(ValueError, match="row 7: the reference's log-probabilities are"):
-        reference_logps(collator(processor, rows.train), broken, PARTS, store, 5)
+        scored(few, broken, store)
     assert not list(store.folder.glob("reference-*"))
 
 
-def test_without_room_it_computes_all_the_same(processor, rows, tmp_path, capsys):
-    feed = collator(processor, rows.train)
-    found = reference_logps(feed, Count(), PARTS, DiskCache(tmp_path / "cache", 10), 5)
-    assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
+def test_without_room_it_is_computed_all_the_same(few, tmp_path, capsys):
+    assert scored(few, Count(), DiskCache(tmp_path / "cache", 10)) == lengths(few)
     assert "trainer.cache_disk" in capsys.readouterr().out
     (tmp_path / "file").write_text("")
-    reference_logps(feed, Count(), PARTS, DiskCache(tmp_path / "file", PLENTY), 5)
-    assert "cannot be kept" in capsys.readouterr().out
+    assert scored(few, Count(), DiskCache(tmp_path / "file", PLENTY)) == lengths(few)
+    assert "cache: reference: not stored in" in capsys.readouterr().out
 
 
-def ask(feed, folder, log):
-    def slow(batch):
-        with log.open("a") as file:
+def test_of_two_runs_at_once_one_computes(few, store, tmp_path):
+    context, computed = multiprocessing.get_context("fork"), tmp_path / "computed"
+
+    def slow(batch, _):
+        with computed.open("a") as file:
             file.write("".join(f"{row}\n" for row in batch["rows"].tolist()))
-        time.sleep(0.5)
-        return Count()(batch)
+        time.sleep(0.2)
+        return Count()(batch, _)
 
-    found = reference_logps(feed, slow, PARTS, DiskCache(folder, PLENTY), 4)
-    assert tuple(logps.tolist() for logps in found) == lengths(feed.rows)
+    def run():
+        assert scored(few, slow, store) == lengths(few)
 
-
-def test_of_two_runs_that_ask_at_once_one_computes(processor, rows, store, tmp_path):
-    feed, log = collator(processor, rows.train.select(range(12))), tmp_path / "log"
-    askers = [multiprocessing.get_context("fork").Process(target=ask, args=(feed, store.folder, log)) for _ in range(2)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join(60)
-    assert [asker.exitcode for asker in askers] == [0, 0]
-    assert sorted(map(int, log.read_text().split())) == list(range(12))
+    runs = [context.Process(target=run) for _ in range(2)]
+    for process in runs:
+        process.start()
+    for process in runs:
+        process.join(60)
+    assert [process.exitcode for process in runs] == [0, 0]
+    assert sorted(map(int, computed.read_text().split())) == list(range(12))
 
 
 # What a key must follow.
 
 
-@pytest.mark.parametrize("part", ["weights", "dtype", "ld_alpha", "attention"])
-def test_every_part_of_the_key_counts(processor, rows, store, part):
-    feed, score = collator(processor, rows.train.select(range(4))), Count()
-    reference_logps(feed, score, PARTS, store, 5)
-    reference_logps(feed, score, {**PARTS, part: 0.5}, store, 5)
-    assert len(score.rows) == 8
-
-
-def test_without_its_parts_there_is_no_key(processor, rows):
-    with pytest.raises(AssertionError):
-        reference_logps(collator(processor, rows.train), Count(), {"weights": "", "dtype": ""}, None, 5)
+def test_every_part_of_the_key_counts(processor, few, store, monkeypatch):
+    score = Count()
+    scored(few, score, store)
+    for part in ("weights", "dtype", "ld_alpha", "attention"):
+        score.rows.clear()
+        scored(few, score, store, **{part: 0.5})
+        assert len(score.rows) == 12
+    score.rows.clear()
+    monkeypatch.setattr(processor.image_processor, "resample", 3)
+    scored(few, score, store)
+    assert len(score.rows) == 12
 
 
 BASE = ([encoded(noise((64, 64)))], "What is this?", "A red square.", "A dog.")
 
 
-def keys_of(processor, row=BASE, max_length=None):
-    rows = packed(make(row), processor, max_length)
-    return row_keys(rows)[0], cache_key("", **tiling(rows))
+def key_of(processor, row=BASE, max_length=None):
+    return row_keys(packed(make(row), processor, max_length))[0]
 
 
 def test_a_rows_key_follows_its_words_and_pixels(processor):
     pixel = noise((64, 64))
     pixel.putpixel((5, 5), (1, 2, 3))
     images, question, chosen, rejected = BASE
-    before = keys_of(processor)
-    assert keys_of(processor) == before
-    for row in (
+    rows = (
+        BASE,
         ([encoded(pixel)], question, chosen, rejected),
         (images, "What is that?", chosen, rejected),
         (images, question, "A red circle.", rejected),
         (images, question, chosen, "A cat."),
         (images, question, rejected, chosen),
         (images * 2, question, chosen, rejected),
-    ):
-        assert keys_of(processor, row)[0] != before[0]
+    )
+    assert len({key_of(processor, row) for row in rows}) == len(rows)
+    assert key_of(processor) == key_of(processor)
 
 
 def test_a_rows_key_follows_where_prompt_and_answer_part(processor):
@@ -223,32 +194,21 @@ def test_a_rows_key_follows_where_prompt_and_answer_part(processor):
     assert row_keys(rows) != before
 
 
-def test_a_rows_key_follows_the_cut(processor):
+def test_a_rows_key_follows_the_truncation(processor):
     row = packed(make(BASE), processor)[0]
-    whole = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
-    assert keys_of(processor, max_length=whole) == keys_of(processor)
-    assert keys_of(processor, max_length=whole - 1)[0] != keys_of(processor)[0]
+    longest = len(row["prompt_ids"]) + max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    assert key_of(processor, max_length=longest) == key_of(processor)
+    assert key_of(processor, max_length=longest - 1) != key_of(processor)
 
 
 def test_a_rows_key_follows_template_and_tokenizer(processor, monkeypatch):
-    before = keys_of(processor)
-    with monkeypatch.context() as patch:
-        patch.setattr(processor, "chat_template", processor.chat_template.replace("Assistant:", "Answer:"))
-        assert keys_of(processor)[0] != before[0]
-    with monkeypatch.context() as patch:
-        patch.setattr(processor, "image_seq_len", 9)
-        assert keys_of(processor)[0] != before[0]
-    assert keys_of(processor) == before
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("size", {"longest_edge": 64}), ("resample", 3), ("image_mean", [0.4] * 3), ("image_std", [1] * 3)],
-)
-def test_the_key_follows_the_image_processor(processor, monkeypatch, name, value):
-    before = keys_of(processor)[1]
-    monkeypatch.setattr(processor.image_processor, name, value)
-    assert keys_of(processor)[1] != before
+    before = key_of(processor)
+    template = processor.chat_template.replace("Assistant:", "Answer:")
+    for name, value in (("chat_template", template), ("image_seq_len", 9)):
+        with monkeypatch.context() as patch:
+            patch.setattr(processor, name, value)
+            assert key_of(processor) != before
+    assert key_of(processor) == before
 
 
 def test_keys_are_the_same_in_every_process(processor, model):
@@ -257,31 +217,30 @@ def test_keys_are_the_same_in_every_process(processor, model):
         "from smolvlm_exp.models.model import load_model, load_processor\n"
         "from tests.conftest import compose\n"
         "c = compose().model\n"
-        "row, tiles = t.keys_of(load_processor(c))\n"
-        "print(row.hex(), tiles, t.weights_key(load_model(c)))"
+        "rows = t.packed(t.make(t.BASE), load_processor(c))\n"
+        "print(t.row_keys(rows)[0].hex(), t.cache_key('', **rows.tiling()), t.weights_key(load_model(c)))"
     )
     paths = [path for path in sys.path if path]
     env = {**os.environ, "PYTHONHASHSEED": "77", "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"}
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True).stdout
-    row, tiles = keys_of(processor)
-    assert there.split()[-3:] == [row.hex(), tiles, weights_key(model)]
+    rows = packed(make(BASE), processor)
+    assert there.split()[-3:] == [row_keys(rows)[0].hex(), cache_key("", **rows.tiling()), weights_key(model)]
 
 
 # The weights' key.
 
 
 def test_one_element_of_any_tensor_changes_the_weights_key(model):
-    seen = {weights_key(model)}
-    tensors = [*model.parameters(), *model.buffers()]
+    keys = {weights_key(model)}
+    tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
     for tensor in tensors[:: len(tensors) // 20]:
-        if tensor.is_floating_point():
-            with torch.no_grad():
-                value = tensor.view(-1)[-1].clone()
-                tensor.view(-1)[-1] = torch.nextafter(value, value + 1)
-                seen.add(weights_key(model))
-                tensor.view(-1)[-1] = value
-        assert weights_key(model) in seen
-    assert len(seen) > 15
+        last = tensor.detach().view(-1)[-1:]
+        before = last.clone()
+        last.copy_(torch.nextafter(before, before + 1))
+        assert weights_key(model) not in keys
+        keys.add(weights_key(model))
+        last.copy_(before)
+    assert len(keys) > 15
 
 
 def test_weights_key_follows_dtype_and_config(model):
@@ -360,12 +319,6 @@ def test_the_hash_sees_what_sums_would_miss():
     assert torch.equal(content_hash([pair.view(4, 4).T]), content_hash([pair.view(4, 4).T.contiguous()]))
 
 
-def test_the_manifest_says_what_it_is_of(processor, rows, store):
-    reference_logps(collator(processor, rows.train), Count(), {**PARTS, "revision": "main"}, store, 5)
-    (path,) = store.folder.glob("reference-*/manifest.json")
-    assert json.loads(path.read_text())["made_of"]["revision"] == "main"
-
-
 @pytest.mark.gpu
 def test_weights_key_is_the_same_on_a_gpu(model):
     before = weights_key(model)
@@ -378,8 +331,6 @@ def test_weights_key_of_8_bits_is_the_same_after_a_forward(processor, rows):
     before = weights_key(eight)
     answer_logps(eight, processor, rows.test.select(range(2)), 2, None)
     assert weights_key(eight) == before
-    (scales,) = [m.state.SCB for m in eight.modules() if getattr(getattr(m, "state", None), "SCB", None) is not None][
-        :1
-    ]
-    scales[0] += 1e-3
+    states = (getattr(module, "state", None) for module in eight.modules())
+    next(state.SCB for state in states if getattr(state, "SCB", None) is not None)[0] += 1e-3
     assert weights_key(eight) != before

@@ -1,8 +1,5 @@
 """nf4 weights unpacked."""
 
-# mypy: disable-error-code="index"
-# What @triton.jit compiles is not quite Python.
-
 from typing import Any
 
 import torch

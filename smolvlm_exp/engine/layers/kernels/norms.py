@@ -1,8 +1,5 @@
 """RMSNorm and LayerNorm, a row a program."""
 
-# mypy: disable-error-code="index"
-# What @triton.jit compiles is not quite Python.
-
 import torch
 import triton
 import triton.language as tl

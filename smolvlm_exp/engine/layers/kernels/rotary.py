@@ -1,13 +1,12 @@
 """Rotary positions, gains included, from a product's columns to attention's queries, keys and values and back."""
 
-# mypy: disable-error-code="index"
-# What @triton.jit compiles is not quite Python.
-
 import torch
 import triton
 import triton.language as tl
 
-from smolvlm_exp.engine.layers.kernels.launch_grid import ROTARY_BM, Gain, split_rows
+from smolvlm_exp.engine.layers.kernels.elementwise import Gain, split_rows
+
+ROWS = 16  # of a tile, where a head's columns are summed on the way: measured on an H100
 
 
 def rotary(
@@ -17,9 +16,9 @@ def rotary(
     tokens, (queries, keys), size = u.shape[0], heads, cos.shape[1]
     query = u.new_empty(tokens, queries, size)
     key, value = (u.new_empty(sources, keys, size) for _ in range(2))
-    _rotary[(triton.cdiv(tokens, ROTARY_BM), queries + 2 * keys)](
+    _rotary[(triton.cdiv(tokens, ROWS), queries + 2 * keys)](
         u, u.stride(0), query if gain is None else gain, cos, sin, slots, query, key, value, tokens, middle,
-        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROTARY_BM,
+        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
     )  # fmt: skip
     return query, key, value
 
@@ -78,7 +77,7 @@ def rotary_backward(
     _rotary_backward[(chunks, queries + 2 * keys)](
         dquery, dkey, dvalue, u, u.stride(0), du if gain is None else gain, cos, sin, slots,
         du, columns + tail, du if partial is None else partial, tokens, middle, rows,
-        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROTARY_BM,
+        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
     )  # fmt: skip
     return du, None if partial is None else partial.sum(0)
 

@@ -1,6 +1,6 @@
-"""docs/settings.md and docs/settings.schema.json, from the dataclasses and the comments of their fields.
+"""settings.md and settings.schema.json, from the dataclasses and the comments of their fields.
 
-python -m smolvlm_exp.config.settings        # in a checkout: writes both
+python docs/settings.py        # writes both
 """
 
 import ast
@@ -15,15 +15,15 @@ from dataclasses import MISSING, Field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.config.schema import SELECTORS, Config, own_config, own_configs
-from smolvlm_exp.utils.paths import PACKAGE
+from smolvlm_exp.config.schema import SELECTORS, Config, dataclass_of, groups
 
+DOCS = Path(__file__).parent
 JSON_TYPES: dict[Any, str] = {
     int: "integer", float: "number", str: "string", bool: "boolean", list: "array", dict: "object",
     types.NoneType: "null",
 }  # fmt: skip
 INTRODUCTION = """\
-Written by `python -m smolvlm_exp.config.settings`. Files in `conf/` may choose other defaults; `--cfg job`
+Written by `python docs/settings.py`. Files in `conf/` may choose other defaults; `--cfg job`
 shows what holds.
 
 Your own defaults (a cache, W&B's entity, a launcher) go into `conf/local/default.yaml`, which git ignores:
@@ -61,22 +61,17 @@ def properties(cls: type, path: str = "") -> Iterator[tuple[str, Field[Any], Any
         meaning |= comments(base)
     for setting in fields(cls):
         kind = hints[setting.name]
-        inner = next((part for part in (kind, *typing.get_args(kind)) if is_dataclass(part)), None)
-        if inner:
-            assert isinstance(inner, type)
-            yield from properties(inner, f"{path}{setting.name}.")
+        if group := dataclass_of(kind):
+            yield from properties(group, f"{path}{setting.name}.")
         else:
             yield f"{path}{setting.name}", setting, kind, meaning[setting.name]
 
 
 def tables() -> Iterator[tuple[str, type]]:
     """(heading, dataclass) of every group, with one table for each option that has settings of its own."""
-    for name, kind in typing.get_type_hints(Config).items():
-        if name in SELECTORS:
-            yield from ((f"{name}={option}", own_config(name, option)) for option in own_configs(name))
-        elif is_dataclass(kind):
-            assert isinstance(kind, type)
-            yield name, kind
+    for group, option, kind in groups():
+        if isinstance(kind, type) and is_dataclass(kind):
+            yield f"{group}={option}" if option else group, kind
 
 
 def default_text(setting: Field[Any]) -> str:
@@ -96,10 +91,8 @@ def type_text(setting: Field[Any], kind: Any) -> str:
 def markdown() -> str:
     """The page."""
     lines = ["# Settings", "", INTRODUCTION, ""]
-    roots = [f for f in fields(Config) if f.name not in SELECTORS and not is_dataclass(f.type)]
-    general = {row[0]: row for row in properties(Config)}
     seen: set[tuple[str, str, str]] = set()  # of an option, only what the group's other options do not have is listed
-    sections = [("general", [general[f.name] for f in roots if f.name in general])]
+    sections = [("general", [row for row in properties(Config) if "." not in row[0] and row[0] not in SELECTORS])]
     sections += [(heading, list(properties(cls, f"{heading.partition('=')[0]}."))) for heading, cls in tables()]
     for heading, rows in sections:
         entries = {(key, default_text(setting), text): (setting, kind) for key, setting, kind, text in rows}
@@ -144,11 +137,8 @@ def json_property(setting: Field[Any], kind: Any, text: str) -> dict[str, Any]:
 
 
 def files() -> dict[Path, str]:
-    docs = PACKAGE.parent / "docs"
-    return {
-        docs / "settings.md": markdown(),
-        docs / "settings.schema.json": json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n",
-    }
+    schema = json.dumps(json_schema(), indent=1, ensure_ascii=False) + "\n"
+    return {DOCS / "settings.md": markdown(), DOCS / "settings.schema.json": schema}
 
 
 if __name__ == "__main__":

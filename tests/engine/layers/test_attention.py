@@ -1,4 +1,4 @@
-"""Attention over packed pairs against the same attention with one explicit mask, in float64."""
+"""Attention over packed pairs against the same attention with one explicit mask."""
 
 import pytest
 import torch
@@ -6,21 +6,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvlm_exp.engine.inputs.packing import pack
-from smolvlm_exp.engine.layers.shared_prefix_attention import PREFIX, Layout, shared_prefix_attention, use_shared_prefix
+from smolvlm_exp.engine.layers.attention import PREFIX, Layout, shared_prefix_attention, use_shared_prefix
 from tests.engine.stock import IMAGE, random_row, tiny_model
 
 LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
 
 
-def packed_rows(lengths, rejected=True):
+def make_rows(lengths, rejected):
     rows = [random_row(p, c, r, [], seed=i) for i, (p, c, r) in enumerate(lengths)]
-    if not rejected:
-        rows = [{k: v for k, v in row.items() if k != "rejected_ids"} for row in rows]
-    return rows, pack(rows, IMAGE)
+    return rows if rejected else [{k: v for k, v in row.items() if k != "rejected_ids"} for row in rows]
 
 
 def visible(rows, tokens):
-    """(T, T), true where a token may look: in its own prompt and answer, not ahead."""
+    """(T, T), true where a token attends: to its own prompt and answer, not ahead."""
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
     start, second = 0, sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) - 1 for row in rows)
     for row in rows:
@@ -36,52 +34,46 @@ def visible(rows, tokens):
     return mask
 
 
-def dense(query, key, value, mask, scale):
+def explicit(query, key, value, mask, scale):
     groups = query.shape[0] // key.shape[0]
     key, value = key.repeat_interleave(groups, 0), value.repeat_interleave(groups, 0)
     scores = (query @ key.transpose(1, 2) * scale).masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(0, 1)
 
 
-def tensors(tokens, heads, kv_heads, dtype=torch.float64, device="cpu", size=8):
-    torch.manual_seed(tokens)
-    shapes = (heads, kv_heads, kv_heads)
-    return [torch.randn(n, tokens, size, device=device).to(dtype).requires_grad_() for n in shapes]
+def compare(rows, heads, size, scale, dtype=torch.float64, device="cpu"):
+    """(found, expected) results and gradients for query, key and value, the expected ones in float64."""
+    packed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in pack(rows, IMAGE).items()}
+    torch.manual_seed(packed["tokens"])
+    shapes = [(n, packed["tokens"], size) for n in (heads[0], heads[1], heads[1])]
+    inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
+    exact = [part.detach().double().requires_grad_() for part in inputs]
+    found = shared_prefix_attention(*inputs, Layout.of(packed), scale)
+    expected = explicit(*exact, visible(rows, packed["tokens"]).to(device), scale)
+    upstream = torch.randn_like(expected)
+    gradients = torch.autograd.grad(found, inputs, upstream.to(dtype)), torch.autograd.grad(expected, exact, upstream)
+    return (found, expected), *zip(*gradients, strict=True)
 
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(LENGTHS, min_size=1, max_size=5), st.sampled_from([(4, 4), (4, 2), (3, 1)]), st.booleans())
-def test_equal_to_one_explicit_mask(lengths, heads, rejected):
-    rows, packed = packed_rows(lengths, rejected)
-    inputs = tensors(packed["tokens"], *heads)
-    got = shared_prefix_attention(*inputs, Layout.of(packed), 0.3)
-    wanted = dense(*inputs, visible(rows, packed["tokens"]), 0.3)
-    torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-12)
-    weights = torch.randn_like(wanted)
-    for mine, theirs in zip(
-        torch.autograd.grad(got, inputs, weights), torch.autograd.grad(wanted, inputs, weights), strict=True
-    ):
-        torch.testing.assert_close(mine, theirs, rtol=1e-9, atol=1e-12)
+def test_packed_attention_equals_one_explicit_mask(lengths, heads, rejected):
+    for found, expected in compare(make_rows(lengths, rejected), heads, size=8, scale=0.3):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("rejected", [True, False])
-def test_flash_attention_on_a_gpu(heads, rejected):
-    rows, packed = packed_rows([(70, 9, 30), (2, 1, 1), (20, 40, 3)], rejected)
-    packed = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
-    inputs = tensors(packed["tokens"], *heads, torch.bfloat16, "cuda", size=64)
-    got = shared_prefix_attention(*inputs, Layout.of(packed), 0.125)
-    exact = [each.detach().double().requires_grad_() for each in inputs]
-    wanted = dense(*exact, visible(rows, packed["tokens"]).cuda(), 0.125)
-    torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2)
-    weights = torch.randn_like(wanted)
-    mine = torch.autograd.grad(got, inputs, weights.to(got.dtype))
-    for a, b in zip(mine, torch.autograd.grad(wanted, exact, weights), strict=True):
-        assert (a.double() - b).norm() < 1e-2 * b.norm()
+def test_flash_attention_equals_one_explicit_mask(heads, rejected):
+    rows = make_rows([(70, 9, 30), (2, 1, 1), (20, 40, 3)], rejected)
+    (found, expected), *gradients = compare(rows, heads, 64, 0.125, torch.bfloat16, "cuda")
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
+    for found, expected in gradients:
+        assert (found.double() - expected).norm() < 1e-2 * expected.norm()
 
 
-def test_a_model_without_a_layout_is_what_it_was():
+def test_a_model_without_a_layout_is_unchanged():
     model = tiny_model()
     ids, mask = torch.randint(9, 40, (2, 7)), torch.tensor([[0, 0, 1, 1, 1, 1, 1], [1] * 7])
     before = model(input_ids=ids, attention_mask=mask).logits
@@ -94,7 +86,7 @@ def test_a_model_without_a_layout_is_what_it_was():
     assert torch.equal(again, made)
 
 
-def test_eager_attention_is_told():
+def test_eager_attention_is_refused():
     model = tiny_model()
     model.set_attn_implementation("eager")
     with pytest.raises(ValueError, match=r"eager goes with trainer\.engine=stock"):

@@ -1,4 +1,4 @@
-"""Tuning that goes on from a saved adapter: supervised fine-tuning first, preferences then."""
+"""model.adapter: training that continues from a saved adapter, as preferences after supervised fine-tuning."""
 
 import math
 
@@ -6,16 +6,14 @@ import pytest
 
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError
-from tests.conftest import SIGMOID
+from tests.conftest import QUICK, SIGMOID, compose
 
 METRICS = ("preference_accuracy", "recall", "yes_no_accuracy", "wrong_image_drop")
 
 
 @pytest.fixture(scope="module")
 def tuned(tmp_path_factory):
-    """A run of supervised fine-tuning, and what it left of its adapter."""
-    from tests.conftest import QUICK, compose
-
+    """The folder and the summary of a run of supervised fine-tuning."""
     folder = tmp_path_factory.mktemp("sft")
     cache = f"trainer.cache={folder}/cache"
     sft = compose(*QUICK, cache, "trainer=sft", "trainer.learning_rate=5e-3", "adapter.r=4", "adapter.lora_alpha=4")
@@ -33,7 +31,7 @@ def test_preferences_after_supervised_fine_tuning(quick, tuned, tmp_path, engine
     assert verdicts["reference_at_start"] == "ok"
     assert verdicts["parameters_moved"] == "ok"
     assert verdicts["adapter_reload"] == "ok"
-    for name in METRICS:  # where the one ended, the other begins
+    for name in METRICS:  # it begins where the other ended
         assert summary["before"][name] == pytest.approx(first["after"][name], abs=1e-4)
     assert summary["train"]["trainable_parameters"] == first["train"]["trainable_parameters"]
 
@@ -47,12 +45,12 @@ def test_preferences_after_supervised_fine_tuning(quick, tuned, tmp_path, engine
         (["adapter=none", "quant=none"], r"adapter=none exclude each other"),
     ],
 )
-def test_another_adapter_than_the_saved_one(quick, tuned, tmp_path, overrides, message):
+def test_settings_that_differ_from_the_saved_adapters_are_refused(quick, tuned, tmp_path, overrides, message):
     folder, _ = tuned
     with pytest.raises(RequestError, match=message):
         train(quick("adapter.r=4", "adapter.lora_alpha=4", f"model.adapter={folder}", *overrides), tmp_path)
 
 
-def test_no_adapter_there(quick, tmp_path):
+def test_a_folder_without_an_adapter_is_refused(quick, tmp_path):
     with pytest.raises(RequestError, match=r"there is no adapter_config\.json in it or in its adapter/"):
         train(quick(f"model.adapter={tmp_path}"), tmp_path)

@@ -1,11 +1,14 @@
-"""Which formats are written, in which precisions: checked before any work."""
+"""The groups export, session and serve, and what can be checked of them before any work."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of
 
 VISION, EMBEDDING, DECODER = PARTS = ("vision_encoder", "embed_tokens", "decoder_model_merged")
+PARTS_BY_SIZE = (DECODER, VISION, EMBEDDING)  # in the smaller SmolVLMs, the largest first
 SUFFIXES = {"fp32": "", "int8": "_int8", "int4": "_q4"}  # of files, as clients of ONNX exports expect them
 
 
@@ -29,10 +32,31 @@ class ExportConfig:
     license: str | None = None  # of what is published, for the model card
 
 
+@dataclass
+class SessionConfig:
+    """task=chat and task=serve."""
+
+    precision: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]  # of an exported model; null: as exported
+    max_new_tokens: int = at_least(1, 256)
+    cache: str = "1GiB"  # keys, values and image features kept between turns, of all conversations together
+
+
+@dataclass
+class ServeConfig:
+    """task=serve: what it accepts from strangers."""
+
+    host: str = "127.0.0.1"  # loopback: whoever may connect may use the model
+    port: int = at_least(0, 8000)  # 0: any that is free
+    max_image_megabytes: float = at_least(0, 10.0)  # of one image's file
+    max_images: int = at_least(0, 8)  # in one request
+    max_tokens: int = at_least(1, 1024)  # of one answer
+    max_concurrency: int = at_least(1, 4)  # answers generated at once; a further request gets status 429
+
+
 def formats(config: ExportConfig) -> tuple[str, ...]:
-    """Which folders are written: adapter, merged, onnx."""
-    wanted = ("adapter", "merged", "onnx") if config.format == "all" else (config.format,)
-    if "onnx" in wanted and config.precision == "bf16":
+    """The folders to write, of adapter, merged and onnx; RequestError where settings exclude each other."""
+    requested = ("adapter", "merged", "onnx") if config.format == "all" else (config.format,)
+    if "onnx" in requested and config.precision == "bf16":
         raise RequestError(
             "export.precision=bf16: ONNX Runtime has no bf16 on a CPU. Use fp32, int8 or int4, or export.format=merged."
         )
@@ -41,22 +65,30 @@ def formats(config: ExportConfig) -> tuple[str, ...]:
             "export.precision=int4: merged weights are not stored in 4 bits. Use fp32, bf16 or int8 (and "
             "quant=nf4 to load them), or export.format=onnx."
         )
-    own = next((part for part in PARTS if getattr(config, part)), None)
-    if "onnx" not in wanted and (own or config.search):
-        key = own or "search"
-        raise RequestError(f"export.{key} needs export.format=onnx or all, not {config.format}.")
-    if config.search and own:
-        raise RequestError(f"export.search=true chooses export.{own} itself: set only one of them.")
-    return wanted
+    part = next((part for part in PARTS if getattr(config, part)), None)
+    if "onnx" not in requested and (part or config.search):
+        raise RequestError(f"export.{part or 'search'} needs export.format=onnx or all, not {config.format}.")
+    if config.search and part:
+        raise RequestError(f"export.search=true chooses export.{part} itself: set only one of them.")
+    return requested
 
 
 def precisions(config: ExportConfig) -> dict[str, str]:
-    """Of each ONNX part."""
+    """The precision of each ONNX part."""
     return {part: getattr(config, part) or config.precision for part in PARTS}
 
 
 def merged_precision(config: ExportConfig) -> str:
-    """Of the merged folder; with format=all never int8, which converters do not read."""
+    """The merged folder's; with format=all never int8, which converters do not read."""
     if config.format == "all":
         return "fp32" if config.precision == "fp32" else "bf16"
     return config.precision
+
+
+def require_packages(task: str, extras: Mapping[str, str]) -> None:
+    """`extras`: of each package the task imports, the extra of this package's installation that brings it."""
+    for package, extra in extras.items():
+        if find_spec(package) is None:
+            raise RequestError(
+                f"task={task} needs {package}, which is not installed: pip install 'smolvlm-exp[{extra}]'"
+            )

@@ -13,13 +13,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.data.config import DataConfig
+from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.tokens import image_span
 from smolvlm_exp.models.model import EMBEDDED, ModelConfig
 from smolvlm_exp.models.shape import Shape
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.fields import above, at_least
 
 SAMPLE_SIZE = 256  # rows, evenly spaced
 CHARS_PER_TOKEN = 3.5  # where no tokenizer is on this disk: English prose has 4 to 4.5
@@ -29,49 +28,41 @@ HUB_ROWS = {"rlaif_v": {"train": 78_975, "test": 4_157}, "rlhf_v": {"train": 5_7
 
 
 @dataclass
-class PlanConfig:
-    """What `task=plan` assumes of data that is not on this disk, and of the GPU."""
-
-    image_size: str = "512x384"  # width x height of most images; the largest are taken to be square
-    answer_tokens: int = at_least(1, 100)  # of most answers; the longest are taken to be twice as long
-    rows: int | None = at_least(1, None)  # of the data set, where they are not known
-    matmul_tflops: float | None = above(0, None)  # of your card, in bfloat16, for seconds; null: the reference card's
-
-
-@dataclass
 class RowLengths:
     sizes: list[tuple[int, int, int, int]]  # tokens of prompt, chosen, rejected, and tiles: of all rows or a sample
     rows: int | None  # of the data set
     description: str  # of where these numbers come from
 
 
-def row_lengths(data: DataConfig, model: ModelConfig, task: PlanConfig) -> RowLengths:
+def row_lengths(config: Config) -> RowLengths:
     """
     Raises:
         RequestError: the data is on this disk and cannot be read, or task.image_size is no size.
     """
-    assert model.shape is not None
+    data: Any = config.data
+    shape, task = config.model.shape, config.task
+    assert shape is not None
     if not hasattr(data, "id") or Path(data.id).expanduser().is_dir():  # sources without an id read local files alone
-        return sample_lengths(data, model, model.shape)
+        return sample_lengths(data, config.model, shape)
     size = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", task.image_size)
     if size is None:
         raise RequestError(f"task.image_size={task.image_size} is no size; write it as 512x384.")
-    typical = tile_grid(int(size[1]), int(size[2]), model.shape, data.max_edge)
-    largest = tile_grid(data.max_edge, data.max_edge, model.shape, data.max_edge)
-    prompts = [image_tokens(*grid, model.shape) + TEMPLATE + QUESTION for grid in (typical, largest)]
-    tiles, most_tiles = (rows * columns + 1 if rows else 1 for rows, columns in (typical, largest))
+    typical = tile_grid(int(size[1]), int(size[2]), shape, data.max_edge)
+    largest = tile_grid(data.max_edge, data.max_edge, shape, data.max_edge)
+    prompts = [image_tokens(*grid, shape) + TEMPLATE + QUESTION for grid in (typical, largest)]
+    tiles, most_tiles = (rows * columns + 1 for rows, columns in (typical, largest))
     short, long = task.answer_tokens, 2 * task.answer_tokens
     # One row in ten is of the longest: enough of them to fill any micro-batch.
     sizes = [*[(prompts[0], short, short, tiles)] * 9, (prompts[1], long, long, most_tiles)] * 256
     description = (
-        f"assumed rows: an image of {task.image_size} ({tiles} tiles, {tiles * model.shape.image_seq_len:,} tokens) "
+        f"assumed rows: an image of {task.image_size} ({tiles} tiles, {tiles * shape.image_seq_len:,} tokens) "
         f"and answers of {short} tokens; the longest have {most_tiles} tiles and answers of {long} tokens "
         "(task.image_size, task.answer_tokens)"
     )
     return RowLengths(sizes, task.rows or hub_rows(data), description)
 
 
-def sample_lengths(data: DataConfig, model: ModelConfig, shape: Shape) -> RowLengths:
+def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
     """The sizes of some of the data set's own rows."""
     from datasets import disable_progress_bars
     from PIL import Image
@@ -80,9 +71,10 @@ def sample_lengths(data: DataConfig, model: ModelConfig, shape: Shape) -> RowLen
     from smolvlm_exp.data.loading import undecoded
 
     disable_progress_bars()
-    count: int | None = getattr(data, "train_rows", None)  # of drawn rows no more than the sample need be drawn
-    drawn: dict[str, Any] = {} if count is None else {"train_rows": min(count, SAMPLE_SIZE)}
-    rows = import_module(f"smolvlm_exp.data.sources.{data.source}").load(replace(data, **drawn), data.train)
+    count: int | None = getattr(data, "train_rows", None)
+    if count is not None:  # the source draws its rows: no more than the sample need be drawn
+        data = replace(data, train_rows=min(count, SAMPLE_SIZE))
+    rows = import_module(f"smolvlm_exp.data.sources.{data.source}").load(data, data.train)
     step = max(len(rows) // SAMPLE_SIZE, 1)
     tokens, method = token_counter(model)
     sizes = []
@@ -96,7 +88,7 @@ def sample_lengths(data: DataConfig, model: ModelConfig, shape: Shape) -> RowLen
             continue  # a bad row, which the run itself reports
         prompt = sum(image_tokens(*grid, shape) for grid in grids) + TEMPLATE + tokens(text_of(row["prompt"]))
         chosen, rejected = (tokens(text_of(row[side])) + ANSWER_END for side in ("chosen", "rejected"))
-        sizes.append((prompt, chosen, rejected, sum(r * c + 1 if r else 1 for r, c in grids)))
+        sizes.append((prompt, chosen, rejected, sum(r * c + 1 for r, c in grids)))
     if not sizes:
         raise RequestError(f"data={data.source}: none of its rows in data.train={data.train} can be read.")
     longest = max(prompt + max(chosen, rejected) for prompt, chosen, rejected, _ in sizes)
@@ -140,12 +132,12 @@ def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "the model's own tokenizer"
 
 
-def hub_rows(data: DataConfig) -> int | None:
+def hub_rows(data: Any) -> int | None:
     """How many rows `data.train` names, where the size of the data set is known."""
     from datasets import ReadInstruction
 
-    splits, kind = HUB_ROWS.get(data.source), type(data)
-    if splits is None or getattr(data, "id", None) != getattr(kind, "id", None):
+    splits = HUB_ROWS.get(data.source)
+    if splits is None or data.id != type(data).id:
         return None
     try:
         spans = ReadInstruction.from_spec(data.train).to_absolute(splits)

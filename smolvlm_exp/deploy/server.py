@@ -1,0 +1,232 @@
+"""task=serve: /v1/chat/completions and /v1/models as OpenAI's clients know them, and a page to try them at /.
+
+https://platform.openai.com/docs/api-reference/chat/create. Images come as data URLs; nothing is ever fetched.
+"""
+
+import asyncio
+import base64
+import binascii
+import json
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any, Literal
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
+from PIL.Image import Image
+from pydantic import BaseModel, Field
+from starlette import types
+from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from smolvlm_exp.data.images import ImageError
+from smolvlm_exp.deploy.options import ServeConfig
+from smolvlm_exp.deploy.session.prompt import Prompt
+from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
+from smolvlm_exp.reporting.html import render
+from smolvlm_exp.utils.errors import RequestError
+
+MEGABYTE = 1_000_000
+
+
+class ImageUrl(BaseModel):
+    url: str
+
+
+class Part(BaseModel):
+    type: Literal["text", "image_url"]
+    text: str | None = None
+    image_url: ImageUrl | None = None
+
+
+class Message(BaseModel):
+    role: Literal["system", "user", "assistant"]
+    content: str | list[Part] = Field(min_length=1)
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    """The fields we act on. Others that clients send are ignored, as their defaults mean what we do."""
+
+    model: str = ""
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    temperature: float = Field(0.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    seed: int = 0
+    stop: str | list[str] | None = None
+    n: Literal[1] = 1
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    def sampling(self, limits: ServeConfig) -> Sampling:
+        requested = self.max_completion_tokens or self.max_tokens or limits.max_tokens
+        if requested > limits.max_tokens:
+            raise RequestError(f"max_tokens={requested} is more than this server allows: {limits.max_tokens}.")
+        stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+        return Sampling(requested, self.temperature, self.top_p, self.seed, tuple(filter(None, stop)))
+
+    def prompt(self, session: SmolVLMSession, limits: ServeConfig) -> Prompt:
+        messages: list[dict[str, Any]] = []
+        images: list[Image] = []
+        for message in self.messages:
+            content: list[dict[str, Any]] = []
+            parts = [Part(type="text", text=message.content)] if isinstance(message.content, str) else message.content
+            for part in parts:
+                if part.type == "text":
+                    content.append({"type": "text", "text": part.text or ""})
+                    continue
+                if len(images) == limits.max_images:
+                    raise RequestError(f"too many images: this server accepts {limits.max_images} per request.")
+                images.append(decode_image(part.image_url, session, limits))
+                content.append({"type": "image"})
+            messages.append({"role": message.role, "content": content})
+        return session.prompts.build(messages, images)
+
+
+def decode_image(source: ImageUrl | None, session: SmolVLMSession, limits: ServeConfig) -> Image:
+    match = re.fullmatch(r"data:image/[\w.+-]+;base64,(.*)", source.url if source else "", re.DOTALL)
+    if not match:
+        raise RequestError("image_url.url must be a data URL (data:image/png;base64,...): this server fetches nothing.")
+    if len(match[1]) * 3 / 4 > limits.max_image_megabytes * MEGABYTE:
+        raise RequestError(f"an image file is larger than {limits.max_image_megabytes:g} MB.")
+    try:
+        return session.prompts.open_image(base64.b64decode(match[1], validate=True))
+    except binascii.Error as error:
+        raise RequestError(f"an image is not valid base64: {error}.") from error
+    except ImageError as error:
+        raise RequestError(f"an image {error}.") from error
+
+
+def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAPI:
+    """`name`: the model's, in answers."""
+    app = FastAPI(title="smolvlm_exp", docs_url=None, redoc_url=None, openapi_url=None)
+    images = int(limits.max_images * limits.max_image_megabytes * MEGABYTE * 4 / 3)  # in base64
+    app.add_middleware(limit_body, max_bytes=images + MEGABYTE)  # and a megabyte of text
+    if limits.host in ("127.0.0.1", "localhost", "::1"):  # against DNS rebinding from other pages
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
+    slots = asyncio.Semaphore(limits.max_concurrency)
+
+    @app.exception_handler(RequestError)
+    async def refused(_: Request, error: RequestError) -> JSONResponse:
+        return error_response(400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        return error_response(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+
+    @app.exception_handler(HTTPException)
+    async def failed(_: Request, error: HTTPException) -> JSONResponse:
+        return error_response(error.status_code, str(error.detail))
+
+    @app.get("/")
+    async def page() -> HTMLResponse:
+        return HTMLResponse(render("chat.html.jinja", model=name))
+
+    @app.get("/v1/models")
+    async def models() -> dict[str, Any]:
+        return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "smolvlm_exp"}]}
+
+    @app.post("/v1/chat/completions", response_model=None)
+    async def complete(request: ChatRequest) -> JSONResponse | StreamingResponse | dict[str, Any]:
+        if slots.locked():
+            message = f"the server is already generating {limits.max_concurrency} answers: try again soon."
+            return error_response(429, message, "rate_limit_error")
+        await slots.acquire()
+        try:
+            prompt = await run_in_threadpool(request.prompt, session, limits)
+            reply = Reply(session.answer(prompt, request.sampling(limits)), name)
+        except BaseException:
+            slots.release()
+            raise
+        events = reply.events(bool(request.stream_options and request.stream_options.include_usage), slots)
+        await anext(events)  # from here on its `finally` runs, even if the client disconnects
+        if request.stream:
+            return StreamingResponse(events, media_type="text/event-stream")
+        async for _ in events:
+            pass
+        return reply.completion()
+
+    return app
+
+
+class Reply:
+    """An answer in OpenAI's format."""
+
+    def __init__(self, answer: Answer, model: str) -> None:
+        self.answer = answer
+        self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    async def events(self, usage: bool, slots: asyncio.Semaphore) -> AsyncIterator[str]:
+        """Server-sent events, after an empty one. When a client disconnects, its answer is stopped."""
+        try:
+            yield ""
+            yield self.chunk(choice(delta={"role": "assistant", "content": ""}))
+            first = True
+            async for piece in iterate_in_threadpool(self.answer):
+                yield self.chunk(choice(delta={"content": piece.lstrip() if first else piece}))
+                first = False
+            yield self.chunk(choice(self.finish_reason, delta={}))
+            if usage:
+                yield self.chunk(usage=self.usage())
+            yield "data: [DONE]\n\n"
+        finally:
+            self.answer.stop()
+            slots.release()
+
+    def chunk(self, *choices: dict[str, Any], **more: Any) -> str:
+        content = {**self.head, "object": "chat.completion.chunk", "choices": choices, **more}
+        return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
+    def completion(self) -> dict[str, Any]:
+        answer = choice(self.finish_reason, message={"role": "assistant", "content": self.answer.text.strip()})
+        return {**self.head, "object": "chat.completion", "choices": [answer], "usage": self.usage()}
+
+    @property
+    def finish_reason(self) -> str:
+        return "length" if self.answer.ended_by == "length" else "stop"
+
+    def usage(self) -> dict[str, Any]:
+        prompt, completion = self.answer.prompt_tokens, len(self.answer.ids)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+            "prompt_tokens_details": {"cached_tokens": self.answer.cached_tokens},
+        }
+
+
+def choice(finish_reason: str | None = None, **content: Any) -> dict[str, Any]:
+    return {"index": 0, **content, "finish_reason": finish_reason}
+
+
+def error_response(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
+    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status_code=status)
+
+
+def limit_body(app: types.ASGIApp, max_bytes: int) -> types.ASGIApp:
+    """Middleware that refuses a request's body once it has more than `max_bytes`, whatever its headers say."""
+
+    async def limited(scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
+        received = 0
+
+        async def counted() -> types.Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > max_bytes:
+                raise HTTPException(413, f"a request may have at most {max_bytes:,} bytes.")
+            return message
+
+        await app(scope, counted, send)
+
+    return limited
