@@ -30,7 +30,7 @@ configure_logging()
 QUICK = (
     "tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.max_steps=3", "trainer.warmup_steps=0",
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
-    "trainer.save_strategy=no", "trainer.sample_steps=0",
+    "trainer.save_strategy=no", "trainer.sample_steps=0", "task.max_new_tokens=24",
 )  # fmt: skip
 MADE_ONCE = {"whole", "run", "tuned", "graphs"}  # fixtures of many seconds
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
@@ -96,7 +96,13 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class CommandServer:
-    """Runs `python -m smolvlm_exp ...`, one after the other, in forks of one process (command_server.py)."""
+    """Runs `python -m smolvlm_exp ...`, one after the other, in forks of one process (command_server.py).
+
+    Attributes:
+        child: the process id of the command that runs now, or ran last.
+    """
+
+    child = 0
 
     def __init__(self, folder: Path) -> None:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
@@ -112,8 +118,8 @@ class CommandServer:
         output = {"stdout": str(self.stdout), "stderr": str(self.stderr)}
         request = {"arguments": arguments, "cwd": str(cwd), "env": dict(env), **output}
         print(json.dumps(request), file=self.server.stdin, flush=True)
-        child = int(self.server.stdout.readline())
-        watchdog = threading.Timer(timeout, os.kill, (child, signal.SIGKILL))
+        self.child = int(self.server.stdout.readline())
+        watchdog = threading.Timer(timeout, os.kill, (self.child, signal.SIGKILL))
         watchdog.start()
         code = int(self.server.stdout.readline())
         watchdog.cancel()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -52,7 +53,7 @@ def test_a_run_leaves_what_it_promises_and_replays(command, tmp_path):
     assert again["settings"] == summary["settings"]
 
 
-def test_ctrl_c_saves_and_resume_goes_on_exactly(command, tmp_path):
+def test_ctrl_c_saves_and_resume_goes_on_exactly(command, command_server, tmp_path):
     """Stopped by SIGINT at some step and resumed, the losses are those of a run that was left alone."""
     long = [
         *QUICK,
@@ -63,18 +64,15 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(command, tmp_path):
     ]
     assert command(*long, "hydra.run.dir=whole").returncode == 0
     folder = tmp_path / "outputs" / "a" / "b"
-    running = subprocess.Popen(
-        [sys.executable, "-m", "smolvlm_exp", *long, f"hydra.run.dir={folder}"],
-        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    metrics = folder / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
-        time.sleep(0.05)
-    running.send_signal(signal.SIGINT)
-    _, err = running.communicate(timeout=120)
-    assert running.returncode == 75, err
-    assert "resume=" in err
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(command, *long, f"hydra.run.dir={folder}", timeout=120)
+        metrics = folder / "metrics.jsonl"
+        while not running.done() and not (metrics.exists() and metrics.read_text().count("\n") >= 3):
+            time.sleep(0.05)
+        os.kill(command_server.child, signal.SIGINT)
+        stopped = running.result()
+    assert stopped.returncode == 75, stopped.stderr
+    assert "resume=" in stopped.stderr
     assert json.loads((folder / "summary.json").read_text())["status"] == "stopped"
     assert len(losses(folder)) < 10
 
@@ -173,7 +171,8 @@ def test_the_recipe_dry_runs_on_a_small_copy_of_its_shape(tmp_path, capsys):
         "data=photos",
         "data.train=train",
         'data.test="test[:1]"',
-        "trainer.sample_steps=0",  # random weights never end an answer
+        "trainer.sample_steps=0",
+        "task.max_new_tokens=4",  # random weights never end an answer
         "data.num_proc=1",
         "tracker=none",
         f"trainer.cache={tmp_path}",

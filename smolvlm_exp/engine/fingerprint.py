@@ -94,12 +94,14 @@ def content_hash(tensors: list[Any]) -> torch.Tensor:
     """
     hashes: list[torch.Tensor] = []
     waiting: list[torch.Tensor] = []
+    size = 0  # of `waiting`, in words
     for tensor in tensors:
         words = words_of(tensor)
         waiting.append(words.to(waiting[0].device) if waiting else words)
-        if sum(map(len, waiting)) >= 8 * WORDS:
+        size += len(words)
+        if size >= 8 * WORDS:
             hashes.append(sums(waiting))
-            waiting = []
+            waiting, size = [], 0
     if waiting:
         hashes.append(sums(waiting))
     return torch.cat([torch.empty(0, dtype=torch.int64), *hashes])
