@@ -2,9 +2,10 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -45,6 +46,7 @@ from smolvlm_exp.utils.paths import CONF
 
 log = logging.getLogger(__name__)
 
+Composer = Callable[[tuple[str, ...]], DictConfig]  # overrides -> what they compose
 NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
 
 
@@ -69,19 +71,21 @@ def check_command(args: Any) -> list[Config]:
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
-            check_keys(name, overrides)
-            return [read(name, job, replay=folder != CONF) for job in jobs(name, overrides, args.multirun)]
+            compose: Composer = cache(partial(compose_job, name))  # each time takes a quarter of a second
+            check_keys(compose, overrides)
+            override_lists = jobs(compose, overrides, args.multirun)
+            return [read(compose(tuple(job)), job, replay=folder != CONF) for job in override_lists]
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
 
 
-def read(name: str, job: list[str], replay: bool) -> Config:
-    """One job's settings, its own and Hydra's.
+def read(composed: DictConfig, job: list[str], replay: bool) -> Config:
+    """One job's settings.
 
     Args:
         replay: a saved file has a value for every setting, so only those of `job` were given.
     """
-    config = parse(compose(name, job))
+    config = parse(composed)
     given = {key_of(override) for override in job}
     for key, setting, value in settings(config):
         problem = misplaced(key, config.task.name)
@@ -100,10 +104,10 @@ def log_tuned_settings(config: Config) -> None:
         log.info(f"conf/tuned/{path.name}: {active} settings tuned for model={choices['model']}")
 
 
-def compose(name: str, overrides: list[str]) -> DictConfig:
+def compose_job(name: str, overrides: tuple[str, ...]) -> DictConfig:
     """The composed configuration, with Hydra's own settings, which are checked."""
     try:
-        composed = hydra.compose(name, overrides=overrides, return_hydra_config=True)
+        composed = hydra.compose(name, overrides=list(overrides), return_hydra_config=True)
     except (HydraException, OmegaConfBaseException):
         raise
     except (ValueError, TypeError, AttributeError, LookupError, AssertionError) as error:  # also from Hydra
@@ -173,10 +177,10 @@ def explain(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def jobs(name: str, overrides: list[Override], multirun: bool) -> list[list[str]]:
+def jobs(compose: Composer, overrides: list[Override], multirun: bool) -> list[list[str]]:
     """The override lists of a command's jobs; for a search, lists in which each value comes once."""
     plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    own_settings = compose(name, plain).hydra
+    own_settings = compose(tuple(plain)).hydra
     lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
     if lost:
         raise RequestError(f"hydra.{lost}: required by Hydra.")
@@ -238,10 +242,10 @@ def check_option(override: Override) -> bool:
     return bool(known)
 
 
-def check_keys(name: str, overrides: list[Override]) -> None:
+def check_keys(compose: Composer, overrides: list[Override]) -> None:
     """Unknown options, then unknown keys in the files that the command chooses and on the command line itself."""
     options = [override for override in overrides if check_option(override)]
-    composed = compose(name, combinations(options)[0])
+    composed = compose(tuple(combinations(options)[0]))
     rename_settings(composed)
     known = key_paths(chosen_types(composed))
     for key in unknown_keys(OmegaConf.to_container(composed), [*known, "hydra"]):

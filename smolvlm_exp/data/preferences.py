@@ -52,14 +52,29 @@ class Preferences:
     prints: dict[str, list[bytes]] = field(default_factory=dict)  # per split, `fingerprints` of its rows
 
 
+def source_of(config: DataConfig) -> Any:
+    """The module in data/sources."""
+    return import_module(f"smolvlm_exp.data.sources.{config.source}")
+
+
+def load_rows(config: DataConfig, split: str) -> "Dataset":
+    """The rows of `train` or `test`, not yet checked; RequestError where those to train on have no answers."""
+    rows: Dataset = source_of(config).load(config, getattr(config, split))
+    if split == "train" and "chosen" not in rows.column_names:
+        raise RequestError(
+            f"data.train={config.train}: these rows are questions without preferred answers. Use data={config.source} "
+            "with task=evaluate, not training."
+        )
+    return rows
+
+
 def load_preferences(
     config: DataConfig, processor: "ProcessorMixin", folder: Path, splits: Sequence[str] = ("train", "test")
 ) -> Preferences:
     """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`."""
-    source = import_module(f"smolvlm_exp.data.sources.{config.source}")
     checked, report, bad = {}, {}, []
     for split in splits:
-        checked[split], bad_rows = separate(prepare(source.load(config, getattr(config, split)), processor, config))
+        checked[split], bad_rows = separate(prepare(load_rows(config, split), processor, config))
         report[split] = {**count(checked[split]), "skipped": len(bad_rows)}
         bad += [{"split": split, **row} for row in bad_rows]
     if bad and config.on_bad_row == "error":
@@ -94,6 +109,7 @@ def load_preferences(
         report["test"]["also_in_train"] = len(leaked)
         if leaked:
             log.warning(f"data leakage: {len(leaked)} test rows are also in train (e.g. row {leaked[0]})")
+    source = source_of(config)
     words = source.words(config) if hasattr(source, "words") else None
     return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words, prints)
 

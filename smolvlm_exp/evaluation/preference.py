@@ -50,8 +50,10 @@ def answer_logps(
         collated = collator([{**rows[i]} for i in batch]).items()  # copies, because the collator changes its rows
         inputs = {name: tensor[: len(tensor) // 2 * sides].to(model.device) for name, tensor in collated}
         mask = inputs.pop("completion_mask")[:, 1:]
-        logits = model(**inputs, use_cache=False).logits[:, :-1]
-        logps = sequence_logps(logits, inputs["input_ids"][:, 1:], mask)
+        # Prompts are the most of a row, and their logits would be the most of the memory.
+        answers = mask.shape[1] - int(mask.any(0).int().argmax())
+        logits = model(**inputs, use_cache=False, logits_to_keep=answers + 1).logits[:, -answers - 1 : -1]
+        logps = sequence_logps(logits, inputs["input_ids"][:, -answers:], mask[:, -answers:])
         return torch.stack([logps, mask.sum(1)]).view(2, sides, -1).cpu()
 
     sums, counts = torch.cat(scatter_map(batches, score, model), dim=-1)
@@ -59,7 +61,7 @@ def answer_logps(
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """sum_t mask_t log p(label_t).
+    """sum_t mask_t log p(label_t), row by row: all rows' logits in float32 would take several times their memory.
 
     Args:
         logits: (batch, length, vocabulary); labels and mask: (batch, length).
@@ -67,7 +69,8 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tenso
     Returns:
         (batch,) in float32.
     """
-    token_logps = -F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    rows = zip(logits, labels, strict=True)
+    token_logps = torch.stack([-F.cross_entropy(row.float(), label, reduction="none") for row, label in rows])
     return (token_logps * mask).sum(1)
 
 

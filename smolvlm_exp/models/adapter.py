@@ -79,18 +79,19 @@ def match_target(names: list[str], target: str) -> list[str]:
     """Those of the linear layers `names` that `target` matches; RequestError where it matches none."""
     modules = TARGETS.get(target, target)
     if modules == "all-linear":
-        return names
-    if isinstance(modules, list):
-        return [name for name in names if name.rsplit(".", 1)[-1] in modules]
-    try:
-        pattern = re.compile(modules)
-    except re.error as error:
-        raise RequestError(f"adapter.target={target} is not a valid regular expression: {error}.") from error
-    matched = [name for name in names if pattern.fullmatch(name)]
+        matched = names
+    elif isinstance(modules, list):
+        matched = [name for name in names if name.rsplit(".", 1)[-1] in modules]
+    else:
+        try:
+            pattern = re.compile(modules)
+        except re.error as error:
+            raise RequestError(f"adapter.target={target} is not a valid regular expression: {error}.") from error
+        matched = [name for name in names if pattern.fullmatch(name)]
     if not matched:
         raise RequestError(
             f"adapter.target={target} matches no linear layer. Use text, recipe, all, or a regular expression over "
-            f"names such as {names[0]}."
+            f"names such as {', '.join(names[:3]) or 'those of another model: this one has none'}."
         )
     return matched
 
@@ -105,7 +106,7 @@ def describe_target(names: list[str]) -> str:
     for part, kinds in parts.items():
         listed = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
         clauses.append(f"{sum(kinds.values())} in the {part} ({listed})")
-    return f"{len(names)} layers: " + "; ".join(clauses)
+    return f"{len(names)} layer{'s' * (len(names) > 1)}: " + "; ".join(clauses)
 
 
 def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> None:

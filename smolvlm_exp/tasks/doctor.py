@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.models.model import ping
+from smolvlm_exp.reporting.advice import advise_run
 from smolvlm_exp.runs.find import find_ended_run
 from smolvlm_exp.utils.paths import OUTPUTS
 from smolvlm_exp.utils.units import GIB
@@ -57,8 +58,6 @@ def doctor(config: "Config", folder: Path) -> None:
         SystemExit: 1: the main job cannot run here.
     """
     if config.run:
-        from smolvlm_exp.reporting.advice import advise_run  # imports torch
-
         run = find_ended_run(config.run)
         print(*advise_run(run) or [f"{run}: no sign of a known problem."], sep="\n\n")
     elif check_machine(OUTPUTS):

@@ -9,12 +9,12 @@ import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.data.preferences import load_rows
 from smolvlm_exp.data.tokens import image_span
 from smolvlm_exp.models.model import EMBEDDED, ModelConfig
 from smolvlm_exp.models.shape import Shape
@@ -74,7 +74,7 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
     count: int | None = getattr(data, "train_rows", None)
     if count is not None:  # the source draws its rows: no more than the sample need be drawn
         data = replace(data, train_rows=min(count, SAMPLE_SIZE))
-    rows = import_module(f"smolvlm_exp.data.sources.{data.source}").load(data, data.train)
+    rows = load_rows(data, "train")
     step = max(len(rows) // SAMPLE_SIZE, 1)
     tokens, method = token_counter(model)
     sizes = []

@@ -123,6 +123,11 @@ def engine_inputs(
     model = attach_and_fuse(model, peft_config, arguments)
     core = core_of(model)
     features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
+    if config.keep_features and not features:
+        raise RequestError(
+            "trainer.keep_features=true: part of the vision tower or the connector is trained, so image features "
+            "change at every step.\nUse adapter.target=text without adapter.extra.bias, or leave it out."
+        )
     store, workers = disk_cache(config), config.dataloader_num_workers
     splits = [kind(split, inputs.processor) for split in inputs.splits(config)]
     for rows in splits:

@@ -10,11 +10,12 @@ import smolvlm_exp
 from smolvlm_exp.utils.errors import RequestError
 
 ROOT = Path(__file__).parents[2]
-SMALL = '"tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.sample_steps=0", '
+SMALL = '"tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.sample_steps=0", "task.max_new_tokens=16", '
 
 
 def test_the_example_in_the_docs_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("smolvlm_exp.evaluation.generate.TIMED_TOKENS", 4)
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "notebook.md").read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) <= 10
     names: dict = {}

@@ -6,7 +6,7 @@ from importlib import import_module
 
 import pytest
 
-from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.preferences import load_preferences, load_rows
 from smolvlm_exp.data.sources.photos import FOLDER as PHOTOS
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
@@ -127,6 +127,11 @@ def test_a_malformed_file_is_named_with_its_line(files, name, file, text, messag
 def test_a_request_that_cannot_work(files, change, message):
     with pytest.raises(RequestError, match=message):
         truths("pope", **change)
+
+
+def test_questions_without_answers_are_not_trained_on(files):
+    with pytest.raises(RequestError, match=r"data\.train=test: .* without preferred answers"):
+        load_rows(config_of("pope", train="test")[1], "train")
 
 
 @pytest.mark.parametrize("name", SETTINGS)

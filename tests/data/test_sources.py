@@ -235,6 +235,14 @@ def test_a_malformed_file_is_named_with_its_line(folder, load, name, text, said)
         load()
 
 
+def test_one_split_in_two_formats_needs_a_choice(folder, load):
+    datasets.Dataset.from_list([plain(0)]).to_parquet(folder / "train.parquet")
+    for name in ("train.jsonl", "test.jsonl"):
+        write_lines(folder / name, [plain(1)])
+    with pytest.raises(RequestError, match=r"train\.jsonl, train\.parquet are one split in two formats"):
+        load()
+
+
 def test_two_data_files_need_a_choice(folder, load):
     write_lines(folder / "a.jsonl", [plain(number) for number in range(4)])
     write_lines(folder / "b.jsonl", [plain(number) for number in range(8)])

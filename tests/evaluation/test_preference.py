@@ -39,6 +39,17 @@ def test_padding_changes_no_logp(model, processor, rows):
     assert torch.equal(together.chosen_tokens, alone.chosen_tokens)
 
 
+def test_logits_are_computed_for_answers_only(model, processor, rows):
+    """A prompt's would be most of the memory: image tokens times vocabulary."""
+    positions = []
+    model.lm_head.register_forward_hook(lambda *call: positions.append(call[-1].shape[1]))
+    few = rows.test.select(range(4))
+    answer_logps(model, processor, few, 4, None)
+    prompts, longest = few["prompt_tokens"], max(few["uncut_tokens"])
+    assert positions == [longest - min(prompts) + 1]
+    assert positions[0] < min(prompts)
+
+
 @pytest.fixture
 def generated(model):
     """The ids that the model's `generate` returns, without the prompt."""

@@ -10,6 +10,7 @@ from smolvlm_exp.models.adapter import (
     check_adapter_target,
     describe_target,
     lora_config,
+    match_target,
     matched_modules,
 )
 from smolvlm_exp.models.shape import model_config, shape_of
@@ -52,6 +53,13 @@ def test_layers_are_listed_by_part_without_the_head(model):
 def test_a_target_without_layers_is_refused(model, target):
     with pytest.raises(RequestError, match=r"adapter\.target"):
         matched_modules(model, target)
+
+
+def test_a_model_without_the_named_layers_is_refused_too():
+    for target in ("text", "recipe", "all"):
+        with pytest.raises(RequestError, match=rf"adapter\.target={target} matches no linear layer"):
+            match_target([], target)
+    assert describe_target(["model.connector.proj"]).startswith("1 layer: ")
 
 
 def test_pefts_own_error_is_shown():

@@ -2,10 +2,12 @@
 
 import io
 import json
+import shutil
 import sys
 
 import pytest
 
+from smolvlm_exp.deploy.export.record import RECORD
 from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession
 from smolvlm_exp.tasks.chat import ChatLoop, load_session
 from smolvlm_exp.tasks.chat import chat as run_chat
@@ -81,14 +83,18 @@ def test_an_error_is_printed_and_changes_nothing(chat, capsys, line, message):
     ("overrides", "message"),
     [
         (["session.cache=much"], "session.cache=much is not a size"),
-        (["session.precision=int8"], "session.precision=int8 is for exported models"),
+        (["session.precision=int8"], "session.precision=int8 is for ONNX exports"),
+        (["session.precision=int8", "model.id={merged}"], "session.precision=int8 is for ONNX exports"),
         (["model.id={graphs}", "model.adapter=some"], "with its adapter merged already"),
         (["model.id={graphs}"], "onnx has a decoder in fp32, int8, int4: set session.precision"),
     ],
 )
-def test_a_model_that_cannot_chat_is_refused(graphs, tmp_path, overrides, message):
+def test_a_model_that_cannot_chat_is_refused(graphs, small, tmp_path, overrides, message):
+    merged = shutil.copytree(small, tmp_path / "merged")
+    (merged / RECORD).write_text("{}")
+    settings = (override.format(graphs=graphs, merged=merged) for override in overrides)
     with pytest.raises(RequestError, match=message):
-        run_chat(compose("task=chat", *(o.format(graphs=graphs) for o in overrides)), tmp_path)
+        run_chat(compose("task=chat", *settings), tmp_path)
 
 
 @pytest.mark.slow

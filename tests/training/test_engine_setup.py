@@ -86,6 +86,7 @@ def test_effects_of_8_bit_layers_and_dropout_are_logged(quick, tmp_path, capsys)
         (["trainer.keep_features=true", "trainer.engine=stock"], r"keep_features=true needs trainer\.engine=shared"),
         (["trainer.keep_features=true", "adapter.target=recipe"], r"reaches model\.vision_model.*\n.*target=text"),
         (["trainer.keep_features=true", "adapter=none", "quant=none"], r"adapter=none trains the vision tower too"),
+        (["trainer.keep_features=true", "+adapter.extra.bias=all", "quant=none"], r"without adapter\.extra\.bias"),
         (["trainer.cache_ram=4"], r"trainer\.cache_ram=4 is not a size; write it as 8GiB"),
         (["trainer.cache_disk=many"], r"trainer\.cache_disk=many is not a size"),
     ],

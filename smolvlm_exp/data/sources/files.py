@@ -91,6 +91,10 @@ def from_files(files: list[Path], folder: Path) -> "Dataset":
         except (OSError, ValueError, DatasetsError) as error:
             raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
         return from_table(table, folder, where)
+    if any(path.suffix.lower() == ".parquet" for path in files):
+        raise RequestError(
+            f"data.folder={folder}: {where} are one split in two formats; name one of them in data.rows."
+        )
     rows = []
     for path in files:
         parse = csv_rows if path.suffix.lower() == ".csv" else json_objects

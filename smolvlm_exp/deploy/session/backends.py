@@ -206,7 +206,7 @@ def load_backend(
             )
         return load_folder(folder, precision)
     if precision:
-        raise RequestError(f"session.precision={precision} is for exported models, and model.id={folder} is not one.")
+        raise RequestError(f"session.precision={precision} is for ONNX exports, and model.id={folder} is not one.")
     finetuned = load_finetuned_model(model, quant, adapter, seed)
     use_exact_dora(finetuned)  # PEFT's own recomputes each layer's norm for every token
     return TorchModel(finetuned), load_processor(model)
@@ -220,6 +220,10 @@ def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
     processor = load_processor(config)
     if (folder / "onnx").is_dir():
         return OnnxModel(folder, exported_precisions(folder, precision)), processor
+    if precision:
+        raise RequestError(
+            f"session.precision={precision} is for ONNX exports, and {folder} is not one: export.format=onnx writes it."
+        )
     return TorchModel(load_model(config)), processor
 
 
