@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from smolvlm_exp.engine.layers import ops
-from smolvlm_exp.engine.layers.linear import Product
+from smolvlm_exp.engine.layers.linear import FrozenLinears, Product
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_8bit
 from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.utils.distributed import full_tensor
@@ -53,7 +53,9 @@ class Decoder:
         for number, layer in enumerate(self.layers):
             qkv = layer.qkv(self.normed(layer.norms[0], hidden))
             hidden = hidden + layer.out(attend(number, qkv, cos, sin))
-            hidden = hidden + layer.down(ops.swiglu(layer.gate_up(self.normed(layer.norms[1], hidden)), None))
+            hidden = hidden + layer.down(
+                ops.activation(layer.gate_up(self.normed(layer.norms[1], hidden)), None, None, 0, gated=True)
+            )
         return hidden
 
     @staticmethod
@@ -88,27 +90,27 @@ class InferenceLinear:
     """Linear layers that read the same input, as one product with the adapters that are active now."""
 
     def __init__(self, dtype: torch.dtype, merge: bool, *layers: Any) -> None:
-        self.product = Product(*layers)
-        self.adapters = self.product.use(dtype)
+        self.product = FrozenLinears(layers).product(dtype)
         self.weight = None
-        if merge and not any(map(is_8bit, self.product.bases)):
-            self.weight = self.merged(dtype)
-
-    def merged(self, dtype: torch.dtype) -> torch.Tensor:
-        """gain * (W + s B A), (N, in), summed in float32."""
-        bases = self.product.bases
-        if len(bases) == 1 and self.adapters is None and bases[0].weight.dtype is dtype:
-            return full_tensor(bases[0].weight)  # as it is: a copy would only take memory
-        weight = torch.cat([full_tensor(frozen_weight(base, torch.float32)) for base in bases])
-        if self.adapters:
-            weight.addmm_(self.adapters.b.float(), self.adapters.a.float())
-            if self.adapters.gain is not None:
-                weight *= self.adapters.gain[:, None]
-        return weight.to(dtype)
+        if merge and not any(map(is_8bit, self.product.frozen.bases)):
+            self.weight = merged_weight(self.product, dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        gain, bias = self.product.gain, self.product.bias
         if self.weight is not None:
-            return F.linear(x, self.weight, self.product.bias)
-        result, _ = self.product.forward(x, self.adapters)
-        gain = self.adapters.gain if self.adapters else None
-        return result if gain is None and self.product.bias is None else ops.scale(result, gain, self.product.bias)
+            return F.linear(x, self.weight, bias)
+        result, _ = self.product.forward(x)
+        return result if gain is None and bias is None else ops.affine(None, result, gain, bias)
+
+
+def merged_weight(product: Product, dtype: torch.dtype) -> torch.Tensor:
+    """gain * (W + s B A), (N, in), summed in float32."""
+    bases = product.frozen.bases
+    if len(bases) == 1 and not product.tail and bases[0].weight.dtype is dtype:
+        return full_tensor(bases[0].weight)  # as it is: a copy would only take memory
+    weight = torch.cat([full_tensor(frozen_weight(base, torch.float32)) for base in bases])
+    if product.tail:
+        weight.addmm_(product.b.float(), product.a.float())
+    if product.gain is not None:
+        weight *= product.gain[:, None]
+    return weight.to(dtype)
