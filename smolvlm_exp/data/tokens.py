@@ -30,24 +30,35 @@ def image_span(rows: int, columns: int, image_seq_len: int) -> str:
 
 
 def tokenize_row(
-    processor: Any, messages: dict[str, list[Message]], tiles: list[tuple[int, int]]
+    processor: Any,
+    messages: dict[str, list[Message]],
+    tiles: list[tuple[int, int]],
+    spans: dict[tuple[int, int], list[int]],
 ) -> dict[str, list[int]]:
     """A row's token ids, equal to those that TRL's collators make with the same processor.
+
+    The texts around images are tokenised apart from them. That changes no id: an image begins and ends with a control
+    token, and tokenizers split there before anything else.
 
     Args:
         messages: `prompt`, and `chosen` and `rejected` where the row has answers.
         tiles: (rows, columns) of the tiles of each image in the prompt.
+        spans: the ids of images by their tiles, which other rows share; missing ones are added.
     """
     from trl.data_utils import apply_chat_template
 
+    def ids(texts: list[str]) -> list[list[int]]:
+        return processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
+
     texts = apply_chat_template(messages, processor)
-    first, *others = texts["prompt"].split(processor.image_token)
-    spans = [image_span(rows, columns, processor.image_seq_len) for rows, columns in tiles]
-    texts["prompt"] = first + "".join(span + text for span, text in zip(spans, others, strict=True))
-    encoded = processor.tokenizer(
-        [texts[side] for side in messages], add_special_tokens=False, return_attention_mask=False
-    )
-    return dict(zip(messages, encoded["input_ids"], strict=True))
+    prompt, *answers = (texts[side] for side in messages)
+    pieces = prompt.split(processor.image_token)
+    first, *others = ids([*pieces, *answers])
+    for shape, piece in zip(tiles, others[: len(pieces) - 1], strict=True):
+        if shape not in spans:
+            (spans[shape],) = ids([image_span(*shape, processor.image_seq_len)])
+        first = first + spans[shape] + piece
+    return dict(zip(messages, [first, *others[len(pieces) - 1 :]], strict=True))
 
 
 def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
