@@ -47,18 +47,20 @@ def tokenize_row(
     """
     from trl.data_utils import apply_chat_template
 
-    def ids(texts: list[str]) -> list[list[int]]:
-        return processor.tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]
-
     texts = apply_chat_template(messages, processor)
     prompt, *answers = (texts[side] for side in messages)
     pieces = prompt.split(processor.image_token)
-    first, *others = ids([*pieces, *answers])
-    for shape, piece in zip(tiles, others[: len(pieces) - 1], strict=True):
-        if shape not in spans:
-            (spans[shape],) = ids([image_span(*shape, processor.image_seq_len)])
-        first = first + spans[shape] + piece
-    return dict(zip(messages, [first, *others[len(pieces) - 1 :]], strict=True))
+    missing = [shape for shape in dict.fromkeys(tiles) if shape not in spans]
+    texts_of_spans = [image_span(*shape, processor.image_seq_len) for shape in missing]
+    encoded = processor.tokenizer(
+        [*pieces, *answers, *texts_of_spans], add_special_tokens=False, return_attention_mask=False
+    )["input_ids"]
+    end = len(pieces) + len(answers)
+    spans.update(zip(missing, encoded[end:], strict=True))
+    joined = encoded[0]
+    for shape, ids in zip(tiles, encoded[1 : len(pieces)], strict=True):
+        joined = joined + spans[shape] + ids
+    return dict(zip(messages, [joined, *encoded[len(pieces) : end]], strict=True))
 
 
 def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
