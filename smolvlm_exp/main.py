@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.previous_run import complete_overrides
-from smolvlm_exp.config.schema import parse
+from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.evaluation.metrics import summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_settings
@@ -78,7 +78,7 @@ def run_task(task: str, overrides: Sequence[str]) -> Run:
         assert runner is not None
         done = runner.run(
             "config",
-            lambda composed: Run(output_folder(), execute(composed)),
+            lambda composed: Run(output_folder(), execute(parse(composed), output_folder())),
             args.overrides,
             with_log_configuration=False,
         )
@@ -99,9 +99,8 @@ def output_folder() -> Path:
     return Path(HydraConfig.get().runtime.output_dir)
 
 
-def execute(composed: DictConfig) -> Any:
-    """Do the task of a checked configuration; returns what its function returns."""
-    config, folder = parse(composed), output_folder()
+def execute(config: Config, folder: Path) -> Any:
+    """Do the task of a configuration; returns what its function returns."""
     name = config.task.name
     with fast_imports():
         if name not in WITHOUT_MODEL:
@@ -124,7 +123,7 @@ def job(composed: DictConfig) -> float | None:
             from smolvlm_exp.sweep.job_process import run_job
 
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
-        summary = execute(composed)
+        summary = execute(config, folder)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs continue, and Hydra reports this one

@@ -30,7 +30,7 @@ configure_logging()
 QUICK = (
     "tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.max_steps=3", "trainer.warmup_steps=0",
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
-    "trainer.save_strategy=no", "trainer.sample_steps=0", "task.max_new_tokens=24",
+    "trainer.save_strategy=no", "trainer.sample_steps=0", "task.max_new_tokens=8",
 )  # fmt: skip
 MADE_ONCE = {"whole", "run", "tuned", "graphs"}  # fixtures of many seconds
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")

@@ -223,6 +223,7 @@ class RowValidator:
     def __init__(self, processor: Any, max_length: int | None, on_long_answer: str) -> None:
         self.processor, self.controls = processor, control_tokens(processor)
         self.max_length, self.on_long_answer = max_length, on_long_answer
+        self.spans: dict[tuple[int, int], list[int]] = {}
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """`problem`, and the columns `LISTS` and `COUNTS`."""
@@ -232,7 +233,7 @@ class RowValidator:
             return {"problem": problem, **{name: [] for name in LISTS}, **dict.fromkeys(COUNTS, 0)}
         count_tiles = self.processor.image_processor.get_number_of_image_patches
         tiles = [count_tiles(height, width)[1:] for width, height in row["sizes"]]
-        ids = tokenize_row(self.processor, messages, tiles)
+        ids = tokenize_row(self.processor, messages, tiles, self.spans)
         prompt, *answers = ids.values()
         longest, images = max(map(len, answers), default=0), prompt.count(self.processor.image_token_id)
         room = None if self.max_length is None else self.max_length - len(prompt)

@@ -30,24 +30,37 @@ def image_span(rows: int, columns: int, image_seq_len: int) -> str:
 
 
 def tokenize_row(
-    processor: Any, messages: dict[str, list[Message]], tiles: list[tuple[int, int]]
+    processor: Any,
+    messages: dict[str, list[Message]],
+    tiles: list[tuple[int, int]],
+    spans: dict[tuple[int, int], list[int]],
 ) -> dict[str, list[int]]:
     """A row's token ids, equal to those that TRL's collators make with the same processor.
+
+    The texts around images are tokenised apart from them. That changes no id: an image begins and ends with a control
+    token, and tokenizers split there before anything else.
 
     Args:
         messages: `prompt`, and `chosen` and `rejected` where the row has answers.
         tiles: (rows, columns) of the tiles of each image in the prompt.
+        spans: the ids of images by their tiles, which other rows share; missing ones are added.
     """
     from trl.data_utils import apply_chat_template
 
     texts = apply_chat_template(messages, processor)
-    first, *others = texts["prompt"].split(processor.image_token)
-    spans = [image_span(rows, columns, processor.image_seq_len) for rows, columns in tiles]
-    texts["prompt"] = first + "".join(span + text for span, text in zip(spans, others, strict=True))
+    prompt, *answers = (texts[side] for side in messages)
+    pieces = prompt.split(processor.image_token)
+    missing = [shape for shape in dict.fromkeys(tiles) if shape not in spans]
+    texts_of_spans = [image_span(*shape, processor.image_seq_len) for shape in missing]
     encoded = processor.tokenizer(
-        [texts[side] for side in messages], add_special_tokens=False, return_attention_mask=False
-    )
-    return dict(zip(messages, encoded["input_ids"], strict=True))
+        [*pieces, *answers, *texts_of_spans], add_special_tokens=False, return_attention_mask=False
+    )["input_ids"]
+    end = len(pieces) + len(answers)
+    spans.update(zip(missing, encoded[end:], strict=True))
+    joined = encoded[0]
+    for shape, ids in zip(tiles, encoded[1 : len(pieces)], strict=True):
+        joined = joined + spans[shape] + ids
+    return dict(zip(messages, [joined, *encoded[len(pieces) : end]], strict=True))
 
 
 def render_prompt(processor: Any, messages: Sequence[Message]) -> str:

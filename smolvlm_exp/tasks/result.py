@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
+from transformers import ProcessorMixin, TrainerCallback
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
@@ -25,7 +26,7 @@ from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
-from smolvlm_exp.training.callbacks import SAMPLES, memory_stats
+from smolvlm_exp.training.callbacks import SAMPLES, MetricsCallback, SamplesCallback, memory_stats
 from smolvlm_exp.training.sanity_checks import ParameterMonitor
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
@@ -37,7 +38,6 @@ class Result:
     """Collects a run's results and writes them, whether it finishes, is stopped or fails."""
 
     before: Evaluation
-    monitor: ParameterMonitor  # of the trainer's model, from before training
     training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
 
@@ -72,6 +72,16 @@ class Result:
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
             for advice in self.summary["advice"]:
                 print(advice, file=sys.stderr)
+
+    def callbacks(self, processor: ProcessorMixin) -> list[TrainerCallback]:
+        """Of the trainer: metrics, and sample answers."""
+        metrics = MetricsCallback(self.folder, self.tracker)
+        every, start = self.config.trainer.sample_steps, self.before.answers
+        return [metrics, SamplesCallback(every, processor, self.preferences, start, metrics)]
+
+    def monitor_parameters(self, model: Any) -> None:
+        """Called before training, so that the checks can compare the weights."""
+        self.monitor = ParameterMonitor(model)
 
     def save(self, trainer: Any) -> None:
         """Write and print everything; a stopped run has no adapter and no evaluation after training."""

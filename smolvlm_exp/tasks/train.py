@@ -18,10 +18,9 @@ from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.result import Result
 from smolvlm_exp.training.arguments import TrainerInputs
-from smolvlm_exp.training.callbacks import MetricsCallback, SamplesCallback, StopCallback
+from smolvlm_exp.training.callbacks import StopCallback
 from smolvlm_exp.training.engine_setup import check_request, load_trainable_model
 from smolvlm_exp.training.memory_budget import memory_cap
-from smolvlm_exp.training.sanity_checks import ParameterMonitor
 
 
 def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
@@ -54,13 +53,11 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, preferences) as result, StopCallback() as stop:
         result.before = evaluate_held_out(model)
-        metrics = MetricsCallback(folder, result.tracker)
-        sampling = SamplesCallback(config.trainer.sample_steps, processor, preferences, result.before.answers, metrics)
-        callbacks = [metrics, sampling, stop, *watchers]
+        callbacks = [*result.callbacks(processor), stop, *watchers]
         inputs = TrainerInputs(model, processor, peft_config, preferences, callbacks, folder, identity)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         log_tuned_settings(config)
-        result.monitor = ParameterMonitor(trainer.model)
+        result.monitor_parameters(trainer.model)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not stop.agreed():  # checked once: after this there is nothing left to save for later
             tuned = trainer.accelerator.unwrap_model(trainer.model)
