@@ -141,12 +141,12 @@ def _own_part(
         place = (row * QUERIES + query) * PARTS + parts
         sums = tl.load(lse + place, mask=parts < PARTS, other=float("-inf"))
         higher = tl.maximum(top, tl.max(sums, 0))
-        shrink, weights = tl.exp(top - higher), tl.exp(sums - higher)
-        there = (sums > float("-inf"))[:, None] & valid[None, :]
+        shrink, shares = tl.exp(top - higher), tl.exp(sums - higher)
+        known = (sums > float("-inf"))[:, None] & valid[None, :]
         of_prompt = partial + place[:, None] * size + at[None, :]
-        left = left * shrink + tl.sum(tl.load(of_prompt, mask=there, other=0.0) * weights[:, None], 0)
-        right = right * shrink + tl.sum(tl.load(of_prompt + HALF, mask=there, other=0.0) * weights[:, None], 0)
-        total = total * shrink + tl.sum(weights, 0)
+        left = left * shrink + tl.sum(tl.load(of_prompt, mask=known, other=0.0) * shares[:, None], 0)
+        right = right * shrink + tl.sum(tl.load(of_prompt + HALF, mask=known, other=0.0) * shares[:, None], 0)
+        total = total * shrink + tl.sum(shares, 0)
         to = result + row * QUERIES * size + query * size + at
         tl.store(to, (left / total).to(result.dtype.element_ty))
         tl.store(to + HALF, (right / total).to(result.dtype.element_ty))
