@@ -39,6 +39,7 @@ SETTINGS = STOCK | {
 def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attention: str) -> list[float]:
     """The loss of each step of a run of its own."""
     from smolvlm_exp.data.preferences import load_preferences
+    from smolvlm_exp.evaluation.held_out import HeldOut
     from smolvlm_exp.models.adapter import check_adapter_target, lora_config
     from smolvlm_exp.models.model import load_model, load_processor, resolve_dtype
     from smolvlm_exp.models.quant import quantization_config
@@ -57,9 +58,9 @@ def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attent
     processor, peft_config = load_processor(config.model), lora_config(config.adapter, quantised=True)
     assert peft_config is not None
     check_adapter_target(peft_config, model, config.adapter.target)
-    preferences = load_preferences(config.data, processor, folder)
+    held_out = HeldOut(load_preferences(config.data, processor, folder), processor, 1, None)
     trainer = dpo.build_trainer(
-        config.trainer, arguments, TrainerInputs(model, processor, peft_config, preferences, [], folder)
+        config.trainer, arguments, TrainerInputs(model, processor, peft_config, held_out, [], folder)
     )
     trainer.train()
     empty_cache()

@@ -62,6 +62,7 @@ class Bench:
     def trainer(self, config: Any, steps: int, warm: int = 1) -> Any:
         """A trainer as the pipeline builds it, with a clock."""
         from smolvlm_exp.data.preferences import Preferences
+        from smolvlm_exp.evaluation.held_out import HeldOut
         from smolvlm_exp.models.adapter import check_adapter_target, lora_config
         from smolvlm_exp.training import dpo
         from smolvlm_exp.training.arguments import TrainerInputs
@@ -74,9 +75,8 @@ class Bench:
         config.trainer.max_steps = steps
         arguments = dpo.build_arguments(config.trainer, folder, "bfloat16", None, 0)
         clock = Clock(warm)
-        parts = TrainerInputs(
-            self.base, self.processor, peft_config, Preferences(self.rows, self.rows, {}), [clock], folder
-        )
+        held_out = HeldOut(Preferences(self.rows, self.rows, {}), self.processor, 1, None)
+        parts = TrainerInputs(self.base, self.processor, peft_config, held_out, [clock], folder)
         trainer: Any = dpo.build_trainer(config.trainer, arguments, parts)
         trainer.clock = clock
         return trainer

@@ -41,6 +41,12 @@ def add_pair_forward(model: PreTrainedModel, pixels: Pixels, statistics: tuple[s
         return score_pairs(model, packed, kwargs["labels"], pixels, statistics)
 
     model.forward = forward
+    model.scores_pairs = True  # type: ignore[assignment]
+
+
+def scores_pairs(model: PreTrainedModel) -> bool:
+    """Whether `add_pair_forward` has changed it."""
+    return getattr(model, "scores_pairs", False)
 
 
 def score_pairs(

@@ -95,15 +95,6 @@ class SharedPrefixSFTTrainer(PackedTrainer, SFTTrainer):
         return self.compute_loss(lambda **_: outputs, fields, num_items_in_batch=num_items_in_batch)
 
 
-class ChosenDataset(PackedDataset):
-    """Rows without their rejected answers."""
-
-    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
-        row = super().__getitem__(i)
-        del row["rejected_ids"]
-        return row
-
-
 def attach_and_fuse(model: Any, peft_config: PeftConfig | None, args: Any) -> Any:
     """The model with its adapter on, its layers fused after it: fusing sets the magnitudes of a fresh DoRA.
 

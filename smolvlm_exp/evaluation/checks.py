@@ -8,13 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from smolvlm_exp.evaluation.held_out import Evaluation
-from smolvlm_exp.evaluation.preference import Logps, answer_logps
+from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
+from smolvlm_exp.evaluation.preference import Logps
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from peft import PeftModel
-    from transformers import ProcessorMixin
 
 SIDES = ("chosen", "rejected")
 MIN_CHANGE = 1e-4  # nats/token; rounding in float32 is a hundredth of it
@@ -135,22 +133,14 @@ def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:
     return ((x @ y) ** 2 / norm).item() if norm > 0 else 0.0
 
 
-def check_adapter_reload(
-    model: "PeftModel",
-    processor: "ProcessorMixin",
-    folder: Path,
-    rows: "Dataset",
-    batch_size: int,
-    max_length: int | None,
-    tuned: Logps,
-) -> Check:
+def check_adapter_reload(model: "PeftModel", folder: Path, held_out: HeldOut, tuned: Logps) -> Check:
     """Whether the saved adapter is the trained one: PEFT loads it into the model, and a batch is scored again.
 
     The adapter's tensors are zeroed first, so that a tensor the file lacks does not go unnoticed.
 
     Args:
         folder: the run's, with `adapter/`.
-        tuned: answer_logps of `rows` in the same batches, from before the adapter was saved.
+        tuned: of the held-out rows in the same batches, from before the adapter was saved.
     """
     from peft import load_peft_weights, set_peft_model_state_dict
 
@@ -159,8 +149,8 @@ def check_adapter_reload(
             if "lora_" in name:
                 parameter.zero_()
     set_peft_model_state_dict(model, load_peft_weights(str(folder / "adapter"), device=str(model.device)))
-    first = rows.select(range(min(batch_size, len(rows))))
-    reloaded = answer_logps(model, processor, first, batch_size, max_length)  # type: ignore[arg-type]
-    errors = ((getattr(reloaded, side) - getattr(tuned, side)[: len(first)]).abs().max() for side in SIDES)
+    count = min(held_out.batch_size, len(held_out))
+    reloaded = held_out.logps(model, count)
+    errors = ((getattr(reloaded, side) - getattr(tuned, side)[:count]).abs().max() for side in SIDES)
     name = "saved adapter, reloaded: largest log-prob error (nats)"
     return require("adapter_reload", name, max(errors).item(), "<=", MAX_RELOAD_ERROR)

@@ -1,22 +1,35 @@
-"""Answers as a person would get them: batched, greedy or sampled, ending at <end_of_utterance>; and how fast."""
+"""Answers as a person would get them, ending at <end_of_utterance>; and how fast."""
 
+import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
-from smolvlm_exp.data.tokens import render_prompt
-from smolvlm_exp.utils.distributed import scatter_map
+from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, render_prompt, tokenize_row
+from smolvlm_exp.engine.forward import Pixels, image_features
+from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
+from smolvlm_exp.engine.generation.sampler import Answer, Prompt, SamplingPlan, plan_sampling, sample
+from smolvlm_exp.engine.generation.sampling import Sampling
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.inputs.tiles import pixels, tile
+from smolvlm_exp.engine.memory.probe import free_memory, out_of_memory
+from smolvlm_exp.engine.model_parts import core_of
+from smolvlm_exp.utils.distributed import rank_slice, rank_world, scatter_map
 from smolvlm_exp.utils.units import GIB
 
 if TYPE_CHECKING:
-    from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
 
+log = logging.getLogger(__name__)
+
 TIMED_TOKENS = 32  # of an answer whose speed is measured
+UPSTREAM_ROWS = 8  # that transformers' `generate` gets at a time
 
 
 @torch.no_grad()
@@ -24,35 +37,118 @@ def generate_answers(
     model: "PreTrainedModel",
     processor: "ProcessorMixin",
     rows: Sequence[dict[str, Any]],
-    batch_size: int,
-    max_new_tokens: int = 256,
-    temperature: float = 0.0,
-    seed: int = 0,
+    sampling: Sampling,
+    prompts: Sequence[Prompt] | None = None,
 ) -> list[str]:
-    """The model's answer to each row's prompt.
+    """The model's answer to each row's prompt; the global random state is left unchanged.
 
     Args:
+        model: PyTorch's, or an exported one with a `generate` of its own.
         rows: each with `images` and `prompt` (messages), as data/preferences.py has them.
-        temperature: of sampling; 0: greedy.
-        seed: of sampling; the global random state is left unchanged.
+        prompts: the same rows' prompts, where they are there already.
     """
+    obstacle = decoder_obstacle(model) if isinstance(model, nn.Module) else "exported"
+    if obstacle:
+        if obstacle != "exported":
+            log.info(f"answers: by transformers' generate, and slower: {obstacle}")
+        return upstream_answers(model, processor, rows, sampling)
+    model.eval()
+    asked = read_prompts(model, processor, rows) if prompts is None else prompts
+    processes = rank_world()[1]
+
+    def answer(share: range) -> list[Answer]:
+        own = replace(sampling, seed=sampling.seed + share.start)  # a row's seed does not depend on the processes
+        return sampled(model, processor, asked[share.start : share.stop], own)
+
+    shares = [rank_slice(len(asked), rank, processes) for rank in range(processes)]
+    answers = chain(*scatter_map(shares, answer, model))
+    return [text.strip() for text in processor.batch_decode([a.ids for a in answers], skip_special_tokens=True)]
+
+
+def sampled(model: Any, processor: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
+    """On the engine's sampler, as many at a time as memory allows; in smaller parts where it runs out."""
+    if not prompts:
+        return []
+    plan = plan_for(model, prompts, sampling)
+    while True:
+        try:
+            return sampled_by(Decoder(model, plan.merge), plan, processor, prompts, sampling)
+        except RuntimeError as error:
+            if not out_of_memory(error) or (plan.rows == 1 and not plan.merge):
+                raise
+        plan = SamplingPlan(False, max(1, min(plan.rows, len(prompts)) // 2), max(len(p.ids) for p in prompts))
+        torch.cuda.empty_cache()
+        log.warning(f"Out of memory while sampling answers: trying again, {plan.rows} at a time")
+
+
+def plan_for(model: Any, prompts: Sequence[Prompt], sampling: Sampling) -> SamplingPlan:
+    longest = max(len(prompt.ids) for prompt in prompts)
+    return plan_sampling(model, free_memory(model.device), longest, sampling.max_new_tokens)
+
+
+def sampled_by(
+    decoder: Decoder, plan: SamplingPlan, processor: Any, prompts: Sequence[Prompt], sampling: Sampling
+) -> list[Answer]:
+    """One answer to each prompt, in their order."""
+    end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+    parts = sample(
+        decoder, prompts, sampling, end, processor.image_token_id, rows=plan.rows, prefill_tokens=plan.prefill_tokens
+    )
+    answers = {i: answer for i, (answer,) in parts}
+    return [answers[i] for i in range(len(prompts))]
+
+
+def read_prompts(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
+    """The prompts of rows with images and messages; an image is tiled when its prompt is read."""
+    controls, spans = control_tokens(processor), dict[tuple[int, int], list[int]]()
+    core, normalise = core_of(model), pixels(processor)
+
+    def read(row: dict[str, Any]) -> Prompt:
+        count_tiles = processor.image_processor.get_number_of_image_patches
+        shapes = [count_tiles(image.height, image.width)[1:] for image in row["images"]]
+        messages = {"prompt": escape_control_tokens(row["prompt"], controls)}
+        ids = torch.tensor(tokenize_row(processor, messages, shapes, spans)["prompt"])
+
+        def features() -> torch.Tensor:
+            tiles = torch.cat([tile(image, processor.image_processor) for image in row["images"]])
+            return image_features(core, normalise(tiles.to(model.device)))
+
+        return Prompt(ids, features if shapes else None)
+
+    return [read(row) for row in rows]
+
+
+def packed_prompts(model: Any, rows: PackedDataset, normalise: Pixels, count: int) -> list[Prompt]:
+    """The first rows' prompts; features that are not kept are computed when a prompt is read."""
+    core = core_of(model)
+
+    def features(i: int) -> torch.Tensor:
+        images = rows.images_of(i)
+        kept = images.get("features")
+        return image_features(core, normalise(images["tiles"].to(model.device))) if kept is None else kept
+
+    return [Prompt(rows.prompt_ids(i), partial(features, i) if rows.images[i] else None) for i in range(count)]
+
+
+def upstream_answers(model: Any, processor: Any, rows: Sequence[dict[str, Any]], sampling: Sampling) -> list[str]:
+    """By the model's own `generate`."""
     model.eval()
     # From the full distribution: upstream's default is the 50 likeliest tokens.
-    sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    decoding = sampling if temperature else {"do_sample": False}
+    drawn = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
+    decoding = drawn if sampling.temperature else {"do_sample": False}
     # Prompts of similar length share a batch, so that little is padded; the order is restored at the end.
     order = sorted(range(len(rows)), key=lambda i: [image.size for image in rows[i]["images"]])
-    starts = range(0, len(order), batch_size)
+    starts = range(0, len(order), UPSTREAM_ROWS)
 
     def answer(start: int) -> list[str]:
-        batch = order[start : start + batch_size]
-        inputs = prompts(processor, [rows[i] for i in batch]).to(model.device)
+        batch = order[start : start + UPSTREAM_ROWS]
+        inputs = left_padded(processor, [rows[i] for i in batch]).to(model.device)
         with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed + start)
-            ids = model.generate(  # type: ignore[operator]
+            torch.manual_seed(sampling.seed + start)
+            ids = model.generate(
                 **inputs,
                 **decoding,
-                max_new_tokens=max_new_tokens,
+                max_new_tokens=sampling.max_new_tokens,
                 eos_token_id=processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>"),
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
@@ -63,8 +159,8 @@ def generate_answers(
     return [answers[i] for i in range(len(rows))]
 
 
-def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
-    """What the model's `generate` reads, padded on the left: an answer must follow its prompt directly.
+def left_padded(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
+    """What `generate` reads, padded on the left: an answer must follow its prompt directly.
 
     Control tokens that a prompt spells are text; see data/tokens.py.
     """
@@ -81,7 +177,7 @@ def prompts(processor: "ProcessorMixin", rows: Sequence[dict[str, Any]]) -> Any:
 @dataclass(frozen=True)
 class Speed:
     batch_size: int
-    first_token: float  # seconds to the first token of every answer of a batch, the prefill
+    first_token: float  # seconds to the first token of every answer of a batch, images and prompts included
     tokens_per_second: float  # of all answers of the batch together, after the first token
     memory_peak_gib: float | None  # of the GPU
 
@@ -95,19 +191,19 @@ class Speed:
 
 @torch.no_grad()
 def generation_speed(
-    model: "PreTrainedModel", processor: "ProcessorMixin", rows: "Dataset", batch_sizes: tuple[int, ...]
+    model: "PreTrainedModel", processor: "ProcessorMixin", prompts: Sequence[Prompt], batch_sizes: tuple[int, ...]
 ) -> list[Speed]:
-    """For answers of exactly TIMED_TOKENS tokens to the first rows."""
+    """For answers of exactly TIMED_TOKENS tokens to the first prompts."""
     model.eval()
-    speeds = []
-    for size in sorted({min(size, len(rows)) for size in batch_sizes}):
-        inputs = prompts(processor, [rows[i] for i in range(size)]).to(model.device)
-        speeds.append(batch_speed(model, inputs, size))
-    return speeds
+    return [
+        batch_speed(model, processor, prompts[:size]) for size in sorted({min(s, len(prompts)) for s in batch_sizes})
+    ]
 
 
-def batch_speed(model: Any, inputs: Any, size: int) -> Speed:
+def batch_speed(model: Any, processor: Any, prompts: Sequence[Prompt]) -> Speed:
     gpu = model.device.type == "cuda"
+    plan = plan_for(model, prompts, Sampling(TIMED_TOKENS))
+    decoder = Decoder(model, plan.merge)  # made once, however many answers it gives
 
     def seconds(tokens: int) -> float:
         """Of the second of two runs."""
@@ -115,7 +211,7 @@ def batch_speed(model: Any, inputs: Any, size: int) -> Speed:
             if gpu:
                 torch.cuda.synchronize()
             start = time.perf_counter()
-            model.generate(**inputs, min_new_tokens=tokens, max_new_tokens=tokens, do_sample=False)
+            sampled_by(decoder, plan, processor, prompts, Sampling(tokens, min_new_tokens=tokens))
             if gpu:
                 torch.cuda.synchronize()
         return time.perf_counter() - start
@@ -124,4 +220,4 @@ def batch_speed(model: Any, inputs: Any, size: int) -> Speed:
         torch.cuda.reset_peak_memory_stats()
     first, full = seconds(1), seconds(TIMED_TOKENS)
     peak = torch.cuda.max_memory_allocated() / GIB if gpu else None
-    return Speed(size, first, size * (TIMED_TOKENS - 1) / (full - first), peak)
+    return Speed(len(prompts), first, len(prompts) * (TIMED_TOKENS - 1) / (full - first), peak)

@@ -4,14 +4,24 @@ import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
+
 from smolvlm_exp.data.vocabulary import Words
-from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.engine.forward import add_pair_forward, image_features, scores_pairs
+from smolvlm_exp.engine.generation.sampler import Prompt
+from smolvlm_exp.engine.generation.sampling import Sampling
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.inputs.tiles import pixels, tile
+from smolvlm_exp.engine.model_parts import base_of, core_of
+from smolvlm_exp.evaluation.generate import generate_answers, packed_prompts
 from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
-from smolvlm_exp.evaluation.preference import Logps, answer_logps, image_reliance_metrics, preference_metrics
+from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
+from smolvlm_exp.evaluation.preference import Images, Logps, answer_logps, packed_logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import Ratio
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, ProcessorMixin
+    from transformers import ProcessorMixin
 
     from smolvlm_exp.data.preferences import Preferences
 
@@ -29,12 +39,115 @@ class Evaluation:
         return {name: ratio.value for name, ratio in self.ratios.items()}
 
 
+class HeldOut:
+    """The held-out rows, as a model reads them.
+
+    Models of PyTorch's read them packed, each image and prompt once for both answers; exported ones as stock TRL does.
+
+    Attributes:
+        rows: packed; their images' features are computed once where somebody lets them be kept (keep_features).
+    """
+
+    def __init__(
+        self,
+        preferences: "Preferences",
+        processor: "ProcessorMixin",
+        batch_size: int,
+        max_length: int | None,
+        packed: bool = True,
+    ) -> None:
+        """Opens no image.
+
+        Args:
+            batch_size: rows that are scored together.
+            packed: whether models of PyTorch's read packed rows; else they too read them as stock TRL does.
+        """
+        self.preferences, self.processor, self.packed = preferences, processor, packed
+        self.batch_size, self.max_length = batch_size, max_length
+        self.rows, self.pixels = PackedDataset(preferences.test, processor), pixels(processor)
+        self.replaced: dict[str, Images] | None = None  # tiles or features of `replacements`
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def logps(self, model: Any, count: int | None = None) -> Logps:
+        """Of both answers of the first `count` rows, or of all."""
+        count = len(self) if count is None else min(count, len(self))
+        if self.reads_packed(model):
+            return packed_logps(model, self.rows, self.batches(count))
+        rows = self.preferences.test.select(range(count))
+        return answer_logps(model, self.processor, rows, self.batch_size, self.max_length)
+
+    def image_reliance(self, model: Any, logps: Logps) -> dict[str, Ratio]:
+        """What the first rows' chosen answers lose with other images; nothing where rows have no image.
+
+        Args:
+            logps: of all rows, just computed.
+        """
+        count = min(ABLATED_ROWS, len(self))
+        batches = self.batches(len(self))[: -(-count // self.batch_size)]  # those in which the rows were scored
+        if self.reads_packed(model):
+            if self.replaced is None:
+                self.replaced = self.packed_images(model, replacements(self.images(count)))
+            others = {name: packed_logps(model, self.rows, batches, own) for name, own in self.replaced.items()}
+        else:
+            rows = list(self.preferences.test.select(range(batches[-1][-1] + 1)))
+            others = {
+                name: answer_logps(
+                    model,
+                    self.processor,
+                    [*({**row, "images": own} for row, own in zip(rows, replaced, strict=False)), *rows[count:]],
+                    self.batch_size,
+                    self.max_length,
+                )
+                for name, replaced in replacements(self.images(count)).items()
+            }
+        return {name: chosen_drop(logps, other, count) for name, other in others.items()}
+
+    def answers(self, model: Any, count: int, sampling: Sampling) -> list[str]:
+        """To the first `count` rows' prompts."""
+        rows = self.preferences.test.select(range(min(count, len(self))))
+        prompts = self.prompts(model, len(rows)) if isinstance(model, nn.Module) else None
+        return generate_answers(model, self.processor, rows, sampling, prompts)
+
+    def prompts(self, model: Any, count: int) -> list[Prompt]:
+        """The first `count` rows', with what computes their images' features."""
+        return packed_prompts(model, self.rows, self.pixels, min(count, len(self)))
+
+    def images(self, count: int) -> RowImages:
+        return [self.preferences.test[i]["images"] for i in range(count)]
+
+    def batches(self, count: int) -> list[list[int]]:
+        return [list(range(count))[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
+
+    def reads_packed(self, model: Any) -> bool:
+        if not self.packed or not isinstance(model, nn.Module):
+            return False
+        base = base_of(model)
+        if not scores_pairs(base):
+            add_pair_forward(base, self.pixels, ("log_probs",))
+        return True
+
+    @torch.no_grad()
+    def packed_images(self, model: Any, replaced: dict[str, RowImages]) -> dict[str, Images]:
+        """Their features where the rows' own are kept, since then they do not change either; else their tiles."""
+        core, options = core_of(model), self.processor.image_processor
+        done: dict[int, torch.Tensor] = {}  # blank images are shared
+
+        def read(images: list[Any]) -> dict[str, torch.Tensor]:
+            for image in images:
+                if id(image) not in done:
+                    tiles = tile(image, options)
+                    kept = self.rows.features is not None
+                    done[id(image)] = image_features(core, self.pixels(tiles.to(model.device))).cpu() if kept else tiles
+            return {self.rows.kind: torch.cat([done[id(image)] for image in images])}
+
+        return {name: {i: read(own) for i, own in enumerate(rows)} for name, rows in replaced.items()}
+
+
 def evaluate(
-    model: "PreTrainedModel",
-    processor: "ProcessorMixin",
-    preferences: "Preferences",
-    batch_size: int,
-    max_length: int | None = None,
+    model: Any,
+    held_out: HeldOut,
     reference: Logps | None = None,
     beta: float = 1.0,
     temperature: float = 0.0,
@@ -44,22 +157,23 @@ def evaluate(
     """Metrics as summary.json has them.
 
     Args:
-        preferences: whose held-out rows are used.
+        model: PyTorch's or an exported one.
         reference: the base model's log-probs, for the implicit reward; beta: DPO's.
         temperature, seed, max_new_tokens: of generated answers; a temperature of 0 is greedy.
     """
-    rows = preferences.test
-    known = "truth" in rows.column_names
-    prompted = rows if known else rows.select(range(min(SAMPLES, len(rows))))
+    preferences = held_out.preferences
+    known = "truth" in preferences.test.column_names
     logps, ratios = None, dict[str, Ratio]()
-    if "chosen" in rows.column_names:
-        logps = answer_logps(model, processor, rows, batch_size, max_length)
+    if "chosen" in preferences.test.column_names:
+        logps = held_out.logps(model)
         ratios = preference_metrics(logps, reference, beta)
-    answers = generate_answers(model, processor, list(prompted), 4 * batch_size, max_new_tokens, temperature, seed)
+    sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
+    answers = held_out.answers(model, len(held_out) if known else SAMPLES, sampling)
     if known:
-        ratios |= truth_metrics(answers, [json.loads(truth) for truth in rows["truth"]], preferences.words)
+        truths = [json.loads(truth) for truth in preferences.test["truth"]]
+        ratios |= truth_metrics(answers, truths, preferences.words)
     if logps:
-        ratios |= image_reliance_metrics(model, processor, rows, batch_size, max_length)
+        ratios |= held_out.image_reliance(model, logps)
     return Evaluation(ratios, logps, answers)
 
 

@@ -1,4 +1,4 @@
-"""Log-probabilities of given answers: which of two the model prefers, and what the image contributes to it."""
+"""Log-probabilities of given answers, and which of two the model prefers."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from accelerate.utils import send_to_device
 from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.memory.probe import out_of_memory
 from smolvlm_exp.evaluation.statistics import Ratio, mean
 from smolvlm_exp.utils.distributed import scatter_map
 
@@ -16,8 +18,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
 
-ABLATED_ROWS = 32  # held-out rows whose images are replaced
-GREY = (127, 127, 127)
+Images = dict[int, dict[str, torch.Tensor]]  # by row: the tiles or features that take the place of its own
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,49 @@ class Logps:
     """Log-probabilities of the held-out answers, float32 on the CPU, each of shape (rows,)."""
 
     chosen: torch.Tensor  # summed over the answer's tokens
-    rejected: torch.Tensor  # empty where only the chosen answers were scored
+    rejected: torch.Tensor
     chosen_tokens: torch.Tensor
     rejected_tokens: torch.Tensor
+
+
+def packed_logps(
+    model: "PreTrainedModel", rows: PackedDataset, batches: Sequence[list[int]], images: Images | None = None
+) -> Logps:
+    """Log-probabilities of both answers of the rows in `batches`, in their order, by the engine's packed forward.
+
+    A batch that does not fit into memory is scored in halves.
+
+    Args:
+        model: one that engine/forward.py's `add_pair_forward` has changed.
+        images: that take the place of some rows' own.
+    """
+    model.eval()
+
+    @torch.no_grad()
+    def score(numbers: list[int]) -> torch.Tensor:
+        """(2, 2, batch): the answers' log-probabilities and their token counts."""
+        try:
+            batch = rows.batch(numbers, images)
+            del batch["rows"]
+            fields = send_to_device(batch, model.device)
+            mask = fields["completion_mask"]
+            labels = fields["input_ids"].masked_fill(mask == 0, -100)
+            logps = model(packed=fields["packed"], labels=labels).log_probs.float().sum(1)
+            return torch.stack([logps, mask.sum(1)]).view(2, 2, -1).cpu()
+        except RuntimeError as error:
+            if not out_of_memory(error) or len(numbers) == 1:
+                raise
+        torch.cuda.empty_cache()
+        half = len(numbers) // 2
+        return torch.cat([score(numbers[:half]), score(numbers[half:])], dim=-1)
+
+    return joined(scatter_map(batches, score, model))
+
+
+def joined(parts: list[torch.Tensor]) -> Logps:
+    """From (2, 2, batch) of each batch."""
+    sums, counts = torch.cat(parts, dim=-1)
+    return Logps(*sums, *counts)
 
 
 def answer_logps(
@@ -36,28 +77,25 @@ def answer_logps(
     rows: "Dataset | Sequence[dict[str, Any]]",
     batch_size: int,
     max_length: int | None,
-    chosen_only: bool = False,
 ) -> Logps:
-    """Log-probabilities of both answers of every row, collated as stock TRL does it in training."""
+    """`packed_logps` of all rows by a model's ordinary forward pass, collated as stock TRL does it in training."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
     batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
-    sides = 1 if chosen_only else 2
     model.eval()
 
     @torch.no_grad()
     def score(batch: range) -> torch.Tensor:
-        """(2, sides, batch): the answers' log-probabilities and their token counts."""
+        """As in `packed_logps`."""
         collated = collator([{**rows[i]} for i in batch]).items()  # copies, because the collator changes its rows
-        inputs = {name: tensor[: len(tensor) // 2 * sides].to(model.device) for name, tensor in collated}
+        inputs = {name: tensor.to(model.device) for name, tensor in collated}
         mask = inputs.pop("completion_mask")[:, 1:]
         # Prompts are the most of a row, and their logits would be the most of the memory.
         answers = mask.shape[1] - int(mask.any(0).int().argmax())
         logits = model(**inputs, use_cache=False, logits_to_keep=answers + 1).logits[:, -answers - 1 : -1]
         logps = sequence_logps(logits, inputs["input_ids"][:, -answers:], mask[:, -answers:])
-        return torch.stack([logps, mask.sum(1)]).view(2, sides, -1).cpu()
+        return torch.stack([logps, mask.sum(1)]).view(2, 2, -1).cpu()
 
-    sums, counts = torch.cat(scatter_map(batches, score, model), dim=-1)
-    return Logps(sums[0], sums[1:].flatten(), counts[0], counts[1:].flatten())
+    return joined(scatter_map(batches, score, model))
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
@@ -91,46 +129,3 @@ def preference_metrics(own: Logps, reference: Logps | None = None, beta: float =
 def wins(values: torch.Tensor) -> Ratio:
     """The share above zero; a tie counts half."""
     return mean(((values > 0).float() + 0.5 * (values == 0).float()).tolist())
-
-
-def image_reliance_metrics(
-    model: "PreTrainedModel",
-    processor: "ProcessorMixin",
-    rows: "Dataset",
-    batch_size: int,
-    max_length: int | None,
-) -> dict[str, Ratio]:
-    """Nats/token that the chosen answer loses without its image, averaged over the first ABLATED_ROWS rows.
-
-    Images keep their size, so that the prompt's tokens stay the same, and are scored in the same batches as the rows'
-    own: a model that ignores the image gets exactly zero, where other batches would leave rounding errors.
-
-    Returns:
-        `blank_image_drop` and `wrong_image_drop` (another row's image), where all rows have images; the latter only
-        where they have more than one between them.
-    """
-    sample = list(rows.select(range(min(ABLATED_ROWS, len(rows)))))
-    images = [row["images"] for row in sample]
-    if not all(images):
-        return {}
-
-    def chosen_logps(images: list[list[Image.Image]]) -> torch.Tensor:
-        """log p(chosen) / |chosen| of every row with these images, (rows,)."""
-        changed = [{**row, "images": own} for row, own in zip(sample, images, strict=True)]
-        logps = answer_logps(model, processor, changed, batch_size, max_length, chosen_only=True)
-        return logps.chosen / logps.chosen_tokens
-
-    replaced = {
-        "blank_image_drop": [[Image.new("RGB", image.size, GREY) for image in own] for own in images],
-        "wrong_image_drop": [other_image(images, i) for i in range(len(images))],
-    }
-    with_own = chosen_logps(images)
-    return {name: mean((with_own - chosen_logps(other)).tolist()) for name, other in replaced.items() if all(other)}
-
-
-def other_image(images: list[list[Image.Image]], i: int) -> list[Image.Image]:
-    """The next row's first image that is not row i's, in the sizes of row i's images; empty where there is none."""
-    own = images[i]
-    others = (images[(i + step) % len(images)][0] for step in range(1, len(images)))
-    other = next((image for image in others if image.tobytes() != own[0].tobytes()), None)
-    return [other.resize(image.size) for image in own] if other else []

@@ -13,6 +13,7 @@ from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.checks import image_reliance, leaked_rows, policy_changed
 from smolvlm_exp.evaluation.comparison import load_per_row, short_fingerprints
 from smolvlm_exp.evaluation.generate import generation_speed
+from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.evaluation.held_out import evaluate as evaluate_model
 from smolvlm_exp.models.adapter import load_adapter, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
@@ -46,19 +47,20 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
     model: Any = load_model(config.model, quantization, config.seed)
+    packed = config.model.attn_implementation != "eager"
+    held_out = HeldOut(preferences, processor, batch_size, config.data.max_length, packed)
     evaluate_held_out = partial(
-        evaluate_model, processor=processor, preferences=preferences, batch_size=batch_size, seed=config.seed,
-        max_length=config.data.max_length, temperature=config.task.temperature,
+        evaluate_model, held_out=held_out, seed=config.seed, temperature=config.task.temperature,
         max_new_tokens=config.task.max_new_tokens,
     )  # fmt: skip
 
     before = evaluate_held_out(model)
-    speed = {"base": generation_speed(model, processor, preferences.test, sizes)}
+    speed = {"base": generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)}
     after, checks = None, []
     if adapter:
         model = load_adapter(model, adapter, config.adapter.target).eval()
         after = evaluate_held_out(model, reference=before.logps, beta=config.trainer.reward_scale)
-        speed["tuned"] = generation_speed(model, processor, preferences.test, sizes)
+        speed["tuned"] = generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)
         checks = [policy_changed(before, after), *image_reliance(before.metrics, after.metrics)]
         trained = load_per_row(adapter.parent)
         if trained:

@@ -24,8 +24,8 @@ from smolvlm_exp.deploy.options import PARTS_BY_SIZE, formats, merged_precision,
 from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.evaluation.checks import checks_passed, mean_logp_change
-from smolvlm_exp.evaluation.held_out import Evaluation, evaluate
-from smolvlm_exp.evaluation.preference import answer_logps, preference_metrics
+from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut, evaluate
+from smolvlm_exp.evaluation.preference import preference_metrics
 from smolvlm_exp.evaluation.statistics import changes
 from smolvlm_exp.models.adapter import saved_adapter
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
@@ -103,10 +103,13 @@ class Exporter:
             raise RequestError(
                 f"task=export needs preference pairs to measure on, and data={config.data.source} has none."
             )
-        sizes = config.trainer.per_device_eval_batch_size, config.data.max_length
+        held_out = HeldOut(
+            preferences, self.processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
+            packed=config.model.attn_implementation != "eager",
+        )  # fmt: skip
         sampling: dict[str, Any] = {"seed": config.seed, "max_new_tokens": config.task.max_new_tokens}
-        self.score = lambda model: answer_logps(model, self.processor, preferences.test, *sizes)
-        self.evaluate = lambda model: evaluate(model, self.processor, preferences, *sizes, **sampling)
+        self.score = held_out.logps
+        self.evaluate = lambda model: evaluate(model, held_out, **sampling)
         self.run = summary_of(Path(config.run)) if config.run else {}
         model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
         self.tuned: Evaluation = self.evaluate(model)

@@ -12,6 +12,7 @@ from typing import Any
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.images import ImageError, ImageLimits, locate, open_image
 from smolvlm_exp.data.messages import user
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.utils.errors import RequestError
@@ -61,9 +62,8 @@ def generate(config: Config, folder: Path) -> Path:
                     line["problem"] = f"the image {error}"
             for name, mode in models.items():
                 with mode():
-                    texts = generate_answers(
-                        model, processor, rows, size, task.max_new_tokens, task.temperature, config.seed + start
-                    )
+                    sampling = Sampling(task.max_new_tokens, temperature=task.temperature, seed=config.seed + start)
+                    texts = generate_answers(model, processor, rows, sampling)
                 for line, text in zip((line for line in lines if "problem" not in line), texts, strict=True):
                     line[name] = text
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))

@@ -10,13 +10,12 @@ from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
-from transformers import ProcessorMixin, TrainerCallback
+from transformers import TrainerCallback
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, compare_evaluations
 from smolvlm_exp.evaluation.comparison import save_per_row
-from smolvlm_exp.evaluation.held_out import Evaluation
+from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
@@ -41,8 +40,9 @@ class Result:
     training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
 
-    def __init__(self, config: Config, folder: Path, preferences: Preferences) -> None:
-        self.config, self.folder, self.preferences = config, folder, preferences
+    def __init__(self, config: Config, folder: Path, held_out: HeldOut) -> None:
+        self.config, self.folder, self.held_out = config, folder, held_out
+        self.preferences = preferences = held_out.preferences
         self.began = time.perf_counter()
         self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
@@ -73,11 +73,11 @@ class Result:
             for advice in self.summary["advice"]:
                 print(advice, file=sys.stderr)
 
-    def callbacks(self, processor: ProcessorMixin) -> list[TrainerCallback]:
+    def callbacks(self) -> list[TrainerCallback]:
         """Of the trainer: metrics, and sample answers."""
         metrics = MetricsCallback(self.folder, self.tracker)
-        every, start = self.config.trainer.sample_steps, self.before.answers
-        return [metrics, SamplesCallback(every, processor, self.preferences, start, metrics)]
+        every = self.config.trainer.sample_steps
+        return [metrics, SamplesCallback(every, self.held_out, lambda: self.before.answers, metrics)]
 
     def monitor_parameters(self, model: Any) -> None:
         """Called before training, so that the checks can compare the weights."""
@@ -116,9 +116,7 @@ class Result:
         if not isinstance(model, PeftModel) or is_pissa(self.config.adapter) or trainer.is_fsdp_enabled:
             return []  # PiSSA's is saved for the original base
         assert after.logps is not None
-        config = self.config
-        held_out = self.preferences.test, config.trainer.per_device_eval_batch_size, config.data.max_length
-        return [check_adapter_reload(model, trainer.processing_class, self.folder, *held_out, after.logps)]
+        return [check_adapter_reload(model, self.folder, self.held_out, after.logps)]
 
     def training_summary(self, trainer: Any, model: Any) -> dict[str, Any]:
         """The `train` part of summary.json."""

@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.evaluation.held_out import evaluate
+from smolvlm_exp.evaluation.held_out import HeldOut, evaluate
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
@@ -43,21 +43,22 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
 
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder)
+    held_out = HeldOut(
+        preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
+        packed=config.trainer.engine == "shared",
+    )  # fmt: skip
+    evaluate_held_out = partial(evaluate, held_out=held_out, max_new_tokens=config.task.max_new_tokens)
     model, peft_config = load_trainable_model(*groups, config.seed)
     identity = check_same_run(asdict(config), checkpoint, preferences.train, model)
-    evaluate_held_out = partial(
-        evaluate, processor=processor, preferences=preferences, max_length=config.data.max_length,
-        batch_size=config.trainer.per_device_eval_batch_size, max_new_tokens=config.task.max_new_tokens,
-    )  # fmt: skip
 
     cap = memory_cap(config.trainer.memory_budget)
-    with cap, Result(config, folder, preferences) as result, StopCallback() as stop:
-        result.before = evaluate_held_out(model)
-        callbacks = [*result.callbacks(processor), stop, *watchers]
-        inputs = TrainerInputs(model, processor, peft_config, preferences, callbacks, folder, identity)
+    with cap, Result(config, folder, held_out) as result, StopCallback() as stop:
+        callbacks = [*result.callbacks(), stop, *watchers]
+        inputs = TrainerInputs(model, processor, peft_config, held_out, callbacks, folder, identity)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         log_tuned_settings(config)
         result.monitor_parameters(trainer.model)
+        result.before = evaluate_held_out(trainer.model)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not stop.agreed():  # checked once: after this there is nothing left to save for later
             tuned = trainer.accelerator.unwrap_model(trainer.model)

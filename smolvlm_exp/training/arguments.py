@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin, TrainerCallback
 
     from smolvlm_exp.data.preferences import Preferences
+    from smolvlm_exp.evaluation.held_out import HeldOut
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +96,14 @@ class TrainerInputs:
     model: "PreTrainedModel"
     processor: "ProcessorMixin"
     peft_config: "LoraConfig | None"  # None: the adapter is on, or every weight is trained
-    preferences: "Preferences"
+    held_out: "HeldOut"
     callbacks: "list[TrainerCallback]"
     folder: Path
     identity: dict[str, Any] = field(default_factory=dict)  # what checkpoints say of the run; see resume_check.py
+
+    @property
+    def preferences(self) -> "Preferences":
+        return self.held_out.preferences
 
     def splits(self, config: TrainerConfig) -> "list[Dataset]":
         """The training rows, and the held-out rows where they are evaluated during training."""

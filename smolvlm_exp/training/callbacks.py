@@ -5,7 +5,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,7 +14,6 @@ import psutil
 import torch
 from tqdm import tqdm
 from transformers import (
-    ProcessorMixin,
     ProgressCallback,
     TrainerCallback,
     TrainerControl,
@@ -22,8 +21,8 @@ from transformers import (
     TrainingArguments,
 )
 
-from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.engine.generation.sampling import Sampling
+from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
@@ -127,20 +126,19 @@ class SamplesCallback(TrainerCallback):
     def __init__(
         self,
         every: float,
-        processor: ProcessorMixin,
-        preferences: Preferences,
-        start: list[str],
+        held_out: HeldOut,
+        start: Callable[[], list[str]],
         metrics: MetricsCallback,
     ) -> None:
-        """Every so many steps (below 1: a fraction of all; 0: never); `start` are the answers before the first."""
-        self.every, self.processor, self.metrics = every, processor, metrics
-        self.rows = [preferences.test[i] for i in range(min(SAMPLE_ROWS, len(preferences.test)))] if every else []
+        """Every so many steps (below 1: a fraction of all; 0: never); `start`: the answers before the first."""
+        self.every, self.held_out, self.metrics = every, held_out, metrics
+        self.rows = [held_out.preferences.test[i] for i in range(min(SAMPLE_ROWS, len(held_out)))] if every else []
         self.start, self.path = start, metrics.path.with_name(SAMPLES)
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         truncate_after(self.path, state.global_step)
         if self.rows and state.global_step == 0:
-            self.record(state, self.start[: len(self.rows)])
+            self.record(state, self.start()[: len(self.rows)])
 
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         steps = math.ceil(self.every * state.max_steps) if self.every < 1 else int(self.every)
@@ -148,7 +146,7 @@ class SamplesCallback(TrainerCallback):
             return
         model = kwargs["model"]
         modes = [(module, module.training) for module in model.modules()]
-        answers = generate_answers(model, self.processor, self.rows, len(self.rows), SAMPLE_TOKENS)
+        answers = self.held_out.answers(model, len(self.rows), Sampling(SAMPLE_TOKENS))
         for module, training in modes:
             module.training = training
         self.record(state, answers)

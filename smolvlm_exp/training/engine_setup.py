@@ -110,12 +110,14 @@ def disk_cache(config: TrainerConfig) -> DiskCache:
     return DiskCache(Path(config.cache), disk, ram)
 
 
-def engine_inputs(
-    config: TrainerConfig, arguments: Any, inputs: TrainerInputs, kind: type[PackedDataset]
-) -> dict[str, Any]:
+def engine_inputs(config: TrainerConfig, arguments: Any, inputs: TrainerInputs, pairs: bool = True) -> dict[str, Any]:
     """What an engine trainer takes: the model fused with its adapter on, the rows packed, their images precomputed.
 
-    Image features are cached where vision tower and connector are frozen, tiles elsewhere.
+    Image features are cached where vision tower and connector are frozen, tiles elsewhere; those of the held-out rows
+    serve their evaluation too.
+
+    Args:
+        pairs: both answers of a row are trained on; else the chosen one.
     """
     if inputs.model.device.type != arguments.device.type:  # model.device_map=null leaves it on the CPU
         inputs.model.to(arguments.device)
@@ -129,15 +131,15 @@ def engine_inputs(
             "change at every step.\nUse adapter.target=text without adapter.extra.bias, or leave it out."
         )
     store, workers = disk_cache(config), config.dataloader_num_workers
-    splits = [kind(split, inputs.processor) for split in inputs.splits(config)]
-    for rows in splits:
+    train, held_out = PackedDataset(inputs.preferences.train, inputs.processor), inputs.held_out.rows
+    for rows in (train, held_out):
         if features:
             keep_features(rows, model, pixels(inputs.processor), store, workers)
         if rows.features is None:
             rows.cache_tiles(store, workers)
     return {
         "model": model,
-        "rows": splits[0],
-        "eval_rows": splits[1] if len(splits) > 1 else None,
+        "rows": train if pairs else train.chosen_only(),
+        "eval_rows": None if config.eval_strategy == "no" else held_out if pairs else held_out.chosen_only(),
         **inputs.common(config, arguments),
     }

@@ -139,6 +139,7 @@ def test_answers_are_scored(files, name, monkeypatch):
     """All of task=evaluate, except that the answers are made up, so that the numbers are known."""
     from peft import get_peft_model
 
+    from smolvlm_exp.engine.generation.sampling import Sampling
     from smolvlm_exp.evaluation import held_out
     from smolvlm_exp.models.adapter import lora_config
     from smolvlm_exp.models.model import load_model
@@ -152,8 +153,8 @@ def test_answers_are_scored(files, name, monkeypatch):
     config.model.adapter = "run"
     generate, with_adapter = held_out.generate_answers, []
 
-    def answers(model, processor, rows, batch_size, *args):
-        assert len(generate(model, processor, rows, batch_size, 2)) == len(rows)
+    def answers(model, processor, rows, sampling, *args):
+        assert len(generate(model, processor, rows, Sampling(2), *args)) == len(rows)
         with_adapter.append(hasattr(model, "peft_config"))
         yes_no, caption = (("Yes.", "A dog on a couch."), ("No.", "A cat on a sofa."))[with_adapter[-1]]
         questions = [row["prompt"][0]["content"][1]["text"] for row in rows]

@@ -19,7 +19,7 @@ from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches
 from smolvlm_exp.engine.layers.dora import exact_dora
-from smolvlm_exp.engine.trainers import ChosenDataset, SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
+from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.models.shape import shape_of
@@ -113,8 +113,8 @@ class Bench:
 
     def engine(self, trainer_class, arguments, adapter, rows, model, micro_batch, **changes):
         target, *options = adapter
-        dataset = ChosenDataset if trainer_class is SharedPrefixSFTTrainer else PackedDataset
-        train, test = (dataset(split, self.processor) for split in (self.rows(rows), self.data.test))
+        splits = [PackedDataset(split, self.processor) for split in (self.rows(rows), self.data.test)]
+        train, test = [s.chosen_only() for s in splits] if trainer_class is SharedPrefixSFTTrainer else splits
         args = self.arguments(arguments, **changes)
         model = attach_and_fuse(model or small_model(), self.adapter(target, **dict(options)), args)
         trainer = trainer_class(model, rows=train, eval_rows=test, args=args, processing_class=self.processor)

@@ -1,12 +1,21 @@
 """Log-probabilities of answers, preference metrics, and generated answers."""
 
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.engine.disk_cache import DiskCache
+from smolvlm_exp.engine.generation.sampling import Sampling
+from smolvlm_exp.engine.precompute.features import keep_features
+from smolvlm_exp.evaluation.generate import generate_answers, upstream_answers
+from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.evaluation.preference import Logps, answer_logps, preference_metrics, sequence_logps
+from smolvlm_exp.models.adapter import lora_config
+from smolvlm_exp.utils.units import GIB
+from tests.conftest import compose
 
 
 def test_sequence_logps_by_hand():
@@ -39,6 +48,48 @@ def test_padding_changes_no_logp(model, processor, rows):
     assert torch.equal(together.chosen_tokens, alone.chosen_tokens)
 
 
+@pytest.mark.parametrize("adapter", [None, "text", "all"])
+@pytest.mark.parametrize("kept", [False, True])
+def test_packed_evaluation_is_stock_collations(model, processor, rows, adapter, kept):
+    """Log-probabilities and what the image contributes, with an adapter on and off, its features kept or not."""
+    if adapter == "all" and kept:
+        pytest.skip("what is trained is not kept")
+    if adapter:
+        model = get_peft_model(model, lora_config(compose(f"adapter.target={adapter}").adapter, quantised=False)).eval()
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.05)
+    stock, packed = HeldOut(rows, processor, 6, None, packed=False), HeldOut(rows, processor, 6, None)
+    if kept:
+        model.requires_grad_(False)
+        keep_features(packed.rows, model, packed.pixels, DiskCache("unused", 0, GIB), 0)
+    for mode in [nullcontext, *([model.disable_adapter] if adapter else [])]:
+        with mode():
+            expected, found = stock.logps(model), packed.logps(model)
+            for name in ("chosen", "rejected", "chosen_tokens", "rejected_tokens"):
+                torch.testing.assert_close(getattr(found, name), getattr(expected, name), atol=1e-5, rtol=1e-6)
+            drops = [held_out.image_reliance(model, held_out.logps(model)) for held_out in (stock, packed)]
+            assert drops[0].keys() == drops[1].keys() == {"blank_image_drop", "wrong_image_drop"}
+            for name, drop in drops[0].items():
+                assert drops[1][name].value == pytest.approx(drop.value, abs=1e-5)
+
+
+def test_a_batch_that_does_not_fit_is_scored_in_halves(model, processor, rows):
+    held_out = HeldOut(rows, processor, 16, None)
+    whole, ordinary, sizes = held_out.logps(model), model.forward, []
+
+    def forward(packed, labels):
+        sizes.append(len(labels) // 2)
+        if sizes[-1] > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ordinary(packed=packed, labels=labels)
+
+    model.forward = forward
+    found = held_out.logps(model)
+    assert sizes == [16, 8, 4, 4, 8, 4, 4]
+    torch.testing.assert_close(found.chosen, whole.chosen, atol=1e-5, rtol=1e-6)
+
+
 def test_logits_are_computed_for_answers_only(model, processor, rows):
     """A prompt's would be most of the memory: image tokens times vocabulary."""
     positions = []
@@ -50,41 +101,33 @@ def test_logits_are_computed_for_answers_only(model, processor, rows):
     assert positions[0] < min(prompts)
 
 
-@pytest.fixture
-def generated(model):
-    """The ids that the model's `generate` returns, without the prompt."""
-    ordinary, ids = model.generate, []
-
-    def generate(**kwargs):
-        output = ordinary(**kwargs)
-        ids.extend(output[:, kwargs["input_ids"].shape[1] :].tolist())
-        return output
-
-    model.generate = generate
-    return ids
-
-
-def test_answers_end_at_end_of_utterance_and_do_not_depend_on_the_batch(model, processor, rows, generated):
-    end, few = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>"), [rows.test[i] for i in range(8)]
-    answers = generate_answers(model, processor, few, 8, max_new_tokens=40)
+def test_answers_are_those_of_transformers(model, processor, rows):
+    """Together and alone, from rows and from packed rows with and without kept features."""
+    few = [rows.test[i] for i in range(8)]
+    answers = generate_answers(model, processor, few, Sampling(40))
     assert len({len(answer) for answer in answers}) > 1
     assert all(answer.endswith(".") for answer in answers)
-    for ids in generated:
-        assert 0 < ids.index(end) < 39
-        assert set(ids[ids.index(end) + 1 :]) <= {processor.tokenizer.pad_token_id}
-    assert answers == [generate_answers(model, processor, [row], 1, max_new_tokens=40)[0] for row in few]
+    assert answers == upstream_answers(model, processor, few, Sampling(40))
+    assert answers == [generate_answers(model, processor, [row], Sampling(40))[0] for row in few]
+    held_out = HeldOut(rows, processor, 8, None)
+    assert answers == held_out.answers(model, 8, Sampling(40))
+    model.requires_grad_(False)
+    keep_features(held_out.rows, model, held_out.pixels, DiskCache("unused", 0, GIB), 0)
+    assert answers == held_out.answers(model, 8, Sampling(40))
 
 
 def test_sampled_answers_follow_the_seed_and_leave_the_random_state(model, processor, rows):
     few = [rows.test[i] for i in range(4)]
     state = torch.get_rng_state()
-    drawn = [generate_answers(model, processor, few, 4, 30, temperature=1.5, seed=seed) for seed in (0, 0, 1)]
-    assert drawn[0] == drawn[1] != drawn[2]
-    assert drawn[0] != generate_answers(model, processor, few, 4, 30)
+    for answers in (generate_answers, upstream_answers):
+        drawn = [answers(model, processor, few, Sampling(30, temperature=1.5, seed=seed)) for seed in (0, 0, 1)]
+        assert drawn[0] == drawn[1] != drawn[2]
+        assert drawn[0] != answers(model, processor, few, Sampling(30))
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_samples_are_drawn_from_all_of_the_vocabulary(model, processor, rows, generated):
+@pytest.mark.parametrize("answers", [generate_answers, upstream_answers])
+def test_samples_are_drawn_from_all_of_the_vocabulary(model, processor, rows, answers):
     """Nearly uniform at this temperature: 160 first tokens, which upstream's default would draw from 50."""
-    generate_answers(model, processor, [rows.test[0]] * 160, 160, 1, temperature=1e4)
-    assert len({ids[0] for ids in generated}) > 100
+    drawn = answers(model, processor, [rows.test[0]] * 160, Sampling(1, temperature=1e4))
+    assert len(set(drawn)) > 60  # many are control tokens, which are no text

@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from smolvlm_exp.config.compose import check_command
+from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.quant import quantization_config
@@ -62,7 +63,8 @@ class Bench:
         identity = check_same_run(asdict(config), None, self.preferences.train, model)
         parts = TrainerInputs(
             model, self.processor,
-            lora_config(config.adapter, quantised=quantization is not None), self.preferences,
+            lora_config(config.adapter, quantised=quantization is not None),
+            HeldOut(self.preferences, self.processor, 8, None),
             [MetricsCallback(folder, tracker), *callbacks], folder, identity,
         )  # fmt: skip
         parts.peft_config.target_modules = r".*text_model\.layers\.[01]\.self_attn\.(q|v)_proj"

@@ -6,6 +6,7 @@ from importlib import import_module
 import pytest
 from transformers import TrainerCallback
 
+from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.training.arguments import TrainerInputs
@@ -27,7 +28,15 @@ def test_a_built_trainer_trains_without_the_pipeline(quick, rows, processor, tmp
     algorithm, counter = import_module(f"smolvlm_exp.training.{name}"), Counter()
     arguments = algorithm.build_arguments(config.trainer, tmp_path, "auto", None, 0)
     peft_config, identity = lora_config(config.adapter, quantised=False), {"run": "this one"}
-    inputs = TrainerInputs(load_model(config.model), processor, peft_config, rows, [counter], tmp_path, identity)
+    inputs = TrainerInputs(
+        load_model(config.model),
+        processor,
+        peft_config,
+        HeldOut(rows, processor, 8, None),
+        [counter],
+        tmp_path,
+        identity,
+    )
     trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
     assert type(trainer).__name__ == ("Engine" if engine == "shared" else "Stock") + name.upper() + "Trainer"
     assert trainer.guard.limit == 7

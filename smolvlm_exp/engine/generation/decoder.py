@@ -13,13 +13,20 @@ import torch
 import torch.nn.functional as F
 
 from smolvlm_exp.engine.layers import ops
-from smolvlm_exp.engine.layers.linear import FrozenLinears, Product
+from smolvlm_exp.engine.layers.linear import FrozenLinears, Product, adapter_obstacles
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_8bit
 from smolvlm_exp.engine.model_parts import base_of, core_of
-from smolvlm_exp.utils.distributed import full_tensor
+from smolvlm_exp.utils.distributed import full_tensor, is_sharded
 
 # layer's number; [queries | keys | values] (T, (Q + 2 K) D); cos and sin (T, D) of their positions -> (T, Q D)
 Attention = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def decoder_obstacle(model: Any) -> str | None:
+    """Why `Decoder` cannot run this model's text model; None: it can."""
+    if any(map(is_sharded, model.parameters())):
+        return "its weights are sharded"
+    return next(adapter_obstacles(core_of(model).text_model), None)
 
 
 class Decoder:

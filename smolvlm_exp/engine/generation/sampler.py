@@ -1,4 +1,7 @@
-"""Answers to many prompts, some at a time: those that have ended leave, and waiting prompts take their place."""
+"""Answers to many prompts, some at a time: those that have ended leave, and waiting prompts take their place.
+
+Memory decides how many at a time, and whether the layers are unpacked for it; see `plan_sampling`.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -9,8 +12,11 @@ import torch
 from smolvlm_exp.engine.generation.batch import SamplingBatch
 from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampling import Sampling
+from smolvlm_exp.engine.model_parts import base_of, core_of
 
-PREFILL_TOKENS = 16_384  # of prompts that are read together
+ROWS = 64  # answers that are worked on at a time, where memory allows
+PREFILL_TOKENS = 16_384  # of prompts that are read together, where memory allows
+USABLE = 0.8  # of the free memory: the rest is for what the plan does not count
 STEPS_BETWEEN_CHECKS = 8  # on a GPU, which has to be waited for to see which rows have ended
 
 
@@ -35,8 +41,9 @@ def sample(
     end: int,
     image_token: int,
     answers: int = 1,
-    rows: int = 64,
+    rows: int = ROWS,
     logps: bool = False,
+    prefill_tokens: int = PREFILL_TOKENS,
 ) -> Iterator[tuple[int, list[Answer]]]:
     """Each prompt's number and its answers, in the order in which they end.
 
@@ -47,6 +54,7 @@ def sample(
         answers: to each prompt.
         rows: at most so many answers are worked on at a time.
         logps: of the drawn tokens are wanted.
+        prefill_tokens: at most so many tokens of prompts are read together, or those of one prompt.
     """
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))  # like lengths are read together
     if not waiting:
@@ -57,7 +65,7 @@ def sample(
     while waiting or active:
         free = [group for group in range(batch.groups) if group not in active]
         while free and waiting:
-            count = min(len(free), max(1, PREFILL_TOKENS // len(prompts[waiting[0]].ids)))
+            count = min(len(free), max(1, prefill_tokens // len(prompts[waiting[0]].ids)))
             entering = dict(zip(free[:count], waiting, strict=False))
             embeddings, lengths = embed(decoder, [prompts[i] for i in entering.values()], image_token)
             seeds = [sampling.seed + i * answers + row for i in entering.values() for row in range(answers)]
@@ -70,6 +78,39 @@ def sample(
         if not waiting and active and batch.can_shrink(len(active)):
             batch.shrink(sorted(active))
             active = dict(enumerate(active[group] for group in sorted(active)))
+
+
+@dataclass(frozen=True)
+class SamplingPlan:
+    """What `Decoder` and `sample` are given so that they fit."""
+
+    merge: bool
+    rows: int
+    prefill_tokens: int
+
+
+def plan_sampling(model: Any, free: int, longest: int, new_tokens: int, answers: int = 1) -> SamplingPlan:
+    """The fastest way that fits: layers unpacked once if that leaves room for a prompt's answers, then as many rows.
+
+    Args:
+        free: bytes of the model's device that sampling may take.
+        longest: tokens of the longest prompt; new_tokens: of an answer, at most; answers: to each prompt.
+    """
+    config, element = core_of(model).text_model.config, base_of(model).get_output_embeddings().weight.element_size()
+    size = config.head_dim or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * element  # its keys and values
+    row = new_tokens * token + 12 * config.vocab_size  # logits, their softmax and its order in float32
+    group = longest * token + answers * row
+    # A token of a prompt that is read: hidden states before and after, the MLP's two halves, queries, keys, values.
+    prefill = element * (4 * config.hidden_size + 3 * config.intermediate_size + 3 * config.num_attention_heads * size)
+    attention = config.hidden_size * size * 2 * (config.num_attention_heads + config.num_key_value_heads)
+    unpacked = config.num_hidden_layers * (attention + 3 * config.hidden_size * config.intermediate_size) * element
+    usable = int(USABLE * free) - longest * prefill
+    merge = usable - unpacked >= group
+    usable -= unpacked if merge else 0
+    groups = max(1, min(ROWS // answers, usable // group))
+    spare = max(0, usable - groups * group) // prefill
+    return SamplingPlan(merge, groups * answers, min(PREFILL_TOKENS, longest + spare))
 
 
 def embed(decoder: Decoder, prompts: Sequence[Prompt], image_token: int) -> tuple[torch.Tensor, list[int]]:

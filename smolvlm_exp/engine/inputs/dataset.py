@@ -4,6 +4,7 @@ Ids and, after `pixels`, pixel values are those of TRL's DataCollatorForVisionPr
 processor and max_length. An image that several rows share is one image here.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -49,7 +50,10 @@ class PackedDataset(torch.utils.data.Dataset):
         cached_tiles: None, or (tiles of all, 3, S, S) uint8; see `cache_tiles`.
         features: None, or (tiles of all, tokens, H); see features.py.
         reference: None, or two of (rows,) float32, chosen and rejected; see reference.py.
+        pairs: whether rows have their rejected answers; see `chosen_only`.
     """
+
+    pairs = True
 
     def __init__(self, rows: datasets.Dataset, processor: Any) -> None:
         """Opens no image.
@@ -84,18 +88,42 @@ class PackedDataset(torch.utils.data.Dataset):
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
         bounds = self.offsets[3 * i : 3 * i + 4]
-        row = {f"{side}_ids": self.ids[bounds[k] : bounds[k + 1]].long() for k, side in enumerate(SIDES)}
-        if self.features is None:
-            row["tiles"] = concat([self.tiles(n) for n in self.images[i]], self.no_tiles)
-        else:
-            row["features"] = concat([self.features[self.span(n)] for n in self.images[i]], self.features[:0])
+        sides = SIDES if self.pairs else SIDES[:2]
+        row = {f"{side}_ids": self.ids[bounds[k] : bounds[k + 1]].long() for k, side in enumerate(sides)}
+        row |= self.images_of(i)
         if self.reference is not None:
             row["ref_chosen_logps"], row["ref_rejected_logps"] = (logps[i] for logps in self.reference)
         return row
 
-    def batch(self, numbers: Sequence[int]) -> dict[str, Any]:
-        """packing.collate's batch of these rows, and `rows`, (B,), their numbers."""
-        fields = collate([self[i] for i in numbers], self.pad_token_id, self.image_token_id)
+    def prompt_ids(self, i: int) -> torch.Tensor:
+        return self.ids[self.offsets[3 * i] : self.offsets[3 * i + 1]].long()
+
+    def images_of(self, i: int) -> dict[str, torch.Tensor]:
+        """A row's `features` where they are kept, else its `tiles`."""
+        if self.features is None:
+            return {self.kind: concat([self.tiles(n) for n in self.images[i]], self.no_tiles)}
+        return {self.kind: concat([self.features[self.span(n)] for n in self.images[i]], self.features[:0])}
+
+    @property
+    def kind(self) -> str:
+        """Of what rows have of their images: `features` or `tiles`."""
+        return "tiles" if self.features is None else "features"
+
+    def chosen_only(self) -> "PackedDataset":
+        """The same rows without their rejected answers, over the same tiles and features."""
+        view = copy.copy(self)
+        view.pairs = False
+        return view
+
+    def batch(self, numbers: Sequence[int], images: dict[int, dict[str, torch.Tensor]] | None = None) -> dict[str, Any]:
+        """packing.collate's batch of these rows, and `rows`, (B,), their numbers.
+
+        Args:
+            images: `tiles` or `features` that take the place of some rows' own, by row.
+        """
+        replaced = images or {}
+        rows = [self[i] | replaced.get(i, {}) for i in numbers]
+        fields = collate(rows, self.pad_token_id, self.image_token_id)
         return {**fields, "rows": torch.tensor(numbers)}
 
     def batch_of(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:
@@ -114,16 +142,20 @@ class PackedDataset(torch.utils.data.Dataset):
         """
         if self.cached_tiles is not None:
             return self.cached_tiles[self.span(image)]
-        i, j = self.locations[image]
-        entry = self.files[i].column("images")[0].as_py()[j]  # {"bytes", "path"}
-        tiles = tile(datasets.Image().decode_example(entry), self.image_processor)
+        tiles = tile(self.image(image), self.image_processor)
         expected = self.tile_offsets[image + 1] - self.tile_offsets[image]
         if len(tiles) != expected:
+            i, j = self.locations[image]
             raise ValueError(
                 f"row {i}, image {j + 1} becomes {len(tiles)} tiles, but the prompt has tokens for {expected}: the "
                 "processor's size.longest_edge must be a multiple of its max_image_size.longest_edge."
             )
         return tiles
+
+    def image(self, image: int) -> PIL.Image.Image:
+        """Decoded from its stored bytes."""
+        i, j = self.locations[image]
+        return datasets.Image().decode_example(self.files[i].column("images")[0].as_py()[j])  # {"bytes", "path"}
 
     def tiles_of(self, images: Sequence[int]) -> torch.Tensor:
         """Several images' tiles, which travel between processes in shared memory."""

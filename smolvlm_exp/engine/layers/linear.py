@@ -233,20 +233,27 @@ def absent(base: Any) -> Adapter:
     return Adapter("", a, b, 1.0, torch.ones(out, device=device))
 
 
-def linear_obstacles(layer: nn.Module) -> Iterator[str]:
-    """What `Product` does not do, in words, for the linear layers in `layer`."""
+def adapter_obstacles(layer: nn.Module) -> Iterator[str]:
+    """What `Product` does not do, in words, with the adapters in `layer`."""
     for name, module in layer.named_modules():
         if isinstance(module, LoraLayer):
-            if module.merged:
-                yield f"{name}'s adapter is merged into its weight"
-            if any(isinstance(d, nn.Dropout) and d.p > 0 for d in module.lora_dropout.values()):
-                yield f"{name}'s adapter has dropout"
             if any(module.lora_bias.values()):
                 yield f"{name}'s adapter has a bias"
             if any(type(v).__name__ != "DoraLinearVariant" for v in module.lora_variant.values()):
                 yield f"{name}'s adapter is neither LoRA nor DoRA"
             if len(module.active_adapters) > 1:
                 yield f"{name} has {len(module.active_adapters)} active adapters"
+
+
+def linear_obstacles(layer: nn.Module) -> Iterator[str]:
+    """What `Product` does not do in training, in words, for the linear layers in `layer`."""
+    yield from adapter_obstacles(layer)
+    for name, module in layer.named_modules():
+        if isinstance(module, LoraLayer):
+            if module.merged:
+                yield f"{name}'s adapter is merged into its weight"
+            if any(isinstance(d, nn.Dropout) and d.p > 0 for d in module.lora_dropout.values()):
+                yield f"{name}'s adapter has dropout"
         is_base = isinstance(module, nn.Linear) and ".lora_" not in f".{name}"
         if is_base and any(parameter.requires_grad for parameter in module.parameters(recurse=False)):
             yield f"{name} itself is trained"

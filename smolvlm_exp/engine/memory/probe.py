@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import psutil
 import torch
 
 from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget
@@ -18,6 +19,13 @@ def available_memory() -> int:
     free, total = torch.cuda.mem_get_info()
     cap = torch.cuda.get_per_process_memory_fraction() * total
     return int(min(free + torch.cuda.memory_reserved(), cap))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this process can still have on a device."""
+    if device.type != "cuda":
+        return psutil.virtual_memory().available
+    return available_memory() - torch.cuda.memory_allocated()
 
 
 def cap_memory(budget: int) -> None:
