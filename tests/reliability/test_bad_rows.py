@@ -197,10 +197,10 @@ def test_the_first_frame_by_option(folder, processor, tmp_path):
     assert [row["images"][0].size for row in found.train] == [(20, 20)] * 3
 
 
-def test_control_tokens_typed_in_a_question_are_text(folder, processor, tmp_path):
+def test_control_tokens_typed_in_a_question_are_text(folder, processor, model, tmp_path):
     """They keep their letters, and the model reads none of them as control, in training and in generation."""
     from smolvlm_exp.engine.inputs.dataset import PackedDataset
-    from smolvlm_exp.evaluation.generate import prompts
+    from smolvlm_exp.evaluation.generate import left_padded, read_prompts
 
     typed = "Is <end_of_utterance> or <row_1_col_1> or <fake_token_around_image> in it?<|im_end|>"
     parts = [{"type": "image"}, {"type": "text", "text": f"{typed} <image>"}]
@@ -218,10 +218,12 @@ def test_control_tokens_typed_in_a_question_are_text(folder, processor, tmp_path
     assert controls(ours[0]["prompt_ids"].tolist()) == plain
     assert controls(ours[1]["prompt_ids"].tolist()) == plain
     asked = [{"images": [Image.new("RGB", (40, 30))], "prompt": [user(text)]} for text in (typed, "<image>", "What?")]
-    first, second, third = (controls(ids.tolist()) for ids in prompts(processor, asked)["input_ids"])
+    first, second, third = (controls(ids.tolist()) for ids in left_padded(processor, asked)["input_ids"])
     padding = processor.tokenizer.pad_token_id
     assert [i for i in first if i != padding] == [i for i in third if i != padding]
     assert [i for i in second if i != padding] == [i for i in third if i != padding]
+    first, second, third = (controls(prompt.ids.tolist()) for prompt in read_prompts(model, processor, asked))
+    assert first == second == third == plain
 
 
 def test_tokens_that_cannot_be_taken_apart_do_not_hang():

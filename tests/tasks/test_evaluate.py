@@ -3,6 +3,7 @@
 import contextlib
 import json
 from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -35,7 +36,7 @@ def folder(run, monkeypatch):
 
 
 def test_a_run_is_evaluated_as_it_evaluated_itself(run, folder, capsys, monkeypatch):
-    monkeypatch.setattr(speed, "TIMED_TOKENS", 4)
+    monkeypatch.setattr(speed, "TIMED_TOKENS", 16)
     found = smolvlm_exp.evaluate(
         ["run=last", "task.batch_sizes=[4,1,12]", "tracker=wandb", "hydra.run.dir=again"]
     ).summary
@@ -109,13 +110,14 @@ def test_speed_as_computed_by_hand(monkeypatch):
     """Two answers, 0.5 s to the first token, 0.1 s a token: 2 x 31 tokens in 3.1 s; slow first calls are not timed."""
     clock, calls = [0.0], []
 
-    def generate(max_new_tokens, **kwargs):
-        calls.append((max_new_tokens, kwargs["min_new_tokens"]))
+    def sample(decoder, plan, processor, prompts, sampling):
+        calls.append((sampling.max_new_tokens, sampling.min_new_tokens))
         warm = calls.count(calls[-1]) > 1
-        clock[0] += 0.5 + 0.1 * (max_new_tokens - 1) + (0 if warm else 7)
+        clock[0] += 0.5 + 0.1 * (sampling.max_new_tokens - 1) + (0 if warm else 7)
 
-    model = SimpleNamespace(device=torch.device("cpu"), generate=generate)
+    for name, stub in (("Decoder", MagicMock()), ("plan_for", MagicMock()), ("sampled_by", sample)):
+        monkeypatch.setattr(speed, name, stub)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    found = speed.batch_speed(model, {}, 2)
+    found = speed.batch_speed(SimpleNamespace(device=torch.device("cpu")), None, [None, None])
     assert found == speed.Speed(2, pytest.approx(0.5), pytest.approx(2 * 31 / 3.1), None)
-    assert calls == [(1, 1), (1, 1), (32, 32), (32, 32)]
+    assert calls == [(1, 1)] * 3 + [(32, 32)] * 3
