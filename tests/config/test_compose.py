@@ -254,6 +254,9 @@ def test_a_run_of_an_earlier_release_can_be_replayed_resumed_and_evaluated(tmp_p
     resumed = checked(f"resume={folder}", "tracker=none")
     assert (resumed.keep_checkpoints, resumed.seed, resumed.export.search) == ("all", 3, False)
     assert resumed.trainer.loss_type == ["sigmoid", "sft"]
+    own = old_run(tmp_path / "own", "model.longest_edge=128")
+    for typed in ([f"resume={own}"], ["task=export", f"run={own}"], ["task=plan", f"run={own}"]):
+        assert checked(*typed).model.longest_edge == 128
     assert checked("task=export", f"run={folder}").export.search
     assert not checked("task=evaluate", f"run={folder}").export.search
     assert read_run(folder).settings["session.cache"] == "1GiB"
