@@ -98,7 +98,7 @@ def configured(model: str, longest_edge: int | None) -> Any:
     given = SimpleNamespace(overrides=overrides, multirun=False, config_path=None, config_name=None, config_dir=None)
     config = check_command(given)[0]
     if config.model.shape is not None and (longest_edge or model != "tiny"):
-        config.model.shape.longest_edge = longest_edge or config.model.shape.image_size
+        config.model.longest_edge = longest_edge or config.model.shape.image_size
     return config
 
 

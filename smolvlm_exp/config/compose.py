@@ -87,11 +87,23 @@ def read(composed: DictConfig, job: list[str], replay: bool) -> Config:
     """
     config = parse(composed)
     given = {key_of(override) for override in job}
+    if config.model.weights == "pretrained":
+        check_shape(composed, given)
     for key, setting, value in settings(config):
         problem = misplaced(key, config.task.name)
         if problem and value != default_of(setting) and (key in given or not replay):
             raise RequestError(problem)
     return config
+
+
+def check_shape(composed: DictConfig, given: set[str]) -> None:
+    """Refuse dimensions for pretrained weights, which have their own: nothing would read them but the plan."""
+    fix = "model.weights=pretrained has the checkpoint's own dimensions. Leave it out, or add model.weights=random."
+    key = next((key for key in sorted(given) if key.startswith("model.shape.")), None)
+    if key:
+        raise RequestError(f"{key}: {fix}")
+    if (file := file_of("model.shape", composed)).startswith("conf/experiment/"):
+        raise RequestError(f"{file}: model.shape: {fix}")
 
 
 def log_tuned_settings(config: Config) -> None:

@@ -8,11 +8,12 @@ import yaml
 from smolvlm_exp.config.renamed import rename_override
 from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
-from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, summary_of
+from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, saved_hydra, summary_of
 from smolvlm_exp.runs.overrides import as_settings, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
 
+SHAPE = "model.shape."  # of random weights
 OWN = ("hydra.sweep.dir", "hydra.mode", "sweep")  # of one command, not of the sweep
 
 
@@ -53,6 +54,8 @@ def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     if not (folder / "adapter").is_dir():
         tuned = {"model.id": f"{folder}/model", "model.weights": "pretrained"}
     saved = settings_of(saved_overrides(folder), task, {"task", "resume", "sweep", *given, *tuned})
+    if "model.weights" in tuned:
+        saved = [override for override in saved if not key_of(override).startswith(SHAPE)]
     # A group chosen by the command takes none of the settings that went with the run's choice.
     settings = [override for override in saved if key_of(override).partition(".")[0] not in given]
     own = [f"{key}={value}" for key, value in tuned.items() if key not in given]
@@ -70,9 +73,15 @@ def sweep_overrides(given: dict[str, str], multirun: bool) -> list[str]:
 
 
 def saved_overrides(folder: Path) -> list[str]:
-    """A run's overrides; before `rpo` was a trainer option, `trainer=dpo` stood for it with the embedded model."""
+    """A run's overrides.
+
+    Of earlier releases: before `rpo` was a trainer option, `trainer=dpo` stood for it with the embedded model, and
+    pretrained weights came with a shape, which did nothing.
+    """
     rpo = choices(folder).get("tuned") == "tiny_dpo"
-    return ["trainer=rpo" if rpo and override == "trainer=dpo" else override for override in overrides_of(folder)]
+    random = saved_hydra(folder, "config").get("model", {}).get("weights") == "random"
+    overrides = [override for override in overrides_of(folder) if random or not key_of(override).startswith(SHAPE)]
+    return ["trainer=rpo" if rpo and override == "trainer=dpo" else override for override in overrides]
 
 
 def settings_of(overrides: list[str], task: str, given: Container[str]) -> list[str]:

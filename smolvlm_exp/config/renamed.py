@@ -4,7 +4,10 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from smolvlm_exp.utils.errors import RequestError
 
-KEYS = {"keep": "keep_checkpoints", "session.keep": "session.cache", "task.picture": "task.image_size"}
+KEYS = {
+    "keep": "keep_checkpoints", "session.keep": "session.cache", "task.picture": "task.image_size",
+    "model.shape.longest_edge": "model.longest_edge",
+}  # fmt: skip
 VALUES = {"export.merge": {"dequantised": "dequantized"}}
 
 
@@ -30,7 +33,10 @@ def rename_settings(composed: DictConfig) -> None:
             group, _, key = old.rpartition(".")
             node = OmegaConf.select(composed, group) if group else composed
             if isinstance(node, DictConfig) and key in node:
-                OmegaConf.update(composed, new, node.pop(key))
+                value = node.pop(key)
+                # Every run saved a shape, which only random weights read.
+                if group != "model.shape" or composed.model.get("weights") == "random":
+                    OmegaConf.update(composed, new, value)
         for key, values in VALUES.items():
             value = OmegaConf.select(composed, key)
             if value in values:

@@ -120,11 +120,16 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
     log.info(f"adapter: {describe_target(names)}")
 
 
+def adapter_folder(name: str) -> Path | None:
+    """`name` or its `adapter/`, whichever holds a saved adapter, if one does."""
+    return next((f for f in (Path(name), Path(name) / "adapter") if (f / "adapter_config.json").is_file()), None)
+
+
 def saved_adapter(config: AdapterConfig, name: str) -> Path:
     """The folder of a saved adapter (`model.adapter`); RequestError where `config` does not describe it."""
     from peft import PeftConfig
 
-    folder = next((f for f in (Path(name), Path(name) / "adapter") if (f / "adapter_config.json").is_file()), None)
+    folder = adapter_folder(name)
     if folder is None:
         raise RequestError(f"model.adapter={name}: there is no adapter_config.json in it or in its adapter/.")
     if config.type == "none":
@@ -188,16 +193,21 @@ def plain_initialisation(model: Any) -> Iterator[None]:
         config.init_lora_weights = init
 
 
-def save_finetuned(model: Any, config: AdapterConfig, folder: Path) -> None:
-    """Write `adapter/`, an ordinary PEFT adapter of the untouched base, or `model/` after full fine-tuning."""
+def save_finetuned(model: Any, processor: Any, config: AdapterConfig, folder: Path) -> None:
+    """Write `adapter/`, an ordinary PEFT adapter of the untouched base, or `model/` after full fine-tuning.
+
+    With the processor, so that whoever loads it reads images at the resolution of the training.
+    """
     if config.type == "none":
         with atomic_folder(folder / "model") as staging:
             model.save_pretrained(str(staging), state_dict=gather_state(model.state_dict()))
+            processor.save_pretrained(staging)
         return
     trained = gather_state({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
     with atomic_folder(folder / "adapter") as staging:
         model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=trained, **conversion)
+        processor.save_pretrained(staging)
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any] | None:

@@ -3,15 +3,16 @@
 import contextlib
 import logging
 import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
-from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, saved_adapter
+from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapter, saved_adapter
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
+from smolvlm_exp.models.resolution import FILES, Resolution, saved_resolution
 from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
@@ -34,6 +35,10 @@ class ModelConfig:
     attn_implementation: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
     dtype: str = "auto"  # auto: bfloat16 on a GPU that has it, float32 otherwise
     device_map: str | None = "auto"  # auto: the whole model on one GPU, where upstream's would spread it over all
+    # How images are read; null: as the adapter's processor does, if it was saved with one, else the checkpoint's.
+    longest_edge: int | None = None  # an image's long edge in pixels, 1 to 4 tiles: fewer take fewer tokens
+    image_splitting: bool | None = None  # false: one tile per image, which shows all of it
+    upscale: bool | None = None  # false: small images are not enlarged beyond whole tiles
     shape: Shape | None = None
     extra: dict[str, Any] = field(default_factory=dict)  # further arguments of `from_pretrained`
 
@@ -65,8 +70,33 @@ def device_map(requested: str | None) -> Any:
     return {"": torch.cuda.current_device()} if requested == "auto" else requested
 
 
-def load_processor(config: ModelConfig) -> "ProcessorMixin":
-    """The model's own processor; for random weights, where it is not on this disk, a stand-in of the same sizes."""
+def load_processor(config: ModelConfig) -> Any:
+    """The model's processor, at the resolution that `config` asks for.
+
+    Raises:
+        RequestError: it cannot be loaded, or has no such resolution.
+    """
+    processor: Any = checkpoint_processor(config)
+    own = Resolution.of(processor.image_processor.to_dict())
+    chosen = choose_resolution(config, own)
+    if chosen != own or not chosen.upscale:
+        from smolvlm_exp.models.image_processor import with_resolution
+
+        processor.image_processor = with_resolution(processor.image_processor, chosen)
+        log.info(f"model: images at {chosen}")
+    return processor
+
+
+def choose_resolution(config: ModelConfig, checkpoint: Resolution) -> Resolution:
+    """The resolution that the settings ask for; what they leave open is the adapter's, else the checkpoint's."""
+    folder = adapter_folder(config.adapter) if config.adapter else None
+    saved = saved_resolution(folder / name for name in FILES) if folder else None
+    base = replace(saved, tile=checkpoint.tile) if saved else checkpoint
+    return base.choose(config.longest_edge, config.image_splitting, config.upscale)
+
+
+def checkpoint_processor(config: ModelConfig) -> "ProcessorMixin":
+    """The checkpoint's own; for random weights, where it is not on this disk, a stand-in of the same sizes."""
     from transformers import AutoProcessor
 
     if config.weights == "random" and config.id != "embedded":

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from omegaconf import MISSING, OmegaConf
 
+from smolvlm_exp.models.resolution import MAX_TILES
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.paths import CONF, PACKAGE
 
@@ -47,7 +48,6 @@ class Shape:
     image_size: int = MISSING  # pixels per side of a tile
     patch_size: int = MISSING
     scale_factor: int = MISSING  # pixel shuffle: scale_factor^2 patches become one token
-    longest_edge: int = MISSING  # pixels to which the processor scales an image's long edge before tiling
     image_token_id: int = MISSING
     fake_image_token_id: int = MISSING
     end_of_utterance_id: int = MISSING
@@ -84,7 +84,7 @@ def model_config(shape: Shape) -> "PretrainedConfig":
 
 
 def shape_from(config: Any) -> Shape:
-    """A loaded model's dimensions: `model_config` reversed. The longest edge is the processor's."""
+    """A loaded model's dimensions: `model_config` reversed."""
     text, vision = config.text_config, config.vision_config
     return Shape(
         architecture=config.model_type,
@@ -97,13 +97,17 @@ def shape_from(config: Any) -> Shape:
     )
 
 
-def make_processor(shape: Shape, tokenizer: Any) -> "ProcessorMixin":
-    """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat images alike."""
+def make_processor(shape: Shape, tokenizer: Any, longest_edge: int | None = None) -> "ProcessorMixin":
+    """A processor of the shape's sizes around `tokenizer`. SmolVLM and SmolVLM2 treat images alike.
+
+    Args:
+        longest_edge: pixels; None: `MAX_TILES` tiles.
+    """
     from transformers import Idefics3Processor
     from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
     images = Idefics3ImageProcessorPil(
-        size={"longest_edge": shape.longest_edge},
+        size={"longest_edge": longest_edge or MAX_TILES * shape.image_size},
         max_image_size={"longest_edge": shape.image_size},
         image_mean=[0.5, 0.5, 0.5],
         image_std=[0.5, 0.5, 0.5],

@@ -90,4 +90,4 @@ if __name__ == "__main__":
     from smolvlm_exp.models.shape import make_processor, shape_of
 
     tiny = shape_of("tiny")
-    make_processor(tiny, stand_in_tokenizer(tiny)).save_pretrained(sys.argv[1])
+    make_processor(tiny, stand_in_tokenizer(tiny), longest_edge=2 * tiny.image_size).save_pretrained(sys.argv[1])

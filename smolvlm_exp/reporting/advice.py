@@ -20,6 +20,7 @@ MIN_ACCURACY = 0.6  # reward accuracy in training that is more than chance and i
 MIN_MARGIN = 0.5  # nats that a chosen answer gains over its rejected one (1.6 times as likely) once a policy has moved
 MAX_WAIT = 0.2  # share of the time spent waiting for batches
 HELD_OUT_RISE = 0.05  # of the held-out loss over its lowest
+CHECKPOINT_TILES = {"embedded": 2}  # along an image's long edge, where it is not 4
 OLD_NAMES = {  # summaries written before checks had ids have these names alone
     "likelihood_displacement": "fall of chosen answers' log-probability, nats a token",
     "image_reliance": "share of it that is left after tuning",
@@ -69,8 +70,17 @@ def out_of_memory(summary: dict[str, Any], config: dict[str, Any], events: Event
             options.append("quant=nf4")
         if config["adapter"].get("target") != "text":
             options.append("adapter.target=text")
-        options.append(f"data.max_edge={config['data']['max_edge'] // 2} (fewer tiles per image)")
+        options += smaller_images(config["model"])
         yield f"Out of memory.\nTry, in this order: {', '.join(options)}; task=plan predicts how much each needs."
+
+
+def smaller_images(model: dict[str, Any]) -> Iterator[str]:
+    """Half the resolution, in whole tiles, where images have more than one."""
+    tile = (model.get("shape") or {}).get("image_size")
+    if tile:
+        tiles = (model.get("longest_edge") or tile * CHECKPOINT_TILES.get(model["id"], 4)) // tile
+        if tiles > 1:
+            yield f"model.longest_edge={tiles // 2 * tile} (fewer tiles per image)"
 
 
 def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:

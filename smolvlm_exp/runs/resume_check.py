@@ -60,8 +60,16 @@ def check_same_run(
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
-        refuse_changes(saved, here, settings, step_of(checkpoint))
+        refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))
     return here
+
+
+def under_new_names(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
+    """A saved identity in which `model.shape.longest_edge`, which counted for random weights, has its new name."""
+    old = saved.pop("model.shape.longest_edge", None)
+    if old and saved["model.weights"] == "random" and here["model.longest_edge"]:
+        return {**saved, "model.longest_edge": old}
+    return saved
 
 
 def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mapping[str, Any], step: int) -> None:

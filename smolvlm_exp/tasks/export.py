@@ -29,6 +29,7 @@ from smolvlm_exp.evaluation.preference import preference_metrics
 from smolvlm_exp.evaluation.statistics import changes
 from smolvlm_exp.models.adapter import saved_adapter
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
+from smolvlm_exp.models.resolution import Resolution
 from smolvlm_exp.reporting.summary import print_results, summarize
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.runs.find import summary_of
@@ -98,6 +99,11 @@ class Exporter:
     def __init__(self, config: Config, folder: Path) -> None:
         self.config = config
         self.processor = load_processor(config.model)
+        if not Resolution.of(self.processor.image_processor.to_dict()).upscale:
+            log.warning(
+                "WARNING: only this program reads model.upscale=false from an export: transformers, vLLM, "
+                "transformers.js and others enlarge small images, to more tiles than in training. The card says so."
+            )
         preferences = load_preferences(config.data, self.processor, folder, splits=("test",))
         if "chosen" not in preferences.test.column_names:
             raise RequestError(
@@ -197,6 +203,7 @@ class Exporter:
             "precisions": chosen,
             "model": self.config.model.id,
             "merge": self.config.export.merge if self.config.model.adapter else None,
+            "resolution": asdict(Resolution.of(self.processor.image_processor.to_dict())),
             "parity": asdict(measured),
             "tuned": self.tuned.metrics,
             "exported": exported.metrics,

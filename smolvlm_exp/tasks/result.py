@@ -88,7 +88,7 @@ class Result:
         model = trainer.accelerator.unwrap_model(trainer.model)
         checks = self.monitor.checks(trainer)
         if self.after:
-            save_finetuned(model, self.config.adapter, self.folder)
+            save_finetuned(model, trainer.processing_class, self.config.adapter, self.folder)
             history = trainer.state.log_history
             checks += compare_evaluations(self.before, self.after, history, self.preferences.report)
             checks += self.reload_check(trainer, model, self.after)

@@ -16,7 +16,8 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import load_rows
 from smolvlm_exp.data.tokens import image_span
-from smolvlm_exp.models.model import EMBEDDED, ModelConfig
+from smolvlm_exp.models.model import EMBEDDED, ModelConfig, choose_resolution
+from smolvlm_exp.models.resolution import FILES, MAX_TILES, Resolution, saved_resolution
 from smolvlm_exp.models.shape import Shape
 from smolvlm_exp.utils.errors import RequestError
 
@@ -47,8 +48,9 @@ def row_lengths(config: Config) -> RowLengths:
     size = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", task.image_size)
     if size is None:
         raise RequestError(f"task.image_size={task.image_size} is no size; write it as 512x384.")
-    typical = tile_grid(int(size[1]), int(size[2]), shape, data.max_edge)
-    largest = tile_grid(data.max_edge, data.max_edge, shape, data.max_edge)
+    resolution = model_resolution(config.model, shape)
+    typical = tile_grid(int(size[1]), int(size[2]), resolution, data.max_edge)
+    largest = tile_grid(data.max_edge, data.max_edge, resolution, data.max_edge)
     prompts = [image_tokens(*grid, shape) + TEMPLATE + QUESTION for grid in (typical, largest)]
     tiles, most_tiles = (rows * columns + 1 for rows, columns in (typical, largest))
     short, long = task.answer_tokens, 2 * task.answer_tokens
@@ -71,6 +73,7 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
     from smolvlm_exp.data.loading import undecoded
 
     disable_progress_bars()
+    resolution = model_resolution(model, shape)
     count: int | None = getattr(data, "train_rows", None)
     if count is not None:  # the source draws its rows: no more than the sample need be drawn
         data = replace(data, train_rows=min(count, SAMPLE_SIZE))
@@ -83,7 +86,7 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
         try:
             for entry in row["images"] or []:
                 with Image.open(io.BytesIO(read_image_bytes(entry)), formats=FORMATS) as image:
-                    grids.append(tile_grid(*image.size, shape, data.max_edge))
+                    grids.append(tile_grid(*image.size, resolution, data.max_edge))
         except (OSError, ValueError):
             continue  # a bad row, which the run itself reports
         prompt = sum(image_tokens(*grid, shape) for grid in grids) + TEMPLATE + tokens(text_of(row["prompt"]))
@@ -99,15 +102,18 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
     return RowLengths(sizes, count or len(rows), description)
 
 
-def tile_grid(width: int, height: int, shape: Shape, max_edge: int) -> tuple[int, int]:
-    """Rows and columns of an image's tiles, as Idefics3ImageProcessor.get_number_of_image_patches has them."""
+def model_resolution(model: ModelConfig, shape: Shape) -> Resolution:
+    """As a run will have it; where the checkpoint's processor is not on this disk, of the released checkpoints'."""
+    files = filter(None, (checkpoint_file(model, name) for name in FILES))
+    return choose_resolution(
+        model, saved_resolution(files) or Resolution(shape.image_size, MAX_TILES * shape.image_size)
+    )
+
+
+def tile_grid(width: int, height: int, resolution: Resolution, max_edge: int) -> tuple[int, int]:
+    """Rows and columns of an image's tiles, once data.max_edge has shrunk it."""
     shrink = min(max_edge / max(width, height), 1.0)
-    width, height = max(round(width * shrink), 1), max(round(height * shrink), 1)
-    short = int(shape.longest_edge * min(width, height) / max(width, height))
-    along, across = (math.ceil(max(edge + edge % 2, 1) / shape.image_size) for edge in (shape.longest_edge, short))
-    if along * across == 1:
-        return 0, 0
-    return (across, along) if width >= height else (along, across)
+    return resolution.grid(max(round(width * shrink), 1), max(round(height * shrink), 1))
 
 
 def image_tokens(rows: int, columns: int, shape: Shape) -> int:
@@ -119,17 +125,24 @@ def image_tokens(rows: int, columns: int, shape: Shape) -> int:
 
 def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
     """A function that counts a text's tokens, and a description of how."""
-    from huggingface_hub import try_to_load_from_cache
     from tokenizers import Tokenizer
 
-    folder = EMBEDDED if model.id == "embedded" else Path(model.id).expanduser()
-    file: Any = folder / "tokenizer.json"
-    if not file.is_file():
-        file = try_to_load_from_cache(model.id, "tokenizer.json", revision=model.revision) if "/" in model.id else None
-    if not isinstance(file, (str, Path)):
+    file = checkpoint_file(model, "tokenizer.json")
+    if file is None:
         return lambda text: math.ceil(len(text) / CHARS_PER_TOKEN), f"one token per {CHARS_PER_TOKEN} letters"
     tokenizer = Tokenizer.from_file(str(file))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "the model's own tokenizer"
+
+
+def checkpoint_file(model: ModelConfig, name: str) -> Path | None:
+    """A file of the checkpoint, where it is on this disk: in its folder or in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = EMBEDDED if model.id == "embedded" else Path(model.id).expanduser()
+    if (folder / name).is_file():
+        return folder / name
+    cached = try_to_load_from_cache(model.id, name, revision=model.revision) if "/" in model.id else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def hub_rows(data: Any) -> int | None:

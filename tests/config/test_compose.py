@@ -9,7 +9,7 @@ import yaml
 from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
-from smolvlm_exp.config.compose import check_command
+from smolvlm_exp.config.compose import check_command, check_shape
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.main import complete_and_check
@@ -47,6 +47,9 @@ MISTAKES = {
     ("metric=after.chair",): ("metric=after.chair", "Did you mean after.chair_s?"),
     ("keep=all",): ("keep is now keep_checkpoints", ""),
     ("task=chat", "session.keep=1GiB"): ("session.keep is now session.cache", ""),
+    ("model.shape.longest_edge=64",): ("model.shape.longest_edge is now model.longest_edge", ""),
+    ("model.shape.hidden_size=64",): ("model.shape.hidden_size: model.weights=pretrained", "add model.weights=random"),
+    ("task=plan", "model.shape.image_size=384"): ("model.shape.image_size: model.weights=pretrained", ""),
     ("task=export", "export.merge=dequantised"): ("export.merge=dequantised is now export.merge=dequantized", ""),
     ("export.search=true",): ("export.search belongs to task=export", "this is task=train"),
     ("task.matmul_tflops=3",): ("task.matmul_tflops belongs to task=plan", "this is task=train"),
@@ -218,6 +221,9 @@ def old_run(folder: Path, *overrides: str) -> Path:
     config.task.update({"picture": "512x384", "answers": None, "temperature": 0.0, "rows": None})
     config.keep, config.session.keep = config.pop("keep_checkpoints"), config.session.pop("cache")
     config.export.merge = "dequantised"
+    OmegaConf.update(config, "model.shape.longest_edge", 64)
+    for new in ("longest_edge", "image_splitting", "upscale"):
+        config.model.pop(new)
     (folder / ".hydra").mkdir(parents=True)
     (folder / "adapter").mkdir()
     (folder / "checkpoints" / "checkpoint-2").mkdir(parents=True)
@@ -225,8 +231,8 @@ def old_run(folder: Path, *overrides: str) -> Path:
     OmegaConf.save(config, folder / ".hydra" / "config.yaml")
     choices = {"config_sources": [], "choices": {"trainer": "dpo", "tuned": "tiny_dpo"}}
     OmegaConf.save({"hydra": {"runtime": choices}}, folder / ".hydra" / "hydra.yaml")
-    typed = ["trainer=dpo", "keep=all", "task.matmul_tflops=3", "export.search=true", "seed=3"]
-    OmegaConf.save(typed, folder / ".hydra" / "overrides.yaml")
+    typed = ["trainer=dpo", "keep=all", "task.matmul_tflops=3", "export.search=true", "seed=3", *overrides]
+    OmegaConf.save([*typed, "model.shape.longest_edge=64"], folder / ".hydra" / "overrides.yaml")
     return folder
 
 
@@ -248,9 +254,32 @@ def test_a_run_of_an_earlier_release_can_be_replayed_resumed_and_evaluated(tmp_p
     resumed = checked(f"resume={folder}", "tracker=none")
     assert (resumed.keep_checkpoints, resumed.seed, resumed.export.search) == ("all", 3, False)
     assert resumed.trainer.loss_type == ["sigmoid", "sft"]
+    own = old_run(tmp_path / "own", "model.longest_edge=128")
+    for typed in ([f"resume={own}"], ["task=export", f"run={own}"], ["task=plan", f"run={own}"]):
+        assert checked(*typed).model.longest_edge == 128
     assert checked("task=export", f"run={folder}").export.search
     assert not checked("task=evaluate", f"run={folder}").export.search
     assert read_run(folder).settings["session.cache"] == "1GiB"
+
+
+def test_the_shape_of_an_earlier_release_s_run_counts_where_its_weights_were_random(tmp_path):
+    for weights, longest_edge in (("pretrained", None), ("random", 64)):
+        folder = old_run(tmp_path / weights, f"model.weights={weights}")
+        for typed in ([f"--config-path={folder}/.hydra"], [f"resume={folder}"], ["task=evaluate", f"run={folder}"]):
+            assert checked(*typed).model.longest_edge == longest_edge
+    small = old_run(tmp_path / "small", "model.weights=random", "model.shape.hidden_size=64")
+    (small / "adapter").rename(small / "model")
+    tuned = checked("task=evaluate", f"run={small}").model  # its folder has dimensions of its own
+    assert (tuned.id, tuned.weights, tuned.longest_edge) == (f"{small}/model", "pretrained", 64)
+
+
+def test_an_experiment_s_shape_is_refused_for_pretrained_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.config.compose.CONF", tmp_path)
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "fast.yaml").write_text("model:\n  shape:\n    hidden_size: 64\n")
+    composed = OmegaConf.create({"hydra": {"runtime": {"choices": {"experiment": "fast", "model": "tiny"}}}})
+    with pytest.raises(RequestError, match=r"conf/experiment/fast\.yaml: model\.shape: .*add model\.weights=random"):
+        check_shape(composed, set())
 
 
 def test_a_user_s_trainer_option_keeps_its_values(tmp_path):

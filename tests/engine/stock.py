@@ -29,7 +29,7 @@ def tiny_model(seed: int = 0, heads: int = 4, kv_heads: int = 2, **sizes: int) -
     shape = Shape(
         num_attention_heads=heads, num_key_value_heads=kv_heads, rope_theta=100.0, max_position_embeddings=256,
         vision_hidden_size=16, vision_num_hidden_layers=2, vision_intermediate_size=24, vision_num_attention_heads=2,
-        image_size=SIDE, patch_size=4, scale_factor=2, longest_edge=2 * SIDE,
+        image_size=SIDE, patch_size=4, scale_factor=2,
         image_token_id=IMAGE, fake_image_token_id=7, end_of_utterance_id=8, **dimensions,
     )  # fmt: skip
     return random_model(shape, seed)

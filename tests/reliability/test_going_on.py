@@ -127,6 +127,7 @@ CHANGES = {
     "trainer.extra": ({"adam_beta2": 0.9}, "trainer.extra.adam_beta2 was not set and is 0.9"),
     "data.train_rows": (20, "was 16 and is 20"),
     "data.max_edge": (64, "was 512 and is 64"),
+    "model.longest_edge": (64, "was null and is 64"),
     "model.id": ("elsewhere", 'was "embedded" and is "elsewhere"'),
     "seed": (1, "was 0 and is 1"),
 }

@@ -18,7 +18,8 @@ def config(**trainer):
             "learning_rate": 1e-4, "memory_budget": "auto", "engine": "shared", "dataloader_num_workers": 0,
             "cache_ram": "4GiB", "beta": 0.1, "loss_type": ["sigmoid"], **trainer,
         },
-        "quant": {"load_in_4bit": True}, "adapter": {"target": "text"}, "data": {"max_edge": 512},
+        "quant": {"load_in_4bit": True}, "adapter": {"target": "text"},
+        "model": {"id": "HuggingFaceTB/SmolVLM-Instruct", "longest_edge": None, "shape": {"image_size": 384}},
     }  # fmt: skip
 
 
@@ -41,7 +42,7 @@ def warning(value, **check):
         ({"train": {"out_of_memory": 2}}, {}, events(),
          ["Out of memory 2 times;", "memory_budget=auto left too little"]),
         ({"reason": "OutOfMemoryError: CUDA out of memory"}, {"engine": "stock"}, [],
-         ["Try, in this order: ", "trainer.engine=shared, trainer.gradient_checkpointing=true, data.max_edge=256"]),
+         ["Try, in this order: trainer.engine=shared, ", "gradient_checkpointing=true, model.longest_edge=768"]),
         # metrics.jsonl has null for NaN
         ({}, {}, events(loss=lambda i: None if i > 3 else 0.7, grad_norm=lambda i: None if i > 3 else 1.0),
          ["gradient at step 50, 60, 70", "rate=2.5e-05"]),
@@ -97,7 +98,7 @@ def test_a_run_that_runs_out_of_memory_says_what_helps(quick, tmp_path, monkeypa
     monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", out)
     with pytest.raises(torch.OutOfMemoryError):
         train(quick(), tmp_path)
-    assert "Out of memory.\nTry, in this order: data.max_edge=256" in capsys.readouterr().err
+    assert "Out of memory.\nTry, in this order: model.longest_edge=64" in capsys.readouterr().err
     assert json.loads((tmp_path / "summary.json").read_text())["advice"]
 
 

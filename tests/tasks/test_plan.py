@@ -11,6 +11,9 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.tokens import image_span
+from smolvlm_exp.models.image_processor import with_resolution
+from smolvlm_exp.models.model import load_processor
+from smolvlm_exp.models.resolution import Resolution
 from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.tasks.plan import plan
@@ -97,6 +100,23 @@ def test_another_card_and_other_rows(capsys):
     assert "1,000 pairs" in many
 
 
+RESOLUTIONS = {
+    "model=smolvlm model.longest_edge=384": "1 tiles, 81 tokens",
+    "model=smolvlm model.longest_edge=768": "5 tiles, 405 tokens",
+    "model=smolvlm model.longest_edge=1152": "10 tiles, 810 tokens",
+    "model=smolvlm": "13 tiles, 1,053 tokens",
+    "model=smolvlm model.upscale=false": "5 tiles, 405 tokens",  # of 512x384
+    "model=smolvlm model.image_splitting=false": "1 tiles, 81 tokens",
+    "model=smolvlm_256m model.longest_edge=1024": "5 tiles, 320 tokens",
+    "model=smolvlm_256m model.upscale=false": "1 tiles, 64 tokens",
+}
+
+
+@pytest.mark.parametrize("settings", RESOLUTIONS)
+def test_the_resolution_decides_an_image_s_tokens(capsys, settings):
+    assert RESOLUTIONS[settings] in output_of(capsys, "data=rlaif_v", *settings.split())
+
+
 def test_local_rows_are_measured(capsys):
     text = output_of(capsys, "model=smolvlm", "data=photos")
     assert "rows: 14 of data=photos" in text
@@ -108,6 +128,7 @@ def test_local_rows_are_measured(capsys):
     [
         (["trainer.engine=stock"], "trainer.engine=shared"),
         (["trainer.memory_budget=8Gi"], "trainer.memory_budget=8Gi is not a size"),
+        (["model=smolvlm", "data=rlaif_v", "model.longest_edge=1000"], "pixels: use 768 or 1152"),
         (["data=rlaif_v", "task.image_size=512"], "task.image_size=512 is no size; write it as 512x384"),
         (["data=mmpr", "data.annotations=x", "data.images=x"], "data.annotations=x: there is no such file"),
     ],
@@ -120,14 +141,16 @@ def test_what_cannot_be_planned_is_refused(settings, message):
 # What a row comes to
 
 
-@settings(max_examples=200, deadline=None)
-@given(st.integers(1, 2000), st.integers(1, 2000), st.sampled_from(["tiny", "smolvlm", "smolvlm_256m"]))
-def test_tiles_are_counted_as_the_processor_counts_them(width, height, model):
-    shape = shape_of(model)
-    processor = Idefics3ImageProcessorPil(
-        size={"longest_edge": shape.longest_edge}, max_image_size={"longest_edge": shape.image_size}
-    )
-    assert tile_grid(width, height, shape, max_edge=2000) == processor.get_number_of_image_patches(height, width)[1:]
+@settings(max_examples=400, deadline=None)
+@given(
+    st.integers(1, 2000), st.integers(1, 2000), st.sampled_from([64, 384, 512]), st.integers(1, 4), st.booleans(),
+    st.booleans(),
+)  # fmt: skip
+def test_tiles_are_counted_as_the_processor_counts_them(width, height, tile, tiles, splitting, upscale):
+    resolution = Resolution(tile, tiles * tile, splitting, upscale)
+    processor = with_resolution(Idefics3ImageProcessorPil(max_image_size={"longest_edge": tile}), resolution)
+    counted = processor.get_number_of_image_patches(height, width)[1:]
+    assert tile_grid(width, height, resolution, max_edge=2000) == counted
 
 
 @pytest.mark.parametrize("model", ["tiny", "smolvlm_256m", "smolvlm"])
@@ -140,10 +163,13 @@ def test_an_images_tokens_are_about_right(grid, model):
     assert image_tokens(*grid, shape) == pytest.approx(tokens, abs=2, rel=0.05)
 
 
-def test_drawn_rows_are_as_long_as_they_will_be(processor, tmp_path):
-    config = compose("data.train_rows=64", "data.test_rows=8")
+@pytest.mark.parametrize(
+    "resolution", [[], ["model.longest_edge=64"], ["model.longest_edge=256", "model.upscale=false"]]
+)
+def test_drawn_rows_are_as_long_as_they_will_be(tmp_path, resolution):
+    config = compose("data.train_rows=64", "data.test_rows=8", *resolution)
     found = row_lengths(config)
-    rows = load_preferences(config.data, processor, tmp_path).train
+    rows = load_preferences(config.data, load_processor(config.model), tmp_path).train
     for row, (prompt, chosen, rejected, tiles) in zip(rows, found.sizes, strict=True):
         assert prompt == pytest.approx(row["prompt_tokens"], abs=6)
         assert chosen == pytest.approx(row["chosen_tokens"], abs=3)

@@ -1,6 +1,7 @@
 """A session's model, run by ONNX Runtime for a folder with onnx/ in it (ours or not), by PyTorch for any other."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Self
@@ -18,6 +19,7 @@ from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.models.adapter import AdapterConfig
 from smolvlm_exp.models.model import ModelConfig, from_pretrained, load_finetuned_model, load_model, load_processor
 from smolvlm_exp.models.quant import QuantConfig
+from smolvlm_exp.models.resolution import SETTINGS
 from smolvlm_exp.utils.errors import RequestError
 
 Past = tuple[Any, ...]  # key, value, key, value, ... of each layer: tensors or arrays (batch, kv heads, tokens, size)
@@ -204,7 +206,7 @@ def load_backend(
             raise RequestError(
                 f"model.id={folder} is an export, with its adapter merged already: leave out run= and model.adapter=."
             )
-        return load_folder(folder, precision)
+        return load_folder(folder, precision, model)
     if precision:
         raise RequestError(f"session.precision={precision} is for ONNX exports, and model.id={folder} is not one.")
     finetuned = load_finetuned_model(model, quant, adapter, seed)
@@ -212,12 +214,19 @@ def load_backend(
     return TorchModel(finetuned), load_processor(model)
 
 
-def load_folder(folder: Path, precision: str | None) -> tuple[Any, Any]:
-    """The backend and processor of a folder with a model in it."""
+def load_folder(folder: Path, precision: str | None, model: ModelConfig | None = None) -> tuple[Any, Any]:
+    """The backend and processor of a folder with a model in it.
+
+    It runs as it was written, at the resolution that its processor was saved with unless `model` asks for another.
+    """
     if not (folder / "config.json").is_file():
         raise RequestError(f"{folder} holds no model: it has no config.json.")
     config = ModelConfig(id=str(folder))
-    processor = load_processor(config)
+    if model:
+        resolution = {name: getattr(model, name) for name in SETTINGS}
+        processor = load_processor(replace(config, **resolution))
+    else:
+        processor = load_processor(config)
     if (folder / "onnx").is_dir():
         return OnnxModel(folder, exported_precisions(folder, precision)), processor
     if precision:

@@ -18,6 +18,8 @@ from smolvlm_exp.engine.disk_cache import DiskCache, cache_key
 from smolvlm_exp.engine.inputs import dataset as module
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.models.model import load_processor
+from tests.conftest import compose
 
 PLENTY = 2**40
 RAM = DiskCache(Path("never made"), 0, PLENTY)
@@ -88,10 +90,16 @@ def assert_tiles(rows, tiles):
     assert all(torch.equal(row["tiles"], expected) for row, expected in zip(rows, tiles, strict=True))
 
 
-@pytest.mark.parametrize("splitting", [True, False])
+RESOLUTIONS = (
+    "", "model.image_splitting=false", "model.longest_edge=64", "model.longest_edge=192",
+    "model.longest_edge=256 model.upscale=false", "model.longest_edge=192 model.upscale=false",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("resolution", RESOLUTIONS)
 @pytest.mark.parametrize("room", [None, 1, 9])
-def test_ids_and_pixels_are_those_of_trls_collator(processor, mixed, room, splitting, monkeypatch):
-    monkeypatch.setattr(processor.image_processor, "do_image_splitting", splitting)
+def test_ids_and_pixels_are_those_of_trls_collator(mixed, room, resolution):
+    processor = load_processor(compose(*resolution.split()).model)
     normalise, full = pixels(processor), packed(mixed, processor)
     max_length = None if room is None else int(full.sizes[:, 0].max()) + room
     prepared = prepare(mixed, processor, DataConfig(max_length=max_length))
@@ -229,6 +237,14 @@ def test_the_tiles_key_follows_what_decides_their_bytes(processor, prepared, mon
             patch.setattr(processor.image_processor, name, value)
             assert key(prepared) != before
     assert key(prepared) == before
+
+
+def test_the_tiles_key_follows_the_resolution(prepared):
+    keys = set()
+    for resolution in RESOLUTIONS:
+        processor = load_processor(compose(*resolution.split()).model)
+        keys.add(cache_key("tiles", **PackedDataset(prepared, processor).tile_key_parts()))
+    assert len(keys) == len(RESOLUTIONS)
 
 
 def test_caching_tiles_leaves_the_runs_random_numbers_alone(rows):
