@@ -244,8 +244,8 @@ def test_an_adapter_that_is_saved_in_part(quick, tmp_path, monkeypatch):
 
     ordinary = result.save_finetuned
 
-    def partly(model, config, folder):
-        ordinary(model, config, folder)
+    def partly(model, processor, config, folder):
+        ordinary(model, processor, config, folder)
         path = folder / "adapter" / "adapter_model.safetensors"
         tensors = load_file(path)
         del tensors[next(name for name in tensors if "lora_B" in name)]

@@ -10,6 +10,8 @@ from huggingface_hub import HfApi
 from smolvlm_exp.deploy.export.record import read_record
 from smolvlm_exp.deploy.options import PARTS
 from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.models.resolution import Resolution
+from smolvlm_exp.tasks.chat import load_session
 from smolvlm_exp.tasks.export import export as run_export
 from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.conftest import compose
@@ -68,6 +70,18 @@ def test_onnx_in_8_bits_then_one_part_in_4_and_the_gate(export, capsys):
     assert "Parity check failed: differs from the tuned model" in card
     assert "x64quantprecision" in card  # what int8 parts need in other clients
     assert SmolVLMSession.load(folder).conversation().say("Describe the picture.").finish()
+
+
+@pytest.mark.parametrize("form", ["onnx", "merged"])
+def test_an_export_keeps_its_resolution_and_says_what_others_do_with_it(export, capsys, form):
+    folder = export(f"export.format={form}", "model.longest_edge=256", "model.upscale=false")[form]
+    assert "WARNING: only this program reads model.upscale=false" in capsys.readouterr().out
+    assert read_record(folder)["resolution"]["longest_edge"] == 256
+    assert "enlarge small images to 256 pixels" in " ".join((folder / "README.md").read_text().split())
+    for told, expected in (((), 256), (("model.longest_edge=64",), 64)):
+        session = load_session(compose("task=chat", f"model.id={folder}", "quant=none", *told))
+        resolution = Resolution.of(session.processor.image_processor.to_dict())
+        assert resolution == Resolution(64, expected, upscale=False)
 
 
 def test_a_search_writes_the_smallest_precisions_that_pass(export, capsys):
