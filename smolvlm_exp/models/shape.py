@@ -116,6 +116,11 @@ def make_processor(shape: Shape, tokenizer: Any, longest_edge: int | None = None
     return Idefics3Processor(images, tokenizer, image_seq_len=shape.image_seq_len, chat_template=template)
 
 
+def id_of(model: str) -> str:
+    """The Hub id in conf/model/<model>.yaml."""
+    return str(OmegaConf.load(CONF / "model" / f"{model}.yaml").id)
+
+
 def shape_of(model: str) -> Shape:
     """The dimensions in conf/model/<model>.yaml."""
     stored = OmegaConf.load(CONF / "model" / f"{model}.yaml").shape

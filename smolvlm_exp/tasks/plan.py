@@ -20,7 +20,7 @@ from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
 from smolvlm_exp.engine.memory.planner import BATCH_LOSSES, MARGIN, Card, DoesNotFit, Plan
 from smolvlm_exp.engine.memory.planner import plan as plan_step
 from smolvlm_exp.models.adapter import match_target
-from smolvlm_exp.models.shape import shape_of
+from smolvlm_exp.models.shape import id_of, shape_of
 from smolvlm_exp.tasks.row_lengths import RowLengths, row_lengths
 from smolvlm_exp.training.arguments import TrainerConfig, budget_of
 from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_spec, weight_storage
@@ -167,4 +167,9 @@ def changes(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for name in SMALLER[shape.architecture]:
         smaller = shape_of(name)
         if smaller.hidden_size < shape.hidden_size:
-            yield f"model={name}", "model", {"shape": smaller}
+            values: dict[str, Any] = {"id": id_of(name), "adapter": None, "shape": smaller}
+            override = f"model={name}"
+            if config.model.longest_edge is not None:  # as many tiles, which may have another size there
+                values["longest_edge"] = config.model.longest_edge // shape.image_size * smaller.image_size
+                override += f" model.longest_edge={values['longest_edge']}"
+            yield override, "model", values

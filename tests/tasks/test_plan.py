@@ -67,6 +67,7 @@ ADVICE = {
     "adapter.target=recipe trainer.memory_budget=2700MiB": "with adapter.target=text it does",
     "quant=none trainer.memory_budget=4GiB": "with quant=nf4 it does",
     "trainer.memory_budget=1GiB": "with model=smolvlm_500m it does",
+    "trainer.memory_budget=1GiB model.longest_edge=768": "with model=smolvlm_500m model.longest_edge=1024 it does",
     "model=smolvlm2_2b trainer.memory_budget=1GiB": "with model=smolvlm2_500m it does",
     "trainer.memory_budget=100MiB": "no setting here changes that",
     "trainer.memory_budget=8GiB trainer.loss_type=[aot] trainer.per_device_train_batch_size=32 "
