@@ -25,7 +25,7 @@ from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
-from smolvlm_exp.training.callbacks import SAMPLES, MetricsCallback, SamplesCallback, memory_stats
+from smolvlm_exp.training.callbacks import SAMPLES, MetricsCallback, SamplesCallback
 from smolvlm_exp.training.sanity_checks import ParameterMonitor
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
@@ -75,9 +75,9 @@ class Result:
 
     def callbacks(self) -> list[TrainerCallback]:
         """Of the trainer: metrics, and sample answers."""
-        metrics = MetricsCallback(self.folder, self.tracker)
+        self.metrics = MetricsCallback(self.folder, self.tracker)
         every = self.config.trainer.sample_steps
-        return [metrics, SamplesCallback(every, self.held_out, lambda: self.before.answers, metrics)]
+        return [self.metrics, SamplesCallback(every, self.held_out, lambda: self.before.answers, self.metrics)]
 
     def monitor_parameters(self, model: Any) -> None:
         """Called before training, so that the checks can compare the weights."""
@@ -131,7 +131,7 @@ class Result:
             "steps": trainer.state.global_step,
             "seconds": seconds,
             "pairs_per_second": (trainer.state.global_step - trainer.resumed_at) * batch / seconds,
-            "memory_peak_gib": memory_stats()["memory_peak_gib"],
+            "memory_peak_gib": self.metrics.memory()["memory_peak_gib"],
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),

@@ -68,6 +68,7 @@ class MetricsCallback(TrainerCallback):
         self.waiting = 0.0  # seconds without a batch since the last log
         self.step_end = 0.0
         self.idle = 0.0  # clock, when everything between two steps was done except fetching batches
+        self.step_peak = 0.0  # GiB on the GPU; sampling answers takes what is free, which says nothing of training
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         truncate_after(self.path, state.global_step)
@@ -76,8 +77,11 @@ class MetricsCallback(TrainerCallback):
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.waiting += time.perf_counter() - self.idle
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
 
     def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.step_peak = max(self.step_peak, memory_stats()["memory_peak_gib"])
         self.step_end = self.idle = time.perf_counter()
 
     def on_evaluate(self, *args: Any, **kwargs: Any) -> None:
@@ -98,12 +102,17 @@ class MetricsCallback(TrainerCallback):
             usual = loss_spike([e["loss"] for e in state.log_history if "loss" in e])
             if usual is not None:
                 log.warning(f"step {state.global_step}: loss spike, {event['loss']:.3g} (median so far {usual:.3g})")
-        event |= memory_stats()
+        event |= self.memory()
         with disk_full_as_run_error(self.path.parent):
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
             append_event(self.path, finite)  # JSON has no NaN; null stands for it
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
+
+    def memory(self) -> dict[str, float]:
+        """`memory_stats`, its peak that of the steps so far."""
+        now = memory_stats()
+        return {**now, "memory_peak_gib": self.step_peak or now["memory_peak_gib"]}
 
     def speed(self, args: TrainingArguments, state: TrainerState, tokens: float) -> dict[str, float]:
         """Since the last log, without evaluation: pairs and tokens per second, the share of time without a batch."""

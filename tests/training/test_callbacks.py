@@ -9,6 +9,7 @@ import torch
 
 from smolvlm_exp.runs.event_log import append_event, read_events
 from smolvlm_exp.tasks.train import train
+from smolvlm_exp.training import callbacks
 from smolvlm_exp.training.callbacks import MetricsCallback, SamplesCallback
 
 LONG = ("trainer.max_steps=4", "trainer.learning_rate=5e-3", "trainer.save_strategy=steps", "trainer.save_steps=2")
@@ -65,3 +66,15 @@ def test_an_incomplete_line_does_not_spoil_the_next(tmp_path):
     append_event(path, {"step": 4, "answers": ["ü"]})
     assert [event["step"] for event in read_events(path)] == [1, 3, 4]
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 4, "answers": ["ü"]}
+
+
+def test_the_peak_is_that_of_the_steps(tmp_path, monkeypatch):
+    """Sampling answers takes what memory is free, and training is not to be blamed for it."""
+    peaks = iter([2.0, 3.0, 1.0, 9.0])
+    monkeypatch.setattr(
+        callbacks, "memory_stats", lambda: {"memory_allocated_gib": 1.0, "memory_peak_gib": next(peaks)}
+    )
+    callback = MetricsCallback(tmp_path, None)
+    for _ in range(3):
+        callback.on_step_end()
+    assert callback.memory() == {"memory_allocated_gib": 1.0, "memory_peak_gib": 3.0}
