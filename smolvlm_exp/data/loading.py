@@ -4,17 +4,21 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.images import ImageError, locate
+from smolvlm_exp.data.images import ImageError
 from smolvlm_exp.data.messages import VERSION, features, row_images
+from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.files import json_lines
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset, Features
+
+LINE = "json"  # the column of rows that are no dataset
 
 
 def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Dataset":
@@ -82,46 +86,82 @@ def convert(
     to_row: Callable[..., dict[str, Any]],
     folder: Path | None = None,
     columns: "Features | None" = None,
+    num_proc: int | None = None,
 ) -> "Dataset":
     """Every row through `to_row`, which returns it in the normal form; cached on disk by content.
 
     Args:
-        rows: a dataset, of which no image is decoded, or a list, where a column may mix types.
-        to_row: takes a row, and `folder` where it is given.
+        rows: a dataset, of which no image is decoded, or a list of what JSON can hold, where a column may mix types.
+        to_row: a module's function. It takes a row, and `folder` where that is given.
         folder: what the rows' image paths count from. The cache then also depends on these files.
         columns: what `to_row` returns, if not the columns of `features`.
+        num_proc: data.num_proc.
     """
     from datasets import Dataset
+    from datasets.table import InMemoryTable
 
-    key = f"{VERSION} {files_digest(rows, folder) if folder else ''}"
-    arguments = {"rows": rows, "to_row": to_row, "folder": folder, "key": key}
-    return Dataset.from_generator(_converted_rows, features=columns or features(), gen_kwargs=arguments)
+    columns, name = columns or features(), f"{to_row.__module__}.{to_row.__qualname__}"
+    if isinstance(rows, list):
+        lines = [json.dumps(row) for row in rows]
+        names: Iterator[Any] = (entry for row in rows for entry in row_images(row))
+        content = hash_of(lines)
+        table = Dataset(InMemoryTable.from_pydict({LINE: lines}), fingerprint=content)
+    else:
+        content, names, table = rows._fingerprint, image_paths(rows), rows
+    files = [str(folder), str(folder.absolute()), files_digest(names, folder)] if folder else None
+    key = hash_of("converted", VERSION, name, files, content, str(columns))
+    workers = worker_count(num_proc, len(rows), least=512)
+    return map_rows(table, RowConverter(to_row, folder, columns), columns, key, workers, "reading rows")
 
 
-def _converted_rows(
-    rows: "Dataset | list[dict[str, Any]]", to_row: Callable[..., dict[str, Any]], folder: Path | None, key: str
-) -> Iterator[dict[str, Any]]:
-    for row in rows if isinstance(rows, list) else undecoded(rows, rows.column_names):
-        converted = to_row(row, folder) if folder else to_row(row)
-        for image in converted["images"]:
+class RowConverter:
+    """A batch of rows, as lines of JSON or as a dataset's columns -> the same rows through `to_row`."""
+
+    def __init__(self, to_row: Callable[..., dict[str, Any]], folder: Path | None, columns: "Features") -> None:
+        self.to_row, self.folder, self.schema = to_row, folder, columns.arrow_schema
+
+    def __call__(self, table: "pa.Table") -> "pa.Table":
+        import pyarrow as pa
+
+        given = map(json.loads, table[LINE].to_pylist()) if table.column_names == [LINE] else table.to_pylist()
+        rows = [self.to_row(row, self.folder) if self.folder else self.to_row(row) for row in given]
+        for image in (image for row in rows for image in row["images"]):
             if image["bytes"]:  # else `datasets` drops the bytes where the working folder has a file of that name
                 image["path"] = None
-        yield converted
+        return pa.Table.from_pylist(rows, schema=self.schema)
 
 
-def files_digest(rows: "Dataset | list[dict[str, Any]]", folder: Path) -> str:
-    """A digest of the size and time of every image that is a file, so that a changed one is noticed."""
-    if not isinstance(rows, list):
-        rows = undecoded(rows, [name for name in ("image", "images") if name in rows.column_names])
-    digest = hashlib.sha256()
-    for entry in (entry for row in rows for entry in row_images(row)):
+def files_digest(names: Iterable[Any], folder: Path) -> str:
+    """A digest of the size and time of every image that is a file, so that a changed one is noticed.
+
+    Args:
+        names: rows' images in any form; those that are no path are passed over.
+    """
+    digest, root = hashlib.sha256(), str(folder)
+    for entry in names:
+        name = entry.get("path") if isinstance(entry, dict) else entry
         try:
-            path = locate(entry, folder)["path"]
-            status = Path(path).stat() if path else None
-        except (ImageError, OSError):
+            status = os.stat(os.path.join(root, name)) if isinstance(name, str) else None
+        except (OSError, ValueError):  # ValueError: a zero byte in it
             status = None
         digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
     return digest.hexdigest()
+
+
+def image_paths(rows: "Dataset") -> Iterator[str]:
+    """The paths in a dataset's `image` and `images` columns, without reading the bytes of those that are embedded."""
+    from pyarrow import types
+
+    columns = [name for name in ("image", "images") if name in rows.column_names]
+    for batch in rows.select_columns(columns).with_format("arrow").iter(batch_size=1000):
+        for column in (chunk for name in columns for chunk in batch[name].chunks):
+            while types.is_list(column.type) or types.is_large_list(column.type):
+                column = column.flatten()
+            if types.is_struct(column.type):  # {"bytes", "path"}
+                parts = dict(zip((part.name for part in column.type), column.flatten(), strict=True))
+                column = parts["path"].filter(parts["bytes"].is_null()) if {"bytes", "path"} <= parts.keys() else column
+            if types.is_string(column.type) or types.is_large_string(column.type):
+                yield from column.to_pylist()
 
 
 def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
@@ -199,9 +239,3 @@ def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Da
         "train": rows.select([index for index, held in enumerate(held_out) if not held]),
         "test": rows.select([index for index, held in enumerate(held_out) if held]),
     }
-
-
-def worker_count(requested: int | None, rows: int) -> int | None:
-    """Processes for `rows` images: as many as requested; else one per core, where there is enough work."""
-    count = requested or min(os.cpu_count() or 1, 16)
-    return count if count > 1 and (requested or rows >= 2048) else None

@@ -14,16 +14,17 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image, read_image_bytes
-from smolvlm_exp.data.loading import worker_count
-from smolvlm_exp.data.messages import Message, text_of
-from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, tokenize_row
+from smolvlm_exp.data.images import ImageLimits
+from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
+from smolvlm_exp.data.tokens import processor_key
+from smolvlm_exp.data.validation import COUNTS, SIDES, RowPreparer, prepared_features
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.utils.errors import RequestError
 
@@ -33,12 +34,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-SIDES = ("prompt", "chosen", "rejected")
-LISTS = ("tile_rows", "tile_columns", "token_ids")  # per image, per image, of all sides
-# uncut_tokens: of the prompt and the longer answer, before they are cut to data.max_length
-COUNTS = ("prompt_tokens", "image_tokens", "chosen_tokens", "rejected_tokens", "uncut_tokens")
-
-VERSION = 3  # raise when prepared rows come out differently: it is part of the key under which `datasets` caches them
+VERSION = 3  # raise when prepared rows come out differently: it is part of the key under which they are cached
 
 
 @dataclass
@@ -157,129 +153,14 @@ def leaked_rows(train: Sequence[bytes], test: Sequence[bytes]) -> list[int]:
 def prepare(rows: "Dataset", processor: "ProcessorMixin", config: DataConfig) -> "Dataset":
     """A source's rows with their images and prompts prepared, and the columns of `RowValidator` added.
 
-    `datasets` caches the result on disk by content, so a second run over the same rows decodes and tokenises nothing.
+    Cached on disk, unless the rows are in memory alone: a second run over the same rows decodes and tokenises nothing.
     """
-    from datasets import Features, Image, List, Value, concatenate_datasets
+    from datasets import Image, List
 
-    plain, workers = Image(decode=False), worker_count(config.num_proc, len(rows))
-    undecoded = rows if rows.features["images"] == List(plain) else rows.cast_column("images", List(plain))
-    columns = {
-        "images": List(Image()),
-        "image_sha256": List(Value("binary")),
-        "sizes": List(List(Value("int32"))),
-        "problem": Value("string"),
-    }
-    prepared = undecoded.map(
-        prepare_row,
-        fn_kwargs={
-            "max_edge": config.max_edge,
-            "limits": ImageLimits.of(config),
-            "controls": control_tokens(processor),
-            "version": VERSION,
-        },
-        features=Features({**undecoded.features, **columns}),  # not inferred: a first batch may hold only bad rows
-        num_proc=workers,
-        desc="images",
-    )
-    lists, counts = dict.fromkeys(LISTS, List(Value("int32"))), dict.fromkeys(COUNTS, Value("int32"))
-    facts = prepared.remove_columns("images").map(
-        RowValidator(processor, config.max_length, config.on_long_answer),
-        remove_columns=[name for name in prepared.column_names if name not in ("images", "problem")],
-        features=Features({"problem": Value("string"), **lists, **counts}),
-        num_proc=workers,
-        desc="checks",
-    )
-    return concatenate_datasets([prepared.remove_columns(["sizes", "problem"]), facts], axis=1)
-
-
-def prepare_row(
-    row: dict[str, Any], max_edge: int, limits: ImageLimits, controls: list[str], version: int = VERSION
-) -> dict[str, Any]:
-    """Prepare a row's images, unless its source has found a problem, and escape control tokens in its prompt.
-
-    Returns:
-        `images` (PNG bytes where a change was needed, else the given ones), `image_sha256` of those bytes, `sizes`
-        [[width, height], ...], `prompt`, `problem` (empty when fine).
-    """
-    images, hashes, sizes, problem = [], [], [], row.get("problem") or ""
-    for number, entry in enumerate([] if problem else row["images"] or [], start=1):
-        try:
-            data, size = prepare_image(read_image_bytes(entry, limits), max_edge, limits)
-        except ImageError as error:
-            problem = f"image {number} {error}"
-            break
-        images.append({"bytes": data, "path": None})
-        hashes.append(hashlib.sha256(data).digest())
-        sizes.append(list(size))
-    if problem:
-        images, hashes, sizes = [], [], []
-    prompt = escape_control_tokens(row["prompt"] or [], controls)
-    return {"images": images, "image_sha256": hashes, "sizes": sizes, "prompt": prompt, "problem": problem}
-
-
-class RowValidator:
-    """What is wrong with a prepared row, if anything; its images' tiles; its token ids and their counts."""
-
-    def __init__(self, processor: Any, max_length: int | None, on_long_answer: str) -> None:
-        self.processor, self.controls = processor, control_tokens(processor)
-        self.max_length, self.on_long_answer = max_length, on_long_answer
-        self.spans: dict[tuple[int, int], list[int]] = {}
-
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """`problem`, and the columns `LISTS` and `COUNTS`."""
-        messages = {side: row[side] for side in SIDES if side in row}
-        problem = row["problem"] or row_problem(messages, len(row["sizes"]), self.controls)
-        if problem:
-            return {"problem": problem, **{name: [] for name in LISTS}, **dict.fromkeys(COUNTS, 0)}
-        count_tiles = self.processor.image_processor.get_number_of_image_patches
-        tiles = [count_tiles(height, width)[1:] for width, height in row["sizes"]]
-        ids = tokenize_row(self.processor, messages, tiles, self.spans)
-        prompt, *answers = ids.values()
-        longest, images = max(map(len, answers), default=0), prompt.count(self.processor.image_token_id)
-        room = None if self.max_length is None else self.max_length - len(prompt)
-        if room is not None and room <= 0:
-            problem = (
-                f"the prompt alone is {len(prompt)} tokens ({images} of the image) and "
-                f"data.max_length={self.max_length} leaves none for the answer"
-            )
-        elif room is not None and longest > room and self.on_long_answer == "report":
-            problem = f"the longer answer runs {longest - room} tokens past data.max_length={self.max_length}"
-        chosen, rejected = (ids.get(side, [])[:room] for side in ("chosen", "rejected"))
-        return {
-            "problem": problem,
-            "tile_rows": [rows for rows, _ in tiles],
-            "tile_columns": [columns for _, columns in tiles],
-            "token_ids": [*prompt, *chosen, *rejected],
-            "prompt_tokens": len(prompt),
-            "image_tokens": images,
-            "chosen_tokens": len(chosen),
-            "rejected_tokens": len(rejected),
-            "uncut_tokens": len(prompt) + longest,
-        }
-
-
-def row_problem(messages: dict[str, list[Message]], images: int, controls: list[str]) -> str:
-    """What is wrong with the messages of a row with this many images; empty when nothing is."""
-    for side, turns in messages.items():
-        text = text_of(turns or [])
-        if not text.strip():
-            return f"`{side}` is empty"
-        control = next((c for c in controls if c in text), None)
-        if control:
-            return f"`{side}` contains {control}, which the model would read as a control token"
-        if side != "prompt" and any(part["type"] == "image" for turn in turns for part in turn["content"]):
-            return f"`{side}` has an image, or <image>, in it: an answer is text"
-        roles = {turn["role"] for turn in turns}
-        if side != "prompt" and roles != {"assistant"}:
-            return f"`{side}` has the role {' and '.join(sorted(roles))}: an answer's role is assistant"
-    prompt = messages["prompt"]
-    if prompt[-1]["role"] != "user":
-        return f"`prompt` ends with a turn of the {prompt[-1]['role']}; the last turn must be the user's"
-    if not images:
-        return "it has no image"
-    placeholders = sum(part["type"] == "image" for turn in prompt for part in turn["content"])
-    if placeholders != images:
-        return f"it has {images} images but its prompt names {placeholders}"
-    if "chosen" in messages and text_of(messages["chosen"]).strip() == text_of(messages["rejected"]).strip():
-        return "`chosen` and `rejected` are the same"
-    return ""
+    plain, features = List(Image(decode=False)), prepared_features(rows.features)
+    undecoded = rows if rows.features["images"] == plain else rows.cast_column("images", plain)
+    settings = [config.max_edge, *astuple(ImageLimits.of(config)), config.max_length, config.on_long_answer]
+    # not of `undecoded`, which a cast gives another fingerprint in every process
+    key = hash_of("rows", VERSION, rows._fingerprint, settings, processor_key(processor))
+    prepare_rows, workers = RowPreparer(processor, config, features), worker_count(config.num_proc, len(rows))
+    return map_rows(undecoded, prepare_rows, features, key, workers, "checking rows", cached=bool(rows.cache_files))

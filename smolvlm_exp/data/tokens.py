@@ -5,9 +5,14 @@ joiner, which has no width, goes after the first character of each one in a ques
 tokenizer finds it.
 """
 
+import json
 import re
 from collections.abc import Sequence
+from functools import lru_cache
+from itertools import chain, islice
 from typing import Any
+
+import xxhash
 
 from smolvlm_exp.data.messages import Message
 
@@ -29,38 +34,53 @@ def image_span(rows: int, columns: int, image_seq_len: int) -> str:
     return span + ("\n" if rows else "") + f"{FAKE}{GLOBAL}{tile}{FAKE}"
 
 
-def tokenize_row(
+def tokenize_rows(
     processor: Any,
-    messages: dict[str, list[Message]],
-    tiles: list[tuple[int, int]],
+    rows: Sequence[dict[str, list[Message]]],
+    tiles: Sequence[list[tuple[int, int]]],
     spans: dict[tuple[int, int], list[int]],
-) -> dict[str, list[int]]:
-    """A row's token ids, equal to those that TRL's collators make with the same processor.
+) -> list[dict[str, list[int]]]:
+    """Rows' token ids, equal to those that TRL's collators make with the same processor.
 
     The texts around images are tokenised apart from them. That changes no id: an image begins and ends with a control
     token, and tokenizers split there before anything else.
 
     Args:
-        messages: `prompt`, and `chosen` and `rejected` where the row has answers.
-        tiles: (rows, columns) of the tiles of each image in the prompt.
+        rows: `prompt`, and `chosen` and `rejected` where a row has answers.
+        tiles: for each row (rows, columns) of the tiles of each image in the prompt.
         spans: the ids of images by their tiles, which other rows share; missing ones are added.
     """
     from trl.data_utils import apply_chat_template
 
-    texts = apply_chat_template(messages, processor)
-    prompt, *answers = (texts[side] for side in messages)
-    pieces = prompt.split(processor.image_token)
-    missing = [shape for shape in dict.fromkeys(tiles) if shape not in spans]
-    texts_of_spans = [image_span(*shape, processor.image_seq_len) for shape in missing]
-    encoded = processor.tokenizer(
-        [*pieces, *answers, *texts_of_spans], add_special_tokens=False, return_attention_mask=False
-    )["input_ids"]
-    end = len(pieces) + len(answers)
-    spans.update(zip(missing, encoded[end:], strict=True))
-    joined = encoded[0]
-    for shape, ids in zip(tiles, encoded[1 : len(pieces)], strict=True):
-        joined = joined + spans[shape] + ids
-    return dict(zip(messages, [joined, *encoded[len(pieces) : end]], strict=True))
+    missing = list(dict.fromkeys(shape for shapes in tiles for shape in shapes if shape not in spans))
+    pieces, answers = [], []  # of each row: the texts around its prompt's images, and its answers
+    for messages in rows:
+        texts = apply_chat_template(messages, processor)
+        prompt, *others = (texts[side] for side in messages)
+        pieces.append(prompt.split(processor.image_token))
+        answers.append(others)
+    flat = [image_span(*shape, processor.image_seq_len) for shape in missing]
+    flat += chain.from_iterable(around + others for around, others in zip(pieces, answers, strict=True))
+    if not flat:
+        return []
+    encoded = iter(processor.tokenizer(flat, add_special_tokens=False, return_attention_mask=False)["input_ids"])
+    spans.update((shape, next(encoded)) for shape in missing)
+    ids = []
+    for messages, shapes, around, others in zip(rows, tiles, pieces, answers, strict=True):
+        first, *rest = islice(encoded, len(around))
+        prompt_ids = list(chain(first, *(spans[shape] + after for shape, after in zip(shapes, rest, strict=True))))
+        ids.append(dict(zip(messages, [prompt_ids, *islice(encoded, len(others))], strict=True)))
+    return ids
+
+
+def processor_key(processor: Any) -> str:
+    """A hash of what decides a row's token ids: the tokenizer, the chat template, and how images become tiles."""
+    tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
+    tokenizer |= {"padding": None, "truncation": None}  # as the last call has left them
+    templates = [processor.chat_template, processor.tokenizer.chat_template]
+    images = [type(processor.image_processor).__name__, processor.image_processor.to_json_string()]
+    parts = [tokenizer, templates, images, type(processor).__name__, processor.image_seq_len, processor.image_token]
+    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
 
 
 def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
@@ -86,10 +106,16 @@ def escape_text(text: str | None, controls: Sequence[str]) -> str | None:
     """A text in which no tokenizer finds a control token."""
     if not text or not controls:
         return text
-    pattern = re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))))
+    pattern = control_pattern(tuple(controls))
     while pattern.search(text):  # breaking up one must not make another
         text = pattern.sub(lambda match: split_token(match[0]), text)
     return text
+
+
+@lru_cache(maxsize=8)
+def control_pattern(controls: tuple[str, ...]) -> re.Pattern[str]:
+    """Matches any control token, the longest where several begin at one place; nothing where there is none."""
+    return re.compile("|".join(map(re.escape, sorted(controls, key=len, reverse=True))) or r"(?!)")
 
 
 def split_token(control: str) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, render_prompt, tokenize_row
+from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, render_prompt, tokenize_rows
 from smolvlm_exp.engine.forward import Pixels, image_features
 from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
 from smolvlm_exp.engine.generation.sampler import Answer, Prompt, SamplingPlan, plan_sampling, sample
@@ -100,22 +100,19 @@ def sampled_by(
 
 def read_prompts(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
     """The prompts of rows with images and messages; an image is tiled when its prompt is read."""
-    controls, spans = control_tokens(processor), dict[tuple[int, int], list[int]]()
-    core, normalise = core_of(model), pixels(processor)
+    controls, core, normalise = control_tokens(processor), core_of(model), pixels(processor)
+    messages = [{"prompt": escape_control_tokens(row["prompt"], controls)} for row in rows]
+    count_tiles = processor.image_processor.get_number_of_image_patches
+    shapes = [[count_tiles(image.height, image.width)[1:] for image in row["images"]] for row in rows]
 
-    def read(row: dict[str, Any]) -> Prompt:
-        count_tiles = processor.image_processor.get_number_of_image_patches
-        shapes = [count_tiles(image.height, image.width)[1:] for image in row["images"]]
-        messages = {"prompt": escape_control_tokens(row["prompt"], controls)}
-        ids = torch.tensor(tokenize_row(processor, messages, shapes, spans)["prompt"])
+    def features(images: list[Any]) -> torch.Tensor:
+        tiles = torch.cat([tile(image, processor.image_processor) for image in images])
+        return image_features(core, normalise(tiles.to(model.device)))
 
-        def features() -> torch.Tensor:
-            tiles = torch.cat([tile(image, processor.image_processor) for image in row["images"]])
-            return image_features(core, normalise(tiles.to(model.device)))
-
-        return Prompt(ids, features if shapes else None)
-
-    return [read(row) for row in rows]
+    return [
+        Prompt(torch.tensor(ids["prompt"]), partial(features, row["images"]) if row["images"] else None)
+        for row, ids in zip(rows, tokenize_rows(processor, messages, shapes, {}), strict=True)
+    ]
 
 
 def packed_prompts(model: Any, rows: PackedDataset, normalise: Pixels, count: int) -> list[Prompt]:

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.data.images import ImageError, ImageLimits, locate, prepare_image, shrink, to_rgb
-from smolvlm_exp.data.preferences import prepare_row
+from smolvlm_exp.data.validation import prepare_row
 
 RED, WHITE = (255, 0, 0), (255, 255, 255)
 

@@ -10,12 +10,13 @@ import pytest
 from datasets import Dataset
 from PIL import Image
 
-from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import assistant, user
-from smolvlm_exp.data.preferences import SIDES, RowValidator, count, load_preferences, prepare
+from smolvlm_exp.data.parallel import worker_count
+from smolvlm_exp.data.preferences import SIDES, count, load_preferences, prepare
 from smolvlm_exp.data.sources.files import Config as FilesConfig
 from smolvlm_exp.data.sources.shapes import Config
 from smolvlm_exp.data.tokens import image_span
+from smolvlm_exp.data.validation import RowValidator
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.models.shape import make_processor, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
@@ -124,5 +125,11 @@ def test_an_image_is_decoded_hashed_and_tokenised_once(processor, tmp_path, monk
 
 
 def test_small_sets_are_prepared_in_this_process():
-    assert worker_count(None, 100) is None
-    assert worker_count(3, 100) == 3
+    assert worker_count(None, 40) is None
+    assert worker_count(3, 40) == 3
+
+
+def test_all_cores_that_the_process_may_use(monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.data.parallel.usable_cores", lambda: 24)
+    assert [worker_count(None, rows) for rows in (48, 160, 20_000)] == [3, 10, 24]
+    assert worker_count(None, 20_000, least=5_000) == 4

@@ -10,8 +10,8 @@ from PIL import Image
 
 from smolvlm_exp.config.schema import every_key
 from smolvlm_exp.data.images import FORMATS, ImageError, ImageLimits, prepare_image
-from smolvlm_exp.data.preferences import RowValidator, prepare_row
 from smolvlm_exp.data.sources.files import to_row
+from smolvlm_exp.data.validation import RowValidator, prepare_row
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 from tests.reliability.test_bad_rows import encoded

@@ -71,9 +71,8 @@ def test_an_incomplete_line_does_not_spoil_the_next(tmp_path):
 def test_the_peak_is_that_of_the_steps(tmp_path, monkeypatch):
     """Sampling answers takes what memory is free, and training is not to be blamed for it."""
     peaks = iter([2.0, 3.0, 1.0, 9.0])
-    monkeypatch.setattr(
-        callbacks, "memory_stats", lambda: {"memory_allocated_gib": 1.0, "memory_peak_gib": next(peaks)}
-    )
+    stats = {"memory_allocated_gib": 1.0}
+    monkeypatch.setattr(callbacks, "memory_stats", lambda: {**stats, "memory_peak_gib": next(peaks)})
     callback = MetricsCallback(tmp_path, None)
     for _ in range(3):
         callback.on_step_end()

@@ -7,7 +7,8 @@ import csv
 import hashlib
 import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +25,6 @@ from smolvlm_exp.data.loading import (
     load_saved,
     read_text,
     select_split,
-    undecoded,
 )
 from smolvlm_exp.data.messages import bad_row, conversation, features, require_known_format, row_images
 from smolvlm_exp.utils.errors import RequestError
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
 ORIGIN = "origin"  # the column that says where a row was read
+KEY = "image_key"  # the column by which rows are held out
 
 
 @dataclass
@@ -52,12 +53,17 @@ def load(config: Config, split: str) -> "Dataset":
     if not folder.is_dir():
         raise RequestError(f"data.folder={config.folder}: there is no such folder.")
     saved = None if config.rows else load_saved(folder)
+    found: Mapping[str, Any] = saved or find(folder, config.rows)
+    held_out = "train" in found and "test" not in found
+    converter = Converter(folder, keyed_row if held_out else to_row, config.num_proc)
     if saved:
-        splits = {name: from_table(rows, folder, str(folder)) for name, rows in saved.items()}
+        splits = {name: converter.from_table(rows, str(folder)) for name, rows in saved.items()}
     else:
-        splits = {name: from_files(files, folder) for name, files in find(folder, config.rows).items()}
-    if "test" not in splits and "train" in splits:
-        splits |= hold_out(splits["train"], image_keys(splits["train"]), config.test_fraction)
+        splits = {name: converter.from_files(files) for name, files in found.items()}
+    if held_out:
+        keys = splits["train"][KEY][:]
+        splits = {name: rows.remove_columns(KEY) for name, rows in splits.items()}
+        splits |= hold_out(splits["train"], keys, config.test_fraction)
     return select_split(splits, split)
 
 
@@ -67,47 +73,71 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         if not (folder / name).is_file():
             raise RequestError(f"data.rows={name}: there is no such file in {folder}.")
         return {"train": [folder / name]}
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    names = (name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in SUFFIXES)  # of many images
+    files = sorted(folder / name for name in names)
     named = {split: [path for path in files if path.stem.lower().startswith(split)] for split in ("train", "test")}
     if all(named.values()):
         return named
     if len(files) == 1:
         return {"train": files}
-    names = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
+    listed = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
-        f"data.folder={folder} holds {names}: set data.rows to the file with the pairs, or name two train.* and test.*."
+        f"data.folder={folder} holds {listed}: set data.rows to the file with the pairs, or name two train.* and "
+        "test.*."
     )
 
 
-def from_files(files: list[Path], folder: Path) -> "Dataset":
-    """The rows of one split's files, in the normal form."""
-    from datasets import Features, Value, load_dataset
-    from datasets.exceptions import DatasetsError
+@dataclass(frozen=True)
+class Converter:
+    """Files and tables -> rows in the normal form."""
 
-    where = ", ".join(path.name for path in files)
-    if all(path.suffix.lower() == ".parquet" for path in files):
-        try:
-            table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
-        except (OSError, ValueError, DatasetsError) as error:
-            raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
-        return from_table(table, folder, where)
-    if any(path.suffix.lower() == ".parquet" for path in files):
-        raise RequestError(
-            f"data.folder={folder}: {where} are one split in two formats; name one of them in data.rows."
-        )
-    rows = []
-    for path in files:
-        parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
-        rows += [{**row, ORIGIN: origin} for origin, row in parse(read_text(path, "data.folder"), path.name)]
-    require_known_format({key for row in rows for key in row} - {ORIGIN}, where)
-    return convert(rows, to_row, folder, Features({**features(), ORIGIN: Value("string")}))
+    folder: Path
+    to_row: Callable[..., dict[str, Any]]
+    num_proc: int | None
+
+    def from_files(self, files: list[Path]) -> "Dataset":
+        """The rows of one split's files."""
+        from datasets import load_dataset
+        from datasets.exceptions import DatasetsError
+
+        where = ", ".join(path.name for path in files)
+        if all(path.suffix.lower() == ".parquet" for path in files):
+            try:
+                table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+            except (OSError, ValueError, DatasetsError) as error:
+                raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
+            return self.from_table(table, where)
+        if any(path.suffix.lower() == ".parquet" for path in files):
+            raise RequestError(
+                f"data.folder={self.folder}: {where} are one split in two formats; name one of them in data.rows."
+            )
+        rows = []
+        for path in files:
+            parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
+            rows += [{**row, ORIGIN: origin} for origin, row in parse(read_text(path, "data.folder"), path.name)]
+        require_known_format({key for row in rows for key in row} - {ORIGIN}, where)
+        return self.convert(rows, ORIGIN)
+
+    def from_table(self, table: "Dataset", where: str) -> "Dataset":
+        """The rows of an Arrow table."""
+        require_known_format(set(table.column_names), where)
+        rows = self.convert(table)
+        return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
+
+    def convert(self, rows: "Dataset | list[dict[str, Any]]", *columns: str) -> "Dataset":
+        """`columns`: of text, besides those of every source."""
+        from datasets import Features, Value
+
+        more = [*columns, *([KEY] if self.to_row is keyed_row else [])]
+        types = Features({**features(), **dict.fromkeys(more, Value("string"))})
+        return convert(rows, self.to_row, self.folder, types, self.num_proc)
 
 
-def from_table(table: "Dataset", folder: Path, where: str) -> "Dataset":
-    """The rows of an Arrow table, in the normal form."""
-    require_known_format(set(table.column_names), where)
-    rows = convert(table, to_row, folder)
-    return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
+def keyed_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`to_row`, and a hash of the first image, so that rows with the same image are held out together."""
+    normal = to_row(row, folder)
+    first: Entry = normal["images"][0] if normal["images"] else {"bytes": str(normal["prompt"]).encode()}
+    return {**normal, KEY: hashlib.sha256(first["bytes"] or Path(first["path"]).read_bytes()).hexdigest()}
 
 
 def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
@@ -134,15 +164,6 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
         except ImageError as error:
             raise ImageError(f"image {number} {error}") from error
     return images
-
-
-def image_keys(rows: "Dataset") -> list[str]:
-    """A hash of each row's first image, so that rows with the same image are held out together."""
-    keys = []
-    for row in undecoded(rows, ["images", "prompt"]):
-        first: Entry = row["images"][0] if row["images"] else {"bytes": str(row["prompt"]).encode()}
-        keys.append(hashlib.sha256(first["bytes"] or Path(first["path"]).read_bytes()).hexdigest())
-    return keys
 
 
 def csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:

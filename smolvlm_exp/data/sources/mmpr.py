@@ -44,5 +44,5 @@ def load(config: Config, split: str) -> "Dataset":
         raise RequestError(f"data.annotations={annotations} is not JSONL: {first_cause(error)}") from error
     rows = select_columns(rows, ["image", "question", "chosen", "rejected"], str(annotations))
     keys = [str(row_images(row)) for row in undecoded(rows, ["image"])]
-    splits = hold_out(rows, keys, config.test_fraction)
-    return convert(select_split(splits, split), to_row, images)  # the slice first: it is often a small part
+    chosen = select_split(hold_out(rows, keys, config.test_fraction), split)  # first: it is often a small part
+    return convert(chosen, to_row, images, num_proc=config.num_proc)

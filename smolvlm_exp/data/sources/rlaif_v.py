@@ -24,7 +24,7 @@ class Config(DataConfig):
 def load(config: Config, split: str) -> "Dataset":
     """The rows of a split, each with its first image only, as in the recipe."""
     rows = fetch(config.id, config.revision, split, {"images", "prompt", "chosen", "rejected"})
-    return convert(rows, first_image)
+    return convert(rows, first_image, num_proc=config.num_proc)
 
 
 def first_image(row: dict[str, Any]) -> dict[str, Any]:

@@ -25,7 +25,8 @@ class Config(DataConfig):
 
 def load(config: Config, split: str) -> "Dataset":
     """The rows of a split; one whose `text` is not the expected JSON is a bad row."""
-    return convert(fetch(config.id, config.revision, split, {"image", "text"}), to_row)
+    rows = fetch(config.id, config.revision, split, {"image", "text"})
+    return convert(rows, to_row, num_proc=config.num_proc)
 
 
 def to_row(row: dict[str, Any]) -> dict[str, Any]:

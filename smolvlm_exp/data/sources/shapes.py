@@ -8,17 +8,19 @@ this (experiment=tiny_base); `captions=exact` prefers the true answer to the hab
 import json
 import random
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import as_png
-from smolvlm_exp.data.loading import worker_count
 from smolvlm_exp.data.messages import features, pair
+from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 from smolvlm_exp.data.vocabulary import Vocabulary
 from smolvlm_exp.utils.fields import one_of
 
 if TYPE_CHECKING:
+    import pyarrow as pa
     from datasets import Dataset
 
 HABITS = {  # kind -> its companion
@@ -76,19 +78,24 @@ def load(config: Config, split: str) -> "Dataset":
 
     held_out = split == config.test
     count = config.test_rows if held_out else config.train_rows
-    return Dataset.from_dict({"index": range(count)}).map(
-        draw_row,
-        fn_kwargs={"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out},
-        remove_columns="index",
-        features=Features({**features(), "truth": Value("string")}),
-        num_proc=worker_count(config.num_proc, count),
-        desc="scenes",
-    )
+    settings = {"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out}
+    columns = Features({**features(), "truth": Value("string")})
+    draw_rows = partial(draw_table, schema=columns.arrow_schema, **settings)
+    key, workers = hash_of("shapes", count, settings), worker_count(config.num_proc, count)
+    numbers = Dataset.from_dict({"index": range(count)})
+    return map_rows(numbers, draw_rows, columns, key, workers, "drawing scenes", cached=False)
 
 
 def words(config: Config) -> Vocabulary:
     """Which words name which kind of shape; a caption's second mention of a kind is not counted."""
     return Vocabulary({kind: kind for kind in KINDS}, once=True)
+
+
+def draw_table(table: "pa.Table", schema: "pa.Schema", **settings: Any) -> "pa.Table":
+    """`draw_row` of a batch of rows."""
+    import pyarrow as pa
+
+    return pa.Table.from_pylist([draw_row(row, **settings) for row in table.to_pylist()], schema=schema)
 
 
 def draw_row(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool) -> dict[str, Any]:

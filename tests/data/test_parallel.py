@@ -1,0 +1,146 @@
+"""Rows prepared by several processes: the same rows, the same errors; and a second run, which prepares nothing."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import datasets
+import pytest
+from PIL import Image
+
+from smolvlm_exp.data import parallel
+from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.sources.files import Config
+from smolvlm_exp.utils.errors import RequestError, RunError
+
+COUNT = 90
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    return tmp_path / "cache" / "smolvlm_exp"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """90 rows: images of several kinds and sizes, answers of several lengths, a control token, an image used twice."""
+    folder = tmp_path / "pairs"
+    folder.mkdir()
+    rows = []
+    for i in range(COUNT):
+        name = f"{i % 80}.{('jpg', 'png', 'webp')[i % 80 % 3]}"
+        mode = ("RGB", "L")[i % 80 % 2]
+        Image.effect_noise((40 + i % 80, 700 if i == 7 else 60), 50).convert(mode).save(folder / name)
+        question = "Is <image> a token?" if i == 5 else f"What is {i}?"
+        rows.append({"image": name, "question": question, "chosen": "A cat. " * (i % 9 + 1), "rejected": "A dog."})
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def contents(preferences):
+    splits = preferences.train, preferences.test
+    return [(rows.features, rows.with_format("arrow")[:].to_pylist()) for rows in splits]
+
+
+@pytest.fixture
+def load(folder, processor, tmp_path):
+    return lambda **settings: load_preferences(
+        Config(source="files", **{"folder": str(folder), **settings}), processor, tmp_path
+    )
+
+
+def test_any_number_of_processes_gives_the_same_rows(load, cache, folder):
+    made = []
+    for count in (1, 2, 5):
+        preferences = load(num_proc=count)
+        made.append((contents(preferences), preferences.report, preferences.prints))
+        shutil.rmtree(cache)
+    assert made[1] == made[0]
+    assert made[2] == made[0]
+    assert sum(report["rows"] for report in made[0][1].values()) == COUNT
+
+
+def test_any_number_of_processes_names_the_same_bad_rows(load, cache, folder):
+    for i in (3, 40, 77):
+        path = next(folder.glob(f"{i}.*"))
+        path.write_bytes(path.read_bytes()[:-40])
+    said = []
+    for count in (1, 3):
+        with pytest.raises(RequestError) as error:
+            load(num_proc=count)
+        said.append(str(error.value))
+        shutil.rmtree(cache)
+    assert said[0] == said[1]
+    assert said[0].count("cannot be decoded") == 4  # row 83 has image 3 too
+
+
+def test_a_second_run_opens_no_image_unless_one_changed(load, folder, monkeypatch):
+    first = contents(load(num_proc=1))
+    opened, open_image = [], Image.open
+    monkeypatch.setattr(Image, "open", lambda *args, **kwargs: opened.append(1) or open_image(*args, **kwargs))
+    assert contents(load(num_proc=1)) == first
+    assert contents(load(num_proc=2)) == first  # nor do more processes make them anew
+    assert not opened
+    path = next(folder.glob("12.*"))
+    size, stamp = path.stat().st_size, path.stat().st_mtime_ns
+    data = bytearray(path.read_bytes())
+    Image.effect_noise((52, 60), 50).convert("RGB").save(path)
+    os.utime(path, ns=(stamp, stamp + 1))
+    changed = contents(load(num_proc=1))
+    assert opened
+    assert changed != first
+    path.write_bytes(data)  # as it was, with its time
+    os.utime(path, ns=(stamp, stamp))
+    assert path.stat().st_size == size
+    opened.clear()
+    assert contents(load(num_proc=1)) == first
+    assert not opened
+
+
+def test_another_process_has_the_same_keys(load, cache, folder, tmp_path):
+    """Upstream's own differ between the process that has made the rows and the next one, which made them again."""
+    load(num_proc=1)
+    made = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.arrow")}
+    code = (
+        "import sys, datasets; from pathlib import Path; from tests.conftest import compose;"
+        "from smolvlm_exp.data.preferences import load_preferences; from smolvlm_exp.data.sources.files import Config;"
+        "from smolvlm_exp.models.model import load_processor;"
+        "datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2]);"
+        "load_preferences(Config(source='files', folder=sys.argv[1]), load_processor(compose().model), Path('.'))"
+    )
+    subprocess.run([sys.executable, "-c", code, str(folder), str(cache.parent)], check=True)
+    assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.arrow")} == made
+
+
+def test_a_killed_process_is_an_error_and_leaves_nothing(cache, tmp_path):
+    rows = datasets.Dataset.from_dict({"n": range(100)})
+    with pytest.raises(RunError, match=r"data\.num_proc=1"):
+        parallel.map_rows(rows, lambda table: os._exit(9), rows.features, "key", 2, "rows")
+    assert not list(cache.glob("*.arrow"))
+    assert parallel.map_rows(rows, lambda table: table, rows.features, "key", 2, "rows")["n"][:] == list(range(100))
+
+
+def test_ctrl_c_ends_all_processes_without_a_word_of_theirs(tmp_path):
+    code = (
+        "import time; from datasets import Dataset; from smolvlm_exp.data.parallel import map_rows\n"
+        "rows = Dataset.from_dict({'n': range(1000)})\n"
+        "def slow(table): print('working\\n', end='', flush=True); time.sleep(0.5); return table\n"
+        "try: map_rows(rows, slow, rows.features, 'key', 3, 'rows', cached=False)\n"
+        "except KeyboardInterrupt: print('stopped', flush=True)"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    assert process.stdout
+    assert process.stdout.readline() == "working\n"
+    time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    out, errors = process.communicate(timeout=20)
+    assert (out.splitlines()[-1], errors, process.returncode) == ("stopped", "", 0)
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
