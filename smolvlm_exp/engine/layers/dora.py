@@ -97,11 +97,9 @@ class ExactDora:
 
 
 def exact_dora(layer: Any, name: str) -> ExactDora:
-    """The layer's `ExactDora`, installed at the first call."""
-    dora = layer.lora_magnitude_vector[name]
-    if not isinstance(dora.forward, ExactDora):
-        dora.forward = ExactDora(layer, name)
-    return dora.forward
+    """The one that `use_exact_dora` has installed, else a new one: PEFT's layer stays as it is."""
+    forward = layer.lora_magnitude_vector[name].forward
+    return forward if isinstance(forward, ExactDora) else ExactDora(layer, name)
 
 
 def use_exact_dora(model: nn.Module) -> None:
@@ -110,6 +108,8 @@ def use_exact_dora(model: nn.Module) -> None:
     for layer in layers:
         for name, dora in layer.lora_magnitude_vector.items():
             if type(dora) is DoraLinearLayer:
-                norm = exact_dora(layer, name).norm()
+                exact = exact_dora(layer, name)
+                dora.forward = exact  # type: ignore[method-assign]
+                norm = exact.norm()
                 if not layer.lora_B[name].weight.any():
                     dora.weight.data = norm.clone()

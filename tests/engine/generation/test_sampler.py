@@ -139,6 +139,17 @@ def test_a_prompt_is_read_once_for_all_its_answers(monkeypatch):
 
 
 @torch.no_grad()
+def test_a_model_is_left_as_it_was():
+    """trainer.engine=stock is plain TRL and PEFT, also after answers were sampled from it."""
+    model = tiny_adapter(tiny_model(), "text", use_dora=True).eval()
+    ids, modules = torch.arange(10, 16)[None], {name: vars(m).copy() for name, m in model.named_modules()}
+    before = model(input_ids=ids).logits
+    list(sample(Decoder(model), prompts_of(model, rows_of(2, seed=1)), Sampling(3), END, IMAGE))
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert {name: vars(m).keys() for name, m in model.named_modules()} == {n: v.keys() for n, v in modules.items()}
+
+
+@torch.no_grad()
 def test_nothing_to_answer():
     assert list(sample(Decoder(tiny_model()), [], Sampling(3), END, IMAGE)) == []
 
