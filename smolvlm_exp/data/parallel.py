@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import xxhash
 from filelock import FileLock
 
+from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RunError
 from smolvlm_exp.utils.progress import progress
 
@@ -35,11 +36,6 @@ worker_function: Any
 def hash_of(*parts: Any) -> str:
     """A hash of JSON, the same in every process."""
     return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on: a container or a scheduler may allow it fewer than there are."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_count(requested: int | None, rows: int, least: int = 16) -> int | None:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from smolvlm_exp.utils.cores import usable_cores
+
 
 @contextlib.contextmanager
 def assign_device(jobs: int) -> Iterator[None]:
@@ -27,7 +29,7 @@ def assign_device(jobs: int) -> Iterator[None]:
     else:
         import torch
 
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        cores = usable_cores()
         torch.set_num_threads(max(1, min(torch.get_num_threads(), cores // (jobs if jobs > 0 else cores))))
         yield
 
