@@ -47,10 +47,10 @@ def generate_answers(
         rows: each with `images` and `prompt` (messages), as data/preferences.py has them.
         prompts: the same rows' prompts, where they are there already.
     """
-    obstacle = decoder_obstacle(model) if isinstance(model, nn.Module) else "exported"
-    if obstacle:
-        if obstacle != "exported":
-            log.info(f"answers: by transformers' generate, and slower: {obstacle}")
+    if not isinstance(model, nn.Module):
+        return upstream_answers(model, processor, rows, sampling)
+    if obstacle := decoder_obstacle(model):
+        log.info(f"answers: by transformers' generate, and slower: {obstacle}")
         return upstream_answers(model, processor, rows, sampling)
     model.eval()
     asked = read_prompts(model, processor, rows) if prompts is None else prompts
@@ -100,14 +100,14 @@ def sampled_by(
 
 def read_prompts(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
     """The prompts of rows with images and messages; an image is tiled when its prompt is read."""
-    controls, core, normalise = control_tokens(processor), core_of(model), pixels(processor)
+    controls, normalise = control_tokens(processor), pixels(processor)
     messages = [{"prompt": escape_control_tokens(row["prompt"], controls)} for row in rows]
     count_tiles = processor.image_processor.get_number_of_image_patches
     shapes = [[count_tiles(image.height, image.width)[1:] for image in row["images"]] for row in rows]
 
     def features(images: list[Any]) -> torch.Tensor:
         tiles = torch.cat([tile(image, processor.image_processor) for image in images])
-        return image_features(core, normalise(tiles.to(model.device)))
+        return tile_features(model, tiles, normalise)
 
     return [
         Prompt(torch.tensor(ids["prompt"]), partial(features, row["images"]) if row["images"] else None)
@@ -117,14 +117,17 @@ def read_prompts(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> 
 
 def packed_prompts(model: Any, rows: PackedDataset, normalise: Pixels, count: int) -> list[Prompt]:
     """The first rows' prompts; features that are not kept are computed when a prompt is read."""
-    core = core_of(model)
 
     def features(i: int) -> torch.Tensor:
         images = rows.images_of(i)
-        kept = images.get("features")
-        return image_features(core, normalise(images["tiles"].to(model.device))) if kept is None else kept
+        return images["features"] if "features" in images else tile_features(model, images["tiles"], normalise)
 
     return [Prompt(rows.prompt_ids(i), partial(features, i) if rows.images[i] else None) for i in range(count)]
+
+
+def tile_features(model: Any, tiles: torch.Tensor, normalise: Pixels) -> torch.Tensor:
+    """(n, 3, S, S) uint8 -> (n, tokens per tile, H), on the model's device."""
+    return image_features(core_of(model), normalise(tiles.to(model.device)))
 
 
 def upstream_answers(model: Any, processor: Any, rows: Sequence[dict[str, Any]], sampling: Sampling) -> list[str]:

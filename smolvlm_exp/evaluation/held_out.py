@@ -8,13 +8,13 @@ import torch
 from torch import nn
 
 from smolvlm_exp.data.vocabulary import Words
-from smolvlm_exp.engine.forward import add_pair_forward, image_features, scores_pairs
+from smolvlm_exp.engine.forward import add_pair_forward, scores_pairs
 from smolvlm_exp.engine.generation.sampler import Prompt
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.engine.model_parts import base_of, core_of
-from smolvlm_exp.evaluation.generate import generate_answers, packed_prompts
+from smolvlm_exp.evaluation.generate import generate_answers, packed_prompts, tile_features
 from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
 from smolvlm_exp.evaluation.preference import Images, Logps, answer_logps, packed_logps, preference_metrics
@@ -75,7 +75,9 @@ class HeldOut:
         count = len(self) if count is None else min(count, len(self))
         if self.reads_packed(model):
             return packed_logps(model, self.rows, self.batches(count))
-        rows = self.preferences.test.select(range(count))
+        return self.stock_logps(model, self.preferences.test.select(range(count)))
+
+    def stock_logps(self, model: Any, rows: Any) -> Logps:
         return answer_logps(model, self.processor, rows, self.batch_size, self.max_length)
 
     def image_reliance(self, model: Any, logps: Logps) -> dict[str, Ratio]:
@@ -92,16 +94,10 @@ class HeldOut:
             others = {name: packed_logps(model, self.rows, batches, own) for name, own in self.replaced.items()}
         else:
             rows = list(self.preferences.test.select(range(batches[-1][-1] + 1)))
-            others = {
-                name: answer_logps(
-                    model,
-                    self.processor,
-                    [*({**row, "images": own} for row, own in zip(rows, replaced, strict=False)), *rows[count:]],
-                    self.batch_size,
-                    self.max_length,
-                )
-                for name, replaced in replacements(self.images(count)).items()
-            }
+            others = {}
+            for name, images in replacements(self.images(count)).items():
+                changed = [{**row, "images": own} for row, own in zip(rows, images, strict=False)]
+                others[name] = self.stock_logps(model, [*changed, *rows[count:]])
         return {name: chosen_drop(logps, other, count) for name, other in others.items()}
 
     def answers(self, model: Any, count: int, sampling: Sampling) -> list[str]:
@@ -118,12 +114,16 @@ class HeldOut:
         return [self.preferences.test[i]["images"] for i in range(count)]
 
     def batches(self, count: int) -> list[list[int]]:
-        return [list(range(count))[start : start + self.batch_size] for start in range(0, count, self.batch_size)]
+        starts = range(0, count, self.batch_size)
+        return [list(range(start, min(start + self.batch_size, count))) for start in starts]
 
     def reads_packed(self, model: Any) -> bool:
+        """Not with eager attention, which has no packed form."""
         if not self.packed or not isinstance(model, nn.Module):
             return False
         base = base_of(model)
+        if core_of(model).text_model.config._attn_implementation == "eager":
+            return False
         if not scores_pairs(base):
             add_pair_forward(base, self.pixels, ("log_probs",))
         return True
@@ -131,15 +131,14 @@ class HeldOut:
     @torch.no_grad()
     def packed_images(self, model: Any, replaced: dict[str, RowImages]) -> dict[str, Images]:
         """Their features where the rows' own are kept, since then they do not change either; else their tiles."""
-        core, options = core_of(model), self.processor.image_processor
-        done: dict[int, torch.Tensor] = {}  # blank images are shared
+        kept = self.rows.features is not None
+        done: dict[int, torch.Tensor] = {}  # by the image's id: blank images are shared
 
         def read(images: list[Any]) -> dict[str, torch.Tensor]:
             for image in images:
                 if id(image) not in done:
-                    tiles = tile(image, options)
-                    kept = self.rows.features is not None
-                    done[id(image)] = image_features(core, self.pixels(tiles.to(model.device))).cpu() if kept else tiles
+                    tiles = tile(image, self.processor.image_processor)
+                    done[id(image)] = tile_features(model, tiles, self.pixels).cpu() if kept else tiles
             return {self.rows.kind: torch.cat([done[id(image)] for image in images])}
 
         return {name: {i: read(own) for i, own in enumerate(rows)} for name, rows in replaced.items()}

@@ -47,8 +47,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
     model: Any = load_model(config.model, quantization, config.seed)
-    packed = config.model.attn_implementation != "eager"
-    held_out = HeldOut(preferences, processor, batch_size, config.data.max_length, packed)
+    held_out = HeldOut(preferences, processor, batch_size, config.data.max_length)
     evaluate_held_out = partial(
         evaluate_model, held_out=held_out, seed=config.seed, temperature=config.task.temperature,
         max_new_tokens=config.task.max_new_tokens,

@@ -109,10 +109,8 @@ class Exporter:
             raise RequestError(
                 f"task=export needs preference pairs to measure on, and data={config.data.source} has none."
             )
-        held_out = HeldOut(
-            preferences, self.processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
-            packed=config.model.attn_implementation != "eager",
-        )  # fmt: skip
+        batch_size = config.trainer.per_device_eval_batch_size
+        held_out = HeldOut(preferences, self.processor, batch_size, config.data.max_length)
         sampling: dict[str, Any] = {"seed": config.seed, "max_new_tokens": config.task.max_new_tokens}
         self.score = held_out.logps
         self.evaluate = lambda model: evaluate(model, held_out, **sampling)

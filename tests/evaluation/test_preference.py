@@ -78,6 +78,13 @@ def test_packed_evaluation_is_stock_collations(model, processor, rows, adapter, 
                 assert drops[1][name].value == pytest.approx(drop.value, abs=1e-5)
 
 
+def test_eager_attention_is_evaluated_as_stock_trl_does(model, processor, rows):
+    """It has no packed form, whatever task reads the rows."""
+    model.set_attn_implementation("eager")
+    stock, packed = HeldOut(rows, processor, 8, None, packed=False), HeldOut(rows, processor, 8, None)
+    assert torch.equal(packed.logps(model).chosen, stock.logps(model).chosen)
+
+
 def test_a_batch_that_does_not_fit_is_scored_in_halves(model, processor, rows):
     held_out = HeldOut(rows, processor, 16, None)
     whole, ordinary, sizes = held_out.logps(model), model.forward, []
