@@ -59,9 +59,7 @@ def losses(adapter: str, steps: int, engine: str, micro: int, dtype: str, attent
     assert peft_config is not None
     check_adapter_target(peft_config, model, config.adapter.target)
     held_out = HeldOut(load_preferences(config.data, processor, folder), processor, 1, None)
-    trainer = dpo.build_trainer(
-        config.trainer, arguments, TrainerInputs(model, processor, peft_config, held_out, [], folder)
-    )
+    trainer = dpo.build_trainer(config.trainer, arguments, TrainerInputs(model, peft_config, held_out, [], folder))
     trainer.train()
     empty_cache()
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]

@@ -76,7 +76,7 @@ class Bench:
         arguments = dpo.build_arguments(config.trainer, folder, "bfloat16", None, 0)
         clock = Clock(warm)
         held_out = HeldOut(Preferences(self.rows, self.rows, {}), self.processor, 1, None)
-        parts = TrainerInputs(self.base, self.processor, peft_config, held_out, [clock], folder)
+        parts = TrainerInputs(self.base, peft_config, held_out, [clock], folder)
         trainer: Any = dpo.build_trainer(config.trainer, arguments, parts)
         trainer.clock = clock
         return trainer

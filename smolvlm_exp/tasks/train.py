@@ -54,7 +54,7 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, held_out) as result, StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
-        inputs = TrainerInputs(model, processor, peft_config, held_out, callbacks, folder, identity)
+        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         log_tuned_settings(config)
         result.monitor_parameters(trainer.model)

@@ -94,7 +94,6 @@ class TrainerInputs:
     """What a trainer is built from."""
 
     model: "PreTrainedModel"
-    processor: "ProcessorMixin"
     peft_config: "LoraConfig | None"  # None: the adapter is on, or every weight is trained
     held_out: "HeldOut"
     callbacks: "list[TrainerCallback]"
@@ -104,6 +103,10 @@ class TrainerInputs:
     @property
     def preferences(self) -> "Preferences":
         return self.held_out.preferences
+
+    @property
+    def processor(self) -> "ProcessorMixin":
+        return self.held_out.processor
 
     def splits(self, config: TrainerConfig) -> "list[Dataset]":
         """The training rows, and the held-out rows where they are evaluated during training."""

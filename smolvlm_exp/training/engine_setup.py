@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
-from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.engine.trainers import attach_and_fuse
@@ -134,7 +133,7 @@ def engine_inputs(config: TrainerConfig, arguments: Any, inputs: TrainerInputs, 
     train, held_out = PackedDataset(inputs.preferences.train, inputs.processor), inputs.held_out.rows
     for rows in (train, held_out):
         if features:
-            keep_features(rows, model, pixels(inputs.processor), store, workers)
+            keep_features(rows, model, inputs.held_out.pixels, store, workers)
         if rows.features is None:
             rows.cache_tiles(store, workers)
     return {

@@ -62,7 +62,7 @@ class Bench:
         model = load_model(config.model, quantization, config.seed)
         identity = check_same_run(asdict(config), None, self.preferences.train, model)
         parts = TrainerInputs(
-            model, self.processor,
+            model,
             lora_config(config.adapter, quantised=quantization is not None),
             HeldOut(self.preferences, self.processor, 8, None),
             [MetricsCallback(folder, tracker), *callbacks], folder, identity,

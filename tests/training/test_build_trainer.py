@@ -30,7 +30,6 @@ def test_a_built_trainer_trains_without_the_pipeline(quick, rows, processor, tmp
     peft_config, identity = lora_config(config.adapter, quantised=False), {"run": "this one"}
     inputs = TrainerInputs(
         load_model(config.model),
-        processor,
         peft_config,
         HeldOut(rows, processor, 8, None),
         [counter],
