@@ -16,7 +16,7 @@ from smolvlm_exp.engine.forward import image_features
 from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampler import Prompt, sample
 from smolvlm_exp.engine.generation.sampling import Sampling
-from smolvlm_exp.engine.model_parts import base_of, core_of
+from smolvlm_exp.engine.model_parts import core_of
 
 NO_END = -1  # random weights end no answer
 
@@ -77,7 +77,6 @@ def main() -> None:
 
         def stock(tokens: int) -> None:
             for row in rows[:prompts]:  # noqa: B023
-                base_of(model)  # the adapter's hooks are the model's own
                 model.generate(
                     input_ids=row["prompt_ids"][None].to(DEVICE), pixel_values=pixels(row)[None], do_sample=True,
                     attention_mask=torch.ones_like(row["prompt_ids"])[None].to(DEVICE), num_return_sequences=answers,  # noqa: B023

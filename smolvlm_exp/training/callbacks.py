@@ -68,7 +68,7 @@ class MetricsCallback(TrainerCallback):
         self.waiting = 0.0  # seconds without a batch since the last log
         self.step_end = 0.0
         self.idle = 0.0  # clock, when everything between two steps was done except fetching batches
-        self.step_peak = 0.0  # GiB on the GPU; sampling answers takes what is free, which says nothing of training
+        self.step_peak = 0.0  # GiB in a step; sampling answers takes what is free, which says nothing of training
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         truncate_after(self.path, state.global_step)

@@ -223,10 +223,8 @@ def load_folder(folder: Path, precision: str | None, model: ModelConfig | None =
         raise RequestError(f"{folder} holds no model: it has no config.json.")
     config = ModelConfig(id=str(folder))
     if model:
-        resolution = {name: getattr(model, name) for name in SETTINGS}
-        processor = load_processor(replace(config, **resolution))
-    else:
-        processor = load_processor(config)
+        config = replace(config, **{name: getattr(model, name) for name in SETTINGS})
+    processor = load_processor(config)
     if (folder / "onnx").is_dir():
         return OnnxModel(folder, exported_precisions(folder, precision)), processor
     if precision:
