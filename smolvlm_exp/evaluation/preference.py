@@ -1,5 +1,6 @@
 """Log-probabilities of given answers, and which of two the model prefers."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,11 +13,13 @@ from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.memory.probe import out_of_memory
 from smolvlm_exp.evaluation.statistics import Ratio, mean
-from smolvlm_exp.utils.distributed import scatter_map
+from smolvlm_exp.utils.distributed import is_sharded, scatter_map
 
 if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import PreTrainedModel, ProcessorMixin
+
+log = logging.getLogger(__name__)
 
 Images = dict[int, dict[str, torch.Tensor]]  # by row: the tiles or features that take the place of its own
 
@@ -56,10 +59,12 @@ def packed_logps(
             logps = model(packed=fields["packed"], labels=labels).log_probs.float().sum(1)
             return torch.stack([logps, mask.sum(1)]).view(2, 2, -1).cpu()
         except RuntimeError as error:
-            if not out_of_memory(error) or len(numbers) == 1:
+            # Sharded weights are fetched by all processes together: one of them cannot go on by itself.
+            if not out_of_memory(error) or len(numbers) == 1 or any(map(is_sharded, model.parameters())):
                 raise
         torch.cuda.empty_cache()
         half = len(numbers) // 2
+        log.warning(f"Out of memory evaluating {len(numbers)} pairs at once: scoring them in halves")
         return torch.cat([score(numbers[:half]), score(numbers[half:])], dim=-1)
 
     return joined(scatter_map(batches, score, model))

@@ -12,6 +12,7 @@ from typing import Any
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.images import ImageError, ImageLimits, locate, open_image
 from smolvlm_exp.data.messages import user
+from smolvlm_exp.engine.generation.sampler import ROWS
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
@@ -47,13 +48,13 @@ def generate(config: Config, folder: Path) -> Path:
     log.info(f"generate: {count} questions, {count - len(left)} of them answered in {relative_to_cwd(path)}")
     model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
-    processor, size = load_processor(config.model), 4 * config.trainer.per_device_eval_batch_size
+    processor = load_processor(config.model)
     max_edge, limits = config.data.max_edge, ImageLimits.of(config.data)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file:
-        for start in range(0, len(left), size):
+        for start in range(0, len(left), ROWS):
             rows: list[dict[str, Any]] = []
-            lines: list[dict[str, Any]] = [asdict(question) for question in left[start : start + size]]
+            lines: list[dict[str, Any]] = [asdict(question) for question in left[start : start + ROWS]]
             for line in lines:
                 try:
                     image = open_image(locate(line["image"], images), max_edge, limits)
