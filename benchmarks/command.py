@@ -82,7 +82,7 @@ def run_command(arguments: Sequence[str], log: Path, cache: Path) -> tuple[float
 def run_smolvlm_exp(overrides: Sequence[str], name: str, work: Path) -> Finished:
     """`python -m smolvlm_exp OVERRIDES` with its run folder `name` in `work`; runs in one `work` share their caches."""
     folder, cache = work / name, work / "cache"
-    own = ("tracker=none", f"hydra.run.dir={folder}", f"trainer.cache={cache}")
+    own = ("tracker=none", f"hydra.run.dir={folder}", f"trainer.cache={cache / 'trainer'}")
     seconds, peak = run_command(["-m", "smolvlm_exp", *overrides, *own], work / f"{name}.log", cache)
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
     return Finished(seconds, peak, summary.get("seconds_by_phase", {}))

@@ -115,7 +115,6 @@ def load_rows(folder: Path, fraction: float) -> datasets.DatasetDict:
 
     rows = datasets.load_dataset("json", data_files=str(folder / "pairs.jsonl"), split="train")
     rows = rows.map(convert, num_proc=os.cpu_count(), remove_columns=["image", "question"])
-    rows = rows.cast_column("images", datasets.List(datasets.Image()))
     return rows.train_test_split(fraction, seed=0)
 
 
@@ -124,9 +123,13 @@ def load_model(name: str) -> Any:
     quantization = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
-    return AutoModelForImageTextToText.from_pretrained(
+    model = AutoModelForImageTextToText.from_pretrained(
         name, dtype=dtype, quantization_config=quantization, device_map="auto" if GPU else None
     )
+    for module in model.modules():  # on a CPU bitsandbytes repacks weights for evaluation, and training then fails
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def build_trainer(model: Any, processor: Any, rows: datasets.DatasetDict, workers: int) -> DPOTrainer:

@@ -103,10 +103,10 @@ def main() -> None:
           f"answers of {asked.tokens} tokens at most\n", flush=True)  # fmt: skip
     if "ours" in parts:
         runs = ours(asked.model, weights, rows.resolve(), asked.tokens, work)
-        print("\n".join(phase_table(runs)), "\n", flush=True)
+        print("\n".join([*phase_table(runs), ""]), flush=True)
     if "stock" in parts:
         phases = stock(weights, rows.resolve(), asked.tokens, asked.stock_seconds, work)
-        print("\n".join(stock_table(phases)), "\n")
+        print("\n".join([*stock_table(phases), ""]))
         for name, run in runs.items():
             print(f"plain TRL takes {total(phases) / run.seconds:.1f} times as long as ours, {name}")
 
