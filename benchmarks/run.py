@@ -13,19 +13,10 @@ Prints tables for RESULTS.md.
 
 import argparse
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.command import (
-    Finished,
-    empty_folder,
-    machine,
-    make_rows,
-    phase_table,
-    run_command,
-    run_smolvlm_exp,
-)
+from benchmarks.command import Finished, empty_folder, machine, make_rows, phase_table, run_command, run_smolvlm_exp
 from benchmarks.setting import compose, empty_cache
 
 TEST_FRACTION, SIZE = 0.08, (640, 480)
@@ -97,9 +88,8 @@ def main() -> None:
     if rows is None:
         make_rows(rows := work / "rows", asked.rows, SIZE)
     count = sum(1 for _ in (rows / "pairs.jsonl").open(encoding="utf-8"))
-    train = count - math.ceil(TEST_FRACTION * count)
     weights, runs = save_model(asked.model, work / "model"), {}
-    print(f"{machine()}\nmodel={asked.model}, {count} pairs: {train} to train on, {count - train} held out, "
+    print(f"{machine()}\nmodel={asked.model}, {count} pairs, {TEST_FRACTION:.0%} of them held out, "
           f"answers of {asked.tokens} tokens at most\n", flush=True)  # fmt: skip
     if "ours" in parts:
         runs = ours(asked.model, weights, rows.resolve(), asked.tokens, work)
