@@ -18,9 +18,9 @@ from benchmarks.setting import GIB
 SIZE, STEPS = (320, 240), 10
 
 
-def size_on_disk(folder: Path) -> float:
-    """GiB of all files below."""
-    return sum(file.lstat().st_blocks * 512 for file in folder.rglob("*")) / GIB
+def mebibytes(folder: Path) -> float:
+    """What all files below take on the disk."""
+    return sum(file.lstat().st_blocks * 512 for file in folder.rglob("*")) / 2**20
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
     work = empty_folder(Path("outputs/benchmark/many_rows").resolve())
     began = time.perf_counter()
     make_rows(work / "rows", asked.rows, SIZE)
-    print(f"{machine()}\n{asked.rows:,} rows of {size_on_disk(work / 'rows'):.2f} GiB made in "
+    print(f"{machine()}\n{asked.rows:,} rows of {mebibytes(work / 'rows'):.0f} MiB made in "
           f"{time.perf_counter() - began:.0f} s\n", flush=True)  # fmt: skip
     overrides = (
         "data=files", f"data.folder={work / 'rows'}", "data.test_fraction=0.01", f"trainer.max_steps={STEPS}"
@@ -40,9 +40,8 @@ def main() -> None:
     runs = {name: run_smolvlm_exp(overrides, name, work) for name in ("first", "second")}
     print("\n".join(phase_table(runs)))
     print(f"| peak of its largest process, GiB | {' | '.join(f'{run.peak / GIB:.2f}' for run in runs.values())} |")
-    caches = {folder.name: size_on_disk(folder) for folder in sorted((work / "cache").iterdir()) if folder.is_dir()}
-    parts = ", ".join(f"{name} {size:.2f}" for name, size in caches.items())
-    print(f"\ncaches, GiB: {size_on_disk(work / 'cache'):.2f} ({parts})")
+    caches = (f"{folder.name} {mebibytes(folder):.1f}" for folder in sorted((work / "cache").iterdir()))
+    print(f"\ncaches on disk, MiB: {', '.join(caches)}")
 
 
 if __name__ == "__main__":
