@@ -4,10 +4,11 @@
     python -m benchmarks.run --model tiny --rows 64 --tokens 16 --stock-seconds 20      a minute or two on a CPU
 
 Random weights in the real shape, saved once and loaded by both from one folder. Ours runs by itself with nothing
-cached, then as the first two jobs of a sweep (which keep features on the disk). Plain TRL is benchmarks/plain_trl.py. Both tune the same modules on the same
-rows with the same settings, evaluate the held-out rows' loss every tenth of the steps, and score before and after:
-log-probs of both answers, of 32 rows with a grey and a wrong image too, and 12 answers. Ours validates the rows,
-answers during training, saves checkpoints, and writes a report with checks and intervals on top.
+cached, then as the first two jobs of a sweep (which keep features on the disk). Plain TRL is benchmarks/plain_trl.py.
+Both tune the same modules on the same rows with the same settings, evaluate the held-out rows' loss every tenth of the
+steps, and score before and after: log-probs of both answers, of 32 rows with a grey and a wrong image too, and
+12 answers. Ours validates the rows, answers during training, saves checkpoints, and writes a report with checks and
+intervals on top.
 Prints tables for RESULTS.md.
 """
 
