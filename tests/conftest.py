@@ -107,7 +107,7 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
         looks.append(Evaluation({}, Logps(*sides, *torch.full((2, 1), 50.0)), ["A star."] * 4))
         return looks[-1]
 
-    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", look)
+    monkeypatch.setattr("smolvlm_exp.tasks.result.evaluate", look)
     monkeypatch.setattr("smolvlm_exp.tasks.result.Result.reload_check", lambda *args: [])
 
 

@@ -20,6 +20,7 @@ from smolvlm_exp.engine.memory.planner import BATCH_LOSSES
 from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.engine.packed_trainer import PackedTrainer
 from smolvlm_exp.engine.precompute.reference import reference_logps
+from smolvlm_exp.utils.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         chosen, rejected = self.compute_ref_log_probs(self.model, fields)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
+    @phase("reference")
     def score_references(self, store: DiskCache) -> None:
         """The reference's log-probabilities of all rows, read or computed; before training, when it is the policy.
 

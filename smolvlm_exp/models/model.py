@@ -16,6 +16,7 @@ from smolvlm_exp.models.resolution import FILES, Resolution, saved_resolution
 from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.phases import phase
 
 if TYPE_CHECKING:
     import torch
@@ -70,6 +71,7 @@ def device_map(requested: str | None) -> Any:
     return {"": torch.cuda.current_device()} if requested == "auto" else requested
 
 
+@phase("model")
 def load_processor(config: ModelConfig) -> Any:
     """The model's processor, at the resolution that `config` asks for.
 

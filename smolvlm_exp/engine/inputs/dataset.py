@@ -26,6 +26,7 @@ from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.inputs.tiles import tile
 from smolvlm_exp.utils.distributed import rank_slice, rank_world
+from smolvlm_exp.utils.phases import phase
 from smolvlm_exp.utils.progress import progress
 
 VERSION = 1  # raise when tiles change: it is part of their cache key
@@ -166,6 +167,7 @@ class PackedDataset(torch.utils.data.Dataset):
         """Several images' tiles, which travel between processes in a pipe."""
         return self.tiles_of(images).numpy()
 
+    @phase("image_features")
     def cache_tiles(self, store: DiskCache, num_proc: int) -> None:
         """Compute all tiles now, with `num_proc` processes (0: this one), where the store has room for them.
 
