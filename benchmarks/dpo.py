@@ -140,7 +140,7 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
     trainer = bench.trainer(config, steps=2)
     print(f"built in {time.perf_counter() - begun:.1f} s", flush=True)
     facts = spec_of_model(trainer, gpu=bool(bench.rate))
-    bench.flops = useful(facts, RowSizes(trainer.rows.sizes.tolist()).average(1))
+    bench.flops = useful(facts, RowSizes(trainer.rows.sizes(range(len(trainer.rows))).tolist()).average(1))
     reference_again(bench, trainer, config)
     if "hand" in parts:
         hand(bench, trainer, facts)

@@ -35,6 +35,7 @@ from smolvlm_exp.engine.inputs.micro_batches import (
     concat_pairs,
     slice_pairs,
     split_micro_batches,
+    step_rows,
 )
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.memory.probe import out_of_memory
@@ -83,6 +84,7 @@ class PackedTrainer(Trainer):
         self.out_of_memory = 0  # how often, for summary.json
         self.shares: dict[str, list[float]] = defaultdict(list)
         self.source: Any = None
+        self.loader: Any = None
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every row has an image, so every parameter is used
         weights = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
@@ -137,11 +139,27 @@ class PackedTrainer(Trainer):
             self.batches, self.batches_left = self.make_loader(), iter(())
 
     def get_train_dataloader(self) -> Any:
-        """Of row numbers only: `self.batches` has the workers."""
-        with overridden(
-            self.args, dataloader_num_workers=0, dataloader_persistent_workers=False, dataloader_prefetch_factor=None
-        ):
-            return super().get_train_dataloader()
+        """Of row numbers only, because `self.batches` has the workers; always the same, for `rows_ahead`'s sake."""
+        if self.loader is None:
+            with overridden(
+                self.args,
+                dataloader_num_workers=0,
+                dataloader_persistent_workers=False,
+                dataloader_prefetch_factor=None,
+            ):
+                self.loader = super().get_train_dataloader()
+        return self.loader
+
+    def rows_ahead(self) -> list[int]:
+        """The numbers of the rows that training will read, by all processes together, in ascending order."""
+        loader = self.get_train_dataloader()
+        steps = self.set_initial_training_values(self.args, loader)[-1]
+        mine: set[int] = set()
+        for rows in step_rows(loader, self.args.gradient_accumulation_steps, range(1, steps + 1)):
+            mine.update(rows)
+            if len(mine) == len(self.rows):  # before the first of many epochs' end
+                break
+        return sorted(set().union(*gather(mine)))
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """One call's worth of work, in as many parts as transformers counts."""
@@ -288,7 +306,7 @@ class PackedTrainer(Trainer):
                     "Lower trainer.per_device_train_batch_size and raise trainer.gradient_accumulation_steps."
                 ) from error
             (row,) = self.running.rows
-            sizes = self.rows.sizes[row]
+            (sizes,) = self.rows.sizes([row])
             raise RuntimeError(
                 f"Out of memory with a single pair, row {row}: {sizes[:3].sum()} tokens, {sizes[3]} tiles.\n"
                 "Try: trainer.gradient_checkpointing=true, quant=nf4, adapter.target=text, data.max_length, or a "

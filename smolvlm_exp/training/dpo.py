@@ -49,12 +49,13 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
     """TRL's trainer, ready to train; on the engine, or as it is."""
     from peft import PeftModel
 
-    from smolvlm_exp.training.engine_setup import disk_cache, engine_inputs
+    from smolvlm_exp.training.engine_setup import disk_cache, engine_inputs, prepare_rows
     from smolvlm_exp.training.memory_budget import plan_memory
     from smolvlm_exp.training.trainers import EngineDPOTrainer, StockDPOTrainer
 
     if config.engine == "shared":
         trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs))
+        prepare_rows(trainer, config, inputs)
         trainer.score_references(disk_cache(config))
         plan_memory(config, trainer)
         return trainer

@@ -112,10 +112,10 @@ def disk_cache(config: TrainerConfig) -> DiskCache:
 
 
 def engine_inputs(config: TrainerConfig, arguments: Any, inputs: TrainerInputs, pairs: bool = True) -> dict[str, Any]:
-    """What an engine trainer takes: the model fused with its adapter on, the rows packed, their images precomputed.
+    """What an engine trainer takes: the model fused with its adapter on, the rows packed.
 
-    Image features are cached where vision tower and connector are frozen, tiles elsewhere; those of the held-out rows
-    serve their evaluation too.
+    The held-out rows' images are precomputed here, since they serve their evaluation too; those of the training rows
+    by `precompute_images`, when the trainer says which rows it will read.
 
     Args:
         pairs: both answers of a row are trained on; else the chosen one.
@@ -124,23 +124,40 @@ def engine_inputs(config: TrainerConfig, arguments: Any, inputs: TrainerInputs, 
         inputs.model.to(arguments.device)
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
     model = attach_and_fuse(model, peft_config, arguments)
-    core = core_of(model)
-    features = config.keep_features is not False and not is_trainable(core.vision_model, core.connector)
-    if config.keep_features and not features:
+    if config.keep_features and trains_images(model):
         raise RequestError(
             "trainer.keep_features=true: part of the vision tower or the connector is trained, so image features "
             "change at every step.\nUse adapter.target=text without adapter.extra.bias, or leave it out."
         )
-    store, workers = disk_cache(config), config.dataloader_num_workers
     train, held_out = PackedDataset(inputs.preferences.train, inputs.processor), inputs.held_out.rows
-    for rows in (train, held_out):
-        if features:
-            keep_features(rows, model, inputs.held_out.pixels, store, workers)
-        if rows.features is None:
-            rows.cache_tiles(store, workers)
+    precompute_images(held_out, model, config, inputs)
     return {
         "model": model,
         "rows": train if pairs else train.chosen_only(),
         "eval_rows": None if config.eval_strategy == "no" else held_out if pairs else held_out.chosen_only(),
         **inputs.common(config, arguments),
     }
+
+
+def trains_images(model: Any) -> bool:
+    """Whether anything that makes image features is trained."""
+    core = core_of(model)
+    return is_trainable(core.vision_model, core.connector)
+
+
+def precompute_images(rows: PackedDataset, model: Any, config: TrainerConfig, inputs: TrainerInputs) -> None:
+    """Features where vision tower and connector are frozen, tiles elsewhere; neither where there is no room."""
+    store, workers = disk_cache(config), config.dataloader_num_workers
+    if config.keep_features is not False and not trains_images(model):
+        keep_features(rows, model, inputs.held_out.pixels, store, workers)
+    if rows.features is None:
+        rows.cache_tiles(store, workers)
+
+
+def prepare_rows(trainer: Any, config: TrainerConfig, inputs: TrainerInputs) -> None:
+    """Work in proportion to the steps: of the training rows, only those that will be read are prepared."""
+    rows, ahead = trainer.rows, trainer.rows_ahead()
+    if len(ahead) < len(rows):
+        log.info(f"engine: training reads {len(ahead):,} of {len(rows):,} rows, and only these are prepared")
+    rows.keep_only(ahead)
+    precompute_images(rows, trainer.model, config, inputs)

@@ -60,7 +60,7 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
     budget = min(size for size in (requested, free) if isinstance(size, int))
     spec = spec_of_model(trainer, gpu)
     unit = config.per_device_train_batch_size if trainer.batch_loss else 1
-    rows = RowSizes(trainer.rows.sizes.tolist(), pairs)
+    rows = RowSizes(trainer.rows.sizes(list(trainer.rows.images)).tolist(), pairs)
     card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else planner.CPU
     levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
     plans = planner.proposals(spec, rows, config.pairs_per_step, card, unit, levels)
@@ -126,9 +126,10 @@ def run_longest(trainer: Any, spec: MemorySpec, plan: Plan) -> None:
     set_checkpointing(trainer, plan, spec)
     token = spec.text.trained * saved_activations(spec.text, plan.checkpointing, spec.element)
     patch = spec.vision.trained * saved_activations(spec.vision, plan.vision_checkpointing, spec.element)
-    sizes = trainer.rows.sizes
+    rows = list(trainer.rows.images)
+    sizes = trainer.rows.sizes(rows)
     costs = token * sizes[:, :3].sum(1) + patch * spec.patches * sizes[:, 3]
-    longest = (-costs).argsort(kind="stable")[: plan.micro_batch].tolist()
+    longest = [rows[place] for place in (-costs).argsort(kind="stable")[: plan.micro_batch]]
     trainer.model.train()
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
         _, outputs = trainer.score(trainer.model, trainer.rows.batch(longest))

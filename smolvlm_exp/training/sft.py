@@ -25,12 +25,13 @@ def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | 
 
 def build_trainer(config: Config, arguments: "SFTConfig", inputs: TrainerInputs) -> "SFTTrainer":
     """TRL's trainer on prompt and chosen answer, ready to train; on the engine, or as it is."""
-    from smolvlm_exp.training.engine_setup import engine_inputs
+    from smolvlm_exp.training.engine_setup import engine_inputs, prepare_rows
     from smolvlm_exp.training.memory_budget import plan_memory
     from smolvlm_exp.training.trainers import EngineSFTTrainer, StockSFTTrainer
 
     if config.engine == "shared":
         trainer = EngineSFTTrainer(**engine_inputs(config, arguments, inputs, pairs=False))
+        prepare_rows(trainer, config, inputs)
         plan_memory(config, trainer, pairs=False)
         return trainer
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)

@@ -4,8 +4,6 @@ A checkpoint holds safetensors and JSON only, so that reading one runs no code, 
 tokens in clear text. transformers writes it into a staging folder, which is renamed at the end; see runs/checkpoint.py.
 """
 
-import copy
-import math
 import random
 import shutil
 import sys
@@ -18,6 +16,7 @@ from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import DPOTrainer, SFTTrainer
 
+from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
 from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
@@ -101,13 +100,9 @@ class CheckpointMixin(Trainer):
 
     def rows_of(self, step: int) -> list[int]:
         """The row numbers of an optimiser step, in this process; steps count from 1."""
-        loader: Any = self.callback_handler.train_dataloader
-        sampler, accumulation = copy.deepcopy(loader.batch_sampler), self.args.gradient_accumulation_steps
-        epoch, index = divmod(step - 1, math.ceil(len(sampler) / accumulation))
-        if hasattr(sampler.sampler, "set_epoch"):
-            sampler.sampler.set_epoch(epoch)
-        batches = list(sampler)[index * accumulation : (index + 1) * accumulation]
-        return [int(row) for batch in batches for row in batch]
+        loader = self.callback_handler.train_dataloader
+        (rows,) = step_rows(loader, self.args.gradient_accumulation_steps, [step])
+        return rows
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing after the last step: a run that was killed right after it would take one more."""

@@ -4,12 +4,15 @@ import math
 import multiprocessing
 from dataclasses import replace
 from functools import cache
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.data_loader import BatchSamplerShard, SeedableRandomSampler
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import BatchSampler
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 from trl.trainer.utils import FusedCausalLMOutput
 
@@ -17,7 +20,7 @@ from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
-from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches
+from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches, step_rows
 from smolvlm_exp.engine.layers.dora import exact_dora
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
@@ -199,6 +202,46 @@ def test_losses_that_need_their_complete_batch(bench, loss, micro_batch):
     changes = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 3, "max_steps": 2, "loss_type": loss}
     wanted = bench.stock_history(**changes)
     train_and_compare(bench.shared(micro_batch=micro_batch, **changes), wanted)
+
+
+@pytest.mark.parametrize(
+    ("changes", "count"),
+    [
+        ({"max_steps": 2}, 8),
+        ({"max_steps": -1, "num_train_epochs": 0.25}, 12),
+        ({"rows": 11, "max_steps": 5, "dataloader_drop_last": True}, 11),  # the second epoch leaves out another row
+        ({"rows": 11, "max_steps": 9}, 11),
+    ],
+    ids=str,
+)
+def test_the_rows_ahead_are_those_that_steps_read(bench, changes, count):
+    """Of all others the images are forgotten, and no number changes."""
+    changes |= {"eval_strategy": "no"}
+    trainer = bench.shared(**changes)
+    ahead = trainer.rows_ahead()
+    assert len(ahead) == count
+    trainer.rows.keep_only(ahead)
+    batch, read = trainer.rows.batch, set()
+    trainer.rows.batch = lambda numbers: read.update(numbers) or batch(numbers)
+    trainer.batches = trainer.make_loader()
+    train_and_compare(trainer, bench.shared_history(**changes), tolerance=0)
+    assert sorted(read) == ahead
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_rows_of_a_step_in_one_of_two_processes(rank):
+    sampler = SeedableRandomSampler(range(14), data_seed=3)
+    batches = BatchSamplerShard(BatchSampler(sampler, 2, drop_last=False), 2, rank)
+    expected = []
+    for epoch in range(2):
+        sampler.set_epoch(epoch)
+        units = list(batches)
+        expected += [units[0] + units[1] + units[2], units[3]]
+    sampler.set_epoch(0)
+    loader = SimpleNamespace(batch_sampler=batches)
+    assert list(step_rows(loader, 3, range(1, 5))) == expected
+    assert list(step_rows(loader, 3, [4])) == expected[3:]
+    assert sampler.epoch == 0
 
 
 def test_checkpointing_workers_and_accumulated_logs(bench):

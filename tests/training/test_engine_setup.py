@@ -56,16 +56,17 @@ def test_features_are_cached_where_the_vision_tower_is_frozen_and_tiles_elsewher
     for number, (setting, cached) in enumerate(settings.items()):
         train(quick(*step, setting, f"trainer.cache={tmp_path}/{number}"), tmp_path)
         out = capsys.readouterr().out
-        assert [kind for kind in ("features", "tiles") if f"{kind} of 32 images" in out] == [cached]
+        assert [kind for kind in ("features", "tiles") if f"{kind} of 4 images" in out] == [cached]
+        assert "training reads 4 of 32 rows, and only these are prepared" in out
 
 
 @pytest.mark.usefixtures("unseen")
 def test_a_later_run_reads_the_reference_from_the_cache(quick, tmp_path, capsys):
-    common = ("data.scene_seed=77", "trainer.max_steps=1")
+    common = ("data.scene_seed=77", "trainer.max_steps=1", "+trainer.extra.data_seed=0")
     train(quick(*common), tmp_path)
-    assert "reference: 32 rows, 32 of them computed" in capsys.readouterr().out
+    assert "reference: 4 rows, 4 of them computed" in capsys.readouterr().out
     train(quick(*common, "adapter.r=2", "trainer.learning_rate=1e-5", "seed=4"), tmp_path)
-    assert "reference: 32 rows, 0 of them computed" in capsys.readouterr().out
+    assert "reference: 4 rows, 0 of them computed" in capsys.readouterr().out
 
 
 @pytest.mark.usefixtures("unseen")

@@ -47,7 +47,7 @@ class PackedDataset(torch.utils.data.Dataset):
         ids: (T,) int32, the tokens of all rows: prompt, chosen, rejected of the first row, then of the second ...
         offsets: (3 rows + 1,) int64, where each part begins in `ids`.
         image_hashes: sha256 of each distinct image's file, in ascending order: images are numbered by it.
-        images: for each row the numbers of its images.
+        images: the numbers of each row's images, by row; see `keep_only`.
         tile_offsets: (images + 1,) where each image's tiles begin among the tiles of all.
         cached_tiles: None, or (tiles of all, 3, S, S) uint8; see `cache_tiles`.
         features: None, or (tiles of all, tokens, H); see features.py.
@@ -83,12 +83,29 @@ class PackedDataset(torch.utils.data.Dataset):
         self.locations = [first[image][0] for image in self.image_hashes]
         self.tile_offsets = [0, *accumulate(first[image][1] for image in self.image_hashes)]
         numbers = {image: number for number, image in enumerate(self.image_hashes)}
-        self.images = [[numbers[image] for image in row] for row in hashes]
+        self.images = {i: [numbers[image] for image in row] for i, row in enumerate(hashes)}
 
     def __len__(self) -> int:
-        return len(self.images)
+        return len(self.files)
+
+    def keep_only(self, rows: Sequence[int]) -> None:
+        """Forget the images of all other rows, which cannot be read from here on; the numbers of rows stay.
+
+        Tiles, features and reference log-probabilities are then computed for these rows alone.
+        """
+        used = sorted({image for i in rows for image in self.images[i]})
+        counts = np.diff(self.tile_offsets)[used].tolist()
+        numbers = {image: number for number, image in enumerate(used)}
+        self.image_hashes = [self.image_hashes[image] for image in used]
+        self.locations = [self.locations[image] for image in used]
+        self.tile_offsets = [0, *accumulate(counts)]
+        self.images = {i: [numbers[image] for image in self.images[i]] for i in rows}
 
     def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        if i >= len(self):
+            raise IndexError(i)  # which ends a loop over the rows
+        if i not in self.images:
+            raise KeyError(f"row {i} is none of the {len(self.images):,} that were prepared")
         bounds = self.offsets[3 * i : 3 * i + 4]
         sides = SIDES if self.pairs else SIDES[:2]
         row = {f"{side}_ids": self.ids[bounds[k] : bounds[k + 1]].long() for k, side in enumerate(sides)}
@@ -220,12 +237,12 @@ class PackedDataset(torch.utils.data.Dataset):
         side = self.image_processor.max_image_size["longest_edge"]
         return torch.empty(0, 3, side, side, dtype=torch.uint8)
 
-    @cached_property
-    def sizes(self) -> np.ndarray:
-        """(rows, 4) int64: tokens of the prompt, of the chosen and of the rejected answer; tiles."""
+    def sizes(self, rows: Sequence[int]) -> np.ndarray:
+        """(len(rows), 4) int64: tokens of the prompt, of the chosen and of the rejected answer; tiles."""
         counts = np.diff(self.tile_offsets)
-        tiles = [counts[row].sum() for row in self.images]
-        return np.column_stack((np.diff(self.offsets).reshape(-1, 3), np.array(tiles, dtype=np.int64)))
+        tiles = [counts[self.images[i]].sum() for i in rows]
+        tokens = np.diff(self.offsets).reshape(-1, 3)[rows]
+        return np.column_stack((tokens, np.array(tiles, dtype=np.int64)))
 
 
 def room_in_shared_memory(size: int) -> bool:

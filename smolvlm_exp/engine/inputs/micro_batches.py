@@ -1,9 +1,12 @@
 """Which rows go through the model together: an optimiser step's rows, in micro-batches of the engine's own size."""
 
+import copy
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, groupby, islice
+from operator import itemgetter
 from typing import Any
 
 import torch
@@ -50,6 +53,22 @@ class StepSampler:
             step = Step(units, self.split(units))
             self.steps.append(step)
             yield from (micro.rows for micro in step.micros)
+
+
+def step_rows(loader: Any, accumulate: int, steps: Iterable[int]) -> Iterator[list[int]]:
+    """The row numbers of optimiser steps, which count from 1, as the trainer's `loader` gives them to this process.
+
+    The loader stays as it is.
+    """
+    batches = copy.deepcopy(loader.batch_sampler)
+    sampler = getattr(batches, "batch_sampler", batches).sampler  # accelerate wraps it to cut out a process's share
+    per_epoch = math.ceil(len(batches) / accumulate)
+    for epoch, places in groupby((divmod(step - 1, per_epoch) for step in steps), itemgetter(0)):
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        units = list(batches)
+        for _, place in places:
+            yield [int(row) for unit in units[place * accumulate : (place + 1) * accumulate] for row in unit]
 
 
 def split_micro_batches(units: list[list[int]], size: int, batch_loss: bool) -> list[MicroBatch]:

@@ -33,7 +33,7 @@ VERSION = 2  # raise when the numbers change for a reason that no part of the ke
 def reference_logps(
     rows: PackedDataset, score: Score, key_parts: dict[str, Any], store: DiskCache, batch_size: int, num_workers: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of all rows' answers: those in the store are read, the others computed, each row once.
+    """Log-probabilities of the rows' answers: those in the store are read, the others computed, each row once.
 
     Of several runs that need them at once the first computes. Processes of a torch.distributed group call it together
     and share the rows out.
@@ -45,7 +45,7 @@ def reference_logps(
         num_workers: processes that prepare batches.
 
     Returns:
-        chosen, rejected: (rows,) float32 on the CPU.
+        chosen, rejected: (rows,) float32 on the CPU; nan for rows without their images (`keep_only`).
 
     Raises:
         ValueError: one of them is not finite.
@@ -57,22 +57,24 @@ def reference_logps(
 
     with store.locked(name) as writable:
         stored = broadcast_from_rank0(lambda: read_table(store, name))
-        missing = {key: i for i, key in enumerate(keys) if key not in stored}  # one row per key
+        missing = {key: i for i, key in keys.items() if key not in stored}  # one row per key
         computed = compute(rows, list(missing.values()), score, batch_size, num_workers)
         made = dict(zip(missing, computed, strict=True))
         if made and writable:
             write_table(store, name, made, parts)
     log.info(f"reference: {len(keys):,} rows, {len(made):,} of them computed, {time.perf_counter() - start:.1f} s")
     table = {**stored, **made}
-    chosen, rejected = torch.tensor([table[key] for key in keys], dtype=torch.float32).view(-1, 2).T.contiguous()
+    logps = torch.full((2, len(rows)), torch.nan)
+    logps[:, list(keys)] = torch.tensor([table[key] for key in keys.values()]).view(-1, 2).T
+    chosen, rejected = logps
     return chosen, rejected
 
 
 def compute(rows: PackedDataset, missing: list[int], score: Score, batch_size: int, num_workers: int) -> list[Logps]:
     """The two log-probabilities of each missing row; every process of a group scores a share of the batches."""
     rank, processes = rank_world()
-    lengths = rows.sizes[:, :3].sum(1)
-    ordered = sorted(missing, key=lambda i: -lengths[i])  # longest first, so that running out of memory shows at once
+    longest_first = (-rows.sizes(missing)[:, :3].sum(1)).argsort(kind="stable")  # running out of memory shows at once
+    ordered = [missing[place] for place in longest_first]
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)][rank::processes]
     loader = batch_loader(rows.batch, batches, num_workers=min(num_workers, len(batches)))
     scored = [
@@ -109,15 +111,15 @@ def write_table(store: DiskCache, name: str, table: Table, parts: Any) -> None:
     store.get(entry, {"keys": (torch.uint8, keys.shape), "logps": (torch.float32, (len(table), 2))}, fill, parts)
 
 
-def row_keys(rows: PackedDataset) -> list[bytes]:
+def row_keys(rows: PackedDataset) -> dict[int, bytes]:
     """16 bytes per row: a hash of its token ids (so of tokenizer, template and truncation) and its images' files."""
     ids, offsets = rows.ids.numpy(), rows.offsets
-    keys = []
-    for i, images in enumerate(rows.images):
+    keys = {}
+    for i, images in rows.images.items():
         bounds = offsets[3 * i : 3 * i + 4]
         digest = hashlib.blake2b(np.diff(bounds).tobytes(), digest_size=16)
         digest.update(ids[bounds[0] : bounds[-1]].tobytes())
         for image in images:
             digest.update(rows.image_hashes[image])
-        keys.append(digest.digest())
+        keys[i] = digest.digest()
     return keys

@@ -101,7 +101,7 @@ RESOLUTIONS = (
 def test_ids_and_pixels_are_those_of_trls_collator(mixed, room, resolution):
     processor = load_processor(compose(*resolution.split()).model)
     normalise, full = pixels(processor), packed(mixed, processor)
-    max_length = None if room is None else int(full.sizes[:, 0].max()) + room
+    max_length = None if room is None else int(full.sizes(range(len(full)))[:, 0].max()) + room
     prepared = prepare(mixed, processor, DataConfig(max_length=max_length))
     rows = PackedDataset(prepared, processor)
     assert len(rows) == len(mixed)
@@ -129,7 +129,21 @@ def test_a_batch_is_trls_with_its_row_numbers(processor, prepared, rows):
 
 def test_sizes(rows):
     parts = ("prompt_ids", "chosen_ids", "rejected_ids", "tiles")
-    assert rows.sizes.tolist() == [[len(row[name]) for name in parts] for row in rows]
+    sizes = [[len(row[name]) for name in parts] for row in rows]
+    assert rows.sizes(range(6)).tolist() == sizes
+    assert rows.sizes([4, 1]).tolist() == [sizes[4], sizes[1]]
+
+
+def test_rows_that_are_not_kept_lose_their_images(rows, tiles, processor, prepared):
+    rows.keep_only([1, 4])
+    assert rows.image_hashes == PackedDataset(prepared.select([1, 4]), processor).image_hashes
+    assert len(rows) == 6
+    rows.cache_tiles(RAM, 0)
+    assert len(rows.cached_tiles) == len(tiles[1]) + len(tiles[4])
+    assert torch.equal(rows[1]["tiles"], tiles[1])
+    assert torch.equal(rows.batch([4, 1])["packed"]["tiles"], torch.cat([tiles[4], tiles[1]]))
+    with pytest.raises(KeyError, match="row 2 is none of the 2 that were prepared"):
+        rows[2]
 
 
 def test_references_come_with_the_rows(rows):
