@@ -1,7 +1,10 @@
 """Hydra-composed experiments that fine-tune SmolVLM with QLoRA, DoRA and DPO on the GPU you own."""
 
 import sys
+import time
 from typing import Any
+
+IMPORTED = time.perf_counter()  # a command has just begun
 
 __version__ = "0.1.0"
 

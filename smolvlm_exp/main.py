@@ -32,6 +32,7 @@ from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_settings
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
+from smolvlm_exp.utils.phases import clock
 from smolvlm_exp.utils.startup import configure_logging, fast_imports, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
 
@@ -69,6 +70,7 @@ def evaluate(overrides: Sequence[str] = ()) -> Run:
 
 
 def run_task(task: str, overrides: Sequence[str]) -> Run:
+    clock.restart()
     configure_logging()
     register_schemas()
     args = get_args_parser().parse_args(["--", f"task={task}", *overrides])
@@ -107,8 +109,11 @@ def execute(config: Config, folder: Path) -> Any:
             check_torchvision()
             silence_upstream()
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
-    with lock_run_folder(folder) if name == "train" else nullcontext():
-        return task(config, folder)
+    try:
+        with lock_run_folder(folder) if name == "train" else nullcontext():
+            return task(config, folder)
+    finally:
+        clock.restart()  # another job may follow in this process
 
 
 @hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")

@@ -15,6 +15,7 @@ from typing import Any, TextIO
 
 from wandb.sdk.data_types._private import MEDIA_TMP
 
+from smolvlm_exp.utils.phases import clock
 from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 
 TASKS = ("train", "evaluate", "generate", "compare", "export", "chat", "doctor", "plan")
@@ -39,6 +40,7 @@ with fast_imports():
         import_module(f"smolvlm_exp.{module}")
 gc.freeze()
 command = wait_for_command(answers)
+clock.restart()
 for number, path in enumerate((os.devnull, command["stdout"], command["stderr"])):
     os.dup2(os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_CREAT), number)
 os.chdir(command["cwd"])

@@ -77,6 +77,22 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
 
 
 @pytest.fixture
+def bars(monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple[float, float | None]]:
+    """The progress bars that a terminal would have shown, by label: how far the last one came, and its total."""
+    from rich.progress import Progress
+
+    from smolvlm_exp.utils import progress
+
+    ended: dict[str, tuple[float, float | None]] = {}
+    monkeypatch.setattr(progress, "somebody_watches", lambda: True)
+    monkeypatch.setattr(progress, "DELAY", 3600.0)
+    monkeypatch.setattr(
+        Progress, "stop", lambda bar: ended.update({t.description: (t.completed, t.total) for t in bar.tasks})
+    )
+    return ended
+
+
+@pytest.fixture
 def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs that only train: they are not evaluated before and after, which takes most of a short run's time."""
     import torch
@@ -91,7 +107,7 @@ def unseen(monkeypatch: pytest.MonkeyPatch) -> None:
         looks.append(Evaluation({}, Logps(*sides, *torch.full((2, 1), 50.0)), ["A star."] * 4))
         return looks[-1]
 
-    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", look)
+    monkeypatch.setattr("smolvlm_exp.tasks.result.evaluate", look)
     monkeypatch.setattr("smolvlm_exp.tasks.result.Result.reload_check", lambda *args: [])
 
 

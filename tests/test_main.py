@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -45,10 +46,16 @@ def test_a_run_leaves_what_it_promises_and_replays(command, tmp_path):
     assert "preference_accuracy" in done.stdout
     assert "first/report.html" in done.stdout
 
+    began = time.time()
     done = command("--config-path", "first/.hydra", "--config-name", "config", "hydra.run.dir=second")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "second") == losses(first)
     again = json.loads((tmp_path / "second" / "summary.json").read_text())
+    seconds, took = again["seconds_by_phase"], (tmp_path / "second" / "summary.json").stat().st_mtime - began
+    assert sum(seconds.values()) == pytest.approx(again["seconds"])
+    assert again["seconds"] == pytest.approx(took, rel=0.02, abs=0.1)
+    assert {"startup", "data", "model", "evaluation_before", "training", "evaluation_after", "saving"} < seconds.keys()
+    assert re.search(rf"training steps +│ {seconds['training']:.1f} ", done.stdout)
     assert again["after"] == summary["after"]
     assert again["settings"] == summary["settings"]
 
@@ -111,7 +118,10 @@ def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):
     inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
     read = subprocess.run(inspect, capture_output=True, text=True, timeout=60, env={**os.environ, **env}).stdout
     assert "rewards/margins" in read
-    for key in ("after/preference_accuracy", "after/preference_accuracy/low", "change/preference_accuracy/p"):
+    for key in (
+        "after/preference_accuracy", "after/preference_accuracy/low", "change/preference_accuracy/p",
+        "seconds/training",
+    ):  # fmt: skip
         assert f'"{key}"' in read
     assert list(run.glob("files/media/table/answers*.table.json"))
     (told,) = (json.loads(path.read_text()) for path in run.glob("files/media/table/checks*.table.json"))

@@ -27,6 +27,7 @@ from smolvlm_exp.data.tokens import processor_key
 from smolvlm_exp.data.validation import COUNTS, SIDES, RowPreparer, prepared_features
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.phases import phase
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,6 +65,7 @@ def load_rows(config: DataConfig, split: str) -> "Dataset":
     return rows
 
 
+@phase("data")
 def load_preferences(
     config: DataConfig, processor: "ProcessorMixin", folder: Path, splits: Sequence[str] = ("train", "test")
 ) -> Preferences:

@@ -21,6 +21,7 @@ from smolvlm_exp.engine.memory.planner import BATCH_LOSSES
 from smolvlm_exp.engine.model_parts import base_of, core_of, is_trainable
 from smolvlm_exp.engine.packed_trainer import PackedTrainer
 from smolvlm_exp.engine.precompute.reference import reference_logps
+from smolvlm_exp.utils.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,7 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         chosen, rejected = self.compute_ref_log_probs(self.model, fields)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
+    @phase("reference")
     def score_references(self, store: DiskCache, live: bool = False) -> None:
         """The reference's log-probabilities of all rows, read or computed; before training, when it is the policy.
 
@@ -77,11 +79,11 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         Args:
             live: those of the training rows come with every batch instead; see `can_be_live`.
         """
-        if self.live:
-            log.info("reference: recomputed per batch (int8 results depend on the batch)")
-            return
         model = self.model
         assert isinstance(model, nn.Module)
+        if depends_on_its_batch(model):
+            log.info("reference: recomputed per batch (int8 results depend on the batch)")
+            return
         if self.is_fsdp_enabled:
             model.to(self.accelerator.device)
         model.eval()

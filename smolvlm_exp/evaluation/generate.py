@@ -21,6 +21,7 @@ from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.engine.memory.probe import free_memory, out_of_memory
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.utils.distributed import rank_slice, rank_world, scatter_map
+from smolvlm_exp.utils.progress import progress, track
 from smolvlm_exp.utils.units import GIB
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+ANSWERS = "answers"  # the label of a progress bar
 TIMED_TOKENS = 32  # of an answer whose speed is measured
 UPSTREAM_ROWS = 8  # that transformers' `generate` gets at a time
 
@@ -94,7 +96,7 @@ def sampled_by(
     parts = sample(
         decoder, prompts, sampling, end, processor.image_token_id, rows=plan.rows, prefill_tokens=plan.prefill_tokens
     )
-    answers = {i: answer for i, (answer,) in parts}
+    answers = {i: answer for i, (answer,) in track(parts, ANSWERS, len(prompts))}
     return [answers[i] for i in range(len(prompts))]
 
 
@@ -153,9 +155,11 @@ def upstream_answers(model: Any, processor: Any, rows: Sequence[dict[str, Any]],
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        advance(len(texts))
         return [text.strip() for text in texts]
 
-    answers = dict(zip(order, chain(*scatter_map(starts, answer, model)), strict=True))
+    with progress(ANSWERS, len(rows) // rank_world()[1]) as advance:
+        answers = dict(zip(order, chain(*scatter_map(starts, answer, model)), strict=True))
     return [answers[i] for i in range(len(rows))]
 
 
@@ -195,9 +199,8 @@ def generation_speed(
 ) -> list[Speed]:
     """For answers of exactly TIMED_TOKENS tokens to the first prompts."""
     model.eval()
-    return [
-        batch_speed(model, processor, prompts[:size]) for size in sorted({min(s, len(prompts)) for s in batch_sizes})
-    ]
+    sizes = sorted({min(size, len(prompts)) for size in batch_sizes})
+    return [batch_speed(model, processor, prompts[:size]) for size in track(sizes, "speed of answers", len(sizes))]
 
 
 def batch_speed(model: Any, processor: Any, prompts: Sequence[Prompt]) -> Speed:

@@ -17,14 +17,16 @@ from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.evaluation.generate import generate_answers, packed_prompts, tile_features
 from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
-from smolvlm_exp.evaluation.preference import Images, Logps, answer_logps, packed_logps, preference_metrics
+from smolvlm_exp.evaluation.preference import LOGPS, Images, Logps, answer_logps, packed_logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import Ratio
+from smolvlm_exp.utils.progress import track
 
 if TYPE_CHECKING:
     from transformers import ProcessorMixin
 
     from smolvlm_exp.data.preferences import Preferences
 
+ABLATION = "log-probs with other images"  # a progress bar's label
 SAMPLES = 12  # answers that are generated for the report where no truth is known
 
 
@@ -77,8 +79,8 @@ class HeldOut:
             return packed_logps(model, self.rows, self.batches(count))
         return self.stock_logps(model, self.preferences.test.select(range(count)))
 
-    def stock_logps(self, model: Any, rows: Any) -> Logps:
-        return answer_logps(model, self.processor, rows, self.batch_size, self.max_length)
+    def stock_logps(self, model: Any, rows: Any, label: str = LOGPS) -> Logps:
+        return answer_logps(model, self.processor, rows, self.batch_size, self.max_length, label)
 
     def image_reliance(self, model: Any, logps: Logps) -> dict[str, Ratio]:
         """What the first rows' chosen answers lose with other images; nothing where rows have no image.
@@ -91,13 +93,15 @@ class HeldOut:
         if self.reads_packed(model):
             if self.replaced is None:
                 self.replaced = self.packed_images(model, replacements(self.images(count)))
-            others = {name: packed_logps(model, self.rows, batches, own) for name, own in self.replaced.items()}
+            others = {
+                name: packed_logps(model, self.rows, batches, own, ABLATION) for name, own in self.replaced.items()
+            }
         else:
             rows = list(self.preferences.test.select(range(batches[-1][-1] + 1)))
             others = {}
             for name, images in replacements(self.images(count)).items():
                 changed = [{**row, "images": own} for row, own in zip(rows, images, strict=False)]
-                others[name] = self.stock_logps(model, [*changed, *rows[count:]])
+                others[name] = self.stock_logps(model, [*changed, *rows[count:]], ABLATION)
         return {name: chosen_drop(logps, other, count) for name, other in others.items()}
 
     def answers(self, model: Any, count: int, sampling: Sampling) -> list[str]:
@@ -141,7 +145,10 @@ class HeldOut:
                     done[id(image)] = tile_features(model, tiles, self.pixels).cpu() if kept else tiles
             return {self.rows.kind: torch.cat([done[id(image)] for image in images])}
 
-        return {name: {i: read(own) for i, own in enumerate(rows)} for name, rows in replaced.items()}
+        return {
+            name: {i: read(own) for i, own in enumerate(track(rows, "other images", len(rows)))}
+            for name, rows in replaced.items()
+        }
 
 
 def evaluate(

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOGPS = "log-probs of the answers"  # a progress bar's label
 Images = dict[int, dict[str, torch.Tensor]]  # by row: the tiles or features that take the place of its own
 
 
@@ -35,7 +36,11 @@ class Logps:
 
 
 def packed_logps(
-    model: "PreTrainedModel", rows: PackedDataset, batches: Sequence[list[int]], images: Images | None = None
+    model: "PreTrainedModel",
+    rows: PackedDataset,
+    batches: Sequence[list[int]],
+    images: Images | None = None,
+    label: str = LOGPS,
 ) -> Logps:
     """Log-probabilities of both answers of the rows in `batches`, in their order, by the engine's packed forward.
 
@@ -44,6 +49,7 @@ def packed_logps(
     Args:
         model: one that engine/forward.py's `add_pair_forward` has changed.
         images: that take the place of some rows' own.
+        label: of the progress bar.
     """
     model.eval()
 
@@ -67,7 +73,7 @@ def packed_logps(
         log.warning(f"Out of memory evaluating {len(numbers)} pairs at once: scoring them in halves")
         return torch.cat([score(numbers[:half]), score(numbers[half:])], dim=-1)
 
-    return joined(scatter_map(batches, score, model))
+    return joined(scatter_map(batches, score, model, label))
 
 
 def joined(parts: list[torch.Tensor]) -> Logps:
@@ -82,6 +88,7 @@ def answer_logps(
     rows: "Dataset | Sequence[dict[str, Any]]",
     batch_size: int,
     max_length: int | None,
+    label: str = LOGPS,
 ) -> Logps:
     """`packed_logps` of all rows by a model's ordinary forward pass, collated as stock TRL does it in training."""
     collator = DataCollatorForVisionPreference(processor, max_length=max_length)
@@ -100,7 +107,7 @@ def answer_logps(
         logps = sequence_logps(logits, inputs["input_ids"][:, -answers:], mask[:, -answers:])
         return torch.stack([logps, mask.sum(1)]).view(2, 2, -1).cpu()
 
-    return joined(scatter_map(batches, score, model))
+    return joined(scatter_map(batches, score, model, label))
 
 
 def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -4,18 +4,20 @@ import contextlib
 import logging
 import threading
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapter, saved_adapter
+from smolvlm_exp.models.processor_check import check_files, check_processor
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.resolution import FILES, Resolution, saved_resolution
 from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.phases import phase
 
 if TYPE_CHECKING:
     import torch
@@ -70,13 +72,16 @@ def device_map(requested: str | None) -> Any:
     return {"": torch.cuda.current_device()} if requested == "auto" else requested
 
 
+@phase("model")
 def load_processor(config: ModelConfig) -> Any:
     """The model's processor, at the resolution that `config` asks for.
 
     Raises:
-        RequestError: it cannot be loaded, or has no such resolution.
+        RequestError: it cannot be loaded, is another model's, or has no such resolution.
     """
     processor: Any = checkpoint_processor(config)
+    if config.weights == "pretrained":
+        check_processor(processor, partial(checkpoint_file, config))
     own = Resolution.of(processor.image_processor.to_dict())
     chosen = choose_resolution(config, own)
     if chosen != own or not chosen.upscale:
@@ -124,11 +129,25 @@ def from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
     local = not Path(source).is_dir() and is_offline()
     try:
         return loader.from_pretrained(source, revision=config.revision, local_files_only=local, **kwargs)
-    except (ImportError, OSError, ValueError) as error:
+    except Exception as error:
+        check_files(partial(checkpoint_file, config), Path(source) if Path(source).is_dir() else None)
+        if not isinstance(error, ImportError | OSError | ValueError):
+            raise
         advice = "Give a folder that holds the model, connect to the Hub, or use model.weights=random."
         if isinstance(error, ImportError):
             advice = "Install what it needs: pip install '.[gpu]'"
         raise RequestError(f"model.id={config.id}: {first_line(error)}\n{advice}") from error
+
+
+def checkpoint_file(config: ModelConfig, name: str) -> Path | None:
+    """A file of the checkpoint, where it is on this disk: in its folder or in the Hub's cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    folder = EMBEDDED if config.id == "embedded" else Path(config.id).expanduser()
+    if folder.is_dir():
+        return file if (file := folder / name).is_file() else None
+    cached = try_to_load_from_cache(config.id, name, revision=config.revision) if "/" in config.id else None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 def ping(seconds: float) -> str:

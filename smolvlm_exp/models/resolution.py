@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, first_line
 
 MAX_TILES = 4  # along the long edge: as many as every released checkpoint has, and as SmolVLM was trained with
 SETTINGS = ("longest_edge", "image_splitting", "upscale")  # of `model`
 FILES = ("processor_config.json", "preprocessor_config.json")  # where an image processor's configuration is saved
+RESTORE = "Copy it again from the model or the run that it belongs to; in the Hub's cache, delete it."
 
 
 @dataclass(frozen=True)
@@ -32,13 +33,13 @@ class Resolution:
 
     @classmethod
     def of(cls, options: dict[str, Any]) -> Self:
-        """From an image processor's configuration, as it is saved."""
-        return cls(
-            options["max_image_size"]["longest_edge"],
-            options["size"]["longest_edge"],
-            options.get("do_image_splitting", True),
-            options.get("upscale", True),
-        )
+        """From an image processor's configuration, as it is saved.
+
+        Raises:
+            ValueError: it has no such sizes.
+        """
+        tile, longest_edge = (saved_edge(options, name) for name in ("max_image_size", "size"))
+        return cls(tile, longest_edge, options.get("do_image_splitting", True), options.get("upscale", True))
 
     def resized_edge(self, width: int, height: int) -> int:
         """Pixels to which the long edge of an image is resized: nothing else decides this.
@@ -75,6 +76,14 @@ class Resolution:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
+def saved_edge(options: dict[str, Any], name: str) -> int:
+    size = options.get(name)
+    edge = size.get("longest_edge") if isinstance(size, dict) else None
+    if not isinstance(edge, int) or edge < 1:
+        raise ValueError(f"its {name}.longest_edge is {edge}, no number of pixels")
+    return edge
+
+
 def check_longest_edge(pixels: int, tile: int) -> None:
     sizes = [tiles * tile for tiles in range(1, MAX_TILES + 1)]
     if pixels in sizes:
@@ -87,10 +96,31 @@ def check_longest_edge(pixels: int, tile: int) -> None:
 
 
 def saved_resolution(files: Iterable[Path]) -> Resolution | None:
-    """From the first of these files, `FILES` of a saved processor, that describes an image processor."""
-    for file in files:
-        options = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-        options = options.get("image_processor", options)
-        if "max_image_size" in options:
-            return Resolution.of(options)
+    """From the first of these files, `FILES` of a saved processor, that describes an image processor.
+
+    Raises:
+        RequestError: it is damaged, or another model's.
+    """
+    for file in filter(Path.is_file, files):
+        saved = read_options(file)
+        options = saved["image_processor"] if isinstance(saved.get("image_processor"), dict) else saved
+        if "size" in options or "max_image_size" in options:
+            try:
+                return Resolution.of(options)
+            except ValueError as error:
+                raise RequestError(f"{file} is not a SmolVLM's: {error}.\n{RESTORE}") from error
     return None
+
+
+def read_options(file: Path) -> dict[str, Any]:
+    """
+    Raises:
+        RequestError: the file is not a JSON object; it names the file.
+    """
+    try:
+        options = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{file} is damaged: {first_line(error)}.\n{RESTORE}") from error
+    if not isinstance(options, dict):
+        raise RequestError(f"{file} is damaged: it is not a JSON object.\n{RESTORE}")
+    return options

@@ -17,6 +17,7 @@ from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, humanize, number, percent
 from smolvlm_exp.utils.paths import relative_to_cwd
+from smolvlm_exp.utils.phases import PHASES
 
 if TYPE_CHECKING:
     from smolvlm_exp.reporting.summary import Sample  # which imports torch; task=compare does without
@@ -81,6 +82,7 @@ def write_report(
         histories=[sample.card() for sample in histories],
         speed=summary.get("speed"),
         train=train_facts(train) if train else (),
+        phases=phase_facts(summary.get("seconds_by_phase", {})),
         config=yaml.safe_dump(config, sort_keys=False, allow_unicode=True, width=100),
         versions=summary["versions"],
         commands=reproduce_commands(folder, summary["status"]),
@@ -184,6 +186,11 @@ def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:
         ("last loss", train["last_loss"]),
         ("trainable parameters", f"{trainable:,} of {total:,} ({percent(trainable / total, 2)})"),
     ]
+
+
+def phase_facts(seconds: dict[str, float]) -> list[tuple[str, str]]:
+    total = sum(seconds.values())
+    return [(PHASES[name], f"{duration(taken)} ({percent(taken / total)})") for name, taken in seconds.items()]
 
 
 def reproduce_commands(folder: Path, status: str) -> list[tuple[str, str]]:

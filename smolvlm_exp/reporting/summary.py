@@ -13,6 +13,7 @@ from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
 from smolvlm_exp.evaluation.statistics import Change, changes, intervals
 from smolvlm_exp.reporting.html import embed, highlight
+from smolvlm_exp.utils.phases import PHASES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -66,6 +67,16 @@ def print_results(console: Console, summary: dict[str, Any], names: tuple[str, s
         detail = f"; {check['detail']}" if check["detail"] else ""
         line = f"{check['verdict']:>4}  {check['name']}: {check['value']:.2g} ({check['threshold']}){detail}"
         console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def print_phases(console: Console, seconds: dict[str, float]) -> None:
+    """Where the time went, phase by phase; those of less than a tenth of a second are in the total alone."""
+    table = Table("time", "seconds", "share")
+    total = sum(seconds.values())
+    for name, taken in [*seconds.items(), ("total", total)]:
+        if taken >= 0.1:
+            table.add_row(PHASES.get(name, name), f"{taken:.1f}", f"{taken / total:.0%}")
+    console.print(table)
 
 
 def samples(preferences: Preferences, before: list[str], after: list[str]) -> list[Sample]:

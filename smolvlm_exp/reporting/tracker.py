@@ -143,6 +143,7 @@ def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", ex
     flat: dict[str, Any] = {key: summary[key] for key in ("status", "checks_passed") if key in summary}
     for part in ("before", "after", "train"):
         flat |= {f"{part}/{key}": value for key, value in summary.get(part, {}).items()}
+    flat |= {f"seconds/{key}": value for key, value in summary.get("seconds_by_phase", {}).items()}
     for key, (low, high) in summary.get("intervals", {}).get("after", {}).items():
         flat |= {f"after/{key}/low": low, f"after/{key}/high": high}
     for key, change in summary.get("changes", {}).items():

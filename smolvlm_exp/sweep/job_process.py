@@ -33,6 +33,7 @@ from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_resu
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.formatting import duration
+from smolvlm_exp.utils.phases import clock
 from smolvlm_exp.utils.startup import configure_logging, silence_upstream
 
 log = logging.getLogger(__name__)
@@ -124,6 +125,7 @@ def describe_exit(exit_code: int) -> str:
 def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
     """Runs in the child. Its exit code: 0 done or run by another command, 1 failed, 75 stopped after saving."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the server ignores it
+    clock.restart()
     os.chdir(home)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:

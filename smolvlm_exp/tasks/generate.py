@@ -14,11 +14,12 @@ from smolvlm_exp.data.images import ImageError, ImageLimits, locate, open_image
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.engine.generation.sampler import ROWS
 from smolvlm_exp.engine.generation.sampling import Sampling
-from smolvlm_exp.evaluation.generate import generate_answers
+from smolvlm_exp.evaluation.generate import ANSWERS, generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import json_lines
 from smolvlm_exp.utils.paths import relative_to_cwd
+from smolvlm_exp.utils.progress import progress
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def generate(config: Config, folder: Path) -> Path:
     processor = load_processor(config.model)
     max_edge, limits = config.data.max_edge, ImageLimits.of(config.data)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a", encoding="utf-8") as file:
+    with path.open("a", encoding="utf-8") as file, progress(ANSWERS, len(left) * len(names)) as advance:
         for start in range(0, len(left), ROWS):
             rows: list[dict[str, Any]] = []
             lines: list[dict[str, Any]] = [asdict(question) for question in left[start : start + ROWS]]
@@ -61,6 +62,7 @@ def generate(config: Config, folder: Path) -> Path:
                     rows.append({"images": [image], "prompt": [user(line["question"])]})
                 except ImageError as error:
                     line["problem"] = f"the image {error}"
+                    advance(len(names))
             for name, mode in models.items():
                 with mode():
                     sampling = Sampling(task.max_new_tokens, temperature=task.temperature, seed=config.seed + start)

@@ -2,7 +2,6 @@
 
 import contextlib
 import sys
-import time
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -12,14 +11,16 @@ from peft import PeftModel
 from rich.console import Console
 from transformers import TrainerCallback
 
+from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, compare_evaluations
 from smolvlm_exp.evaluation.comparison import save_per_row
-from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
+from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut, evaluate
+from smolvlm_exp.evaluation.preference import Logps
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
-from smolvlm_exp.reporting.summary import print_results, sample_histories, samples, summarize
+from smolvlm_exp.reporting.summary import print_phases, print_results, sample_histories, samples, summarize
 from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
@@ -30,6 +31,7 @@ from smolvlm_exp.training.sanity_checks import ParameterMonitor
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
+from smolvlm_exp.utils.phases import phase, seconds_by_phase
 from smolvlm_exp.utils.versions import versions
 
 
@@ -43,7 +45,6 @@ class Result:
     def __init__(self, config: Config, folder: Path, held_out: HeldOut) -> None:
         self.config, self.folder, self.held_out = config, folder, held_out
         self.preferences = preferences = held_out.preferences
-        self.began = time.perf_counter()
         self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
             "status": "failed",
@@ -59,6 +60,7 @@ class Result:
         }
 
     def __enter__(self) -> "Result":
+        log_tuned_settings(self.config)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -66,7 +68,7 @@ class Result:
             pruned = isinstance(error, Pruned)
             self.summary["status"] = "pruned" if pruned else "failed"
             self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
-            self.summary["advice"] = self.advice()
+            self.summary |= {"advice": self.advice(), **self.seconds()}
             with contextlib.suppress(OSError):  # a full disk may have ended the run
                 write_json(self.folder / "summary.json", self.summary)
             self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
@@ -79,10 +81,22 @@ class Result:
         every = self.config.trainer.sample_steps
         return [self.metrics, SamplesCallback(every, self.held_out, lambda: self.before.answers, self.metrics)]
 
-    def monitor_parameters(self, model: Any) -> None:
-        """Called before training, so that the checks can compare the weights."""
-        self.monitor = ParameterMonitor(model)
+    @phase("evaluation_before")
+    def evaluate_before(self, trainer: Any) -> None:
+        """Called before training; the checks compare the weights too."""
+        self.monitor = ParameterMonitor(trainer.model)
+        self.before = self.evaluate(trainer)
 
+    @phase("evaluation_after")
+    def evaluate_after(self, trainer: Any) -> None:
+        self.after = self.evaluate(trainer, self.before.logps)
+
+    def evaluate(self, trainer: Any, reference: Logps | None = None) -> Evaluation:
+        model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
+        scale, tokens = config.trainer.reward_scale, config.task.max_new_tokens
+        return evaluate(model, self.held_out, reference, scale, max_new_tokens=tokens)
+
+    @phase("saving")
     def save(self, trainer: Any) -> None:
         """Write and print everything; a stopped run has no adapter and no evaluation after training."""
         model = trainer.accelerator.unwrap_model(trainer.model)
@@ -96,7 +110,7 @@ class Result:
             "status": "done" if self.after else "stopped",
             **summarize(self.before, self.after, checks),
             "train": self.training_summary(trainer, model),
-            "seconds": time.perf_counter() - self.began,
+            **self.seconds(),
         }
         self.summary["advice"] = self.advice()
         shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
@@ -106,7 +120,14 @@ class Result:
         between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
         write_report(self.folder, self.summary, asdict(self.config), shown, between)
         self.tracker.finish(self.summary, shown)
+        self.summary |= self.seconds()  # with the report's and the tracker's
+        write_json(self.folder / "summary.json", self.summary)
         self.print()
+
+    def seconds(self) -> dict[str, Any]:
+        """Of the whole run so far, from its imports on, and of each phase."""
+        phases = seconds_by_phase()
+        return {"seconds": sum(phases.values()), "seconds_by_phase": phases}
 
     def advice(self) -> list[str]:
         return advise(self.summary, asdict(self.config), read_events(self.folder / "metrics.jsonl"))
@@ -143,15 +164,17 @@ class Result:
 
     def print(self) -> None:
         """The final table, the checks, the advice, speed and the report's path."""
-        print_results(Console(), self.summary)
+        console = Console()
+        print_results(console, self.summary)
         for advice in self.summary["advice"]:
             print(f"advice: {advice}")
         train = self.summary["train"]
         print(
             f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "
             f"{train['memory_peak_gib']:.2f} GiB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
-            f"parameters trained; total {time.perf_counter() - self.began:.0f} s"
+            "parameters trained"
         )
+        print_phases(console, self.summary["seconds_by_phase"])
         print(f"{relative_to_cwd(self.folder)}/report.html")
 
 

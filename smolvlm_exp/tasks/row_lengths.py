@@ -16,7 +16,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import load_rows
 from smolvlm_exp.data.tokens import image_span
-from smolvlm_exp.models.model import EMBEDDED, ModelConfig, choose_resolution
+from smolvlm_exp.models.model import ModelConfig, checkpoint_file, choose_resolution
 from smolvlm_exp.models.resolution import FILES, MAX_TILES, Resolution, saved_resolution
 from smolvlm_exp.models.shape import Shape
 from smolvlm_exp.utils.errors import RequestError
@@ -132,17 +132,6 @@ def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
         return lambda text: math.ceil(len(text) / CHARS_PER_TOKEN), f"one token per {CHARS_PER_TOKEN} letters"
     tokenizer = Tokenizer.from_file(str(file))
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "the model's own tokenizer"
-
-
-def checkpoint_file(model: ModelConfig, name: str) -> Path | None:
-    """A file of the checkpoint, where it is on this disk: in its folder or in the Hub's cache."""
-    from huggingface_hub import try_to_load_from_cache
-
-    folder = EMBEDDED if model.id == "embedded" else Path(model.id).expanduser()
-    if (folder / name).is_file():
-        return folder / name
-    cached = try_to_load_from_cache(model.id, name, revision=model.revision) if "/" in model.id else None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def hub_rows(data: Any) -> int | None:

@@ -2,17 +2,15 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 
-from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.evaluation.held_out import HeldOut, evaluate
+from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
@@ -47,7 +45,6 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
         preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
         packed=config.trainer.engine == "shared",
     )  # fmt: skip
-    evaluate_held_out = partial(evaluate, held_out=held_out, max_new_tokens=config.task.max_new_tokens)
     model, peft_config = load_trainable_model(*groups, config.seed)
     identity = check_same_run(asdict(config), checkpoint, preferences.train, model)
 
@@ -56,13 +53,9 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
         callbacks = [*result.callbacks(), stop, *watchers]
         inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
-        log_tuned_settings(config)
-        result.monitor_parameters(trainer.model)
-        result.before = evaluate_held_out(trainer.model)
+        result.evaluate_before(trainer)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if not stop.agreed():  # checked once: after this there is nothing left to save for later
-            tuned = trainer.accelerator.unwrap_model(trainer.model)
-            scale = config.trainer.reward_scale
-            result.after = evaluate_held_out(tuned, reference=result.before.logps, beta=scale)
+            result.evaluate_after(trainer)
         result.save(trainer)
     return result.summary

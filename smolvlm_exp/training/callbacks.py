@@ -27,6 +27,7 @@ from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
+from smolvlm_exp.utils.phases import phase
 from smolvlm_exp.utils.signals import StopRequest
 from smolvlm_exp.utils.units import GIB
 
@@ -149,6 +150,7 @@ class SamplesCallback(TrainerCallback):
         if self.rows and state.global_step == 0:
             self.record(state, self.start()[: len(self.rows)])
 
+    @phase("samples")
     def on_step_end(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         steps = math.ceil(self.every * state.max_steps) if self.every < 1 else int(self.every)
         if not self.rows or state.global_step % steps:

@@ -25,6 +25,7 @@ from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, budget_of
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.phases import phase
 from smolvlm_exp.utils.units import bytes_of
 
 log = logging.getLogger(__name__)
@@ -63,6 +64,7 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
         log.info("engine: both answers of a pair share the dropout mask on their prompt")
 
 
+@phase("model")
 def load_trainable_model(
     trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int
 ) -> tuple[Any, LoraConfig | None]:

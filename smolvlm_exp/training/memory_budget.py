@@ -21,6 +21,7 @@ from smolvlm_exp.training.arguments import TrainerConfig, budget_of
 from smolvlm_exp.training.memory_spec import AdapterSpec, memory_spec
 from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.phases import phase
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ def memory_cap(text: str) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(before)
 
 
+@phase("memory_plan")
 def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None:
     """Choose the trainer's micro-batch and activation checkpointing within `memory_budget`; on a GPU, measure them.
 

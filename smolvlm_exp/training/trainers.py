@@ -26,6 +26,7 @@ from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.distributed import full_tensor
 from smolvlm_exp.utils.errors import RunError
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.phases import phase
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -66,11 +67,16 @@ class CheckpointMixin(Trainer):
             loader.base_dataloader.generator = torch.Generator()
         return loader
 
+    @phase("evaluation_during")
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         with torch.random.fork_rng(devices=[]):
             return super().evaluate(*args, **kwargs)
 
     # Steps
+
+    @phase("training")
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> torch.Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
@@ -107,6 +113,7 @@ class CheckpointMixin(Trainer):
 
     # Saving
 
+    @phase("saving")
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.guard.poll(wait=True)
         folder = Path(super()._get_output_dir(trial))

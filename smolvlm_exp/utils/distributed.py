@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch._utils import _flatten_dense_tensors, _take_tensors, _unflatten_dense_tensors
 
+from smolvlm_exp.utils.progress import track
+
 S = TypeVar("S")
 T = TypeVar("T")
 MESSAGE_BYTES = 2**26  # of gradients
@@ -77,16 +79,20 @@ def is_sharded(tensor: Any) -> bool:
     return hasattr(tensor, "full_tensor")
 
 
-def scatter_map(items: Sequence[S], work: Callable[[S], T], model: nn.Module) -> list[T]:
+def scatter_map(items: Sequence[S], work: Callable[[S], T], model: nn.Module, label: str = "") -> list[T]:
     """work(item) of every item, each done by one process of the group; all of them in every process.
 
     Args:
         model: what `work` runs. Sharded weights are fetched by all processes together, so there each does everything.
+        label: of the progress bar; empty where `work` shows its own.
     """
     rank, processes = rank_world()
-    if processes == 1 or any(map(is_sharded, model.parameters())):
-        return [work(item) for item in items]
-    parts = gather([work(item) for item in items[rank::processes]])
+    alone = processes == 1 or any(map(is_sharded, model.parameters()))
+    own = items if alone else items[rank::processes]
+    done = [work(item) for item in (track(own, label, len(own)) if label else own)]
+    if alone:
+        return done
+    parts = gather(done)
     return [parts[i % processes][i // processes] for i in range(len(items))]
 
 

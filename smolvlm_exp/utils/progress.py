@@ -13,22 +13,18 @@ DELAY = 2.0  # seconds before a bar is shown
 
 Advance = Callable[[int], None]  # by so many of the total
 
-shown = threading.Lock()  # held by the outermost bar: the ones within it are not shown
+shown: dict[str, Advance] = {}  # the outermost bar by its label
 
 
 @contextlib.contextmanager
 def progress(label: str, total: int) -> Iterator[Advance]:
     """Within, calls of what it yields move the bar, which is gone at the end.
 
-    Nothing is shown where stderr is no terminal, by ranks other than 0, and within another bar, tqdm's included.
+    Nothing is shown where stderr is no terminal, by ranks other than 0, and within another bar, tqdm's included. A bar
+    within one of the same label moves that one: who has parts done elsewhere says how much all of them are.
     """
-    if (
-        not sys.stderr.isatty()
-        or os.environ.get("RANK", "0") != "0"
-        or tqdm_shown()
-        or not shown.acquire(blocking=False)
-    ):
-        yield lambda count: None
+    if shown or not somebody_watches():
+        yield shown.get(label, lambda count: None)
         return
     from rich.console import Console
     from rich.progress import (
@@ -50,13 +46,14 @@ def progress(label: str, total: int) -> Iterator[Advance]:
     delayed = threading.Timer(DELAY, bar.start)
     delayed.daemon = True
     delayed.start()
+    shown[label] = lambda count: bar.advance(task, count)
     try:
-        yield lambda count: bar.advance(task, count)
+        yield shown[label]
     finally:
         delayed.cancel()
         delayed.join()
         bar.stop()
-        shown.release()
+        shown.clear()
 
 
 def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
@@ -67,7 +64,8 @@ def track(items: Iterable[T], label: str, total: int) -> Iterator[T]:
             advance(1)
 
 
-def tqdm_shown() -> bool:
-    """Whether a bar of tqdm, as the trainer's, is there already."""
+def somebody_watches() -> bool:
+    """Whether stderr is a terminal and ours to write to: rank 0's, without a bar of tqdm's as the trainer has it."""
     tqdm = sys.modules.get("tqdm.std")
-    return tqdm is not None and any(not bar.disable for bar in getattr(tqdm.tqdm, "_instances", ()))
+    bars = getattr(tqdm.tqdm, "_instances", ()) if tqdm else ()
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") == "0" and all(bar.disable for bar in bars)

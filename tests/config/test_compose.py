@@ -140,7 +140,7 @@ def test_a_refused_command_has_no_traceback_and_exit_code_2(command, arguments, 
     ],
 )
 def test_impossible_settings_are_refused_before_the_first_evaluation(tmp_path, monkeypatch, arguments, message):
-    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", lambda *a, **k: pytest.fail("work was started"))
+    monkeypatch.setattr("smolvlm_exp.tasks.result.evaluate", lambda *a, **k: pytest.fail("work was started"))
     with pytest.raises(RequestError, match=message):
         train(compose("data.train_rows=4", "data.test_rows=4", "tracker=none", *arguments), tmp_path)
 

@@ -95,7 +95,7 @@ def test_a_run_that_runs_out_of_memory_says_what_helps(quick, tmp_path, monkeypa
     def out(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr("smolvlm_exp.tasks.train.evaluate", out)
+    monkeypatch.setattr("smolvlm_exp.tasks.result.evaluate", out)
     with pytest.raises(torch.OutOfMemoryError):
         train(quick(), tmp_path)
     assert "Out of memory.\nTry, in this order: model.longest_edge=64" in capsys.readouterr().err

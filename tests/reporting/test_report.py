@@ -36,6 +36,7 @@ SUMMARY: dict[str, Any] = {
         {"id": "a", "name": "recall drop", "value": 0.0093, "threshold": "<= 0.02", "verdict": "ok", "detail": ""},
         {"id": "b", "name": "CHAIR_s", "value": 0.61, "threshold": "<= 0.5", "verdict": "fail", "detail": "by 0.1"},
     ],
+    "seconds_by_phase": {"startup": 9.0, "training": 60.0, "other": 0.5},
     "versions": {"smolvlm_exp": "0.1.0", "torch": "2.13.0+cpu"},
 }  # fmt: skip
 CONFIG = {"model": {"name": "tiny"}, "trainer": {"beta": 0.1, "loss_type": ["sigmoid"]}}
@@ -105,11 +106,12 @@ def test_the_page_loads_and_runs_nothing(tmp_path: Path) -> None:
 def test_the_page_shows_the_numbers(tmp_path: Path) -> None:
     text = report(tmp_path)
     sections = re.findall(r'<section id="(\w+)"', text)
-    assert sections == ["results", "checks", "curves", "samples", "speed", "config", "versions", "reproduce"]
+    assert sections == ["results", "checks", "curves", "samples", "speed", "phases", "config", "versions", "reproduce"]
     for shown in (
         "57.1\u00a0%", "24.1\u00a0%", "41.4 s", "0.352 GiB", "11,269,248 of 2,257,542,128 (0.50\u00a0%)",
         "20240101",  # a seed is a name, not a quantity
         "1 of 2 checks failed", "recall drop", "CHAIR_s<small>by 0.1</small>", "&lt;= 0.5", "<dt>smolvlm_exp</dt>",
+        "<dt>training steps</dt><dd>1 min 00 s (86\u00a0%)</dd>",
         "2.13.0+cpu", "loss_type:\n  - sigmoid",
     ):  # fmt: skip
         assert shown in text

@@ -35,11 +35,16 @@ def folder(run, monkeypatch):
     return run.folder.parents[2]
 
 
-def test_a_run_is_evaluated_as_it_evaluated_itself(run, folder, capsys, monkeypatch):
+def test_a_run_is_evaluated_as_it_evaluated_itself(run, folder, capsys, monkeypatch, bars):
     monkeypatch.setattr(speed, "TIMED_TOKENS", 16)
     found = smolvlm_exp.evaluate(
         ["run=last", "task.batch_sizes=[4,1,12]", "tracker=wandb", "hydra.run.dir=again"]
     ).summary
+    rows, batches, sizes = (12, 12), (2, 2), (3, 3)
+    assert bars.items() >= {
+        "log-probs of the answers": batches, "log-probs with other images": batches, "other images": rows,
+        "answers": rows, "speed of answers": sizes,
+    }.items()  # fmt: skip
     for part in ("before", "after"):
         for name in set(SAME) & set(run.summary[part]):
             assert found[part][name] == pytest.approx(run.summary[part][name], abs=1e-5), (part, name)

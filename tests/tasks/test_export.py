@@ -44,8 +44,10 @@ def files(folder):
     return sorted(path.name for path in (folder / "onnx").iterdir())
 
 
-def test_onnx_in_8_bits_then_one_part_in_4_and_the_gate(export, capsys):
+def test_onnx_in_8_bits_then_one_part_in_4_and_the_gate(export, capsys, bars):
     folder = export("export.precision=int8")["onnx"]
+    assert bars["graphs in their precisions"] == (3, 3)
+    assert {"log-probs of the answers", "answers"} < set(bars)
     int8 = sorted(f"{part}_int8.onnx" for part in PARTS)
     assert files(folder) == int8
     assert "preference accuracy" in capsys.readouterr().out

@@ -34,7 +34,7 @@ def write_questions(path, lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_a_folder_of_images(tmp_path, monkeypatch, pictures):
+def test_a_folder_of_images(tmp_path, monkeypatch, pictures, bars):
     monkeypatch.chdir(tmp_path)
     config = compose(*PLAIN, "task.images=pictures", "task.question=What is in this picture?")
     broken, cat, horse = read_lines(generate(config, tmp_path / "out"))
@@ -42,6 +42,7 @@ def test_a_folder_of_images(tmp_path, monkeypatch, pictures):
     assert "cannot be decoded" in broken["problem"]
     assert cat["question"] == horse["question"] == "What is in this picture?"
     assert cat["answer"].endswith(".")
+    assert bars == {"answers": (3, 3)}
 
 
 def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures, model):

@@ -15,8 +15,9 @@ from smolvlm_exp.utils import progress
 progress.DELAY = {delay}
 {before}
 try:
-    for i in progress.track(range(6), "evaluating", 6):
+    for i in progress.track(range(6), "evaluating", 18):
         list(progress.track(range(2), "inner", 2))
+        list(progress.track(range(2), "evaluating", 2))
         print("step", i, flush=True)
         time.sleep(0.25)
 except KeyboardInterrupt:
@@ -52,7 +53,7 @@ def test_a_bar_with_the_time_left_that_goes_away():
     out, bar = run_in_terminal()
     assert out.splitlines() == [f"step {i}" for i in range(6)]
     assert "evaluating" in bar
-    assert "3/6" in bar
+    assert "8/18" in bar  # also by the two of each bar of the same label within
     assert "left 0:00:0" in re.sub(r"\x1b\[\d+m", "", bar)
     assert "inner" not in bar
     assert bar.count("\x1b[?25l") == bar.count("\x1b[?25h") == 1  # the cursor is hidden, and shown again

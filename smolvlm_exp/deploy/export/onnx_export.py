@@ -12,6 +12,7 @@ from typing import Any
 from smolvlm_exp.deploy.export.onnx_graphs import MAX_FILE_BYTES, export_graphs, quiet
 from smolvlm_exp.deploy.options import SUFFIXES
 from smolvlm_exp.utils.files import read_json, write_json
+from smolvlm_exp.utils.progress import track
 
 
 class Graphs:
@@ -33,7 +34,7 @@ class Graphs:
     def files(self, precisions: dict[str, str]) -> list[Path]:
         """These parts' graphs and external weights, quantised where they are missing."""
         files = []
-        for part, precision in precisions.items():
+        for part, precision in track(precisions.items(), "graphs in their precisions", len(precisions)):
             file = self.folder / "onnx" / f"{part}{SUFFIXES[precision]}.onnx"
             if not file.is_file():
                 quantize(self.folder / "onnx" / f"{part}.onnx", file, precision)

@@ -26,6 +26,7 @@ from torch import nn
 from transformers import AttentionInterface, DynamicCache
 
 from smolvlm_exp.deploy.options import DECODER, EMBEDDING, VISION
+from smolvlm_exp.utils.progress import progress
 
 OPSET = 18  # what the browsers' runtimes have had since 2023
 MAX_FILE_BYTES = 1_800_000_000  # protobuf ends at 2 GiB: the weights of larger graphs are in <file>_data
@@ -103,7 +104,7 @@ def export_graphs(model: Any, folder: Path) -> None:
     AttentionInterface.register("grouped", grouped_attention)
     attention = model.config._attn_implementation
     model.set_attn_implementation("grouped")
-    with quiet():
+    with quiet(), progress("ONNX graphs", 3) as advance:
         write_graph(
             folder / f"{VISION}.onnx",
             VisionEncoder(model.model),
@@ -112,6 +113,7 @@ def export_graphs(model: Any, folder: Path) -> None:
             example=(tiles, torch.ones(2, 3, side, side, dtype=torch.bool)),
             dynamic=({0: batch, 1: images}, {0: batch, 1: images}),
         )
+        advance(1)
         write_graph(
             folder / f"{EMBEDDING}.onnx",
             model.get_input_embeddings(),
@@ -120,6 +122,7 @@ def export_graphs(model: Any, folder: Path) -> None:
             example=(torch.ones(2, 3, dtype=torch.long),),
             dynamic=({0: batch, 1: length},),
         )
+        advance(1)
         write_graph(
             folder / f"{DECODER}.onnx",
             Decoder(model),
@@ -138,6 +141,7 @@ def export_graphs(model: Any, folder: Path) -> None:
                 [({0: batch, 2: past}, {0: batch, 2: past})] * layers,
             ),
         )
+        advance(1)
     model.set_attn_implementation(attention)
 
 

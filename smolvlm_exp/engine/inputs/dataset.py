@@ -26,6 +26,8 @@ from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.inputs.tiles import tile
 from smolvlm_exp.utils.distributed import rank_slice, rank_world
+from smolvlm_exp.utils.phases import phase
+from smolvlm_exp.utils.progress import progress
 
 VERSION = 1  # raise when tiles change: it is part of their cache key
 SIDES = ("prompt", "chosen", "rejected")
@@ -182,6 +184,7 @@ class PackedDataset(torch.utils.data.Dataset):
         """Several images' tiles, which travel between processes in a pipe."""
         return self.tiles_of(images).numpy()
 
+    @phase("image_features")
     def cache_tiles(self, store: DiskCache, num_proc: int) -> None:
         """Compute all tiles now, with `num_proc` processes (0: this one), where the store has room for them.
 
@@ -189,8 +192,10 @@ class PackedDataset(torch.utils.data.Dataset):
         """
 
         def fill(cached: torch.Tensor) -> None:
-            for start, tiles in self.tile_batches(rank_slice(len(self.image_hashes), *rank_world()), num_proc):
-                cached[start : start + len(tiles)] = tiles
+            with progress("image tiles", len(cached) // rank_world()[1]) as advance:
+                for start, tiles in self.tile_batches(rank_slice(len(self.image_hashes), *rank_world()), num_proc):
+                    cached[start : start + len(tiles)] = tiles
+                    advance(len(tiles))
 
         spec = torch.uint8, (self.tile_offsets[-1], *self.no_tiles.shape[1:])
         contents = f"{len(self.image_hashes):,} images"

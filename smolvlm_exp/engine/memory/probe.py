@@ -9,6 +9,7 @@ import psutil
 import torch
 
 from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget
+from smolvlm_exp.utils.progress import track
 
 TRIES = 5  # plans that are run at most
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
@@ -62,7 +63,7 @@ def probe(
     tried: dict[tuple[int, str, str], Plan] = {}
     factor, offset = 1.0, 0  # what the formulas are off by
     with restored_state(parameters):
-        for attempt in range(TRIES):
+        for attempt in track(range(TRIES), "memory plan", TRIES):  # fewer, where the first fits as predicted
             likely = [
                 replace(plan, resident=plan.resident + offset, activations=round(factor * plan.activations))
                 for plan in plans

@@ -15,11 +15,14 @@ from smolvlm_exp.engine.forward import Pixels, image_features
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.utils.distributed import rank_slice, rank_world
+from smolvlm_exp.utils.phases import phase
+from smolvlm_exp.utils.progress import progress
 
 VERSION = 2  # raise when the numbers change for a reason that no part of the key tells
 Batches = Iterator[tuple[int, torch.Tensor]]  # where they begin among those of all, and tiles or their features
 
 
+@phase("image_features")
 @torch.no_grad()
 def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, store: DiskCache, num_proc: int) -> None:
     """Run every distinct image through tower and connector once and set `rows.features`, in the model's own dtype.
@@ -48,8 +51,10 @@ def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, stor
 
     def fill(cached: torch.Tensor) -> None:
         batches = rows.tile_batches(rank_slice(len(rows.image_hashes), *rank_world()), num_proc)
-        for start, features in computed(batches, lambda tiles: image_features(core, normalise(tiles)), device):
-            cached[start : start + len(features)] = features
+        with progress("image features", len(cached) // rank_world()[1]) as advance:
+            for start, features in computed(batches, lambda tiles: image_features(core, normalise(tiles)), device):
+                cached[start : start + len(features)] = features
+                advance(len(features))
 
     spec = example.dtype, (rows.tile_offsets[-1], *example.shape[1:])
     rows.features = store.tensor("features", f"{len(rows.image_hashes):,} images", spec, fill, parts)

@@ -19,6 +19,7 @@ from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key
 from smolvlm_exp.engine.inputs.dataset import PackedDataset, batch_loader
 from smolvlm_exp.engine.inputs.micro_batches import Batch
 from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather, rank_world
+from smolvlm_exp.utils.progress import track
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +77,9 @@ def compute(rows: PackedDataset, missing: list[int], score: Score, batch_size: i
     ordered = [missing[place] for place in longest_first]
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)][rank::processes]
     loader = batch_loader(rows.batch, batches, num_workers=min(num_workers, len(batches)))
-    scored = [torch.stack(score(batch, rows)).detach().float() for batch in loader]
+    scored = [
+        torch.stack(score(batch, rows)).detach().float() for batch in track(loader, "reference log-probs", len(batches))
+    ]
     mine = torch.cat(scored, dim=1).cpu().T.tolist() if scored else []
     scores = {i: logps for part in gather(list(zip(chain(*batches), mine, strict=True))) for i, logps in part}
     for i in missing:

@@ -39,6 +39,14 @@ def make_rows(rows, count):
     return made
 
 
+def test_graph_after_graph(torch_model, tmp_path, monkeypatch, bars):
+    written = []
+    monkeypatch.setattr(onnx_graphs, "write_graph", lambda file, *args, **kwargs: written.append(file.stem))
+    onnx_graphs.export_graphs(torch_model, tmp_path)
+    assert written == [VISION, EMBEDDING, DECODER]
+    assert bars == {"ONNX graphs": (3, 3)}
+
+
 def test_logits_of_a_padded_batch(torch_model, exported, processor, rows):
     inputs = left_padded(processor, make_rows(rows, 4))
     assert (inputs["pixel_values"].flatten(2).abs().sum(2) == 0).any(), "no tile is padding"

@@ -192,13 +192,14 @@ def test_cached_tiles_are_the_same_by_one_process_or_several(processor, prepared
         assert first.read_bytes() == second.read_bytes()
 
 
-def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(rows, tiles, monkeypatch):
+def test_tiles_travel_in_a_pipe_where_shared_memory_is_small(rows, tiles, monkeypatch, bars):
     needed = []
     monkeypatch.setattr(module, "BATCH_TILES", 20)
     monkeypatch.setattr(module, "room_in_shared_memory", needed.append)
     rows.cache_tiles(RAM, 2)
     assert_tiles(rows, tiles)
     assert needed == [4 * 2 * 20 * 3 * 64 * 64]
+    assert bars == {"image tiles": (rows.tile_offsets[-1], rows.tile_offsets[-1])}
 
 
 def test_tile_batches_are_of_neighbouring_images(rows, monkeypatch):

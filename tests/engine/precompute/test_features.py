@@ -48,11 +48,12 @@ def test_features_are_those_of_every_batch(processor, dataset, adapted, tmp_path
         assert not row["features"].requires_grad
 
 
-def test_features_of_tiles_from_other_processes(processor, dataset, adapted):
+def test_features_of_tiles_from_other_processes(processor, dataset, adapted, bars):
     keep_features(dataset, adapted, pixels(processor), RAM, 0)
     expected = dataset.features
     keep_features(dataset, adapted, pixels(processor), RAM, 2)
     assert torch.equal(dataset.features, expected)
+    assert bars == {"image features": (len(expected), len(expected))}
 
 
 def test_each_image_goes_through_the_tower_once(processor, rows, adapted, tmp_path, passes):

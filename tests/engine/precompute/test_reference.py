@@ -63,12 +63,14 @@ def few(processor, rows):
 
 
 @pytest.mark.parametrize(("batch_size", "num_workers"), [(1, 0), (5, 2), (100, 0)])
-def test_every_row_gets_its_own_longest_first(train, store, batch_size, num_workers):
+def test_every_row_gets_its_own_longest_first(train, store, batch_size, num_workers, bars):
     score = Count()
     assert scored(train, score, store, batch_size, num_workers) == lengths(train)
     assert sorted(score.rows) == list(range(48))
     sizes = train.sizes(score.rows)[:, :3].sum(1).tolist()
     assert sizes == sorted(sizes, reverse=True)
+    batches = -(-48 // batch_size)
+    assert bars == {"reference log-probs": (batches, batches)}
 
 
 def test_a_second_call_reads_and_computes_nothing(few, store, capsys):
