@@ -44,6 +44,10 @@ from smolvlm_exp.utils.distributed import all_reduce_mean, gather, no_gather
 
 log = logging.getLogger(__name__)
 
+NO_WORKERS = {
+    "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
+}  # fmt: skip
+
 
 @contextlib.contextmanager
 def overridden(target: Any, **values: Any) -> Iterator[None]:
@@ -142,12 +146,7 @@ class PackedTrainer(Trainer):
     def get_train_dataloader(self) -> Any:
         """Of row numbers only, because `self.batches` has the workers; always the same, for `rows_ahead`'s sake."""
         if self.loader is None:
-            with overridden(
-                self.args,
-                dataloader_num_workers=0,
-                dataloader_persistent_workers=False,
-                dataloader_prefetch_factor=None,
-            ):
+            with overridden(self.args, **NO_WORKERS):
                 self.loader = super().get_train_dataloader()
         return self.loader
 
@@ -325,9 +324,10 @@ class PackedTrainer(Trainer):
     # Evaluation
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Batches of `per_device_eval_batch_size`, collated by its own workers."""
+        """Batches of `per_device_eval_batch_size`, collated by workers of its own where images are not ready."""
         assert self.eval_rows is not None
-        with overridden(self, data_collator=self.eval_rows.batch_of):
+        workers = NO_WORKERS if self.eval_rows.precomputed else {}
+        with overridden(self, data_collator=self.eval_rows.batch_of), overridden(self.args, **workers):
             return super().get_eval_dataloader(eval_dataset)
 
     def prediction_step(

@@ -1,6 +1,7 @@
 """TRL's trainers on the engine: the loss and the metrics are TRL's own code, the rows are stock TRL's in its order."""
 
 import logging
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -87,9 +88,7 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         if self.is_fsdp_enabled:
             model.to(self.accelerator.device)
         model.eval()
-        fresh = isinstance(model, PeftModel) and adds_nothing(model)
-        # With a reference model TRL leaves the adapter on.
-        self.ref_model = None if fresh else model
+        fresh = model if isinstance(model, PeftModel) and adds_nothing(model) else None
         parts = {
             "weights": weights_key(model, None if fresh else "default"),
             "dtype": str(self.accelerator.mixed_precision),
@@ -99,9 +98,11 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
         }
         batch_size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
         self.live = live
-        for rows in (None if live else self.rows, self.eval_rows):
-            if rows is not None:
-                rows.reference = reference_logps(rows, self.reference_scores, parts, store, batch_size, workers)
+        self.ref_model = model  # else TRL would switch the adapter off and on for every batch: 50 ms each
+        with fresh.disable_adapter() if fresh else nullcontext():
+            for rows in (None if live else self.rows, self.eval_rows):
+                if rows is not None:
+                    rows.reference = reference_logps(rows, self.reference_scores, parts, store, batch_size, workers)
         self.ref_model = None
 
     def reference_scores(self, batch: Batch, rows: PackedDataset) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,7 @@
 """A model evaluated on the held-out rows: preferences for any data, scored answers where the truth is known."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
 from smolvlm_exp.evaluation.preference import LOGPS, Images, Logps, answer_logps, packed_logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import Ratio
+from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.progress import track
 
 if TYPE_CHECKING:
@@ -136,17 +138,16 @@ class HeldOut:
     def packed_images(self, model: Any, replaced: dict[str, RowImages]) -> dict[str, Images]:
         """Their features where the rows' own are kept, since then they do not change either; else their tiles."""
         kept = self.rows.features is not None
-        done: dict[int, torch.Tensor] = {}  # by the image's id: blank images are shared
+        images = {id(image): image for rows in replaced.values() for own in rows for image in own}  # blank: shared
 
-        def read(images: list[Any]) -> dict[str, torch.Tensor]:
-            for image in images:
-                if id(image) not in done:
-                    tiles = tile(image, self.processor.image_processor)
-                    done[id(image)] = tile_features(model, tiles, self.pixels).cpu() if kept else tiles
-            return {self.rows.kind: torch.cat([done[id(image)] for image in images])}
+        def cut(image: Any) -> torch.Tensor:
+            return tile(image, self.processor.image_processor)
 
+        with ThreadPoolExecutor(usable_cores()) as pool:  # Pillow lets the other threads run
+            tiled = zip(images, track(pool.map(cut, images.values()), "other images", len(images)), strict=True)
+            done = {i: tile_features(model, tiles, self.pixels).cpu() if kept else tiles for i, tiles in tiled}
         return {
-            name: {i: read(own) for i, own in enumerate(track(rows, "other images", len(rows)))}
+            name: {i: {self.rows.kind: torch.cat([done[id(image)] for image in own])} for i, own in enumerate(rows)}
             for name, rows in replaced.items()
         }
 

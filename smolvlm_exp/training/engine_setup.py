@@ -177,4 +177,4 @@ def prepare_rows(trainer: Any, config: TrainerConfig, inputs: TrainerInputs, twi
     store, (epochs, _) = disk_cache(config), trainer.epochs_and_steps()
     store.reused = twice or epochs > 1 or config.keep_features is True or not store.ram_budget
     precompute_images(rows, trainer.model, config, store, inputs)
-    return rows.features is not None or rows.cached_tiles is not None
+    return rows.precomputed

@@ -95,15 +95,15 @@ def test_an_adapter_that_never_moves(quick, tmp_path, monkeypatch):
 
 
 def test_an_adapter_that_is_off_when_training_rows_are_evaluated(quick, tmp_path, monkeypatch, capsys):
-    from smolvlm_exp.tasks import train as pipeline
+    from smolvlm_exp.tasks import result
 
-    evaluate, load = pipeline.evaluate, shapes.load
+    evaluate, load = result.evaluate, shapes.load
 
     def off(model, *args, **kwargs):
         with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
             return evaluate(model, *args, **kwargs)
 
-    monkeypatch.setattr(pipeline, "evaluate", off)
+    monkeypatch.setattr(result, "evaluate", off)
     monkeypatch.setattr(shapes, "load", lambda config, split: load(config, config.train).select(range(8)))
     summary = train(quick(), tmp_path)
     assert found(summary, "policy_changed")[0] == "fail"
@@ -183,8 +183,8 @@ def test_a_wrong_reference_and_a_base_that_is_changed(quick, tmp_path, monkeypat
 
     ordinary = SharedPrefixDPOTrainer.score_references
 
-    def shifted(self, *args):
-        ordinary(self, *args)
+    def shifted(self, *args, **kwargs):
+        ordinary(self, *args, **kwargs)
         chosen, rejected = self.rows.reference
         self.rows.reference = chosen + 1, rejected
 

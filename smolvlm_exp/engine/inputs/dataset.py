@@ -128,6 +128,11 @@ class PackedDataset(torch.utils.data.Dataset):
         """Of what rows have of their images: `features` or `tiles`."""
         return "tiles" if self.features is None else "features"
 
+    @property
+    def precomputed(self) -> bool:
+        """Whether the images are ready: then a batch is so little work that no other process need do it."""
+        return self.features is not None or self.cached_tiles is not None
+
     def chosen_only(self) -> "PackedDataset":
         """The same rows without their rejected answers, over the same tiles and features."""
         view = copy.copy(self)

@@ -76,7 +76,8 @@ def compute(rows: PackedDataset, missing: list[int], score: Score, batch_size: i
     longest_first = (-rows.sizes(missing)[:, :3].sum(1)).argsort(kind="stable")  # running out of memory shows at once
     ordered = [missing[place] for place in longest_first]
     batches = [ordered[i : i + batch_size] for i in range(0, len(ordered), batch_size)][rank::processes]
-    loader = batch_loader(rows.batch, batches, num_workers=min(num_workers, len(batches)))
+    workers = 0 if rows.precomputed else min(num_workers, len(batches))
+    loader = batch_loader(rows.batch, batches, num_workers=workers, pin_memory=torch.cuda.is_available())
     scored = [
         torch.stack(score(batch, rows)).detach().float() for batch in track(loader, "reference log-probs", len(batches))
     ]
