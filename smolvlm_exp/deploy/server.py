@@ -10,7 +10,8 @@ import json
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, suppress
 from typing import Any, Literal
 
 from fastapi import FastAPI, Request
@@ -19,14 +20,16 @@ from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from PIL.Image import Image
 from pydantic import BaseModel, Field
 from starlette import types
-from starlette.concurrency import iterate_in_threadpool, run_in_threadpool
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from smolvlm_exp.data.images import ImageError
 from smolvlm_exp.deploy.options import ServeConfig
+from smolvlm_exp.deploy.session.answer import Answer, AnswerError
 from smolvlm_exp.deploy.session.prompt import Prompt
-from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
+from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.utils.errors import RequestError
 
@@ -72,7 +75,13 @@ class ChatRequest(BaseModel):
         if requested > limits.max_tokens:
             raise RequestError(f"max_tokens={requested} is more than this server allows: {limits.max_tokens}.")
         stop = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-        return Sampling(requested, self.temperature, self.top_p, self.seed, tuple(filter(None, stop)))
+        return Sampling(
+            max_new_tokens=requested,
+            temperature=self.temperature,
+            top_p=self.top_p,
+            seed=self.seed,
+            stop=tuple(filter(None, stop)),
+        )
 
     def prompt(self, session: SmolVLMSession, limits: ServeConfig) -> Prompt:
         messages: list[dict[str, Any]] = []
@@ -113,7 +122,7 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
     app.add_middleware(limit_body, max_bytes=images + MEGABYTE)  # and a megabyte of text
     if limits.host in ("127.0.0.1", "localhost", "::1"):  # against DNS rebinding from other pages
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
-    slots = asyncio.Semaphore(limits.max_concurrency)
+    places = asyncio.Semaphore(limits.max_concurrency + limits.max_waiting)
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -128,6 +137,10 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
     async def failed(_: Request, error: HTTPException) -> JSONResponse:
         return error_response(error.status_code, str(error.detail))
 
+    @app.exception_handler(AnswerError)
+    async def unanswered(_: Request, error: AnswerError) -> JSONResponse:
+        return error_response(500, str(error), "server_error")
+
     @app.get("/")
     async def page() -> HTMLResponse:
         return HTMLResponse(render("chat.html.jinja", model=name))
@@ -137,24 +150,29 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
         return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "smolvlm_exp"}]}
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def complete(request: ChatRequest) -> JSONResponse | StreamingResponse | dict[str, Any]:
-        if slots.locked():
-            message = f"the server is already generating {limits.max_concurrency} answers: try again soon."
-            return error_response(429, message, "rate_limit_error")
-        await slots.acquire()
+    async def complete(request: ChatRequest, connection: Request) -> JSONResponse | StreamingResponse | dict[str, Any]:
+        if places.locked():
+            message = (
+                f"the server is full: it generates {limits.max_concurrency} answers at a time (serve.max_concurrency) "
+                f"and lets {limits.max_waiting} wait (serve.max_waiting). Try again soon."
+            )
+            return error_response(429, message, "rate_limit_error", {"Retry-After": "1"})
+        await places.acquire()
         try:
             prompt = await run_in_threadpool(request.prompt, session, limits)
             reply = Reply(session.answer(prompt, request.sampling(limits)), name)
+            if request.stream:
+                usage = bool(request.stream_options and request.stream_options.include_usage)
+                events = reply.events(usage, places)
+                await anext(events)  # from here on its `finally` runs, even if the client disconnects
+                return StreamingResponse(events, media_type="text/event-stream")
         except BaseException:
-            slots.release()
+            places.release()
             raise
-        events = reply.events(bool(request.stream_options and request.stream_options.include_usage), slots)
-        await anext(events)  # from here on its `finally` runs, even if the client disconnects
-        if request.stream:
-            return StreamingResponse(events, media_type="text/event-stream")
-        async for _ in events:
-            pass
-        return reply.completion()
+        try:
+            return await reply.completion(connection)
+        finally:
+            places.release()
 
     return app
 
@@ -166,28 +184,55 @@ class Reply:
         self.answer = answer
         self.head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    async def events(self, usage: bool, slots: asyncio.Semaphore) -> AsyncIterator[str]:
-        """Server-sent events, after an empty one. When a client disconnects, its answer is stopped."""
+    async def pieces(self) -> AsyncGenerator[str, None]:
+        """The answer's text as it comes. AnswerError where it fails; it is stopped when nobody reads on."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+        def deliver(piece: str | None) -> None:
+            with suppress(RuntimeError):  # the loop is closed: the server has ended
+                loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        self.answer.start(deliver)
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+        finally:
+            self.answer.stop()
+        self.answer.check()
+
+    async def events(self, usage: bool, places: asyncio.Semaphore) -> AsyncIterator[str]:
+        """Server-sent events, after an empty one. In the end it releases its place."""
         try:
             yield ""
             yield self.chunk(choice(delta={"role": "assistant", "content": ""}))
             first = True
-            async for piece in iterate_in_threadpool(self.answer):
-                yield self.chunk(choice(delta={"content": piece.lstrip() if first else piece}))
-                first = False
+            async with aclosing(self.pieces()) as pieces:
+                async for piece in pieces:
+                    yield self.chunk(choice(delta={"content": piece.lstrip() if first else piece}))
+                    first = False
             yield self.chunk(choice(self.finish_reason, delta={}))
             if usage:
                 yield self.chunk(usage=self.usage())
             yield "data: [DONE]\n\n"
+        except AnswerError as error:
+            yield f"data: {json.dumps(error_content(str(error), 'server_error'))}\n\n"
         finally:
-            self.answer.stop()
-            slots.release()
+            places.release()
 
     def chunk(self, *choices: dict[str, Any], **more: Any) -> str:
         content = {**self.head, "object": "chat.completion.chunk", "choices": choices, **more}
         return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
-    def completion(self) -> dict[str, Any]:
+    async def completion(self, connection: Request) -> dict[str, Any]:
+        """The complete answer, which is stopped when the client disconnects."""
+        ended = asyncio.create_task(drain(self.pieces()))
+        gone = asyncio.create_task(disconnected(connection))
+        try:
+            await asyncio.wait((ended, gone), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            self.answer.stop()
+            gone.cancel()
+        await ended
         answer = choice(self.finish_reason, message={"role": "assistant", "content": self.answer.text.strip()})
         return {**self.head, "object": "chat.completion", "choices": [answer], "usage": self.usage()}
 
@@ -209,8 +254,25 @@ def choice(finish_reason: str | None = None, **content: Any) -> dict[str, Any]:
     return {"index": 0, **content, "finish_reason": finish_reason}
 
 
-def error_response(status: int, message: str, kind: str = "invalid_request_error") -> JSONResponse:
-    return JSONResponse({"error": {"message": message, "type": kind, "param": None, "code": None}}, status_code=status)
+async def drain(pieces: AsyncIterator[str]) -> None:
+    async for _ in pieces:
+        pass
+
+
+async def disconnected(connection: Request) -> None:
+    """Waits until the client has gone."""
+    while (await connection.receive())["type"] != "http.disconnect":
+        pass
+
+
+def error_response(
+    status: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None
+) -> JSONResponse:
+    return JSONResponse(error_content(message, kind), status_code=status, headers=headers)
+
+
+def error_content(message: str, kind: str) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": None, "code": None}}
 
 
 def limit_body(app: types.ASGIApp, max_bytes: int) -> types.ASGIApp:

@@ -10,10 +10,13 @@ from pathlib import Path
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.deploy.export.record import read_record
 from smolvlm_exp.deploy.options import require_packages
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.tasks.chat import load_session
 from smolvlm_exp.utils.errors import RequestError
 
 log = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 3  # that answers have to end after Ctrl-C
 
 
 def serve(config: Config, folder: Path) -> None:
@@ -30,7 +33,19 @@ def serve(config: Config, folder: Path) -> None:
         raise RequestError(f"serve.host={host} serve.port={port}: {error.strerror}. Try another port.") from error
     with listening:
         name = config.name or read_record(Path(config.model.id)).get("model", config.model.id)
-        app = build_app(load_session(config), config.serve, name)
+        session = load_session(config, rows=config.serve.max_concurrency)
+        session.conversation().say("Hello", sampling=Sampling(max_new_tokens=2)).finish()  # compiles what a GPU needs
         address = f"http://{host}:{listening.getsockname()[1]}"
         log.info(f"page: {address}; base_url for OpenAI clients: {address}/v1")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        at_a_time, waiting = config.serve.max_concurrency, config.serve.max_waiting
+        log.info(
+            f"{at_a_time} answers at a time (serve.max_concurrency) and {waiting} more that wait (serve.max_waiting); "
+            "further requests get status 429"
+        )
+        app = build_app(session, config.serve, name)
+        try:
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)).run(
+                sockets=[listening]
+            )
+        finally:
+            session.close()

@@ -14,6 +14,7 @@ from transformers import AutoConfig, DynamicCache
 
 from smolvlm_exp.deploy.export.record import RECORD, read_record
 from smolvlm_exp.deploy.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
+from smolvlm_exp.engine.generation.continuous import Past, past_length
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.models.adapter import AdapterConfig
@@ -21,13 +22,6 @@ from smolvlm_exp.models.model import ModelConfig, from_pretrained, load_finetune
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.resolution import SETTINGS
 from smolvlm_exp.utils.errors import RequestError
-
-Past = tuple[Any, ...]  # key, value, key, value, ... of each layer: tensors or arrays (batch, kv heads, tokens, size)
-
-
-def past_length(past: Past) -> int:
-    """In tokens."""
-    return past[0].shape[2] if past else 0
 
 
 class TorchModel:
@@ -37,12 +31,12 @@ class TorchModel:
         self.model = model.eval()
         self.config = model.config
 
-    def identity(self) -> tuple[Any, ...]:
+    def identity(self) -> str:
         """What decides an answer besides tokens and images: the active adapters."""
         if not isinstance(self.model, PeftModel):
-            return ()
+            return ""
         layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
-        return (*self.model.active_adapters, next(layers).disable_adapters)
+        return "" if next(layers).disable_adapters else ", ".join(self.model.active_adapters)
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
@@ -63,7 +57,7 @@ class TorchModel:
             ids: the tokens that come next.
             positions: of the image tokens among them, in order.
             features: that replace the embeddings of those, (n, hidden) per image.
-            past: of the tokens before.
+            past: of the tokens before: key, value, key, value, ... of each layer, (1, kv heads, tokens, size).
 
         Returns:
             (vocabulary,) logits of the token after the last, float32 on the CPU; and `past` with the new tokens.
@@ -105,8 +99,8 @@ class OnnxModel:
         inputs = [i for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")]
         self.past_names, (_, self.heads, _, self.head_size) = [i.name for i in inputs], inputs[0].shape
 
-    def identity(self) -> tuple[Any, ...]:
-        return ()
+    def identity(self) -> str:
+        return ""
 
     def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> np.ndarray:
         """(batch, tiles, 3, S, S) -> (tiles without padding x tokens per tile, hidden)."""

@@ -20,7 +20,7 @@ from smolvlm_exp.utils.errors import RequestError
 
 @dataclass(frozen=True)
 class EncodedImage:
-    key: str  # a digest of the pixels that the processor was given
+    key: int  # a digest of the pixels that the processor was given, beyond every token's id
     ids: list[int]  # of its tags and image tokens
     pixel_values: torch.Tensor  # (1, tiles, 3, S, S) float32
     pixel_attention_mask: torch.Tensor  # (1, tiles, S, S)
@@ -37,9 +37,9 @@ class Prompt:
         return Prompt([*self.ids], [*self.images])
 
     @property
-    def keys(self) -> list[int | str]:
+    def keys(self) -> list[int]:
         """The ids, with an image's key for each of its tokens, so that different images share none."""
-        keys: list[int | str] = [*self.ids]
+        keys = [*self.ids]
         for start, image in self.images:
             keys[start : start + len(image.ids)] = [image.key] * len(image.ids)
         return keys
@@ -82,7 +82,7 @@ class PromptBuilder:
 
     def encode_image(self, image: Image) -> EncodedImage:
         image = shrink(to_rgb(image), self.max_edge)
-        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
+        key = int(hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), 16)
         encoded = self.processor.image_processor(images=[[image]], return_row_col_info=True, return_tensors="pt")
         span = image_span(int(encoded["rows"][0][0]), int(encoded["cols"][0][0]), self.processor.image_seq_len)
         ids = self.tokenizer(span, add_special_tokens=False)["input_ids"]

@@ -11,7 +11,9 @@ from PIL import Image
 from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.tokens import WORD_JOINER
 from smolvlm_exp.deploy.session.backends import TorchModel
-from smolvlm_exp.deploy.session.session import LRUCache, Sampling, SmolVLMSession, sample_token, shared_prefix
+from smolvlm_exp.deploy.session.cache import LRUCache, shared_prefix
+from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
