@@ -14,9 +14,10 @@ from transformers import AutoConfig, DynamicCache
 
 from smolvlm_exp.deploy.export.record import RECORD, read_record
 from smolvlm_exp.deploy.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
+from smolvlm_exp.engine.forward import image_features
 from smolvlm_exp.engine.generation.continuous import Past, past_length
 from smolvlm_exp.engine.layers.dora import use_exact_dora
-from smolvlm_exp.engine.model_parts import base_of, core_of
+from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.models.adapter import AdapterConfig
 from smolvlm_exp.models.model import ModelConfig, from_pretrained, load_finetuned_model, load_model, load_processor
 from smolvlm_exp.models.quant import QuantConfig
@@ -40,12 +41,8 @@ class TorchModel:
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
-        """(1, tiles, 3, S, S) -> (tiles x tokens per tile, hidden)."""
-        device = self.model.device
-        output = base_of(self.model).get_image_features(
-            pixel_values.to(device), pixel_attention_mask.to(device), return_dict=True
-        )
-        return torch.cat(list(output.pooler_output))
+        """(1, tiles, 3, S, S) -> (tiles x tokens per tile, hidden). Tiles are whole: it needs no mask."""
+        return image_features(core_of(self.model), pixel_values[0].to(self.model.device)).flatten(0, 1)
 
     @torch.no_grad()
     def extend(

@@ -1,4 +1,4 @@
-"""Rows that take turns, a token each: for ONNX Runtime's graphs, and for PyTorch models that the engine does not run."""
+"""Rows that take turns, a token each: for ONNX graphs, and for PyTorch models that the engine does not run."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

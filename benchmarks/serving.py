@@ -1,0 +1,191 @@
+"""What clients get of task=serve, 1 to 64 of them at a time, and one chat beside transformers' `generate`.
+
+    python -m benchmarks.serving --model tiny --tokens 8
+    python -m benchmarks.serving --model smolvlm --dtype bfloat16 --tokens 128     random weights in the real shape
+
+Server and clients share a process and talk over loopback. Every request has an image that no other one has.
+"""
+
+import argparse
+import asyncio
+import base64
+import io
+import json
+import socket
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+import uvicorn
+from PIL import Image
+
+from benchmarks.setting import compose, device_name
+from smolvlm_exp.data.messages import user
+from smolvlm_exp.deploy.options import ServeConfig
+from smolvlm_exp.deploy.server import build_app
+from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.engine.generation.sampling import Sampling
+from smolvlm_exp.tasks.chat import load_session
+
+CLIENTS = (1, 4, 16, 64)
+QUESTION = "What is in the picture?"
+SIZE = 512, 384
+ROUNDS = 3  # of chat's and `generate`'s answers; the best counts
+
+
+@dataclass
+class Timed:
+    """One request. Seconds; `first` is None where it was refused."""
+
+    first: float | None
+    total: float
+    tokens: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--dtype", default="auto")
+    parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most")
+    parser.add_argument("--most", type=int, default=CLIENTS[-1], help="clients at a time, at most")
+    parser.add_argument("--requests", type=int, default=96, help="in all, for each number of clients")
+    options = parser.parse_args()
+    weights = "pretrained" if options.model == "tiny" else "random"
+    config = compose(
+        "task=serve", f"model={options.model}", f"model.weights={weights}", f"model.dtype={options.dtype}", "quant=none"
+    )
+    session = load_session(config, config.serve.max_concurrency)
+    print(f"{options.model}, {options.dtype}, {options.tokens} tokens, images of {SIZE[0]} x {SIZE[1]}, {device_name()}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}")  # fmt: skip
+    serving(session, config.serve, options)
+    chatting(session, options.tokens)
+    session.close()
+
+
+def serving(session: SmolVLMSession, limits: ServeConfig, options: argparse.Namespace) -> None:
+    print("\n| clients | answers/s | tokens/s | latency, median s | p95 s | first token, median s | refused |")
+    print("|---|---|---|---|---|---|---|")
+    limits.max_tokens = max(limits.max_tokens, options.tokens)
+    with server(session, limits) as address:
+        for clients in (1, *(count for count in CLIENTS if count <= options.most)):  # the first one warms up
+            requests = max(options.requests if clients > 1 else options.requests // 4, clients)
+            bodies = [body(clients * 10_000 + i, options.tokens) for i in range(requests)]
+            begun = time.perf_counter()
+            timed = asyncio.run(ask(address, bodies, clients))
+            seconds = time.perf_counter() - begun
+            answered = [one for one in timed if one.first is not None]
+            if clients == 1 and not hasattr(options, "warm"):
+                options.warm = True
+                continue
+            latencies = sorted(one.total for one in answered)
+            cells = [
+                f"{len(answered) / seconds:.2f}", f"{sum(one.tokens for one in answered) / seconds:.1f}",
+                f"{statistics.median(latencies):.3f}", f"{latencies[int(0.95 * (len(latencies) - 1))]:.3f}",
+                f"{statistics.median(one.first or 0.0 for one in answered):.3f}", str(len(timed) - len(answered)),
+            ]  # fmt: skip
+            print(f"| {clients} | {' | '.join(cells)} |", flush=True)
+
+
+@contextmanager
+def server(session: SmolVLMSession, limits: ServeConfig) -> Iterator[str]:
+    listening = socket.create_server(("127.0.0.1", 0), backlog=256)
+    running = uvicorn.Server(uvicorn.Config(build_app(session, limits, "benchmark"), log_level="error"))
+    thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
+    thread.start()
+    yield f"http://127.0.0.1:{listening.getsockname()[1]}"
+    running.should_exit = True
+    thread.join()
+    listening.close()
+
+
+def picture(number: int) -> Image.Image:
+    noise = np.random.default_rng(number).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize(SIZE)
+
+
+def body(number: int, tokens: int) -> bytes:
+    file = io.BytesIO()
+    picture(number).save(file, format="JPEG")
+    url = "data:image/jpeg;base64," + base64.b64encode(file.getvalue()).decode()
+    content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": QUESTION}]
+    options = {"max_tokens": tokens, "stream": True, "stream_options": {"include_usage": True}}
+    return json.dumps({"messages": [{"role": "user", "content": content}], **options}).encode()
+
+
+async def ask(address: str, bodies: list[bytes], clients: int) -> list[Timed]:
+    """All of `bodies`, by clients that each send one after another."""
+    waiting, timed = list(bodies), list[Timed]()
+
+    async def client() -> None:
+        async with httpx.AsyncClient(base_url=address, timeout=None) as http:
+            while waiting:
+                timed.append(await one(http, waiting.pop()))
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return timed
+
+
+async def one(http: httpx.AsyncClient, content: bytes) -> Timed:
+    begun, first, tokens = time.perf_counter(), None, 0
+    headers = {"Content-Type": "application/json"}
+    async with http.stream("POST", "/v1/chat/completions", content=content, headers=headers) as response:
+        if response.status_code == 429:
+            return Timed(None, time.perf_counter() - begun, 0)
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if first is None and '"content": "' in line and '"role"' not in line:
+                first = time.perf_counter() - begun
+            if '"usage"' in line:
+                tokens = json.loads(line.removeprefix("data: "))["usage"]["completion_tokens"]
+    total = time.perf_counter() - begun
+    return Timed(total if first is None else first, total, tokens)
+
+
+@torch.no_grad()
+def chatting(session: SmolVLMSession, tokens: int) -> None:
+    """Seconds to the first token of an image and a question, and tokens a second after it."""
+    images = (picture(number) for number in range(10**6, 2 * 10**6))
+
+    def chat() -> tuple[float, float]:
+        answer = session.conversation().say(QUESTION, [next(images)], Sampling(max_new_tokens=tokens))
+        begun = time.perf_counter()
+        encoded = answer.first_token
+        answer.finish()
+        first = answer.first_token
+        del encoded
+        return first, (len(answer.ids) - 1) / (time.perf_counter() - begun - first)
+
+    model: Any = session.model.model
+    processor = session.processor
+
+    def generate(count: int) -> tuple[float, int]:
+        """Seconds, and tokens."""
+        begun = time.perf_counter()
+        text = processor.apply_chat_template([user(QUESTION, 1)], add_generation_prompt=True)
+        inputs = processor(text=text, images=[[next(images)]], add_special_tokens=False, return_tensors="pt")
+        inputs = inputs.to(model.device)
+        inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        ids = model.generate(**inputs, max_new_tokens=count, do_sample=False, eos_token_id=session.prompts.end)
+        made = ids[0, inputs["input_ids"].shape[1] :].tolist()
+        return time.perf_counter() - begun, len(made)
+
+    def stock() -> tuple[float, float]:
+        first, _ = generate(1)
+        seconds, made = generate(tokens)
+        return first, (made - 1) / (seconds - first)
+
+    print("\n| one chat | first token, s | tokens/s |\n|---|---|---|")
+    for name, run in (("session", chat), ("transformers' generate", stock)):
+        firsts, rates = zip(*(run() for _ in range(ROUNDS + 1)), strict=True)
+        print(f"| {name} | {min(firsts[1:]):.4f} | {max(rates[1:]):.1f} |")
+
+
+if __name__ == "__main__":
+    main()
