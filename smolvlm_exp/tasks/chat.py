@@ -28,7 +28,7 @@ HELP = """\
 /quit             exit (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-def load_session(config: Config, rows: int) -> SmolVLMSession:
+def load_session(config: Config, rows: int = 1) -> SmolVLMSession:
     """The session of task=chat and task=serve, which generates `rows` answers at a time."""
     budget = bytes_of("session.cache", config.session.cache)
     backend = load_backend(config.session.precision, config.model, config.quant, config.adapter, config.seed)
@@ -40,7 +40,7 @@ def chat(config: Config, folder: Path) -> None:
     with contextlib.suppress(ImportError):  # line editing and history, where there is a terminal
         import readline  # noqa: F401
     sampling = Sampling(config.session.max_new_tokens, temperature=config.task.temperature, seed=config.seed)
-    loop = ChatLoop(load_session(config, rows=1), sampling)
+    loop = ChatLoop(load_session(config), sampling)
     adapter = f" with the adapter {config.model.adapter}" if config.model.adapter else ""
     print(f"chat with {config.model.id}{adapter}; /help lists the commands")
     while True:
