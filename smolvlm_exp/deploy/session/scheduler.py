@@ -134,6 +134,7 @@ class Scheduler:
             self.active += answers
         for answer, token in zip(answers, tokens, strict=True):
             answer.add(token)
+        self.free_rows()
 
     def requests(self, answers: Sequence[Answer]) -> list[Request]:
         pasts = [self.cache.take_prefix(self.identity, answer.prompt.keys[:-1]) for answer in answers]
@@ -188,6 +189,9 @@ class Scheduler:
             for answer, token in zip(answers, tokens(), strict=True):
                 if not answer.ended:
                     answer.add(token)
+        self.free_rows()
+
+    def free_rows(self) -> None:
         for row in reversed(range(len(self.active))):
             answer = self.active[row]
             if answer.stopping.is_set() and not answer.ended:
@@ -224,7 +228,7 @@ def make_batch(model: Any, end: int) -> ContinuousBatch | SequentialBatch:
     if not isinstance(model, TorchModel):
         return SequentialBatch(model, end)
     if obstacle := decoder_obstacle(model.model):
-        log.info(f"answers: one after another, by transformers' forward pass, and slower: {obstacle}")
+        log.info(f"answers: a row after another by transformers' forward pass, and slower: {obstacle}")
         return SequentialBatch(model, end)
     plan = plan_sampling(model.model, free_memory(model.model.device), *TYPICAL)
     return ContinuousBatch(Decoder(model.model, plan.merge), end)

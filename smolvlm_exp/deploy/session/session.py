@@ -57,9 +57,16 @@ class SmolVLMSession:
         self.scheduler = Scheduler(model, self.cache, self.prompts.end, self.prompts.image_token, rows)
 
     @classmethod
-    def load(cls, folder: str | Path, precision: str | None = None, budget: int = GIB, max_edge: int = 512) -> Self:
+    def load(
+        cls,
+        folder: str | Path,
+        precision: str | None = None,
+        budget: int = GIB,
+        max_edge: int = 512,
+        rows: int = ROWS,
+    ) -> Self:
         """A folder with onnx/ in it is run by ONNX Runtime, another by PyTorch; RequestError where it has no model."""
-        return cls(*load_folder(Path(folder), precision), budget=budget, max_edge=max_edge)
+        return cls(*load_folder(Path(folder), precision), budget=budget, max_edge=max_edge, rows=rows)
 
     def conversation(self) -> "Conversation":
         return Conversation(self)
