@@ -3,6 +3,7 @@
 python -m smolvlm_exp task=serve run=last
 """
 
+import contextlib
 import logging
 import socket
 from pathlib import Path
@@ -16,7 +17,7 @@ from smolvlm_exp.utils.errors import RequestError
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_SECONDS = 3  # that answers have to end after Ctrl-C
+SHUTDOWN_SECONDS = 3  # that clients have to read the rest after Ctrl-C
 
 
 def serve(config: Config, folder: Path) -> None:
@@ -24,7 +25,7 @@ def serve(config: Config, folder: Path) -> None:
     require_packages("serve", {"fastapi": "serve", "uvicorn": "serve"})
     import uvicorn
 
-    from smolvlm_exp.deploy.server import build_app
+    from smolvlm_exp.deploy.server.app import Server, build_app
 
     host, port = config.serve.host, config.serve.port
     try:
@@ -43,9 +44,6 @@ def serve(config: Config, folder: Path) -> None:
             "further requests get status 429"
         )
         app = build_app(session, config.serve, name)
-        try:
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)).run(
-                sockets=[listening]
-            )
-        finally:
-            session.close()
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has shut down
+            Server(settings, session).run(sockets=[listening])

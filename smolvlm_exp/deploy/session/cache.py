@@ -48,7 +48,9 @@ class SessionCache(LRUCache):
         self.sequences: list[tuple[Any, ...]] = []  # the keys of token sequences, sorted
 
     def put(self, key: Any, entry: tuple[Any, ...]) -> None:
-        if key[0] == "tokens" and key not in self.entries:
+        if key in self.entries:
+            self.pop(key)
+        if key[0] == "tokens":
             insort(self.sequences, key)
         super().put(key, entry)
 

@@ -38,7 +38,7 @@ class Scheduler:
             rows: answers that are generated at a time.
         """
         self.model, self.cache, self.end, self.image_token, self.rows = model, cache, end, image_token, rows
-        self.lock, self.waiting = threading.Lock(), deque[Answer]()
+        self.lock, self.waiting, self.closed = threading.Lock(), deque[Answer](), False
         self.thread: threading.Thread | None = None
         self.active = list[Answer]()  # of the batch's rows, in their order
         self.begun: tuple[list[Answer], Callable[[], list[int]]] | None = None  # a step whose tokens are not read yet
@@ -47,15 +47,18 @@ class Scheduler:
 
     def submit(self, answer: Answer) -> None:
         with self.lock:
-            self.waiting.append(answer)
-            if self.thread is None:
-                self.thread = threading.Thread(target=self.work, name="answers", daemon=True)
-                self.thread.start()
+            if not self.closed:
+                self.waiting.append(answer)
+                if self.thread is None:
+                    self.thread = threading.Thread(target=self.work, name="answers", daemon=True)
+                    self.thread.start()
+                return
+        answer.end("stopped")
 
     def close(self) -> None:
-        """Stop all answers, and wait for the model's step to end."""
+        """Stop all answers, those to come too, and wait for the model's step to end."""
         with self.lock:
-            thread = self.thread
+            self.closed, thread = True, self.thread
             for answer in (*self.waiting, *self.active):
                 answer.stop()
         if thread:

@@ -83,7 +83,7 @@ class SmolVLMSession:
         return Answer(self.scheduler.submit, self.prompts, prompt, limited)
 
     def close(self) -> None:
-        """Stop all answers."""
+        """Stop all answers, those to come too."""
         self.scheduler.close()
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.tokens import WORD_JOINER
 from smolvlm_exp.deploy.session.backends import TorchModel
-from smolvlm_exp.deploy.session.cache import LRUCache, shared_prefix
+from smolvlm_exp.deploy.session.cache import shared_prefix
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampling import Sampling
@@ -140,18 +140,6 @@ def test_conversations_with_a_shared_prefix_are_independent(session, reference, 
         answer = finished(session.answer(branch.prompt.copy(), Sampling(max_new_tokens=1)))
         assert answer.cached_tokens > 0
         assert (session.logits[0] - uncached(reference, branch.prompt)[-1]).abs().max() < 1e-5
-
-
-def test_the_least_recently_used_entry_is_dropped_first():
-    cache, entry = LRUCache(100), (torch.zeros(20, dtype=torch.uint8),) * 2
-    for name in "abc":
-        cache.put(name, entry)
-    assert list(cache.entries) == ["b", "c"]
-    assert cache.get("b") is entry
-    cache.put("d", entry)
-    assert list(cache.entries) == ["b", "d"]
-    cache.put("huge", (torch.zeros(101, dtype=torch.uint8),))
-    assert (list(cache.entries), cache.bytes) == ([], 0)
 
 
 def test_an_adapter_is_part_of_the_key(model, processor):
