@@ -120,13 +120,14 @@ def body(number: int, tokens: int) -> bytes:
 async def ask(address: str, bodies: list[bytes], clients: int) -> list[Timed]:
     """All of `bodies`, by clients that each send one after another."""
     waiting, timed = list(bodies), list[Timed]()
+    connections = httpx.Limits(max_connections=clients)
 
-    async def client() -> None:
-        async with httpx.AsyncClient(base_url=address, timeout=None) as http:
-            while waiting:
-                timed.append(await one(http, waiting.pop()))
+    async def client(http: httpx.AsyncClient) -> None:
+        while waiting:
+            timed.append(await one(http, waiting.pop()))
 
-    await asyncio.gather(*(client() for _ in range(clients)))
+    async with httpx.AsyncClient(base_url=address, timeout=None, limits=connections) as http:
+        await asyncio.gather(*(client(http) for _ in range(clients)))
     return timed
 
 

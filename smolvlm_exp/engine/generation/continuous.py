@@ -138,7 +138,7 @@ class ContinuousBatch:
         buffers, sampling, past = self.buffers, request.sampling, past_length(request.past)
         if past:
             buffers.prompt[:, :, row, :, :past] = request.past[0].unflatten(0, (2, -1))
-        count = min(sampling.max_new_tokens, buffers.uniforms.shape[1])
+        count = sampling.max_new_tokens
         buffers.uniforms[row, :count] = uniforms([sampling.seed], count)[0].to(self.decoder.device)
         buffers.lengths[row], buffers.drawn[row] = request.length, 0
         settings = sampling.temperature, sampling.top_p, sampling.top_k, sampling.min_new_tokens
@@ -213,8 +213,9 @@ class ContinuousBatch:
         return self.fetch(count)
 
     def fetch(self, count: int) -> Callable[[], list[int]]:
-        if not self.runs_ahead:
-            return self.buffers.token[:count].tolist
+        if self.decoder.device.type != "cuda":
+            there = self.buffers.token[:count].tolist()
+            return lambda: there
         tokens = torch.empty(count, dtype=torch.int64, pin_memory=True)
         tokens.copy_(self.buffers.token[:count], non_blocking=True)
         copied = torch.cuda.Event()
