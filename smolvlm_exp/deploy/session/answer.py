@@ -59,8 +59,11 @@ class Answer:
     def read(self) -> Iterator[str]:
         pieces = queue.SimpleQueue[str | None]()
         self.start(pieces.put)
-        while (piece := pieces.get()) is not None:
-            yield piece
+        try:
+            while (piece := pieces.get()) is not None:
+                yield piece
+        finally:
+            self.stop()
         self.check()
 
     def start(self, deliver: Deliver) -> None:

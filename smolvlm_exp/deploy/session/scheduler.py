@@ -86,38 +86,41 @@ class Scheduler:
 
     def abandon(self, error: Exception) -> None:
         """End all active answers after an error of their batch; where there was none, those that wait for it."""
-        self.begun = self.identity = None
         with self.lock:
             failed = self.active or [*self.waiting]
-            if not self.active:
+            if self.active:
+                self.batch.clear()
+            else:
                 self.waiting.clear()
-            self.active = []
+            self.active, self.begun = [], None
         for answer in failed:
-            answer.end("stopped", describe(error))
+            if not answer.ended:
+                answer.end("stopped", describe(error))
 
     # Entering
 
     def next_answers(self) -> list[Answer]:
         """Those that waited longest, as many as there is room for, and a prefill's tokens at most."""
         chosen, tokens = list[Answer](), 0
-        if self.active and self.model.identity() != self.identity:
-            return chosen
-        while self.waiting and len(self.active) + len(chosen) < self.rows:
-            answer = self.waiting[0]
-            tokens += answer.prompt_tokens
-            if answer.stopping.is_set():
-                self.waiting.popleft().end("stopped")
-                continue
-            if chosen and tokens > PREFILL_TOKENS:
-                break
-            if (chosen or self.active) and not self.fits([*chosen, answer]):
-                break
-            chosen.append(self.waiting.popleft())
+        with self.lock:
+            stopped = [answer for answer in self.waiting if answer.stopping.is_set()]
+            for answer in stopped:
+                self.waiting.remove(answer)
+            while self.waiting and len(self.active) + len(chosen) < self.rows:
+                tokens += self.waiting[0].prompt_tokens
+                if chosen and tokens > PREFILL_TOKENS:
+                    break
+                if (chosen or self.active) and not self.fits([*chosen, self.waiting[0]]):
+                    break
+                chosen.append(self.waiting.popleft())
+        for answer in stopped:
+            answer.end("stopped")
         return chosen
 
     def fits(self, answers: Sequence[Answer]) -> bool:
+        """Whether further rows have room for these, with the adapters that are active now."""
         lengths, counts = [a.prompt_tokens for a in answers], [a.sampling.max_new_tokens for a in answers]
-        return self.batch.fits(lengths, counts)
+        return self.model.identity() == self.identity and self.batch.fits(lengths, counts)
 
     def enter(self, answers: Sequence[Answer]) -> None:
         """Read prompts together; where that fails one by one, so that an answer fails for itself alone."""

@@ -30,6 +30,9 @@ class SequentialBatch:
     def fits(self, lengths: Sequence[int], counts: Sequence[int]) -> bool:
         return True  # nothing is set aside for a row
 
+    def clear(self) -> None:
+        self.rows = []
+
     def enter(self, requests: Sequence[Request]) -> list[int]:
         rows = []
         for request in requests:

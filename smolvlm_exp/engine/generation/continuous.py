@@ -83,10 +83,14 @@ class ContinuousBatch:
     def __init__(self, decoder: Decoder, end: int) -> None:
         """`end`: id of the token that ends an answer, which `Sampling.min_new_tokens` holds back."""
         self.decoder, self.end = decoder, end
-        self.rows = list[Row]()
-        self.buffers = Buffers(decoder, *SMALLEST)
-        self.graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
         self.runs_ahead = decoder.device.type == "cuda"  # a next step may be begun before a step's tokens are read
+        self.clear()
+
+    def clear(self) -> None:
+        """Free all rows and their memory."""
+        self.rows = list[Row]()
+        self.graphs: dict[tuple[int, bool, bool], torch.cuda.CUDAGraph] = {}
+        self.buffers = Buffers(self.decoder, *SMALLEST)
 
     # Memory
 
