@@ -55,7 +55,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--tokens", type=int, default=8, help="of an answer, at most")
     parser.add_argument("--most", type=int, default=CLIENTS[-1], help="clients at a time, at most")
-    parser.add_argument("--requests", type=int, default=96, help="in all, for each number of clients")
+    parser.add_argument(
+        "--requests", type=int, default=96, help="for each number of clients; at least 3 for each of them"
+    )
     options = parser.parse_args()
     weights = "pretrained" if options.model == "tiny" else "random"
     config = compose(
@@ -76,7 +78,7 @@ def serving(session: SmolVLMSession, limits: ServeConfig, options: argparse.Name
     with server(session, limits) as address:
         asyncio.run(ask(address, [body(i, options.tokens) for i in range(32)], clients=16))  # compiles what a GPU needs
         for clients in (count for count in CLIENTS if count <= options.most):
-            requests = max(clients, options.requests if clients > 1 else options.requests // 4)
+            requests = max(3 * clients, options.requests if clients > 1 else options.requests // 4)
             bodies = [body(clients * 10_000 + i, options.tokens) for i in range(requests)]
             begun = time.perf_counter()
             timed = asyncio.run(ask(address, bodies, clients))

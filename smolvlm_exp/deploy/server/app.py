@@ -13,11 +13,12 @@ from contextlib import aclosing, suppress
 from typing import Any
 
 import uvicorn
+from anyio import CapacityLimiter
+from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
 from starlette import types
-from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
@@ -26,6 +27,7 @@ from smolvlm_exp.deploy.server.request import MEGABYTE, ChatRequest
 from smolvlm_exp.deploy.session.answer import Answer, AnswerError
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.reporting.html import render
+from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
 
 
@@ -37,6 +39,7 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
     if limits.host in ("127.0.0.1", "localhost", "::1"):  # against DNS rebinding from other pages
         app.add_middleware(TrustedHostMiddleware, allowed_hosts=["localhost", "127.0.0.1", "[::1]"])
     places = asyncio.Semaphore(limits.max_concurrency + limits.max_waiting)
+    cores = CapacityLimiter(usable_cores())  # that decode images, in the order in which requests came
 
     @app.exception_handler(RequestError)
     async def refused(_: Request, error: RequestError) -> JSONResponse:
@@ -73,7 +76,7 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
             return error_response(429, message, "rate_limit_error", {"Retry-After": "1"})
         await places.acquire()
         try:
-            prompt = await run_in_threadpool(request.prompt, session, limits)
+            prompt = await run_sync(request.prompt, session, limits, limiter=cores)
             reply = Reply(session.answer(prompt, request.sampling(limits)), name)
             if request.stream:
                 usage = bool(request.stream_options and request.stream_options.include_usage)
@@ -99,7 +102,7 @@ class Server(uvicorn.Server):
         self.session = session
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await run_in_threadpool(self.session.close)
+        await run_sync(self.session.close)
         await super().shutdown(sockets)
 
 

@@ -19,9 +19,18 @@ from smolvlm_exp.engine.generation.sampling import Sampling
 COLOURS = ("red", "green", "blue", "white", "black", "teal", "gold")
 
 
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+def load(folder, device="cpu"):
+    session = SmolVLMSession.load(folder, rows=4)
+    session.model.model.float().to(device)
+    return session
+
+
 @pytest.fixture
 def session(small):
-    return SmolVLMSession.load(small, rows=4)
+    return load(small)
 
 
 def prompts_of(session):
@@ -47,14 +56,16 @@ def samplings(stop=()):
     ]
 
 
-def test_answers_together_are_those_alone(session, small):
+@pytest.mark.parametrize("device", DEVICES)
+def test_answers_together_are_those_alone(device, small):
     """More of them than rows, so that they wait, enter and leave; the tower takes new images together."""
+    session = load(small, device)
     passes, features = [], session.model.features
     session.model.features = lambda pixels, mask: (passes.append(pixels.shape[1]), features(pixels, mask))[1]
     answers = [session.answer(*pair) for pair in zip(prompts_of(session), samplings(), strict=True)]
     texts = together(answers)
     for prompt, sampling, answer, text in zip(prompts_of(session), samplings(), answers, texts, strict=True):
-        alone = SmolVLMSession.load(small).answer(prompt, sampling)
+        alone = load(small, device).answer(prompt, sampling)
         assert alone.finish() == text.strip()
         assert (alone.ids, alone.ended_by) == (answer.ids, answer.ended_by)
     assert len(passes) < len(COLOURS)
@@ -141,7 +152,7 @@ def test_closing_stops_answers_that_run_and_answers_that_wait(session):
 
 def test_weights_in_a_form_of_their_own_keep_transformers_forward_pass(session, small, caplog):
     """As torchao's are: tensors around other tensors. The log says so once, and answers are the same."""
-    other = SmolVLMSession.load(small, rows=4)
+    other = load(small)
     text = other.model.model.model.text_model
     for module in text.layers.modules():
         if isinstance(module, torch.nn.Linear):
