@@ -5,7 +5,6 @@ python -m smolvlm_exp task=serve run=last
 
 import contextlib
 import logging
-import socket
 from pathlib import Path
 
 from smolvlm_exp.config.schema import Config
@@ -25,11 +24,11 @@ def serve(config: Config, folder: Path) -> None:
     require_packages("serve", {"fastapi": "serve", "uvicorn": "serve"})
     import uvicorn
 
-    from smolvlm_exp.deploy.server.app import Server, build_app
+    from smolvlm_exp.deploy.server.app import Server, build_app, listen
 
     host, port = config.serve.host, config.serve.port
     try:
-        listening = socket.create_server((host, port))
+        listening = listen(host, port)
     except OSError as error:
         raise RequestError(f"serve.host={host} serve.port={port}: {error.strerror}. Try another port.") from error
     with listening:

@@ -94,6 +94,16 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
     return app
 
 
+def listen(host: str, port: int) -> socket.socket:
+    """A socket for `Server.run`, whose connections send each piece at once.
+
+    asyncio sees to that for sockets of its own alone; with others a piece waits up to 40 ms for the last one's receipt.
+    """
+    listening = socket.create_server((host, port))
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
 class Server(uvicorn.Server):
     """When it is to end, answers that run are stopped, so that their clients need not be waited for."""
 
