@@ -23,8 +23,10 @@ from PIL import Image
 from smolvlm_exp.config.compose import check_command, register_schemas
 from smolvlm_exp.deploy.export.onnx_export import Graphs
 from smolvlm_exp.deploy.options import DECODER, PARTS, SUFFIXES
+from smolvlm_exp.deploy.session.answer import Answer
 from smolvlm_exp.deploy.session.backends import OnnxModel, TorchModel
-from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
+from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.models.model import load_model, load_processor
 from smolvlm_exp.utils.startup import silence_upstream
 

@@ -50,7 +50,8 @@ class ServeConfig:
     max_image_megabytes: float = at_least(0, 10.0)  # of one image's file
     max_images: int = at_least(0, 8)  # in one request
     max_tokens: int = at_least(1, 1024)  # of one answer
-    max_concurrency: int = at_least(1, 4)  # answers generated at once; a further request gets status 429
+    max_concurrency: int = at_least(1, 16)  # answers generated at a time, in one batch
+    max_waiting: int = at_least(0, 64)  # further requests that wait for their turn; one more gets status 429
 
 
 def formats(config: ExportConfig) -> tuple[str, ...]:

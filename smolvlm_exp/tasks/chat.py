@@ -11,8 +11,10 @@ from typing import Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.images import ImageError, ImageLimits
+from smolvlm_exp.deploy.session.answer import Answer, AnswerError
 from smolvlm_exp.deploy.session.backends import load_backend
-from smolvlm_exp.deploy.session.session import Answer, Sampling, SmolVLMSession
+from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.signals import StopRequest
@@ -26,18 +28,18 @@ HELP = """\
 /quit             exit (or Ctrl-D); Ctrl-C stops an answer"""
 
 
-def load_session(config: Config) -> SmolVLMSession:
-    """The session of task=chat and task=serve."""
+def load_session(config: Config, rows: int = 1) -> SmolVLMSession:
+    """The session of task=chat and task=serve, which generates `rows` answers at a time."""
     budget = bytes_of("session.cache", config.session.cache)
     backend = load_backend(config.session.precision, config.model, config.quant, config.adapter, config.seed)
-    return SmolVLMSession(*backend, budget, config.data.max_edge, ImageLimits.of(config.data))
+    return SmolVLMSession(*backend, budget, config.data.max_edge, ImageLimits.of(config.data), rows)
 
 
 def chat(config: Config, folder: Path) -> None:
     """Answer line by line, until there are no more."""
     with contextlib.suppress(ImportError):  # line editing and history, where there is a terminal
         import readline  # noqa: F401
-    sampling = Sampling(config.session.max_new_tokens, config.task.temperature, seed=config.seed)
+    sampling = Sampling(config.session.max_new_tokens, temperature=config.task.temperature, seed=config.seed)
     loop = ChatLoop(load_session(config), sampling)
     adapter = f" with the adapter {config.model.adapter}" if config.model.adapter else ""
     print(f"chat with {config.model.id}{adapter}; /help lists the commands")
@@ -91,7 +93,7 @@ class ChatLoop:
                 print(f"unknown command {name}\n{HELP}")
             else:
                 self.ask(line)
-        except (RequestError, ImageError, OSError, ValueError) as error:
+        except (RequestError, ImageError, AnswerError, OSError, ValueError) as error:
             print(f"error: {error}")
 
     def ask(self, text: str) -> None:

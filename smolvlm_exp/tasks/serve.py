@@ -3,17 +3,20 @@
 python -m smolvlm_exp task=serve run=last
 """
 
+import contextlib
 import logging
-import socket
 from pathlib import Path
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.deploy.export.record import read_record
 from smolvlm_exp.deploy.options import require_packages
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.tasks.chat import load_session
 from smolvlm_exp.utils.errors import RequestError
 
 log = logging.getLogger(__name__)
+
+SHUTDOWN_SECONDS = 3  # that clients have to read the rest after Ctrl-C
 
 
 def serve(config: Config, folder: Path) -> None:
@@ -21,16 +24,25 @@ def serve(config: Config, folder: Path) -> None:
     require_packages("serve", {"fastapi": "serve", "uvicorn": "serve"})
     import uvicorn
 
-    from smolvlm_exp.deploy.server import build_app
+    from smolvlm_exp.deploy.server.app import Server, build_app, listen
 
     host, port = config.serve.host, config.serve.port
     try:
-        listening = socket.create_server((host, port))
+        listening = listen(host, port)
     except OSError as error:
         raise RequestError(f"serve.host={host} serve.port={port}: {error.strerror}. Try another port.") from error
     with listening:
         name = config.name or read_record(Path(config.model.id)).get("model", config.model.id)
-        app = build_app(load_session(config), config.serve, name)
+        session = load_session(config, rows=config.serve.max_concurrency)
+        session.conversation().say("Hello", sampling=Sampling(max_new_tokens=2)).finish()  # compiles what a GPU needs
         address = f"http://{host}:{listening.getsockname()[1]}"
         log.info(f"page: {address}; base_url for OpenAI clients: {address}/v1")
-        uvicorn.Server(uvicorn.Config(app, log_level="warning")).run(sockets=[listening])
+        at_a_time, waiting = config.serve.max_concurrency, config.serve.max_waiting
+        log.info(
+            f"{at_a_time} answers at a time (serve.max_concurrency) and {waiting} more that wait (serve.max_waiting); "
+            "further requests get status 429"
+        )
+        app = build_app(session, config.serve, name)
+        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has shut down
+            Server(settings, session).run(sockets=[listening])

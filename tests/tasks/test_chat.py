@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from smolvlm_exp.deploy.export.record import RECORD
-from smolvlm_exp.deploy.session.session import Sampling, SmolVLMSession
+from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.tasks.chat import ChatLoop, load_session
 from smolvlm_exp.tasks.chat import chat as run_chat
 from smolvlm_exp.utils.errors import RequestError

@@ -14,20 +14,15 @@ from transformers import AutoConfig, DynamicCache
 
 from smolvlm_exp.deploy.export.record import RECORD, read_record
 from smolvlm_exp.deploy.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
+from smolvlm_exp.engine.forward import image_features
+from smolvlm_exp.engine.generation.continuous import Past, past_length
 from smolvlm_exp.engine.layers.dora import use_exact_dora
-from smolvlm_exp.engine.model_parts import base_of, core_of
+from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.models.adapter import AdapterConfig
 from smolvlm_exp.models.model import ModelConfig, from_pretrained, load_finetuned_model, load_model, load_processor
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.resolution import SETTINGS
 from smolvlm_exp.utils.errors import RequestError
-
-Past = tuple[Any, ...]  # key, value, key, value, ... of each layer: tensors or arrays (batch, kv heads, tokens, size)
-
-
-def past_length(past: Past) -> int:
-    """In tokens."""
-    return past[0].shape[2] if past else 0
 
 
 class TorchModel:
@@ -37,21 +32,17 @@ class TorchModel:
         self.model = model.eval()
         self.config = model.config
 
-    def identity(self) -> tuple[Any, ...]:
+    def identity(self) -> str:
         """What decides an answer besides tokens and images: the active adapters."""
         if not isinstance(self.model, PeftModel):
-            return ()
+            return ""
         layers = (module for module in self.model.modules() if isinstance(module, BaseTunerLayer))
-        return (*self.model.active_adapters, next(layers).disable_adapters)
+        return "" if next(layers).disable_adapters else ", ".join(self.model.active_adapters)
 
     @torch.no_grad()
     def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
-        """(1, tiles, 3, S, S) -> (tiles x tokens per tile, hidden)."""
-        device = self.model.device
-        output = base_of(self.model).get_image_features(
-            pixel_values.to(device), pixel_attention_mask.to(device), return_dict=True
-        )
-        return torch.cat(list(output.pooler_output))
+        """(1, tiles, 3, S, S) -> (tiles x tokens per tile, hidden). Tiles are whole: it needs no mask."""
+        return image_features(core_of(self.model), pixel_values[0].to(self.model.device)).flatten(0, 1)
 
     @torch.no_grad()
     def extend(
@@ -63,7 +54,7 @@ class TorchModel:
             ids: the tokens that come next.
             positions: of the image tokens among them, in order.
             features: that replace the embeddings of those, (n, hidden) per image.
-            past: of the tokens before.
+            past: of the tokens before: key, value, key, value, ... of each layer, (1, kv heads, tokens, size).
 
         Returns:
             (vocabulary,) logits of the token after the last, float32 on the CPU; and `past` with the new tokens.
@@ -105,8 +96,8 @@ class OnnxModel:
         inputs = [i for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")]
         self.past_names, (_, self.heads, _, self.head_size) = [i.name for i in inputs], inputs[0].shape
 
-    def identity(self) -> tuple[Any, ...]:
-        return ()
+    def identity(self) -> str:
+        return ""
 
     def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> np.ndarray:
         """(batch, tiles, 3, S, S) -> (tiles without padding x tokens per tile, hidden)."""

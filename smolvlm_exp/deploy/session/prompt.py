@@ -15,12 +15,13 @@ from PIL.Image import Image
 
 from smolvlm_exp.data.images import ImageLimits, open_image, shrink, to_rgb
 from smolvlm_exp.data.tokens import image_span, render_prompt
+from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.utils.errors import RequestError
 
 
 @dataclass(frozen=True)
 class EncodedImage:
-    key: str  # a digest of the pixels that the processor was given
+    key: int  # a digest of the pixels that the processor was given, beyond every token's id
     ids: list[int]  # of its tags and image tokens
     pixel_values: torch.Tensor  # (1, tiles, 3, S, S) float32
     pixel_attention_mask: torch.Tensor  # (1, tiles, S, S)
@@ -37,9 +38,9 @@ class Prompt:
         return Prompt([*self.ids], [*self.images])
 
     @property
-    def keys(self) -> list[int | str]:
+    def keys(self) -> list[int]:
         """The ids, with an image's key for each of its tokens, so that different images share none."""
-        keys: list[int | str] = [*self.ids]
+        keys = [*self.ids]
         for start, image in self.images:
             keys[start : start + len(image.ids)] = [image.key] * len(image.ids)
         return keys
@@ -50,7 +51,7 @@ class PromptBuilder:
 
     def __init__(self, processor: Any, max_edge: int, limits: ImageLimits) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
-        self.max_edge, self.limits = max_edge, limits
+        self.max_edge, self.limits, self.normalise = max_edge, limits, pixels(processor)
         self.end: int = self.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
         self.image_token: int = processor.image_token_id
 
@@ -82,11 +83,12 @@ class PromptBuilder:
 
     def encode_image(self, image: Image) -> EncodedImage:
         image = shrink(to_rgb(image), self.max_edge)
-        key = hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest()
-        encoded = self.processor.image_processor(images=[[image]], return_row_col_info=True, return_tensors="pt")
-        span = image_span(int(encoded["rows"][0][0]), int(encoded["cols"][0][0]), self.processor.image_seq_len)
+        key = int(hashlib.sha256(repr(image.size).encode() + image.tobytes()).hexdigest(), 16)
+        _, rows, columns = self.processor.image_processor.get_number_of_image_patches(image.height, image.width)
+        span = image_span(rows, columns, self.processor.image_seq_len)
         ids = self.tokenizer(span, add_special_tokens=False)["input_ids"]
-        return EncodedImage(key, ids, encoded["pixel_values"], encoded["pixel_attention_mask"])
+        pixel_values = self.normalise(tile(image, self.processor.image_processor))[None]
+        return EncodedImage(key, ids, pixel_values, torch.ones_like(pixel_values[:, :, 0], dtype=torch.int64))
 
     def open_image(self, source: bytes | Path) -> Image:
         """An image from anybody's file. ImageError says what is wrong with it."""

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from smolvlm_exp.engine.layers import ops
 from smolvlm_exp.engine.layers.linear import FrozenLinears, Product, adapter_obstacles
@@ -26,6 +27,12 @@ def decoder_obstacle(model: Any) -> str | None:
     """Why `Decoder` cannot run this model's text model; None: it can."""
     if any(map(is_sharded, model.parameters())):
         return "its weights are sharded"
+    text = core_of(model).text_model
+    # torchao's weights, which look like those they stand for and are not
+    if any(map(is_traceable_wrapper_subclass, text.parameters())):
+        return "its weights are quantised by torchao"
+    if len({parameter.device for parameter in text.parameters()}) > 1:
+        return "its layers are on several devices"
     return next(adapter_obstacles(core_of(model).text_model), None)
 
 

@@ -56,6 +56,7 @@ def sample(
         logps: of the drawn tokens are wanted.
         prefill_tokens: at most so many tokens of prompts are read together, or those of one prompt.
     """
+    assert not sampling.stop, "the sampler knows tokens only; stop texts end a session's answers"
     waiting = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].ids))  # like lengths are read together
     if not waiting:
         return

@@ -20,7 +20,7 @@ class Sampling:
     top_p: float = 1.0  # of the likeliest tokens, those that come to this probability; 1: all
     top_k: int = 0  # of the likeliest tokens, so many; 0: all
     seed: int = 0
-    stop: tuple[str, ...] = ()  # texts that end an answer, and are no part of it
+    stop: tuple[str, ...] = ()  # texts that end a session's answer, and are no part of it
 
     @property
     def truncates(self) -> bool:
@@ -47,12 +47,46 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
     probabilities = (logits / sampling.temperature).softmax(1)
     if not sampling.truncates:
         return inverse_cdf(probabilities, uniform)
+    return draw_truncated(probabilities, uniform, sampling.top_p, sampling.top_k or logits.shape[1])
+
+
+def draw_rows(
+    logits: torch.Tensor,
+    uniform: torch.Tensor,
+    temperature: torch.Tensor,
+    top_p: torch.Tensor,
+    top_k: torch.Tensor,
+    truncates: bool,
+) -> torch.Tensor:
+    """`draw` where each row has a sampling of its own: the same token as from `draw` alone.
+
+    Args:
+        temperature, top_p, top_k: (rows,) float32, with the meaning that they have in `Sampling`.
+        truncates: whether a row's sampling does; sorting takes time.
+    """
+    greedy = temperature == 0
+    probabilities = (logits / temperature.masked_fill(greedy, 1)[:, None]).softmax(1)
+    tokens = inverse_cdf(probabilities, uniform)
+    if truncates:
+        most = top_k.masked_fill(top_k == 0, logits.shape[1])
+        likely = draw_truncated(probabilities, uniform, top_p[:, None], most[:, None])
+        tokens = torch.where((top_p < 1) | (top_k > 0), likely, tokens)
+    return torch.where(greedy, logits.argmax(1), tokens)
+
+
+def draw_truncated(
+    probabilities: torch.Tensor, uniform: torch.Tensor, top_p: float | torch.Tensor, top_k: float | torch.Tensor
+) -> torch.Tensor:
+    """(rows,) drawn from the `top_k` likeliest and the nucleus (arXiv 1904.09751), which has one token at least.
+
+    Args:
+        probabilities: (rows, vocabulary); uniform: (rows,); top_p, top_k: numbers, or (rows, 1).
+    """
     probabilities, order = probabilities.sort(dim=1, descending=True)
     likelier = probabilities.cumsum(1) - probabilities  # the probability of all that come before
-    probabilities[:, 1:] = probabilities[:, 1:].masked_fill(likelier[:, 1:] >= sampling.top_p, 0)  # arXiv 1904.09751
-    if sampling.top_k:
-        probabilities[:, sampling.top_k :] = 0
-    return order.gather(1, inverse_cdf(probabilities, uniform)[:, None])[:, 0]
+    rank = torch.arange(probabilities.shape[1], device=probabilities.device)
+    excluded = ((likelier >= top_p) & (rank > 0)) | (rank >= top_k)
+    return order.gather(1, inverse_cdf(probabilities.masked_fill(excluded, 0), uniform)[:, None])[:, 0]
 
 
 def inverse_cdf(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:

@@ -3,10 +3,13 @@
 import base64
 import contextlib
 import io
+import os
 import shutil
+import signal
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import openai
@@ -15,23 +18,24 @@ import uvicorn
 from PIL import Image
 
 from smolvlm_exp.deploy.options import ServeConfig
-from smolvlm_exp.deploy.server import build_app
+from smolvlm_exp.deploy.server.app import build_app, listen
 from smolvlm_exp.deploy.session.session import SmolVLMSession
+from smolvlm_exp.engine.generation.continuous import ContinuousBatch
 from smolvlm_exp.utils.paths import PACKAGE
 
 CAT = PACKAGE / "data" / "sources" / "photos" / "cat.jpg"
 MODEL = "<b>tiny</b>"  # a name that a page must escape
-LIMITS = ServeConfig(max_image_megabytes=0.5, max_images=2, max_tokens=24, max_concurrency=2)
+LIMITS = ServeConfig(max_image_megabytes=0.5, max_images=2, max_tokens=24, max_concurrency=2, max_waiting=1)
 
 
 @pytest.fixture(scope="module")
 def session(small):
-    return SmolVLMSession.load(small)
+    return SmolVLMSession.load(small, rows=LIMITS.max_concurrency)
 
 
 @pytest.fixture(scope="module")
 def address(session):
-    listening = socket.create_server(("127.0.0.1", 0))
+    listening = listen("127.0.0.1", 0)
     server = uvicorn.Server(uvicorn.Config(build_app(session, LIMITS, MODEL), log_level="error"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
@@ -139,29 +143,114 @@ def test_other_host_names_are_refused(address):
     assert MODEL not in page.text
 
 
-def test_only_so_many_answers_at_once(client, session, monkeypatch):
-    """Two answers are paused; a third request gets status 429; a client that disconnects frees its place."""
-    gate, extend = threading.Event(), session.model.extend
+def test_pieces_are_sent_at_once():
+    """A connection must not wait for receipts (Nagle), which takes 40 ms a piece."""
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        connection, _ = listening.accept()
+        with connection:
+            assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
-    def slow(ids, *rest):
-        if len(ids) == 1:
-            gate.wait(10)
-        return extend(ids, *rest)
 
-    monkeypatch.setattr(session.model, "extend", slow)
-    request = {"model": "tiny", "messages": [user("Describe the picture.")], "max_tokens": 20, "stream": True}
-    held = [client.chat.completions.create(**request) for _ in range(2)]
-    with pytest.raises(openai.RateLimitError, match="already generating 2 answers"):
-        client.chat.completions.create(**request)
-    held[0].close()
+@pytest.fixture
+def paused(session, monkeypatch):
+    """A gate that holds every step of the model until it is set."""
+    gate, step = threading.Event(), ContinuousBatch.step
+    monkeypatch.setattr(ContinuousBatch, "step", lambda batch: gate.wait(20) and step(batch))
+    yield gate
     gate.set()
-    list(held[1])
-    for _ in range(100):
-        with contextlib.suppress(openai.RateLimitError):
-            assert list(client.chat.completions.create(**request))
-            return
+
+
+def soon(condition):
+    """Whether it holds within some seconds."""
+    for _ in range(200):
+        if condition():
+            return True
         time.sleep(0.05)
-    pytest.fail("the client that disconnected still has its place")
+    return False
+
+
+REQUEST = {"model": "tiny", "messages": [user("Describe the picture.")], "max_tokens": 20}
+
+
+def test_requests_beyond_those_that_run_and_wait_get_429(client, session, paused):
+    """Three answers are begun, and a fourth gets status 429; clients that disconnect free their places."""
+    held = [client.chat.completions.create(**REQUEST, stream=True) for _ in range(3)]
+    scheduler = session.scheduler
+    assert soon(lambda: len(scheduler.active) + len(scheduler.waiting) == 3)
+    with pytest.raises(openai.RateLimitError, match=r"lets 1 wait \(serve.max_waiting\)") as refused:
+        client.chat.completions.create(**REQUEST)
+    assert refused.value.response.headers["Retry-After"] == "1"
+    held[0].close()
+    held[2].close()  # while it waits
+    assert soon(lambda: sum(a.stopping.is_set() for a in (*scheduler.active, *scheduler.waiting)) == 2)
+    paused.set()
+    text = "".join(chunk.choices[0].delta.content or "" for chunk in held[1])
+    assert text.strip() == client.chat.completions.create(**REQUEST).choices[0].message.content
+    with ThreadPoolExecutor() as pool:  # all three places are free again
+        answers = list(pool.map(lambda _: client.chat.completions.create(**REQUEST), range(3)))
+    assert {answer.choices[0].message.content for answer in answers} == {text.strip()}
+
+
+def test_an_answer_without_a_reader_leaves(address, session, paused):
+    """A client that does not stream, and goes before the answer comes."""
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{address}/v1/chat/completions", json=REQUEST, timeout=1)
+    assert soon(lambda: session.scheduler.active[0].stopping.is_set())
+    paused.set()
+    assert soon(lambda: not session.scheduler.active)
+
+
+def test_many_clients_at_once_get_what_one_gets(client, session, small):
+    """Their seeds, temperatures and stop texts are theirs."""
+    requests = [
+        REQUEST | {"temperature": 0.9 * (i % 2), "seed": i, "max_tokens": 8 + i, "stop": ["e"] if i == 5 else None}
+        for i in range(6)
+    ]
+
+    def ask(request):
+        return client.with_options(max_retries=9).chat.completions.create(**request).choices[0].message.content
+
+    with ThreadPoolExecutor() as pool:
+        together = list(pool.map(ask, requests))
+    assert together == [ask(request) for request in requests]
+    assert "e" not in together[5]
+
+
+def test_an_answer_that_fails_is_an_error_of_its_own(client, session, monkeypatch):
+    def fails(*_):
+        raise RuntimeError("no such kernel")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(ContinuousBatch, "enter", fails)
+        with pytest.raises(openai.InternalServerError, match="RuntimeError: no such kernel"):
+            client.chat.completions.create(**REQUEST)
+        with pytest.raises(openai.APIError, match="RuntimeError: no such kernel"):
+            list(client.chat.completions.create(**REQUEST, stream=True))
+    assert client.chat.completions.create(**REQUEST).choices[0].message.content
+
+
+def test_ctrl_c_ends_the_server_while_answers_run(command, command_server):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    limits = ["serve.max_tokens=900", "serve.max_concurrency=3", "serve.max_waiting=5"]
+    address, begun = f"http://127.0.0.1:{port}", time.monotonic()
+    request = {"messages": [user("Describe the picture.")], "stream": True, "max_tokens": 900}
+    with ThreadPoolExecutor() as pool:
+        running = pool.submit(command, "task=serve", f"serve.port={port}", *limits, timeout=60)
+        while not running.done():
+            with contextlib.suppress(httpx.ConnectError):
+                with httpx.stream("POST", f"{address}/v1/chat/completions", json=request, timeout=60) as response:
+                    begun = time.monotonic()
+                    os.kill(command_server.child, signal.SIGINT)
+                    events = response.read().decode()
+                break
+            time.sleep(0.1)
+        stopped = running.result()
+    assert time.monotonic() - begun < 20
+    assert events.endswith("data: [DONE]\n\n")
+    assert events.count("data: ") < 900
+    assert (stopped.returncode, stopped.stderr) == (0, "")
+    assert "3 answers at a time (serve.max_concurrency) and 5 more that wait (serve.max_waiting)" in stopped.stdout
 
 
 def test_the_page_in_a_browser(address, session):

@@ -1,0 +1,1 @@
+"""task=serve: an endpoint for OpenAI's clients, over a session."""
