@@ -22,6 +22,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.errors import HydraException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
@@ -203,6 +204,8 @@ def jobs(compose: Composer, overrides: list[Override], multirun: bool) -> list[l
     own = parsed([f"{key}={value}" for key, value in params.items()])
     given = {o.key_or_group for o in overrides}
     if not multirun:
+        if own_settings.mode == RunMode.MULTIRUN:
+            raise RequestError("hydra.mode=MULTIRUN: a sweep is started by -m.")
         lacking = [o.key_or_group for o in own if o.key_or_group not in given]
         if lacking:
             raise RequestError(f"this experiment is a sweep over {', '.join(lacking)}: add -m, or give each one value.")
