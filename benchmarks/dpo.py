@@ -44,17 +44,27 @@ class Bench:
     """A base model and rows; trainers on them; what was measured."""
 
     def __init__(self, asked: argparse.Namespace) -> None:
-        from smolvlm_exp.models.model import load_model, load_processor
+        from smolvlm_exp.models.model import load_model
         from smolvlm_exp.models.quant import quantization_config
 
         self.target, self.common = asked.target, (f"model={asked.model}", *COMMON)
         config = self.config()
         self.base = load_model(config.model, quantization_config(config.quant, torch.bfloat16))
-        self.processor = load_processor(config.model)
-        self.rows = rows(asked.rows, self.processor)
+        self.use_rows(config, asked.rows)
         self.rate, self.flops = matmul_rate(), 0.0
         self.found: list[dict[str, Any]] = []
         print(f"{device_name()}, torch {torch.__version__}: {self.rate / 1e12:.0f} TFLOP/s", flush=True)
+
+    def use_rows(self, config: Any, count: int, size: tuple[int, int] = (512, 384)) -> None:
+        """Rows for the next trainer, at the resolution that `config` asks for.
+
+        Args:
+            size: width and height of an image in pixels.
+        """
+        from smolvlm_exp.models.model import load_processor
+
+        self.processor = load_processor(config.model)
+        self.rows = rows(count, self.processor, size)
 
     def config(self, *overrides: str) -> Any:
         return compose(*self.common, *overrides)

@@ -45,8 +45,12 @@ def compose(*overrides: str) -> Any:
     return check_command(SimpleNamespace(overrides=["tracker=none", *overrides], **command))[0]
 
 
-def rows(count: int, processor: Any) -> Any:
-    """Preference rows in the normal form: 512 x 384 pictures, answers of 40 to 200 tokens."""
+def rows(count: int, processor: Any, size: tuple[int, int] = (512, 384)) -> Any:
+    """Preference rows in the normal form, with answers of 40 to 200 tokens.
+
+    Args:
+        size: width and height of an image in pixels.
+    """
     from datasets import Dataset, Features, Image, List, Value
     from PIL import Image as Pictures
 
@@ -68,7 +72,7 @@ def rows(count: int, processor: Any) -> Any:
         noise = draw.integers(0, 256, (12, 16, 3), dtype=np.uint8)
         chosen, rejected = (answer(int(draw.integers(40, 200))) for _ in range(2))
         made.append({
-            "images": [Pictures.fromarray(noise).resize((512, 384))],
+            "images": [Pictures.fromarray(noise).resize(size)],
             "prompt": [user("What is in this picture?")],
             "chosen": [assistant(chosen)],
             "rejected": [assistant(rejected)],

@@ -70,11 +70,13 @@ class DiskCache:
     Args:
         budget: bytes of all entries together.
         ram_budget: bytes up to which `tensor` needs no entry.
+        reused: whether a later epoch or another run reads what `tensor` gives; else it makes no entries.
     """
 
     folder: Path
     budget: int
     ram_budget: int = 0
+    reused: bool = True
 
     def tensor(
         self, kind: str, contents: str, spec: Spec, fill: Callable[[torch.Tensor], None], parts: Mapping[str, Any]
@@ -93,6 +95,9 @@ class DiskCache:
         if size <= self.ram_budget and rank_world()[1] == 1:
             cached = torch.zeros(spec[1], dtype=spec[0])
             fill(cached)
+        elif size > self.ram_budget and not self.reused:
+            log.info(f"{kind} of {contents}: {gib(size)}, each read once: computed with every step, not kept")
+            return None
         else:
             where = str(self.folder)
             entry = self.get(cache_key(kind, **parts), {kind: spec}, lambda tensors: fill(tensors[kind]), parts)

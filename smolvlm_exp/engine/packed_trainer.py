@@ -101,7 +101,8 @@ class PackedTrainer(Trainer):
             self.accelerator.state.fsdp_plugin.mixed_precision_policy = None
         self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.split)
         self.batches = self.make_loader()
-        add_pair_forward(base_of(model), pixels(trl["processing_class"]), self.statistics())
+        self.pixels = pixels(trl["processing_class"])
+        add_pair_forward(base_of(model), self.pixels, self.statistics())
 
     def make_loader(self) -> Any:
         """A loader of whole steps' micro-batches, whose workers live as long as it does."""
@@ -152,14 +153,19 @@ class PackedTrainer(Trainer):
 
     def rows_ahead(self) -> list[int]:
         """The numbers of the rows that training will read, by all processes together, in ascending order."""
-        loader = self.get_train_dataloader()
-        steps = self.set_initial_training_values(self.args, loader)[-1]
+        _, steps = self.epochs_and_steps()
         mine: set[int] = set()
-        for rows in step_rows(loader, self.args.gradient_accumulation_steps, range(1, steps + 1)):
+        loader, accumulate = self.get_train_dataloader(), self.args.gradient_accumulation_steps
+        for rows in step_rows(loader, accumulate, range(1, steps + 1)):
             mine.update(rows)
             if len(mine) == len(self.rows):  # before the first of many epochs' end
                 break
         return sorted(set().union(*gather(mine)))
+
+    def epochs_and_steps(self) -> tuple[int, int]:
+        """Of the training to come; of the last epoch perhaps a part."""
+        epochs, *_, steps = self.set_initial_training_values(self.args, self.get_train_dataloader())
+        return epochs, steps
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """One call's worth of work, in as many parts as transformers counts."""

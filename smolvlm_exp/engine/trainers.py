@@ -12,12 +12,13 @@ from trl.trainer.utils import disable_dropout_in_model
 
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
+from smolvlm_exp.engine.forward import image_features
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import Batch
 from smolvlm_exp.engine.layers.fuse import fuse
 from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 from smolvlm_exp.engine.memory.planner import BATCH_LOSSES
-from smolvlm_exp.engine.model_parts import base_of
+from smolvlm_exp.engine.model_parts import base_of, core_of, is_trainable
 from smolvlm_exp.engine.packed_trainer import PackedTrainer
 from smolvlm_exp.engine.precompute.reference import reference_logps
 from smolvlm_exp.utils.phases import phase
@@ -26,7 +27,11 @@ log = logging.getLogger(__name__)
 
 
 class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
-    """DPO on packed pairs. The reference's log-probabilities come with the rows: call `score_references` first."""
+    """DPO on packed pairs. The reference's log-probabilities come with the rows: call `score_references` first.
+
+    Attributes:
+        live: the reference is computed with every batch whose rows do not have it.
+    """
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
         placeholder: Any = nn.Identity()  # else TRL builds a second model or a second adapter
@@ -44,24 +49,41 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
     def loss_of(self, outputs: Any, fields: Batch, num_items_in_batch: Any) -> torch.Tensor:
         return self._compute_loss(lambda **_: outputs, fields, False)
 
+    def score(self, model: nn.Module, batch: Batch) -> tuple[Batch, Any]:
+        """The policy and a live reference share the features of a frozen tower."""
+        core, packed = core_of(self.model), batch["packed"]
+        if self.live and "features" not in packed and not is_trainable(core.vision_model, core.connector):
+            tiles = self.on_device({"tiles": packed["tiles"]})["tiles"]
+            with torch.no_grad():
+                batch = {**batch, "packed": {**packed, "features": image_features(core, self.pixels(tiles))}}
+        return super().score(model, batch)
+
     def reference_of(self, fields: Batch, packed: Batch) -> Batch:
-        return self.reference({**fields, "packed": packed}) if self.live else {}
+        known = not self.live or "ref_chosen_logps" in fields
+        return {} if known else self.reference({**fields, "packed": packed})
+
+    def can_be_live(self) -> bool:
+        """Whether the reference stays at hand: the model without its adapter, as long as that began as nothing."""
+        return isinstance(self.model, PeftModel) and adds_nothing(self.model) and not self.is_fsdp_enabled
 
     def reference(self, fields: Batch) -> Batch:
         chosen, rejected = self.compute_ref_log_probs(self.model, fields)
         return {"ref_chosen_logps": chosen, "ref_rejected_logps": rejected}
 
     @phase("reference")
-    def score_references(self, store: DiskCache) -> None:
+    def score_references(self, store: DiskCache, live: bool = False) -> None:
         """The reference's log-probabilities of all rows, read or computed; before training, when it is the policy.
 
         A fresh adapter adds nothing, so the reference is the model without it, whose numbers other runs can use.
+
+        Args:
+            live: those of the training rows come with every batch instead; see `can_be_live`.
         """
-        if self.live:
-            log.info("reference: recomputed per batch (int8 results depend on the batch)")
-            return
         model = self.model
         assert isinstance(model, nn.Module)
+        if depends_on_its_batch(model):
+            log.info("reference: recomputed per batch (int8 results depend on the batch)")
+            return
         if self.is_fsdp_enabled:
             model.to(self.accelerator.device)
         model.eval()
@@ -76,7 +98,8 @@ class SharedPrefixDPOTrainer(PackedTrainer, DPOTrainer):
             "device": self.args.device.type,
         }
         batch_size, workers = self.args.per_device_eval_batch_size, self.args.dataloader_num_workers
-        for rows in (self.rows, self.eval_rows):
+        self.live = live
+        for rows in (None if live else self.rows, self.eval_rows):
             if rows is not None:
                 rows.reference = reference_logps(rows, self.reference_scores, parts, store, batch_size, workers)
         self.ref_model = None

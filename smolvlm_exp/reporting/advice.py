@@ -138,9 +138,11 @@ def data_starvation(summary: dict[str, Any], config: dict[str, Any], events: Eve
     share = sum(waits) / len(waits) if waits else 0.0
     if share > MAX_WAIT:
         trainer = config["trainer"]
+        workers = trainer["dataloader_num_workers"]
+        more = 4 if workers == 0 else 2 * (workers or 8)  # null: at most 8
         yield (
             f"data starvation: training waited for batches {share:.0%} of the time.\n"
-            f"Try trainer.dataloader_num_workers={max(4, 2 * trainer['dataloader_num_workers'])}, or a larger "
+            f"Try trainer.dataloader_num_workers={more}, or a larger "
             f"trainer.cache_ram (it is {trainer['cache_ram']})."
         )
 

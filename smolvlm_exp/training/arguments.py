@@ -9,6 +9,7 @@ from omegaconf import MISSING
 
 from smolvlm_exp.models.adapter import attach_pissa, is_pissa
 from smolvlm_exp.models.model import resolve_dtype
+from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least, one_of
 from smolvlm_exp.utils.units import size_of
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from smolvlm_exp.evaluation.held_out import HeldOut
 
 log = logging.getLogger(__name__)
+
+MOST_WORKERS = 8  # that prepare batches, if the machine's cores decide
 
 
 @dataclass
@@ -47,7 +50,7 @@ class TrainerConfig:
     save_strategy: str = one_of("steps", "epoch", "no")
     save_steps: float = above(0, 100)
     save_total_limit: int | None = 2
-    dataloader_num_workers: int = at_least(0, 0)
+    dataloader_num_workers: int | None = at_least(0, None)  # null: with a GPU, one per core, at most 8; else 0
     sample_steps: float = at_least(0, 0.25)  # between sample answers; below 1: a fraction of all steps; 0: none
     memory_budget: str = "auto"  # of the GPU: auto (what is free), 8GiB, none (micro-batches as set above)
     not_finite_limit: int = at_least(1, 3)  # stop after so many steps in a row whose loss or gradient is not finite
@@ -139,6 +142,9 @@ def build_trl_config(
     if "max_length" in config.extra:
         raise RequestError("trainer.extra.max_length: set data.max_length instead, which the row checks know.")
     on_gpu = torch.cuda.is_available()
+    workers = config.dataloader_num_workers
+    if workers is None:
+        workers = min(usable_cores(), MOST_WORKERS) if on_gpu else 0  # a GPU waits for tiles
     arguments = {
         **defaults,
         **{field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN_KEYS},
@@ -149,6 +155,7 @@ def build_trl_config(
         "seed": seed,
         "bf16": resolve_dtype(dtype) is torch.bfloat16,
         "use_cpu": not on_gpu,
+        "dataloader_num_workers": workers,
         "dataloader_pin_memory": on_gpu,
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
         "logging_first_step": True,

@@ -55,8 +55,9 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
 
     if config.engine == "shared":
         trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs))
-        prepare_rows(trainer, config, inputs)
-        trainer.score_references(disk_cache(config))
+        live = trainer.can_be_live()
+        precomputed = prepare_rows(trainer, config, inputs, twice=not live)
+        trainer.score_references(disk_cache(config), live=live and not precomputed)
         plan_memory(config, trainer)
         return trainer
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)

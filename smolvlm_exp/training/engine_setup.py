@@ -23,6 +23,7 @@ from smolvlm_exp.models.adapter import (
 from smolvlm_exp.models.model import ModelConfig, load_model, resolve_attention, resolve_dtype
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, budget_of
+from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.phases import phase
 from smolvlm_exp.utils.units import bytes_of
@@ -130,7 +131,7 @@ def engine_inputs(config: TrainerConfig, arguments: Any, inputs: TrainerInputs, 
             "change at every step.\nUse adapter.target=text without adapter.extra.bias, or leave it out."
         )
     train, held_out = PackedDataset(inputs.preferences.train, inputs.processor), inputs.held_out.rows
-    precompute_images(held_out, model, config, inputs)
+    precompute_images(held_out, model, config, disk_cache(config), inputs)
     return {
         "model": model,
         "rows": train if pairs else train.chosen_only(),
@@ -145,19 +146,35 @@ def trains_images(model: Any) -> bool:
     return is_trainable(core.vision_model, core.connector)
 
 
-def precompute_images(rows: PackedDataset, model: Any, config: TrainerConfig, inputs: TrainerInputs) -> None:
-    """Features where vision tower and connector are frozen, tiles elsewhere; neither where there is no room."""
-    store, workers = disk_cache(config), config.dataloader_num_workers
+def precompute_images(
+    rows: PackedDataset, model: Any, config: TrainerConfig, store: DiskCache, inputs: TrainerInputs
+) -> None:
+    """Features where vision tower and connector are frozen, tiles elsewhere; neither where `store` has no room."""
+    gpu = model.device.type == "cuda"  # which waits for tiles; a CPU has enough to do itself
+    workers = usable_cores() if gpu else config.dataloader_num_workers or 0
     if config.keep_features is not False and not trains_images(model):
         keep_features(rows, model, inputs.held_out.pixels, store, workers)
     if rows.features is None:
         rows.cache_tiles(store, workers)
 
 
-def prepare_rows(trainer: Any, config: TrainerConfig, inputs: TrainerInputs) -> None:
-    """Work in proportion to the steps: of the training rows, only those that will be read are prepared."""
+def prepare_rows(trainer: Any, config: TrainerConfig, inputs: TrainerInputs, twice: bool = False) -> bool:
+    """Work in proportion to the steps: of the training rows, only those that will be read are prepared.
+
+    What does not fit into memory goes to the disk where a later epoch or another run reads it again; else the steps
+    work it out themselves, and the first need not wait for the last one's rows.
+
+    Args:
+        twice: the rows are read before the first step too.
+
+    Returns:
+        Whether their images are precomputed.
+    """
     rows, ahead = trainer.rows, trainer.rows_ahead()
     if len(ahead) < len(rows):
         log.info(f"engine: training reads {len(ahead):,} of {len(rows):,} rows, and only these are prepared")
     rows.keep_only(ahead)
-    precompute_images(rows, trainer.model, config, inputs)
+    store, (epochs, _) = disk_cache(config), trainer.epochs_and_steps()
+    store.reused = twice or epochs > 1 or config.keep_features is True or not store.ram_budget
+    precompute_images(rows, trainer.model, config, store, inputs)
+    return rows.features is not None or rows.cached_tiles is not None

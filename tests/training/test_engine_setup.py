@@ -70,6 +70,32 @@ def test_a_later_run_reads_the_reference_from_the_cache(quick, tmp_path, capsys)
 
 
 @pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize(
+    ("setting", "kept"),
+    [
+        ("adapter.target=text", ["features"]),  # of the held-out rows
+        ("adapter.target=recipe", ["tiles"]),
+        ("trainer=sft", ["features"]),
+        ("trainer.cache_ram=0MiB", ["features", "features", "reference"]),
+        ("trainer.max_steps=9", ["features", "features", "reference"]),  # into a second epoch
+        ("adapter=pissa quant=none", ["features", "features", "reference"]),  # no reference once it moves
+    ],
+)  # fmt: skip
+def test_what_is_read_once_and_does_not_fit_is_computed_by_the_steps(quick, tmp_path, setting, kept, capsys):
+    common = ("trainer.eval_strategy=no", "trainer.max_steps=2", "trainer.cache_ram=0.1MiB", *setting.split())
+    small = train(quick(*common, f"trainer.cache={tmp_path}/small"), tmp_path / "a")
+    live = "each read once: computed with every step, not kept" in capsys.readouterr().out
+    entries = [path.name.split("-")[0] for path in (tmp_path / "small").glob("[!.]*-*")]
+    assert sorted(entries) == kept
+    assert live == (len(kept) == 1)
+    if live:
+        large = train(quick(*common, "trainer.cache_ram=1GiB", f"trainer.cache={tmp_path}/large"), tmp_path / "b")
+        assert small["after"] == pytest.approx(large["after"], abs=1e-4)
+        for mine, theirs in zip(events(tmp_path / "a"), events(tmp_path / "b"), strict=True):
+            assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.usefixtures("unseen")
 def test_effects_of_8_bit_layers_and_dropout_are_logged(quick, tmp_path, capsys):
     dropout = ("adapter.lora_dropout=0.1", "trainer.disable_dropout=false")
     train(quick("quant=int8", *dropout, "trainer.max_steps=1"), tmp_path)
