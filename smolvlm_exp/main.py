@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import hydra
-from hydra._internal.utils import get_args_parser
+from hydra._internal.utils import get_args_parser, run_and_report
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
@@ -75,17 +75,19 @@ def run_task(task: str, overrides: Sequence[str]) -> Run:
     register_schemas()
     args = get_args_parser().parse_args(["--", f"task={task}", *overrides])
     complete_and_check(args)
-    with search_path():
+    run: Run = run_once(args, lambda composed: Run(output_folder(), execute(parse(composed), output_folder())))
+    return run
+
+
+def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
+    """What `task` returns for the configuration that a checked command composes, in its output folder.
+
+    As Hydra's own command line, which first composes it another time, to see whether it is a sweep.
+    """
+    with search_path(args.config_path, args.config_dir):
         runner = GlobalHydra.instance().hydra
         assert runner is not None
-        done = runner.run(
-            "config",
-            lambda composed: Run(output_folder(), execute(parse(composed), output_folder())),
-            args.overrides,
-            with_log_configuration=False,
-        )
-    run: Run = done.return_value
-    return run
+        return runner.run(args.config_name or "config", task, args.overrides, with_log_configuration=False).return_value
 
 
 def complete_and_check(args: Namespace) -> None:
@@ -116,7 +118,6 @@ def execute(config: Config, folder: Path) -> Any:
         clock.restart()  # another job may follow in this process
 
 
-@hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")
 def job(composed: DictConfig) -> float | None:
     """One run, or one job of a sweep, which returns its `metric` to the sweeper."""
     configure_logging()
@@ -152,7 +153,8 @@ def main() -> None:
     configure_logging()
     register_schemas()
     args = get_args_parser().parse_args()
-    if not (args.help or args.hydra_help or args.shell_completion):
+    asked = args.help or args.hydra_help or args.shell_completion
+    if not asked:
         flags = [argument for argument in sys.argv[1:] if argument not in args.overrides]
         if args.config_path:  # relative to where the command is typed; Hydra takes it relative to this file
             flags = [flag.replace(args.config_path, str(Path(args.config_path).resolve())) for flag in flags]
@@ -161,8 +163,12 @@ def main() -> None:
             own = join_group(args) if is_distributed() else []
         except RequestError as error:
             exit_with_error(error)
-        sys.argv[1:] = [*args.overrides, *own, *flags]
-    job()
+        args.overrides += own
+        sys.argv[1:] = [*args.overrides, *flags]
+    if asked or args.multirun or args.cfg or args.info or args.experimental_rerun:
+        hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
+    else:
+        run_and_report(lambda: run_once(args, job))
     if is_distributed():
         from smolvlm_exp.utils.distributed import destroy_distributed
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra._internal.hydra import Hydra
 
+from smolvlm_exp import main
 from smolvlm_exp.runs.find import find_run
 from smolvlm_exp.tasks.train import train
 from tests.conftest import QUICK, compose, read_lines
@@ -250,3 +252,19 @@ def test_it_works_from_an_installed_wheel(tmp_path):
         [sys.executable, "-P", "-c", where], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
     )
     assert told.stdout.split() == [str(site / "smolvlm_exp" / "_conf"), "True"]
+
+
+def test_a_command_is_composed_once_to_check_it_and_once_to_run_it(tmp_path, monkeypatch):
+    composed, ran, compose_config = [], [], Hydra.compose_config
+
+    def counted(*args, **kwargs):
+        composed.append(kwargs["overrides"])
+        return compose_config(*args, **kwargs)
+
+    overrides = ["task=plan", "trainer.max_steps=7", f"hydra.run.dir={tmp_path}/run"]
+    monkeypatch.setattr(Hydra, "compose_config", counted)
+    monkeypatch.setattr(main, "execute", lambda config, folder: ran.append((config.trainer.max_steps, folder)))
+    monkeypatch.setattr("sys.argv", ["smolvlm_exp", *overrides])
+    main.main()
+    assert composed == [overrides] * 2
+    assert ran == [(7, tmp_path / "run")]

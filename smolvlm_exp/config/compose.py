@@ -71,7 +71,7 @@ def check_command(args: Any) -> list[Config]:
             swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
             if swept and not args.multirun:
                 raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
-            compose: Composer = cache(partial(compose_job, name))  # each time takes a quarter of a second
+            compose: Composer = cache(partial(compose_job, name))  # each time takes a tenth of a second
             check_keys(compose, overrides)
             override_lists = jobs(compose, overrides, args.multirun)
             return [read(compose(tuple(job)), job, replay=folder != CONF) for job in override_lists]
@@ -181,8 +181,7 @@ def explain(error: Exception) -> str:
         return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
     if isinstance(error, OverrideParseException):
         return f"{error.override}: {str(error).splitlines()[0]}."
-    plugin = re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit|ray)", str(error))
-    if plugin:
+    if plugin := re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit|ray)", str(error)):
         extra = {"joblib": "parallel", "submitit": "slurm", "ray": "ray"}[plugin[1]]
         return f"hydra/launcher needs hydra-{plugin[1]}-launcher: pip install 'smolvlm-exp[{extra}]'"
     lines = [line for text in (str(error), str(error.__cause__ or "")) for line in text.strip().splitlines()[:2]]
@@ -203,6 +202,8 @@ def jobs(compose: Composer, overrides: list[Override], multirun: bool) -> list[l
     own = parsed([f"{key}={value}" for key, value in params.items()])
     given = {o.key_or_group for o in overrides}
     if not multirun:
+        if own_settings.mode == hydra.types.RunMode.MULTIRUN:
+            raise RequestError("hydra.mode=MULTIRUN: a sweep is started by -m.")
         lacking = [o.key_or_group for o in own if o.key_or_group not in given]
         if lacking:
             raise RequestError(f"this experiment is a sweep over {', '.join(lacking)}: add -m, or give each one value.")
@@ -255,14 +256,14 @@ def check_option(override: Override) -> bool:
 
 
 def check_keys(compose: Composer, overrides: list[Override]) -> None:
-    """Unknown options, then unknown keys in the files that the command chooses and on the command line itself."""
+    """Unknown options, then unknown keys on the command line and in the files that it chooses."""
     options = [override for override in overrides if check_option(override)]
-    composed = compose(tuple(combinations(options)[0]))
+    try:
+        composed = compose(tuple(override.input_line or "" for override in overrides))  # what will run
+    except (HydraException, OmegaConfBaseException, RequestError):  # or is a sweep, or has one of these mistakes
+        composed = compose(tuple(combinations(options)[0]))
     rename_settings(composed)
     known = key_paths(chosen_types(composed))
-    for key in unknown_keys(OmegaConf.to_container(composed), [*known, "hydra"]):
-        if not readers(key):  # else a saved run's, of another task
-            raise RequestError(f"{file_of(key, composed)}: {unknown(key, known)}")
     for override in (o for o in overrides if o not in options):
         key = override.key_or_group
         free = ".extra." in key or key.startswith("hydra.")
@@ -272,6 +273,9 @@ def check_keys(compose: Composer, overrides: list[Override]) -> None:
         adds = override.is_add() or override.is_force_add()
         if ".extra." in key and not adds and OmegaConf.select(composed, key) is None:
             raise RequestError(f"{key}: further arguments are added with a plus: +{override.input_line}")
+    for key in unknown_keys(OmegaConf.to_container(composed), [*known, "hydra"]):
+        if not readers(key):  # else a saved run's, of another task
+            raise RequestError(f"{file_of(key, composed)}: {unknown(key, known)}")
 
 
 def unknown(key: str, known: list[str]) -> str:

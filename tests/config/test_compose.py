@@ -56,6 +56,7 @@ MISTAKES = {
     ("task=chat", "task.max_new_tokens=3"): ("belongs to task=train|evaluate|generate|export", ""),
     ("task=evaluate", "session.cache=2GiB"): ("session.cache belongs to task=chat|serve", ""),
     ("experiment=sweep_rank_lr_ga",): ("adapter.r, trainer.learning_rate", "add -m"),
+    ("hydra.mode=MULTIRUN",): ("hydra.mode=MULTIRUN", "by -m"),
     ("-m", "experiment=search_rank_lr_beta", "hydra.sweeper.n_trails=3"): ("hydra.sweeper.n_trails", "no such setting"),
     ("-m", "adapter.r=interval(4,8)"): ("adapter.r=interval(4,8)", "hydra/sweeper=search"),
     ("--config-path", "nowhere"): ("--config-path", "nowhere: there is no such folder"),

@@ -5,6 +5,8 @@ import io
 import json
 import random
 
+import datasets
+import pytest
 from PIL import Image
 
 from smolvlm_exp.data.messages import text_of
@@ -30,6 +32,18 @@ def test_scenes_depend_on_the_seed_and_the_split_alone():
     assert load(count=20) == rows[:20]
     assert [row["chosen"] for row in load(count=20, scene_seed=1)] != [row["chosen"] for row in rows[:20]]
     assert not {row["image"] for row in rows} & {row["image"] for row in once("test")}
+
+
+def test_scenes_are_drawn_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    drawn = load(count=20)
+    with monkeypatch.context() as patch:
+        patch.setattr(shapes, "draw_row", lambda *_, **__: pytest.fail("drawn again"))
+        assert load(count=20) == drawn
+    (tmp_path / "scenes.py").write_text("")
+    monkeypatch.setattr(shapes.scenes, "__file__", str(tmp_path / "scenes.py"))  # other code may draw other scenes
+    load(count=20)
+    assert len(list(tmp_path.glob("smolvlm_exp/*.arrow"))) == 2
 
 
 def test_chosen_is_true_and_rejected_is_not():

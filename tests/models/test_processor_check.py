@@ -7,10 +7,9 @@ import pytest
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 
-from smolvlm_exp.models.model import EMBEDDED, choose_resolution, load_model, load_processor
+from smolvlm_exp.models.model import EMBEDDED, ModelConfig, choose_resolution, load_model, load_processor
 from smolvlm_exp.models.resolution import Resolution
 from smolvlm_exp.utils.errors import RequestError
-from tests.conftest import compose
 
 CLIP = {"image_processor_type": "CLIPImageProcessor", "size": {"shortest_edge": 224}}
 IMAGES, TOKENS, SETTINGS, TEMPLATE = (
@@ -26,7 +25,7 @@ def folder(tmp_path):
 
 def refusal(folder):
     with pytest.raises(RequestError) as refused:
-        load_processor(compose(f"model.id={folder}").model)
+        load_processor(ModelConfig(id=str(folder)))
     problem, fix = str(refused.value).split("\n")
     assert fix.startswith("Copy it again from the model or the run that it belongs to")
     return problem
@@ -51,7 +50,7 @@ def test_damaged_as_older_versions_saved_it(folder):
     old = folder / "preprocessor_config.json"
     old.write_text(json.dumps(saved.pop("image_processor")))
     (folder / IMAGES).write_text(json.dumps(saved))
-    load_processor(compose(f"model.id={folder}").model)
+    load_processor(ModelConfig(id=str(folder)))
     old.write_text(old.read_text()[:99])
     assert refusal(folder).startswith(f"{old} is damaged: ")
 
@@ -115,7 +114,7 @@ def test_an_adapters_processor(folder, tmp_path):
     run = tmp_path / "run" / "adapter"
     shutil.copytree(folder, run)
     (run / "adapter_config.json").write_text("{}")
-    model, own = compose(f"model.adapter={run.parent}").model, Resolution(64, 128)
+    model, own = ModelConfig(id="embedded", adapter=str(run.parent)), Resolution(64, 128)
     images(run, size={"longest_edge": 64})
     assert choose_resolution(model, own) == Resolution(64, 64)
     for content, problem in (("{", "is damaged: "), (json.dumps({"image_processor": CLIP}), "is not a SmolVLM's: ")):
@@ -131,4 +130,4 @@ def test_what_is_no_fault_of_a_file_stays_what_it_is(folder, monkeypatch):
 
     monkeypatch.setattr("transformers.AutoModelForImageTextToText.from_pretrained", fail)
     with pytest.raises(KeyError, match="a mistake in the code"):
-        load_model(compose(f"model.id={folder}").model)
+        load_model(ModelConfig(id=str(folder)))

@@ -9,11 +9,13 @@ import json
 import random
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data import scenes
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import as_png
-from smolvlm_exp.data.messages import features, pair
+from smolvlm_exp.data.messages import VERSION, features, pair
 from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 from smolvlm_exp.data.vocabulary import Vocabulary
@@ -73,7 +75,8 @@ class Config(DataConfig):
 
 
 def load(config: Config, split: str) -> "Dataset":
-    """Draw `train_rows` or `test_rows` pairs. Train and test come from different random streams."""
+    """`train_rows` or `test_rows` pairs, drawn once. Train and test come from different random streams."""
+    import PIL
     from datasets import Dataset, Features, Value
 
     held_out = split == config.test
@@ -81,9 +84,10 @@ def load(config: Config, split: str) -> "Dataset":
     settings = {"scene_seed": config.scene_seed, "captions": config.captions, "held_out": held_out}
     columns = Features({**features(), "truth": Value("string")})
     draw_rows = partial(draw_table, schema=columns.arrow_schema, **settings)
-    key, workers = hash_of("shapes", count, settings), worker_count(config.num_proc, count)
-    numbers = Dataset.from_dict({"index": range(count)})
-    return map_rows(numbers, draw_rows, columns, key, workers, "drawing scenes", cached=False)
+    code = [Path(file).read_text(encoding="utf-8") for file in (__file__, scenes.__file__)]
+    key = hash_of("shapes", VERSION, code, PIL.__version__, count, settings)
+    numbers, workers = Dataset.from_dict({"index": range(count)}), worker_count(config.num_proc, count)
+    return map_rows(numbers, draw_rows, columns, key, workers, "drawing scenes")
 
 
 def words(config: Config) -> Vocabulary:
