@@ -142,7 +142,12 @@ def attend(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tens
     """
     query = inputs[0]
     if not uses_flash(query):
-        return sdpa(inputs, layout, scale), ()
+        if query.is_cuda or torch.is_grad_enabled():
+            return sdpa(inputs, layout, scale), ()
+        with torch.enable_grad():  # a CPU has room for the graph, and little time to compute it again
+            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+            graph = sdpa((leaves[0], leaves[1], leaves[2]), layout, scale)
+        return graph.detach(), (graph, *leaves)
     if layout is None and has_cudnn_attention(query.device.index):
         heads_first = (part.transpose(1, 2) for part in inputs)
         out, *state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -158,13 +163,16 @@ def attend(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tens
 def attend_backward(
     dout: torch.Tensor, inputs: Qkv, out: torch.Tensor, state: State, layout: Layout | None, scale: float
 ) -> Qkv:
-    """Gradients for `inputs`; SDPA is recomputed for them."""
-    query, key, value = inputs
+    """Gradients for `inputs`; on a GPU SDPA is recomputed for them."""
+    query = inputs[0]
     if not uses_flash(query):
-        with torch.enable_grad():
-            query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
-            recomputed = sdpa((query, key, value), layout, scale)
-        dquery, dkey, dvalue = torch.autograd.grad(recomputed, (query, key, value), dout)
+        if state:
+            graph, *leaves = state
+        else:
+            with torch.enable_grad():
+                leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+                graph = sdpa((leaves[0], leaves[1], leaves[2]), layout, scale)
+        dquery, dkey, dvalue = torch.autograd.grad(graph, leaves, dout)
         return dquery, dkey, dvalue
     if layout is None and has_cudnn_attention(query.device.index):
         lse, cu_q, cu_k, max_q, max_k, seed, offset = state
