@@ -168,8 +168,8 @@ def speed(runners: dict[str, Any], processor: Any, times: int, clock: Clock) -> 
     """Milliseconds a token with little and with much before it, a prompt, and a tile: a row for each."""
     tokens = [5] * max(DEPTHS)
     first = next(iter(runners.values()))
-    picture = SmolVLMSession(first, processor).prompts.encode_image(Image.new("RGB", PICTURE, "teal"))
-    pixels = picture.pixel_values[:, :1], picture.pixel_attention_mask[:, :1]
+    prompts = SmolVLMSession(first, processor).prompts
+    pixels = prompts.encode_image(Image.new("RGB", PICTURE, "teal")).tiles[:1], prompts.normalise
     tell(header("milliseconds", *runners, f"{INT8}, times {TORCH}"))
 
     def measured(what: str, runs: dict[str, Callable[[], Any]], times: int, until: float) -> None:

@@ -1,6 +1,6 @@
 """Whole commands, from nothing to the report: `experiment=fast` against plain TRL as a person would script it.
 
-    python -m benchmarks.run [--model smolvlm] [--rows 600] [--only ours,stock]
+    python -m benchmarks.run [--model smolvlm] [--rows 600] [--only alone,sweep,stock]
     python -m benchmarks.run --model tiny --rows 64 --tokens 16 --stock-seconds 20      a minute or two on a CPU
 
 Random weights in the real shape, saved once and loaded by both from one folder. Ours runs by itself with nothing
@@ -37,19 +37,21 @@ def save_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def ours(model: str, weights: Path, rows: Path, tokens: int, work: Path) -> dict[str, Finished]:
-    """The command by itself, then as the first and the second job of a sweep."""
+def ours(model: str, weights: Path, rows: Path, tokens: int, work: Path, parts: Sequence[str]) -> dict[str, Finished]:
+    """The command by itself (`alone`), then as the first and the second job of a sweep (`sweep`)."""
     overrides = (
         "experiment=fast", f"model={model}", f"model.id={weights}", "data=files", f"data.folder={rows}",
         "data.train=train", "data.test=test", f"data.test_fraction={TEST_FRACTION}", f"task.max_new_tokens={tokens}",
         "trainer.max_steps=-1",  # model=tiny: 110
     )  # fmt: skip
     sweep = (*overrides, "trainer.cache_ram=0MiB")
-    return {
-        "by itself": run_smolvlm_exp(overrides, "run", work / "alone"),
-        "first of a sweep": run_smolvlm_exp(sweep, "first", work / "sweep"),
-        "second of a sweep": run_smolvlm_exp(sweep, "second", work / "sweep"),
-    }
+    runs = {}
+    if "alone" in parts:
+        runs["by itself"] = run_smolvlm_exp(overrides, "run", work / "alone")
+    if "sweep" in parts:
+        for job in ("first", "second"):
+            runs[f"{job} of a sweep"] = run_smolvlm_exp(sweep, job, work / "sweep")
+    return runs
 
 
 def stock(weights: Path, rows: Path, tokens: int, seconds: float, work: Path) -> list[dict]:
@@ -83,7 +85,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=600)
     parser.add_argument("--folder", type=Path, default=None, help="with pairs.jsonl and images; made where left out")
     parser.add_argument("--tokens", type=int, default=128, help="of an answer")
-    parser.add_argument("--only", default="ours,stock")
+    parser.add_argument("--only", default="alone,sweep,stock")
     parser.add_argument("--stock-seconds", type=float, default=240, help="for those phases of plain TRL that repeat")
     asked = parser.parse_args()
     work = empty_folder(Path("outputs/benchmark/run").resolve())
@@ -91,11 +93,11 @@ def main() -> None:
     if rows is None:
         make_rows(rows := work / "rows", asked.rows, SIZE)
     count = sum(1 for _ in (rows / "pairs.jsonl").open(encoding="utf-8"))
-    weights, runs = save_model(asked.model, work / "model"), {}
+    weights = save_model(asked.model, work / "model")
     print(f"{machine()}\nmodel={asked.model}, {count} pairs, {TEST_FRACTION:.0%} of them held out, "
           f"answers of {asked.tokens} tokens at most\n", flush=True)  # fmt: skip
-    if "ours" in parts:
-        runs = ours(asked.model, weights, rows.resolve(), asked.tokens, work)
+    runs = ours(asked.model, weights, rows.resolve(), asked.tokens, work, parts)
+    if runs:
         print("\n".join([*phase_table(runs), ""]), flush=True)
     if "stock" in parts:
         phases = stock(weights, rows.resolve(), asked.tokens, asked.stock_seconds, work)

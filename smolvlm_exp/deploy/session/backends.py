@@ -14,7 +14,7 @@ from transformers import AutoConfig, DynamicCache
 
 from smolvlm_exp.deploy.export.record import RECORD, read_record
 from smolvlm_exp.deploy.options import DECODER, EMBEDDING, PARTS, SUFFIXES, VISION
-from smolvlm_exp.engine.forward import image_features
+from smolvlm_exp.engine.forward import Pixels, image_features
 from smolvlm_exp.engine.generation.continuous import Past, past_length
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.model_parts import core_of
@@ -40,9 +40,9 @@ class TorchModel:
         return "" if next(layers).disable_adapters else ", ".join(self.model.active_adapters)
 
     @torch.no_grad()
-    def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> torch.Tensor:
-        """(1, tiles, 3, S, S) -> (tiles x tokens per tile, hidden). Tiles are whole: it needs no mask."""
-        return image_features(core_of(self.model), pixel_values[0].to(self.model.device)).flatten(0, 1)
+    def features(self, tiles: torch.Tensor, normalise: Pixels) -> torch.Tensor:
+        """(n, 3, S, S) uint8 on the CPU -> (n x tokens per tile, hidden) on the model's device."""
+        return image_features(core_of(self.model), normalise(tiles.to(self.model.device))).flatten(0, 1)
 
     @torch.no_grad()
     def extend(
@@ -99,7 +99,11 @@ class OnnxModel:
     def identity(self) -> str:
         return ""
 
-    def features(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> np.ndarray:
+    def features(self, tiles: torch.Tensor, normalise: Pixels) -> np.ndarray:
+        pixel_values = normalise(tiles)[None]
+        return self.encode(pixel_values, torch.ones_like(pixel_values[:, :, 0]))
+
+    def encode(self, pixel_values: torch.Tensor, pixel_attention_mask: torch.Tensor) -> np.ndarray:
         """(batch, tiles, 3, S, S) -> (tiles without padding x tokens per tile, hidden)."""
         inputs = {"pixel_values": pixel_values.numpy(), "pixel_attention_mask": pixel_attention_mask.bool().numpy()}
         features = self.vision.run(None, inputs)[0]
@@ -141,7 +145,7 @@ class OnnxModel:
         ids = input_ids.numpy()
         embeddings = self.embed(ids)
         if pixel_values is not None and pixel_attention_mask is not None:
-            embeddings[ids == self.config.image_token_id] = self.features(pixel_values, pixel_attention_mask)
+            embeddings[ids == self.config.image_token_id] = self.encode(pixel_values, pixel_attention_mask)
         logits, past = self.decode(embeddings, attention_mask.numpy(), ())
         return SimpleNamespace(logits=torch.from_numpy(logits), past_key_values=past)
 

@@ -14,7 +14,7 @@ import torch
 from smolvlm_exp.deploy.session.answer import Answer
 from smolvlm_exp.deploy.session.backends import TorchModel
 from smolvlm_exp.deploy.session.cache import SessionCache
-from smolvlm_exp.deploy.session.prompt import EncodedImage
+from smolvlm_exp.deploy.session.prompt import EncodedImage, PromptBuilder
 from smolvlm_exp.deploy.session.sequential import SequentialBatch
 from smolvlm_exp.engine.generation.continuous import ContinuousBatch, Past, Request, past_length
 from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
@@ -30,14 +30,15 @@ TYPICAL = 4096, 1024  # tokens of a prompt and an answer that should fit beside 
 
 
 class Scheduler:
-    def __init__(self, model: Any, cache: SessionCache, end: int, image_token: int, rows: int) -> None:
+    def __init__(self, model: Any, cache: SessionCache, prompts: PromptBuilder, rows: int) -> None:
         """
         Args:
             model: a TorchModel or an OnnxModel.
-            end, image_token: their ids.
+            prompts: what builds the answers' prompts.
             rows: answers that are generated at a time.
         """
-        self.model, self.cache, self.end, self.image_token, self.rows = model, cache, end, image_token, rows
+        self.model, self.cache, self.rows = model, cache, rows
+        self.end, self.image_token, self.normalise = prompts.end, prompts.image_token, prompts.normalise
         self.lock, self.waiting, self.closed = threading.Lock(), deque[Answer](), False
         self.thread: threading.Thread | None = None
         self.active = list[Answer]()  # of the batch's rows, in their order
@@ -171,9 +172,7 @@ class Scheduler:
         features = {image: self.cache.get(key)[0] for image, key in keys.items() if key in self.cache.entries}
         new = {image.key: image for image in images if image.key not in features}
         for part in parts_of(list(new.values()), TILES):
-            pixels = torch.cat([image.pixel_values for image in part], dim=1)
-            masks = torch.cat([image.pixel_attention_mask for image in part], dim=1)
-            together, start = self.model.features(pixels, masks), 0
+            together, start = self.model.features(torch.cat([image.tiles for image in part]), self.normalise), 0
             for image in part:
                 end = start + image.ids.count(self.image_token)
                 features[image.key] = together[list(range(start, end))]  # a copy: a view would keep all of `together`
@@ -220,7 +219,7 @@ def parts_of(images: Sequence[EncodedImage], tiles: int) -> list[list[EncodedIma
     """Images in order, `tiles` tiles at most in a part, or one image."""
     parts, room = list[list[EncodedImage]](), 0
     for image in images:
-        count = image.pixel_values.shape[1]
+        count = len(image.tiles)
         if count > room:
             parts.append([])
             room = tiles

@@ -54,7 +54,7 @@ class SmolVLMSession:
         self.prompts = PromptBuilder(processor, max_edge, limits or ImageLimits())
         self.cache = SessionCache(budget)
         self.context_length: int = model.config.text_config.max_position_embeddings
-        self.scheduler = Scheduler(model, self.cache, self.prompts.end, self.prompts.image_token, rows)
+        self.scheduler = Scheduler(model, self.cache, self.prompts, rows)
 
     @classmethod
     def load(

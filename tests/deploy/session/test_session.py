@@ -61,10 +61,12 @@ def images(rows):
 
 
 @torch.no_grad()
-def uncached(model, prompt):
+def uncached(model, session, prompt):
     """Logits at every position of a prompt, in one forward pass from pixels."""
-    names = ("pixel_values", "pixel_attention_mask") if prompt.images else ()
-    pixels = {name: torch.cat([getattr(image, name) for _, image in prompt.images], 1) for name in names}
+    pixels = {}
+    if prompt.images:
+        values = session.prompts.normalise(torch.cat([image.tiles for _, image in prompt.images]))[None]
+        pixels = {"pixel_values": values, "pixel_attention_mask": torch.ones_like(values[:, :, 0], dtype=torch.int64)}
     return model(input_ids=torch.tensor([prompt.ids]), **pixels, use_cache=False).logits[0]
 
 
@@ -83,7 +85,7 @@ def test_random_conversations_are_exact(session, reference, images, seed):
         for number, _ in enumerate(answer):
             if stopped and number:
                 answer.stop()
-        expected = uncached(reference, talk.prompt)
+        expected = uncached(reference, session, talk.prompt)
         assert len(session.logits) == len(answer.ids)
         for step, logits in enumerate(session.logits):
             assert (logits - expected[answer.prompt_tokens - 1 + step]).abs().max() < 1e-5
@@ -139,7 +141,7 @@ def test_conversations_with_a_shared_prefix_are_independent(session, reference, 
         session.logits.clear()
         answer = finished(session.answer(branch.prompt.copy(), Sampling(max_new_tokens=1)))
         assert answer.cached_tokens > 0
-        assert (session.logits[0] - uncached(reference, branch.prompt)[-1]).abs().max() < 1e-5
+        assert (session.logits[0] - uncached(reference, session, branch.prompt)[-1]).abs().max() < 1e-5
 
 
 def test_an_adapter_is_part_of_the_key(model, processor):
@@ -157,7 +159,7 @@ def test_an_adapter_is_part_of_the_key(model, processor):
 
     def expected(answer):
         """The likeliest tokens of the model as it is now."""
-        return uncached(tuned, answer.prompt)[len(prompt.ids) - 1 : -1].argmax(1).tolist()
+        return uncached(tuned, session, answer.prompt)[len(prompt.ids) - 1 : -1].argmax(1).tolist()
 
     on = answer()
     assert answer().cached_tokens == len(prompt.ids) - 1
