@@ -165,6 +165,20 @@ def saved_activations(stack: Stack, checkpointing: str, element: int) -> float:
     return everything if checkpointing == "none" else everything - into
 
 
+def attention_graph(stack: Stack, checkpointing: str, spread: float) -> float:
+    """Values per token that one layer's attention keeps on a CPU, which does not compute it again; see attention.py.
+
+    Rotated q, k, v; of a packed batch (`spread` > 1) also their padded copies, with a key for each query head, and
+    results.
+    """
+    if checkpointing == "full" or not stack.fused:
+        return 0
+    rotated = stack.queries + 2 * spread * stack.keys
+    if spread == 1:
+        return rotated
+    return 2 * rotated + stack.queries + (2 * spread * stack.queries if stack.keys < stack.queries else 0)
+
+
 def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu: bool) -> float:
     """Values per token that one layer's backward pass takes at its worst moment, on top of what was saved.
 
@@ -204,13 +218,16 @@ def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpoin
     line, patches = load.tokens, load.tiles * spec.patches
     text_saved = saved_activations(text, checkpointing, element) * line * text.trained
     vision_saved = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
+    spread = load.sources / line
+    if not spec.gpu:
+        text_saved += attention_graph(text, checkpointing, spread) * line * text.trained
+        vision_saved += attention_graph(vision, vision_checkpointing, 1) * patches * vision.trained
     images = load.tiles * (spec.image_tokens * text.hidden * element if spec.features else spec.pixels)
     states = 2.0 * line * text.hidden  # embeddings and the last layer's states, which transformers holds on to
     if vision.trained:  # post-layernorm and pixel shuffle
         states += load.tiles * spec.image_tokens * text.hidden + patches * vision.hidden
     total = (text_saved + vision_saved + states) * element + images
     logits = min(load.answers, TOKEN_CHUNK) * min(VOCABULARY_CHUNK, spec.vocabulary) * element
-    spread = load.sources / line
     worst = [
         2 * spec.trained_weights * spec.trained_element,  # AdamW's own intermediate results
         total + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
