@@ -96,7 +96,7 @@ class DiskCache:
             cached = torch.zeros(spec[1], dtype=spec[0])
             fill(cached)
         elif size > self.ram_budget and not self.reused:
-            log.info(f"{kind} of {contents}: {gib(size)}, each read once: computed with every step, not kept")
+            log.info(f"{kind} of {contents}: {gib(size)} is more than trainer.cache_ram; computed with every batch")
             return None
         else:
             where = str(self.folder)

@@ -9,12 +9,15 @@ import torch
 from torch import nn
 
 from smolvlm_exp.data.vocabulary import Words
+from smolvlm_exp.engine.disk_cache import DiskCache
+from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import add_pair_forward, scores_pairs
 from smolvlm_exp.engine.generation.sampler import Prompt
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.engine.model_parts import base_of, core_of
+from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.evaluation.generate import generate_answers, packed_prompts, tile_features
 from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
@@ -70,9 +73,23 @@ class HeldOut:
         self.batch_size, self.max_length = batch_size, max_length
         self.rows, self.pixels = PackedDataset(preferences.test, processor), pixels(processor)
         self.replaced: dict[str, Images] | None = None  # tiles or features of `replacements`
+        self.tower: tuple[str, str] | None = None  # whose features `precompute` has computed
 
     def __len__(self) -> int:
         return len(self.rows)
+
+    def precompute(self, model: Any, store: DiskCache, num_proc: int) -> None:
+        """Compute the images' features once for all that reads them, if `store` has room; again for another tower.
+
+        Args:
+            model: nothing in its vision tower or connector is trained.
+            num_proc: processes that cut images into tiles; 0: this one.
+        """
+        core = core_of(model)
+        tower = weights_key(core.vision_model), weights_key(core.connector)
+        if self.reads_packed(model) and tower != self.tower:
+            self.tower, self.replaced, self.rows.features = tower, None, None
+            keep_features(self.rows, model, self.pixels, store, num_proc)
 
     def logps(self, model: Any, count: int | None = None) -> Logps:
         """Of both answers of the first `count` rows, or of all."""

@@ -1,7 +1,6 @@
 """task=evaluate: a model on held-out rows and, where it is tuned, its base on the same rows; nothing is trained."""
 
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.checks import image_reliance, leaked_rows, policy_changed
 from smolvlm_exp.evaluation.comparison import load_per_row, short_fingerprints
 from smolvlm_exp.evaluation.generate import generation_speed
-from smolvlm_exp.evaluation.held_out import HeldOut
+from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
 from smolvlm_exp.evaluation.held_out import evaluate as evaluate_model
 from smolvlm_exp.models.adapter import load_adapter, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
@@ -22,6 +21,7 @@ from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.summary import print_results, samples, summarize
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.result import tracker_of
+from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -48,10 +48,12 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
     model: Any = load_model(config.model, quantization, config.seed)
     held_out = HeldOut(preferences, processor, batch_size, config.data.max_length)
-    evaluate_held_out = partial(
-        evaluate_model, held_out=held_out, seed=config.seed, temperature=config.task.temperature,
-        max_new_tokens=config.task.max_new_tokens,
-    )  # fmt: skip
+    store, task = replace(disk_cache(config.trainer), reused=False), config.task
+
+    def evaluate_held_out(model: Any, **compared: Any) -> Evaluation:
+        held_out.precompute(model.requires_grad_(False), store, tiling_processes(model, config.trainer))
+        sampling = {"seed": config.seed, "temperature": task.temperature, "max_new_tokens": task.max_new_tokens}
+        return evaluate_model(model, held_out, **compared, **sampling)
 
     before = evaluate_held_out(model)
     speed = {"base": generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)}

@@ -146,12 +146,16 @@ def trains_images(model: Any) -> bool:
     return is_trainable(core.vision_model, core.connector)
 
 
+def tiling_processes(model: Any, config: TrainerConfig) -> int:
+    """That cut images into tiles beside this one: a GPU would wait for one; a CPU has enough to do itself."""
+    return usable_cores() if model.device.type == "cuda" else config.dataloader_num_workers or 0
+
+
 def precompute_images(
     rows: PackedDataset, model: Any, config: TrainerConfig, store: DiskCache, inputs: TrainerInputs
 ) -> None:
     """Features where vision tower and connector are frozen, tiles elsewhere; neither where `store` has no room."""
-    gpu = model.device.type == "cuda"  # which waits for tiles; a CPU has enough to do itself
-    workers = usable_cores() if gpu else config.dataloader_num_workers or 0
+    workers = tiling_processes(model, config)
     if config.keep_features is not False and not trains_images(model):
         keep_features(rows, model, inputs.held_out.pixels, store, workers)
     if rows.features is None:
