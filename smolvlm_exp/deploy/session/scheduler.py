@@ -1,6 +1,6 @@
 """The thread that owns a session's model: answers wait, enter the batch when it has room, and leave when they end.
 
-There is a thread while there are answers to generate.
+The thread waits for more where there is none to generate: a new one would have to start torch's own threads anew.
 """
 
 import logging
@@ -25,6 +25,7 @@ log = logging.getLogger(__name__)
 
 PREFILL_TOKENS = 8192  # of prompts that are read together
 PATIENCE = 5.0  # seconds that `close` waits for the model
+IDLE = 60.0  # seconds without an answer after which the thread ends
 TILES = 64  # of images that go through the tower together
 TYPICAL = 4096, 1024  # tokens of a prompt and an answer that should fit beside unpacked weights
 
@@ -40,6 +41,7 @@ class Scheduler:
         self.model, self.cache, self.rows = model, cache, rows
         self.end, self.image_token, self.normalise = prompts.end, prompts.image_token, prompts.normalise
         self.lock, self.waiting, self.closed = threading.Lock(), deque[Answer](), False
+        self.arrived = threading.Condition(self.lock)
         self.thread: threading.Thread | None = None
         self.active = list[Answer]()  # of the batch's rows, in their order
         self.begun: tuple[list[Answer], Callable[[], list[int]]] | None = None  # a step whose tokens are not read yet
@@ -50,6 +52,7 @@ class Scheduler:
         with self.lock:
             if not self.closed:
                 self.waiting.append(answer)
+                self.arrived.notify()
                 if self.thread is None:
                     self.thread = threading.Thread(target=self.work, name="answers", daemon=True)
                     self.thread.start()
@@ -62,6 +65,7 @@ class Scheduler:
             self.closed, thread = True, self.thread
             for answer in (*self.waiting, *self.active):
                 answer.stop()
+            self.arrived.notify()
         if thread:
             thread.join(PATIENCE)
 
@@ -69,8 +73,11 @@ class Scheduler:
         while True:
             with self.lock:
                 if not (self.waiting or self.active):
-                    self.thread = self.begun = None
-                    return
+                    self.begun = None
+                    self.arrived.wait_for(lambda: self.waiting or self.closed, IDLE)
+                    if not self.waiting:
+                        self.thread = None
+                        return
             try:
                 self.prepare()
                 self.enter(self.next_answers())
