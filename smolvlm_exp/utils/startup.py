@@ -33,15 +33,22 @@ def fast_imports() -> Iterator[None]:
     """Without Python's garbage collector, which would repeatedly scan modules that stay: saves 2 s per command.
 
     What was imported is left out of later collections too. Where all is imported already nothing is changed, so that
-    what an earlier job left is collected.
+    what an earlier job left is collected. Nor does bitsandbytes get what torch.compile makes for devices that it has no
+    kernels for: that would import torch._inductor, another second.
     """
     if "trl" in sys.modules:
         yield
         return
     gc.disable()
+    compiling = os.environ.get("TORCHDYNAMO_DISABLE")
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
     try:
         yield
     finally:
+        if compiling is None:
+            del os.environ["TORCHDYNAMO_DISABLE"]
+        else:
+            os.environ["TORCHDYNAMO_DISABLE"] = compiling
         gc.freeze()
         gc.enable()
 
