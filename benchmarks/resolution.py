@@ -91,16 +91,11 @@ def measure(bench: Bench, target: str, edge: int, asked: argparse.Namespace, wor
 def prepare_again(bench: Bench, trainer: Any, config: Any, cache: Path) -> float:
     """Seconds for the rows' features or tiles and their reference, with kernels compiled and nothing cached."""
     from smolvlm_exp.engine.inputs.dataset import PackedDataset
-    from smolvlm_exp.engine.inputs.tiles import pixels
-    from smolvlm_exp.engine.precompute.features import keep_features
-    from smolvlm_exp.training.engine_setup import disk_cache
+    from smolvlm_exp.training.engine_setup import disk_cache, precompute_images
 
     store, rows = disk_cache(replace(config.trainer, cache=str(cache))), PackedDataset(bench.rows, bench.processor)
     began = time.perf_counter()
-    if trainer.rows.features is not None:
-        keep_features(rows, trainer.model, pixels(bench.processor), store, config.trainer.dataloader_num_workers)
-    else:
-        rows.cache_tiles(store, config.trainer.dataloader_num_workers)
+    precompute_images(rows, trainer.model, config.trainer, store, trainer.pixels)
     trainer.score_references(store)
     return time.perf_counter() - began
 

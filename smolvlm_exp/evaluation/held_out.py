@@ -85,9 +85,11 @@ class HeldOut:
             model: nothing in its vision tower or connector is trained.
             num_proc: processes that cut images into tiles; 0: this one.
         """
+        if not self.reads_packed(model):
+            return
         core = core_of(model)
         tower = weights_key(core.vision_model), weights_key(core.connector)
-        if self.reads_packed(model) and tower != self.tower:
+        if tower != self.tower:
             self.tower, self.replaced, self.rows.features = tower, None, None
             keep_features(self.rows, model, self.pixels, store, num_proc)
 

@@ -56,7 +56,7 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
     if config.engine == "shared":
         trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs))
         live = trainer.can_be_live()
-        precomputed = prepare_rows(trainer, config, inputs, twice=not live)
+        precomputed = prepare_rows(trainer, config, twice=not live)
         trainer.score_references(disk_cache(config), live=live and not precomputed)
         plan_memory(config, trainer)
         return trainer

@@ -8,6 +8,7 @@ from peft import LoraConfig
 from transformers import PreTrainedModel
 
 from smolvlm_exp.engine.disk_cache import DiskCache
+from smolvlm_exp.engine.forward import Pixels
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.engine.precompute.features import keep_features
@@ -116,7 +117,7 @@ def engine_inputs(config: TrainerConfig, arguments: Any, inputs: TrainerInputs, 
     """What an engine trainer takes: the model fused with its adapter on, the rows packed.
 
     The held-out rows' images are precomputed here, since they serve their evaluation too; those of the training rows
-    by `precompute_images`, when the trainer says which rows it will read.
+    by `prepare_rows`, when the trainer can say which of them it will read.
 
     Args:
         pairs: both answers of a row are trained on; else the chosen one.
@@ -131,7 +132,7 @@ def engine_inputs(config: TrainerConfig, arguments: Any, inputs: TrainerInputs, 
             "change at every step.\nUse adapter.target=text without adapter.extra.bias, or leave it out."
         )
     train, held_out = PackedDataset(inputs.preferences.train, inputs.processor), inputs.held_out.rows
-    precompute_images(held_out, model, config, disk_cache(config), inputs)
+    precompute_images(held_out, model, config, disk_cache(config), inputs.held_out.pixels)
     return {
         "model": model,
         "rows": train if pairs else train.chosen_only(),
@@ -152,17 +153,17 @@ def tiling_processes(model: Any, config: TrainerConfig) -> int:
 
 
 def precompute_images(
-    rows: PackedDataset, model: Any, config: TrainerConfig, store: DiskCache, inputs: TrainerInputs
+    rows: PackedDataset, model: Any, config: TrainerConfig, store: DiskCache, normalise: Pixels
 ) -> None:
     """Features where vision tower and connector are frozen, tiles elsewhere; neither where `store` has no room."""
     workers = tiling_processes(model, config)
     if config.keep_features is not False and not trains_images(model):
-        keep_features(rows, model, inputs.held_out.pixels, store, workers)
+        keep_features(rows, model, normalise, store, workers)
     if rows.features is None:
         rows.cache_tiles(store, workers)
 
 
-def prepare_rows(trainer: Any, config: TrainerConfig, inputs: TrainerInputs, twice: bool = False) -> bool:
+def prepare_rows(trainer: Any, config: TrainerConfig, twice: bool = False) -> bool:
     """Work in proportion to the steps: of the training rows, only those that will be read are prepared.
 
     What does not fit into memory goes to the disk where a later epoch or another run reads it again; else the steps
@@ -180,5 +181,5 @@ def prepare_rows(trainer: Any, config: TrainerConfig, inputs: TrainerInputs, twi
     rows.keep_only(ahead)
     store, (epochs, _) = disk_cache(config), trainer.epochs_and_steps()
     store.reused = twice or epochs > 1 or config.keep_features is True or not store.ram_budget
-    precompute_images(rows, trainer.model, config, store, inputs)
+    precompute_images(rows, trainer.model, config, store, trainer.pixels)
     return rows.precomputed

@@ -31,7 +31,7 @@ def build_trainer(config: Config, arguments: "SFTConfig", inputs: TrainerInputs)
 
     if config.engine == "shared":
         trainer = EngineSFTTrainer(**engine_inputs(config, arguments, inputs, pairs=False))
-        prepare_rows(trainer, config, inputs)
+        prepare_rows(trainer, config)
         plan_memory(config, trainer, pairs=False)
         return trainer
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)

@@ -144,10 +144,8 @@ def attend(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tens
     if not uses_flash(query):
         if query.is_cuda or torch.is_grad_enabled():
             return sdpa(inputs, layout, scale), ()
-        with torch.enable_grad():  # a CPU has room for the graph, and little time to compute it again
-            leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-            graph = sdpa((leaves[0], leaves[1], leaves[2]), layout, scale)
-        return graph.detach(), (graph, *leaves)
+        state = sdpa_graph(inputs, layout, scale)  # a CPU has room for it, and little time to compute it again
+        return state[0].detach(), state
     if layout is None and has_cudnn_attention(query.device.index):
         heads_first = (part.transpose(1, 2) for part in inputs)
         out, *state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -166,12 +164,7 @@ def attend_backward(
     """Gradients for `inputs`; on a GPU SDPA is recomputed for them."""
     query = inputs[0]
     if not uses_flash(query):
-        if state:
-            graph, *leaves = state
-        else:
-            with torch.enable_grad():
-                leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-                graph = sdpa((leaves[0], leaves[1], leaves[2]), layout, scale)
+        graph, *leaves = state or sdpa_graph(inputs, layout, scale)
         dquery, dkey, dvalue = torch.autograd.grad(graph, leaves, dout)
         return dquery, dkey, dvalue
     if layout is None and has_cudnn_attention(query.device.index):
@@ -201,6 +194,13 @@ def has_cudnn_attention(device: int) -> bool:
 def sequences(query: torch.Tensor, layout: Layout | None) -> tuple[Any, Any, int, int]:
     """What flash attention needs to know of the sequences; tiles are a batch of equal ones."""
     return layout.sequences if layout else (None, None, query.shape[1], query.shape[1])
+
+
+def sdpa_graph(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tensor, ...]:
+    """`sdpa`'s result with its graph, and the inputs that the graph begins with, whatever is recorded around it."""
+    query, key, value = (tensor.detach().requires_grad_() for tensor in inputs)
+    with torch.enable_grad():
+        return sdpa((query, key, value), layout, scale), query, key, value
 
 
 def sdpa(inputs: Qkv, layout: Layout | None, scale: float) -> torch.Tensor:

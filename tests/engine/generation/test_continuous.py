@@ -17,10 +17,10 @@ from tests.engine.generation.test_sampler import (
     DEVICES,
     END,
     KERNELS,
+    model_on,
     prompts_of,
     random_row,
     rows_of,
-    tiny_adapter,
     tiny_model,
     upstream,
     with_end,
@@ -70,10 +70,7 @@ def decode(batch, requests, seed, most=4, end=END):
 def test_greedy_answers_are_those_of_generate(device, kv_heads, adapter, monkeypatch):
     """Prompts with up to two images and answers of 1 to 12 tokens, in buffers that have to grow."""
     monkeypatch.setattr(continuous, "SMALLEST", (1, 4, 2))
-    model = tiny_model(kv_heads=kv_heads, **KERNELS[device])
-    if adapter:
-        model = tiny_adapter(model, "text", use_dora=adapter == "dora")
-    model = model.to(device).eval()
+    model = model_on(device, kv_heads, adapter)
     rows = rows_of(12, seed=kv_heads)
     end = upstream(model, rows[0], 5, end=None)[4]  # a token that the model does come to
     limits = [1 + 5 * i % 12 for i in range(len(rows))]

@@ -43,6 +43,14 @@ def with_end(answer, end=END):
     return [*answer.ids, end] if answer.ended else answer.ids
 
 
+def model_on(device, kv_heads, adapter):
+    """`adapter`: None, "lora" or "dora"."""
+    model = tiny_model(kv_heads=kv_heads, **KERNELS[device])
+    if adapter:
+        model = tiny_adapter(model, "text", use_dora=adapter == "dora")
+    return model.to(device).eval()
+
+
 def rows_of(count, seed):
     draw = torch.Generator().manual_seed(seed)
 
@@ -61,10 +69,7 @@ def rows_of(count, seed):
 def test_greedy_answers_are_those_of_generate(device, kv_heads, adapter, monkeypatch):
     """Random prompts with up to two images, more of them than fit, so that they leave and enter."""
     monkeypatch.setattr(sampler, "PREFILL_TOKENS", 60)
-    model = tiny_model(kv_heads=kv_heads, **KERNELS[device])
-    if adapter:
-        model = tiny_adapter(model, "text", use_dora=adapter == "dora")
-    model = model.to(device).eval()
+    model = model_on(device, kv_heads, adapter)
     rows = rows_of(9, seed=kv_heads)
     end = upstream(model, rows[0], 5, end=None)[4]  # a token that the model does come to
     for merge in (True, False):
