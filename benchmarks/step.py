@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks.setting import GIB
-from smolvlm_exp.engine.forward import add_pair_forward
+from smolvlm_exp.engine.forward import add_packed_forward
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fuse import fuse
@@ -68,7 +68,7 @@ def moved(value: Any) -> Any:
 def prepare(model: Any) -> None:
     """Score packed pairs, with exact DoRA."""
     statistics = ("log_probs", "entropy", "mean_logits", "is_top1")
-    add_pair_forward(model.get_base_model(), lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, statistics)
+    add_packed_forward(model.get_base_model(), lambda tiles: tiles.to(torch.bfloat16) / 127.5 - 1, statistics)
     use_exact_dora(model)
 
 

@@ -1,4 +1,4 @@
-"""One forward pass per batch of pairs: each image and prompt once, log-probabilities of the answers' tokens only.
+"""One forward pass per batch of packed answers: each image and prompt once, log-probs of the answers' tokens only.
 
 The result has TRL's layout, (2B, L - 1) with zeros outside the answers, so that its losses and metrics run unchanged.
 """
@@ -22,8 +22,8 @@ STATISTICS = ("log_probs", "entropy", "log_sum_sq_probs", "mean_logits", "is_top
 VOCABULARY_CHUNK = 32768  # TRL's own: logits exist for this many tokens of the vocabulary at a time
 
 
-def add_pair_forward(model: PreTrainedModel, pixels: Pixels, statistics: tuple[str, ...]) -> None:
-    """Let `model(packed=..., labels=...)` score packed pairs; without `packed` it is what it was before.
+def add_packed_forward(model: PreTrainedModel, pixels: Pixels, statistics: tuple[str, ...]) -> None:
+    """Let `model(packed=..., labels=...)` score packed answers; without `packed` it is what it was before.
 
     The model's own `forward` changes, so that wrappers (PEFT, DDP, FSDP) see every call.
 
@@ -38,35 +38,37 @@ def add_pair_forward(model: PreTrainedModel, pixels: Pixels, statistics: tuple[s
     def forward(*args: Any, packed: Mapping[str, Any] | None = None, **kwargs: Any) -> Any:
         if packed is None:
             return ordinary(*args, **kwargs)
-        return score_pairs(model, packed, kwargs["labels"], pixels, statistics)
+        return score_answers(model, packed, kwargs["labels"], pixels, statistics, kwargs.get("temperature", 1.0))
 
     model.forward = forward
-    model.scores_pairs = True  # type: ignore[assignment]
+    model.scores_packed = True  # type: ignore[assignment]
 
 
-def scores_pairs(model: PreTrainedModel) -> bool:
-    """Whether `add_pair_forward` has changed it."""
-    return getattr(model, "scores_pairs", False)
+def scores_packed(model: PreTrainedModel) -> bool:
+    """Whether `add_packed_forward` has changed it."""
+    return getattr(model, "scores_packed", False)
 
 
-def score_pairs(
+def score_answers(
     model: PreTrainedModel,
     packed: Mapping[str, Any],
     labels: torch.Tensor,
     pixels: Pixels,
     statistics: tuple[str, ...],
+    temperature: float = 1.0,
 ) -> FusedCausalLMOutput:
-    """Log-probabilities of both answers' tokens, and the other `statistics`, each (2B, L - 1).
+    """Log-probabilities of the answers' tokens, and the other `statistics`, each (N, L - 1).
 
     Args:
         packed: packing.pack's, on the model's device; `features` (n, tokens, H) may take the place of `tiles`.
-        labels: (2B, L), TRL's: -100 outside the answers.
+        labels: (N, L), TRL's: -100 outside the answers. Its row n, without the first column, is row n of the result.
+        temperature: that logits are divided by.
     """
     head: Any = model.get_output_embeddings()
     weight, bias = full_tensor(head.weight), full_tensor(head.bias)
     values = ChunkedLogProbFunction.apply(
         answer_states(model, packed, pixels),
-        weight, bias, packed["labels"], 1.0, VOCABULARY_CHUNK, None, 1.0, statistics,
+        weight, bias, packed["labels"], temperature, VOCABULARY_CHUNK, None, 1.0, statistics,
     )  # fmt: skip
     rows, width = labels.shape[0], labels.shape[1] - 1
 

@@ -25,7 +25,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer
 
 from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
-from smolvlm_exp.engine.forward import add_pair_forward
+from smolvlm_exp.engine.forward import add_packed_forward
 from smolvlm_exp.engine.inputs.dataset import PackedDataset, batch_loader
 from smolvlm_exp.engine.inputs.micro_batches import (
     Batch,
@@ -106,7 +106,7 @@ class PackedTrainer(Trainer):
         self.sampler: Any = StepSampler(args.gradient_accumulation_steps, self.split)
         self.batches = self.make_loader()
         self.pixels = pixels(trl["processing_class"])
-        add_pair_forward(base_of(model), self.pixels, self.statistics())
+        add_packed_forward(base_of(model), self.pixels, self.statistics())
 
     def make_loader(self) -> Any:
         """A loader of whole steps' micro-batches, whose workers live as long as it does."""

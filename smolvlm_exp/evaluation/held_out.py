@@ -11,7 +11,7 @@ from torch import nn
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
-from smolvlm_exp.engine.forward import add_pair_forward, scores_pairs
+from smolvlm_exp.engine.forward import add_packed_forward, scores_packed
 from smolvlm_exp.engine.generation.sampler import Prompt
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
@@ -149,8 +149,8 @@ class HeldOut:
         base = base_of(model)
         if core_of(model).text_model.config._attn_implementation == "eager":
             return False
-        if not scores_pairs(base):
-            add_pair_forward(base, self.pixels, ("log_probs",))
+        if not scores_packed(base):
+            add_packed_forward(base, self.pixels, ("log_probs",))
         return True
 
     @torch.no_grad()

@@ -47,7 +47,7 @@ def packed_logps(
     A batch that does not fit into memory is scored in halves.
 
     Args:
-        model: one that engine/forward.py's `add_pair_forward` has changed.
+        model: one that engine/forward.py's `add_packed_forward` has changed.
         images: that take the place of some rows' own.
         label: of the progress bar.
     """

@@ -7,7 +7,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from smolvlm_exp.engine.forward import add_pair_forward, image_features
+from smolvlm_exp.engine.forward import add_packed_forward, image_features
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.model_parts import base_of
 from tests.engine.stock import (
@@ -53,7 +53,7 @@ def compare(rows: list, model: torch.nn.Module, checkpointing: bool = False, **o
     for each in (stock, shared):
         stock_forward(each)
         each.train()
-    add_pair_forward(base_of(shared), pixels, DPO)
+    add_packed_forward(base_of(shared), pixels, DPO)
     if checkpointing:
         shared.gradient_checkpointing_enable()
     theirs, ours = Loss(stock, **options), Loss(shared, **options)
@@ -146,7 +146,7 @@ def test_features_in_place_of_tiles():
     rows = [row for row in ROWS if len(row["tiles"])]
     features = [{**row, "features": image_features(base.model, pixels(row["tiles"]))} for row in rows]
     stock_forward(model)
-    add_pair_forward(base, pixels, DPO)
+    add_packed_forward(base, pixels, DPO)
     loss = Loss(model)
     batch, with_features = collate(rows, PAD, IMAGE), collate(features, PAD, IMAGE)
     assert "tiles" not in with_features["packed"]
@@ -159,5 +159,5 @@ def test_generation_does_not_change():
     inputs = {"input_ids": ROWS[0]["prompt_ids"][None], "pixel_values": pixels(ROWS[0]["tiles"])[None]}
     before = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     stock_forward(model)
-    add_pair_forward(model, pixels, DPO)
+    add_packed_forward(model, pixels, DPO)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), before)

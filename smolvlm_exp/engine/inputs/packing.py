@@ -1,4 +1,4 @@
-"""Rows -> one packed batch in which both answers of a pair share their prompt, image included.
+"""Rows -> one packed batch in which all answers to a prompt share it, image included.
 
 Tokens form one line without padding, all prompts with their chosen answers first, then all rejected answers:
 
@@ -6,7 +6,8 @@ Tokens form one line without padding, all prompts with their chosen answers firs
 
 `p` is a copy of the prompt's last token: what follows it is predicted twice, by C's side and by R's, and with a copy of
 its own each side is an ordinary sequence. layers/attention.py lets [p R] see the prompt before it. The last token of an
-answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no second half.
+answer predicts nothing and is left out. Rows without a rejected answer (supervised fine-tuning) have no second half;
+where a prompt has a whole group of answers (GRPO), all but the first are in the second half, each behind its own `p`.
 """
 
 from collections.abc import Sequence
@@ -52,42 +53,71 @@ def trl_layout(rows: Sequence[Row], pad_token_id: int) -> dict[str, torch.Tensor
 
 
 def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
-    """The packed line of T tokens and the indices into it.
+    """`pack_answers` of pairs, with `target` for TRL's (2B, L - 1) layout, chosen rows first; and their images.
 
     Returns:
-        `ids`, `positions`: (1, T); `tokens`: T; `middle`: where the second half begins.
-        `image_at`: (I,) where the features of the images go, in the order of `tiles`.
-        `answer_at`: (N,) the positions whose next token is an answer's; `labels`: (N,) those tokens;
-        `target`: (N,) their places in TRL's (2B, L - 1) layout, flattened.
-        `cu_first`, `cu_second`: (B + 1,) int32, where each [P C] and each [p R] begins in its own half.
-        `keys_at`: (K,) what [p R] attends to, [P before p, p R] after [...]; `cu_keys`: (B + 1,) int32.
-        `max_first`, `max_second`, `max_keys`: lengths of the longest of each, as numbers.
         `tiles`: (n, 3, S, S) uint8, those of all rows; or `features`: (n, tokens, H), where the rows have them.
         Without rejected answers `cu_second` and `cu_keys` are (1,), and `keys_at` and the maxima are empty and 0.
     """
-    prompts, chosen = ([row[f"{name}_ids"] for row in rows] for name in ("prompt", "chosen"))
-    rejected = [row["rejected_ids"] for row in rows if "rejected_ids" in row]
-    assert len(rejected) in (0, len(rows))
-    assert all(map(len, [*prompts, *chosen, *rejected])), "a prompt or an answer without tokens"
-    first = [len(p) + len(c) - 1 for p, c in zip(prompts, chosen, strict=True)]
-    second = [len(r) for r in rejected]
+    prompts = [row["prompt_ids"] for row in rows]
+    answers = [[row[side] for side in ("chosen_ids", "rejected_ids") if side in row] for row in rows]
+    assert len(set(map(len, answers))) == 1
+    width = max(len(p) + len(answer) for p, own in zip(prompts, answers, strict=True) for answer in own) - 1
+    first = [[(side * len(rows) + i) * width + len(p) - 1 for side in (0, 1)] for i, p in enumerate(prompts)]
+    images = "features" if "features" in rows[0] else "tiles"
+    return {
+        **pack_answers(prompts, answers, [own[: len(answers[0])] for own in first], image_token_id),
+        images: torch.cat([row[images] for row in rows]),
+    }
+
+
+def pack_answers(
+    prompts: Sequence[torch.Tensor],
+    answers: Sequence[Sequence[torch.Tensor]],
+    target: Sequence[Sequence[int]],
+    image_token_id: int,
+) -> dict[str, Any]:
+    """The packed line of T tokens and the indices into it; B prompts, N answers' tokens, S answers but the first.
+
+    Args:
+        prompts: (P,) int64 each; answers: one or more of each prompt, none of them empty.
+        target: where the log-probability of each answer's first token goes in a flat table, the others behind it.
+
+    Returns:
+        `ids`, `positions`: (1, T); `tokens`: T; `middle`: where the second half begins.
+        `image_at`: (I,) where the features of the images go, in the prompts' order.
+        `answer_at`: (N,) the positions whose next token is an answer's; `labels`: (N,) those tokens;
+        `target`: (N,) their places in the table.
+        `cu_first`: (B + 1,), `cu_second`: (S + 1,) int32, where each [P C] and each [p R] begins in its own half.
+        `keys_at`: (K,) what [p R] attends to, [P before p, p R] after [...]; `cu_keys`: (S + 1,) int32.
+        `max_first`, `max_second`, `max_keys`: lengths of the longest of each, as numbers.
+        `copies`: how often a token of a prompt occurs in `keys_at`, at most.
+    """
+    assert all(map(len, [*prompts, *answers, *(answer for own in answers for answer in own)])), (
+        "a prompt or an answer without tokens"
+    )
+    firsts = [own[0] for own in answers]
+    others = [(i, answer, place) for i, own in enumerate(answers)
+              for answer, place in zip(own[1:], target[i][1:], strict=True)]  # fmt: skip
+    first = [len(p) + len(c) - 1 for p, c in zip(prompts, firsts, strict=True)]
+    second = [len(answer) for _, answer, _ in others]
     starts, middle = [0, *accumulate(first)], sum(first)
     seconds = [middle + s for s in (0, *accumulate(second))]
-    width = max(len(p) + len(a) for answers in (chosen, rejected) for p, a in zip(prompts, answers, strict=False)) - 1
-    answer_at, target, keys_at, positions = [], [], [], []
-    for i, (p, c) in enumerate(zip(map(len, prompts), map(len, chosen), strict=True)):
+    answer_at, places, keys_at, positions = [], [], [], []
+    for i, (p, c) in enumerate(zip(map(len, prompts), map(len, firsts), strict=True)):
         answer_at.append(torch.arange(starts[i] + p - 1, starts[i] + p - 1 + c))
-        target.append(torch.arange(i * width + p - 1, i * width + p - 1 + c))
+        places.append(torch.arange(target[i][0], target[i][0] + c))
         positions.append(torch.arange(p + c - 1))
-    for i, (p, r) in enumerate(zip(map(len, prompts), second, strict=False)):
-        answer_at.append(torch.arange(seconds[i], seconds[i] + r))
-        target.append(torch.arange((len(rows) + i) * width + p - 1, (len(rows) + i) * width + p - 1 + r))
-        keys_at += [torch.arange(starts[i], starts[i] + p - 1), torch.arange(seconds[i], seconds[i] + r)]
+    for begin, (i, answer, place) in zip(seconds, others, strict=False):
+        p, r = len(prompts[i]), len(answer)
+        answer_at.append(torch.arange(begin, begin + r))
+        places.append(torch.arange(place, place + r))
+        keys_at += [torch.arange(starts[i], starts[i] + p - 1), torch.arange(begin, begin + r)]
         positions.append(torch.arange(p - 1, p - 1 + r))
-    keys = [len(p) - 1 + r for p, r in zip(prompts, second, strict=False)]
-    halves = (prompts, [c[:-1] for c in chosen]), ([p[-1:] for p in prompts], [r[:-1] for r in rejected])
-    ids = torch.cat([part for left, right in halves for pair in zip(left, right, strict=False) for part in pair])
-    images = "features" if "features" in rows[0] else "tiles"
+    keys = [len(prompts[i]) - 1 + r for (i, _, _), r in zip(others, second, strict=True)]
+    line = [part for p, c in zip(prompts, firsts, strict=True) for part in (p, c[:-1])]
+    line += [part for i, answer, _ in others for part in (prompts[i][-1:], answer[:-1])]
+    ids = torch.cat(line)
     return {
         "ids": ids[None],
         "tokens": len(ids),
@@ -95,8 +125,8 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
         "positions": torch.cat(positions)[None],
         "image_at": (ids[:middle] == image_token_id).nonzero().flatten(),
         "answer_at": torch.cat(answer_at),
-        "labels": torch.cat([*chosen, *rejected]),
-        "target": torch.cat(target),
+        "labels": torch.cat([*firsts, *(answer for _, answer, _ in others)]),
+        "target": torch.cat(places),
         "cu_first": cumulative(first),
         "cu_second": cumulative(second),
         "keys_at": torch.cat([torch.empty(0, dtype=torch.int64), *keys_at]),
@@ -104,7 +134,7 @@ def pack(rows: Sequence[Row], image_token_id: int) -> dict[str, Any]:
         "max_first": max(first),
         "max_second": max(second, default=0),
         "max_keys": max(keys, default=0),
-        images: torch.cat([row[images] for row in rows]),
+        "copies": max(1, *(len(own) - 1 for own in answers)),
     }
 
 

@@ -1,4 +1,4 @@
-"""Attention over packed pairs whose answers share their prompts (packing.py), and within the vision tower's tiles.
+"""Attention over packed answers that share their prompts (packing.py), and within the vision tower's tiles.
 
 A packed batch is two sets of sequences: causal over each [P C]; and the queries of [p R] over the keys [P before p, p
 R], causal from the bottom right. Both see what they would see if every answer had its prompt to itself. 16-bit tensors
@@ -35,6 +35,7 @@ class Layout:
     max_first: int
     max_second: int
     max_keys: int
+    copies: int
 
     @classmethod
     def of(cls, packed: Mapping[str, Any]) -> "Layout":
@@ -47,28 +48,34 @@ class Layout:
 
     @cached_property
     def slots(self) -> torch.Tensor:
-        """(T,) int32, the place in `sources` of each token that is a key of the second half; -1 for other tokens."""
-        slots = torch.full((self.tokens,), -1, dtype=torch.int32, device=self.keys_at.device)
-        places = torch.arange(len(self.keys_at), dtype=torch.int32, device=self.keys_at.device)
-        return slots.index_copy_(0, self.keys_at, places + self.middle)
+        """(copies, T) int32, the places in `sources` of each token that is a key of the second half; -1 elsewhere.
+
+        A prompt's tokens are keys once for each answer but the first.
+        """
+        keys, order = self.keys_at.sort(stable=True)
+        places = torch.arange(len(keys), device=keys.device)
+        copy = places - torch.searchsorted(keys, keys)  # which of its token's occurrences a key is
+        slots = torch.full((self.copies, self.tokens), -1, dtype=torch.int32, device=keys.device)
+        slots[copy, keys] = (order + self.middle).int()
+        return slots
 
     @cached_property
     def sequences(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """Where each of 2B sequences begins, (2B + 1,) int32, in the T tokens and in `sources`; the longest of each."""
+        """Where each of B + S sequences begins, (B + S + 1,) int32, in the T tokens and in `sources`; the longest of each."""
         cu_queries = torch.cat((self.cu_first, self.cu_second[1:] + self.middle))
         cu_sources = torch.cat((self.cu_first, self.cu_keys[1:] + self.middle))
         return cu_queries, cu_sources, max(self.max_first, self.max_second), max(self.max_first, self.max_keys)
 
     @cached_property
     def padded(self) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor], torch.Tensor]:
-        """`padding` of the first half and of the second half's queries; (B, max_keys) places of the latter's keys."""
+        """`padding` of the first half and of the second half's queries; (S, max_keys) places of the latter's keys."""
         first = padding(self.cu_first, self.max_first, self.middle)
         second = padding(self.cu_second, self.max_second, self.tokens - self.middle)
         return first, second, padding(self.cu_keys, self.max_keys, len(self.keys_at))[0]
 
     @cached_property
     def second_mask(self) -> torch.Tensor:
-        """(B, 1, max_second, max_keys), true where a query of [p R] attends to a key."""
+        """(S, 1, max_second, max_keys), true where a query of [p R] attends to a key."""
         queries, keys = self.cu_second.diff()[:, None, None], self.cu_keys.diff()[:, None, None]
         i = torch.arange(self.max_second, device=keys.device)[None, :, None]
         j = torch.arange(self.max_keys, device=keys.device)[None, None, :]
@@ -131,7 +138,7 @@ def shared_prefix_attention(
 
 
 def attend(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tensor, State]:
-    """Both halves of a packed batch at once, 2B sequences, each causal from the bottom right; or tiles.
+    """Both halves of a packed batch at once, B + S sequences, each causal from the bottom right; or tiles.
 
     Args:
         inputs: (T, Q, D) queries; (S, K, D) keys and values, the tokens `layout.sources`; K may be smaller (GQA).

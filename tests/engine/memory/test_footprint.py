@@ -11,7 +11,7 @@ from peft import get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from smolvlm_exp.engine.forward import add_pair_forward
+from smolvlm_exp.engine.forward import add_packed_forward
 from smolvlm_exp.engine.inputs.packing import collate
 from smolvlm_exp.engine.layers.fuse import fuse
 from smolvlm_exp.engine.memory.footprint import LEVELS, RowSizes, peak
@@ -54,7 +54,7 @@ def adapted(request):
     adapter = AdapterSpec(matched_modules(model, request.param), config.r, dora=True, dropout=False)
     spec = memory_spec(shape_from(model.config), "whole", adapter, features=False, element=4, gpu=False)
     model = get_peft_model(model, lora_config(config, quantised=False))
-    add_pair_forward(model.get_base_model(), lambda tiles: tiles.float(), ("log_probs",))
+    add_packed_forward(model.get_base_model(), lambda tiles: tiles.float(), ("log_probs",))
     return model, spec
 
 

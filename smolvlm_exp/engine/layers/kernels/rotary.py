@@ -17,15 +17,15 @@ def rotary(
     query = u.new_empty(tokens, queries, size)
     key, value = (u.new_empty(sources, keys, size) for _ in range(2))
     _rotary[(triton.cdiv(tokens, ROWS), queries + 2 * keys)](
-        u, u.stride(0), query if gain is None else gain, cos, sin, slots, query, key, value, tokens, middle,
-        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
+        u, u.stride(0), query if gain is None else gain, cos, sin, slots, len(slots), query, key, value, tokens,
+        middle, QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
     )  # fmt: skip
     return query, key, value
 
 
 @triton.jit
 def _rotary(
-    u, u_row, gain, cos, sin, slots, query, key, value, tokens, middle,
+    u, u_row, gain, cos, sin, slots, copies, query, key, value, tokens, middle,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -54,14 +54,16 @@ def _rotary(
         base, own = key, head - QUERIES
         if head >= QUERIES + KEYS:
             base, own = value, head - QUERIES - KEYS
-        slot = tl.load(slots + row, mask=row < tokens, other=-1).to(tl.int64)
-        early, late = inside & (row < middle)[:, None], inside & (slot >= 0)[:, None]
+        early = inside & (row < middle)[:, None]
         to = base + (row[:, None] * KEYS + own) * 2 * HALF + at[None, :]
         tl.store(to, first.to(kind), mask=early)
         tl.store(to + HALF, second.to(kind), mask=early)
-        to = base + (slot[:, None] * KEYS + own) * 2 * HALF + at[None, :]
-        tl.store(to, first.to(kind), mask=late)
-        tl.store(to + HALF, second.to(kind), mask=late)
+        for copy in range(copies):
+            slot = tl.load(slots + copy * tokens + row, mask=row < tokens, other=-1).to(tl.int64)
+            late = inside & (slot >= 0)[:, None]
+            to = base + (slot[:, None] * KEYS + own) * 2 * HALF + at[None, :]
+            tl.store(to, first.to(kind), mask=late)
+            tl.store(to + HALF, second.to(kind), mask=late)
 
 
 def rotary_backward(
@@ -75,7 +77,7 @@ def rotary_backward(
     chunks, rows = split_rows(tokens, columns)
     partial = torch.empty(chunks, columns, dtype=torch.float32, device=u.device) if gain is not None else None
     _rotary_backward[(chunks, queries + 2 * keys)](
-        dquery, dkey, dvalue, u, u.stride(0), du if gain is None else gain, cos, sin, slots,
+        dquery, dkey, dvalue, u, u.stride(0), du if gain is None else gain, cos, sin, slots, len(slots),
         du, columns + tail, du if partial is None else partial, tokens, middle, rows,
         QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
     )  # fmt: skip
@@ -84,7 +86,7 @@ def rotary_backward(
 
 @triton.jit
 def _rotary_backward(
-    dquery, dkey, dvalue, u, u_row, gain, cos, sin, slots, du, du_row, partial, tokens, middle, size,
+    dquery, dkey, dvalue, u, u_row, gain, cos, sin, slots, copies, du, du_row, partial, tokens, middle, size,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -104,14 +106,16 @@ def _rotary_backward(
             base, own = dkey, head - QUERIES
             if head >= QUERIES + KEYS:
                 base, own = dvalue, head - QUERIES - KEYS
-            slot = tl.load(slots + row, mask=row < tokens, other=-1).to(tl.int64)
-            early, late = inside & (row < middle)[:, None], inside & (slot >= 0)[:, None]
+            early = inside & (row < middle)[:, None]
             there = base + (row[:, None] * KEYS + own) * 2 * HALF + at[None, :]
-            then = base + (slot[:, None] * KEYS + own) * 2 * HALF + at[None, :]
             first = tl.load(there, mask=early, other=0.0).to(tl.float32)
-            first += tl.load(then, mask=late, other=0.0).to(tl.float32)
             second = tl.load(there + HALF, mask=early, other=0.0).to(tl.float32)
-            second += tl.load(then + HALF, mask=late, other=0.0).to(tl.float32)
+            for copy in range(copies):
+                slot = tl.load(slots + copy * tokens + row, mask=row < tokens, other=-1).to(tl.int64)
+                late = inside & (slot >= 0)[:, None]
+                then = base + (slot[:, None] * KEYS + own) * 2 * HALF + at[None, :]
+                first += tl.load(then, mask=late, other=0.0).to(tl.float32)
+                second += tl.load(then + HALF, mask=late, other=0.0).to(tl.float32)
         if head < QUERIES + KEYS:
             angle = row[:, None] * 2 * HALF + at[None, :]
             c = tl.load(cos + angle, mask=inside, other=0.0).to(tl.float32)
