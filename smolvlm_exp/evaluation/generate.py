@@ -12,14 +12,11 @@ import torch
 from torch import nn
 
 from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, render_prompt, tokenize_rows
-from smolvlm_exp.engine.forward import Pixels, image_features
+from smolvlm_exp.engine.generation.answers import ANSWERS, answers_by, plan_for, sample_answers, tile_features
 from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
-from smolvlm_exp.engine.generation.sampler import Answer, Prompt, SamplingPlan, plan_sampling, sample
+from smolvlm_exp.engine.generation.sampler import Answer, Prompt
 from smolvlm_exp.engine.generation.sampling import Sampling
-from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
-from smolvlm_exp.engine.memory.probe import free_memory, out_of_memory
-from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.utils.distributed import rank_slice, rank_world, scatter_map
 from smolvlm_exp.utils.progress import progress, track
 from smolvlm_exp.utils.units import GIB
@@ -29,7 +26,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-ANSWERS = "answers"  # the label of a progress bar
 TIMED_TOKENS = 32  # of an answer whose speed is measured
 UPSTREAM_ROWS = 8  # that transformers' `generate` gets at a time
 
@@ -60,44 +56,11 @@ def generate_answers(
 
     def answer(share: range) -> list[Answer]:
         own = replace(sampling, seed=sampling.seed + share.start)  # a row's seed does not depend on the processes
-        return sampled(model, processor, asked[share.start : share.stop], own)
+        return [first for first, *_ in sample_answers(model, processor, asked[share.start : share.stop], own)]
 
     shares = [rank_slice(len(asked), rank, processes) for rank in range(processes)]
     answers = chain(*scatter_map(shares, answer, model))
     return [text.strip() for text in processor.batch_decode([a.ids for a in answers], skip_special_tokens=True)]
-
-
-def sampled(model: Any, processor: Any, prompts: Sequence[Prompt], sampling: Sampling) -> list[Answer]:
-    """On the engine's sampler, as many at a time as memory allows; in smaller parts where it runs out."""
-    if not prompts:
-        return []
-    plan = plan_for(model, prompts, sampling)
-    while True:
-        try:
-            return sampled_by(Decoder(model, plan.merge), plan, processor, prompts, sampling)
-        except RuntimeError as error:
-            if not out_of_memory(error) or (plan.rows == 1 and not plan.merge):
-                raise
-        plan = SamplingPlan(False, max(1, min(plan.rows, len(prompts)) // 2), max(len(p.ids) for p in prompts))
-        torch.cuda.empty_cache()
-        log.warning(f"Out of memory while sampling answers: trying again, {plan.rows} at a time")
-
-
-def plan_for(model: Any, prompts: Sequence[Prompt], sampling: Sampling) -> SamplingPlan:
-    longest = max(len(prompt.ids) for prompt in prompts)
-    return plan_sampling(model, free_memory(model.device), longest, sampling.max_new_tokens)
-
-
-def sampled_by(
-    decoder: Decoder, plan: SamplingPlan, processor: Any, prompts: Sequence[Prompt], sampling: Sampling
-) -> list[Answer]:
-    """One answer to each prompt, in their order."""
-    end = processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
-    parts = sample(
-        decoder, prompts, sampling, end, processor.image_token_id, rows=plan.rows, prefill_tokens=plan.prefill_tokens
-    )
-    answers = {i: answer for i, (answer,) in track(parts, ANSWERS, len(prompts))}
-    return [answers[i] for i in range(len(prompts))]
 
 
 def read_prompts(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> list[Prompt]:
@@ -115,21 +78,6 @@ def read_prompts(model: Any, processor: Any, rows: Sequence[dict[str, Any]]) -> 
         Prompt(torch.tensor(ids["prompt"]), partial(features, row["images"]) if row["images"] else None)
         for row, ids in zip(rows, tokenize_rows(processor, messages, shapes, {}), strict=True)
     ]
-
-
-def packed_prompts(model: Any, rows: PackedDataset, normalise: Pixels, count: int) -> list[Prompt]:
-    """The first rows' prompts; features that are not kept are computed when a prompt is read."""
-
-    def features(i: int) -> torch.Tensor:
-        images = rows.images_of(i)
-        return images["features"] if "features" in images else tile_features(model, images["tiles"], normalise)
-
-    return [Prompt(rows.prompt_ids(i), partial(features, i) if rows.images[i] else None) for i in range(count)]
-
-
-def tile_features(model: Any, tiles: torch.Tensor, normalise: Pixels) -> torch.Tensor:
-    """(n, 3, S, S) uint8 -> (n, tokens per tile, H), on the model's device."""
-    return image_features(core_of(model), normalise(tiles.to(model.device)))
 
 
 def upstream_answers(model: Any, processor: Any, rows: Sequence[dict[str, Any]], sampling: Sampling) -> list[str]:
@@ -213,7 +161,7 @@ def batch_speed(model: Any, processor: Any, prompts: Sequence[Prompt]) -> Speed:
         taken = []
         for _ in range(3):
             start = time.perf_counter()
-            sampled_by(decoder, plan, processor, prompts, Sampling(tokens, min_new_tokens=tokens))  # waits for the GPU
+            answers_by(decoder, plan, processor, prompts, Sampling(tokens, min_new_tokens=tokens))  # waits for the GPU
             taken.append(time.perf_counter() - start)
         return min(taken)
 

@@ -12,13 +12,14 @@ from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import add_packed_forward, scores_packed
+from smolvlm_exp.engine.generation.answers import packed_prompts, tile_features
 from smolvlm_exp.engine.generation.sampler import Prompt
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.engine.precompute.features import keep_features
-from smolvlm_exp.evaluation.generate import generate_answers, packed_prompts, tile_features
+from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
 from smolvlm_exp.evaluation.preference import LOGPS, Images, Logps, answer_logps, packed_logps, preference_metrics
@@ -133,7 +134,7 @@ class HeldOut:
 
     def prompts(self, model: Any, count: int) -> list[Prompt]:
         """The first `count` rows', with what computes their images' features."""
-        return packed_prompts(model, self.rows, self.pixels, min(count, len(self)))
+        return packed_prompts(model, self.rows, self.pixels, range(min(count, len(self))))
 
     def images(self, count: int) -> RowImages:
         return [self.preferences.test[i]["images"] for i in range(count)]

@@ -107,11 +107,11 @@ def all_reduce_mean(tensors: Sequence[torch.Tensor]) -> None:
 
 @contextlib.contextmanager
 def no_gather(accelerator: Any) -> Iterator[None]:
-    """Within, what accelerate would gather is this process's own.
+    """Within, what accelerate would gather or reduce is this process's own.
 
     TRL's loss code gathers a dozen metrics, and processes whose micro-batches differ would wait for each other forever.
     """
-    own = {name: lambda value, *_, **__: value for name in ("gather", "gather_for_metrics")}
+    own = {name: lambda value, *_, **__: value for name in ("gather", "gather_for_metrics", "reduce")}
     vars(accelerator).update(own)
     try:
         yield

@@ -20,6 +20,7 @@ PHASES = {
     "reference": "reference log-probs",
     "memory_plan": "memory plan",
     "evaluation_before": "evaluation before",
+    "sampling": "sampling answers to train on",
     "training": "training steps",
     "evaluation_during": "evaluation during training",
     "samples": "sample answers",

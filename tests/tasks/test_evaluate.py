@@ -120,7 +120,7 @@ def test_speed_as_computed_by_hand(monkeypatch):
         warm = calls.count(calls[-1]) > 1
         clock[0] += 0.5 + 0.1 * (sampling.max_new_tokens - 1) + (0 if warm else 7)
 
-    for name, stub in (("Decoder", MagicMock()), ("plan_for", MagicMock()), ("sampled_by", sample)):
+    for name, stub in (("Decoder", MagicMock()), ("plan_for", MagicMock()), ("answers_by", sample)):
         monkeypatch.setattr(speed, name, stub)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
     found = speed.batch_speed(SimpleNamespace(device=torch.device("cpu")), None, [None, None])

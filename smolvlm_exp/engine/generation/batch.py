@@ -119,6 +119,8 @@ class SamplingBatch:
         if sampling.min_new_tokens:
             early = drawn < sampling.min_new_tokens
             logits[:, self.end] = torch.where(early, -torch.inf, logits[:, self.end])
+        for token in sampling.suppress:
+            logits[:, token] = -torch.inf
         tokens = draw(logits, self.uniforms[rows, drawn], sampling)
         if self.logps is not None:
             tempered = logits / sampling.temperature if sampling.temperature else logits

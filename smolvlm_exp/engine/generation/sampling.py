@@ -20,6 +20,7 @@ class Sampling:
     top_p: float = 1.0  # of the likeliest tokens, those that come to this probability; 1: all
     top_k: int = 0  # of the likeliest tokens, so many; 0: all
     seed: int = 0
+    suppress: tuple[int, ...] = ()  # ids that are never drawn
     stop: tuple[str, ...] = ()  # texts that end a session's answer, and are no part of it
 
     @property

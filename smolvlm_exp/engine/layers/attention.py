@@ -61,7 +61,7 @@ class Layout:
 
     @cached_property
     def sequences(self) -> tuple[torch.Tensor, torch.Tensor, int, int]:
-        """Where each of B + S sequences begins, (B + S + 1,) int32, in the T tokens and in `sources`; the longest of each."""
+        """Where B + S sequences begin, (B + S + 1,) int32, in the T tokens and in `sources`; the longest of each."""
         cu_queries = torch.cat((self.cu_first, self.cu_second[1:] + self.middle))
         cu_sources = torch.cat((self.cu_first, self.cu_keys[1:] + self.middle))
         return cu_queries, cu_sources, max(self.max_first, self.max_second), max(self.max_first, self.max_keys)

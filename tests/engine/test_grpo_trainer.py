@@ -1,0 +1,134 @@
+"""GRPO on the engine against stock TRL: the same answers and rewards give the same losses, gradients and metrics."""
+
+import random
+
+import pytest
+import torch
+from trl import GRPOConfig, GRPOTrainer
+
+from smolvlm_exp.engine.grpo_trainer import Examples, SharedPrefixGRPOTrainer
+from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.trainers import attach_and_fuse
+from smolvlm_exp.models.adapter import TARGETS
+from peft import LoraConfig
+from tests.engine.test_trainers import compare, data, processor, small_model, trained  # noqa: F401
+
+END = "<end_of_utterance>"
+CLOCKS = ("sampling_time", "step_time", "num_tokens")
+
+
+def letters(prompts, completions, completion_ids, truth, **columns):
+    """Of no meaning, but different from answer to answer, and nothing for one in seven."""
+    return [None if sum(ids) % 7 == 0 else (sum(ids) % 11) / 10 for ids in completion_ids]
+
+
+def length(prompts, completions, completion_ids, **columns):
+    return [len(ids) / 10 for ids in completion_ids]
+
+
+class Scripted:
+    """Gives every prompt the same answers, whichever trainer asks; some are cut, some groups all alike."""
+
+    def _generate_single_turn(self, prompt_ids, *args, **kwargs):
+        torch.manual_seed(self._step)  # TRL goes on to shuffle the answers
+        end = self._tokenizer.convert_tokens_to_ids(END)
+        drawn = random.Random(self._step)
+        answers = []
+        for i, _ in enumerate(prompt_ids):
+            same = i // 4 == 1
+            count = 3 if same else drawn.randint(1, 6)
+            ids = [40 + j if same else drawn.randint(50, 200) for j in range(count)]
+            answers.append(ids if count == 6 and not same else [*ids, end])
+        return answers, None
+
+
+class Stock(Scripted, GRPOTrainer): ...
+
+
+class Engine(Scripted, SharedPrefixGRPOTrainer): ...
+
+
+class Bench:
+    def __init__(self, processor, data, folder):  # noqa: F811
+        self.processor, self.data, self.folder = processor, data, folder
+
+    def common(self, **changes):
+        defaults = {
+            "per_device_train_batch_size": 4, "gradient_accumulation_steps": 3, "num_generations": 4, "max_steps": 2,
+            "max_completion_length": 6, "logging_steps": 1, "optim": "sgd", "learning_rate": 0.1, "bf16": False,
+            "lr_scheduler_type": "constant", "eval_strategy": "no", "save_strategy": "no", "use_cpu": True,
+            "gradient_checkpointing": False, "report_to": "none", "disable_tqdm": True, "seed": 3, "max_grad_norm": 0,
+            "reward_weights": [1.0, 0.3], "disable_dropout": True,
+        }  # fmt: skip
+        args = GRPOConfig(output_dir=str(self.folder), **{**defaults, **changes})
+        return {"args": args, "reward_funcs": [letters, length], "processing_class": self.processor}
+
+    def adapter(self):
+        return LoraConfig(r=4, lora_alpha=8, target_modules=TARGETS["text"])
+
+    def stock(self, **changes):
+        columns = ["images", "prompt", "truth"]
+        trainer = Stock(
+            small_model(), train_dataset=self.data.train.select_columns(columns), peft_config=self.adapter(),
+            **self.common(**changes),
+        )  # fmt: skip
+        trainer.eos_token_ids = [self.processor.tokenizer.convert_tokens_to_ids(END)]
+        return trainer
+
+    def engine(self, micro_batch=None, **changes):
+        common = self.common(**changes)
+        model = attach_and_fuse(small_model(), self.adapter(), common["args"])
+        examples = Examples(self.data.train.select_columns(["prompt", "truth"]), None)
+        rows = PackedDataset(self.data.train, self.processor)
+        trainer = Engine(model, examples=examples, rows=rows, eval_rows=None, **common)
+        trainer.micro_batch = micro_batch or trainer.micro_batch
+        return trainer
+
+
+@pytest.fixture(scope="module")
+def bench(processor, data, tmp_path_factory):  # noqa: F811
+    return Bench(processor, data, tmp_path_factory.mktemp("grpo"))
+
+
+EVERY_LOSS = ("dapo", "dr_grpo", "grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
+SCORED = ("entropy", "kl", "clip_ratio", "cispo_clip_ratio", "vespo")  # over what was scored alone
+
+
+@pytest.mark.parametrize("loss_type", EVERY_LOSS)
+def test_a_step_equals_stock_trls(bench, loss_type):
+    same(bench, loss_type=loss_type, beta=0.05, scale_rewards="none" if loss_type == "dr_grpo" else "group")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"beta": 0.0},
+        {"mask_truncated_completions": True},
+        {"num_iterations": 2, "max_steps": 4},
+        {"steps_per_generation": 6, "max_steps": 4, "beta": 0.1},
+        {"importance_sampling_level": "sequence", "loss_type": "grpo", "num_iterations": 2, "max_steps": 3},
+        {"temperature": 0.7, "multi_objective_aggregation": "normalize_then_sum"},
+        {"top_entropy_quantile": 0.5, "entropy_coef": 0.01},
+        {"delta": 1.5, "epsilon_high": 0.28, "scale_rewards": "batch", "num_iterations": 2, "max_steps": 3},
+    ],
+    ids=lambda changes: " ".join(changes),
+)
+@pytest.mark.parametrize("micro_batch", [4, 5, 12])
+def test_settings_and_micro_batches_equal_stock_trls(bench, changes, micro_batch):
+    same(bench, micro_batch, **changes)
+
+
+def same(bench, micro_batch=None, **changes):
+    stock, engine = bench.stock(**changes), bench.engine(micro_batch, **changes)
+    stock.train()
+    engine.train()
+    wanted, found = trained(stock), trained(engine)
+    moved = sum((wanted[name] - p).abs().max() for name, p in trained(bench.engine()).items())
+    assert moved > 1e-3
+    for name, weight in wanted.items():
+        torch.testing.assert_close(found[name], weight, rtol=1e-5, atol=1e-5)
+    for mine, stocks in zip(engine.state.log_history, stock.state.log_history, strict=True):
+        for key, value in stocks.items():
+            if key.startswith(SCORED) or key in CLOCKS or "runtime" in key or "per_second" in key or "flos" in key:
+                continue
+            assert mine[key] == pytest.approx(value, abs=1e-5, rel=1e-5), key
