@@ -16,6 +16,7 @@ from itertools import groupby
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
 from trl import GRPOTrainer
@@ -54,6 +55,10 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
     """
 
     counted = "answers"
+    num_generations: int
+    max_completion_length: int
+    top_k: int
+    args: Any
 
     def __init__(self, model: Any, *, examples: Examples, **kwargs: Any) -> None:
         """As StepTrainer; `examples`: of the same rows."""
@@ -65,6 +70,7 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
         with overridden(args, beta=0.0):  # else TRL would put a second, frozen adapter on the model for the reference
             super().__init__(model, **kwargs)
         self.beta = args.beta
+        self.planned = [size for size in (self.num_generations >> i for i in range(8)) if size]
         end = self._tokenizer.convert_tokens_to_ids(END)
         self.eos_token_ids = [end, *(token for token in self.eos_token_ids if token != end)]
         self.batch_loss = (
@@ -115,7 +121,7 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
             self.max_completion_length,
             temperature=self.temperature,
             top_p=self.top_p,
-            top_k=self.top_k or 0,
+            top_k=self.top_k,
             seed=generation * SEEDS + self.args.process_index * len(self.sampled),
             suppress=(self.rows.image_token_id,),
         )
@@ -215,6 +221,18 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
         with self.accelerator.autocast():
             outputs = model(packed=packed, labels=labels, temperature=self.temperature)
         return outputs.log_probs, outputs.entropy
+
+    def row_sizes(self, rows: Sequence[int], counted: int) -> np.ndarray:
+        """With `counted` answers of the greatest length: the first as chosen, all others together as rejected."""
+        sizes = self.rows.sizes(rows)
+        sizes[:, 1], sizes[:, 2] = self.max_completion_length, (counted - 1) * self.max_completion_length
+        return sizes
+
+    def log_probs_of(self, rows: Sequence[int], counted: int) -> torch.Tensor:
+        answers = [torch.ones(self.max_completion_length, dtype=torch.int64)] * len(rows) * counted
+        numbers = [row for row in rows for _ in range(counted)]
+        logps, _ = self.score(self.model, numbers, answers, self.max_completion_length)  # type: ignore[arg-type]
+        return logps
 
     def images_of(self, rows: Sequence[int] | dict[int, Any]) -> Batch:
         """`features` of these rows' images, or `tiles` where the tower is trained."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from torch import nn
@@ -153,6 +154,14 @@ class PackedTrainer(StepTrainer):
             labels = fields["input_ids"].masked_fill(fields["completion_mask"] == 0, -100)
         outputs = model(packed=packed, labels=labels)
         return {**fields, **self.reference_of(fields, packed)}, outputs
+
+    def row_sizes(self, rows: Sequence[int], counted: int) -> np.ndarray:
+        return self.rows.sizes(rows)
+
+    def log_probs_of(self, rows: Sequence[int], counted: int) -> torch.Tensor:
+        _, outputs = self.score(self.model, self.rows.batch(rows))  # type: ignore[arg-type]
+        log_probs: torch.Tensor = outputs.log_probs
+        return log_probs
 
     def on_device(self, batch: Batch) -> Batch:
         """The tensors of a collated batch, without the row numbers."""

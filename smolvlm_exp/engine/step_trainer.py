@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -50,11 +51,13 @@ class StepTrainer(Trainer):
         micro_batch: so many of them in one forward and backward pass; eval_micro_batch: in one of evaluation.
         batch_loss: the loss is not a mean over them, so those of one of transformers' batches stay together.
         running: what is in the pass that runs now.
+        planned: how many of them a row may be for the memory planner, which counts rows; the first that fits.
     """
 
     counted = "pairs"
     batch_loss = False
     running: Sequence[Any] = ()
+    planned: Sequence[int] = (1,)
     _metrics: dict[str, defaultdict[Any, list[Any]]]  # TRL's
     maybe_activation_offload_context: Any = contextlib.nullcontext()
     _signature_columns: Any
@@ -97,6 +100,14 @@ class StepTrainer(Trainer):
 
     def run(self, model: nn.Module, step: Any, num_items_in_batch: Any) -> torch.Tensor:
         """Forward and backward passes of a step in micro-batches of at most `micro_batch`; its loss, detached."""
+        raise NotImplementedError
+
+    def row_sizes(self, rows: Sequence[int], counted: int) -> np.ndarray:
+        """`PackedDataset.sizes` of training rows, with at most `counted` items each."""
+        raise NotImplementedError
+
+    def log_probs_of(self, rows: Sequence[int], counted: int) -> torch.Tensor:
+        """Of a pass over rows of these sizes."""
         raise NotImplementedError
 
     def _set_signature_columns_if_needed(self) -> None:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from smolvlm_exp.data.preferences import Preferences
     from smolvlm_exp.evaluation.held_out import HeldOut
+    from smolvlm_exp.rewards.build import Rewards
 
 log = logging.getLogger(__name__)
 
@@ -101,6 +102,7 @@ class TrainerInputs:
     held_out: "HeldOut"
     callbacks: "list[TrainerCallback]"
     folder: Path
+    rewards: "Rewards | None" = None  # of trainers that sample answers
     identity: dict[str, Any] = field(default_factory=dict)  # what checkpoints say of the run; see resume_check.py
 
     @property
@@ -145,11 +147,12 @@ def build_trl_config(
     workers = config.dataloader_num_workers
     if workers is None:
         workers = min(usable_cores(), MOST_WORKERS) if on_gpu else 0  # a GPU waits for tiles
+    names = {field.name for field in fields(cls)}
     arguments = {
         **defaults,
         **{field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN_KEYS},
         "output_dir": str(broadcast_from_rank0(lambda: folder) / "checkpoints"),
-        "max_length": max_length,
+        **({"max_length": max_length} if "max_length" in names else {}),
         # The same in one kernel, which can skip a step without waiting for the GPU; see nan_guard.py.
         "optim": "adamw_torch_fused" if on_gpu and config.optim == "adamw_torch" else config.optim,
         "seed": seed,

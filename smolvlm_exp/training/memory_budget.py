@@ -59,27 +59,42 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
     free = min(gather(probe.available_memory())) if gpu else None  # all processes plan alike
     budget = min(size for size in (requested, free) if isinstance(size, int))
     spec = spec_of_model(trainer, gpu)
-    unit = config.per_device_train_batch_size if trainer.batch_loss else 1
-    rows = RowSizes(trainer.rows.sizes(list(trainer.rows.images)).tolist(), pairs)
     card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else planner.CPU
-    levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
-    plans = planner.proposals(spec, rows, config.pairs_per_step, card, unit, levels)
-    try:
-        if gpu and not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled):  # sharded later than here
-            learning = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
-            run = partial(run_longest, trainer, spec)
-            plan = probe.probe(plans, run, budget, learning, moments(spec), lambda size: max(gather(size)))
-        else:
-            plan = planner.best(plans, budget)
-    except DoesNotFit as error:
-        raise RequestError(
-            f"trainer.memory_budget={config.memory_budget}: {error}.\n"
-            "To use less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
-            "`task=plan` with the same settings compares them."
-        ) from error
+    for counted in trainer.planned:
+        try:
+            plan = planned(config, trainer, spec, budget, card, counted, pairs)
+            break
+        except DoesNotFit as error:
+            if counted == trainer.planned[-1]:
+                raise RequestError(
+                    f"trainer.memory_budget={config.memory_budget}: {error}.\n"
+                    "To use less: adapter.target=text, quant=nf4, data.max_length, a smaller model; "
+                    "`task=plan` with the same settings compares them."
+                ) from error
     set_checkpointing(trainer, plan, spec)
-    trainer.micro_batch = plan.micro_batch
-    log.info(describe_plan(plan, budget, spec, card.name))
+    trainer.micro_batch = plan.micro_batch * counted
+    log.info(describe_plan(plan, budget, spec, card.name, counted))
+
+
+def planned(
+    config: TrainerConfig, trainer: Any, spec: MemorySpec, budget: int, card: planner.Card, counted: int, pairs: bool
+) -> Plan:
+    """The best plan whose micro-batches are rows of `counted` of the trainer's items each.
+
+    Raises:
+        DoesNotFit: there is none.
+    """
+    rows = list(trainer.rows.images)
+    sizes = RowSizes(trainer.row_sizes(rows, counted).tolist(), pairs)
+    gpu = on_gpu(trainer)
+    unit = max(1, config.per_device_train_batch_size // counted) if trainer.batch_loss else 1
+    levels = LEVELS if gpu else LEVELS[2:] if config.gradient_checkpointing else LEVELS[:1]
+    plans = planner.proposals(spec, sizes, max(1, config.pairs_per_step // counted), card, unit, levels)
+    if not gpu or trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:  # sharded later than here
+        return planner.best(plans, budget)
+    learning = [parameter for parameter in trainer.model.parameters() if parameter.requires_grad]
+    run = partial(run_longest, trainer, spec, counted)
+    return probe.probe(plans, run, budget, learning, moments(spec), lambda size: max(gather(size)))
 
 
 def on_gpu(trainer: Any) -> bool:
@@ -121,30 +136,30 @@ def spec_of_model(trainer: Any, gpu: bool) -> MemorySpec:
     return replace(spec, text=text, vision=vision)
 
 
-def run_longest(trainer: Any, spec: MemorySpec, plan: Plan) -> None:
+def run_longest(trainer: Any, spec: MemorySpec, counted: int, plan: Plan) -> None:
     """A forward and backward pass over the rows that take most memory, a micro-batch of them."""
     set_checkpointing(trainer, plan, spec)
     token = spec.text.trained * saved_activations(spec.text, plan.checkpointing, spec.element)
     patch = spec.vision.trained * saved_activations(spec.vision, plan.vision_checkpointing, spec.element)
     rows = list(trainer.rows.images)
-    sizes = trainer.rows.sizes(rows)
+    sizes = trainer.row_sizes(rows, counted)
     costs = token * sizes[:, :3].sum(1) + patch * spec.patches * sizes[:, 3]
     longest = [rows[place] for place in (-costs).argsort(kind="stable")[: plan.micro_batch]]
     trainer.model.train()
     with trainer.compute_loss_context_manager(), trainer.accelerator.autocast():
-        _, outputs = trainer.score(trainer.model, trainer.rows.batch(longest))
-        outputs.log_probs.sum().backward()
+        trainer.log_probs_of(longest, counted).sum().backward()
 
 
-def describe_plan(plan: Plan, budget: int, spec: MemorySpec, card: str) -> str:
-    """The plan in two lines."""
+def describe_plan(plan: Plan, budget: int, spec: MemorySpec, card: str, counted: int = 1) -> str:
+    """The plan in two lines; `counted`: answers of a row, where it is no pair."""
+    row = f"group of {counted} answers" if counted > 1 else "pair"
     levels = plan.checkpointing
     if spec.vision.trained:
         levels = f"{levels} (text), {plan.vision_checkpointing} (vision tower)"
     measured = f", measured {format_bytes(plan.measured)}" if plan.measured else ""
-    speed = f"; about {plan.seconds:.3f} s per pair on this {card}" if spec.gpu else ""
+    speed = f"; about {plan.seconds:.3f} s per {row} on this {card}" if spec.gpu else ""
     return (
-        f"memory plan: micro-batch {plan.micro_batch} x {plan.accumulation} accumulation; "
+        f"memory plan: micro-batch {plan.micro_batch * counted} x {plan.accumulation} accumulation; "
         f"activation checkpointing: {levels}\n"
         f"memory plan: predicted {format_bytes(plan.peak)}{measured} of {format_bytes(budget)}, "
         f"{MARGIN:.0%} left free{speed}"

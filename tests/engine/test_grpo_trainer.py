@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
+from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
 from smolvlm_exp.engine.grpo_trainer import Examples, SharedPrefixGRPOTrainer
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.trainers import attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
-from peft import LoraConfig
 from tests.engine.test_trainers import compare, data, processor, small_model, trained  # noqa: F401
 
 END = "<end_of_utterance>"
