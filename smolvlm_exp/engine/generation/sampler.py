@@ -14,7 +14,7 @@ from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.model_parts import base_of, core_of
 
-ROWS = 64  # answers that are worked on at a time, where memory allows
+ROWS = 256  # answers that are worked on at a time, where memory allows
 PREFILL_TOKENS = 16_384  # of prompts that are read together, where memory allows
 USABLE = 0.8  # of the free memory: the rest is for what the plan does not count
 STEPS_BETWEEN_CHECKS = 8  # on a GPU, which has to be waited for to see which rows have ended
