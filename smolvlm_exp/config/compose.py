@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
@@ -12,19 +12,18 @@ from typing import Any, get_type_hints
 import hydra
 import yaml
 from hydra import version
-from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from smolvlm_exp.config.jobs import Composer, combinations, jobs, parsed, typed_values
 from smolvlm_exp.config.renamed import KEYS, check_renamed, rename_settings
 from smolvlm_exp.config.schema import (
     Config,
@@ -35,19 +34,15 @@ from smolvlm_exp.config.schema import (
     key_paths,
     parse,
     settings,
-    suggestion,
     unknown_keys,
 )
-from smolvlm_exp.config.security import check_hydra, check_search_path, check_setting
+from smolvlm_exp.config.security import check_hydra, check_search_path, check_setting, check_typed
 from smolvlm_exp.config.tasks import misplaced, readers
 from smolvlm_exp.runs.overrides import key_of
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, suggestion
 from smolvlm_exp.utils.paths import CONF
 
 log = logging.getLogger(__name__)
-
-Composer = Callable[[tuple[str, ...]], DictConfig]  # overrides -> what they compose
-NEEDED = ("run", "sweep", "launcher", "sweeper", "job", "runtime", "callbacks")  # of Hydra's own settings
 
 
 def check_command(args: Any) -> list[Config]:
@@ -74,7 +69,13 @@ def check_command(args: Any) -> list[Config]:
             compose: Composer = cache(partial(compose_job, name))  # each time takes a tenth of a second
             check_keys(compose, overrides)
             override_lists = jobs(compose, overrides, args.multirun)
-            return [read(compose(tuple(job)), job, replay=folder != CONF) for job in override_lists]
+            configs = [read(compose(tuple(job)), job, replay=folder != CONF) for job in override_lists]
+            typed = typed_values(overrides)
+            for config in configs:
+                for key, _, value in settings(config):
+                    if not misplaced(key, config.task.name):
+                        check_typed(key, value, typed.get(key, ()))
+            return configs
     except (HydraException, OmegaConfBaseException) as error:
         raise RequestError(explain(error)) from error
 
@@ -91,9 +92,18 @@ def read(composed: DictConfig, job: list[str], replay: bool) -> Config:
         check_shape(composed, given)
     for key, setting, value in settings(config):
         problem = misplaced(key, config.task.name)
-        if problem and value != default_of(setting) and (key in given or not replay):
+        default = value in (default_of(setting), option_default(key))
+        if problem and not default and (key in given or not replay):
             raise RequestError(problem)
     return config
+
+
+@cache
+def option_default(key: str) -> Any:
+    """What conf/reward/truth.yaml, the option of every command, sets: no sign that somebody wants rewards."""
+    group, _, name = key.partition(".")
+    own = yaml.safe_load((CONF / "reward" / "truth.yaml").read_text(encoding="utf-8")) if group == "reward" else {}
+    return own.get(name)
 
 
 def check_shape(composed: DictConfig, given: set[str]) -> None:
@@ -188,60 +198,6 @@ def explain(error: Exception) -> str:
     return "\n".join(lines)
 
 
-def jobs(compose: Composer, overrides: list[Override], multirun: bool) -> list[list[str]]:
-    """The override lists of a command's jobs; for a search, lists in which each value comes once."""
-    plain = [o.input_line or "" for o in overrides if not o.is_sweep_override()]
-    own_settings = compose(tuple(plain)).hydra
-    lost = next((part for part in NEEDED if not OmegaConf.is_dict(own_settings.get(part))), None)
-    if lost:
-        raise RequestError(f"hydra.{lost}: required by Hydra.")
-    sweeper = own_settings.sweeper
-    params = sweeper.get("params") or {}
-    if not hasattr(params, "items"):  # an interpolation may resolve to anything
-        raise RequestError("hydra.sweeper.params must map settings to their values.")
-    own = parsed([f"{key}={value}" for key, value in params.items()])
-    given = {o.key_or_group for o in overrides}
-    if not multirun:
-        if own_settings.mode == hydra.types.RunMode.MULTIRUN:
-            raise RequestError("hydra.mode=MULTIRUN: a sweep is started by -m.")
-        lacking = [o.key_or_group for o in own if o.key_or_group not in given]
-        if lacking:
-            raise RequestError(f"this experiment is a sweep over {', '.join(lacking)}: add -m, or give each one value.")
-        return [plain]
-    both = [*own, *overrides]
-    if "n_trials" in sweeper:
-        return samples(both)
-    interval = next((o for o in both if isinstance(o.value(), IntervalSweep)), None)
-    if interval:
-        raise RequestError(f"{interval.input_line}: a grid takes values; intervals are for hydra/sweeper=search.")
-    return combinations(both)
-
-
-def parsed(overrides: list[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(overrides)
-
-
-def combinations(overrides: list[Override]) -> list[list[str]]:
-    """The override lists of a grid's jobs, in the basic sweeper's order; one list where nothing is swept."""
-    return BasicSweeper.split_arguments(overrides, None)[0]
-
-
-def samples(overrides: list[Override]) -> list[list[str]]:
-    """Override lists in which each value that a search may take comes once, of an interval its ends."""
-    values: dict[str, list[str]] = {}
-    for override in overrides:
-        swept: Any = override.value()
-        if isinstance(swept, IntervalSweep):
-            options = [str(swept.start), str(swept.end)]
-        elif override.is_sweep_override():
-            options = list(override.sweep_string_iterator())
-        else:
-            options = [override.get_value_element_as_str()]
-        values[override.get_key_element()] = options
-    longest = max(map(len, values.values()), default=1)
-    return [[f"{key}={options[min(i, len(options) - 1)]}" for key, options in values.items()] for i in range(longest)]
-
-
 def check_option(override: Override) -> bool:
     """Whether it chooses an option of a group, which must have it."""
     group = override.key_or_group
@@ -266,13 +222,18 @@ def check_keys(compose: Composer, overrides: list[Override]) -> None:
     known = key_paths(chosen_types(composed))
     for override in (o for o in overrides if o not in options):
         key = override.key_or_group
-        free = ".extra." in key or key.startswith("hydra.")
-        if not free and not any(path == key or path.startswith(f"{key}.") for path in known):
+        added = ".extra." in key or key.startswith("reward.weights.")  # names that no schema lists
+        if (
+            not added
+            and not key.startswith("hydra.")
+            and not any(path == key or path.startswith(f"{key}.") for path in known)
+        ):
             names = [*GlobalHydra.instance().config_loader().list_groups(""), *known]
             raise RequestError(misplaced(key, composed.task.name) or unknown(key, names))
         adds = override.is_add() or override.is_force_add()
-        if ".extra." in key and not adds and OmegaConf.select(composed, key) is None:
-            raise RequestError(f"{key}: further arguments are added with a plus: +{override.input_line}")
+        if added and not adds and not override.is_delete() and OmegaConf.select(composed, key) is None:
+            what = "rewards" if key.startswith("reward.") else "arguments"
+            raise RequestError(f"{key}: further {what} are added with a plus: +{override.input_line}")
     for key in unknown_keys(OmegaConf.to_container(composed), [*known, "hydra"]):
         if not readers(key):  # else a saved run's, of another task
             raise RequestError(f"{file_of(key, composed)}: {unknown(key, known)}")
@@ -282,7 +243,7 @@ def unknown(key: str, known: list[str]) -> str:
     """The error message for an unknown setting."""
     if key in KEYS:
         return f"{key} is now {KEYS[key]}."
-    if readers(key):
+    if key.startswith("task.") and readers(key):
         return f"{key} belongs to task={'|'.join(readers(key))}."
     return f"{key}: no such setting. {suggestion(key, known)}"
 

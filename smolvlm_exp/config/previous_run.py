@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from smolvlm_exp.config.renamed import rename_override
+from smolvlm_exp.config.security import check_typed
 from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
 from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, saved_hydra, summary_of
@@ -22,7 +23,10 @@ def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
     given = as_settings(overrides)
     for key, complete in (("resume", resume_overrides), ("run", run_overrides), ("sweep", sweep_overrides)):
         if given.get(key, "null") not in ("", "null"):
-            overrides = [*(o for o in overrides if key_of(o) != key), *complete(given, multirun)]
+            completed = complete(given, multirun)
+            for saved, value in as_settings(completed).items():
+                check_typed(saved, value, typed=())
+            overrides = [*(o for o in overrides if key_of(o) != key), *completed]
     return overrides
 
 

@@ -1,6 +1,5 @@
 """The root schema, and the strict parsing of a composed configuration into plain dataclasses."""
 
-import difflib
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -20,8 +19,9 @@ from smolvlm_exp.models.adapter import AdapterConfig
 from smolvlm_exp.models.model import ModelConfig
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.reporting.tracker import TrackerConfig
+from smolvlm_exp.rewards.config import RewardConfig
 from smolvlm_exp.training.arguments import TrainerConfig
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, suggestion
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.paths import PACKAGE
 
@@ -40,6 +40,7 @@ class Config:
     data: DataConfig
     trainer: TrainerConfig
     tracker: TrackerConfig
+    reward: RewardConfig = field(default_factory=RewardConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
@@ -181,14 +182,3 @@ def check_value(key: str, setting: Any, value: Any) -> None:
         raise RequestError(f"{key}={value} is too small: {low} is the least.")
     if floor is not None and value is not None and not value > floor:
         raise RequestError(f"{key}={value}: it must be greater than {floor}.")
-
-
-def suggestion(wrong: str, known: list[str]) -> str:
-    """`Did you mean X?` where something is close (a whole name, or its last part), else the list where it is short."""
-    last = wrong.rsplit(".", 1)[-1]
-    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75) or [
-        tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
-    ]
-    guess = f"Did you mean {near[0]}? " if near else ""
-    return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")

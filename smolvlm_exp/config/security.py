@@ -1,7 +1,9 @@
-"""What no setting may hold: secrets, which would end up in W&B, reports and logs, and code to run."""
+"""What no setting may hold: secrets, which would end up in W&B, reports and logs, and code to run; and what it may hold
+only if somebody typed it."""
 
 import os
 import re
+from collections.abc import Collection
 from importlib import import_module
 from typing import Any
 
@@ -14,6 +16,8 @@ VALUES = re.compile(
 HELD = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")  # names of environment variables whose values are secrets
 CODE = ("_target_", "trust_remote_code", "code_revision", "custom_generate", "use_kernels", "kernel_config")
 LOADED = re.compile(r"LD_|DYLD_|PYTHON|PATH$")  # environment variables that make a process load other code
+# Code to run, where answers are sent, and which secret goes with them: a file that came along does not decide that.
+TYPED = ("reward.user", "reward.judge.url", "reward.judge.key_variable")
 OWN = ("hydra", "hydra_plugins", "logging")
 CALLS = ("_target_", "()", "class")  # what Hydra and `logging` call, by its name
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")  # `logging` imports whatever else follows ext://
@@ -38,6 +42,15 @@ def check_setting(key: str, value: Any) -> None:
         raise RequestError(
             f"{key} is a secret, and settings are written to logs, reports and W&B.\n"
             "Give it in the environment: HF_TOKEN, WANDB_API_KEY."
+        )
+
+
+def check_typed(key: str, value: Any, typed: Collection[Any]) -> None:
+    """Refuse a value of one of `TYPED` that is not among those that the command itself gives this setting."""
+    if key in TYPED and value not in (None, "", "null", *typed):
+        raise RequestError(
+            f"{key}={value} is set by a file or a saved run. It names code to run, or where answers and keys are sent, "
+            f"so it counts only where it is typed.\nRead what it names, then type {key}={value} (or {key}=null)."
         )
 
 

@@ -9,7 +9,10 @@ from omegaconf import MISSING
 
 from smolvlm_exp.utils.fields import above, at_least
 
-READERS = {"export": ("export",), "serve": ("serve",), "session": ("chat", "serve"), "runs": ("compare",)}
+READERS = {
+    "export": ("export",), "serve": ("serve",), "session": ("chat", "serve"), "runs": ("compare",),
+    "reward": ("train", "evaluate"),
+}  # fmt: skip
 
 
 @dataclass

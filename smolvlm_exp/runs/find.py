@@ -19,6 +19,7 @@ JOBS = f"{SWEEPS}/*"
 NON_IDENTITY_KEYS = (
     "seed", "name", "resume", "run", "runs", "sweep", "keep", "keep_checkpoints", "metric", "tracker", "task", "hydra",
 )  # fmt: skip
+PAIRED = ("dpo", "sft")  # algorithms that learn from given answers: the group `reward` is no part of such a run
 
 
 def find_run(name: str) -> Path:
@@ -101,7 +102,9 @@ def choices(folder: Path) -> dict[str, str]:
     if not saved:
         return {}
     chosen = saved["hydra"]["runtime"]["choices"]
-    own = {group: option for group, option in chosen.items() if not re.search("[/@]|^local$", group)}
+    algorithm = saved_hydra(folder, "config").get("trainer", {}).get("algorithm")
+    unread = "[/@]|^local$|^reward$" if algorithm in PAIRED else "[/@]|^local$"
+    own = {group: option for group, option in chosen.items() if not re.search(unread, group)}
     origin = replayed(folder)
     return own or (choices(origin) if origin else {})
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.runs.checkpoint import step_of
+from smolvlm_exp.runs.find import PAIRED
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.utils.distributed import rank_world
 from smolvlm_exp.utils.errors import RequestError
@@ -47,7 +48,8 @@ def check_same_run(
     """
     import torch
 
-    here = flatten({key: value for key, value in settings.items() if key not in RESUME_FREE_KEYS})
+    free = (*RESUME_FREE_KEYS, *(("reward",) if settings["trainer"]["algorithm"] in PAIRED else ()))
+    here = flatten({key: value for key, value in settings.items() if key not in free})
     here = {key: value for key, value in here.items() if key not in RESUME_FREE_KEYS and value != {}}
     here |= {f"versions.{name}": version for name, version in versions().items() if name in VERSION_KEYS}
     here["processes"] = rank_world()[1]

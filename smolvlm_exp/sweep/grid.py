@@ -5,7 +5,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from smolvlm_exp.config.compose import combinations, parsed
+from smolvlm_exp.config.jobs import combinations, parsed
 from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.runs.sweep_record import (
     ENDED,

@@ -13,7 +13,7 @@ from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from smolvlm_exp.config.compose import parsed
+from smolvlm_exp.config.jobs import parsed
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.runs.overrides import key_of

@@ -16,7 +16,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.comparison import Comparison, Run, compare_runs, load_per_row
 from smolvlm_exp.reporting.comparison_page import COSTS, comparison_page, print_comparison
 from smolvlm_exp.reporting.tracker import track_table
-from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, saved_hydra, summary_of
+from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, PAIRED, saved_hydra, summary_of
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
@@ -68,8 +68,9 @@ def find_runs(names: Sequence[str]) -> list[Path]:
 def read_run(folder: Path) -> Run:
     composed = OmegaConf.create(saved_hydra(folder, "config"))
     rename_settings(composed)
-    flat = flatten(OmegaConf.to_container(composed)).items()
-    settings = {key: str(value) for key, value in flat if key.partition(".")[0] not in NON_IDENTITY_KEYS}
+    flat = flatten(OmegaConf.to_container(composed))
+    free = (*NON_IDENTITY_KEYS, *(("reward",) if flat.get("trainer.algorithm") in PAIRED else ()))
+    settings = {key: str(value) for key, value in flat.items() if key.partition(".")[0] not in free}
     return Run(folder, settings, summary_of(folder), load_per_row(folder))
 
 

@@ -1,5 +1,6 @@
 """The errors that people are meant to read."""
 
+import difflib
 import os
 import sys
 import time
@@ -34,3 +35,14 @@ def exit_with_error(error: RequestError | RunError) -> NoReturn:
         time.sleep(10)  # all ranks raise it: rank 0 prints, and the launcher ends the others
     print(f"smolvlm_exp: {error}", file=sys.stderr)
     sys.exit(2 if isinstance(error, RequestError) else 1)
+
+
+def suggestion(wrong: str, known: list[str]) -> str:
+    """`Did you mean X?` where something is close (a whole name, or its last part), else the list where it is short."""
+    last = wrong.rsplit(".", 1)[-1]
+    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
+    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75) or [
+        tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
+    ]
+    guess = f"Did you mean {near[0]}? " if near else ""
+    return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")

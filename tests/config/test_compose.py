@@ -1,5 +1,6 @@
 """The command line: what it refuses, how fast it answers, and that every option composes."""
 
+import re
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -13,13 +14,14 @@ from smolvlm_exp.config.compose import check_command, check_shape
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.main import complete_and_check
+from smolvlm_exp.rewards.build import BUILDERS
 from smolvlm_exp.tasks.compare import read_run
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import CONF
 from tests.conftest import compose
 
-GROUPS = ("task", "model", "quant", "adapter", "data", "trainer", "tracker")
+GROUPS = ("task", "model", "quant", "adapter", "data", "trainer", "tracker", "reward")
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 
 MISTAKES = {
@@ -55,6 +57,12 @@ MISTAKES = {
     ("task.matmul_tflops=3",): ("task.matmul_tflops belongs to task=plan", "this is task=train"),
     ("task=chat", "task.max_new_tokens=3"): ("belongs to task=train|evaluate|generate|export", ""),
     ("task=evaluate", "session.cache=2GiB"): ("session.cache belongs to task=chat|serve", ""),
+    ("reward=truht",): ("reward=truht", "Did you mean truth?"),
+    ("reward.wieghts=1",): ("reward.wieghts: no such setting", "Did you mean reward.weights?"),
+    ("reward.weights.length=1",): ("reward.weights.length", "+reward.weights.length=1"),
+    ("reward.length.buffer=0",): ("reward.length.buffer=0", "1 is the least"),
+    ("task=chat", "reward=objects"): ("reward.weights belongs to task=train|evaluate", "this is task=chat"),
+    ("task=export", "reward.user=a.py:f"): ("reward.user belongs to task=train|evaluate", "this is task=export"),
     ("experiment=sweep_rank_lr_ga",): ("adapter.r, trainer.learning_rate", "add -m"),
     ("hydra.mode=MULTIRUN",): ("hydra.mode=MULTIRUN", "by -m"),
     ("-m", "experiment=search_rank_lr_beta", "hydra.sweeper.n_trails=3"): ("hydra.sweeper.n_trails", "no such setting"),
@@ -272,6 +280,37 @@ def test_the_shape_of_an_earlier_release_s_run_counts_where_its_weights_were_ran
     (small / "adapter").rename(small / "model")
     tuned = checked("task=evaluate", f"run={small}").model  # its folder has dimensions of its own
     assert (tuned.id, tuned.weights, tuned.longest_edge) == (f"{small}/model", "pretrained", 64)
+
+
+def test_rewards_replace_and_add_to_the_default_s():
+    truth = yaml.safe_load((CONF / "reward" / "truth.yaml").read_text())["weights"]
+    assert compose().reward.weights == compose("task=chat").reward.weights == truth
+    assert compose("reward=yes_no").reward.weights == {"yes_no": 1.0}
+    assert compose("+reward.weights.length=0.1").reward.weights == {**truth, "length": 0.1}
+    assert "repetition" not in compose("~reward.weights.repetition").reward.weights
+    for option in (CONF / "reward").glob("*.yaml"):
+        assert compose(f"reward={option.stem}").reward.weights.keys() <= BUILDERS.keys()
+
+
+@pytest.mark.parametrize(
+    ("saved", "setting"),
+    [
+        ("reward.user=mine.py:short", "reward.user=mine.py:short"),
+        ("reward.judge={url: 'http://a/v1'}", "reward.judge.url=http://a/v1"),
+    ],
+)
+def test_what_a_saved_run_names_is_typed_again(tmp_path, saved, setting):
+    folder = old_run(tmp_path / "old", setting)
+    path = folder / ".hydra" / "overrides.yaml"
+    path.write_text(
+        yaml.safe_dump([saved if override == setting else override for override in yaml.safe_load(path.read_text())])
+    )
+    for typed in ([f"resume={folder}"], ["task=evaluate", f"run={folder}"]):
+        with pytest.raises(RequestError, match=re.escape(f"type {setting} (or {setting.partition('=')[0]}=null)")):
+            checked(*typed)
+        checked(*typed, setting)
+        checked(*typed, f"{setting.partition('=')[0]}=null")
+    checked("task=plan", f"run={folder}")
 
 
 def test_an_experiment_s_shape_is_refused_for_pretrained_weights(tmp_path, monkeypatch):

@@ -128,6 +128,39 @@ def test_no_config_file_makes_code_run(group, marker, tmp_path):
         typed(config_path=str(tmp_path), config_name="config")
 
 
+KEYS = {
+    "reward.user": "evil.py:reward",
+    "reward.judge.url": "http://evil.example/v1",
+    "reward.judge.key_variable": "HF_TOKEN",
+}
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("place", ["experiment", "reward", "sweep", "interpolation", "replay"])
+def test_a_file_names_no_code_and_no_address(key, place, tmp_path):
+    """Only what is typed counts; the same value, typed again, does."""
+    value = KEYS[key]
+    whole = OmegaConf.create(asdict(compose()))
+    OmegaConf.update(whole, key, value)
+    file, text = {
+        "experiment": ("experiment/mine.yaml", OmegaConf.to_yaml({"reward": whole.reward})),
+        "reward": ("reward/mine.yaml", OmegaConf.to_yaml(whole.reward)),
+        "sweep": ("experiment/mine.yaml", f"hydra: {{sweeper: {{params: {{{key}: '{value}'}}}}}}\n"),
+        "interpolation": ("experiment/mine.yaml", f"name: '{value}'\n"),
+        "replay": ("config.yaml", f"defaults: [_self_]\n{OmegaConf.to_yaml(whole)}"),
+    }[place]
+    path = tmp_path / file
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"# @package _global_\n{text}" if path.parent.name == "experiment" else text)
+    chosen = [] if place == "replay" else [f"{path.parent.name}=mine"]
+    options = {"config_path" if place == "replay" else "config_dir": str(tmp_path), "multirun": place == "sweep"}
+    indirect = [f"{key}=${{name}}"] if place == "interpolation" else []
+    with pytest.raises(RequestError, match=rf"type {key}={value}"):
+        typed(*chosen, *indirect, **options)
+    (config, *_) = typed(*chosen, f"{key}={value}", **options)
+    assert OmegaConf.select(OmegaConf.create(asdict(config)), key) == value
+
+
 def test_a_model_folder_brings_no_code(marker, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(EMBEDDED, folder)

@@ -13,7 +13,7 @@ import optuna
 import pytest
 from filelock import FileLock
 
-from smolvlm_exp.config.compose import parsed
+from smolvlm_exp.config.jobs import parsed
 from smolvlm_exp.runs.sweep_record import read_jobs
 from smolvlm_exp.sweep.launcher import SweepStop
 from smolvlm_exp.sweep.optuna_study import (
