@@ -3,7 +3,10 @@
 A row's `truth` is JSON, one of
 
     {"kind": "yes_no", "answer": "yes"}           `"positive": "no"` too where the benchmark's F1 counts no as positive
-    {"kind": "caption", "objects": ["dog", ...]}  what is in the image; `expected`: what is not, but might well be
+    {"kind": "caption", "objects": ["dog", ...]}  what is in the image; `expected`: what is not, but might well be;
+                                                  `phrases`: each object in full, as `two small red stars`
+    {"kind": "number", "answer": 2}
+    {"kind": "answer", "answer": "red"}           or a list of answers, any of which is right
 """
 
 import json

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import add_pair_forward, scores_pairs
@@ -19,10 +18,10 @@ from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.evaluation.generate import generate_answers, packed_prompts, tile_features
-from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
 from smolvlm_exp.evaluation.preference import LOGPS, Images, Logps, answer_logps, packed_logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import Ratio
+from smolvlm_exp.evaluation.truth_metrics import truth_metrics
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.progress import track
 
@@ -201,23 +200,3 @@ def evaluate(
     if logps:
         ratios |= held_out.image_reliance(model, logps)
     return Evaluation(ratios, logps, answers)
-
-
-def truth_metrics(answers: list[str], truths: list[dict[str, Any]], words: Words | None) -> dict[str, Ratio]:
-    """Captions by CHAIR, yes/no questions by POPE's measures and, where no is the positive, by its F1 too."""
-    pairs = list(zip(answers, truths, strict=True))
-    captions = [read_caption(answer, truth, words) for answer, truth in pairs if words and truth["kind"] == "caption"]
-    questions = [(yes_or_no(answer), truth) for answer, truth in pairs if truth["kind"] == "yes_no"]
-    predicted, true = [predicted for predicted, _ in questions], [truth["answer"] for _, truth in questions]
-    metrics = {**chair(captions), **yes_no(predicted, true)}
-    if any(truth.get("positive") == "no" for _, truth in questions):
-        metrics["no_f1"] = f1(predicted, true, "no")
-    return metrics
-
-
-def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[str]:
-    """The words of a caption that name objects which are not there."""
-    known = json.loads(truth) if truth else {}
-    if known.get("kind") != "caption" or words is None:
-        return []
-    return [word for word, name in words(answer, known) if name is not None and name not in known["objects"]]

@@ -10,8 +10,9 @@ from rich.table import Table
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.evaluation.checks import Check, checks_passed
-from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
+from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation
 from smolvlm_exp.evaluation.statistics import Change, changes, intervals
+from smolvlm_exp.evaluation.truth_metrics import hallucinated
 from smolvlm_exp.reporting.html import embed, highlight
 from smolvlm_exp.utils.phases import PHASES
 
