@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-Truth = dict[str, Any]  # what is in a row's image; see data/benchmarks.py
+Truth = dict[str, Any]  # what is in a row's image; see data/truth.py
 Mention = tuple[str, str | None]  # the words; the object they stand for, None where it is neither right nor wrong
 Words = Callable[[str, Truth], list[Mention]]  # reads the objects out of an answer
 IRREGULAR = {"person": "people", "child": "children", "mouse": "mice", "goose": "geese", "tooth": "teeth"}

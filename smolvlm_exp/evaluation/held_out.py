@@ -1,6 +1,5 @@
 """A model evaluated on the held-out rows: preferences for any data, scored answers where the truth is known."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -187,7 +186,8 @@ def evaluate(
         temperature, seed, max_new_tokens: of generated answers; a temperature of 0 is greedy.
     """
     preferences = held_out.preferences
-    known = "truth" in preferences.test.column_names
+    truths = preferences.test["truth"][:] if "truth" in preferences.test.column_names else []
+    known = any(truths)
     logps, ratios = None, dict[str, Ratio]()
     if "chosen" in preferences.test.column_names:
         logps = held_out.logps(model)
@@ -195,7 +195,6 @@ def evaluate(
     sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
     answers = held_out.answers(model, len(held_out) if known else SAMPLES, sampling)
     if known:
-        truths = [json.loads(truth) for truth in preferences.test["truth"]]
         ratios |= truth_metrics(answers, truths, preferences.words)
     if logps:
         ratios |= held_out.image_reliance(model, logps)

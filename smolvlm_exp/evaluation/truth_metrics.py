@@ -1,7 +1,6 @@
-"""Answers scored against what is known to be in their images (`truth`, data/benchmarks.py)."""
+"""Answers scored against what is known to be in their images (data/truth.py)."""
 
-import json
-
+from smolvlm_exp.data.truth import read_truth
 from smolvlm_exp.data.vocabulary import Truth, Words
 from smolvlm_exp.evaluation.exact_match import answer_accuracy
 from smolvlm_exp.evaluation.hallucination import (
@@ -16,10 +15,10 @@ from smolvlm_exp.evaluation.hallucination import (
 from smolvlm_exp.evaluation.statistics import Ratio, mean, ratio
 
 
-def truth_metrics(answers: list[str], truths: list[Truth], words: Words | None) -> dict[str, Ratio]:
+def truth_metrics(answers: list[str], truths: list[str | None], words: Words | None) -> dict[str, Ratio]:
     """Captions by `caption_metrics`, where `words` reads objects out of them; yes/no questions by POPE's measures and,
     where no is the positive, by its F1 too; other questions by exact match."""
-    pairs = list(zip(answers, truths, strict=True))
+    pairs = [(answer, read_truth(truth)) for answer, truth in zip(answers, truths, strict=True) if truth]
     captions = [(answer, truth) for answer, truth in pairs if truth["kind"] == "caption"]
     questions = [(yes_or_no(answer), truth) for answer, truth in pairs if truth["kind"] == "yes_no"]
     others = [(answer, truth["answer"]) for answer, truth in pairs if truth["kind"] in ("answer", "number")]
@@ -43,7 +42,7 @@ def caption_metrics(captions: list[tuple[str, Truth]], words: Words) -> dict[str
 
 def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[str]:
     """The words of a caption that name objects which are not there."""
-    known = json.loads(truth) if truth else {}
+    known = read_truth(truth)
     if known.get("kind") != "caption" or words is None:
         return []
     return [word for word, name in words(answer, known) if name is not None and name not in known["objects"]]

@@ -1,5 +1,7 @@
 """Which measures a row's truth brings, over made-up answers."""
 
+import json
+
 import pytest
 
 from smolvlm_exp.data.vocabulary import Vocabulary
@@ -19,7 +21,7 @@ ANSWERS = {
 
 
 def test_every_kind_of_truth():
-    found = truth_metrics(list(ANSWERS), list(ANSWERS.values()), WORDS)
+    found = truth_metrics([*ANSWERS, "A star."], [*map(json.dumps, ANSWERS.values()), None], WORDS)
     assert {name: ratio.value for name, ratio in found.items()} == {
         "chair_s": 1 / 2, "chair_i": 1 / 4, "recall": 1, "mean_length": 17 / 2,
         "attribute_accuracy": pytest.approx(3 / 4), "repeat_rate": 1 / 2,
@@ -31,6 +33,6 @@ def test_every_kind_of_truth():
 
 
 def test_captions_without_a_vocabulary_or_attributes():
-    caption = {"kind": "caption", "objects": ["star"]}
+    caption = json.dumps({"kind": "caption", "objects": ["star"]})
     assert truth_metrics(["A star."], [caption], None) == {}
     assert "attribute_accuracy" not in truth_metrics(["A star."], [caption], WORDS)
