@@ -1,10 +1,4 @@
-"""Benchmarks for task=evaluate: images, questions and the truth from local files, without answers to train on.
-
-A row's `truth` is JSON, one of
-
-    {"kind": "yes_no", "answer": "yes"}           `"positive": "no"` too where the benchmark's F1 counts no as positive
-    {"kind": "caption", "objects": ["dog", ...]}  what is in the image; `expected`: what is not, but might well be
-"""
+"""Benchmarks for task=evaluate: images, questions and the truth (truth.py) from local files, without answers."""
 
 import json
 from collections.abc import Iterator, Mapping

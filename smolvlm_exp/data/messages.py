@@ -6,11 +6,15 @@
 | rlaif-v, TRL | images, prompt, chosen, rejected: lists of messages |
 | LLaMA-Factory (sharegpt, ranking) | images, conversations (+ system), chosen, rejected: {from, value} |
 | ms-swift | images, messages (the chosen answer last), rejected_response |
+
+In place of chosen and rejected, the first three may have what is known of the image: answer, objects, caption or truth
+(truth.py).
 """
 
 import re
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.truth import TRUTH_COLUMNS
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -22,14 +26,16 @@ PLACEHOLDER = "<image>"  # where an image stands in a text, in LLaMA-Factory, ms
 
 ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
 
-# A list of columns per format; where a column has two names, either will do.
-FORMATS = (
+# A list of columns per format; where a column has several names, any will do.
+PAIR_FORMATS = (
     (("image", "images"), ("question", "prompt"), ("chosen",), ("rejected",)),
     (("image", "images"), ("conversations",), ("chosen",), ("rejected",)),
     (("image", "images"), ("messages",), ("rejected_response",)),
 )
+FORMATS = (*PAIR_FORMATS, (("image", "images"), ("question", "prompt", "conversations"), TRUTH_COLUMNS))
 
 Message = dict[str, Any]  # {"role", "content": a list of parts}
+Formats = tuple[tuple[tuple[str, ...], ...], ...]
 
 
 def user(question: str, images: int = 1) -> Message:
@@ -73,9 +79,14 @@ def bad_row(problem: str) -> dict[str, Any]:
 
 def require_known_format(columns: set[str], where: str) -> None:
     """Refuse columns that fit none of the formats."""
-    if not any(all(columns & set(names) for names in known) for known in FORMATS):
+    if not fits(columns, FORMATS):
         expected = "; or ".join(", ".join(" or ".join(names) for names in known) for known in FORMATS)
         raise RequestError(f"{where} has the columns {', '.join(sorted(columns)) or 'none'}. Expected: {expected}.")
+
+
+def fits(columns: set[str], formats: Formats) -> bool:
+    """Whether the columns are those of one of the formats, or more."""
+    return any(all(columns & set(names) for names in known) for known in formats)
 
 
 def row_images(row: dict[str, Any]) -> list[Any]:

@@ -2,9 +2,9 @@
 
 A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of images, the others lists of chat messages whose
 content is a list of parts, one `{"type": "image"}` part for each image. It is the schema of
-HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is really in the
-image (evaluation/held_out.py scores answers against it). Rows of a benchmark have a truth, but no `chosen` and
-`rejected`; they can be evaluated on, not trained on.
+HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is known of the
+image, against which answers are scored (truth.py). Rows may have a truth and no `chosen` and `rejected`: they can be
+evaluated on, and trained on by what learns from scores.
 
 Facts about a row are computed here, once, and travel with it: `image_sha256` of each image's file, `tile_rows` and
 `tile_columns` of its tiles, `token_ids` (prompt, chosen and rejected, cut to data.max_length) and their counts.
@@ -13,7 +13,7 @@ Facts about a row are computed here, once, and travel with it: `image_sha256` of
 import hashlib
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import astuple, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -24,6 +24,7 @@ from smolvlm_exp.data.images import ImageLimits
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
 from smolvlm_exp.data.tokens import processor_key
+from smolvlm_exp.data.truth import vocabulary_of
 from smolvlm_exp.data.validation import COUNTS, SIDES, RowPreparer, prepared_features
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.utils.errors import RequestError
@@ -54,25 +55,41 @@ def source_of(config: DataConfig) -> Any:
     return import_module(f"smolvlm_exp.data.sources.{config.source}")
 
 
-def load_rows(config: DataConfig, split: str) -> "Dataset":
-    """The rows of `train` or `test`, not yet checked; RequestError where those to train on have no answers."""
+def load_rows(config: DataConfig, split: str, answers: bool = True) -> "Dataset":
+    """The rows of `train` or `test`, not yet checked.
+
+    Args:
+        answers: whether those to train on must have `chosen` and `rejected`; else a truth is enough.
+
+    Raises:
+        RequestError: the rows cannot be read, or lack answers.
+    """
     rows: Dataset = source_of(config).load(config, getattr(config, split))
-    if split == "train" and "chosen" not in rows.column_names:
+    if split == "train" and answers and "chosen" not in rows.column_names:
         raise RequestError(
-            f"data.train={config.train}: these rows are questions without preferred answers. Use data={config.source} "
-            "with task=evaluate, not training."
+            f"data.train={config.train}: these rows are questions without preferred answers, chosen and rejected. What "
+            f"is known of their images is what trainer=grpo learns from and task=mine makes pairs of; task=evaluate "
+            f"scores answers by it."
         )
     return rows
 
 
 @phase("data")
 def load_preferences(
-    config: DataConfig, processor: "ProcessorMixin", folder: Path, splits: Sequence[str] = ("train", "test")
+    config: DataConfig,
+    processor: "ProcessorMixin",
+    folder: Path,
+    splits: Sequence[str] = ("train", "test"),
+    answers: bool = True,
 ) -> Preferences:
-    """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`."""
+    """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`.
+
+    Args:
+        answers: as of `load_rows`.
+    """
     checked, report, bad = {}, {}, []
     for split in splits:
-        checked[split], bad_rows = separate(prepare(load_rows(config, split), processor, config))
+        checked[split], bad_rows = separate(prepare(load_rows(config, split, answers), processor, config))
         report[split] = {**count(checked[split]), "skipped": len(bad_rows)}
         bad += [{"split": split, **row} for row in bad_rows]
     if bad and config.on_bad_row == "error":
@@ -107,9 +124,17 @@ def load_preferences(
         report["test"]["also_in_train"] = len(leaked)
         if leaked:
             log.warning(f"data leakage: {len(leaked)} test rows are also in train (e.g. row {leaked[0]})")
+    train = checked.get("train", checked["test"].select([]))
+    return Preferences(train, checked["test"], report, words_of(config, checked.values()), prints)
+
+
+def words_of(config: DataConfig, splits: "Iterable[Dataset]") -> Words | None:
+    """The source's vocabulary, or else the names of the objects that its rows have."""
     source = source_of(config)
-    words = source.words(config) if hasattr(source, "words") else None
-    return Preferences(checked.get("train", checked["test"].select([])), checked["test"], report, words, prints)
+    if hasattr(source, "words"):
+        return source.words(config)
+    known = (rows["truth"][:] for rows in splits if "truth" in rows.column_names)
+    return vocabulary_of(truth for truths in known for truth in truths)
 
 
 def separate(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":

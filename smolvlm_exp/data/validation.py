@@ -7,6 +7,7 @@ from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image, read_image_bytes
 from smolvlm_exp.data.messages import Message, text_of
 from smolvlm_exp.data.tokens import control_pattern, control_tokens, escape_control_tokens, tokenize_rows
+from smolvlm_exp.data.truth import TRUTH_COLUMNS
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -92,7 +93,7 @@ class RowValidator:
         count_tiles = self.processor.image_processor.get_number_of_image_patches
         messages = [{side: row[side] for side in SIDES if side in row} for row in rows]
         problems = [
-            row["problem"] or row_problem(sides, len(row["sizes"]), self.controls)
+            row["problem"] or row_problem(sides, len(row["sizes"]), self.controls) or scored_by_nothing(row)
             for row, sides in zip(rows, messages, strict=True)
         ]
         good = [i for i, problem in enumerate(problems) if not problem]
@@ -128,6 +129,13 @@ class RowValidator:
             "rejected_tokens": len(rejected),
             "uncut_tokens": len(prompt) + longest,
         }
+
+
+def scored_by_nothing(row: Row) -> str:
+    """The problem of a row that has neither answers nor a truth; empty where it has."""
+    if "chosen" in row or row.get("truth"):
+        return ""
+    return f"it has nothing to score an answer by: {', '.join(f'`{name}`' for name in TRUTH_COLUMNS)} are empty"
 
 
 def row_problem(messages: dict[str, list[Message]], images: int, controls: list[str]) -> str:

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-Truth = dict[str, Any]  # what is in a row's image; see data/benchmarks.py
+Truth = dict[str, Any]  # what is in a row's image; see data/truth.py
 Mention = tuple[str, str | None]  # the words; the object they stand for, None where it is neither right nor wrong
 Words = Callable[[str, Truth], list[Mention]]  # reads the objects out of an answer
 IRREGULAR = {"person": "people", "child": "children", "mouse": "mice", "goose": "geese", "tooth": "teeth"}
@@ -26,12 +26,19 @@ class Vocabulary:
         self.once = once
 
     def __call__(self, text: str, truth: Truth | None = None) -> list[Mention]:
+        mentions, first = self.every(text), dict[str | None, Mention]()
+        for mention in mentions:
+            first.setdefault(mention[1], mention)
+        return list(first.values()) if self.once else mentions
+
+    def every(self, text: str) -> list[Mention]:
+        """Each mention, an object's later ones included."""
         words, mentions, at = tokens(text), list[Mention](), 0
         while at < len(words):
             phrases = (tuple(words[at : at + length]) for length in range(self.longest, 0, -1))
             phrase = next((phrase for phrase in phrases if phrase in self.objects), ())
             name = self.objects.get(phrase)
-            if name is not None and not (self.once and any(name == other for _, other in mentions)):
+            if name is not None:
                 mentions.append((" ".join(phrase), name))
             at += len(phrase) or 1
         return mentions
@@ -68,6 +75,11 @@ class Amber:
             for word in self.related.get(name, ()):
                 first.setdefault(word, name)
         return first | {name: name for name in objects if name not in first}
+
+
+def every_mention(text: str, truth: Truth, words: Words) -> list[Mention]:
+    """What `words` reads out of a text, an object's later mentions included."""
+    return words.every(text) if isinstance(words, Vocabulary) else words(text, truth)
 
 
 def tokens(text: str) -> list[str]:

@@ -70,17 +70,8 @@ def compare_evaluations(
     """
     checks = [leaked_rows(data["test"]["also_in_train"]), policy_changed(before, after)]
     checks += image_reliance(before.metrics, after.metrics)
-    assert before.logps
-    assert after.logps
-    chosen, rejected = (drop.mean() for drop in logp_drops(before.logps, after.logps))
-    detail = f"rejected answers fell by {rejected:.2g}"
-    name = "chosen log-prob drop (likelihood displacement), nats/token"
-    checks.append(require("likelihood_displacement", name, chosen.item(), "<=", MAX_DROP, "warn", detail))
-    margin = (after.logps.chosen - before.logps.chosen) - (after.logps.rejected - before.logps.rejected)
-    if len(margin) >= MIN_ROWS:
-        share = squared_correlation(margin, after.logps.chosen_tokens - after.logps.rejected_tokens)
-        name = "share of the reward margin explained by answer length"
-        checks.append(require("length_share", name, share, "<=", MAX_LENGTH_SHARE, "warn"))
+    if before.logps and after.logps:
+        checks += answer_shifts(before.logps, after.logps)
     last = [event["rewards/accuracies"] for event in history if "rewards/accuracies" in event][-LAST_EVENTS:]
     if last and "reward_accuracy" in after.metrics:
         gap = sum(last) / len(last) - after.metrics["reward_accuracy"]
@@ -90,6 +81,20 @@ def compare_evaluations(
         change = abs(after.metrics["mean_length"] / before.metrics["mean_length"] - 1)
         name = "relative change of generated answer length"
         checks.append(require("length_change", name, change, "<=", MAX_LENGTH_CHANGE, "warn"))
+    return checks
+
+
+def answer_shifts(before: Logps, after: Logps) -> list[Check]:
+    """Did the chosen answers lose probability, and is it by their length that they gained on the rejected ones?"""
+    chosen, rejected = (drop.mean() for drop in logp_drops(before, after))
+    detail = f"rejected answers fell by {rejected:.2g}"
+    name = "chosen log-prob drop (likelihood displacement), nats/token"
+    checks = [require("likelihood_displacement", name, chosen.item(), "<=", MAX_DROP, "warn", detail)]
+    margin = (after.chosen - before.chosen) - (after.rejected - before.rejected)
+    if len(margin) >= MIN_ROWS:
+        share = squared_correlation(margin, after.chosen_tokens - after.rejected_tokens)
+        name = "share of the reward margin explained by answer length"
+        checks.append(require("length_share", name, share, "<=", MAX_LENGTH_SHARE, "warn"))
     return checks
 
 

@@ -1,15 +1,20 @@
 """Does the answer say what is there? CHAIR (arXiv 1809.02156), AMBER's measures of captions (arXiv 2311.07397), and
-POPE's of yes/no questions (arXiv 2305.10355).
+POPE's of yes/no questions (arXiv 2305.10355). Does it say it in the right colour and size, and once?
 
 `Vocabulary` and `Amber` read the objects out of an answer, `chair` and `yes_no` count: pure functions of texts.
 """
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from smolvlm_exp.data.vocabulary import Truth, Words
+from smolvlm_exp.data.vocabulary import Truth, Words, every_mention, tokens
 from smolvlm_exp.evaluation.statistics import Ratio, mean, ratio
+
+# Words of colour (the eleven basic terms of Berlin and Kay 1969) and of size -> how they are compared.
+COLOURS = ("white", "black", "red", "green", "yellow", "blue", "brown", "purple", "pink", "orange", "grey")
+ATTRIBUTES = {word: word for word in (*COLOURS, "small", "large")} | {"gray": "grey", "little": "small", "big": "large"}
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,41 @@ def chair(captions: Sequence[Caption]) -> dict[str, Ratio]:
         imagined = [len((set(c.expected) - set(c.objects)) & set(c.mentions)) for c in captions]
         metrics["cog"] = ratio(imagined, [len(c.expected) for c in captions])
     return metrics
+
+
+def attribute_counts(text: str, truth: Truth, words: Words) -> tuple[int, int]:
+    """How many of a caption's phrases give an object of the image its colour and size.
+
+    `a small red star` claims red and small of a star. It is right where one of the truth's `phrases` says all of that
+    about a star; a star without colour and size claims nothing, and is right. Counts (`two`) are not looked at.
+
+    Returns:
+        Right phrases, and all phrases that name an object of the image: (0, 0) where the truth has no `phrases`.
+    """
+    known: dict[str, list[set[str]]] = {}
+    for phrase in truth.get("phrases", ()):
+        for name, attributes in described_objects(phrase, truth, words):
+            known.setdefault(name, []).append(attributes)
+    named = [(name, claimed) for name, claimed in described_objects(text, truth, words) if name in known]
+    return sum(any(claimed <= attributes for attributes in known[name]) for name, claimed in named), len(named)
+
+
+def described_objects(text: str, truth: Truth, words: Words) -> Iterator[tuple[str, set[str]]]:
+    """Each object that a text names, with the colours and sizes between it and the comma, `and` or object before."""
+    for part in re.split(r",| and ", text):
+        said = tokens(part)
+        for mention, name in every_mention(part, truth, words):
+            length = len(mention.split())
+            at = next(i for i in range(len(said)) if said[i : i + length] == mention.split())
+            if name is not None:
+                yield name, {ATTRIBUTES[word] for word in said[:at] if word in ATTRIBUTES}
+            said = said[at + length :]
+
+
+def repeats(text: str, truth: Truth, words: Words) -> int:
+    """How many objects a caption names more than once."""
+    counts = Counter(name for _, name in every_mention(text, truth, words) if name is not None)
+    return sum(count > 1 for count in counts.values())
 
 
 def yes_or_no(answer: str) -> str | None:

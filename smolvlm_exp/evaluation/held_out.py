@@ -1,6 +1,5 @@
 """A model evaluated on the held-out rows: preferences for any data, scored answers where the truth is known."""
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -8,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import add_packed_forward, scores_packed
@@ -20,10 +18,10 @@ from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.evaluation.generate import generate_answers
-from smolvlm_exp.evaluation.hallucination import chair, f1, read_caption, yes_no, yes_or_no
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
 from smolvlm_exp.evaluation.preference import LOGPS, Images, Logps, answer_logps, packed_logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import Ratio
+from smolvlm_exp.evaluation.truth_metrics import truth_metrics
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.progress import track
 
@@ -189,7 +187,8 @@ def evaluate(
         temperature, seed, max_new_tokens: of generated answers; a temperature of 0 is greedy.
     """
     preferences = held_out.preferences
-    known = "truth" in preferences.test.column_names
+    truths = preferences.test["truth"][:] if "truth" in preferences.test.column_names else []
+    known = any(truths)
     logps, ratios = None, dict[str, Ratio]()
     if "chosen" in preferences.test.column_names:
         logps = held_out.logps(model)
@@ -197,28 +196,7 @@ def evaluate(
     sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
     answers = held_out.answers(model, len(held_out) if known else SAMPLES, sampling)
     if known:
-        truths = [json.loads(truth) for truth in preferences.test["truth"]]
         ratios |= truth_metrics(answers, truths, preferences.words)
     if logps:
         ratios |= held_out.image_reliance(model, logps)
     return Evaluation(ratios, logps, answers)
-
-
-def truth_metrics(answers: list[str], truths: list[dict[str, Any]], words: Words | None) -> dict[str, Ratio]:
-    """Captions by CHAIR, yes/no questions by POPE's measures and, where no is the positive, by its F1 too."""
-    pairs = list(zip(answers, truths, strict=True))
-    captions = [read_caption(answer, truth, words) for answer, truth in pairs if words and truth["kind"] == "caption"]
-    questions = [(yes_or_no(answer), truth) for answer, truth in pairs if truth["kind"] == "yes_no"]
-    predicted, true = [predicted for predicted, _ in questions], [truth["answer"] for _, truth in questions]
-    metrics = {**chair(captions), **yes_no(predicted, true)}
-    if any(truth.get("positive") == "no" for _, truth in questions):
-        metrics["no_f1"] = f1(predicted, true, "no")
-    return metrics
-
-
-def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[str]:
-    """The words of a caption that name objects which are not there."""
-    known = json.loads(truth) if truth else {}
-    if known.get("kind") != "caption" or words is None:
-        return []
-    return [word for word, name in words(answer, known) if name is not None and name not in known["objects"]]

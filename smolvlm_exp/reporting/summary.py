@@ -1,6 +1,5 @@
 """The results of an evaluation: summary.json's numbers, the table in the terminal, the report's samples."""
 
-import json
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -9,9 +8,11 @@ from rich.table import Table
 
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import Preferences
+from smolvlm_exp.data.truth import truth_text
 from smolvlm_exp.evaluation.checks import Check, checks_passed
-from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation, hallucinated
+from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation
 from smolvlm_exp.evaluation.statistics import Change, changes, intervals
+from smolvlm_exp.evaluation.truth_metrics import hallucinated
 from smolvlm_exp.reporting.html import embed, highlight
 from smolvlm_exp.utils.phases import PHASES
 
@@ -109,5 +110,4 @@ def reference_texts(row: dict[str, Any]) -> dict[str, str]:
     """The answers or the truth that a row's answer is compared with."""
     if "chosen" in row:
         return {"Chosen": text_of(row["chosen"]), "Rejected": text_of(row["rejected"])}
-    truth = json.loads(row.get("truth") or "{}")
-    return {"Truth": truth["answer"] if truth.get("kind") == "yes_no" else ", ".join(truth.get("objects", ()))}
+    return {"Truth": truth_text(row.get("truth"))}

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import SplitResult, urlsplit
 
 from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.data.truth import truth_text
 from smolvlm_exp.reporting.html import SMALL_EDGE
 from smolvlm_exp.utils.errors import first_line
 from smolvlm_exp.utils.fields import one_of
@@ -120,12 +121,13 @@ class Tracker:
         def show(run: "Run") -> None:
             import wandb
 
-            data = []
+            data, pairs = [], "chosen" in rows[0]
             for row, answer in zip(rows, answers, strict=True):
                 image = row["images"][0].copy()
                 image.thumbnail((SMALL_EDGE, SMALL_EDGE))  # because the table is uploaded many times
-                data.append([wandb.Image(image), text_of(row["prompt"]), answer, text_of(row["chosen"])])
-            columns: list[str | int] = ["image", "question", "answer", "chosen"]
+                known = text_of(row["chosen"]) if pairs else truth_text(row["truth"])
+                data.append([wandb.Image(image), text_of(row["prompt"]), answer, known])
+            columns: list[str | int] = ["image", "question", "answer", "chosen" if pairs else "truth"]
             run.log({"samples": wandb.Table(columns=columns, data=data)}, step=step)
 
         self.run.put(show)
@@ -156,11 +158,9 @@ def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", ex
     if checks:
         run.log({"checks": wandb.Table(columns=list(checks[0]), data=[list(check.values()) for check in checks])})
     if samples:
-        columns: list[str | int] = ["image", "question", "before", "after", "chosen", "rejected"]
-        rows = []
-        for s in samples:
-            references = [s.references.get(name, "") for name in ("Chosen", "Rejected")]
-            rows.append([wandb.Image(s.image), s.question, *s.answers.values(), *references])
+        references = [name.lower() for name in samples[0].references]  # chosen and rejected, or truth
+        columns: list[str | int] = ["image", "question", "before", "after", *references]
+        rows = [[wandb.Image(s.image), s.question, *s.answers.values(), *s.references.values()] for s in samples]
         run.log({"answers": wandb.Table(columns=columns, data=rows)})
     run.finish(exit_code=exit_code)
 

@@ -113,11 +113,11 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
 
 
 def digest(rows: "Dataset") -> str:
-    """A hash of the rows' images and texts, in order."""
+    """A hash of the rows' images and texts, in order; of their truth, where they have no answers."""
     import xxhash
 
-    hasher = xxhash.xxh3_128()
-    for batch in rows.select_columns(["images", "prompt", "chosen", "rejected"]).with_format("arrow").iter(256):
+    hasher, learned = xxhash.xxh3_128(), ["chosen", "rejected"] if "chosen" in rows.column_names else ["truth"]
+    for batch in rows.select_columns(["images", "prompt", *learned]).with_format("arrow").iter(256):
         for row in batch.to_pylist():
             for image in row.pop("images") or []:
                 hasher.update(image["bytes"] or str(image["path"]).encode())

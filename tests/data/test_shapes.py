@@ -10,8 +10,10 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.data.messages import text_of
-from smolvlm_exp.data.scenes import COLOURS, KINDS, draw, draw_scene_content
+from smolvlm_exp.data.scenes import COLOURS, KINDS, SIZES, draw, draw_scene_content
 from smolvlm_exp.data.sources import shapes
+from smolvlm_exp.evaluation.exact_match import exact_match
+from smolvlm_exp.evaluation.hallucination import attribute_counts
 
 
 def load(split="train", count=200, **settings):
@@ -21,10 +23,11 @@ def load(split="train", count=200, **settings):
 
 
 once = functools.cache(load)
+WORDS = shapes.words(shapes.Config())
 
 
 def mentions(messages):
-    return [kind for _, kind in shapes.words(shapes.Config())(text_of(messages))]
+    return [kind for _, kind in WORDS(text_of(messages))]
 
 
 def test_scenes_depend_on_the_seed_and_the_split_alone():
@@ -57,6 +60,21 @@ def test_chosen_is_true_and_rejected_is_not():
             assert truth["answer"] == ("yes" if mentions(row["prompt"])[0] in truth["objects"] else "no")
             assert chosen.lower().startswith(truth["answer"])
             assert not rejected.lower().startswith(truth["answer"])
+
+
+def test_truth_says_everything_that_an_answer_may():
+    kinds = {"caption": 0, "yes_no": 0, "number": 0, "answer": 0}
+    for row in once():
+        truth, chosen = row["truth"], text_of(row["chosen"])
+        kinds[truth["kind"]] += 1
+        if truth["kind"] == "caption":
+            assert attribute_counts(chosen, truth, WORDS) == (len(truth["objects"]),) * 2
+            assert [text.split()[-3] in SIZES for text in truth["phrases"]] == [True] * len(truth["objects"])
+        elif truth["kind"] != "yes_no":
+            assert exact_match(chosen, truth["answer"])
+            assert not exact_match(text_of(row["rejected"]), truth["answer"])
+            assert isinstance(truth["answer"], int if "many" in text_of(row["prompt"]) else str)
+    assert min(kinds.values()) > 0
 
 
 def test_habitual_captions_name_the_absent_companion_and_exact_ones_never_do():

@@ -157,6 +157,48 @@ def test_a_folder_round_trip(folder, load, write):
         assert row["images"][0].size == (6, 4)
 
 
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_rows_with_what_is_known_in_place_of_answers(folder, load, write):
+    """Held out by image as pairs are; CSV and Parquet hold the objects as text."""
+    rows = [{"image": f"{number}.png", "question": f"What is {number}?"} for number in range(10)]
+    known = [
+        {"answer": "7", "objects": ""} if number % 2 else {"answer": "", "objects": "dog, cat"} for number in range(10)
+    ]
+    write(folder, [{**row, **truth} for row, truth in zip(rows, known, strict=True)])
+    train, test = load(), load("test")
+    assert (len(train), len(test)) == (9, 1)
+    assert not {"chosen", "rejected"} & {*train.column_names, *test.column_names}
+    for row in [*train, *test]:
+        number = int(text_of(row["prompt"]).split()[-1][0])
+        assert row["problem"] == ""
+        assert json.loads(row["truth"]) == (
+            {"kind": "number", "answer": 7} if number % 2 else {"kind": "caption", "objects": ["dog", "cat"]}
+        )
+        assert row["images"][0].getpixel((0, 0)) == (20 * number, 0, 0)
+        assert (row["chosen_tokens"], row["rejected_tokens"]) == (0, 0)
+        assert len(row["token_ids"]) == row["prompt_tokens"] == row["uncut_tokens"]
+
+
+def test_pairs_may_have_a_truth_too(folder, load):
+    write_lines(folder / "pairs.jsonl", [plain(0, truth={"kind": "yes_no", "answer": "yes"}), plain(1), plain(2)])
+    rows = [*load(), *load("test")]
+    assert {row["truth"] for row in rows} == {'{"kind": "yes_no", "answer": "yes"}', None}
+    assert all(text_of(row["chosen"]) and not row["problem"] for row in rows)
+
+
+def test_a_row_of_which_nothing_is_known(folder, load):
+    rows = [
+        {"image": f"{n}.png", "question": "?", "answer": answer} for n, answer in enumerate(("red", "", ["red", {}]))
+    ]
+    write_lines(folder / "train.jsonl", rows)
+    write_lines(folder / "test.jsonl", rows)
+    assert load()["problem"][:] == [
+        "",
+        "it has nothing to score an answer by: `truth`, `answer`, `objects`, `caption` are empty",
+        "`answer` is {}, not a text",
+    ]
+
+
 def test_train_and_test_files_are_used(folder, load):
     write_lines(folder / "train.jsonl", [plain(number) for number in range(6)])
     write_lines(folder / "test.jsonl", [plain(number) for number in range(6, 10)])
@@ -205,11 +247,12 @@ def test_an_image_that_changed_is_read_again(folder, load):
 
 
 def test_missing_columns_are_answered_with_what_is_expected(folder, load):
-    write_lines(folder / "pairs.jsonl", [{"image": "0.png", "question": "?", "answer": "!"}])
+    write_lines(folder / "pairs.jsonl", [{"image": "0.png", "question": "?", "reply": "!"}])
     with pytest.raises(RequestError) as error:
         load()
-    assert "pairs.jsonl has the columns answer, image, question" in str(error.value)
+    assert "pairs.jsonl has the columns image, question, reply" in str(error.value)
     assert "image or images, question or prompt, chosen, rejected" in str(error.value)
+    assert "question or prompt or conversations, truth or answer or objects or caption." in str(error.value)
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,14 @@ def test_each_fault_fails_its_own_check(changes, accuracies, failing):
     assert len(found) == 7 + bool(accuracies)
 
 
+def test_without_pairs_the_answers_are_checked():
+    """Those that the models wrote: one of two changed, and half as long."""
+    before = Evaluation({"mean_length": mean([8.0, 8.0])}, None, ["A star.", "A moon."])
+    after = Evaluation({"mean_length": mean([4.0, 3.0])}, None, ["A star.", "A ring."])
+    assert verdicts(before, after) == {"leaked_rows": "ok", "answers_changed": "ok", "length_change": "warn"}
+    assert verdicts(before, before)["answers_changed"] == "warn"
+
+
 def test_a_margin_that_is_only_answer_length():
     """Every rejected answer loses half a nat per token, which is all there is to the margin."""
     longer = torch.arange(24.0)

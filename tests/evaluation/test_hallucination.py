@@ -3,7 +3,16 @@
 import pytest
 
 from smolvlm_exp.data.vocabulary import Amber, Vocabulary
-from smolvlm_exp.evaluation.hallucination import Caption, chair, f1, read_caption, yes_no, yes_or_no
+from smolvlm_exp.evaluation.hallucination import (
+    Caption,
+    attribute_counts,
+    chair,
+    f1,
+    read_caption,
+    repeats,
+    yes_no,
+    yes_or_no,
+)
 
 
 def values(ratios):
@@ -95,3 +104,45 @@ def test_a_word_counts_as_the_first_object_that_amber_relates_to_it():
     assert named(words, "a man", {"objects": ["man", "person"]}) == ["person"]
     assert named(words, "a bird", {"objects": ["man", "person"]}) == ["bird"]
     assert named(words, "a tree and the sun", {"objects": ["sun"], "expected": ["tree", "sun"]}) == ["tree", "sun"]
+
+
+SEEN = {"objects": ["star", "moon"], "phrases": ["two small red stars", "a large grey moon", "a small blue moon"]}
+
+
+@pytest.mark.parametrize(
+    ("caption", "counts"),
+    [
+        ("I see two small red stars and a large grey moon.", (2, 2)),
+        ("A red star, a gray moon.", (2, 2)),  # what is left out is not wrong
+        ("A star and three red stars.", (2, 2)),  # nor is a count
+        ("A blue star, a big red star and a blue moon.", (1, 3)),
+        ("A large blue moon.", (0, 1)),  # large is one moon, blue another
+        ("A red ring.", (0, 0)),  # CHAIR counts what is not there
+        ("A small red star beside a grey moon", (2, 2)),  # what an object claims stands before it alone
+        ("A red star, red.", (1, 1)),
+        ("", (0, 0)),
+    ],
+)
+def test_attributes_by_hand(caption, counts):
+    assert attribute_counts(caption, SEEN, KINDS) == counts
+    assert attribute_counts(caption, {"objects": ["star"]}, KINDS) == (0, 0)
+
+
+def test_attributes_of_phrases_and_related_words():
+    truth = {"objects": ["hot dog", "man"], "phrases": ["a big brown hot dog", "a little man"]}
+    words = Vocabulary({"hot dog": "hot dog", "dog": "dog", "man": "man"})
+    assert attribute_counts("Two large hot dogs and a small brown man", truth, words) == (1, 2)
+    assert attribute_counts("A little woman", {**truth, "objects": ["man"]}, Amber({"man": ["woman"]}, safe=[])) == (
+        1,
+        1,
+    )
+
+
+def test_an_object_named_again():
+    """Each object once, however often it is named; KINDS itself does not give its later mentions."""
+    text = "A star, two moons, a star, another star and a moon; a ring."
+    assert named(KINDS, text) == ["star", "moon", "ring"]
+    assert repeats(text, SEEN, KINDS) == 2
+    assert repeats("A star and a moon.", SEEN, KINDS) == 0
+    amber = Amber(RELATED, safe=["sign"])
+    assert repeats("A man, people, a sign and a sign", {"objects": ["person"]}, amber) == 1

@@ -119,6 +119,9 @@ ROWS = [  # what may be wrong with the rest of a row
     ({"rejected": "A star."}, "`chosen` and `rejected` are the same"),
     ({"rejected": " A star.  "}, "`chosen` and `rejected` are the same"),
     ({"rejected": "<|im_end|> no"}, "contains <|im_end|>"),
+    ({"answer": {"text": "A star."}}, "`answer` is {'text': 'A star.'}, not a text"),
+    ({"truth": '{"kind": "yes_no"}'}, "`truth` is no truth of kind yes_no"),
+    ({"answer": "A \ud800 star."}, "half a character"),
     ({"question": "What is it? " * 200}, "the prompt alone is"),
     ({"rejected": "No star at all. " * 200}, "tokens past data.max_length=300"),
 ]

@@ -11,6 +11,7 @@ from PIL import Image
 from smolvlm_exp.config.schema import every_key
 from smolvlm_exp.data.images import FORMATS, ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.sources.files import to_row
+from smolvlm_exp.data.truth import TRUTH_COLUMNS
 from smolvlm_exp.data.validation import RowValidator, prepare_row
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
@@ -23,6 +24,7 @@ QUIET = {"deadline": None, "derandomize": True, "suppress_health_check": list(He
 WORDS = st.sampled_from(
     ["image", "images", "question", "prompt", "chosen", "rejected", "messages", "conversations", "rejected_response",
      "system", "role", "from", "content", "value", "type", "text", "user", "assistant", "gpt", "<image>", "good.png",
+     "kind", "answer", "objects", "yes_no", "yes", "-1.5",
      "<end_of_utterance>", "..", "http://a/b", "path", "bytes", "\ud800", "\0"]
 )  # fmt: skip
 LEAVES = st.one_of(
@@ -31,7 +33,7 @@ LEAVES = st.one_of(
 VALUES = st.recursive(LEAVES, lambda c: st.lists(c, max_size=3) | st.dictionaries(WORDS, c, max_size=4), max_leaves=8)
 COLUMNS = ("image", "images", "question", "prompt", "chosen", "rejected", "messages", "conversations", "system")
 CELLS = VALUES | st.just("good.png") | st.text(max_size=9)
-ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys(COLUMNS, CELLS))
+ROWS = st.fixed_dictionaries({}, optional=dict.fromkeys((*COLUMNS, *TRUTH_COLUMNS), CELLS))
 
 
 @pytest.fixture(scope="module")

@@ -181,6 +181,14 @@ def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     check_same_run(asdict(bench.config("resume=it", "resume_allow=[versions]")), saved)
 
 
+def test_rows_without_answers_are_those_with_the_same_truth(bench):
+    rows = bench.preferences.train.select(range(3))
+    asked = rows.remove_columns(["chosen", "rejected"])
+    changed = asked.map(lambda row: {"truth": row["truth"].replace("o", "0")})
+    assert len({same.digest(rows), same.digest(asked), same.digest(asked.select([0, 1])), same.digest(changed)}) == 4
+    assert same.digest(rows) == same.digest(rows.remove_columns("truth"))  # pairs are learned from, not their truth
+
+
 def test_the_base_is_the_one_it_was(bench, saved):
     """A folder's weights may be written over, a branch on the hub may move: their names would not tell."""
     config = bench.config("resume=it")

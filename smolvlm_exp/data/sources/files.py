@@ -1,6 +1,7 @@
-"""Your own pairs: a folder with images and JSONL, JSON, CSV or Parquet, or one that `save_to_disk` wrote.
+"""Your own rows: a folder with images and JSONL, JSON, CSV or Parquet, or one that `save_to_disk` wrote.
 
-Columns may have any of the formats in `messages.py`; image paths count from the folder and stay inside it.
+A row has a pair of answers, or what is known of its image (truth.py), or both, in columns of any of the formats in
+`messages.py`; image paths count from the folder and stay inside it.
 """
 
 import csv
@@ -26,7 +27,16 @@ from smolvlm_exp.data.loading import (
     read_text,
     select_split,
 )
-from smolvlm_exp.data.messages import bad_row, conversation, features, require_known_format, row_images
+from smolvlm_exp.data.messages import (
+    PAIR_FORMATS,
+    bad_row,
+    conversation,
+    features,
+    fits,
+    require_known_format,
+    row_images,
+)
+from smolvlm_exp.data.truth import TRUTH_COLUMNS, truth_of
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -40,10 +50,10 @@ KEY = "image_key"  # the column by which rows are held out
 
 @dataclass
 class Config(DataConfig):
-    """A folder, and which of its files holds the pairs."""
+    """A folder, and which of its files holds the rows."""
 
     folder: str = MISSING  # image paths in the rows count from here
-    rows: str | None = None  # the file with the pairs; null: train.* and test.*, or the only data file there is
+    rows: str | None = None  # the file with the rows; null: train.* and test.*, or the only data file there is
     test_fraction: float = 0.1  # share held out, by image, where there is no test file
 
 
@@ -82,8 +92,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         return {"train": files}
     listed = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
-        f"data.folder={folder} holds {listed}: set data.rows to the file with the pairs, or name two train.* and "
-        "test.*."
+        f"data.folder={folder} holds {listed}: set data.rows to the file with the rows, or name two train.* and test.*."
     )
 
 
@@ -115,21 +124,24 @@ class Converter:
         for path in files:
             parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
             rows += [{**row, ORIGIN: origin} for origin, row in parse(read_text(path, "data.folder"), path.name)]
-        require_known_format({key for row in rows for key in row} - {ORIGIN}, where)
-        return self.convert(rows, ORIGIN)
+        columns = {key for row in rows for key in row} - {ORIGIN}
+        require_known_format(columns, where)
+        return self.convert(rows, columns, ORIGIN)
 
     def from_table(self, table: "Dataset", where: str) -> "Dataset":
         """The rows of an Arrow table."""
         require_known_format(set(table.column_names), where)
-        rows = self.convert(table)
+        rows = self.convert(table, set(table.column_names))
         return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
 
-    def convert(self, rows: "Dataset | list[dict[str, Any]]", *columns: str) -> "Dataset":
-        """`columns`: of text, besides those of every source."""
+    def convert(self, rows: "Dataset | list[dict[str, Any]]", given: set[str], *more: str) -> "Dataset":
+        """Without the answers' columns where the `given` ones hold no pairs; `more`: columns of text."""
         from datasets import Features, Value
 
-        more = [*columns, *([KEY] if self.to_row is keyed_row else [])]
-        types = Features({**features(), **dict.fromkeys(more, Value("string"))})
+        pairs, known = fits(given, PAIR_FORMATS), not given.isdisjoint(TRUTH_COLUMNS)
+        normal = {name: kind for name, kind in features().items() if pairs or name not in ("chosen", "rejected")}
+        texts = [*more, *(["truth"] if known else []), *([KEY] if self.to_row is keyed_row else [])]
+        types = Features({**normal, **dict.fromkeys(texts, Value("string"))})
         return convert(rows, self.to_row, self.folder, types, self.num_proc)
 
 
@@ -144,7 +156,8 @@ def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One row in the normal form, and where it was read; `problem` says what is wrong with it."""
     try:
         entries = row_images(row)
-        normal = {"images": located(entries, folder), **conversation(row, len(entries)), "problem": ""}
+        normal = {"images": located(entries, folder), **conversation(row, len(entries)), "truth": truth_of(row)}
+        normal["problem"] = ""
         json.dumps(normal, ensure_ascii=False, default=repr).encode()
     except UnicodeEncodeError:
         normal = bad_row("its text contains half a character (a lone surrogate), which UTF-8 cannot encode")

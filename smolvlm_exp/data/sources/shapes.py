@@ -44,6 +44,7 @@ MIX = {  # shares of captions, yes/no questions, and questions of number, colour
 # training pairs show more kinds: otherwise it would learn that captions are short, not that they are true.
 COUNTS = {"usual": (0.45, 0.45, 0.1), "crowded": (0.15, 0.4, 0.45)}
 COUNT_WORDS = {1: "a", 2: "two", 3: "three"}
+COUNT_ANSWERS = {1: "One.", 2: "Two.", 3: "Three."}
 DESCRIBE = (
     "Describe the picture.",
     "What is in this picture?",
@@ -111,11 +112,15 @@ def draw_row(row: dict[str, Any], scene_seed: int, captions: str, held_out: bool
     truth: dict[str, Any] = {"kind": kind, "objects": scene.kinds}
     if kind == "caption":
         question, chosen, rejected = caption_pair(scene, captions, rng, held_out)
+        truth["phrases"] = [phrase(group, True) for group in scene.groups]
     elif kind == "yes_no":
         question, chosen, rejected = presence_pair(scene, rng)
         truth["answer"] = "yes" if chosen.startswith("Yes") else "no"
     else:
         question, chosen, rejected = detail_pair(scene, rng)
+        number = next((n for n, answer in COUNT_ANSWERS.items() if answer == chosen), None)
+        truth["kind"] = "number" if number else "answer"
+        truth["answer"] = number or chosen.removesuffix(".").lower()
     image = {"bytes": as_png(draw(scene, rng)), "path": None}
     return {**pair([image], question, chosen, rejected), "truth": json.dumps(truth)}
 
@@ -211,8 +216,7 @@ def detail_pair(scene: Scene, rng: random.Random) -> tuple[str, str, str]:
     plural = phrase(Group(group.kind, group.colour, group.size, ((0, 0), (0, 1))), False).split()[-1]
     if ask == "count":
         wrong = rng.choice([n for n in (1, 2, 3) if n != group.count])
-        words = {1: "One.", 2: "Two.", 3: "Three."}
-        return f"How many {plural} are there?", words[group.count], words[wrong]
+        return f"How many {plural} are there?", COUNT_ANSWERS[group.count], COUNT_ANSWERS[wrong]
     subject = f"is the {group.kind}" if group.count == 1 else f"are the {plural}"
     if ask == "colour":
         wrong_colour = rng.choice([c for c in COLOURS if c != group.colour])

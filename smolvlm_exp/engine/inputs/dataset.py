@@ -41,7 +41,7 @@ class PackedDataset(torch.utils.data.Dataset):
 
     `rows[i]` has `prompt_ids` (P,), `chosen_ids` (C,), `rejected_ids` (R,) int64; `tiles` (n, 3, S, S) uint8, those of
     the row's images in their order, or `features` (n, tokens, H) in their place; and `ref_chosen_logps`,
-    `ref_rejected_logps`, 0-dim float32, where `reference` is set.
+    `ref_rejected_logps`, 0-dim float32, where `reference` is set. Rows without answers have empty ones, (0,).
 
     Attributes:
         ids: (T,) int32, the tokens of all rows: prompt, chosen, rejected of the first row, then of the second ...

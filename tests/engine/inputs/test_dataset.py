@@ -118,6 +118,18 @@ def test_ids_and_pixels_are_those_of_trls_collator(mixed, room, resolution):
         torch.testing.assert_close(normalise(row["tiles"]), batch["pixel_values"][0], rtol=0, atol=1e-6)
 
 
+def test_rows_without_answers_are_prompts_alone(processor, mixed, rows):
+    """Their ids are those before which the answers stood, and their images the same."""
+    asked = mixed.remove_columns(["chosen", "rejected"]).add_column("truth", ['{"kind": "number", "answer": 1}'] * 6)
+    alone = packed(asked, processor)
+    assert (alone.sizes(range(6)) == rows.sizes(range(6)) * [1, 0, 0, 1]).all()
+    for i, row in enumerate(alone):
+        assert torch.equal(row["prompt_ids"], rows.prompt_ids(i))
+        assert torch.equal(alone.prompt_ids(i), rows.prompt_ids(i))
+        assert row["chosen_ids"].shape == row["rejected_ids"].shape == (0,)
+        assert torch.equal(row["tiles"], rows[i]["tiles"])
+
+
 def test_a_batch_is_trls_with_its_row_numbers(processor, prepared, rows):
     batch = pickle.loads(pickle.dumps(rows.batch_of))([{"row": 2}, {"row": 0}])
     assert batch["rows"].tolist() == [2, 0]
