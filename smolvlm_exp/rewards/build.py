@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from numbers import Real
 from typing import Any
 
+from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.rewards.attributes import attributes
 from smolvlm_exp.rewards.completions import Conversation, Reward, Scores
@@ -46,6 +47,7 @@ UNTRIED = ("image_dependence", "judge")  # need the model, or the network
 class Rewards:
     functions: dict[str, Reward]  # name -> what TRL calls; its __name__ is the name
     weights: dict[str, float]
+    aggregation: str  # TRL's multi_objective_aggregation
     hashes: dict[str, str]  # SHA-256 of a person's own files, by the reward's name
 
     def score(
@@ -96,7 +98,7 @@ def build_rewards(config: RewardConfig, words: Words | None, truths: Iterable[st
         if name in functions or name in BUILDERS:
             raise RequestError(f"reward.user={config.user}: there is a reward {name} already. Rename the function.")
         functions[name], weights[name], hashes[name] = named(name, function), config.user_weight, sha256
-    return Rewards(functions, weights, hashes)
+    return Rewards(functions, weights, config.multi_objective_aggregation, hashes)
 
 
 def build(name: str, config: RewardConfig, words: Words) -> Reward:
@@ -125,6 +127,25 @@ def named(name: str, function: Reward) -> Reward:
 
     reward.__name__ = name
     return reward
+
+
+def checked_rewards(config: RewardConfig, preferences: Preferences) -> Rewards:
+    """The rewards for these rows, each tried on one of them that something is known about.
+
+    Raises:
+        RequestError: nothing is known about any, or as of `build_rewards` and `check`.
+    """
+    rows = preferences.train if len(preferences.train) else preferences.test
+    truths = rows["truth"][:] if "truth" in rows.column_names else []
+    first = next((i for i, truth in enumerate(truths) if truth), None)
+    if first is None:
+        raise RequestError(
+            "No row says what is true of its image, so rewards have nothing to compare answers with. Rows need one of "
+            "answer, objects, caption, truth (docs/rewards.md)."
+        )
+    rewards = build_rewards(config, preferences.words, truths)
+    check(rewards, {"prompt": rows[first]["prompt"], "truth": truths[first]})
+    return rewards
 
 
 def check(rewards: Rewards, row: Mapping[str, Any]) -> None:

@@ -1,12 +1,11 @@
 """Does the answer say the same thing again? A penalty, since saying it twice costs nothing by the other rewards."""
 
-import copy
 import re
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from smolvlm_exp.data.vocabulary import Mention, Truth, Vocabulary, Words
+from smolvlm_exp.data.vocabulary import Words
+from smolvlm_exp.evaluation.hallucination import repeats
 from smolvlm_exp.rewards.completions import Conversation, Scores, of_kind, texts
 
 NGRAM = 3  # words
@@ -21,20 +20,6 @@ def repetition(
         0.0 - (repeated_share(text) if known is None else repeats(text, known, words))
         for text, known in zip(texts(completions), of_kind(truth, "caption"), strict=True)
     ]
-
-
-def repeats(text: str, truth: Truth, words: Words) -> int:
-    """How many objects a caption names more than once."""
-    counts = Counter(name for _, name in every_mention(text, truth, words) if name is not None)
-    return sum(count > 1 for count in counts.values())
-
-
-def every_mention(text: str, truth: Truth, words: Words) -> list[Mention]:
-    """What `words` reads out of a text, an object's later mentions included."""
-    if isinstance(words, Vocabulary) and words.once:
-        words = copy.copy(words)
-        words.once = False
-    return words(text, truth)
 
 
 def repeated_share(text: str) -> float:

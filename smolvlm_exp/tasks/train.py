@@ -12,6 +12,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.model import load_processor
+from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.result import Result
@@ -40,7 +41,9 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
     )
 
     processor = load_processor(config.model)
-    preferences = load_preferences(config.data, processor, folder)
+    on_policy = config.trainer.samples_answers
+    preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
+    rewards = checked_rewards(config.reward, preferences) if on_policy else None
     held_out = HeldOut(
         preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
         packed=config.trainer.engine == "shared",
@@ -51,7 +54,7 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, held_out) as result, StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
-        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity)
+        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, rewards, identity)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         result.evaluate_before(trainer)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

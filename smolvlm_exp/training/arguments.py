@@ -68,6 +68,11 @@ class TrainerConfig:
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def samples_answers(self) -> bool:
+        """It trains on answers that it samples and scores, so rows need no pairs."""
+        return False
+
+    @property
     def reward_scale(self) -> float:
         """Of the implicit reward: it is reward_scale * log(policy / reference)."""
         return 1.0

@@ -44,6 +44,10 @@ class Config(TrainerConfig):
     mask_truncated_completions: bool = True  # answers cut at max_completion_length teach nothing
     disable_dropout: bool = True
 
+    @property
+    def samples_answers(self) -> bool:
+        return True
+
 
 def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | None, seed: int) -> "GRPOConfig":
     """TRL's configuration, before anything else is built, so that what it refuses is refused early."""
