@@ -84,8 +84,8 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
 
     from smolvlm_exp.engine.grpo_trainer import Examples
     from smolvlm_exp.training.engine_setup import engine_inputs, prepare_rows
+    from smolvlm_exp.training.grpo_trainers import EngineGRPOTrainer, StockGRPOTrainer
     from smolvlm_exp.training.memory_budget import plan_memory
-    from smolvlm_exp.training.trainers import EngineGRPOTrainer, StockGRPOTrainer
 
     rewards = inputs.rewards
     assert rewards is not None
@@ -106,7 +106,7 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
     with plain_initialisation(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
         return StockGRPOTrainer(
             model,
-            train_dataset=train.select_columns(columns),
+            train_dataset=train.select_columns(columns).add_column("row", list(range(len(train)))),
             eval_dataset=test[0].select_columns(columns) if test else None,
             peft_config=peft_config,
             **functions,
