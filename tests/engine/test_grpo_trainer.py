@@ -129,7 +129,8 @@ def same(bench, micro_batch=None, tolerance=1e-5, **changes):
     stock.train()
     engine.train()
     wanted, found = trained(stock), trained(engine)
-    moved = sum((wanted[name] - p).abs().max() for name, p in trained(bench.engine()).items())
+    start = trained(bench.engine())
+    moved = sum((p.cpu() - start[name]).abs().max() for name, p in wanted.items())
     assert moved > 1e-3
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance)

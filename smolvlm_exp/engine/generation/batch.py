@@ -94,6 +94,8 @@ class SamplingBatch:
                 self.graph.replay()
                 continue
             self.step()  # compiles and allocates what a capture may not
+            if not self.decoder.can_be_captured:
+                continue
             torch.cuda.synchronize()
             self.graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self.graph):

@@ -239,6 +239,8 @@ class ContinuousBatch:
             self.graphs[key].replay()
             return
         self.decode(rows, longest, count, samplings)  # compiles and allocates what a capture may not
+        if not self.decoder.can_be_captured:
+            return
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):

@@ -53,6 +53,7 @@ class Decoder:
         self.dtype, self.device = self.head.dtype, self.head.device
         self.head_dim, self.scale = attention.head_dim, attention.scaling
         self.heads = attention.q_proj.out_features // self.head_dim, attention.k_proj.out_features // self.head_dim
+        self.can_be_captured = not any(map(is_8bit, text.modules()))  # LLM.int8 waits for the device, to find outliers
         self.layers = [DecoderLayer(layer, self.dtype, merge) for layer in text.layers]
 
     def __call__(self, hidden: torch.Tensor, positions: torch.Tensor, attend: Attention) -> torch.Tensor:
