@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
+CODE = "reward.code"  # of the digest of each file with a person's own rewards
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
@@ -33,7 +34,11 @@ VERSION_KEYS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "acceler
 
 
 def check_same_run(
-    settings: Mapping[str, Any], checkpoint: Path | None, rows: "Dataset | None" = None, model: Any = None
+    settings: Mapping[str, Any],
+    checkpoint: Path | None,
+    rows: "Dataset | None" = None,
+    model: Any = None,
+    code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """This run's identity, as full name -> value.
 
@@ -42,6 +47,7 @@ def check_same_run(
         checkpoint: the one to resume from.
         rows: to train on; not compared while None.
         model: as loaded, with the adapter that it starts from; not compared while None.
+        code: a person's own rewards, name -> SHA-256 of the file; not compared while None.
 
     Raises:
         RequestError: the checkpoint is another run's; it says what differs.
@@ -60,8 +66,11 @@ def check_same_run(
         from smolvlm_exp.engine.fingerprint import weights_key
 
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
+    here |= {f"{CODE}.{name}": sha256 for name, sha256 in (code or {}).items()}
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
+        if code is None:
+            saved = {key: value for key, value in saved.items() if not key.startswith(CODE)}
         refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))
     return here
 
@@ -108,6 +117,9 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
         return "data.rows: the training rows or their images have changed"
     if key == BASE:
         return "model.base: the weights that the run starts from have changed"
+    if key.startswith(CODE):
+        name = key.removeprefix(f"{CODE}.")
+        return f"{key}: the file with the reward {name} is not the one that the run began with"
     before, now = (json.dumps(side[key]) if key in side else "not set" for side in (saved, here))
     return f"{key} was {before} and is {now}"
 
