@@ -67,7 +67,7 @@ def check_arguments(config: Config, arguments: "GRPOConfig") -> None:
     if shards_weights(arguments):
         raise RequestError(
             "trainer=grpo samples answers from whole weights, and FSDP or DeepSpeed shards them.\n"
-            "Start it without them: accelerate launch --multi_gpu (DDP), or one process with quant=nf4 where memory is short."
+            "Start it without them: accelerate launch --multi_gpu (DDP), or one process and quant=nf4."
         )
     for name in STOCK_ONLY:
         if config.extra.get(name):
