@@ -58,6 +58,7 @@ def check_same_run(
     here = flatten({key: value for key, value in settings.items() if key not in free})
     here = {key: value for key, value in here.items() if key not in RESUME_FREE_KEYS and value != {}}
     here |= {f"versions.{name}": version for name, version in versions().items() if name in VERSION_KEYS}
+    here.pop(ROWS, None)  # data=files has a setting of this name: which file holds the rows, whose digest says more
     here["processes"] = rank_world()[1]
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if rows is not None:

@@ -103,7 +103,7 @@ def test_the_group_whose_rewards_differ_most_is_logged(build, rows, tmp_path, en
 
 
 def test_a_ratio_that_overflows_skips_its_step(build, tmp_path, capsys):
-    """exp(new - old) of log-probabilities a thousand nats apart is infinite; the step is left out, its rows are named."""
+    """exp(new - old) of log-probabilities 1000 nats apart is infinite: the step is left out, its rows are named."""
     trainer = build(tmp_path / "run", "trainer.num_iterations=2", "trainer.max_steps=3", "trainer.save_strategy=no")
     plain, weights = trainer._compute_loss, {}
 
