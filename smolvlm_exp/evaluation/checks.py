@@ -10,7 +10,9 @@ import torch
 
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
+from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS
 from smolvlm_exp.evaluation.preference import Logps
+from smolvlm_exp.evaluation.reward_metrics import Scorer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -131,6 +133,29 @@ def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Ch
         label = "image reliance kept after tuning (share of base)"
         checks.append(require("image_reliance", label, share, ">=", MIN_RELIANCE, "warn"))
     return checks
+
+
+def reward_image_contribution(
+    model: Any, held_out: HeldOut, answers: Sequence[str], score: Scorer, max_new_tokens: int
+) -> list[Check]:
+    """Do answers earn more by their images than by blank ones? Nothing where no row is scored, or has no image.
+
+    Args:
+        answers: the tuned model's, greedy, to the first held-out rows.
+    """
+    if "truth" not in held_out.preferences.test.column_names:
+        return []
+    blank = held_out.blank_answers(model, min(ABLATED_ROWS, len(answers)), Sampling(max_new_tokens))
+    if not blank:
+        return []
+    _, own = held_out.scores(answers[: len(blank)], score)
+    _, other = held_out.scores(blank, score)
+    gains = [mine - theirs for mine, theirs in zip(own, other, strict=True) if None not in (mine, theirs)]  # type: ignore[operator]
+    if not gains:
+        return []
+    name = "reward of the answers minus that of answers to blank images"
+    detail = "reward unchanged when the picture is blank"
+    return [require("reward_image_contribution", name, sum(gains) / len(gains), ">", 0, "warn", detail)]
 
 
 def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:

@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from numbers import Real
@@ -40,7 +40,8 @@ BUILDERS: dict[str, Callable[[RewardConfig, Words], Reward]] = {
     "image_dependence": lambda config, words: image_dependence,
     "judge": lambda config, words: Judge(config.judge),
 }
-UNTRIED = ("image_dependence", "judge")  # need the model, or the network
+ASK_THE_MODEL = ("image_dependence",)
+UNTRIED = (*ASK_THE_MODEL, "judge")  # which needs the network
 
 
 @dataclass(frozen=True)
@@ -69,6 +70,15 @@ class Rewards:
         return {
             name: checked_scores(name, function(**given), len(completions)) for name, function in self.functions.items()
         }
+
+    def score_answers(
+        self, prompts: Sequence[Any], answers: Sequence[str], ids: Sequence[list[int]], truth: Sequence[str | None]
+    ) -> tuple[dict[str, Scores], Scores]:
+        """As evaluation's `Scorer`: of answers to held-out rows, by the rewards that do not ask the model."""
+        completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+        functions = {name: function for name, function in self.functions.items() if name not in ASK_THE_MODEL}
+        scores = replace(self, functions=functions).score(prompts, completions, ids, truth=list(truth))
+        return scores, self.total(scores)
 
     def total(self, scores: Mapping[str, Scores]) -> Scores:
         """Of each completion the weighted sum of the rewards that concern it; None where none does."""

@@ -13,7 +13,13 @@ from transformers import TrainerCallback
 
 from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, check_answers_reload, compare_evaluations
+from smolvlm_exp.evaluation.checks import (
+    Check,
+    check_adapter_reload,
+    check_answers_reload,
+    compare_evaluations,
+    reward_image_contribution,
+)
 from smolvlm_exp.evaluation.comparison import save_per_row
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut, evaluate
 from smolvlm_exp.evaluation.preference import Logps
@@ -45,8 +51,9 @@ class Result:
     after: Evaluation | None = None  # None: the run was stopped
 
     def __init__(self, config: Config, folder: Path, held_out: HeldOut, rewards: Rewards | None = None) -> None:
-        """`rewards`: of the answers that a trainer samples."""
+        """`rewards`: of answers that a trainer samples; the answers to held-out rows are scored by them too."""
         self.config, self.folder, self.held_out = config, folder, held_out
+        self.score = rewards.score_answers if rewards else None
         self.preferences = preferences = held_out.preferences
         self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
@@ -98,7 +105,7 @@ class Result:
     def evaluate(self, trainer: Any, reference: Logps | None = None) -> Evaluation:
         model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
         scale, tokens = config.trainer.reward_scale, config.task.max_new_tokens
-        return evaluate(model, self.held_out, reference, scale, max_new_tokens=tokens)
+        return evaluate(model, self.held_out, reference, scale, max_new_tokens=tokens, score=self.score)
 
     @phase("saving")
     def save(self, trainer: Any) -> None:
@@ -109,6 +116,9 @@ class Result:
             save_finetuned(model, trainer.processing_class, self.config.adapter, self.folder)
             history = trainer.state.log_history
             checks += compare_evaluations(self.before, self.after, history, self.preferences.report)
+            if self.score:
+                tokens = self.config.task.max_new_tokens
+                checks += reward_image_contribution(model, self.held_out, self.after.answers, self.score, tokens)
             checks += self.reload_check(trainer, model, self.after)
         self.summary |= {
             "status": "done" if self.after else "stopped",

@@ -16,6 +16,7 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least, one_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
 STOCK_ONLY = (
@@ -94,6 +95,7 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
     from peft import PeftModel
 
     from smolvlm_exp.engine.grpo_trainer import Examples
+    from smolvlm_exp.rewards.build import ASK_THE_MODEL
     from smolvlm_exp.training.engine_setup import engine_inputs, prepare_rows
     from smolvlm_exp.training.grpo_trainers import COLUMNS, EngineGRPOTrainer, StockGRPOTrainer
     from smolvlm_exp.training.memory_budget import plan_memory
@@ -105,6 +107,8 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
     arguments.multi_objective_aggregation = rewards.aggregation
     inputs.callbacks.append(OnPolicyCallback(config, inputs.folder))
     train, *test = inputs.splits(config)
+    if config.engine == "stock" and set(ASK_THE_MODEL) & set(rewards.functions):
+        raise RequestError("reward.weights.image_dependence needs trainer.engine=shared.")
     functions: dict[str, Any] = {"reward_funcs": list(rewards.functions.values())}
     if config.engine == "shared":
         own = engine_inputs(config, arguments, inputs)
@@ -116,15 +120,21 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
         return trainer
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
     columns = ["images", *COLUMNS]
+    arguments.remove_unused_columns = False  # reward functions are given all of them
     with plain_initialisation(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
         return StockGRPOTrainer(
             model,
-            train_dataset=train.select_columns(columns).add_column("row", list(range(len(train)))),
-            eval_dataset=test[0].select_columns(columns) if test else None,
+            train_dataset=numbered(train, columns),
+            eval_dataset=numbered(test[0], columns) if test else None,
             peft_config=peft_config,
             **functions,
             **inputs.common(config, arguments),
         )
+
+
+def numbered(rows: "Dataset", columns: list[str]) -> "Dataset":
+    """These columns, and `row`, the rows' numbers."""
+    return rows.select_columns(columns).add_column("row", list(range(len(rows))))
 
 
 def check_reference(config: Config, model: Any) -> None:

@@ -72,6 +72,7 @@ def test_a_run_on_rows_without_pairs(settings, user, tmp_path, monkeypatch, caps
     assert (checks["adapter_reload"]["value"], checks["adapter_reload"]["verdict"]) == (0, "ok")
     assert "answers_changed" in checks
     assert "policy_changed" not in checks
+    assert "reward_image_contribution" in checks
     assert summary["reward_code"] == json.loads((folder / "summary.json").read_text())["reward_code"]
     assert summary["reward_code"] == {"longer": sha256}
     saved = json.loads((folder / "checkpoints" / "checkpoint-2" / "run.json").read_text())
