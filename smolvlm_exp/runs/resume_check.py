@@ -86,9 +86,10 @@ def under_new_names(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, An
 
 def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mapping[str, Any], step: int) -> None:
     before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (saved, here))
-    dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
+    samples = settings["trainer"]["algorithm"] not in PAIRED
+    draws = samples or (here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout"))
     # Another number of processes may take the same rows per step, where none of them draws random numbers.
-    skipped = {*(BATCH_KEYS if before == now and not dropout else ()), *({ROWS, BASE} - here.keys())}
+    skipped = {*(BATCH_KEYS if before == now and not draws else ()), *({ROWS, BASE} - here.keys())}
     changes: dict[str, str] = {}
     for key in [key for key in saved | here if saved.get(key) != here.get(key) and key not in skipped]:
         change = describe_change(key, saved, here)
@@ -99,7 +100,9 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
     if not changes:
         return
     lines = [f"  {change}" for change in changes.values()]
-    if "processes" in changes:
+    if "processes" in changes and samples:
+        lines.append("Each process keeps the answers that it has sampled, so there have to be as many of them.")
+    elif "processes" in changes:
         steps, rest = divmod(before, here["processes"])
         lines.append(
             f"A step's rows cannot be divided among {here['processes']} processes."
