@@ -67,12 +67,24 @@ def attribute_counts(text: str, truth: Truth, words: Words) -> tuple[int, int]:
     Returns:
         Right phrases, and all phrases that name an object of the image: (0, 0) where the truth has no `phrases`.
     """
+    right = [is_right for _, is_right in rightly_described(text, truth, words)]
+    return sum(right), len(right)
+
+
+def rightly_described(text: str, truth: Truth, words: Words) -> list[tuple[str, bool]]:
+    """Each object of the truth's `phrases` that a text names, as often as it does, and whether it is described so."""
+    known = described(truth, words)
+    named = [(name, claimed) for name, claimed in described_objects(text, truth, words) if name in known]
+    return [(name, any(claimed <= attributes for attributes in known[name])) for name, claimed in named]
+
+
+def described(truth: Truth, words: Words) -> dict[str, list[set[str]]]:
+    """Object -> the colours and sizes that each of the truth's `phrases` about it has."""
     known: dict[str, list[set[str]]] = {}
     for phrase in truth.get("phrases", ()):
         for name, attributes in described_objects(phrase, truth, words):
             known.setdefault(name, []).append(attributes)
-    named = [(name, claimed) for name, claimed in described_objects(text, truth, words) if name in known]
-    return sum(any(claimed <= attributes for attributes in known[name]) for name, claimed in named), len(named)
+    return known
 
 
 def described_objects(text: str, truth: Truth, words: Words) -> Iterator[tuple[str, set[str]]]:

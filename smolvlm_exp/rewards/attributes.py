@@ -1,22 +1,24 @@
-"""Has what a caption names the right colour and size? Only where the truth describes its objects (`phrases`)."""
+"""Does a caption give the image's objects their right colour and size? Where the truth describes them (`phrases`)."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from smolvlm_exp.data.vocabulary import Words
-from smolvlm_exp.evaluation.hallucination import attribute_counts
+from smolvlm_exp.evaluation.hallucination import described, rightly_described
 from smolvlm_exp.rewards.completions import Conversation, Scores, of_kind, texts
 
 
 def attributes(
     completions: Sequence[Conversation], truth: Sequence[str | None], words: Words, **columns: Any
 ) -> Scores:
-    """Right phrases / phrases that name an object of the image; None where the truth has no `phrases` or none is named.
+    """Objects that are described rightly / objects that the truth describes; None where it describes none.
 
-    An object that is not in the image has no right colour: `objects` is the reward that counts it.
+    An object that is left out counts as one that is described wrongly. Otherwise a caption could avoid what it is not
+    sure of, and name less and less.
     """
-    counts = [
-        (0, 0) if known is None else attribute_counts(text, known, words)
-        for text, known in zip(texts(completions), of_kind(truth, "caption"), strict=True)
-    ]
-    return [right / named if named else None for right, named in counts]
+    scores: Scores = []
+    for text, known in zip(texts(completions), of_kind(truth, "caption"), strict=True):
+        objects = described(known, words) if known else {}
+        right = {name for name, is_right in rightly_described(text, known or {}, words) if is_right}
+        scores.append(len(right) / len(objects) if objects else None)
+    return scores

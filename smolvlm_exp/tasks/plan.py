@@ -7,7 +7,7 @@ longest rows.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,29 @@ def plan(config: Config, folder: Path) -> None:
 def plan_within(config: Config, lengths: RowLengths, budget: int, card: Card) -> Plan | DoesNotFit:
     trainer = config.trainer
     times = math.ceil((lengths.rows or 0) / len(lengths.sizes))  # a sample stands for the full set
-    rows = RowSizes(lengths.sizes * max(min(times, 64), 1), pairs=trainer.algorithm != "sft")
+    sizes = [group_sizes(row, trainer) for row in lengths.sizes] * max(min(times, 64), 1)
+    rows, step = RowSizes(sizes, pairs=trainer.algorithm != "sft"), max(1, trainer.pairs_per_step // trainer.group_size)
     try:
-        return plan_step(
-            spec_of_config(config), rows, budget, trainer.pairs_per_step, card, unsplittable_pairs(trainer)
-        )
+        return plan_step(spec_of_config(config), rows, budget, step, card, unsplittable_pairs(trainer))
     except DoesNotFit as error:
         return error
+
+
+def group_sizes(row: Sequence[int], trainer: TrainerConfig) -> Sequence[int]:
+    """A row with the answers that GRPO samples for it, at their longest: the first as chosen, the others as rejected.
+
+    Args:
+        row: tokens of the prompt, of the chosen and of the rejected answer; tiles.
+    """
+    if not trainer.samples_answers:
+        return row
+    longest: int = trainer.max_completion_length  # type: ignore[attr-defined]
+    return row[0], longest, (trainer.group_size - 1) * longest, row[3]
+
+
+def counted(trainer: TrainerConfig) -> str:
+    """What is planned: pairs, or groups of answers."""
+    return f"{trainer.group_size}-answer group" if trainer.samples_answers else "pair"
 
 
 def unsplittable_pairs(config: TrainerConfig) -> int:
@@ -96,17 +112,21 @@ def print_plans(config: Config, lengths: RowLengths, card: Card, plans: Mapping[
     print(
         f"{config.model.id}: {spec.matrix_weights + spec.other_weights:,} weights, {width}; "
         f"{trained if spec.adapter else 'all'}: {spec.trained_weights:,} trained\n"
-        f"{trainer.pairs_per_step} pairs per step, {images}"
+        f"{trainer.pairs_per_step // trainer.group_size} {counted(trainer)}s per step, {images}"
     )
     pairs = (lengths.rows or 0) * trainer.num_train_epochs
     if trainer.max_steps > 0:
-        pairs = trainer.max_steps * trainer.pairs_per_step
-    Console(width=None if Console().is_terminal else 120).print(table(plans, spec.vision.trained > 0, pairs, card))
-    hours = f"{pairs:,.0f} pairs" if pairs else "give the number of rows, as task.rows=5000"
+        pairs = trainer.max_steps * trainer.pairs_per_step // trainer.group_size
+    Console(width=None if Console().is_terminal else 120).print(
+        table(plans, spec.vision.trained > 0, pairs, card, counted(trainer))
+    )
+    on_top = "sampling" if trainer.samples_answers else "the reference's log-probabilities"
+    on_top += ", image features and evaluation"
+    hours = f"{pairs:,.0f} {counted(trainer)}s" if pairs else "give the number of rows, as task.rows=5000"
     print(
         "activation checkpointing: none; mlp: each layer's MLP is recomputed; full: every layer is recomputed\n"
         f"{lengths.description}\n"
-        f"hours: {hours}; the reference's log-probabilities, image features and evaluation come on top\n"
+        f"hours: {hours}; {on_top} come on top\n"
         f"seconds: {card.name} multiplies bfloat16 matrices at {card.matmul / 1e12:.0f} TFLOP/s; for another card give "
         "its rate, as task.matmul_tflops=165\n"
         f"a card loses {CONTEXT} GiB to CUDA; of what is left, or of a budget, {MARGIN:.0%} stay free"
@@ -116,13 +136,13 @@ def print_plans(config: Config, lengths: RowLengths, card: Card, plans: Mapping[
             print(f"{name}: does not fit; {help_for(config, plan.budget, card)}")
 
 
-def table(plans: Mapping[str, Plan | DoesNotFit], vision: bool, pairs: float, card: Card) -> Table:
+def table(plans: Mapping[str, Plan | DoesNotFit], vision: bool, pairs: float, card: Card, counted: str) -> Table:
     """
     Args:
         vision: gradients reach the vision tower.
-        pairs: in the run; 0: unknown.
+        pairs: in the run, or what else is `counted`; 0: unknown.
     """
-    shown = Table("", "micro-batch x passes", "checkpointing", "peak GiB", f"s per pair, {card.name}", "hours")
+    shown = Table("", "micro-batch x passes", "checkpointing", "peak GiB", f"s per {counted}, {card.name}", "hours")
     for column in shown.columns:
         column.justify = "left" if column.header in ("", "checkpointing") else "right"
     for name, plan in plans.items():

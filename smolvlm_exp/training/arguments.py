@@ -64,8 +64,13 @@ class TrainerConfig:
 
     @property
     def pairs_per_step(self) -> int:
-        """Of one process."""
+        """Of one process; answers, where it samples them."""
         return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def group_size(self) -> int:
+        """Of how many of these one prompt has."""
+        return 1
 
     @property
     def samples_answers(self) -> bool:

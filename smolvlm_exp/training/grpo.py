@@ -46,6 +46,10 @@ class Config(TrainerConfig):
     disable_dropout: bool = True
 
     @property
+    def group_size(self) -> int:
+        return self.num_generations
+
+    @property
     def samples_answers(self) -> bool:
         return True
 

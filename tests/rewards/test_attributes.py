@@ -1,33 +1,27 @@
-"""Colours and sizes against phrases, claim by claim."""
+"""Colours and sizes against phrases, object by object."""
 
-import pytest
-
-from smolvlm_exp.rewards.attributes import attribute_counts, attributes
+from smolvlm_exp.rewards.attributes import attributes
 from tests.rewards.rows import KINDS, caption, known, said
 
 TRUTH = caption("star", "moon", phrases=["a small red star", "two large blue moons"])
 
 
-@pytest.mark.parametrize(
-    ("text", "right", "named"),
-    [
-        ("I see a small red star and two large blue moons.", 2, 2),
-        ("A red star.", 1, 1),
-        ("A star.", 1, 1),
-        ("A large red star, blue moons.", 1, 2),
-        ("A red moon and a blue star.", 0, 2),
-        ("A red star and a green ring.", 1, 1),  # a ring that is not there has no right colour
-        ("A red star, a blue star.", 1, 2),
-        ("Red star blue moon", 2, 2),
-        ("A red ring.", 0, 0),
-        ("", 0, 0),
-    ],
-)
-def test_attribute_counts(text, right, named):
-    assert attribute_counts(text, TRUTH, KINDS) == (right, named)
+def test_every_object_counts_once_and_one_that_is_left_out_as_wrong():
+    shares = {
+        "I see a small red star and two large blue moons.": 1.0,
+        "A red star.": 0.5,
+        "A large red star, blue moons.": 0.5,
+        "A red moon and a blue star.": 0.0,
+        "A red star, a red star.": 0.5,
+        "A red star, a blue star.": 0.5,
+        "A red star and a green ring.": 0.5,  # a ring that is not there has no right colour
+        "Red star blue moon": 1.0,
+        "": 0.0,
+    }
+    found = attributes(completions=said(*shares), truth=known(*[TRUTH] * len(shares)), words=KINDS)
+    assert found == list(shares.values())
 
 
-def test_attributes_are_a_share_or_none():
-    truth = known(TRUTH, TRUTH, caption("star"), {"kind": "answer", "answer": "red"}, None)
-    completions = said("A red star, a red moon.", "Nothing.", "A red star.", "red", "red")
-    assert attributes(completions=completions, truth=truth, words=KINDS) == [0.5, None, None, None, None]
+def test_rows_without_phrases_are_left_out():
+    truth = known(caption("star"), {"kind": "answer", "answer": "red"}, None)
+    assert attributes(completions=said("A red star.", "red", "red"), truth=truth, words=KINDS) == [None] * 3
