@@ -53,7 +53,8 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
 
     Attributes:
         sampled: the row number of each answer that TRL's code works on.
-        features: of images of this generation's rows, where they are not kept and do not change.
+        features: of images of this generation's rows, where they are not kept and do not change; by whether the row is
+            one of training, and its number.
     """
 
     counted = "answers"
@@ -69,7 +70,7 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
         self.examples = examples
         self.sampled: list[int] = []
         self.units: list[Batch] = []
-        self.features: dict[int, torch.Tensor] = {}
+        self.features: dict[tuple[bool, int], torch.Tensor] = {}
         args = kwargs["args"]
         with overridden(args, beta=0.0):  # else TRL would put a second, frozen adapter on the model for the reference
             super().__init__(model, **kwargs)
@@ -145,15 +146,16 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
 
     def features_of(self, row: int) -> torch.Tensor:
         """(n, tokens, H) of a row's images; of a frozen tower computed once for sampling and all passes."""
-        if row in self.features:
-            return self.features[row]
+        key = self.model.training, row  # type: ignore[union-attr]
+        if key in self.features:
+            return self.features[key]
         images = self.current_rows.images_of(row)
         if "features" in images:
             return images["features"]
         with torch.no_grad():
             features = tile_features(self.model, images["tiles"], self.pixels)
         if self.frozen_tower:
-            self.features[row] = features
+            self.features[key] = features
         return features
 
     @property
@@ -333,15 +335,6 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
         self.sampled = inputs["rows"].tolist()
         loss: torch.Tensor = super()._compute_loss(model, inputs)
         return loss
-
-    def snapshot(self) -> Any:
-        entropy = {name: getattr(self, name, None) for name in ("entropy_coef", "_entropy_window_stats")}
-        return super().snapshot(), entropy
-
-    def restore(self, before: Any) -> None:
-        rest, entropy = before
-        vars(self).update(entropy)
-        super().restore(rest)
 
     def describe(self, running: Sequence[int]) -> str:
         (row,) = running

@@ -225,13 +225,12 @@ class StepTrainer(Trainer):
     # Metrics
 
     def average_metrics(self, mode: str) -> None:
-        """TRL's metrics, averaged over all processes."""
+        """TRL's metrics, over all processes, which may have counted different numbers of micro-batches."""
         if self.accelerator.num_processes == 1:
             return
         everyone = gather(dict(self._metrics[mode]))
         for name in self._metrics[mode]:
-            columns = zip(*(metrics[name] for metrics in everyone), strict=True)
-            self._metrics[mode][name] = [sum(column) / len(column) for column in columns]
+            self._metrics[mode][name] = [value for metrics in everyone for value in metrics[name]]
 
 
 def index_dataset(rows: int) -> datasets.Dataset:

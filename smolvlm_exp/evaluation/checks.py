@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
+from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS
 from smolvlm_exp.evaluation.preference import Logps
+from smolvlm_exp.evaluation.reward_metrics import Scorer
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -23,6 +26,7 @@ MAX_LENGTH_SHARE = 0.5  # of the margin's variance that answers' lengths may exp
 MAX_GAP = 0.2  # of reward accuracy, training over held-out rows
 MAX_LENGTH_CHANGE = 0.5  # by which generated answers may grow or shrink
 MAX_RELOAD_ERROR = 1e-4  # nats; the same weights in the same batch give the same numbers
+RELOADED_ROWS = 4  # whose answers tell whether the saved adapter is the trained one
 LAST_EVENTS = 5  # logged events over which training's accuracy is averaged
 MIN_ROWS = 20  # rows for a share of variance to mean anything
 
@@ -131,6 +135,29 @@ def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Ch
     return checks
 
 
+def reward_image_contribution(
+    model: Any, held_out: HeldOut, answers: Sequence[str], score: Scorer, max_new_tokens: int
+) -> list[Check]:
+    """Do answers earn more by their images than by blank ones? Nothing where no row is scored, or has no image.
+
+    Args:
+        answers: the tuned model's, greedy, to the first held-out rows.
+    """
+    if "truth" not in held_out.preferences.test.column_names:
+        return []
+    blank = held_out.blank_answers(model, min(ABLATED_ROWS, len(answers)), Sampling(max_new_tokens))
+    if not blank:
+        return []
+    _, own = held_out.scores(answers[: len(blank)], score)
+    _, other = held_out.scores(blank, score)
+    gains = [mine - theirs for mine, theirs in zip(own, other, strict=True) if None not in (mine, theirs)]  # type: ignore[operator]
+    if not gains:
+        return []
+    name = "reward of the answers minus that of answers to blank images"
+    detail = "reward unchanged when the picture is blank"
+    return [require("reward_image_contribution", name, sum(gains) / len(gains), ">", 0, "warn", detail)]
+
+
 def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:
     """The squared correlation of two (rows,) tensors, 0 where one of them does not vary."""
     x, y = values.double() - values.double().mean(), by.double() - by.double().mean()
@@ -139,14 +166,33 @@ def squared_correlation(values: torch.Tensor, by: torch.Tensor) -> float:
 
 
 def check_adapter_reload(model: "PeftModel", folder: Path, held_out: HeldOut, tuned: Logps) -> Check:
-    """Whether the saved adapter is the trained one: PEFT loads it into the model, and a batch is scored again.
-
-    The adapter's tensors are zeroed first, so that a tensor the file lacks does not go unnoticed.
+    """Whether the saved adapter is the trained one: it is loaded into the model, and a batch is scored again.
 
     Args:
         folder: the run's, with `adapter/`.
         tuned: of the held-out rows in the same batches, from before the adapter was saved.
     """
+    reload_adapter(model, folder)
+    count = min(held_out.batch_size, len(held_out))
+    reloaded = held_out.logps(model, count)
+    errors = ((getattr(reloaded, side) - getattr(tuned, side)[:count]).abs().max() for side in SIDES)
+    name = "saved adapter, reloaded: largest log-prob error (nats)"
+    return require("adapter_reload", name, max(errors).item(), "<=", MAX_RELOAD_ERROR)
+
+
+def check_answers_reload(model: "PeftModel", folder: Path, held_out: HeldOut, max_new_tokens: int) -> Check:
+    """As `check_adapter_reload`, where rows have no pair of answers: by greedy answers to the first rows."""
+    sampling = Sampling(max_new_tokens)
+    tuned = held_out.answers(model, RELOADED_ROWS, sampling)
+    reload_adapter(model, folder)
+    reloaded = held_out.answers(model, RELOADED_ROWS, sampling)
+    differ = sum(mine != theirs for mine, theirs in zip(reloaded, tuned, strict=True))
+    name = f"saved adapter, reloaded: answers that differ, of {len(tuned)}"
+    return require("adapter_reload", name, differ, "<=", 0)
+
+
+def reload_adapter(model: "PeftModel", folder: Path) -> None:
+    """PEFT loads the saved adapter into the model; its tensors are zeroed first, lest one that the file lacks stays."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     with torch.no_grad():
@@ -154,8 +200,3 @@ def check_adapter_reload(model: "PeftModel", folder: Path, held_out: HeldOut, tu
             if "lora_" in name:
                 parameter.zero_()
     set_peft_model_state_dict(model, load_peft_weights(str(folder / "adapter"), device=str(model.device)))
-    count = min(held_out.batch_size, len(held_out))
-    reloaded = held_out.logps(model, count)
-    errors = ((getattr(reloaded, side) - getattr(tuned, side)[:count]).abs().max() for side in SIDES)
-    name = "saved adapter, reloaded: largest log-prob error (nats)"
-    return require("adapter_reload", name, max(errors).item(), "<=", MAX_RELOAD_ERROR)

@@ -1,5 +1,6 @@
 """A model evaluated on the held-out rows: preferences for any data, scored answers where the truth is known."""
 
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
 from smolvlm_exp.evaluation.preference import LOGPS, Images, Logps, answer_logps, packed_logps, preference_metrics
-from smolvlm_exp.evaluation.reward_metrics import Scorer, reward_metrics
+from smolvlm_exp.evaluation.reward_metrics import Scorer, Scores, reward_metrics
 from smolvlm_exp.evaluation.statistics import Ratio
 from smolvlm_exp.evaluation.truth_metrics import truth_metrics
 from smolvlm_exp.utils.cores import usable_cores
@@ -131,6 +132,19 @@ class HeldOut:
         prompts = self.prompts(model, len(rows)) if isinstance(model, nn.Module) else None
         return generate_answers(model, self.processor, rows, sampling, prompts)
 
+    def blank_answers(self, model: Any, count: int, sampling: Sampling) -> list[str]:
+        """As `answers`, with a grey image in place of each; empty where a row has no image."""
+        images = self.images(min(count, len(self)))
+        blank = replacements(images)["blank_image_drop"] if all(images) else []
+        rows = [{"prompt": self.preferences.test[i]["prompt"], "images": own} for i, own in enumerate(blank)]
+        return generate_answers(model, self.processor, rows, sampling)
+
+    def scores(self, answers: Sequence[str], score: Scorer) -> tuple[dict[str, Scores], Scores]:
+        """`score`'s of answers to the first rows."""
+        rows = self.preferences.test.select_columns(["prompt", "truth"])[: len(answers)]
+        ids = self.processor.tokenizer(list(answers), add_special_tokens=False)["input_ids"]
+        return score(rows["prompt"], answers, ids, rows["truth"])
+
     def prompts(self, model: Any, count: int) -> list[Prompt]:
         """The first `count` rows', with what computes their images' features."""
         return packed_prompts(model, self.rows, self.pixels, range(min(count, len(self))))
@@ -201,8 +215,7 @@ def evaluate(
     if known:
         ratios |= truth_metrics(answers, truths, preferences.words)
     if known and score:
-        ids = held_out.processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
-        ratios |= reward_metrics(*score(preferences.test["prompt"][:], answers, ids, truths))
+        ratios |= reward_metrics(*held_out.scores(answers, score))
     if logps:
         ratios |= held_out.image_reliance(model, logps)
     return Evaluation(ratios, logps, answers)

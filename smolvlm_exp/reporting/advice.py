@@ -48,6 +48,7 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
         overfitting,
         likelihood_displacement,
         low_image_reliance,
+        reward_without_image,
         on_policy,
         unrewarded,
     )
@@ -193,6 +194,16 @@ def low_image_reliance(summary: dict[str, Any], config: dict[str, Any], events: 
         )
 
 
+def reward_without_image(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    gain = warned(summary, "reward_image_contribution")
+    if gain is not None:
+        yield (
+            f"answers to blank images earn as much as those to the rows' own ({-gain:+.2g}): the reward does not need "
+            "the image.\n"
+            "Use rows whose answers cannot be guessed from the question, or +reward.weights.image_dependence=0.5."
+        )
+
+
 def on_policy(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     yield from (sentence for _, sentence in on_policy_signs(config["trainer"], events))
 
@@ -221,4 +232,4 @@ def logged(events: Events, key: str) -> list[tuple[float, Any]]:
 def warned(summary: dict[str, Any], id: str) -> float | None:
     """The value of a check whose verdict is `warn`, None where it is not."""
     checks = (c for c in summary.get("checks", []) if c["verdict"] == "warn")
-    return next((c["value"] for c in checks if c.get("id") == id or c["name"] == OLD_NAMES[id]), None)
+    return next((c["value"] for c in checks if c.get("id") == id or c["name"] == OLD_NAMES.get(id)), None)

@@ -21,6 +21,7 @@ from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import PHASES
 
 if TYPE_CHECKING:
+    from smolvlm_exp.reporting.sampled_answers import SampledGroup
     from smolvlm_exp.reporting.summary import Sample  # which imports torch; task=compare does without
 
 Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key of metrics.jsonl}, how to draw
@@ -63,6 +64,7 @@ def write_report(
     config: dict[str, Any],
     samples: "Sequence[Sample]",
     histories: "Sequence[Sample]" = (),
+    groups: "Sequence[SampledGroup]" = (),
 ) -> None:
     """Write `folder/report.html` from what the run measured.
 
@@ -70,6 +72,7 @@ def write_report(
         folder: the run folder; its metrics.jsonl is read.
         summary: what summary.json holds; a stopped run's has no `after`, task=evaluate's no `train`.
         samples: with the answers before and after training; histories: with those during it.
+        groups: of answers that the model was trained on.
     """
     train = summary.get("train", {})
     facts = {
@@ -91,6 +94,7 @@ def write_report(
         samples=[sample.card() for sample in samples],
         marked=any(words for sample in samples for words in sample.hallucinated.values()),
         histories=[sample.card() for sample in histories],
+        groups=[group.card() for group in groups],
         speed=summary.get("speed"),
         train=train_facts(train) if train else (),
         phases=phase_facts(summary.get("seconds_by_phase", {})),

@@ -8,7 +8,7 @@ import queue
 import secrets
 import socket
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -18,6 +18,7 @@ from urllib.parse import SplitResult, urlsplit
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.truth import truth_text
 from smolvlm_exp.reporting.html import SMALL_EDGE
+from smolvlm_exp.reporting.sampled_answers import completions_table
 from smolvlm_exp.utils.errors import first_line
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.files import read_json, write_json
@@ -132,14 +133,30 @@ class Tracker:
 
         self.run.put(show)
 
-    def finish(self, summary: dict[str, Any], samples: "list[Sample]", exit_code: int = 0) -> None:
-        """Send the result: the summary with flat keys, and a table of images with the answers before and after."""
+    def finish(
+        self,
+        summary: dict[str, Any],
+        samples: "list[Sample]",
+        exit_code: int = 0,
+        completions: Sequence[dict[str, Any]] = (),
+    ) -> None:
+        """Send the result: the summary with flat keys, and a table of images with the answers before and after.
+
+        Args:
+            completions: of completions.jsonl, by step: a table of the answers that the model was trained on.
+        """
         if self.run:
-            self.run.put(lambda run: log_results(run, summary, samples, exit_code))
+            self.run.put(lambda run: log_results(run, summary, samples, exit_code, completions))
             self.run.close()
 
 
-def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", exit_code: int) -> None:
+def log_results(
+    run: "Run",
+    summary: dict[str, Any],
+    samples: "list[Sample]",
+    exit_code: int,
+    completions: Sequence[dict[str, Any]] = (),
+) -> None:
     import wandb
 
     flat: dict[str, Any] = {key: summary[key] for key in ("status", "checks_passed") if key in summary}
@@ -162,6 +179,9 @@ def log_results(run: "Run", summary: dict[str, Any], samples: "list[Sample]", ex
         columns: list[str | int] = ["image", "question", "before", "after", *references]
         rows = [[wandb.Image(s.image), s.question, *s.answers.values(), *s.references.values()] for s in samples]
         run.log({"answers": wandb.Table(columns=columns, data=rows)})
+    if completions:
+        names, data = completions_table(completions)
+        run.log({"completions": wandb.Table(columns=names, data=data)})
     run.finish(exit_code=exit_code)
 
 

@@ -4,7 +4,6 @@ import hashlib
 import inspect
 import logging
 import sys
-from collections.abc import Mapping
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 from types import ModuleType
@@ -58,18 +57,3 @@ def run_module(path: Path, content: bytes) -> ModuleType:
         where = f"{type(error).__name__}: {first_line(error)}"
         raise RequestError(f"reward.user: {path} cannot be run ({where}).") from error
     return module
-
-
-def check_same_user_code(recorded: Mapping[str, str], hashes: Mapping[str, str]) -> None:
-    """Refuse to resume a run whose own reward functions have changed.
-
-    Args:
-        recorded: `Rewards.hashes` as the run recorded them: name -> SHA-256 of the file.
-        hashes: those of this command.
-    """
-    changed = [name for name in {**recorded, **hashes} if recorded.get(name) != hashes.get(name)]
-    if changed:
-        raise RequestError(
-            f"reward.user: {changed[0]} is not the code that the run began with. Put the file back as it was, or start "
-            "a new run."
-        )

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
+CODE = "reward.code"  # of the digest of each file with a person's own rewards
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
@@ -33,7 +34,11 @@ VERSION_KEYS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "acceler
 
 
 def check_same_run(
-    settings: Mapping[str, Any], checkpoint: Path | None, rows: "Dataset | None" = None, model: Any = None
+    settings: Mapping[str, Any],
+    checkpoint: Path | None,
+    rows: "Dataset | None" = None,
+    model: Any = None,
+    code: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """This run's identity, as full name -> value.
 
@@ -42,6 +47,7 @@ def check_same_run(
         checkpoint: the one to resume from.
         rows: to train on; not compared while None.
         model: as loaded, with the adapter that it starts from; not compared while None.
+        code: a person's own rewards, name -> SHA-256 of the file; not compared while None.
 
     Raises:
         RequestError: the checkpoint is another run's; it says what differs.
@@ -52,6 +58,7 @@ def check_same_run(
     here = flatten({key: value for key, value in settings.items() if key not in free})
     here = {key: value for key, value in here.items() if key not in RESUME_FREE_KEYS and value != {}}
     here |= {f"versions.{name}": version for name, version in versions().items() if name in VERSION_KEYS}
+    here.pop(ROWS, None)  # data=files has a setting of this name: which file holds the rows, whose digest says more
     here["processes"] = rank_world()[1]
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if rows is not None:
@@ -60,8 +67,11 @@ def check_same_run(
         from smolvlm_exp.engine.fingerprint import weights_key
 
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
+    here |= {f"{CODE}.{name}": sha256 for name, sha256 in (code or {}).items()}
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
+        if code is None:
+            saved = {key: value for key, value in saved.items() if not key.startswith(CODE)}
         refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))
     return here
 
@@ -76,9 +86,10 @@ def under_new_names(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, An
 
 def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mapping[str, Any], step: int) -> None:
     before, now = (math.prod(side.get(key, 1) for key in BATCH_KEYS) for side in (saved, here))
-    dropout = here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout")
+    samples = settings["trainer"]["algorithm"] not in PAIRED
+    draws = samples or (here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout"))
     # Another number of processes may take the same rows per step, where none of them draws random numbers.
-    skipped = {*(BATCH_KEYS if before == now and not dropout else ()), *({ROWS, BASE} - here.keys())}
+    skipped = {*(BATCH_KEYS if before == now and not draws else ()), *({ROWS, BASE} - here.keys())}
     changes: dict[str, str] = {}
     for key in [key for key in saved | here if saved.get(key) != here.get(key) and key not in skipped]:
         change = describe_change(key, saved, here)
@@ -89,7 +100,9 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
     if not changes:
         return
     lines = [f"  {change}" for change in changes.values()]
-    if "processes" in changes:
+    if "processes" in changes and samples:
+        lines.append("Each process keeps the answers that it has sampled, so there have to be as many of them.")
+    elif "processes" in changes:
         steps, rest = divmod(before, here["processes"])
         lines.append(
             f"A step's rows cannot be divided among {here['processes']} processes."
@@ -108,6 +121,9 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
         return "data.rows: the training rows or their images have changed"
     if key == BASE:
         return "model.base: the weights that the run starts from have changed"
+    if key.startswith(CODE):
+        name = key.removeprefix(f"{CODE}.")
+        return f"{key}: the file with the reward {name} is not the one that the run began with"
     before, now = (json.dumps(side[key]) if key in side else "not set" for side in (saved, here))
     return f"{key} was {before} and is {now}"
 

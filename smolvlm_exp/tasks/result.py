@@ -13,16 +13,23 @@ from transformers import TrainerCallback
 
 from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, compare_evaluations
+from smolvlm_exp.evaluation.checks import (
+    Check,
+    check_adapter_reload,
+    check_answers_reload,
+    compare_evaluations,
+    reward_image_contribution,
+)
 from smolvlm_exp.evaluation.comparison import save_per_row
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut, evaluate
 from smolvlm_exp.evaluation.preference import Logps
-from smolvlm_exp.evaluation.reward_metrics import Scorer
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
+from smolvlm_exp.reporting.sampled_answers import COMPLETIONS, sampled_groups
 from smolvlm_exp.reporting.summary import print_phases, print_results, sample_histories, samples, summarize
 from smolvlm_exp.reporting.tracker import Tracker
+from smolvlm_exp.rewards.build import Rewards
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
@@ -43,9 +50,10 @@ class Result:
     training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
 
-    def __init__(self, config: Config, folder: Path, held_out: HeldOut, score: Scorer | None = None) -> None:
-        """`score`: rewards the answers to held-out rows."""
-        self.config, self.folder, self.held_out, self.score = config, folder, held_out, score
+    def __init__(self, config: Config, folder: Path, held_out: HeldOut, rewards: Rewards | None = None) -> None:
+        """`rewards`: of answers that a trainer samples; the answers to held-out rows are scored by them too."""
+        self.config, self.folder, self.held_out = config, folder, held_out
+        self.score = rewards.score_answers if rewards else None
         self.preferences = preferences = held_out.preferences
         self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
@@ -59,6 +67,7 @@ class Result:
             "checks": [],
             "checks_passed": None,
             "versions": versions(),
+            **({"reward_code": rewards.hashes} if rewards and rewards.hashes else {}),  # SHA-256 of a person's own
         }
 
     def __enter__(self) -> "Result":
@@ -107,6 +116,9 @@ class Result:
             save_finetuned(model, trainer.processing_class, self.config.adapter, self.folder)
             history = trainer.state.log_history
             checks += compare_evaluations(self.before, self.after, history, self.preferences.report)
+            if self.score:
+                tokens = self.config.task.max_new_tokens
+                checks += reward_image_contribution(model, self.held_out, self.after.answers, self.score, tokens)
             checks += self.reload_check(trainer, model, self.after)
         self.summary |= {
             "status": "done" if self.after else "stopped",
@@ -120,8 +132,10 @@ class Result:
         if self.after:
             save_per_row(self.folder, self.preferences.prints, self.after.ratios)
         between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
-        write_report(self.folder, self.summary, asdict(self.config), shown, between)
-        self.tracker.finish(self.summary, shown)
+        completions = read_events(self.folder / COMPLETIONS)
+        groups = sampled_groups(self.preferences.train, completions)
+        write_report(self.folder, self.summary, asdict(self.config), shown, between, groups)
+        self.tracker.finish(self.summary, shown, completions=completions)
         self.summary |= self.seconds()  # with the report's and the tracker's
         write_json(self.folder / "summary.json", self.summary)
         self.print()
@@ -135,11 +149,11 @@ class Result:
         return advise(self.summary, asdict(self.config), read_events(self.folder / "metrics.jsonl"))
 
     def reload_check(self, trainer: Any, model: Any, after: Evaluation) -> list[Check]:
-        """Whether the saved adapter gives the same numbers, where it can be loaded into the model as it is."""
+        """Whether the saved adapter gives the same numbers or answers, where it can be loaded into the model."""
         if not isinstance(model, PeftModel) or is_pissa(self.config.adapter) or trainer.is_fsdp_enabled:
             return []  # PiSSA's is saved for the original base
         if after.logps is None:
-            return []
+            return [check_answers_reload(model, self.folder, self.held_out, self.config.task.max_new_tokens)]
         return [check_adapter_reload(model, self.folder, self.held_out, after.logps)]
 
     def training_summary(self, trainer: Any, model: Any) -> dict[str, Any]:

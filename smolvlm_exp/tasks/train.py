@@ -44,18 +44,19 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
     on_policy = config.trainer.samples_answers
     preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
     rewards = checked_rewards(config.reward, preferences) if on_policy else None
+    code = rewards.hashes if rewards else {}
+    check_same_run(asdict(config), checkpoint, code=code)
     held_out = HeldOut(
         preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
         packed=config.trainer.engine == "shared",
     )  # fmt: skip
     model, peft_config = load_trainable_model(*groups, config.seed)
-    identity = check_same_run(asdict(config), checkpoint, preferences.train, model)
+    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code)
 
     cap = memory_cap(config.trainer.memory_budget)
-    score = rewards.score_answers if rewards else None
-    with cap, Result(config, folder, held_out, score) as result, StopCallback() as stop:
+    with cap, Result(config, folder, held_out, rewards) as result, StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
-        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, rewards, identity)
+        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         result.evaluate_before(trainer)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -112,8 +112,8 @@ class TrainerInputs:
     held_out: "HeldOut"
     callbacks: "list[TrainerCallback]"
     folder: Path
-    rewards: "Rewards | None" = None  # of trainers that sample answers
     identity: dict[str, Any] = field(default_factory=dict)  # what checkpoints say of the run; see resume_check.py
+    rewards: "Rewards | None" = None  # of trainers that sample answers
 
     @property
     def preferences(self) -> "Preferences":

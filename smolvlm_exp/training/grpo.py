@@ -5,6 +5,7 @@ their images, and no pair of answers.
 """
 
 import contextlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,10 +19,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
-COLUMNS = ["prompt", "truth"]  # of a row, that reward functions are given
 STOCK_ONLY = (
     "cast_lm_head_to_fp32", "chat_template_kwargs", "generation_kwargs", "min_p", "off_policy_mask_threshold",
-    "use_transformers_continuous_batching", "use_vllm",
+    "use_adaptive_entropy", "use_transformers_continuous_batching", "use_vllm",
 )  # fmt: skip
 
 
@@ -69,6 +69,11 @@ def check_arguments(config: Config, arguments: "GRPOConfig") -> None:
     """
     if config.engine == "stock":
         return
+    if shards_weights(arguments):
+        raise RequestError(
+            "trainer=grpo samples answers from whole weights, and FSDP or DeepSpeed shards them.\n"
+            "Start it without them: accelerate launch --multi_gpu (DDP), or one process and quant=nf4."
+        )
     for name in STOCK_ONLY:
         if config.extra.get(name):
             raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
@@ -83,6 +88,12 @@ def check_arguments(config: Config, arguments: "GRPOConfig") -> None:
         )
 
 
+def shards_weights(arguments: "GRPOConfig") -> bool:
+    """Whether the launcher or the arguments ask for FSDP or DeepSpeed."""
+    asked = any(os.environ.get(f"ACCELERATE_USE_{name}") == "true" for name in ("FSDP", "DEEPSPEED"))
+    return asked or bool(arguments.fsdp or arguments.deepspeed)
+
+
 def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs) -> "GRPOTrainer":
     """TRL's trainer, ready to train; on the engine, or as it is."""
     from peft import PeftModel
@@ -90,13 +101,15 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
     from smolvlm_exp.engine.grpo_trainer import Examples
     from smolvlm_exp.rewards.build import ASK_THE_MODEL
     from smolvlm_exp.training.engine_setup import engine_inputs, prepare_rows
-    from smolvlm_exp.training.grpo_trainers import EngineGRPOTrainer, StockGRPOTrainer
+    from smolvlm_exp.training.grpo_trainers import COLUMNS, EngineGRPOTrainer, StockGRPOTrainer
     from smolvlm_exp.training.memory_budget import plan_memory
+    from smolvlm_exp.training.on_policy_callback import OnPolicyCallback
 
     rewards = inputs.rewards
     assert rewards is not None
     arguments.reward_weights = list(rewards.weights.values())
     arguments.multi_objective_aggregation = rewards.aggregation
+    inputs.callbacks.append(OnPolicyCallback(config, inputs.folder))
     train, *test = inputs.splits(config)
     if config.engine == "stock" and set(ASK_THE_MODEL) & set(rewards.functions):
         raise RequestError("reward.weights.image_dependence needs trainer.engine=shared.")

@@ -8,13 +8,15 @@ from trl import GRPOTrainer
 
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.engine.grpo_trainer import SharedPrefixGRPOTrainer
+from smolvlm_exp.reporting.sampled_answers import COMPLETIONS
 from smolvlm_exp.rewards.completions import texts
 from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
 from smolvlm_exp.runs.event_log import append_event
 from smolvlm_exp.training.trainers import CheckpointMixin, on_device
 
-COMPLETIONS = "completions.jsonl"  # in the run folder, per line: {"step", "row", "question", "answers": [...]}
+COLUMNS = ["prompt", "truth"]  # of a row, that reward functions are given
 ON_CPU = ("rows", "generation")  # of answers
+ENTROPY = ("entropy_coef", "_last_world_entropy")  # what TRL adapts the bonus by, on the stock engine
 
 
 class GRPOMixin(CheckpointMixin):
@@ -22,7 +24,7 @@ class GRPOMixin(CheckpointMixin):
 
     Its checkpoints hold how often the trainer was called, which is all that answers' seeds depend on, and the answers
     that further steps will use. Every logged step adds the group of answers with the most different rewards to
-    `completions.jsonl`.
+    `completions.jsonl`, where any were sampled since the last one.
     """
 
     _step: int  # TRL's
@@ -38,10 +40,13 @@ class GRPOMixin(CheckpointMixin):
 
     def sampling_state(self) -> dict[str, Any]:
         again = self._step % (self.args.steps_per_generation * self.num_iterations)  # type: ignore[attr-defined]
-        return {"calls": self._step, "answers": self._buffered_inputs if again else None}
+        answers = self._buffered_inputs if again else None
+        entropy = {name: getattr(self, name, None) for name in ENTROPY}
+        return {"calls": self._step, "answers": answers, "group": self.group, "entropy": entropy}
 
     def load_sampling_state(self, counters: dict[str, Any]) -> None:
-        self._step, units = counters["calls"], counters["answers"]
+        self._step, units, self.group = counters["calls"], counters["answers"], counters["group"]
+        vars(self).update(counters["entropy"])
         self._buffered_inputs = units and [
             {name: value if name in ON_CPU else on_device(value, self.args.device) for name, value in unit.items()}
             for unit in units
@@ -88,3 +93,9 @@ class EngineGRPOTrainer(GRPOMixin, SharedPrefixGRPOTrainer):
 
 class StockGRPOTrainer(GRPOMixin, GRPOTrainer):
     """trainer.engine=stock"""
+
+    _signature_columns: Any
+
+    def _set_signature_columns_if_needed(self) -> None:
+        """With what rewards and the log need, which transformers would remove."""
+        self._signature_columns = ["images", *COLUMNS, "row"]

@@ -73,6 +73,6 @@ class NanGuard:
                 )
 
     def rows(self, step: int) -> str:
-        rows = sorted(self.rows_of(step))
+        rows = sorted(set(self.rows_of(step)))  # a row with several answers is there several times
         more = f" and {len(rows) - NAMED} more" if len(rows) > NAMED else ""
         return f"train rows {', '.join(map(str, rows[:NAMED]))}{more}"

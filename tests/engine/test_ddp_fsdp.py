@@ -13,7 +13,8 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.conftest import QUICK, SIGMOID, losses
-from tests.engine.test_trainers import TOKEN_MEANS, compare
+from tests.engine.test_grpo_trainer import SCORED
+from tests.engine.test_trainers import TOKEN_MEANS, compare, compare_weights
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
@@ -25,6 +26,7 @@ FSDP = {
 SIX_PAIRS = {
     "per_device_train_batch_size": 2, "gradient_accumulation_steps": 3, "micro_batch": 4, "ddp_backend": "gloo",
 }  # fmt: skip
+TIMES = ("sampling_time", "step_time")
 COUNTS = (*TOKEN_MEANS, "num_tokens", "samples_per_second")
 
 
@@ -73,6 +75,20 @@ def test_a_process_that_runs_out_of_memory_retries_alone(tmp_path):
     failed = train(tmp_path / "failed", 2, **SIX_PAIRS, fails=1)
     assert [process["micro_batch"] for process in (*undisturbed, *failed)] == [4, 4, 4, 1]
     compare(failed[0]["events"], undisturbed[0]["events"], TOKEN_MEANS, tolerance=2e-5)
+
+
+def test_two_processes_learn_from_the_answers_of_one(tmp_path):
+    """Four groups of four answers per step: two in each process, four answers at a time in one and two in the other."""
+    changes = {"gradient_accumulation_steps": 2, "mask_truncated_completions": False, "max_steps": 3}
+    (one,) = train(tmp_path / "one", 1, "grpo", per_device_train_batch_size=8, **changes)
+    two = train(tmp_path / "two", 2, "grpo", per_device_train_batch_size=4, ddp_backend="gloo", **changes)
+    together = [[*first, *second] for first, second in zip(*(process["answers"] for process in two), strict=True)]
+    assert together == one["answers"]
+    compare(two[0]["events"], one["events"], (*SCORED, *TIMES), tolerance=1e-5)
+    wanted, *found = (load_file(path) for path in (tmp_path / "one/0.safetensors", *(tmp_path / "two").glob("*.safe*")))
+    assert len(found) == 2
+    for weights in found:
+        compare_weights(weights, wanted)
 
 
 def test_out_of_memory_with_sharded_weights_ends_the_run(tmp_path):

@@ -7,11 +7,12 @@ import torch
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from smolvlm_exp.engine.generation import answers as sampling
 from smolvlm_exp.engine.grpo_trainer import Examples, SharedPrefixGRPOTrainer
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.trainers import attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
-from tests.engine.test_trainers import compare, data, processor, small_model, trained  # noqa: F401
+from tests.engine.test_trainers import Failing, compare_weights, data, processor, small_model, trained  # noqa: F401
 
 END = "<end_of_utterance>"
 CLOCKS = ("sampling_time", "step_time", "num_tokens")
@@ -75,12 +76,12 @@ class Bench:
         trainer.eos_token_ids = [self.processor.tokenizer.convert_tokens_to_ids(END)]
         return trainer
 
-    def engine(self, micro_batch=None, **changes):
+    def engine(self, micro_batch=None, kind=Engine, **changes):
         common = self.common(**changes)
         model = attach_and_fuse(small_model().to(common["args"].device), self.adapter(), common["args"])
         examples = Examples(self.data.train.select_columns(["prompt", "truth"]), None)
         rows = PackedDataset(self.data.train, self.processor)
-        trainer = Engine(model, examples=examples, rows=rows, eval_rows=None, **common)
+        trainer = kind(model, examples=examples, rows=rows, eval_rows=None, **common)
         trainer.micro_batch = micro_batch or trainer.micro_batch
         return trainer
 
@@ -134,8 +135,66 @@ def same(bench, micro_batch=None, tolerance=1e-5, **changes):
     assert moved > 1e-3
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance)
-    for mine, stocks in zip(engine.state.log_history, stock.state.log_history, strict=True):
-        for key, value in stocks.items():
+    compare_events(engine, stock, tolerance)
+
+
+def compare_events(trainer, other, tolerance=1e-5):
+    """Every logged number but clocks, and means over what was scored alone."""
+    for mine, theirs in zip(trainer.state.log_history, other.state.log_history, strict=True):
+        for key, value in theirs.items():
             if key.startswith(SCORED) or key in CLOCKS or "runtime" in key or "per_second" in key or "flos" in key:
                 continue
             assert mine[key] == pytest.approx(value, abs=tolerance, rel=tolerance), key
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls", "left"),
+    [
+        ({}, [2], 4),  # the second step's only pass, over the eight answers that teach
+        ({}, [1, 2], 2),
+        ({"num_iterations": 2, "beta": 0.05}, [1], 6),  # all twelve
+    ],
+    ids=str,
+)
+def test_running_out_of_memory_in_a_step_is_the_same_step(bench, capsys, changes, calls, left):
+    """All answers in one pass at first: again in smaller parts, with the same losses and weights."""
+    plain, failing = (bench.engine(12, mask_truncated_completions=False, **changes) for _ in range(2))
+    failing.accelerator.backward = Failing(failing.accelerator.backward, calls, after=True)
+    plain.train()
+    failing.train()
+    assert (failing.micro_batch, failing.out_of_memory) == (left, len(calls))
+    assert capsys.readouterr().out.count("retrying this step and continuing with") == len(calls)
+    compare_events(failing, plain)
+    compare_weights(trained(failing), trained(plain))
+
+
+@pytest.mark.parametrize(
+    ("micro_batch", "loss_type", "words"),
+    [
+        (1, "dr_grpo", r"a single answer of at most 6 tokens, to row \d+"),
+        (4, "bnpo", "4 answers, which this loss needs"),
+    ],
+)
+def test_running_out_of_memory_where_nothing_is_smaller(bench, micro_batch, loss_type, words):
+    trainer = bench.engine(micro_batch, loss_type=loss_type)
+    trainer.accelerator.backward = Failing(trainer.accelerator.backward, [1])
+    with pytest.raises(RuntimeError, match=f"Out of memory with {words}"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("where", ["sampling", "old log-probabilities"])
+def test_running_out_of_memory_before_a_step_changes_nothing(bench, monkeypatch, capsys, where):
+    """Answers are drawn, or scored as they were drawn, in smaller parts; they are the same answers."""
+    changes = {"kind": SharedPrefixGRPOTrainer, "num_iterations": 2, "mask_truncated_completions": False}
+    plain, failing = (bench.engine(12, **changes) for _ in range(2))
+    plain.train()
+    if where == "sampling":
+        monkeypatch.setattr(sampling, "sample", Failing(sampling.sample, [1]))
+    else:
+        failing.score = Failing(failing.score, [1])
+    failing.train()
+    told = "while sampling answers: trying again, 4 at a time" if where == "sampling" else "continuing with 6"
+    assert told in capsys.readouterr().out
+    compare_events(failing, plain)
+    compare_weights(trained(failing), trained(plain))
+    assert all((p != 0).any() for p in trained(plain).values())

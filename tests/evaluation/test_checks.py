@@ -5,12 +5,20 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from smolvlm_exp.data.preferences import fingerprints, leaked_rows
 from smolvlm_exp.data.sources import shapes
 from smolvlm_exp.engine import forward
-from smolvlm_exp.evaluation.checks import compare_evaluations, image_reliance, squared_correlation
+from smolvlm_exp.evaluation.checks import (
+    check_answers_reload,
+    compare_evaluations,
+    image_reliance,
+    reward_image_contribution,
+    squared_correlation,
+)
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
 from smolvlm_exp.evaluation.preference import Logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import mean
@@ -65,6 +73,55 @@ def test_without_pairs_the_answers_are_checked():
     after = Evaluation({"mean_length": mean([4.0, 3.0])}, None, ["A star.", "A ring."])
     assert verdicts(before, after) == {"leaked_rows": "ok", "answers_changed": "ok", "length_change": "warn"}
     assert verdicts(before, before)["answers_changed"] == "warn"
+
+
+def earned(prompts, answers, ids, truth):
+    """One for an answer that says star; a row whose truth is unknown is left out."""
+    totals = [float("star" in text) if known else None for text, known in zip(answers, truth, strict=True)]
+    return {"star": totals}, totals
+
+
+@pytest.mark.parametrize(
+    ("blank", "value", "verdict"), [("A star.", -0.5, "warn"), ("A moon.", 0.5, "ok")], ids=["guessed", "seen"]
+)
+def test_a_reward_that_a_blank_image_earns_too(rows, processor, model, monkeypatch, blank, value, verdict):
+    held_out, seen = HeldOut(rows, processor, 8, None), []
+
+    def written(model, processor, rows, sampling):
+        seen.extend((row["images"][0].size, row["images"][0].getextrema()) for row in rows)
+        return [blank] * len(rows)
+
+    monkeypatch.setattr("smolvlm_exp.evaluation.held_out.generate_answers", written)
+    answers = ["A star.", "A moon."] * 8
+    (check,) = reward_image_contribution(model, held_out, answers, earned, 4)
+    assert (check.value, check.verdict) == (value, verdict)
+    assert (check.detail == "reward unchanged when the picture is blank") == (verdict == "warn")
+    assert seen == [(row["images"][0].size, ((127, 127),) * 3) for row in rows.test]
+
+
+def test_nothing_is_asked_of_rows_that_are_not_scored(rows, processor, model, monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.evaluation.held_out.generate_answers", lambda *args: ["A star."] * 16)
+    none = HeldOut(rows, processor, 8, None)
+    unknown = {"star": [None] * 16}, [None] * 16
+    assert reward_image_contribution(model, none, ["A star."] * 16, lambda *args: unknown, 4) == []
+    monkeypatch.setattr(rows, "test", rows.test.remove_columns("truth"))
+    assert reward_image_contribution(model, HeldOut(rows, processor, 8, None), ["A star."] * 16, earned, 4) == []
+
+
+@pytest.mark.parametrize(("spoiled", "value"), [(False, 0), (True, 4)])
+def test_an_adapter_that_is_not_the_trained_one_answers_otherwise(rows, processor, model, tmp_path, spoiled, value):
+    """Where rows have no pairs: greedy answers before and after it is loaded from its folder."""
+    tuned = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(name))))
+    tuned.save_pretrained(tmp_path / "adapter")
+    if spoiled:
+        path = tmp_path / "adapter" / "adapter_model.safetensors"
+        save_file({name: weight * 0 for name, weight in load_file(path).items()}, path)
+    check = check_answers_reload(tuned, tmp_path, HeldOut(rows, processor, 8, None), 8)
+    assert (check.id, check.value, check.verdict) == ("adapter_reload", value, "fail" if spoiled else "ok")
 
 
 def test_a_margin_that_is_only_answer_length():

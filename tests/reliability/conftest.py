@@ -11,6 +11,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +24,13 @@ from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.quant import quantization_config
+from smolvlm_exp.reporting.sampled_answers import COMPLETIONS
+from smolvlm_exp.rewards.build import Rewards
 from smolvlm_exp.runs.checkpoint import checkpoint_folders, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
-from smolvlm_exp.training import dpo
 from smolvlm_exp.training.arguments import TrainerInputs
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
+from smolvlm_exp.training.on_policy_callback import OnPolicyCallback
 from tests.conftest import SIGMOID, compose
 
 # Two epochs of four steps; DoRA with dropout on, checkpointing, a window of two steps a log, a checkpoint every third.
@@ -41,7 +44,14 @@ LONG = (
 )  # fmt: skip
 SHORTEST = ("trainer.max_steps=1", "trainer.save_steps=1", "trainer.eval_strategy=no", "trainer.logging_steps=1")
 TOKEN = "hf_" + "aB3" * 11  # the form of one
-CLOCKS = ("runtime", "per_second", "total_flos", "gib", "data_wait")
+CLOCKS = ("runtime", "per_second", "total_flos", "gib", "data_wait", "sampling_time", "step_time")
+# Of no meaning, but different from answer to answer.
+EARNED = Rewards(
+    {"sums": lambda completion_ids, **_: [sum(ids) % 11 for ids in completion_ids]},
+    {"sums": 1.0},
+    "sum_then_normalize",
+    {},
+)
 
 
 class Bench:
@@ -51,13 +61,15 @@ class Bench:
         self.processor, self.preferences, self.cache = processor, preferences, cache
 
     def config(self, *overrides: str) -> Any:
-        plus = [f"+{o}" if ".extra." in o else o for o in (*LONG, *overrides)]
+        long = [o for o in LONG if o not in SIGMOID] if "trainer=grpo" in overrides else LONG
+        plus = [f"+{o}" if ".extra." in o else o for o in (*long, *overrides)]
         return compose(*plus, f"trainer.cache={self.cache}", "trainer.cache_ram=0MiB")
 
     def trainer(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
         config = self.config(*overrides)
         quantization = quantization_config(config.quant, torch.float32)
-        arguments = dpo.build_arguments(config.trainer, folder, "float32", None, config.seed)
+        algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
+        arguments = algorithm.build_arguments(config.trainer, folder, "float32", None, config.seed)
         tracker = SimpleNamespace(log=lambda values, step: None)
         model = load_model(config.model, quantization, config.seed)
         identity = check_same_run(asdict(config), None, self.preferences.train, model)
@@ -65,10 +77,10 @@ class Bench:
             model,
             lora_config(config.adapter, quantised=quantization is not None),
             HeldOut(self.preferences, self.processor, 8, None),
-            [MetricsCallback(folder, tracker), *callbacks], folder, identity,
+            [MetricsCallback(folder, tracker), *callbacks], folder, identity, EARNED,
         )  # fmt: skip
         parts.peft_config.target_modules = r".*text_model\.layers\.[01]\.self_attn\.(q|v)_proj"
-        return dpo.build_trainer(config.trainer, arguments, parts)
+        return algorithm.build_trainer(config.trainer, arguments, parts)
 
     def moved(self, trainer: Any, folder: Path) -> Any:
         """A trainer that has not begun, to another folder."""
@@ -76,6 +88,9 @@ class Bench:
         trainer.args.output_dir = str(folder / "checkpoints")
         metrics = next(c for c in trainer.callback_handler.callbacks if isinstance(c, MetricsCallback))
         metrics.path = folder / "metrics.jsonl"
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, OnPolicyCallback):
+                callback.path = folder / COMPLETIONS
         return trainer
 
     def run(self, folder: Path, *overrides: str, callbacks: tuple = (), prepare: Any = None) -> Any:

@@ -13,6 +13,7 @@ import time
 import pytest
 from safetensors.torch import load_file
 
+from smolvlm_exp.reporting.sampled_answers import COMPLETIONS
 from smolvlm_exp.runs.checkpoint import checkpoints, newest_intact, step_of
 from tests.reliability.conftest import forked, kill, logged
 
@@ -78,6 +79,30 @@ def test_kill_9_at_any_moment(bench, tmp_path, engine, kills, changes):
             assert all(mine[key].equal(theirs[key]) for key in theirs)
     assert {event["num_tokens"] for event in logged(whole) if "num_tokens" in event}
     print(f"{engine}: {survived} kills survived in {runs} runs")
+
+
+def test_kill_9_while_answers_are_sampled_or_learned_from(bench, tmp_path):
+    """GRPO: answers to come are those that would have come, and those that were drawn are still learned from."""
+    settings = (
+        "trainer=grpo", "adapter=lora", "quant=none", "adapter.lora_dropout=0", "trainer.disable_dropout=true",
+        "trainer.eval_strategy=no", "trainer.num_generations=4", "trainer.per_device_train_batch_size=4",
+        "trainer.steps_per_generation=4", "trainer.num_iterations=2", "trainer.max_completion_length=6",
+        "trainer.mask_truncated_completions=false", "trainer.save_steps=1",
+    )  # fmt: skip
+    trainer = bench.trainer(tmp_path / "built", *settings)
+    whole, rng, survived, runs = tmp_path / "whole", random.Random(5), 0, 0
+    began = time.monotonic()
+    killed_until_done(bench, trainer, whole, 0, None, 0)
+    span = time.monotonic() - began
+    while survived < 4:
+        folder = tmp_path / f"killed-{runs}"
+        survived += killed_until_done(bench, trainer, folder, 4 - survived, rng, 0.6 * span)
+        runs += 1
+        assert logged(folder) == logged(whole)
+        assert (folder / COMPLETIONS).read_text() == (whole / COMPLETIONS).read_text()
+        mine, theirs = (load_file(newest_intact(each) / FILES[0]) for each in (folder, whole))
+        assert all(mine[key].equal(theirs[key]) for key in theirs)
+    assert len({event["reward"] for event in logged(whole) if "reward" in event}) > 1
 
 
 def test_what_was_logged_before_the_first_checkpoint_is_logged_once(bench, tmp_path):

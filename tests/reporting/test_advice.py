@@ -61,6 +61,8 @@ def warning(value, **check):
         (warning(0.4, id="likelihood_displacement"), {}, events(),
          ["likelihood displacement: chosen answers lost 0.4 nats/token",
           "loss_type=[sigmoid,sft] trainer.loss_weights=[1,1], or trainer.beta=0.3"]),
+        (warning(-0.02, id="reward_image_contribution"), {}, events(),
+         ["answers to blank images earn as much as those to the rows' own (+0.02)", "image_dependence=0.5"]),
         (warning(0.31, id="image_reliance"), {}, events(), ["relies on the image 31% as much as the base"]),
     ],
     ids=lambda value: value[0] if isinstance(value, list) and value and isinstance(value[0], str) else "",

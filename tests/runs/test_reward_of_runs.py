@@ -1,5 +1,6 @@
 """The group `reward` is part of the runs that learn from it, and of no other."""
 
+import json
 from dataclasses import asdict
 
 import pytest
@@ -8,6 +9,7 @@ import yaml
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks.compare import read_run
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
 
@@ -22,3 +24,35 @@ def test_reward_counts_where_it_is_read(tmp_path, algorithm, read):
     assert ("reward.weights.objects" in check_same_run(settings, None)) == read
     assert ("reward.weights.objects" in read_run(tmp_path).settings) == read
     assert choices(tmp_path) == {"model": "tiny", **({"reward": "objects"} if read else {})}
+
+
+def saved(folder, settings, **changes):
+    """A checkpoint's folder with this identity."""
+    folder.mkdir()
+    identity = {**check_same_run(settings, None, code={"mine": "1"}), **changes}
+    (folder / "run.json").write_text(json.dumps(identity))
+    return folder
+
+
+def test_the_code_of_an_own_reward_is_compared_once_it_is_known(tmp_path):
+    settings = asdict(compose("trainer=grpo"))
+    checkpoint = saved(tmp_path / "checkpoint-3", settings)
+    check_same_run(settings, checkpoint)
+    assert check_same_run(settings, checkpoint, code={"mine": "1"})["reward.code.mine"] == "1"
+    for code in ({"mine": "2"}, {}):
+        with pytest.raises(
+            RequestError, match=r"the file with the reward mine is not the one .*\n.*reward\.code\.mine"
+        ):
+            check_same_run(settings, checkpoint, code=code)
+    check_same_run({**settings, "resume_allow": ["reward.code"]}, checkpoint, code={"mine": "2"})
+
+
+def test_processes_that_sample_are_not_exchanged_for_accumulation(tmp_path):
+    """Two with half the accumulation would take the same rows, and other answers."""
+    settings = asdict(compose("trainer=grpo", "trainer.gradient_accumulation_steps=4"))
+    two = {"processes": 2, "trainer.gradient_accumulation_steps": 2}
+    checkpoint = saved(tmp_path / "checkpoint-3", settings, **two)
+    with pytest.raises(RequestError, match=r"processes was 2 and is 1\nEach process keeps the answers"):
+        check_same_run(settings, checkpoint)
+    pairs = asdict(compose("trainer.gradient_accumulation_steps=4"))
+    check_same_run(pairs, saved(tmp_path / "checkpoint-4", pairs, **two), code={"mine": "1"})

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -154,6 +155,7 @@ def test_metrics_have_memory_and_speed(quick, tmp_path):
 def test_each_process_uses_one_gpu(capsys, tmp_path):
     """Several visible GPUs would make upstream wrap the model in nn.DataParallel, which TRL refuses."""
 
+    @dataclass(init=False)
     class Arguments:
         n_gpu = property(lambda self: self._n_gpu)
 
