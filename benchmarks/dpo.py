@@ -21,6 +21,7 @@ import argparse
 import json
 import time
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -43,11 +44,14 @@ COMMON = (
 class Bench:
     """A base model and rows; trainers on them; what was measured."""
 
-    def __init__(self, asked: argparse.Namespace) -> None:
+    algorithm = "dpo"
+    again = True  # a trainer may train twice
+
+    def __init__(self, asked: argparse.Namespace, common: tuple[str, ...] = COMMON) -> None:
         from smolvlm_exp.models.model import load_model
         from smolvlm_exp.models.quant import quantization_config
 
-        self.target, self.common = asked.target, (f"model={asked.model}", *COMMON)
+        self.target, self.common = asked.target, (f"model={asked.model}", *common)
         config = self.config()
         self.base = load_model(config.model, quantization_config(config.quant, torch.bfloat16))
         self.use_rows(config, asked.rows)
@@ -74,26 +78,30 @@ class Bench:
         from smolvlm_exp.data.preferences import Preferences
         from smolvlm_exp.evaluation.held_out import HeldOut
         from smolvlm_exp.models.adapter import check_adapter_target, lora_config
-        from smolvlm_exp.training import dpo
         from smolvlm_exp.training.arguments import TrainerInputs
 
+        algorithm = import_module(f"smolvlm_exp.training.{self.algorithm}")
         folder = Path("outputs/benchmark")
         folder.mkdir(parents=True, exist_ok=True)
         peft_config = lora_config(config.adapter, quantised=True)
         assert peft_config is not None
         check_adapter_target(peft_config, self.base, config.adapter.target)
         config.trainer.max_steps = steps
-        arguments = dpo.build_arguments(config.trainer, folder, "bfloat16", None, 0)
+        arguments = algorithm.build_arguments(config.trainer, folder, "bfloat16", None, 0)
         clock = Clock(warm)
         held_out = HeldOut(Preferences(self.rows, self.rows, {}), self.processor, 1, None)
-        parts = TrainerInputs(self.base, peft_config, held_out, [clock], folder)
-        trainer: Any = dpo.build_trainer(config.trainer, arguments, parts)
+        parts = TrainerInputs(self.base, peft_config, held_out, [clock], folder, self.rewards())
+        trainer: Any = algorithm.build_trainer(config.trainer, arguments, parts)
         trainer.clock = clock
         return trainer
 
+    def rewards(self) -> Any:
+        """Of an algorithm that samples answers."""
+        return None
+
     def measure(self, trainer: Any, **what: Any) -> dict[str, Any]:
         """Train, and note down `what` was measured, printed at once."""
-        if not self.found:
+        if not self.found and self.again:
             trainer.train()
         empty_cache()
         found: dict[str, Any] = dict(what)

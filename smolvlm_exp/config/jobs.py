@@ -74,9 +74,10 @@ def typed_values(overrides: list[Override]) -> dict[str, list[Any]]:
     """The values that a command gives the settings of `TYPED`, of a sweep all of them."""
     values: dict[str, list[Any]] = {}
     for override in overrides:
-        if override.key_or_group in TYPED and not override.is_delete():
-            swept = override.is_sweep_override()
-            values.setdefault(override.key_or_group, []).extend(
-                override.sweep_string_iterator() if swept else [override.value()]
-            )
+        key = override.key_or_group
+        if key not in TYPED or override.is_delete():
+            continue
+        swept = override.sweep_string_iterator() if override.is_sweep_override() else ()
+        single = parsed([f"{key}={text}" for text in swept]) or [override]
+        values.setdefault(key, []).extend(each.value() for each in single)
     return values

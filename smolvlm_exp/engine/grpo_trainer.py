@@ -88,7 +88,7 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
         self.sampled = [example["row"] for example in inputs]
         examples = self.examples.train if self.model.training else self.examples.test  # type: ignore[union-attr]
         assert examples is not None
-        distinct = {row: examples[row] for row in dict.fromkeys(self.sampled)}
+        distinct = {row: {**examples[row], "row": row} for row in dict.fromkeys(self.sampled)}
         output: Batch = super()._generate_and_score_completions([distinct[row] for row in self.sampled])
         return {**output, "rows": torch.tensor(self.sampled), "generation": torch.tensor(self._step)}
 

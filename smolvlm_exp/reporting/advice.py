@@ -7,6 +7,8 @@ from typing import Any
 
 import yaml
 
+from smolvlm_exp.evaluation.metrics import METRICS
+from smolvlm_exp.reporting.on_policy import on_policy_signs
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.utils.formatting import as_finite
@@ -21,6 +23,10 @@ MIN_MARGIN = 0.5  # nats that a chosen answer gains over its rejected one (1.6 t
 MAX_WAIT = 0.2  # share of the time spent waiting for batches
 HELD_OUT_RISE = 0.05  # of the held-out loss over its lowest
 CHECKPOINT_TILES = {"embedded": 2}  # along an image's long edge, where it is not 4
+REWARD_FOR = {  # metric -> the reward that holds it
+    "attribute_accuracy": "attributes", "repeat_rate": "repetition", "recall": "objects", "chair_s": "objects",
+    "yes_no_accuracy": "yes_no", "answer_accuracy": "exact_match",
+}  # fmt: skip
 OLD_NAMES = {  # summaries written before checks had ids have these names alone
     "likelihood_displacement": "fall of chosen answers' log-probability, nats a token",
     "image_reliance": "share of it that is left after tuning",
@@ -42,6 +48,8 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
         overfitting,
         likelihood_displacement,
         low_image_reliance,
+        on_policy,
+        unrewarded,
     )
     return [text for sign in signs for text in sign(summary, config, events)]
 
@@ -98,6 +106,8 @@ def not_finite(summary: dict[str, Any], config: dict[str, Any], events: Events) 
 def unstable(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
     """One large gradient, or a loss that rose and stayed up for three logged events."""
     norms, losses = logged(events, "grad_norm"), logged(events, "loss")
+    if any("reward" in event for event in events):
+        losses = []  # GRPO's is near 0 whatever it learns
     rate = config["trainer"]["learning_rate"]
     if len(norms) >= MIN_EVENTS:
         usual, (largest, step) = median(norm for norm, _ in norms), max(norms)
@@ -181,6 +191,26 @@ def low_image_reliance(summary: dict[str, Any], config: dict[str, Any], events: 
             "Prefer pairs that differ in what the image shows, not in style; or lower trainer.learning_rate="
             f"{config['trainer']['learning_rate'] / 2:g}."
         )
+
+
+def on_policy(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    yield from (sentence for _, sentence in on_policy_signs(config["trainer"], events))
+
+
+def unrewarded(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    """What no reward names may drift while those that are named rise: the reward is hacked (arXiv 2210.10760)."""
+    if not any("reward" in event for event in events):
+        return
+    weights = config.get("reward", {}).get("weights", {})
+    for key, change in summary.get("changes", {}).items():
+        reward = REWARD_FOR.get(key)
+        good = METRICS[key].good if key in METRICS else 0
+        fell = max(change["low"] * good, change["high"] * good) < 0  # the whole interval
+        if reward and fell:
+            weight = weights.get(reward, 0.0)
+            more = f"reward.weights.{reward}={2 * weight:g}" if weight else f"+reward.weights.{reward}=0.5"
+            before, after = summary["before"][key], summary["after"][key]
+            yield f"{key} went from {before:.3g} to {after:.3g} while rewards rose.\nTry {more}."
 
 
 def logged(events: Events, key: str) -> list[tuple[float, Any]]:

@@ -3,6 +3,7 @@
 Python computes what is shown; `templates/report.html.jinja` lays it out.
 """
 
+import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,16 @@ HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "rewa
 SHARE: dict[str, Any] = {"show": percent, "bounds": (0.0, 1.0)}
 CURVES: Curves = [
     ("Loss", {"training": "loss", "held-out": "eval_loss"}, {}),
+    ("Reward of sampled answers", {"mean": "reward", "held-out": "eval_reward"}, {}),
+    ("Groups whose answers all earn the same", {"share": "frac_reward_zero_std"}, SHARE),
+    (
+        "Length of sampled answers, tokens",
+        {"mean": "completions/mean_length", "longest": "completions/max_length"},
+        {"zero": True},
+    ),
+    ("Sampled answers that were cut", {"share": "completions/clipped_ratio"}, SHARE),
+    ("KL divergence from the reference", {"KL": "kl"}, {}),
+    ("Entropy of sampled answers, nats/token", {"entropy": "entropy"}, {}),
     ("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, {}),
     (
         "Reward accuracy",
@@ -168,9 +179,11 @@ def count_passed(verdicts: list[str]) -> str:
 
 
 def draw_curves(events: list[dict[str, Any]]) -> list[str]:
+    means = {m.group(1): key for event in events for key in event if (m := re.fullmatch(r"rewards/(\w+)/mean", key))}
+    curves = [*CURVES, ("Each reward", means, {})] if means else CURVES
     charts = [
         line_chart({name: metric_points(events, key) for name, key in keys.items()}, title, **options)
-        for title, keys, options in CURVES
+        for title, keys, options in curves
     ]
     return [chart for chart in charts if chart]
 

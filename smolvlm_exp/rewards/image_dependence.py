@@ -19,8 +19,8 @@ def image_dependence(
     Raises:
         RequestError: a column is missing, which only a trainer that has the model can fill.
     """
-    missing = [name for name, column in (("logps", logps), ("blank_logps", blank_logps)) if column is None]
-    if missing or logps is None or blank_logps is None:
+    if logps is None or blank_logps is None:
+        missing = [name for name, column in (("logps", logps), ("blank_logps", blank_logps)) if column is None]
         raise RequestError(
             f"reward.weights.image_dependence needs the columns logps and blank_logps, and {' and '.join(missing)} "
             "is not there: leave it out with ~reward.weights.image_dependence."

@@ -39,7 +39,8 @@ SAMPLE_TOKENS = 128  # at most per answer: training waits for it
 MIN_LOSSES = 8  # before one can stand out
 SPIKE = 10.0  # median deviations over the median
 ON_CONSOLE = (
-    "loss", "eval_loss", "rewards/accuracies", "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy"
+    "loss", "reward", "frac_reward_zero_std", "completions/mean_length", "eval_loss", "rewards/accuracies",
+    "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy",
 )  # fmt: skip
 
 

@@ -15,6 +15,7 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least, one_of
 
 if TYPE_CHECKING:
+    from datasets import Dataset
     from trl import GRPOConfig, GRPOTrainer
 
 COLUMNS = ["prompt", "truth"]  # of a row, that reward functions are given
@@ -84,8 +85,8 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
 
     from smolvlm_exp.engine.grpo_trainer import Examples
     from smolvlm_exp.training.engine_setup import engine_inputs, prepare_rows
+    from smolvlm_exp.training.grpo_trainers import EngineGRPOTrainer, StockGRPOTrainer
     from smolvlm_exp.training.memory_budget import plan_memory
-    from smolvlm_exp.training.trainers import EngineGRPOTrainer, StockGRPOTrainer
 
     rewards = inputs.rewards
     assert rewards is not None
@@ -103,15 +104,21 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
         return trainer
     model, peft_config = attach_pissa_adapter(inputs, arguments.seed)
     columns = ["images", *COLUMNS]
+    arguments.remove_unused_columns = False  # reward functions are given all of them
     with plain_initialisation(model) if isinstance(model, PeftModel) else contextlib.nullcontext():
         return StockGRPOTrainer(
             model,
-            train_dataset=train.select_columns(columns),
-            eval_dataset=test[0].select_columns(columns) if test else None,
+            train_dataset=numbered(train, columns),
+            eval_dataset=numbered(test[0], columns) if test else None,
             peft_config=peft_config,
             **functions,
             **inputs.common(config, arguments),
         )
+
+
+def numbered(rows: "Dataset", columns: list[str]) -> "Dataset":
+    """These columns, and `row`, the rows' numbers."""
+    return rows.select_columns(columns).add_column("row", list(range(len(rows))))
 
 
 def check_reference(config: Config, model: Any) -> None:

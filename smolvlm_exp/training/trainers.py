@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
-from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl import DPOTrainer, SFTTrainer
 
-from smolvlm_exp.engine.grpo_trainer import SharedPrefixGRPOTrainer
 from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
 from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
@@ -29,7 +28,6 @@ from smolvlm_exp.utils.errors import RunError
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.phases import phase
 
-ON_CPU = ("rows", "generation")  # of answers
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
 
@@ -235,7 +233,7 @@ class CheckpointMixin(Trainer):
         self.load_sampling_state(counters)
 
     def sampling_state(self) -> dict[str, Any]:
-        """Further counters, of a trainer that samples answers; see `GRPOCheckpointMixin`."""
+        """Further counters, of a trainer that samples answers; see grpo_trainers.py."""
         return {}
 
     def load_sampling_state(self, counters: dict[str, Any]) -> None:
@@ -254,38 +252,11 @@ def on_device(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, torch.Tensor) else value
 
 
-class GRPOCheckpointMixin(CheckpointMixin):
-    """With what GRPO needs to go on: how often it was called, and the answers that further steps will use."""
-
-    _step: int  # TRL's
-    _buffered_inputs: Any
-    num_iterations: int
-
-    def sampling_state(self) -> dict[str, Any]:
-        again = self._step % (self.args.steps_per_generation * self.num_iterations)  # type: ignore[attr-defined]
-        return {"calls": self._step, "answers": self._buffered_inputs if again else None}
-
-    def load_sampling_state(self, counters: dict[str, Any]) -> None:
-        self._step, units = counters["calls"], counters["answers"]
-        self._buffered_inputs = units and [
-            {name: value if name in ON_CPU else on_device(value, self.args.device) for name, value in unit.items()}
-            for unit in units
-        ]
-
-
 class EngineDPOTrainer(CheckpointMixin, SharedPrefixDPOTrainer):
     """trainer.engine=shared"""
 
 
 class StockDPOTrainer(CheckpointMixin, DPOTrainer):
-    """trainer.engine=stock"""
-
-
-class EngineGRPOTrainer(GRPOCheckpointMixin, SharedPrefixGRPOTrainer):
-    """trainer.engine=shared"""
-
-
-class StockGRPOTrainer(GRPOCheckpointMixin, GRPOTrainer):
     """trainer.engine=stock"""
 
 

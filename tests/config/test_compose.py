@@ -292,6 +292,11 @@ def test_rewards_replace_and_add_to_the_default_s():
         assert compose(f"reward={option.stem}").reward.weights.keys() <= BUILDERS.keys()
 
 
+def test_several_rewards_of_one_s_own_are_a_sweep():
+    args = get_args_parser().parse_args(["-m", "reward.user='my dir/a.py:f','b.py:g'"])
+    assert [config.reward.user for config in check_command(args)] == ["my dir/a.py:f", "b.py:g"]
+
+
 @pytest.mark.parametrize(
     ("saved", "setting"),
     [
@@ -309,7 +314,8 @@ def test_what_a_saved_run_names_is_typed_again(tmp_path, saved, setting):
         with pytest.raises(RequestError, match=re.escape(f"type {setting} (or {setting.partition('=')[0]}=null)")):
             checked(*typed)
         checked(*typed, setting)
-        checked(*typed, f"{setting.partition('=')[0]}=null")
+        if saved == setting:
+            checked(*typed, f"{setting.partition('=')[0]}=null")
     checked("task=plan", f"run={folder}")
 
 

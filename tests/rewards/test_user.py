@@ -2,12 +2,18 @@
 
 import hashlib
 import py_compile
+import re
 from pathlib import Path
 
 import pytest
 
+from smolvlm_exp.rewards.build import build_rewards, check
+from smolvlm_exp.rewards.config import RewardConfig
 from smolvlm_exp.rewards.user import check_same_user_code, load_user
 from smolvlm_exp.utils.errors import RequestError
+from tests.rewards.rows import caption, known, said
+
+ROOT = Path(__file__).parents[2]
 
 CODE = "def short(completions, **columns):\n    return [float(len(c) < 9) for c in completions]\n"
 
@@ -64,3 +70,15 @@ def test_check_same_user_code():
     for recorded, now in (({"short": "1"}, {"short": "2"}), ({"short": "1"}, {}), ({}, {"short": "1"})):
         with pytest.raises(RequestError, match=r"reward\.user: short is not the code that the run began with"):
             check_same_user_code(recorded, now)
+
+
+def test_the_example_in_the_docs(tmp_path):
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rewards.md").read_text(), re.DOTALL)
+    assert len(code.strip().splitlines()) <= 10
+    (tmp_path / "my_reward.py").write_text(code)
+    rewards = build_rewards(RewardConfig(user=f"{tmp_path}/my_reward.py:article"), None, [])
+    truth = known(caption("star"), caption("star"), None)
+    assert rewards.score(["?"] * 3, said("A star.", "Stars.", "A star."), [[1]] * 3, truth=truth) == {
+        "article": [1, 0, None],
+    }  # fmt: skip
+    check(rewards, {"prompt": "?", "truth": truth[0]})

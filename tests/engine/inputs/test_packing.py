@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from smolvlm_exp.engine.inputs.packing import collate, pack
+from smolvlm_exp.engine.inputs.packing import collate, pack, pack_answers
+from smolvlm_exp.engine.layers.attention import Layout
 from tests.engine.stock import IMAGE, PAD
 
 
@@ -33,6 +34,24 @@ def test_the_line_by_hand():
     assert (packed["max_first"], packed["max_second"], packed["max_keys"]) == (5, 3, 6)
     assert packed["cu_first"].dtype == packed["cu_keys"].dtype == torch.int32
     assert packed["tiles"].shape == (1, 3, 4, 4)
+
+
+def test_a_group_of_answers_by_hand():
+    prompts, answers = [torch.tensor([1, 11, 12])], [[torch.tensor(a) for a in ([21, 22], [31], [41, 42, 43])]]
+    packed = pack_answers(prompts, answers, [[0, 4, 8]], IMAGE)
+    #                                   P         A1  p   (A2: one token)  p   A3
+    assert packed["ids"].tolist() == [[1, 11, 12, 21, 12, 12, 41, 42]]
+    assert packed["positions"].tolist() == [[0, 1, 2, 3, 2, 2, 3, 4]]
+    assert packed["middle"] == 4
+    assert packed["answer_at"].tolist() == [2, 3, 4, 5, 6, 7]
+    assert packed["labels"].tolist() == [21, 22, 31, 41, 42, 43]
+    assert packed["target"].tolist() == [0, 1, 4, 8, 9, 10]
+    assert packed["cu_second"].tolist() == [0, 1, 4]
+    assert packed["keys_at"].tolist() == [0, 1, 4, 0, 1, 5, 6, 7]
+    assert packed["cu_keys"].tolist() == [0, 3, 8]
+    assert packed["copies"] == 2
+    slots = Layout.of(packed).slots  # of `sources`: the first half's four tokens, then keys_at
+    assert slots.tolist() == [[4, 5, -1, -1, 6, 9, 10, 11], [7, 8, -1, -1, -1, -1, -1, -1]]
 
 
 def test_targets_point_at_each_answers_tokens_in_trls_layout():

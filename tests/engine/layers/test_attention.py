@@ -1,34 +1,43 @@
-"""Attention over packed pairs against the same attention with one explicit mask."""
+"""Attention over packed answers against the same attention with one explicit mask."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smolvlm_exp.engine.inputs.packing import pack
+from smolvlm_exp.engine.inputs.packing import pack_answers
 from smolvlm_exp.engine.layers.attention import PREFIX, Layout, shared_prefix_attention, use_shared_prefix
 from tests.engine.stock import IMAGE, random_row, tiny_model
 
 LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
 
 
-def make_rows(lengths, rejected):
+def make_groups(lengths, answers):
+    """Prompts and their answers: one of the first prompt, then as many as `answers` says, at least one."""
     rows = [random_row(p, c, r, [], seed=i) for i, (p, c, r) in enumerate(lengths)]
-    return rows if rejected else [{k: v for k, v in row.items() if k != "rejected_ids"} for row in rows]
+    groups = [
+        [torch.cat((row["chosen_ids"], row["rejected_ids"]))[: 1 + (i + j) % 5] for j in range(1 + (i * answers) % 4)]
+        for i, row in enumerate(rows)
+    ]
+    return [row["prompt_ids"] for row in rows], groups
 
 
-def visible(rows, tokens):
+def packed_groups(prompts, groups):
+    starts = iter(range(0, 10**6, 100))
+    return pack_answers(prompts, groups, [[next(starts) for _ in own] for own in groups], IMAGE)
+
+
+def visible(prompts, groups, tokens):
     """(T, T), true where a token attends: to its own prompt and answer, not ahead."""
     mask = torch.zeros(tokens, tokens, dtype=torch.bool)
-    start, second = 0, sum(len(row["prompt_ids"]) + len(row["chosen_ids"]) - 1 for row in rows)
-    for row in rows:
-        p, c = len(row["prompt_ids"]), len(row["chosen_ids"])
-        first = torch.arange(start, start + p + c - 1)
+    start, second = 0, sum(len(p) + len(own[0]) - 1 for p, own in zip(prompts, groups, strict=True))
+    for prompt, (answer, *others) in zip(prompts, groups, strict=True):
+        first = torch.arange(start, start + len(prompt) + len(answer) - 1)
         mask[first[:, None], first[None]] = first[None] <= first[:, None]
         start += len(first)
-        if "rejected_ids" in row:
-            own = torch.arange(second, second + len(row["rejected_ids"]))
-            mask[own[:, None], first[None, : p - 1]] = True
+        for other in others:
+            own = torch.arange(second, second + len(other))
+            mask[own[:, None], first[None, : len(prompt) - 1]] = True
             mask[own[:, None], own[None]] = own[None] <= own[:, None]
             second += len(own)
     return mask
@@ -41,33 +50,34 @@ def explicit(query, key, value, mask, scale):
     return (scores.softmax(-1) @ value).transpose(0, 1)
 
 
-def compare(rows, heads, size, scale, dtype=torch.float64, device="cpu"):
+def compare(prompts, groups, heads, size, scale, dtype=torch.float64, device="cpu"):
     """(found, expected) results and gradients for query, key and value, the expected ones in float64."""
-    packed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in pack(rows, IMAGE).items()}
+    packed = packed_groups(prompts, groups)
+    packed = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in packed.items()}
     torch.manual_seed(packed["tokens"])
     shapes = [(n, packed["tokens"], size) for n in (heads[0], heads[1], heads[1])]
     inputs = [torch.randn(shape, device=device).to(dtype).requires_grad_() for shape in shapes]
     exact = [part.detach().double().requires_grad_() for part in inputs]
     found = shared_prefix_attention(*inputs, Layout.of(packed), scale)
-    expected = explicit(*exact, visible(rows, packed["tokens"]).to(device), scale)
+    expected = explicit(*exact, visible(prompts, groups, packed["tokens"]).to(device), scale)
     upstream = torch.randn_like(expected)
     gradients = torch.autograd.grad(found, inputs, upstream.to(dtype)), torch.autograd.grad(expected, exact, upstream)
     return (found, expected), *zip(*gradients, strict=True)
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.lists(LENGTHS, min_size=1, max_size=5), st.sampled_from([(4, 4), (4, 2), (3, 1)]), st.booleans())
-def test_packed_attention_equals_one_explicit_mask(lengths, heads, rejected):
-    for found, expected in compare(make_rows(lengths, rejected), heads, size=8, scale=0.3):
+@given(st.lists(LENGTHS, min_size=1, max_size=5), st.sampled_from([(4, 4), (4, 2), (3, 1)]), st.integers(0, 3))
+def test_packed_attention_equals_one_explicit_mask(lengths, heads, answers):
+    for found, expected in compare(*make_groups(lengths, answers), heads, size=8, scale=0.3):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-@pytest.mark.parametrize("rejected", [True, False])
-def test_flash_attention_equals_one_explicit_mask(heads, rejected):
-    rows = make_rows([(70, 9, 30), (2, 1, 1), (20, 40, 3)], rejected)
-    (found, expected), *gradients = compare(rows, heads, 64, 0.125, torch.bfloat16, "cuda")
+@pytest.mark.parametrize("answers", [0, 1, 3])
+def test_flash_attention_equals_one_explicit_mask(heads, answers):
+    groups = make_groups([(70, 9, 30), (2, 1, 1), (20, 40, 3)], answers)
+    (found, expected), *gradients = compare(*groups, heads, 64, 0.125, torch.bfloat16, "cuda")
     torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
     for found, expected in gradients:
         assert (found.double() - expected).norm() < 1e-2 * expected.norm()

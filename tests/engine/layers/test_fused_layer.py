@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
-from smolvlm_exp.engine.inputs.packing import pack
+from smolvlm_exp.engine.inputs.packing import pack_answers
 from smolvlm_exp.engine.layers.attention import Layout, use_shared_prefix
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fuse import FusedTextLayer, FusedVisionLayer, fuse_layers, patch_product
@@ -53,7 +53,9 @@ def run(model):
     if hasattr(model, "encoder"):
         pixels = torch.randn(3, 3, SIDE, SIDE, generator=torch.Generator().manual_seed(0)).requires_grad_()
         return pixels, model(pixel_values=pixels).last_hidden_state
-    packed = pack([random_row(*words, []) for words in ((5, 3, 4), (7, 1, 2), (4, 6, 1))], IMAGE)
+    rows = [random_row(*words, []) for words in ((5, 3, 4), (7, 1, 2), (4, 6, 1))]
+    groups = [[row["chosen_ids"], row["rejected_ids"], row["rejected_ids"][:1]][: 1 + i] for i, row in enumerate(rows)]
+    packed = pack_answers([row["prompt_ids"] for row in rows], groups, [[0] * len(own) for own in groups], IMAGE)
     embeddings = model.embed_tokens(packed["ids"]).detach().requires_grad_()
     return embeddings, model(
         inputs_embeds=embeddings,

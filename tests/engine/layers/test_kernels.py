@@ -96,11 +96,12 @@ def test_gains_and_activations(reference, kind, gained, tail):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("gained", [True, False])
-@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
-def test_rotary(reference, kind, gained, heads):
+@pytest.mark.parametrize(("heads", "copies"), [((4, 4), 1), ((6, 2), 1), ((4, 4), 3)])
+def test_rotary(reference, kind, gained, heads, copies):
     tokens, middle, size, tail = 70, 45, 16, 8
-    keys_at = torch.tensor([*range(10), *range(45, 60), *range(20, 31), *range(60, 70)], device=DEVICE)
-    layout = Layout(tokens, middle, *[torch.empty(0)] * 3, keys_at, 0, 0, 0)
+    keys = [*range(10), *range(45, 60), *range(20, 31), *range(60, 70)]
+    keys += [*range(10), *range(20, 31)] * (copies - 1)  # prompts with more answers
+    layout = Layout(tokens, middle, *[torch.empty(0)] * 3, torch.tensor(keys, device=DEVICE), 0, 0, 0, copies)
     columns = (heads[0] + 2 * heads[1]) * size
     u, gain = draw(tokens, columns + tail, kind=kind)[:, :columns], draw(columns) if gained else None
     angle = draw(tokens, size // 2).repeat(1, 2)
