@@ -27,7 +27,7 @@ from omegaconf import DictConfig, OmegaConf
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, parse
-from smolvlm_exp.evaluation.metrics import summary_value
+from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_settings
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
@@ -145,7 +145,7 @@ def job(composed: DictConfig) -> float | None:
         sys.exit(75)
     if config.task.name == "mine":
         return None
-    return summary_value(summary, config.metric)
+    return summary_value(summary, deciding_metric(config.metric, [summary]))
 
 
 def main() -> None:

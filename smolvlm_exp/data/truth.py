@@ -94,7 +94,7 @@ def checked(given: Any) -> Truth:
         right = answer not in ("", []) and (isinstance(answer, str) or are_texts(answer))
     elif kind == "caption":
         lists = [truth.get("objects"), truth.get("expected", []), truth.get("phrases", [])]
-        right = all(map(are_texts, lists)) and all(map(tokens, truth["objects"]))
+        right = all(map(are_texts, lists)) and all(map(tokens, (*truth["objects"], *truth.get("expected", ()))))
     elif kind == "reference":
         right = bool(non_empty(truth.get("caption"), "the `caption` of `truth`"))
     else:
@@ -142,7 +142,7 @@ def truth_text(truth: str | None) -> str:
 
 
 def vocabulary_of(truths: Iterable[str | None]) -> Vocabulary | None:
-    """Each object of the rows' captions by its own name; None where no row has objects."""
-    known = map(read_truth, truths)
-    names = {name: name for truth in known if truth.get("kind") == "caption" for name in truth["objects"]}
+    """Each object that is in a row's image, or might well be, by its own name; None where there is none."""
+    captions = [known for known in map(read_truth, truths) if known.get("kind") == "caption"]
+    names = {name: name for known in captions for name in (*known["objects"], *known.get("expected", ()))}
     return Vocabulary(names) if names else None

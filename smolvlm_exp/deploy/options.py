@@ -18,9 +18,9 @@ class ExportConfig:
 
     format: str = one_of("onnx", "adapter", "merged", "all")
     precision: str = one_of("fp32", "bf16", "int8", "int4")
-    vision_encoder: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]  # of this part alone; null: precision
-    embed_tokens: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]
-    decoder_model_merged: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]
+    vision_encoder: str | None = one_of(None, *SUFFIXES)  # of this part alone; null: precision
+    embed_tokens: str | None = one_of(None, *SUFFIXES)
+    decoder_model_merged: str | None = one_of(None, *SUFFIXES)
     search: bool = False  # try precisions part by part, and write the smallest that pass the parity gate
     merge: str = one_of("dequantized", "original")  # which base an adapter is merged into; see deploy/export/merge.py
     folder: str | None = None  # null: export/ in the run's folder, or in this task's
@@ -36,7 +36,7 @@ class ExportConfig:
 class SessionConfig:
     """task=chat and task=serve."""
 
-    precision: str | None = one_of(None, *SUFFIXES)  # type: ignore[arg-type]  # of an exported model; null: as exported
+    precision: str | None = one_of(None, *SUFFIXES)  # of an exported model; null: as exported
     max_new_tokens: int = at_least(1, 256)
     cache: str = "1GiB"  # keys, values and image features kept between turns, of all conversations together
 

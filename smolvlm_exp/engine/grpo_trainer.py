@@ -34,6 +34,8 @@ from smolvlm_exp.utils.phases import phase
 
 Batch = dict[str, Any]  # TRL's: `rows` (N,) and the other tensors of N answers
 
+IMAGE_DEPENDENCE = "image_dependence"  # the reward that asks the model
+GREY = 128
 SUMMED = ("dapo", "cispo", "vespo")  # TRL divides their sums by the step's tokens; other losses are means over answers
 SEEDS = 2**20  # of answers of one generation; generations of one seed
 
@@ -55,6 +57,8 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
     """
 
     counted = "answers"
+    blank = False  # images are, for a reward
+    reward_func_names: list[str]
     num_generations: int
     max_completion_length: int
     top_k: int
@@ -234,8 +238,32 @@ class SharedPrefixGRPOTrainer(StepTrainer, GRPOTrainer):
         logps, _ = self.score(self.model, numbers, answers, self.max_completion_length)  # type: ignore[arg-type]
         return logps
 
+    def _calculate_rewards(self, inputs: Any, prompts: Any, completions: Any, completion_ids_list: Any) -> torch.Tensor:
+        """TRL's; `image_dependence` is given the columns that it needs."""
+        if IMAGE_DEPENDENCE in self.reward_func_names:
+            logps, blank = (self.mean_logps(completion_ids_list, blank) for blank in (False, True))
+            inputs = [
+                {**example, "logps": own, "blank_logps": other}
+                for example, own, other in zip(inputs, logps, blank, strict=True)
+            ]
+        rewards: torch.Tensor = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        return rewards
+
+    @torch.no_grad()
+    def mean_logps(self, answers: list[list[int]], blank: bool) -> list[float]:
+        """Mean log-probability per token of `self.sampled`'s answers, in nats; `blank`: with blank images."""
+        width = max(map(len, answers))
+        ids = torch.nn.utils.rnn.pad_sequence([torch.tensor(own) for own in answers], batch_first=True)
+        mask = torch.tensor([[i < len(own) for i in range(width)] for own in answers])
+        with overridden(self, blank=blank):
+            logps, *_ = self._get_per_token_logps_and_entropies(self.model, ids, mask, width)  # type: ignore[arg-type]
+        return (logps.sum(1).cpu() / mask.sum(1)).tolist()
+
     def images_of(self, rows: Sequence[int] | dict[int, Any]) -> Batch:
-        """`features` of these rows' images, or `tiles` where the tower is trained."""
+        """`features` of these rows' images, or `tiles` where the tower is trained or the images are blank."""
+        if self.blank:
+            counts = [self.current_rows.sizes([row])[0, 3] for row in rows]
+            return {"tiles": self.rows.no_tiles.new_full((sum(counts), *self.rows.no_tiles.shape[1:]), GREY)}
         if not self.frozen_tower:
             return {"tiles": torch.cat([self.current_rows.images_of(row)["tiles"] for row in rows])}
         return {

@@ -14,7 +14,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from smolvlm_exp.evaluation.metrics import GOALS, METRICS, summary_value
+from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, in_order, summary_value
 from smolvlm_exp.evaluation.statistics import Ratio, changes, t_interval
 
 FILE = "rows.safetensors"
@@ -126,8 +126,10 @@ class Comparison:
     @property
     def metrics(self) -> list[str]:
         """The metrics that all evaluations have, the deciding one first."""
-        names = [f"after.{name}" for name in METRICS if all(g.value(f"after.{name}") is not None for g in self.groups)]
-        return list(dict.fromkeys([self.metric, *names]))
+        evaluated = [run.summary.get("after") or {} for group in self.groups for run in group.runs]
+        paths = [f"after.{name}" for name in in_order({name: None for metrics in evaluated for name in metrics})]
+        shared = [path for path in paths if all(group.value(path) is not None for group in self.groups)]
+        return list(dict.fromkeys([self.metric, *shared]))
 
     def gap(self, group: Group) -> Gap:
         return self.gaps[self.groups.index(group)]
@@ -157,8 +159,9 @@ def measure_gap(best: Group, group: Group, metric: str) -> Gap:
     return Gap(difference, None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5)
 
 
-def compare_runs(runs: Sequence[Run], metric: str) -> Comparison:
-    """Group the runs by their settings without the seed, the best first."""
+def compare_runs(runs: Sequence[Run], asked: str | None) -> Comparison:
+    """Group the runs by their settings without the seed, the best first; `asked`: config.metric."""
+    metric = deciding_metric(asked, [run.summary for run in runs])
     keys = dict.fromkeys(key for run in runs for key in run.settings)
     differing = [key for key in keys if len({run.settings.get(key, "") for run in runs}) > 1]
     grouped: dict[tuple[str, ...], list[Run]] = {}

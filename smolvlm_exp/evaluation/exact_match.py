@@ -8,6 +8,8 @@ from smolvlm_exp.evaluation.statistics import Ratio, mean
 
 ARTICLES = ("a", "an", "the")
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve"]
+NUMBER_OF = {"none": "0"} | {word: str(number) for number, word in enumerate(NUMBERS)}
+DROPPED = re.compile(r"['\u2019]|(?<=\d),(?=\d{3}\b)|(?<!\d)\.|\.(?!\d)")  # `U.S.` is one word, 3.5 a number
 WORD = re.compile(r"(?:(?<!\w)-)?\d+(?:\.\d+)?|[^\W_]+")
 
 
@@ -16,9 +18,9 @@ def normalise(text: str) -> str:
 
     Of articles alone nothing is left out: `A` may be one of several choices.
     """
-    words = WORD.findall(re.sub(r"(?<=\d),(?=\d{3}\b)|'", "", text.lower()))
+    words = WORD.findall(DROPPED.sub("", text.lower()))
     kept = [word for word in words if word not in ARTICLES] or words
-    return " ".join(str(NUMBERS.index(word)) if word in NUMBERS else word for word in kept)
+    return " ".join(NUMBER_OF.get(word, word) for word in kept)
 
 
 def exact_match(answer: str, accepted: Any) -> bool:

@@ -20,6 +20,7 @@ from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.evaluation.generate import generate_answers
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS, RowImages, chosen_drop, replacements
 from smolvlm_exp.evaluation.preference import LOGPS, Images, Logps, answer_logps, packed_logps, preference_metrics
+from smolvlm_exp.evaluation.reward_metrics import Scorer, reward_metrics
 from smolvlm_exp.evaluation.statistics import Ratio
 from smolvlm_exp.evaluation.truth_metrics import truth_metrics
 from smolvlm_exp.utils.cores import usable_cores
@@ -178,6 +179,7 @@ def evaluate(
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int = 256,
+    score: Scorer | None = None,
 ) -> Evaluation:
     """Metrics as summary.json has them.
 
@@ -185,6 +187,7 @@ def evaluate(
         model: PyTorch's or an exported one.
         reference: the base model's log-probs, for the implicit reward; beta: DPO's.
         temperature, seed, max_new_tokens: of generated answers; a temperature of 0 is greedy.
+        score: rewards the answers, where a truth is known.
     """
     preferences = held_out.preferences
     truths = preferences.test["truth"][:] if "truth" in preferences.test.column_names else []
@@ -197,6 +200,9 @@ def evaluate(
     answers = held_out.answers(model, len(held_out) if known else SAMPLES, sampling)
     if known:
         ratios |= truth_metrics(answers, truths, preferences.words)
+    if known and score:
+        ids = held_out.processor.tokenizer(answers, add_special_tokens=False)["input_ids"]
+        ratios |= reward_metrics(*score(preferences.test["prompt"][:], answers, ids, truths))
     if logps:
         ratios |= held_out.image_reliance(model, logps)
     return Evaluation(ratios, logps, answers)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class QuantConfig:
     load_in_4bit: bool = False
     load_in_8bit: bool = False
-    bnb_4bit_quant_type: str | None = one_of(None, "nf4", "fp4")  # type: ignore[arg-type]
+    bnb_4bit_quant_type: str | None = one_of(None, "nf4", "fp4")
     bnb_4bit_use_double_quant: bool | None = None  # quantise the scales too: 0.4 bits less per weight
     bnb_4bit_compute_dtype: str | None = None  # null: the model's dtype
     llm_int8_threshold: float | None = None  # activations beyond it stay in 16 bits; null: 6.0

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.evaluation.comparison import Comparison, Group, Run
-from smolvlm_exp.evaluation.metrics import GOALS, is_share
+from smolvlm_exp.evaluation.metrics import goal_of, is_share
 from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.report import CURVES
@@ -37,7 +37,7 @@ def format_metric(path: str, value: float | None, error: float | None) -> str:
 def column_name(path: str) -> str:
     """With an arrow in the direction that is better."""
     key = path.partition(".")[2]
-    return f"{NAMES.get(key, humanize(key))} {ARROWS[GOALS.get(path, 0)]}".strip()
+    return f"{NAMES.get(key, humanize(key))} {ARROWS[goal_of(path)]}".strip()
 
 
 def delta(comparison: Comparison, group: Group) -> str:

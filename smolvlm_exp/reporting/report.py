@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from smolvlm_exp.evaluation.metrics import METRICS, Metric
+from smolvlm_exp.evaluation.metrics import in_order, metric_of
 from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.event_log import metric_points, read_events
-from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, humanize, number, percent
+from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, number, percent
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import PHASES
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key of metrics.jsonl}, how to draw
 
-HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy")
+HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy", "reward")
 
 SHARE: dict[str, Any] = {"show": percent, "bounds": (0.0, 1.0)}
 CURVES: Curves = [
@@ -117,14 +117,13 @@ class ResultRow:
 def result_rows(
     before: dict[str, float], after: dict[str, float], changes: dict[str, dict[str, float]]
 ) -> list[ResultRow]:
-    keys = [*METRICS, *(key for key in {**before, **after} if key not in METRICS)]
-    return [result_row(key, before, after, changes.get(key)) for key in keys if key in before or key in after]
+    return [result_row(key, before, after, changes.get(key)) for key in in_order({**before, **after})]
 
 
 def result_row(
     key: str, before: dict[str, float], after: dict[str, float], paired: dict[str, float] | None
 ) -> ResultRow:
-    metric = METRICS.get(key) or Metric(humanize(key), "", share=False)
+    metric = metric_of(key)
     a, b = before.get(key), after.get(key)
     old, new = ("" if n is None else percent(n, 1) if metric.share else number(n) for n in (a, b))
     row = ResultRow(metric.label, metric.note, old, new)
@@ -160,10 +159,10 @@ def headline(summary: dict[str, Any]) -> str:
     """One plain sentence that says what happened, from whatever was measured."""
     before, after, train = (summary.get(key, {}) for key in ("before", "after", "train"))
     keys = [k for k in HEADLINE if k in before and k in after] or [k for k in HEADLINE if k in after]
-    parts = [
-        f"{METRICS[key].label}: {' → '.join(percent(values[key]) for values in (before, after) if key in values)}"
-        for key in keys[:2]
-    ]
+    parts = []
+    for metric, key in ((metric_of(key), key) for key in keys[:2]):
+        numbers = [values[key] for values in (before, after) if key in values]
+        parts.append(f"{metric.label}: {' → '.join(map(percent if metric.share else number, numbers))}")
     if not parts and train.get("first_loss") is not None:
         parts = [f"Training loss: {number(train['first_loss'])} → {number(train['last_loss'])}"]
     sentence = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])

@@ -2,15 +2,15 @@
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import entry_points
 from numbers import Real
 from typing import Any
 
 from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.data.vocabulary import Words
+from smolvlm_exp.data.vocabulary import Vocabulary, Words
 from smolvlm_exp.rewards.attributes import attributes
 from smolvlm_exp.rewards.completions import Conversation, Reward, Scores
 from smolvlm_exp.rewards.config import RewardConfig
@@ -21,7 +21,7 @@ from smolvlm_exp.rewards.image_dependence import image_dependence
 from smolvlm_exp.rewards.judge import Judge
 from smolvlm_exp.rewards.length import checked, length
 from smolvlm_exp.rewards.number import number
-from smolvlm_exp.rewards.objects import objects, vocabulary_of
+from smolvlm_exp.rewards.objects import objects
 from smolvlm_exp.rewards.repetition import repetition
 from smolvlm_exp.rewards.user import load_user
 from smolvlm_exp.rewards.yes_no import yes_no
@@ -40,7 +40,8 @@ BUILDERS: dict[str, Callable[[RewardConfig, Words], Reward]] = {
     "image_dependence": lambda config, words: image_dependence,
     "judge": lambda config, words: Judge(config.judge),
 }
-UNTRIED = ("image_dependence", "judge")  # need the model, or the network
+ASK_THE_MODEL = ("image_dependence",)
+UNTRIED = (*ASK_THE_MODEL, "judge")  # which needs the network
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,15 @@ class Rewards:
             name: checked_scores(name, function(**given), len(completions)) for name, function in self.functions.items()
         }
 
+    def score_answers(
+        self, prompts: Sequence[Any], answers: Sequence[str], ids: Sequence[list[int]], truth: Sequence[str | None]
+    ) -> tuple[dict[str, Scores], Scores]:
+        """As evaluation's `Scorer`: of answers to held-out rows, by the rewards that do not ask the model."""
+        completions = [[{"role": "assistant", "content": answer}] for answer in answers]
+        functions = {name: function for name, function in self.functions.items() if name not in ASK_THE_MODEL}
+        scores = replace(self, functions=functions).score(prompts, completions, ids, truth=list(truth))
+        return scores, self.total(scores)
+
     def total(self, scores: Mapping[str, Scores]) -> Scores:
         """Of each completion the weighted sum of the rewards that concern it; None where none does."""
         return [
@@ -81,16 +91,16 @@ class Rewards:
         ]
 
 
-def build_rewards(config: RewardConfig, words: Words | None, truths: Iterable[str | None]) -> Rewards:
+def build_rewards(config: RewardConfig, words: Words | None) -> Rewards:
     """The rewards that have a weight, and the person's own.
 
     Args:
-        words: reads the objects out of a caption; None: by the names in `truths`, those of the rows.
+        words: reads the objects out of a caption; None: no row says what is in its image.
 
     Raises:
         RequestError: there is no such reward, or its settings cannot work.
     """
-    words = words or vocabulary_of(truths)
+    words = words or Vocabulary({})
     functions = {name: named(name, build(name, config, words)) for name in config.weights}
     weights, hashes = dict(config.weights), dict[str, str]()
     if config.user:
@@ -143,7 +153,7 @@ def checked_rewards(config: RewardConfig, preferences: Preferences) -> Rewards:
             "No row says what is true of its image, so rewards have nothing to compare answers with. Rows need one of "
             "answer, objects, caption, truth (docs/rewards.md)."
         )
-    rewards = build_rewards(config, preferences.words, truths)
+    rewards = build_rewards(config, preferences.words)
     check(rewards, {"prompt": rows[first]["prompt"], "truth": truths[first]})
     return rewards
 

@@ -1,9 +1,9 @@
 """Does a caption name what is in the image, and nothing else?"""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from smolvlm_exp.data.vocabulary import Vocabulary, Words
+from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.evaluation.hallucination import Caption, read_caption
 from smolvlm_exp.rewards.completions import Conversation, Scores, of_kind, texts
 
@@ -25,12 +25,3 @@ def recall_less_invention(caption: Caption) -> float:
     named, present = set(caption.mentions), set(caption.objects)
     recall = len(named & present) / len(present) if present else 1.0
     return 2 * recall - bool(named - present)
-
-
-def vocabulary_of(truths: Iterable[str | None]) -> Vocabulary:
-    """Every object that some row's truth knows, by its name: for data that comes without synonyms.
-
-    What no row knows is not recognised, so a caption may invent it for free.
-    """
-    known = [truth for truth in of_kind(list(truths), "caption") if truth is not None]
-    return Vocabulary({name: name for truth in known for key in ("objects", "expected") for name in truth.get(key, ())})

@@ -60,7 +60,7 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
     reason = f": {result.reason}" if result.reason else ""
     log.info(f"[{job.number}] {result.status}{reason}{remaining_time(results)}")
     prune_checkpoints(results, config.keep_checkpoints)
-    return result.value(config.metric)
+    return result.value(results.metric)
 
 
 def remaining_time(results: SweepResults) -> str:

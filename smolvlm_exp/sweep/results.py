@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from smolvlm_exp.evaluation.metrics import GOALS, summary_value
+from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, summary_value
 from smolvlm_exp.evaluation.statistics import t_interval
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
@@ -95,9 +95,10 @@ def read_result(sweep: Path, job: Job) -> JobResult:
     return JobResult(job.number, job.overrides, job_state(folder), summary_of(folder))
 
 
-def read_results(sweep: Path, metric: str) -> SweepResults:
-    """The state of the sweep in this folder, by the files of its jobs."""
-    return SweepResults(sweep, [read_result(sweep, job) for job in read_jobs(sweep)], read_keys(sweep), metric)
+def read_results(sweep: Path, asked: str | None) -> SweepResults:
+    """The state of the sweep in this folder, by the files of its jobs; `asked`: config.metric."""
+    jobs = [read_result(sweep, job) for job in read_jobs(sweep)]
+    return SweepResults(sweep, jobs, read_keys(sweep), deciding_metric(asked, [job.summary for job in jobs]))
 
 
 @dataclass(frozen=True)

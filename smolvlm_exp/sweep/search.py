@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from smolvlm_exp.config.jobs import parsed
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.evaluation.metrics import GOALS
+from smolvlm_exp.evaluation.metrics import BY_DEFAULT, GOALS, deciding_metric
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
 from smolvlm_exp.sweep.console import announce, report_results
@@ -48,8 +48,9 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     OmegaConf.save(sweeper.config, folder / "multirun.yaml")
     lines = [override.input_line or "" for override in overrides.values()]
-    command = [f"metric={config.metric}", *(line for line in lines if key_of(line) not in DISPLAY_KEYS)]
-    study = open_study(folder, options, GOALS[config.metric], command)
+    metric = config.metric or BY_DEFAULT[0]  # of which more is better, as of the other
+    command = [f"metric={metric}", *(line for line in lines if key_of(line) not in DISPLAY_KEYS)]
+    study = open_study(folder, options, GOALS[metric], command)
     with SweepStop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)
     report_results(folder, config, stop.requested, study)
@@ -122,7 +123,7 @@ class Search:
         from optuna.trial import TrialState
 
         result = read_result(self.folder, job)
-        value = result.value(self.config.metric)
+        value = result.value(deciding_metric(self.config.metric, [result.summary]))
         if result.status == "done" and value is not None:
             self.study.tell(job.number, value, skip_if_finished=True)
         elif result.status in ("done", "failed", "pruned"):

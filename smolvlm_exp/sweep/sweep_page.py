@@ -6,7 +6,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.evaluation.metrics import GOALS, METRICS, is_share
+from smolvlm_exp.evaluation.metrics import GOALS, is_share, metric_of
 from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.sweep_record import job_label
@@ -22,7 +22,7 @@ COST_LABELS = {"train.seconds": "training time, s", "train.memory_peak_gib": "pe
 def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
     """Write sweep.html into the sweep's folder; `study`: the search's, in place of main effects."""
     part, _, key = results.metric.partition(".")
-    label = METRICS[key].label if part == "after" else humanize(key)
+    label = metric_of(key).label if part == "after" else humanize(key)
     show: Callable[[float], str] = partial(percent, decimals=1) if is_share(results.metric) else number
     best, statuses = results.best, [job.status for job in results.jobs]
     effects = {} if study else main_effects(results)

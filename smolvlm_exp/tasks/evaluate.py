@@ -19,6 +19,7 @@ from smolvlm_exp.models.model import load_model, load_processor, resolve_attenti
 from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.summary import print_results, samples, summarize
+from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.result import tracker_of
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
@@ -46,6 +47,8 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
+    columns = preferences.test.column_names
+    rewards = checked_rewards(config.reward, preferences) if "truth" in columns and "chosen" not in columns else None
     model: Any = load_model(config.model, quantization, config.seed)
     held_out = HeldOut(preferences, processor, batch_size, config.data.max_length)
     store, task = replace(disk_cache(config.trainer), reused=False), config.task
@@ -53,7 +56,8 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     def evaluate_held_out(model: Any, **compared: Any) -> Evaluation:
         held_out.precompute(model.requires_grad_(False), store, tiling_processes(model, config.trainer))
         sampling = {"seed": config.seed, "temperature": task.temperature, "max_new_tokens": task.max_new_tokens}
-        return evaluate_model(model, held_out, **compared, **sampling)
+        score = rewards.score_answers if rewards else None
+        return evaluate_model(model, held_out, score=score, **compared, **sampling)
 
     before = evaluate_held_out(model)
     speed = {"base": generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)}

@@ -25,7 +25,7 @@ from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.models.model import load_finetuned_model
-from smolvlm_exp.rewards.build import Rewards, checked_rewards
+from smolvlm_exp.rewards.build import ASK_THE_MODEL, Rewards, checked_rewards
 from smolvlm_exp.rewards.pairs import ScoredAnswer, select_pairs
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.tasks.mined import Mined, write_mined
@@ -56,6 +56,10 @@ def mine_pairs(
         RunError: no row has a pair.
     """
     rewards = checked_rewards(config.reward, preferences)
+    if asking := next((name for name in rewards.functions if name in ASK_THE_MODEL), None):
+        raise RequestError(
+            f"reward.weights.{asking} asks a model that trains: leave it out with ~reward.weights.{asking}."
+        )
     folder.mkdir(parents=True, exist_ok=True)
     path, rows = folder / "answers.jsonl", len(preferences.train)
     header = {"settings": deciding_settings(config), "round": round_number}
@@ -178,12 +182,12 @@ class Sampler:
         texts = [text.strip() for text in self.processor.batch_decode(ids, skip_special_tokens=True)]
         rows = self.rows.select_columns(["prompt", "truth"]).select(numbers)
         asked = [row for row in rows for _ in range(self.answers)]
-        completions = [[{"role": "assistant", "content": text}] for text in texts]
-        truths = [row["truth"] for row in asked]
-        scores = self.rewards.score([row["prompt"] for row in asked], completions, ids, truth=truths)
+        scores, totals = self.rewards.score_answers(
+            [row["prompt"] for row in asked], texts, ids, [row["truth"] for row in asked]
+        )
         each = ({name: own[i] for name, own in scores.items()} for i in range(len(flat)))
         scored = [
             ScoredAnswer(text, total, mean_logp(answer), len(answer.ids), answer.ended, rewards)
-            for text, total, answer, rewards in zip(texts, self.rewards.total(scores), flat, each, strict=True)
+            for text, total, answer, rewards in zip(texts, totals, flat, each, strict=True)
         ]
         return [scored[i : i + self.answers] for i in range(0, len(scored), self.answers)]

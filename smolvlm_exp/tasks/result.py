@@ -17,6 +17,7 @@ from smolvlm_exp.evaluation.checks import Check, check_adapter_reload, compare_e
 from smolvlm_exp.evaluation.comparison import save_per_row
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut, evaluate
 from smolvlm_exp.evaluation.preference import Logps
+from smolvlm_exp.evaluation.reward_metrics import Scorer
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
@@ -42,8 +43,9 @@ class Result:
     training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
 
-    def __init__(self, config: Config, folder: Path, held_out: HeldOut) -> None:
-        self.config, self.folder, self.held_out = config, folder, held_out
+    def __init__(self, config: Config, folder: Path, held_out: HeldOut, score: Scorer | None = None) -> None:
+        """`score`: rewards the answers to held-out rows."""
+        self.config, self.folder, self.held_out, self.score = config, folder, held_out, score
         self.preferences = preferences = held_out.preferences
         self.tracker = tracker_of(config, folder)
         self.summary: dict[str, Any] = {
@@ -94,7 +96,7 @@ class Result:
     def evaluate(self, trainer: Any, reference: Logps | None = None) -> Evaluation:
         model, config = trainer.accelerator.unwrap_model(trainer.model), self.config
         scale, tokens = config.trainer.reward_scale, config.task.max_new_tokens
-        return evaluate(model, self.held_out, reference, scale, max_new_tokens=tokens)
+        return evaluate(model, self.held_out, reference, scale, max_new_tokens=tokens, score=self.score)
 
     @phase("saving")
     def save(self, trainer: Any) -> None:

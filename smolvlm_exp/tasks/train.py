@@ -56,7 +56,8 @@ def train(
     identity = check_same_run(asdict(config), checkpoint, preferences.train, model)
 
     cap = memory_cap(config.trainer.memory_budget)
-    with cap, Result(config, folder, held_out) as result, StopCallback() as stop:
+    score = rewards.score_answers if rewards else None
+    with cap, Result(config, folder, held_out, score) as result, StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
         inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, rewards, identity)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)

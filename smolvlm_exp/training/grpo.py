@@ -84,6 +84,7 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
     from peft import PeftModel
 
     from smolvlm_exp.engine.grpo_trainer import Examples
+    from smolvlm_exp.rewards.build import ASK_THE_MODEL
     from smolvlm_exp.training.engine_setup import engine_inputs, prepare_rows
     from smolvlm_exp.training.grpo_trainers import EngineGRPOTrainer, StockGRPOTrainer
     from smolvlm_exp.training.memory_budget import plan_memory
@@ -93,6 +94,8 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
     arguments.reward_weights = list(rewards.weights.values())
     arguments.multi_objective_aggregation = rewards.aggregation
     train, *test = inputs.splits(config)
+    if config.engine == "stock" and set(ASK_THE_MODEL) & set(rewards.functions):
+        raise RequestError("reward.weights.image_dependence needs trainer.engine=shared.")
     functions: dict[str, Any] = {"reward_funcs": list(rewards.functions.values())}
     if config.engine == "shared":
         own = engine_inputs(config, arguments, inputs)

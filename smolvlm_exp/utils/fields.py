@@ -4,7 +4,7 @@ from dataclasses import field
 from typing import Any
 
 
-def one_of(default: str, *others: str) -> Any:
+def one_of(default: str | None, *others: str) -> Any:
     """A setting with a closed list of values."""
     return field(default=default, metadata={"choices": (default, *others)})
 

@@ -74,7 +74,8 @@ def test_what_is_malformed_is_named(row, said):
 
 def test_the_vocabulary_of_rows():
     rows = [{"objects": "dog, cat"}, {"objects": ["hot dog"]}, {"answer": 2, "objects": ["bird"]}, {}]
+    rows.append({"truth": {"kind": "caption", "objects": [], "expected": ["sofa"]}})
     words = vocabulary_of(map(truth_of, rows))
-    named = [name for _, name in words("Two dogs, a bird and a hot dog", {})]
-    assert named == ["dog", "hot dog"]
+    named = [name for _, name in words("Two dogs, a bird and a hot dog on a sofa", {})]
+    assert named == ["dog", "hot dog", "sofa"]
     assert vocabulary_of([None, truth_of({"answer": 2})]) is None

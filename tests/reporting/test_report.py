@@ -157,6 +157,8 @@ def test_headline() -> None:
     sft = {"status": "stopped", "train": {"first_loss": 2.5, "last_loss": 0.42}}
     assert headline(sft) == "The run was stopped before its end. Training loss: 2.5 → 0.42."
     assert headline({"status": "done", "after": {"recall": 0.9}}) == "Objects in the image that are named: 90\u00a0%."
+    rewarded = {"status": "done", "before": {"reward": 0.31}, "after": {"reward": 0.62}}
+    assert headline(rewarded) == "Reward: 0.31 → 0.62."
     assert headline({"status": "done"}) == "Nothing was measured."
 
 

@@ -24,7 +24,7 @@ def test_the_default_scores_each_kind_of_truth_and_adds_up():
         {"kind": "answer", "answer": "red"},
         None,
     )
-    rewards = build_rewards(compose().reward, KINDS, truth)
+    rewards = build_rewards(compose().reward, KINDS)
     completions = said("A red star, a green star.", "No.", "3", "Red", "a b c a b c")
     scores = rewards.score(
         prompts=[QUESTION] * 5, completions=completions, completion_ids=[[1]] * 5, truth=truth, images=[None] * 5
@@ -48,7 +48,7 @@ def test_functions_have_the_names_that_trl_logs():
 
     judge = JudgeConfig("http://127.0.0.1:1/v1", "big")
     config = RewardConfig(dict.fromkeys(BUILDERS, 1.0), format=FormatConfig("x"), judge=judge)
-    rewards = build_rewards(config, KINDS, [])
+    rewards = build_rewards(config, KINDS)
     assert list(rewards.functions) == list(BUILDERS)
     for name, function in rewards.functions.items():
         assert function.__name__ == get_callable_name(function) == name
@@ -56,21 +56,15 @@ def test_functions_have_the_names_that_trl_logs():
     assert rewards.functions["judge"].failures == 0
 
 
-def test_without_words_the_rows_give_the_vocabulary():
-    truth = known(caption("dog"), caption("cat"))
-    rewards = build_rewards(RewardConfig({"objects": 1.0}), None, truth)
-    assert rewards.score(["?"] * 2, ["Dogs and a cat.", "A cat."], [[1]] * 2, truth=truth) == {"objects": [1, 2]}
-
-
 def test_unknown_names_get_a_suggestion():
     with pytest.raises(RequestError, match=r"reward\.weights\.objcts: .* Did you mean objects\?"):
-        build_rewards(RewardConfig({"objcts": 1.0}), KINDS, [])
+        build_rewards(RewardConfig({"objcts": 1.0}), KINDS)
 
 
 def test_an_installed_package_offers_rewards(monkeypatch):
     found = EntryPoints([EntryPoint("upper", "tests.rewards.test_build:shout", "smolvlm_exp.rewards")])
     monkeypatch.setattr("smolvlm_exp.rewards.build.entry_points", lambda group: found)
-    rewards = build_rewards(RewardConfig({"upper": 2.0}), KINDS, [])
+    rewards = build_rewards(RewardConfig({"upper": 2.0}), KINDS)
     assert rewards.functions["upper"].__name__ == "upper"
     scores = rewards.score(["?"] * 2, ["A STAR", "a star"], [[1]] * 2)
     assert (scores, rewards.total(scores), rewards.hashes) == ({"upper": [1.0, None]}, [2.0, None], {})
@@ -87,7 +81,7 @@ def own(tmp_path):
     def build(body, name="mine"):
         path = tmp_path / "own.py"
         path.write_text(f"def {name}(prompts, completions, completion_ids, **columns):\n    {body}\n")
-        return build_rewards(RewardConfig(user=f"{path}:{name}", user_weight=3.0), KINDS, [])
+        return build_rewards(RewardConfig(user=f"{path}:{name}", user_weight=3.0), KINDS)
 
     return build
 
@@ -120,6 +114,6 @@ def test_a_reward_that_cannot_work_is_named_before_the_model_loads(own, body, me
 
 def test_check_names_a_missing_truth_and_missing_rewards():
     with pytest.raises(RequestError, match=r"the reward yes_no fails .*'truth'"):
-        check(build_rewards(RewardConfig({"yes_no": 1.0}), KINDS, []), {"prompt": QUESTION})
+        check(build_rewards(RewardConfig({"yes_no": 1.0}), KINDS), {"prompt": QUESTION})
     with pytest.raises(RequestError, match=r"reward\.weights is empty"):
-        check(build_rewards(RewardConfig(), KINDS, []), {"prompt": QUESTION})
+        check(build_rewards(RewardConfig(), KINDS), {"prompt": QUESTION})

@@ -2,7 +2,7 @@
 
 import pytest
 
-from smolvlm_exp.rewards.objects import objects, vocabulary_of
+from smolvlm_exp.rewards.objects import objects
 from tests.rewards.rows import KINDS, caption, known, said
 
 
@@ -26,12 +26,3 @@ def test_an_image_without_objects_and_rows_that_it_does_not_concern():
     assert objects(completions=said("Nothing.", "A star.", "A star.", "A star."), truth=truth, words=KINDS) == [
         2, 1, None, None,
     ]  # fmt: skip
-
-
-def test_vocabulary_of_the_rows_own_objects():
-    truths = known(caption("hot dog", "child", expected=["dog"]), {"kind": "answer", "answer": "cat"}, None)
-    words = vocabulary_of(truths)
-    assert words("Children eat hot dogs; a cat and a dog watch.") == [
-        ("children", "child"), ("hot dogs", "hot dog"), ("dog", "dog"),
-    ]  # fmt: skip
-    assert objects(completions=said("A child and a dog."), truth=truths[:1], words=words) == [2 * 1 / 2 - 1]

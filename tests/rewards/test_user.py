@@ -76,7 +76,7 @@ def test_the_example_in_the_docs(tmp_path):
     (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "rewards.md").read_text(), re.DOTALL)
     assert len(code.strip().splitlines()) <= 10
     (tmp_path / "my_reward.py").write_text(code)
-    rewards = build_rewards(RewardConfig(user=f"{tmp_path}/my_reward.py:article"), None, [])
+    rewards = build_rewards(RewardConfig(user=f"{tmp_path}/my_reward.py:article"), None)
     truth = known(caption("star"), caption("star"), None)
     assert rewards.score(["?"] * 3, said("A star.", "Stars.", "A star."), [[1]] * 3, truth=truth) == {
         "article": [1, 0, None],

@@ -86,6 +86,17 @@ def test_the_best_job_and_the_pareto_front(tmp_path):
     fastest = read_results(tmp_path, "train.seconds").best
     assert fastest is not None
     assert fastest.number == 0, "less is better"
+    assert read_results(tmp_path, None).metric == METRIC
+
+
+def test_without_pairs_jobs_are_compared_by_reward(tmp_path):
+    rewards = {("r=1",): 1.5, ("r=2",): 2.5, ("r=3",): -1.0}
+    measured = {job: {"reward": reward, "recall": 0.5} for job, reward in rewards.items()}
+    made(tmp_path, {job: {"status": "done", "after": after} for job, after in measured.items()})
+    results = read_results(tmp_path, None)
+    assert (results.metric, results.best.number) == ("after.reward", 1)
+    assert "Reward: \u22121 to 2.5; best with r=2." in write_page(results).read_text()
+    assert read_results(tmp_path, "after.recall").metric == "after.recall"
 
 
 def test_the_page_escapes_text_and_needs_no_finished_job(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 
 from smolvlm_exp.evaluation.comparison import PerRowResults, Run, compare_runs, load_per_row, save_per_row
 from smolvlm_exp.evaluation.statistics import mean
-from smolvlm_exp.reporting.comparison_page import delta, lead
+from smolvlm_exp.reporting.comparison_page import column_name, delta, lead
 from smolvlm_exp.tasks.compare import compare, find_runs
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
@@ -57,6 +57,21 @@ def test_seeds_are_one_group_and_its_interval_is_students():
     assert best.error(METRIC) == pytest.approx((seed_error**2 + 0.05**2) ** 0.5, abs=1e-4)  # and other rows
     assert other.error(METRIC) == pytest.approx(0.05)  # one run: what it measured itself
     assert (found.verdict(best), found.verdict(other)) == ("best", "worse")
+
+
+def test_without_pairs_runs_are_compared_by_reward():
+    """Each reward has its column behind their sum, and its arrow; what one run lacks has none."""
+    measured = {
+        "4": {"reward_objects": 0.2, "recall": 0.9, "reward_number": 1.0, "reward": 0.5},
+        "8": {"reward_objects": 0.7, "recall": 0.9, "reward": 1.5},
+    }
+    runs = [Run(None, {"adapter.r": r}, {"seed": 0, "after": after}) for r, after in measured.items()]
+    found = compare_runs(runs, None)
+    assert found.metrics == ["after.reward", "after.recall", "after.reward_objects"]
+    assert [group.settings["adapter.r"] for group in found.groups] == ["8", "4"]
+    assert [column_name(path) for path in found.metrics] == ["reward ↑", "recall ↑", "reward objects ↑"]
+    assert lead(found).startswith("2 runs, compared by reward ↑. Best: r=8, 1.5.")
+    assert compare_runs([of(0.8), *runs], None).metric == METRIC
 
 
 def test_a_difference_within_both_intervals_is_noise():

@@ -124,6 +124,7 @@ def test_another_file_in_the_place_of_the_answers(tmp_path):
         (["task.rounds=1", "trainer=grpo"], "trainer=grpo samples answers of its own"),
         (["task.rounds=2", "adapter=pissa"], "adapter=pissa is saved with twice its rank"),
         (["task.push_to_hub=me/pairs"], "task.push_to_hub=me/pairs: "),
+        (["+reward.weights.image_dependence=1"], "leave it out with ~reward.weights.image_dependence"),
         (["data=photos"], "No row says what is true of its image"),
         (["model.adapter=nowhere"], "model.adapter=nowhere: there is no adapter_config.json"),
     ],
