@@ -26,7 +26,7 @@ def mine(config: Config, folder: Path) -> dict[str, Any]:
 
     Raises:
         RequestError: the request cannot work here; nothing was sampled.
-        RunError: no row has a pair.
+        RunError: too few rows have pairs.
     """
     task = config.task
     if rank_world()[1] > 1:

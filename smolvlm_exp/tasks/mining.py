@@ -53,7 +53,7 @@ def mine_pairs(
 
     Raises:
         RequestError: the request cannot work here; nothing was sampled.
-        RunError: no row has a pair.
+        RunError: too few rows have pairs.
     """
     rewards = checked_rewards(config.reward, preferences)
     if asking := next((name for name in rewards.functions if name in ASK_THE_MODEL), None):
@@ -81,11 +81,12 @@ def mine_pairs(
     task = config.task
     limits = task.pairs_per_row, task.margin, task.max_length_ratio, task.rejected
     mined = Mined(preferences, answers, [select_pairs(own, *limits) for own in answers])
-    if not any(mined.pairs):
+    if sum(map(bool, mined.pairs)) < 2:  # data=files could hold nothing out
+        reasons = ", ".join(f"{reason} {count}" for reason, count in mined.without_pairs().items() if count)
         raise RunError(
-            f"no row has a pair ({', '.join(f'{reason}: {n}' for reason, n in mined.without_pairs().items() if n)}): "
-            f"its answers, in {relative_to_cwd(path)}, are equally good by the group `reward`, or differ by less than "
-            f"task.margin={task.margin:g}. Raise task.temperature or task.num_generations, or lower task.margin."
+            f"fewer than two rows have pairs (the others: {reasons}): their answers, in {relative_to_cwd(path)}, are "
+            f"equally good by the group `reward`, or differ by less than task.margin={task.margin:g}. Raise "
+            "task.temperature or task.num_generations, or lower task.margin."
         )
     return write_mined(config, folder, mined)
 
