@@ -135,8 +135,8 @@ def job(composed: DictConfig) -> float | None:
             raise  # the other jobs continue, and Hydra reports this one
         exit_with_error(error)
     except KeyboardInterrupt:  # while loading the model or the data; later a run saves first
-        saved = f"; answers are saved: resume={relative_to_cwd(folder)}" if config.task.name == "mine" else ""
-        print(f"\nstopped before training began{saved}", file=sys.stderr)
+        mined = f"stopped; answers so far are saved, resume: python -m smolvlm_exp resume={relative_to_cwd(folder)}"
+        print("\n" + (mined if config.task.name == "mine" else "stopped before training began"), file=sys.stderr)
         sys.exit(130)
     if config.task.name not in ("train", "mine"):
         return None

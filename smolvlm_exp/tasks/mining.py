@@ -112,7 +112,8 @@ def read_answers(path: Path, header: dict[str, Any], fingerprints: Sequence[byte
     """
     if not path.is_file():
         return []
-    first, *lines = path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1] or [""]
+    text = path.read_text(encoding="utf-8", errors="replace")
+    first, *lines = text.split("\n")[:-1] or [""]
     if not first:
         path.unlink()  # killed within its first line
         return []
@@ -126,8 +127,11 @@ def read_answers(path: Path, header: dict[str, Any], fingerprints: Sequence[byte
     if rows != list(fingerprints[: len(rows)]):
         raise RequestError(f"{path} has answers to other rows than data={{...}} gives now: use another hydra.run.dir.")
     whole = len(rows) if len(rows) == len(fingerprints) else len(rows) // CHUNK * CHUNK
-    kept = [first, *lines[:whole]] if whole else []
-    path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+    kept = "".join(line + "\n" for line in [first, *lines[:whole]]) if whole else ""
+    if kept != text:
+        part = path.with_name(f".{path.name}.{os.getpid()}.part")
+        part.write_text(kept, encoding="utf-8")
+        part.replace(path)
     return answers[:whole]
 
 

@@ -7,6 +7,7 @@ nothing more, since the tuned model makes other mistakes.
 
 import logging
 import shutil
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from smolvlm_exp.training.engine_setup import check_request
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
+from smolvlm_exp.utils.phases import clock
 
 log = logging.getLogger(__name__)
 
@@ -56,16 +58,19 @@ def mine_and_train(config: Config, folder: Path, processor: Any) -> dict[str, An
         the content of summary.json, the held-out rows' metrics of the base and of the last round; `{"status":
         "stopped"}` where a round's training was stopped.
     """
+    began = time.perf_counter()
     preferences = load_preferences(config.data, processor, folder, answers=False)
     model, rounds = config.model, []
     for number in range(1, config.task.rounds + 1):
         own, start = folder / f"round-{number}", replace(config, model=model)
-        if not any((own / name).is_dir() for name in TUNED):
+        if summary_of(own).get("status") != "done":
             log.info(f"round {number} of {config.task.rounds}: {relative_to_cwd(own)}")
             own.mkdir(exist_ok=True)
             if (folder / ".hydra").is_dir():  # so that run=FOLDER/round-N works on it
                 shutil.copytree(folder / ".hydra", own / ".hydra", dirs_exist_ok=True)
+            clock.restart()  # what follows has a summary, and so a time, of its own
             mine_pairs(start, own / "pairs", processor, preferences, number)
+            clock.restart()
             if train_on_pairs(start, own, processor, preferences)["status"] == "stopped":
                 return {"status": "stopped"}
         model = tuned(config.model, own)
@@ -77,7 +82,8 @@ def mine_and_train(config: Config, folder: Path, processor: Any) -> dict[str, An
     for name in (*TUNED, "rows.safetensors"):
         copy(own / name, folder / name)
     task = Evaluate("evaluate", max_new_tokens=config.task.max_new_tokens)
-    summary = {**evaluate(replace(config, task=task, model=tuned(config.model, folder)), folder), "rounds": rounds}
+    evaluated = evaluate(replace(config, task=task, model=tuned(config.model, folder)), folder)
+    summary = {**evaluated, "rounds": rounds, "seconds": time.perf_counter() - began}
     write_json(folder / "summary.json", summary)
     return summary
 

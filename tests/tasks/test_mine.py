@@ -154,7 +154,9 @@ def trained(monkeypatch):
     def train(config, folder, preferences):
         given.append((config, folder, preferences))
         (folder / "adapter").mkdir()
-        (folder / "summary.json").write_text(json.dumps({"before": {"recall": 0.5}, "after": {"recall": 0.6}}))
+        (folder / "summary.json").write_text(
+            json.dumps({"status": "done", "before": {"recall": 0.5}, "after": {"recall": 0.6}})
+        )
         return {"status": "done"}
 
     monkeypatch.setattr(rounds, "train", train)
