@@ -112,7 +112,7 @@ def execute(config: Config, folder: Path) -> Any:
             silence_upstream()
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
     try:
-        with lock_run_folder(folder) if name == "train" else nullcontext():
+        with lock_run_folder(folder) if name in ("train", "mine") else nullcontext():
             return task(config, folder)
     finally:
         clock.restart()  # another job may follow in this process
@@ -135,13 +135,16 @@ def job(composed: DictConfig) -> float | None:
             raise  # the other jobs continue, and Hydra reports this one
         exit_with_error(error)
     except KeyboardInterrupt:  # while loading the model or the data; later a run saves first
-        print("\nstopped before training began", file=sys.stderr)
+        mined = f"stopped; answers so far are saved, resume: python -m smolvlm_exp resume={relative_to_cwd(folder)}"
+        print("\n" + (mined if config.task.name == "mine" else "stopped before training began"), file=sys.stderr)
         sys.exit(130)
-    if config.task.name != "train":
+    if config.task.name not in ("train", "mine"):
         return None
     if summary["status"] == "stopped":
         print(f"stopped after saving; resume: python -m smolvlm_exp resume={relative_to_cwd(folder)}", file=sys.stderr)
         sys.exit(75)
+    if config.task.name == "mine":
+        return None
     return summary_value(summary, deciding_metric(config.metric, [summary]))
 
 

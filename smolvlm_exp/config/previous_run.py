@@ -31,10 +31,16 @@ def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
 
 
 def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
-    """The run's own settings, writing into its folder; its `.hydra` stays as it was and replays the complete run."""
+    """The run's own settings, writing into its folder; its `.hydra` stays as it was and replays the complete run.
+
+    Mining goes on where its folder ends, so there it is the same command again.
+    """
     if multirun:
         raise RequestError("resume=... resumes a single run: leave out -m (sweep=... resumes a sweep).")
     folder = find_run(given["resume"])
+    own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+    if saved_hydra(folder, "config").get("task", {}).get("name") == "mine" and not checkpoint_folders(folder):
+        return [*settings_of(saved_overrides(folder), "mine", given), *own]
     if not checkpoint_folders(folder):
         raise RequestError(f"resume={folder}: this run has saved no checkpoint, so there is nothing to resume from.")
     if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):
@@ -42,8 +48,7 @@ def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
             f"resume={given['resume']}: {folder} has finished. To train it longer, add trainer.max_steps=... and "
             "'resume_allow=[trainer.max_steps]'."
         )
-    own = [f"resume={folder}", f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
-    return [*settings_of(saved_overrides(folder), "train", given), *own]
+    return [*settings_of(saved_overrides(folder), "train", given), f"resume={folder}", *own]
 
 
 def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:

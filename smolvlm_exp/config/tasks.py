@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 
 from omegaconf import MISSING
 
-from smolvlm_exp.utils.fields import above, at_least
+from smolvlm_exp.utils.fields import above, at_least, one_of
 
 READERS = {
     "export": ("export",), "serve": ("serve",), "session": ("chat", "serve"), "runs": ("compare",),
-    "reward": ("train", "evaluate"),
+    "reward": ("train", "evaluate", "mine"),
 }  # fmt: skip
 
 
@@ -49,6 +49,27 @@ class Generate(Chat, Train):
 
 
 @dataclass
+class Mine(Train):
+    """Pairs out of answers that are sampled from the model and scored by the group `reward`.
+
+    The folder then has `pairs.jsonl`, which `data=files data.folder=FOLDER` reads, and the images in `images/`; with
+    rounds each `round-N/` has them, beside the run that was trained on them, and the folder has the last adapter.
+    """
+
+    num_generations: int = at_least(2, 8)  # answers to each row
+    temperature: float = above(0, 1.0)  # of sampling
+    pairs_per_row: int = at_least(1, 2)  # at most
+    margin: float = above(0, 0.5)  # of reward between chosen and rejected, at least
+    rejected: str = one_of(
+        "likeliest", "worst"
+    )  # of the answers below the margin, first those that the model is surest of
+    max_length_ratio: float = at_least(1, 3.0)  # of the longer answer's tokens to the shorter one's
+    rounds: int = at_least(0, 0)  # of mining and then training on what was mined; 0: mine alone
+    push_to_hub: str | None = None  # a dataset repository, as you/pairs; uploaded once everything is written
+    private: bool = True  # where that repository is created
+
+
+@dataclass
 class Plan(Task):
     """What is assumed of data that is not on this disk, and of the GPU."""
 
@@ -60,7 +81,7 @@ class Plan(Task):
 
 TASKS: dict[str, type[Task]] = {
     "train": Train, "evaluate": Evaluate, "generate": Generate, "compare": Task, "export": Export, "chat": Chat,
-    "serve": Task, "doctor": Task, "plan": Plan,
+    "serve": Task, "doctor": Task, "plan": Plan, "mine": Mine,
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+SPLITS = ("train", "test")
 VERSION = 3  # raise when prepared rows come out differently: it is part of the key under which they are cached
 
 
@@ -79,7 +80,7 @@ def load_preferences(
     config: DataConfig,
     processor: "ProcessorMixin",
     folder: Path,
-    splits: Sequence[str] = ("train", "test"),
+    splits: Sequence[str] = SPLITS,
     answers: bool = True,
 ) -> Preferences:
     """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`.
@@ -124,8 +125,8 @@ def load_preferences(
         report["test"]["also_in_train"] = len(leaked)
         if leaked:
             log.warning(f"data leakage: {len(leaked)} test rows are also in train (e.g. row {leaked[0]})")
-    train = checked.get("train", checked["test"].select([]))
-    return Preferences(train, checked["test"], report, words_of(config, checked.values()), prints)
+    train, test = (checked[split] if split in checked else next(iter(checked.values())).select([]) for split in SPLITS)
+    return Preferences(train, test, report, words_of(config, checked.values()), prints)
 
 
 def words_of(config: DataConfig, splits: "Iterable[Dataset]") -> Words | None:

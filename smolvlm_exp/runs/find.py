@@ -102,8 +102,10 @@ def choices(folder: Path) -> dict[str, str]:
     if not saved:
         return {}
     chosen = saved["hydra"]["runtime"]["choices"]
-    algorithm = saved_hydra(folder, "config").get("trainer", {}).get("algorithm")
-    unread = "[/@]|^local$|^reward$" if algorithm in PAIRED else "[/@]|^local$"
+    config = saved_hydra(folder, "config")
+    learns_from_pairs = config.get("trainer", {}).get("algorithm") in PAIRED
+    scores = config.get("task", {}).get("name") == "mine"
+    unread = "[/@]|^local$|^reward$" if learns_from_pairs and not scores else "[/@]|^local$"
     own = {group: option for group, option in chosen.items() if not re.search(unread, group)}
     origin = replayed(folder)
     return own or (choices(origin) if origin else {})

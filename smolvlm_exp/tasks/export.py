@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi
 from rich.console import Console
 
 from smolvlm_exp.config.schema import Config
@@ -34,14 +33,12 @@ from smolvlm_exp.reporting.summary import print_results, summarize
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.folder import lock_run_folder
-from smolvlm_exp.utils.errors import RequestError, RunError, first_line
+from smolvlm_exp.tasks.hub import check_account, upload
+from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
 log = logging.getLogger(__name__)
-
-# training_args.bin and checkpoints hold the Hub token in clear.
-NOT_UPLOADED = ["training_args.bin", "**/training_args.bin", "checkpoints/**", "wandb/**", ".hydra/**", "**/.*"]
 
 
 def export(config: Config, folder: Path) -> dict[str, Path]:
@@ -62,7 +59,7 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
         packages["torchao"] = "int8"
     require_packages("export", packages)
     if config.export.push_to_hub:
-        check_account(config.export.push_to_hub)
+        check_account("export.push_to_hub", config.export.push_to_hub)
     exporter = Exporter(config, folder)
     root.mkdir(parents=True, exist_ok=True)
     with lock_run_folder(root):
@@ -71,26 +68,8 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
                 getattr(exporter, f"write_{name}")(staging, target)
             log.info(f"written: {relative_to_cwd(target)}")
     if config.export.push_to_hub:
-        address = HfApi().create_repo(config.export.push_to_hub, private=config.export.private, exist_ok=True)
-        HfApi().upload_folder(
-            repo_id=config.export.push_to_hub,
-            folder_path=target,
-            ignore_patterns=NOT_UPLOADED,
-            commit_message="Upload by smolvlm_exp",
-        )
-        log.info(f"uploaded: {address}")
+        upload(target, config.export.push_to_hub, config.export.private)
     return folders
-
-
-def check_account(repository: str) -> None:
-    """RequestError where the Hub cannot be reached or nobody is logged in, before the work."""
-    try:
-        HfApi().whoami()
-    except Exception as error:  # whichever of the client's many: no network, no token, a revoked one
-        raise RequestError(
-            f"export.push_to_hub={repository}: {first_line(error)}\n"
-            "Log in with `hf auth login`, or leave out export.push_to_hub."
-        ) from error
 
 
 class Exporter:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.preferences import Preferences, load_preferences
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.rewards.build import checked_rewards
@@ -22,11 +22,14 @@ from smolvlm_exp.training.engine_setup import check_request, load_trainable_mode
 from smolvlm_exp.training.memory_budget import memory_cap
 
 
-def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, watchers: Sequence[TrainerCallback] = (), preferences: Preferences | None = None
+) -> dict[str, Any]:
     """Fine-tune as `config` says and write everything into `folder`; returns the content of summary.json.
 
     Args:
         watchers: further callbacks.
+        preferences: the rows, where they are not those of the group `data`.
 
     Raises:
         RequestError: the request cannot work here; nothing was trained.
@@ -42,7 +45,8 @@ def train(config: Config, folder: Path, watchers: Sequence[TrainerCallback] = ()
 
     processor = load_processor(config.model)
     on_policy = config.trainer.samples_answers
-    preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
+    if preferences is None:
+        preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
     rewards = checked_rewards(config.reward, preferences) if on_policy else None
     code = rewards.hashes if rewards else {}
     check_same_run(asdict(config), checkpoint, code=code)

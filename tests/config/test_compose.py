@@ -100,7 +100,7 @@ def test_a_mistake_is_refused_before_any_work(refusal, tmp_path, arguments):
     [
         ("adapter/mine.yaml", "r: 4\nlora_alfa: 8\n", "adapter.lora_alfa", "Did you mean adapter.lora_alpha?"),
         (
-            "experiment/mine.yaml",
+            "experiment/own.yaml",
             "# @package _global_\ntrainer: {bta: 0.1}\n",
             "trainer.bta",
             "Did you mean trainer.beta?",
@@ -112,7 +112,7 @@ def test_a_mistake_in_a_file_names_the_file(refusal, tmp_path, file, text, key, 
     path = tmp_path / "mine" / file
     path.parent.mkdir(parents=True)
     path.write_text(text)
-    answer = refusal("--config-dir", "mine", f"{Path(file).parent}=mine")
+    answer = refusal("--config-dir", "mine", f"{Path(file).parent}={Path(file).stem}")
     for part in (file, key, fix):
         assert part in answer
 

@@ -292,6 +292,8 @@ def test_two_data_files_need_a_choice(folder, load):
     with pytest.raises(RequestError, match=r"holds a\.jsonl, b\.jsonl: set data\.rows"):
         load()
     assert len(load(rows="b.jsonl", test_fraction=0.25)) == 6
+    write_lines(folder / "pairs.jsonl", [plain(number) for number in range(4)])  # as task=mine does beside others
+    assert len(load(test_fraction=0.25)) == 3
 
 
 @pytest.mark.parametrize(("key", "value"), [("folder", "no/such"), ("rows", "c.jsonl")])

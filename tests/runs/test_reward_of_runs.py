@@ -24,6 +24,9 @@ def test_reward_counts_where_it_is_read(tmp_path, algorithm, read):
     assert ("reward.weights.objects" in check_same_run(settings, None)) == read
     assert ("reward.weights.objects" in read_run(tmp_path).settings) == read
     assert choices(tmp_path) == {"model": "tiny", **({"reward": "objects"} if read else {})}
+    settings["task"]["name"] = "mine"
+    (tmp_path / ".hydra" / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert choices(tmp_path) == {"model": "tiny", "reward": "objects"}
 
 
 def saved(folder, settings, **changes):

@@ -101,7 +101,7 @@ def test_a_search_writes_the_smallest_precisions_that_pass(export, capsys):
 
 def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
     hub = create_autospec(HfApi, instance=True)
-    monkeypatch.setattr("smolvlm_exp.tasks.export.HfApi", lambda: hub)
+    monkeypatch.setattr("smolvlm_exp.tasks.hub.HfApi", lambda: hub)
     (tmp_path / "training_args.bin").write_text("a token in clear")
     published = "export.license=apache-2.0", "export.push_to_hub=me/it"
     folder = export("export.format=merged", "export.precision=fp32", *published)["merged"]
@@ -115,7 +115,7 @@ def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):
         assert unexpected not in card
     low, high = record["intervals"]["exported"]["preference_accuracy"]
     assert f"({low:.3f} to {high:.3f})" in card
-    hub.create_repo.assert_called_once_with("me/it", private=True, exist_ok=True)
+    hub.create_repo.assert_called_once_with("me/it", repo_type="model", private=True, exist_ok=True)
     uploaded = hub.upload_folder.call_args.kwargs
     assert (uploaded["repo_id"], uploaded["folder_path"]) == ("me/it", folder)
     assert {"README.md", "model.safetensors", "export.json"} <= {path.name for path in folder.iterdir()}

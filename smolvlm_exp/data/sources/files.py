@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+PAIRS = "pairs.jsonl"  # as task=mine writes it, beside its other files
 
 ORIGIN = "origin"  # the column that says where a row was read
 KEY = "image_key"  # the column by which rows are held out
@@ -53,7 +54,7 @@ class Config(DataConfig):
     """A folder, and which of its files holds the rows."""
 
     folder: str = MISSING  # image paths in the rows count from here
-    rows: str | None = None  # the file with the rows; null: train.* and test.*, or the only data file there is
+    rows: str | None = None  # the file with the rows; null: train.* and test.*, pairs.jsonl, or the only data file
     test_fraction: float = 0.1  # share held out, by image, where there is no test file
 
 
@@ -78,7 +79,7 @@ def load(config: Config, split: str) -> "Dataset":
 
 
 def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
-    """The files of each split: the named one, or train* and test*, or the only data file in the folder."""
+    """The files of each split: the named one, or train* and test*, or pairs.jsonl, or the only data file there is."""
     if name:
         if not (folder / name).is_file():
             raise RequestError(f"data.rows={name}: there is no such file in {folder}.")
@@ -88,6 +89,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
     named = {split: [path for path in files if path.stem.lower().startswith(split)] for split in ("train", "test")}
     if all(named.values()):
         return named
+    files = [path for path in files if path.name == PAIRS] or files
     if len(files) == 1:
         return {"train": files}
     listed = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+GOLDEN = 0x9E3779B1  # 2**32 / the golden ratio: its multiples lie far apart, so that blocks of seeds do not meet
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -31,7 +33,12 @@ class Sampling:
 
 def uniforms(seeds: Sequence[int], count: int) -> torch.Tensor:
     """(rows, count) float32 in [0, 1): what the rows with these seeds draw their tokens with."""
-    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(seed)) for seed in seeds])
+    return torch.stack([torch.rand(count, generator=torch.Generator().manual_seed(folded(seed))) for seed in seeds])
+
+
+def folded(seed: int) -> int:
+    """A seed of any size in the 32 bits that PyTorch's generator on a CPU looks at; a smaller one as it is."""
+    return (seed + (seed >> 32) * GOLDEN) % 2**32
 
 
 def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> torch.Tensor:

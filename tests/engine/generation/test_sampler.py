@@ -79,6 +79,14 @@ def test_greedy_answers_are_those_of_generate(device, kv_heads, adapter, monkeyp
     assert any(answer.ended for (answer,) in answers.values())
 
 
+def test_seeds_beyond_32_bits_draw_other_numbers():
+    """PyTorch's generator drops the higher bits, in which runs and rounds of one seed differ."""
+    seeds = [5, 5 + 2**32, 5 + 2**40, 5 + 2**41]
+    drawn = uniforms(seeds, 3)
+    assert len({tuple(row.tolist()) for row in drawn}) == len(seeds)
+    assert torch.equal(drawn[0], torch.rand(3, generator=torch.Generator().manual_seed(5)))
+
+
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=5), answers=st.integers(1, 3), seed=st.integers(0, 99))
 @settings(max_examples=15, deadline=None)
 @torch.no_grad()
