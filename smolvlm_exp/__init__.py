@@ -16,7 +16,7 @@ HOMES = {"train": "main", "evaluate": "main", "compose": "main", "SmolVLMSession
 
 
 def __getattr__(name: str) -> Any:
-    """`from smolvlm_exp import train, evaluate, compose, SmolVLMSession`: imported on first use, so commands stay fast."""
+    """`from smolvlm_exp import train`: imported on first use, so that a command stays fast."""
     if name not in HOMES:
         raise AttributeError(f"module 'smolvlm_exp' has no attribute {name!r}")
     from importlib import import_module
