@@ -2,7 +2,6 @@
 
 import gc
 import time
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,12 +36,10 @@ class Clock(TrainerCallback):
 
 
 def compose(*overrides: str) -> Any:
-    """The configuration that `python -m smolvlm_exp` with these overrides would run."""
-    from smolvlm_exp.config.compose import check_command, register_schemas
+    """The configuration that `python -m smolvlm_exp` with these overrides would run, untracked."""
+    from smolvlm_exp.main import compose
 
-    register_schemas()
-    command = {"multirun": False, "config_path": None, "config_name": None, "config_dir": None}
-    return check_command(SimpleNamespace(overrides=["tracker=none", *overrides], **command))[0]
+    return compose(["tracker=none", *overrides])
 
 
 def rows(count: int, processor: Any, size: tuple[int, int] = (512, 384)) -> Any:

@@ -12,11 +12,11 @@ __version__ = "0.1.0"
 # transformers may. With None here it counts as not installed.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 
-HOMES = {"train": "main", "evaluate": "main", "SmolVLMSession": "deploy.session.session"}
+HOMES = {"train": "main", "evaluate": "main", "compose": "main", "SmolVLMSession": "deploy.session.session"}
 
 
 def __getattr__(name: str) -> Any:
-    """`from smolvlm_exp import train, evaluate, SmolVLMSession`: imported on first use: a command stays fast."""
+    """`from smolvlm_exp import train`: imported on first use, so that a command stays fast."""
     if name not in HOMES:
         raise AttributeError(f"module 'smolvlm_exp' has no attribute {name!r}")
     from importlib import import_module

@@ -69,6 +69,16 @@ def evaluate(overrides: Sequence[str] = ()) -> Run:
     return run_task("evaluate", overrides)
 
 
+def compose(overrides: Sequence[str] = ()) -> Config:
+    """The configuration that `python -m smolvlm_exp OVERRIDES` would run, for what takes its groups one by one.
+
+    Raises:
+        RequestError: the request is wrong; the message says what to change.
+    """
+    register_schemas()
+    return check_command(get_args_parser().parse_args(["--", *overrides]))[0]
+
+
 def run_task(task: str, overrides: Sequence[str]) -> Run:
     clock.restart()
     configure_logging()

@@ -37,7 +37,7 @@ def test_the_default_scores_each_kind_of_truth_and_adds_up():
         "repetition": [-1, 0, 0, 0, -0.25],
         "attributes": [0.5, None, None, None, None],
     }
-    assert rewards.total(scores) == pytest.approx([1 - 0.2 + 0.25, 1, 0.25, 1, -0.05])
+    assert rewards.total(scores) == pytest.approx([1 - 0.15 + 0.5, 1, 0.25, 1, -0.0375])
     del rewards.functions["repetition"], scores["repetition"]
     assert rewards.total(scores)[-1] is None
     check(rewards, {"prompt": QUESTION, "truth": truth[0]})
