@@ -13,7 +13,8 @@ Facts about a row are computed here, once, and travel with it: `image_sha256` of
 import hashlib
 import json
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import astuple, dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -88,9 +89,10 @@ def load_preferences(
     Args:
         answers: as of `load_rows`.
     """
-    checked, report, bad = {}, {}, []
+    loaded, checked, report, bad = {}, {}, {}, []
     for split in splits:
-        checked[split], bad_rows = separate(prepare(load_rows(config, split, answers), processor, config))
+        loaded[split] = load_rows(config, split, answers)
+        checked[split], bad_rows = separate(prepare(loaded[split], processor, config))
         report[split] = {**count(checked[split]), "skipped": len(bad_rows)}
         bad += [{"split": split, **row} for row in bad_rows]
     if bad and config.on_bad_row == "error":
@@ -126,16 +128,31 @@ def load_preferences(
         if leaked:
             log.warning(f"data leakage: {len(leaked)} test rows are also in train (e.g. row {leaked[0]})")
     train, test = (checked[split] if split in checked else next(iter(checked.values())).select([]) for split in SPLITS)
-    return Preferences(train, test, report, words_of(config, checked.values()), prints)
+    return Preferences(train, test, report, words_of(config, loaded), prints)
 
 
-def words_of(config: DataConfig, splits: "Iterable[Dataset]") -> Words | None:
-    """The source's vocabulary, or else the names of the objects that its rows have."""
+def words_of(config: DataConfig, loaded: "dict[str, Dataset]") -> Words | None:
+    """The source's vocabulary, or else the names of the objects that its rows have.
+
+    Those of a split that is not `loaded` count too: a run and what reads one split of its data need the same words.
+    """
     source = source_of(config)
     if hasattr(source, "words"):
         return source.words(config)
-    known = (rows["truth"][:] for rows in splits if "truth" in rows.column_names)
-    return vocabulary_of(truth for truths in known for truth in truths)
+    if vocabulary_of(truths_of(loaded.values())) is None:
+        return None
+    splits = dict(loaded)
+    for split in set(SPLITS) - loaded.keys():
+        with suppress(RequestError):  # rows to evaluate on may come without rows to train on
+            splits[split] = load_rows(config, split, answers=False)
+    return vocabulary_of(truths_of(splits[split] for split in SPLITS if split in splits))
+
+
+def truths_of(splits: "Iterable[Dataset]") -> Iterator[str | None]:
+    """Of all rows."""
+    for rows in splits:
+        if "truth" in rows.column_names:
+            yield from rows["truth"][:]
 
 
 def separate(rows: "Dataset") -> "tuple[Dataset, list[dict[str, Any]]]":

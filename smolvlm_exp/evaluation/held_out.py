@@ -194,6 +194,7 @@ def evaluate(
     seed: int = 0,
     max_new_tokens: int = 256,
     score: Scorer | None = None,
+    pairs: HeldOut | None = None,
 ) -> Evaluation:
     """Metrics as summary.json has them.
 
@@ -202,13 +203,14 @@ def evaluate(
         reference: the base model's log-probs, for the implicit reward; beta: DPO's.
         temperature, seed, max_new_tokens: of generated answers; a temperature of 0 is greedy.
         score: rewards the answers, where a truth is known.
+        pairs: to take log-probabilities of; None: `held_out`, if it has any.
     """
-    preferences = held_out.preferences
+    preferences, pairs = held_out.preferences, pairs or held_out
     truths = preferences.test["truth"][:] if "truth" in preferences.test.column_names else []
     known = any(truths)
     logps, ratios = None, dict[str, Ratio]()
-    if "chosen" in preferences.test.column_names:
-        logps = held_out.logps(model)
+    if "chosen" in pairs.preferences.test.column_names:
+        logps = pairs.logps(model)
         ratios = preference_metrics(logps, reference, beta)
     sampling = Sampling(max_new_tokens, temperature=temperature, seed=seed)
     answers = held_out.answers(model, len(held_out) if known else SAMPLES, sampling)
@@ -217,5 +219,5 @@ def evaluate(
     if known and score:
         ratios |= reward_metrics(*held_out.scores(answers, score))
     if logps:
-        ratios |= held_out.image_reliance(model, logps)
+        ratios |= pairs.image_reliance(model, logps)
     return Evaluation(ratios, logps, answers)

@@ -40,19 +40,20 @@ def chat(config: Config, folder: Path) -> None:
     with contextlib.suppress(ImportError):  # line editing and history, where there is a terminal
         import readline  # noqa: F401
     sampling = Sampling(config.session.max_new_tokens, temperature=config.task.temperature, seed=config.seed)
-    loop = ChatLoop(load_session(config), sampling)
-    adapter = f" with the adapter {config.model.adapter}" if config.model.adapter else ""
-    print(f"chat with {config.model.id}{adapter}; /help lists the commands")
-    while True:
-        try:
-            line = input("> " if sys.stdin.isatty() else "").strip()
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        if line == "/quit":
-            return
-        if line:
-            loop.handle(line)
+    with contextlib.closing(load_session(config)) as session:  # or its thread may be at work when the program exits
+        loop = ChatLoop(session, sampling)
+        adapter = f" with the adapter {config.model.adapter}" if config.model.adapter else ""
+        print(f"chat with {config.model.id}{adapter}; /help lists the commands")
+        while True:
+            try:
+                line = input("> " if sys.stdin.isatty() else "").strip()
+            except (EOFError, KeyboardInterrupt):
+                print()
+                return
+            if line == "/quit":
+                return
+            if line:
+                loop.handle(line)
 
 
 class StopAnswer(StopRequest):

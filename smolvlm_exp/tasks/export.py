@@ -24,6 +24,7 @@ from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.evaluation.checks import checks_passed, mean_logp_change
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut, evaluate
+from smolvlm_exp.evaluation.own_pairs import own_pairs
 from smolvlm_exp.evaluation.preference import preference_metrics
 from smolvlm_exp.evaluation.statistics import changes
 from smolvlm_exp.models.adapter import saved_adapter
@@ -84,17 +85,15 @@ class Exporter:
                 "transformers.js and others enlarge small images, to more tiles than in training. The card says so."
             )
         preferences = load_preferences(config.data, self.processor, folder, splits=("test",))
-        if "chosen" not in preferences.test.column_names:
-            raise RequestError(
-                f"task=export needs preference pairs to measure on, and data={config.data.source} has none."
-            )
         batch_size = config.trainer.per_device_eval_batch_size
         held_out = HeldOut(preferences, self.processor, batch_size, config.data.max_length)
         sampling: dict[str, Any] = {"seed": config.seed, "max_new_tokens": config.task.max_new_tokens}
-        self.score = held_out.logps
-        self.evaluate = lambda model: evaluate(model, held_out, **sampling)
         self.run = summary_of(Path(config.run)) if config.run else {}
         model = load_finetuned_model(config.model, config.quant, config.adapter, config.seed)
+        self.own_pairs = "chosen" not in preferences.test.column_names
+        pairs = own_pairs(model, held_out, config.data, **sampling) if self.own_pairs else held_out
+        self.score = pairs.logps
+        self.evaluate = lambda model: evaluate(model, held_out, pairs=pairs, **sampling)
         self.tuned: Evaluation = self.evaluate(model)
         self.effect: float | None = None
         if config.model.adapter:  # by how much it changed the answers' log-probabilities
@@ -181,6 +180,7 @@ class Exporter:
             "model": self.config.model.id,
             "merge": self.config.export.merge if self.config.model.adapter else None,
             "resolution": asdict(Resolution.of(self.processor.image_processor.to_dict())),
+            "pairs": "own_answers" if self.own_pairs else "data",
             "parity": asdict(measured),
             "tuned": self.tuned.metrics,
             "exported": exported.metrics,

@@ -19,7 +19,6 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.engine.generation.answers import ANSWERS, packed_prompts, sample_answers
 from smolvlm_exp.engine.generation.decoder import decoder_obstacle
-from smolvlm_exp.engine.generation.sampler import Answer
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
@@ -148,12 +147,6 @@ def check_header(path: Path, saved: dict[str, Any], header: dict[str, Any]) -> N
             )
 
 
-def mean_logp(answer: Answer) -> float:
-    """Per token, in nats."""
-    assert answer.logps is not None
-    return float(answer.logps.mean())
-
-
 class Sampler:
     """A model with the rows that it answers and the rewards that score the answers."""
 
@@ -192,7 +185,7 @@ class Sampler:
         )
         each = ({name: own[i] for name, own in scores.items()} for i in range(len(flat)))
         scored = [
-            ScoredAnswer(text, total, mean_logp(answer), len(answer.ids), answer.ended, rewards)
+            ScoredAnswer(text, total, answer.mean_logp, len(answer.ids), answer.ended, rewards)
             for text, total, answer, rewards in zip(texts, totals, flat, each, strict=True)
         ]
         return [scored[i : i + self.answers] for i in range(0, len(scored), self.answers)]

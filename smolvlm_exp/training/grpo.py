@@ -111,6 +111,7 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
     arguments.multi_objective_aggregation = rewards.aggregation
     inputs.callbacks.append(OnPolicyCallback(config, inputs.folder))
     train, *test = inputs.splits(config)
+    check_rows(config, arguments, len(train))
     if config.engine == "stock" and set(ASK_THE_MODEL) & set(rewards.functions):
         raise RequestError("reward.weights.image_dependence needs trainer.engine=shared.")
     functions: dict[str, Any] = {"reward_funcs": list(rewards.functions.values())}
@@ -133,6 +134,19 @@ def build_trainer(config: Config, arguments: "GRPOConfig", inputs: TrainerInputs
             peft_config=peft_config,
             **functions,
             **inputs.common(config, arguments),
+        )
+
+
+def check_rows(config: Config, arguments: "GRPOConfig", rows: int) -> None:
+    """Raises:
+    RequestError: there are fewer training rows than answers are sampled to at a time; TRL's loader would be empty.
+    """
+    sampled = (arguments.generation_batch_size or 0) // config.num_generations
+    if rows < sampled:
+        raise RequestError(
+            f"data.train has {rows} rows, and answers to {sampled} are sampled at a time "
+            f"({arguments.generation_batch_size} answers, trainer.num_generations={config.num_generations} a row): "
+            "lower trainer.gradient_accumulation_steps or trainer.per_device_train_batch_size."
         )
 
 

@@ -7,12 +7,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.data.parallel import worker_count
-from smolvlm_exp.data.preferences import SIDES, count, load_preferences, prepare
+from smolvlm_exp.data.preferences import SIDES, count, load_preferences, prepare, source_of
 from smolvlm_exp.data.sources.files import Config as FilesConfig
 from smolvlm_exp.data.sources.shapes import Config
 from smolvlm_exp.data.tokens import image_span
@@ -49,6 +49,24 @@ def test_bad_rows_stop_the_run_or_are_listed(processor, tmp_path, monkeypatch):
     preferences = load_preferences(Config(source="shapes", on_bad_row="skip", max_bad_rows=0.5), processor, tmp_path)
     assert len(preferences.train) == len(preferences.test) == 1
     assert '"row": 1' in (Path(tmp_path) / "skipped_rows.jsonl").read_text()
+
+
+def test_one_split_is_read_with_the_words_of_both(processor, tmp_path):
+    """A caption is measured alike by a run and by what loads its held-out rows alone, or has no others."""
+    for name, thing, colour in (("train", "dog", (9, 9, 9)), ("test", "cat", (5, 5, 5))):
+        Image.new("RGB", (64, 64), colour).save(tmp_path / f"{thing}.png")
+        line = json.dumps({"image": f"{thing}.png", "question": "What is it?", "objects": [thing]})
+        (tmp_path / f"{name}.jsonl").write_text(line + "\n")
+    config = FilesConfig(source="files", folder=str(tmp_path))
+    run = load_preferences(config, processor, tmp_path, answers=False)
+    alone = load_preferences(config, processor, tmp_path, splits=("test",))
+    assert run.words("A dog and a cat.", {}) == alone.words("A dog and a cat.", {}) == [("dog", "dog"), ("cat", "cat")]
+    saved = source_of(config).load(config, "test").remove_columns("problem")
+    DatasetDict({"test": saved}).save_to_disk(tmp_path / "saved")
+    lone = load_preferences(
+        FilesConfig(source="files", folder=str(tmp_path / "saved")), processor, tmp_path, splits=("test",)
+    )
+    assert lone.words("A dog and a cat.", {}) == [("cat", "cat")]
 
 
 def test_length_policy(processor):

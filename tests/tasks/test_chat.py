@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 import sys
+import threading
 
 import pytest
 
@@ -28,7 +29,9 @@ def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, caps
     file = tmp_path / "said.json"
     typed = f"/image {CAT}\nWhat do you see?\n\nIs there a star?\n/history\n/save {file}\n/quit\nnever read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    threads = set(threading.enumerate())
     run_chat(compose("task=chat", f"model.id={graphs}", "session.precision=int8", "session.max_new_tokens=8"), tmp_path)
+    assert set(threading.enumerate()) <= threads  # a thread at work when the program exits would abort it
     out = capsys.readouterr().out
     said = json.loads(file.read_text())
     assert [turn["role"] for turn in said] == ["user", "assistant"] * 2

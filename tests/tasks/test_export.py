@@ -7,6 +7,7 @@ from unittest.mock import create_autospec
 import pytest
 from huggingface_hub import HfApi
 
+from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.deploy.export.record import read_record
 from smolvlm_exp.deploy.options import PARTS
 from smolvlm_exp.deploy.session.session import SmolVLMSession
@@ -29,10 +30,11 @@ def export(small, graphs, tmp_path, monkeypatch):
     monkeypatch.setattr(onnx, "export_graphs", copied)
 
     def run(*overrides):
+        rows = () if "data=files" in overrides else ("data.test_rows=24",)
         return run_export(
             compose(
-                "task=export", f"model.id={small}", "quant=none", "data.test_rows=24",
-                "trainer.per_device_eval_batch_size=24", "task.max_new_tokens=8", *overrides,
+                "task=export", f"model.id={small}", "quant=none", "trainer.per_device_eval_batch_size=24",
+                "task.max_new_tokens=8", *rows, *overrides,
             ),
             tmp_path,
         )  # fmt: skip
@@ -53,6 +55,7 @@ def test_onnx_in_8_bits_then_one_part_in_4_and_the_gate(export, capsys, bars):
     assert "preference accuracy" in capsys.readouterr().out
     record = read_record(folder)
     assert record["passes"]
+    assert record["pairs"] == "data"
     assert record["parity"]["error"] < 0.2
     assert record["exported"].keys() == record["tuned"].keys() >= {"preference_accuracy", "chair_s", "yes_no_accuracy"}
     other = "export.precision=int8", "export.embed_tokens=int4", "export.max_error=0.001"
@@ -97,6 +100,35 @@ def test_a_search_writes_the_smallest_precisions_that_pass(export, capsys):
     last = [line for line in tried if line.endswith("passes")][-1]
     assert all(f"{part} {kind}" in last for part, kind in chosen.items())
     assert read_record(folder)["parity"]["share"] <= 0.012
+
+
+@pytest.fixture
+def known(rows, tmp_path):
+    """A folder of scenes with what is known of them, and no pairs: half of them are held out."""
+    folder = tmp_path / "known"
+    folder.mkdir()
+    lines = []
+    for number, row in enumerate(rows.train.select(range(16))):
+        row["images"][0].save(folder / f"{number}.png")
+        truth = {"image": f"{number}.png", "question": text_of(row["prompt"]), "truth": json.loads(row["truth"])}
+        lines.append(json.dumps(truth) + "\n")
+    (folder / "rows.jsonl").write_text("".join(lines))
+    return "data=files", f"data.folder={folder}", "data.test_fraction=0.5"
+
+
+@pytest.mark.parametrize("settings", [("export.format=merged", "export.precision=fp32"), ("export.search=true",)])
+def test_rows_without_pairs_are_compared_by_the_models_own_answers(export, known, capsys, settings):
+    (folder,) = export(*known, *settings, "export.on_fail=mark").values()
+    record = read_record(folder)
+    assert record["pairs"] == "own_answers"
+    assert 2 <= record["parity"]["rows"] <= 9
+    assert record["exported"].keys() == record["tuned"].keys() >= {"preference_accuracy", "yes_no_accuracy"}
+    assert "they are the model's own answers, in" in capsys.readouterr().out
+    assert (
+        "log-probs and `preference_accuracy` are of the tuned model's own answers" in (folder / "README.md").read_text()
+    )
+    if record["format"] == "merged":
+        assert record["parity"]["error"] < 1e-6
 
 
 def test_merged_with_its_card_and_published(export, tmp_path, monkeypatch):

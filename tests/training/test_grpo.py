@@ -125,6 +125,13 @@ def test_a_row_without_a_picture_is_named(settings, files, tmp_path):
         rows.write_text(whole)
 
 
+@pytest.mark.parametrize("engine", ["shared", "stock"])
+def test_fewer_rows_than_a_step_takes_are_refused(settings, tmp_path, engine):
+    many = f"trainer.engine={engine}", "trainer.per_device_train_batch_size=16", "trainer.gradient_accumulation_steps=4"
+    with pytest.raises(RequestError, match=r"data\.train has 8 rows, and answers to 16 are sampled at a time"):
+        train(settings(*many), tmp_path)
+
+
 def build(config, folder):
     return grpo.build_arguments(config.trainer, folder, "float32", None, 0)
 

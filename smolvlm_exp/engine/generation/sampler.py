@@ -32,6 +32,12 @@ class Answer:
     ended: bool  # by the end token; else it was cut at max_new_tokens
     logps: torch.Tensor | None  # of `ids` and, if it ended, the end token; at the temperature they were drawn with
 
+    @property
+    def mean_logp(self) -> float:
+        """Per token, in nats; of an answer that was sampled with `logps`."""
+        assert self.logps is not None
+        return float(self.logps.mean())
+
 
 @torch.no_grad()
 def sample(
