@@ -44,7 +44,7 @@ def row_lengths(config: Config) -> RowLengths:
     shape, task = config.model.shape, config.task
     assert shape is not None
     if not hasattr(data, "id") or Path(data.id).expanduser().is_dir():  # sources without an id read local files alone
-        return sample_lengths(data, config.model, shape)
+        return sample_lengths(data, config.model, shape, config.trainer.samples_answers)
     size = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", task.image_size)
     if size is None:
         raise RequestError(f"task.image_size={task.image_size} is no size; write it as 512x384.")
@@ -64,8 +64,8 @@ def row_lengths(config: Config) -> RowLengths:
     return RowLengths(sizes, task.rows or hub_rows(data), description)
 
 
-def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
-    """The sizes of some of the data set's own rows."""
+def sample_lengths(data: Any, model: ModelConfig, shape: Shape, sampled: bool = False) -> RowLengths:
+    """The sizes of some of the data set's own rows; `sampled`: answers are the model's, and those of rows do not count."""
     from datasets import disable_progress_bars
     from PIL import Image
 
@@ -77,11 +77,12 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
     count: int | None = getattr(data, "train_rows", None)
     if count is not None:  # the source draws its rows: no more than the sample need be drawn
         data = replace(data, train_rows=min(count, SAMPLE_SIZE))
-    rows = load_rows(data, "train")
+    rows = load_rows(data, "train", answers=not sampled)
+    sides = [] if sampled else ["chosen", "rejected"]
     step = max(len(rows) // SAMPLE_SIZE, 1)
     tokens, method = token_counter(model)
     sizes = []
-    for row in undecoded(rows.select(range(0, len(rows), step)), ["images", "prompt", "chosen", "rejected"]):
+    for row in undecoded(rows.select(range(0, len(rows), step)), ["images", "prompt", *sides]):
         grids = []
         try:
             for entry in row["images"] or []:
@@ -90,7 +91,7 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape) -> RowLengths:
         except (OSError, ValueError):
             continue  # a bad row, which the run itself reports
         prompt = sum(image_tokens(*grid, shape) for grid in grids) + TEMPLATE + tokens(text_of(row["prompt"]))
-        chosen, rejected = (tokens(text_of(row[side])) + ANSWER_END for side in ("chosen", "rejected"))
+        chosen, rejected = [tokens(text_of(row[side])) + ANSWER_END for side in sides] or (0, 0)
         sizes.append((prompt, chosen, rejected, sum(r * c + 1 for r, c in grids)))
     if not sizes:
         raise RequestError(f"data={data.source}: none of its rows in data.train={data.train} can be read.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
 from smolvlm_exp.data.preferences import load_preferences
@@ -122,6 +123,22 @@ def test_local_rows_are_measured(capsys):
     text = output_of(capsys, "model=smolvlm", "data=photos")
     assert "rows: 14 of data=photos" in text
     assert "at most 17 tiles" in text
+
+
+def test_groups_of_answers_are_planned_for_rows_without_pairs(capsys, tmp_path):
+    for i in range(4):
+        Image.new("RGB", (64, 64), (i, 0, 0)).save(tmp_path / f"{i}.png")
+    rows = "".join(f'{{"image": "{i}.png", "question": "How many?", "answer": "two"}}\n' for i in range(4))
+    (tmp_path / "rows.jsonl").write_text(rows)
+    text = output_of(capsys, "trainer=grpo", "model=smolvlm", "data=files", f"data.folder={tmp_path}")
+    assert "8 8-answer groups per step" in text
+    assert "s per 8-answer group, H100" in text
+    assert "sampling, image features and evaluation come on top" in text
+    more = output_of(
+        capsys, "trainer=grpo", "model=smolvlm", "data=files", f"data.folder={tmp_path}",
+        "trainer.max_completion_length=768",
+    )  # fmt: skip
+    assert float(row(more, "80 GB card")[4]) > 1.5 * float(row(text, "80 GB card")[4])
 
 
 @pytest.mark.parametrize(
