@@ -139,6 +139,17 @@ def compose_job(name: str, overrides: tuple[str, ...]) -> DictConfig:
     return composed
 
 
+def check_names(folder: Path) -> None:
+    """Refuse a folder of a person's own options if one of them has the name of ours, which Hydra would take."""
+    own = (file for group in CONF.iterdir() if group.is_dir() for file in (folder / group.name).glob("*.yaml"))
+    taken = next((file for file in own if (CONF / file.relative_to(folder)).is_file()), None)
+    if taken:
+        raise RequestError(
+            f"--config-dir: {taken} has the name of an option that comes with this program, and Hydra would take that "
+            f"one. Give it another name, as {taken.parent.name}/my_{taken.name}."
+        )
+
+
 @contextmanager
 def search_path(config_path: str | None = None, config_dir: str | None = None) -> Iterator[Path]:
     """Hydra set up as its command line does it; gives the folder that `--config-path` means, by default conf/."""
@@ -148,6 +159,7 @@ def search_path(config_path: str | None = None, config_dir: str | None = None) -
     folder = Path(config_path).resolve() if config_path else CONF
     path = create_config_search_path(str(folder))
     if config_dir:
+        check_names(Path(config_dir))
         path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     version.setbase("1.3")

@@ -65,7 +65,11 @@ def row_lengths(config: Config) -> RowLengths:
 
 
 def sample_lengths(data: Any, model: ModelConfig, shape: Shape, sampled: bool = False) -> RowLengths:
-    """The sizes of some of the data set's own rows; `sampled`: answers are the model's, and those of rows do not count."""
+    """The sizes of some of the data set's own rows.
+
+    Args:
+        sampled: answers are the model's own, and those of rows do not count.
+    """
     from datasets import disable_progress_bars
     from PIL import Image
 

@@ -344,3 +344,12 @@ def test_a_user_s_trainer_option_keeps_its_values(tmp_path):
     assert compose("trainer=dpo").trainer.loss_type == ["sigmoid"]
     assert compose().trainer == compose("trainer=rpo").trainer
     assert compose("model=smolvlm").trainer == compose("model=smolvlm", "trainer=dpo").trainer
+
+
+def test_an_own_option_by_a_shipped_name_is_refused(tmp_path):
+    """Hydra would take the shipped one without a word."""
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "fast.yaml").write_text("# @package _global_\nseed: 7\n")
+    args = get_args_parser().parse_args(["--config-dir", str(tmp_path), "experiment=fast"])
+    with pytest.raises(RequestError, match=r"experiment/fast\.yaml has the name of an option .*my_fast\.yaml"):
+        check_command(args)

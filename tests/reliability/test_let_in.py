@@ -143,16 +143,16 @@ def test_a_file_names_no_code_and_no_address(key, place, tmp_path):
     whole = OmegaConf.create(asdict(compose()))
     OmegaConf.update(whole, key, value)
     file, text = {
-        "experiment": ("experiment/mine.yaml", OmegaConf.to_yaml({"reward": whole.reward})),
-        "reward": ("reward/mine.yaml", OmegaConf.to_yaml(whole.reward)),
-        "sweep": ("experiment/mine.yaml", f"hydra: {{sweeper: {{params: {{{key}: '{value}'}}}}}}\n"),
-        "interpolation": ("experiment/mine.yaml", f"name: '{value}'\n"),
+        "experiment": ("experiment/own.yaml", OmegaConf.to_yaml({"reward": whole.reward})),
+        "reward": ("reward/own.yaml", OmegaConf.to_yaml(whole.reward)),
+        "sweep": ("experiment/own.yaml", f"hydra: {{sweeper: {{params: {{{key}: '{value}'}}}}}}\n"),
+        "interpolation": ("experiment/own.yaml", f"name: '{value}'\n"),
         "replay": ("config.yaml", f"defaults: [_self_]\n{OmegaConf.to_yaml(whole)}"),
     }[place]
     path = tmp_path / file
     path.parent.mkdir(exist_ok=True)
     path.write_text(f"# @package _global_\n{text}" if path.parent.name == "experiment" else text)
-    chosen = [] if place == "replay" else [f"{path.parent.name}=mine"]
+    chosen = [] if place == "replay" else [f"{path.parent.name}=own"]
     options = {"config_path" if place == "replay" else "config_dir": str(tmp_path), "multirun": place == "sweep"}
     indirect = [f"{key}=${{name}}"] if place == "interpolation" else []
     with pytest.raises(RequestError, match=rf"type {key}={value}"):
