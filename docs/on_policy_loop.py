@@ -37,7 +37,7 @@ def main(rows: int = 256, answers: int = 8, *training: str) -> dict[str, float]:
         asked, truth, ids = [row["prompt"]] * answers, [row["truth"]] * answers, [answer.ids for answer in group]
         _, totals = rewards.score_answers(asked, texts, ids, truth)
         scored = [
-            ScoredAnswer(text.strip(), total, float(answer.logps.mean()), len(answer.ids), answer.ended, {})
+            ScoredAnswer(text.strip(), total, answer.mean_logp, len(answer.ids), answer.ended, {})
             for text, total, answer in zip(texts, totals, group, strict=True)
         ]
         for best, worse in select_pairs(scored, pairs=2, margin=0.5, max_length_ratio=3.0, rejected="likeliest"):

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from smolvlm_exp.engine.generation.answers import tile_features
+from smolvlm_exp.engine.generation.answers import row_features
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.packing import pack_answers
 from smolvlm_exp.engine.memory.probe import out_of_memory
@@ -56,12 +56,9 @@ class GroupTrainer(StepTrainer):
         key = self.model.training, row  # type: ignore[union-attr]
         if key in self.features:
             return self.features[key]
-        images = self.current_rows.images_of(row)
-        if "features" in images:
-            return images["features"]
         with torch.no_grad():
-            features = tile_features(self.model, images["tiles"], self.pixels)
-        if self.frozen_tower:
+            features = row_features(self.model, self.current_rows, self.pixels, row)
+        if self.current_rows.features is None and self.frozen_tower:
             self.features[key] = features
         return features
 
@@ -158,8 +155,8 @@ class GroupTrainer(StepTrainer):
     def images_of(self, rows: Sequence[int] | dict[int, Any]) -> Batch:
         """`features` of these rows' images, or `tiles` where the tower is trained or the images are blank."""
         if self.blank:
-            counts = [self.current_rows.sizes([row])[0, 3] for row in rows]
-            return {"tiles": self.rows.no_tiles.new_full((sum(counts), *self.rows.no_tiles.shape[1:]), GREY)}
+            count = self.current_rows.sizes(list(rows))[:, 3].sum()
+            return {"tiles": self.rows.no_tiles.new_full((count, *self.rows.no_tiles.shape[1:]), GREY)}
         if not self.frozen_tower:
             return {"tiles": torch.cat([self.current_rows.images_of(row)["tiles"] for row in rows])}
         return {

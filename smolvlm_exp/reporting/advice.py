@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from smolvlm_exp.evaluation.metrics import METRICS
+from smolvlm_exp.evaluation.metrics import metric_of
 from smolvlm_exp.reporting.on_policy import on_policy_signs
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import summary_of
@@ -215,7 +215,7 @@ def unrewarded(summary: dict[str, Any], config: dict[str, Any], events: Events) 
     weights = config.get("reward", {}).get("weights", {})
     for key, change in summary.get("changes", {}).items():
         reward = REWARD_FOR.get(key)
-        good = METRICS[key].good if key in METRICS else 0
+        good = metric_of(key).good
         fell = max(change["low"] * good, change["high"] * good) < 0  # the whole interval
         if reward and fell:
             weight = weights.get(reward, 0.0)

@@ -8,10 +8,10 @@ A reward function is called by keyword, with lists of one length:
 completion out: this reward has nothing to say about it.
 """
 
-import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from smolvlm_exp.data.truth import read_truth
 from smolvlm_exp.data.vocabulary import Truth
 
 Conversation = str | Sequence[dict[str, Any]]  # a text, or messages whose content is a text or a list of parts
@@ -43,5 +43,5 @@ def content_text(content: str | Sequence[dict[str, Any]]) -> str:
 
 def of_kind(truth: Sequence[str | None], kind: str) -> list[Truth | None]:
     """What is known of each row, None where it is of another kind or nothing is known."""
-    known = [json.loads(row) if row else {} for row in truth]
+    known = map(read_truth, truth)
     return [row if row.get("kind") == kind else None for row in known]

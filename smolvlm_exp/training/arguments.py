@@ -1,6 +1,7 @@
 """Settings that every trainer has, and how they become TRL's training arguments."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +185,15 @@ def build_trl_config(
         log.info(f"Using 1 of {count} GPUs. For all: accelerate launch --num_processes {count} -m smolvlm_exp")
         built._n_gpu = 1
     return built
+
+
+def refuse_stock_only(config: TrainerConfig, names: Sequence[str]) -> None:
+    """Raises:
+    RequestError: `extra` sets one of these arguments of TRL's, which the engine does not know.
+    """
+    name = next((name for name in names if config.extra.get(name)), None)
+    if name:
+        raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
 
 
 def attach_pissa_adapter(inputs: TrainerInputs, seed: int) -> "tuple[Any, LoraConfig | None]":

@@ -23,7 +23,13 @@ from smolvlm_exp.models.adapter import (
 )
 from smolvlm_exp.models.model import ModelConfig, load_model, resolve_attention, resolve_dtype
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
-from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, budget_of
+from smolvlm_exp.training.arguments import (
+    TrainerConfig,
+    TrainerInputs,
+    attach_pissa_adapter,
+    budget_of,
+    refuse_stock_only,
+)
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.phases import phase
@@ -58,9 +64,7 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
         return
     if model.attn_implementation == "eager":
         raise RequestError("model.attn_implementation=eager needs trainer.engine=stock; use auto or sdpa.")
-    for name in STOCK_ONLY:
-        if trainer.extra.get(name):
-            raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
+    refuse_stock_only(trainer, STOCK_ONLY)
     if getattr(trainer, "disable_dropout", True) is False and adapter.lora_dropout:
         log.info("engine: both answers of a pair share the dropout mask on their prompt")
 

@@ -11,7 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.models.adapter import plain_initialisation
-from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, build_trl_config
+from smolvlm_exp.training.arguments import (
+    TrainerConfig,
+    TrainerInputs,
+    attach_pissa_adapter,
+    build_trl_config,
+    refuse_stock_only,
+)
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import above, at_least, one_of
 
@@ -74,9 +80,7 @@ def check_arguments(config: Config, arguments: "GRPOConfig") -> None:
             "trainer=grpo samples answers from whole weights, and FSDP or DeepSpeed shards them.\n"
             "Start it without them: accelerate launch --multi_gpu (DDP), or one process and quant=nf4."
         )
-    for name in STOCK_ONLY:
-        if config.extra.get(name):
-            raise RequestError(f"trainer.extra.{name} needs trainer.engine=stock.")
+    refuse_stock_only(config, STOCK_ONLY)
     if config.extra.get("repetition_penalty", 1.0) != 1.0:
         raise RequestError("trainer.extra.repetition_penalty needs trainer.engine=stock.")
     steps = arguments.steps_per_generation or 1

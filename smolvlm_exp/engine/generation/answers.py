@@ -73,12 +73,16 @@ def answers_by(
 
 def packed_prompts(model: Any, rows: PackedDataset, normalise: Pixels, numbers: Sequence[int]) -> list[Prompt]:
     """The prompts of rows by their numbers; features that are not kept are computed when a prompt is read."""
+    return [
+        Prompt(rows.prompt_ids(i), partial(row_features, model, rows, normalise, i) if rows.images[i] else None)
+        for i in numbers
+    ]
 
-    def features(i: int) -> torch.Tensor:
-        images = rows.images_of(i)
-        return images["features"] if "features" in images else tile_features(model, images["tiles"], normalise)
 
-    return [Prompt(rows.prompt_ids(i), partial(features, i) if rows.images[i] else None) for i in numbers]
+def row_features(model: Any, rows: PackedDataset, normalise: Pixels, row: int) -> torch.Tensor:
+    """(n, tokens, H) of a row's images: those that are kept, or else computed now."""
+    images = rows.images_of(row)
+    return images["features"] if "features" in images else tile_features(model, images["tiles"], normalise)
 
 
 def tile_features(model: Any, tiles: torch.Tensor, normalise: Pixels) -> torch.Tensor:
