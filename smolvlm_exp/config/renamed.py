@@ -8,7 +8,7 @@ KEYS = {
     "keep": "keep_checkpoints", "session.keep": "session.cache", "task.picture": "task.image_size",
     "model.shape.longest_edge": "model.longest_edge",
 }  # fmt: skip
-VALUES = {"export.merge": {"dequantised": "dequantized"}}
+VALUES = {"export.merge": {"dequantised": "dequantized"}, "data.source": {"rlaif_v": "hub", "rlhf_v": "hub"}}
 
 
 def check_renamed(key: str, value: str) -> None:

@@ -1,4 +1,4 @@
-"""Loading that the sources share: the Hub or a local copy, rows converted to the normal form, splits and slices."""
+"""Loading that the sources share: rows converted to the normal form, splits and slices."""
 
 import hashlib
 import json
@@ -8,8 +8,9 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.formats import row_images
 from smolvlm_exp.data.images import ImageError
-from smolvlm_exp.data.messages import VERSION, features, row_images
+from smolvlm_exp.data.messages import VERSION, features
 from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.files import json_lines
@@ -21,40 +22,11 @@ if TYPE_CHECKING:
 LINE = "json"  # the column of rows that are no dataset
 
 
-def fetch(id: str, revision: str | None, split: str, columns: set[str]) -> "Dataset":
-    """These columns of a dataset on the Hub, or of a local copy of it (a clone, or written by `save_to_disk`).
-
-    Args:
-        id: its name on the Hub, or the folder.
-        split: a split or a slice of one.
-
-    Raises:
-        RequestError: it cannot be reached, has no such split, or lacks a column.
-    """
-    from datasets import load_dataset
-    from datasets.exceptions import DatasetsError
-
-    folder = Path(id).expanduser()
-    local = folder.is_dir()
-    if not local and id.startswith((".", "/", "~")):
-        raise RequestError(f"data.id={id}: there is no such folder.")
-    saved = load_saved(folder)
-    if saved:
-        rows = select_split(saved, split)
-    else:
-        try:
-            rows = load_dataset(str(folder) if local else id, revision=None if local else revision, split=split)
-        except (OSError, ValueError, RuntimeError, DatasetsError) as error:  # RuntimeError: it needs a loading script
-            hint = "" if local else " Without a network, set data.id to a folder that holds a copy of it."
-            raise RequestError(f"data.id={id}, split {split}: {first_cause(error)}.{hint}") from error
-    return select_columns(rows, sorted(columns), f"data.id={id}", " For data in other columns use data=files.")
-
-
-def select_columns(rows: "Dataset", columns: list[str], where: str, hint: str = "") -> "Dataset":
+def select_columns(rows: "Dataset", columns: list[str], where: str) -> "Dataset":
     """The rows with these columns alone."""
     missing = ", ".join(sorted(set(columns) - set(rows.column_names)))
     if missing:
-        raise RequestError(f"{where} has no column {missing}; it has {', '.join(rows.column_names)}.{hint}")
+        raise RequestError(f"{where} has no column {missing}; it has {', '.join(rows.column_names)}.")
     return rows.select_columns(columns)
 
 
@@ -201,16 +173,26 @@ def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 def select_split(splits: dict[str, "Dataset"], split: str) -> "Dataset":
     """The rows that a split or slice names: `train`, `test[:20]`, `train[10%:]`, `train+test`, as in `load_dataset`."""
-    from datasets import ReadInstruction, concatenate_datasets
+    from datasets import concatenate_datasets
+
+    spans = spans_of(split, {name: len(rows) for name, rows in splits.items()})
+    chosen = [splits[name].select(range(start, stop)) for name, start, stop in spans]
+    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+
+
+def spans_of(split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
+    """(split, first row, row after the last) of each part of a split or slice, in splits of these lengths."""
+    from datasets import ReadInstruction
 
     try:
-        spans = ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+        spans = ReadInstruction.from_spec(split).to_absolute(lengths)
     except ValueError as error:
         raise RequestError(
-            f"Split {split!r}: {first_cause(error)} Use {', '.join(splits)}, or a slice such as train[:6%]."
+            f"Split {split!r}: {first_cause(error)} Use {', '.join(lengths)}, or a slice such as train[:6%]."
         ) from error
-    chosen = [splits[span.splitname].select(range(span.from_, span.to)) for span in spans]
-    return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
+    return [
+        (span.splitname, span.from_ or 0, lengths[span.splitname] if span.to is None else span.to) for span in spans
+    ]
 
 
 def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Dataset"]:

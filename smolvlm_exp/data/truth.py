@@ -45,9 +45,13 @@ def truth_of(row: dict[str, Any]) -> str | None:
 
 
 def answer_of(answer: Any) -> Truth:
-    """Kind and answer: yes or no, a number, or any other text; a list of different ones is a list of texts."""
+    """Kind and answer: yes or no, a number, or any other text; a list of different ones is a list of texts.
+
+    The entries of VQA's `answers`, objects with an `answer` in them, are read as these.
+    """
     if not isinstance(answer, list):
         return single_answer(answer)
+    answer = [one["answer"] if isinstance(one, dict) and "answer" in one else one for one in answer]
     accepted = list(dict.fromkeys(str(single_answer(one)["answer"]) for one in answer))
     return {"kind": "answer", "answer": accepted} if len(accepted) > 1 else single_answer(accepted[0])
 

@@ -2,9 +2,8 @@
 
 import contextlib
 import logging
-import threading
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,6 +16,7 @@ from smolvlm_exp.models.resolution import FILES, Resolution, saved_resolution
 from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.hub import is_offline
 from smolvlm_exp.utils.phases import phase
 
 if TYPE_CHECKING:
@@ -148,41 +148,6 @@ def checkpoint_file(config: ModelConfig, name: str) -> Path | None:
         return file if (file := folder / name).is_file() else None
     cached = try_to_load_from_cache(config.id, name, revision=config.revision) if "/" in config.id else None
     return Path(cached) if isinstance(cached, str) else None
-
-
-def ping(seconds: float) -> str:
-    """The outcome of one HEAD request by the client that downloads: `HTTP 200`, or what went wrong.
-
-    In a thread, because name resolution has no timeout.
-    """
-    from huggingface_hub import constants, get_session
-
-    outcome = f"no answer in {seconds:g} s"
-
-    def request() -> None:
-        nonlocal outcome
-        try:
-            reply = get_session().head(constants.ENDPOINT, timeout=seconds, follow_redirects=True)
-            outcome = f"HTTP {reply.status_code}"
-        except Exception as error:  # only its type: a proxy's address may hold a password
-            outcome = type(error).__name__
-
-    (thread := threading.Thread(target=request, daemon=True)).start()
-    thread.join(seconds + 0.5)
-    return outcome
-
-
-@cache
-def is_offline() -> bool:
-    """Checked and logged once per process: upstream would try each file six times, 23 s each.
-
-    Any HTTP status means that the Hub is there.
-    """
-    outcome = ping(10.0)
-    if outcome.startswith("HTTP"):
-        return False
-    log.warning(f"hub: {outcome}; using local files only")
-    return True
 
 
 def with_random_weights(shape: Shape, kwargs: dict[str, Any], seed: int) -> "PreTrainedModel":

@@ -21,9 +21,9 @@ from importlib import metadata, util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.models.model import ping
 from smolvlm_exp.reporting.advice import advise_run
 from smolvlm_exp.runs.find import find_ended_run
+from smolvlm_exp.utils.hub import ping
 from smolvlm_exp.utils.paths import OUTPUTS
 from smolvlm_exp.utils.units import GIB
 from smolvlm_exp.utils.versions import check_torchvision

@@ -25,7 +25,9 @@ SAMPLE_SIZE = 256  # rows, evenly spaced
 CHARS_PER_TOKEN = 3.5  # where no tokenizer is on this disk: English prose has 4 to 4.5
 TEMPLATE, ANSWER_END, QUESTION = 12, 2, 40  # tokens of the chat template, behind an answer, of an assumed question
 PLAIN_TAG = 8  # tokens more that `<row_1_col_1>` takes where it is text to the tokenizer
-HUB_ROWS = {"rlaif_v": {"train": 78_975, "test": 4_157}, "rlhf_v": {"train": 5_733}}  # of the default data.id
+HUB_ROWS = {
+    "HuggingFaceH4/rlaif-v_formatted": {"train": 78_975, "test": 4_157}, "openbmb/RLHF-V-Dataset": {"train": 5_733},
+}  # fmt: skip
 
 
 @dataclass
@@ -141,13 +143,8 @@ def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
 
 def hub_rows(data: Any) -> int | None:
     """How many rows `data.train` names, where the size of the data set is known."""
-    from datasets import ReadInstruction
+    from smolvlm_exp.data.loading import spans_of
 
-    splits = HUB_ROWS.get(data.source)
-    if splits is None or data.id != type(data).id:
+    if data.id not in HUB_ROWS:
         return None
-    try:
-        spans = ReadInstruction.from_spec(data.train).to_absolute(splits)
-    except ValueError as error:
-        raise RequestError(f"data.train={data.train}: {error}") from error
-    return sum((splits[s.splitname] if s.to is None else s.to) - (s.from_ or 0) for s in spans)
+    return sum(stop - start for _, start, stop in spans_of(data.train, HUB_ROWS[data.id]))

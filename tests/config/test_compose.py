@@ -185,7 +185,7 @@ def test_cfg_includes_defaults_of_the_schema(command):
 
 
 NEEDED = {
-    "files": ["folder"], "mmpr": ["annotations", "images"], "pope": ["questions", "images"],
+    "files": ["folder"], "hub": ["id"], "mmpr": ["annotations", "images"], "pope": ["questions", "images"],
     "amber": ["folder", "images"], "coco": ["annotations", "images"],
 }  # fmt: skip
 OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / group).glob("*.yaml"))]

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from smolvlm_exp.data.loading import hold_out, select_split
-from smolvlm_exp.data.messages import assistant, conversation, features, text_of, user
+from smolvlm_exp.data.formats import conversation
+from smolvlm_exp.data.messages import assistant, features, text_of, user
 from smolvlm_exp.data.preferences import prepare
-from smolvlm_exp.data.sources import files, mmpr, photos, rlaif_v, rlhf_v
+from smolvlm_exp.data.sources import files, hub, mmpr, photos
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import CONF
 from tests.conftest import read_lines
@@ -306,14 +307,12 @@ def test_a_missing_file_or_folder_is_named(load, key, value):
 
 
 def rlaif_v_rows(folder: Path, count: int) -> datasets.Dataset:
-    """Rows as on the Hub, here with two images each, of which the recipe takes the first."""
+    """Rows as on the Hub."""
     rows = [
         {
-            "images": [
-                {"bytes": (folder / f"{name}.png").read_bytes(), "path": f"{name}.png"} for name in (index % 9, 9)
-            ],
+            "images": [{"bytes": (folder / f"{index % 9}.png").read_bytes(), "path": f"{index % 9}.png"}],
             **NORMAL,
-            "prompt": [user(f"What is {index}?", images=2)],
+            "prompt": [user(f"What is {index}?")],
             "problem": "",
         }
         for index in range(count)
@@ -323,7 +322,7 @@ def rlaif_v_rows(folder: Path, count: int) -> datasets.Dataset:
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["save_to_disk", "parquet"])
-def test_rlaif_v_from_a_local_copy(folder, tmp_path, monkeypatch, prepared, saved):
+def test_a_local_copy_of_the_hubs(folder, tmp_path, monkeypatch, prepared, saved):
     save_image(folder / "1.png", "white")
     copy = tmp_path / "copy"
     splits = datasets.DatasetDict(train=rlaif_v_rows(folder, 50), test=rlaif_v_rows(folder, 10))
@@ -334,20 +333,19 @@ def test_rlaif_v_from_a_local_copy(folder, tmp_path, monkeypatch, prepared, save
         for name, rows in splits.items():
             rows.to_parquet(copy / f"{name}-00000-of-00001.parquet")
     monkeypatch.chdir(folder)  # its files have the names of the images in the rows, and must not stand in for them
-    train, test = (prepared(rlaif_v, split, id=str(copy)) for split in (None, "test[:20%]"))
+    train, test = (prepared(hub, split, id=str(copy)) for split in ("train[:6%]", "test[:20%]"))
     assert (len(train), len(test)) == (3, 2)
     assert train[1]["prompt"] == [user("What is 1?")]
     assert train[1]["chosen"] == [assistant("A cat.")]
     assert [image.getpixel((0, 0)) for image in train[1]["images"]] == [(255, 255, 255)]
 
 
-def test_rlhf_v_from_a_local_copy(folder, tmp_path, prepared):
+def test_a_bad_row_of_the_hubs_is_named(folder, tmp_path, prepared):
     image = {"bytes": (folder / "3.png").read_bytes(), "path": "3.png"}
     texts = ["not JSON"] + [json.dumps({"question": "What is it?", **ANSWERS})] * 49
     table = datasets.Dataset.from_list([{"image": image, "text": text, "idx": 0} for text in texts])
     table.cast_column("image", datasets.Image()).save_to_disk(tmp_path / "copy")
-    train, test = (prepared(rlhf_v, split, id=str(tmp_path / "copy")) for split in (None, rlhf_v.Config.test))
-    assert (len(train), len(test)) == (49, 1)
+    train = prepared(hub, "train", id=str(tmp_path / "copy"), test="train[98%:]")
     assert train[0]["problem"] == "`text` is not a JSON object with question, chosen and rejected"
     assert {key: train[1][key] for key in NORMAL} == NORMAL
     assert train[1]["images"][0].getpixel((0, 0)) == (60, 0, 0)
@@ -383,30 +381,19 @@ def test_mmpr_names_what_it_cannot_use(folder, tmp_path, text, change, said):
         mmpr.load(mmpr.Config(**places), "train")
 
 
-def test_an_unreachable_hub_is_answered_with_a_workaround(monkeypatch):
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("Couldn't reach it on the Hub\nRetrying")
-
-    monkeypatch.setattr(datasets, "load_dataset", unreachable)
-    with pytest.raises(RequestError) as error:
-        rlaif_v.load(rlaif_v.Config(), "train")
-    assert str(error.value).startswith("data.id=HuggingFaceH4/rlaif-v_formatted, split train: Couldn't reach it")
-    assert str(error.value).endswith("set data.id to a folder that holds a copy of it.")
-
-
 @pytest.mark.parametrize(
     ("id", "split", "said"),
     [
         ("./nowhere", "train", "no such folder"),
         ("copy", "tset", "Unknown split"),
-        ("copy", "train", "no column chosen, images"),
+        ("copy", "train", "has the columns prompt. Expected"),
     ],
 )
 def test_an_unusable_local_copy(tmp_path, monkeypatch, id, split, said):
     monkeypatch.chdir(tmp_path)
     datasets.Dataset.from_dict({"prompt": ["a"]}).save_to_disk("copy")
     with pytest.raises(RequestError, match=said):
-        rlaif_v.load(rlaif_v.Config(id=id), split)
+        hub.load(hub.Config(id=id, test="train"), split)
 
 
 @pytest.mark.parametrize(
@@ -444,7 +431,7 @@ def test_every_photo_is_used_credited_and_on_one_side_only():
 # conf/data
 
 
-@pytest.mark.parametrize("name", ["amber", "coco", "files", "mmpr", "photos", "pope", "rlaif_v", "rlhf_v"])
+@pytest.mark.parametrize("name", ["amber", "coco", "files", "hub", "mmpr", "photos", "pope"])
 def test_the_yaml_names_its_source_and_opens_with_its_command(name):
     text = (CONF / "data" / f"{name}.yaml").read_text(encoding="utf-8")
     assert OmegaConf.create(text).source == name

@@ -4,10 +4,11 @@ import pytest
 import torch
 from PIL import Image
 
-from smolvlm_exp.models.model import EMBEDDED, device_map, is_offline, load_model, load_processor
+from smolvlm_exp.models.model import EMBEDDED, device_map, load_model, load_processor
 from smolvlm_exp.models.shape import make_processor, model_config, shape_of
 from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.hub import is_offline
 from tests.conftest import compose
 
 PARAMETERS = {
@@ -98,7 +99,7 @@ def test_device_map_auto_puts_the_model_on_one_gpu(monkeypatch):
 def test_an_unreachable_hub_is_checked_once(monkeypatch, capsys):
     """Upstream alone would try each of some six files six times."""
     checks = []
-    monkeypatch.setattr("smolvlm_exp.models.model.ping", lambda seconds: checks.append(seconds) or "ConnectError")
+    monkeypatch.setattr("smolvlm_exp.utils.hub.ping", lambda seconds: checks.append(seconds) or "ConnectError")
     is_offline.cache_clear()
     config = compose("model=smolvlm").model
     for load in (load_processor, load_model):

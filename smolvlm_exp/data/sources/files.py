@@ -5,9 +5,7 @@ A row has a pair of answers, or what is known of its image (truth.py), or both, 
 """
 
 import csv
-import hashlib
 import io
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
+from smolvlm_exp.data.formats import KEY, normal_features, normal_row, require_known_format, with_key
 from smolvlm_exp.data.images import Entry, ImageError, locate
 from smolvlm_exp.data.loading import (
     convert,
@@ -27,16 +26,6 @@ from smolvlm_exp.data.loading import (
     read_text,
     select_split,
 )
-from smolvlm_exp.data.messages import (
-    PAIR_FORMATS,
-    bad_row,
-    conversation,
-    features,
-    fits,
-    require_known_format,
-    row_images,
-)
-from smolvlm_exp.data.truth import TRUTH_COLUMNS, truth_of
 from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -46,7 +35,6 @@ SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PAIRS = "pairs.jsonl"  # as task=mine writes it, beside its other files
 
 ORIGIN = "origin"  # the column that says where a row was read
-KEY = "image_key"  # the column by which rows are held out
 
 
 @dataclass
@@ -137,37 +125,18 @@ class Converter:
         return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
 
     def convert(self, rows: "Dataset | list[dict[str, Any]]", given: set[str], *more: str) -> "Dataset":
-        """Without the answers' columns where the `given` ones hold no pairs; `more`: columns of text."""
-        from datasets import Features, Value
-
-        pairs, known = fits(given, PAIR_FORMATS), not given.isdisjoint(TRUTH_COLUMNS)
-        normal = {name: kind for name, kind in features().items() if pairs or name not in ("chosen", "rejected")}
-        texts = [*more, *(["truth"] if known else []), *([KEY] if self.to_row is keyed_row else [])]
-        types = Features({**normal, **dict.fromkeys(texts, Value("string"))})
+        """`more`: columns of text."""
+        types = normal_features(given, *more, *([KEY] if self.to_row is keyed_row else []))
         return convert(rows, self.to_row, self.folder, types, self.num_proc)
 
 
 def keyed_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """`to_row`, and a hash of the first image, so that rows with the same image are held out together."""
-    normal = to_row(row, folder)
-    first: Entry = normal["images"][0] if normal["images"] else {"bytes": str(normal["prompt"]).encode()}
-    return {**normal, KEY: hashlib.sha256(first["bytes"] or Path(first["path"]).read_bytes()).hexdigest()}
+    return with_key(to_row(row, folder))
 
 
 def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
     """One row in the normal form, and where it was read; `problem` says what is wrong with it."""
-    try:
-        entries = row_images(row)
-        normal = {"images": located(entries, folder), **conversation(row, len(entries)), "truth": truth_of(row)}
-        normal["problem"] = ""
-        json.dumps(normal, ensure_ascii=False, default=repr).encode()
-    except UnicodeEncodeError:
-        normal = bad_row("its text contains half a character (a lone surrogate), which UTF-8 cannot encode")
-    except ValueError as error:  # ImageError is one
-        normal = bad_row(str(error).encode(errors="replace").decode())
-    except (TypeError, AttributeError, KeyError) as error:  # rows come from other people, in any form
-        normal = bad_row(f"it has an unknown form ({type(error).__name__}: {error})")
-    return {**normal, ORIGIN: row.get(ORIGIN)}
+    return {**normal_row(row, lambda entries: located(entries, folder)), ORIGIN: row.get(ORIGIN)}
 
 
 def located(entries: list[Any], folder: Path) -> list[Entry]:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
+from smolvlm_exp.data.formats import row_images
 from smolvlm_exp.data.loading import convert, first_cause, hold_out, select_columns, select_split, undecoded
-from smolvlm_exp.data.messages import row_images
 from smolvlm_exp.data.sources.files import to_row
 from smolvlm_exp.utils.errors import RequestError
 
