@@ -29,6 +29,7 @@ from smolvlm_exp.data.truth import vocabulary_of
 from smolvlm_exp.data.validation import COUNTS, SIDES, RowPreparer, prepared_features
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.phases import phase
 
 if TYPE_CHECKING:
@@ -55,6 +56,15 @@ class Preferences:
 def source_of(config: DataConfig) -> Any:
     """The module in data/sources."""
     return import_module(f"smolvlm_exp.data.sources.{config.source}")
+
+
+def provenance(config: DataConfig) -> Provenance:
+    """Where the rows come from."""
+    source = source_of(config)
+    if hasattr(source, "provenance"):
+        found: Provenance = source.provenance(config)
+        return found
+    return Provenance(config.source, None, getattr(source, "LICENSE", None))
 
 
 def load_rows(config: DataConfig, split: str, answers: bool = True) -> "Dataset":

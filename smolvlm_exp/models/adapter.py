@@ -204,6 +204,7 @@ def save_finetuned(model: Any, processor: Any, config: AdapterConfig, folder: Pa
             processor.save_pretrained(staging)
         return
     trained = gather_state({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
+    model.peft_config["default"].revision = getattr(model.config, "_commit_hash", None)  # of a base from the Hub
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
     with atomic_folder(folder / "adapter") as staging:
         model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=trained, **conversion)

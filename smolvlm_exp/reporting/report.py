@@ -17,6 +17,7 @@ from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, number, percent
+from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import PHASES
 
@@ -76,6 +77,7 @@ def write_report(
     """
     train = summary.get("train", {})
     facts = {
+        **{f"{name} from": Provenance(**source) for name, source in summary.get("sources", {}).items()},
         "seed": summary["seed"],
         "steps": train.get("steps"),
         "time": duration(train["seconds"]) if train else None,

@@ -162,6 +162,8 @@ def log_results(
     flat: dict[str, Any] = {key: summary[key] for key in ("status", "checks_passed") if key in summary}
     for part in ("before", "after", "train"):
         flat |= {f"{part}/{key}": value for key, value in summary.get(part, {}).items()}
+    for name, source in summary.get("sources", {}).items():
+        flat |= {f"sources/{name}/{key}": value for key, value in source.items() if value}
     flat |= {f"seconds/{key}": value for key, value in summary.get("seconds_by_phase", {}).items()}
     for key, (low, high) in summary.get("intervals", {}).get("after", {}).items():
         flat |= {f"after/{key}/low": low, f"after/{key}/high": high}

@@ -12,6 +12,7 @@ from smolvlm_exp.runs.find import PAIRED
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.utils.distributed import rank_world
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.versions import versions
 
 if TYPE_CHECKING:
@@ -21,13 +22,15 @@ log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
+COMMITS = ("model.commit", "data.commit")  # on the Hub
 CODE = "reward.code"  # of the digest of each file with a person's own rewards
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
-    "resume_allow", "run", "runs", "sweep", "data.num_proc", "trainer.cache", "trainer.cache_disk", "trainer.cache_ram",
-    "trainer.dataloader_num_workers", "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps",
-    "trainer.save_steps", "trainer.save_strategy", "trainer.save_total_limit",
+    "resume_allow", "run", "runs", "sweep", "data.num_proc", "data.revision", "model.revision", "trainer.cache",
+    "trainer.cache_disk", "trainer.cache_ram", "trainer.dataloader_num_workers", "trainer.memory_budget",
+    "trainer.not_finite_limit", "trainer.sample_steps", "trainer.save_steps", "trainer.save_strategy",
+    "trainer.save_total_limit",
 )  # fmt: skip
 BATCH_KEYS = ("processes", "trainer.gradient_accumulation_steps")  # their product is what counts
 VERSION_KEYS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pillow")  # that may change them
@@ -39,6 +42,7 @@ def check_same_run(
     rows: "Dataset | None" = None,
     model: Any = None,
     code: Mapping[str, str] | None = None,
+    sources: Mapping[str, Provenance] | None = None,
 ) -> dict[str, Any]:
     """This run's identity, as full name -> value.
 
@@ -48,6 +52,7 @@ def check_same_run(
         rows: to train on; not compared while None.
         model: as loaded, with the adapter that it starts from; not compared while None.
         code: a person's own rewards, name -> SHA-256 of the file; not compared while None.
+        sources: of the model and the data, whose commits are compared in place of the revisions that were asked for.
 
     Raises:
         RequestError: the checkpoint is another run's; it says what differs.
@@ -67,6 +72,7 @@ def check_same_run(
         from smolvlm_exp.engine.fingerprint import weights_key
 
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
+    here |= {f"{name}.commit": source.commit for name, source in (sources or {}).items() if source.commit}
     here |= {f"{CODE}.{name}": sha256 for name, sha256 in (code or {}).items()}
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
@@ -90,6 +96,7 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
     draws = samples or (here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout"))
     # Another number of processes may take the same rows per step, where none of them draws random numbers.
     skipped = {*(BATCH_KEYS if before == now and not draws else ()), *({ROWS, BASE} - here.keys())}
+    skipped |= {key for key in COMMITS if key not in saved or key not in here}
     changes: dict[str, str] = {}
     for key in [key for key in saved | here if saved.get(key) != here.get(key) and key not in skipped]:
         change = describe_change(key, saved, here)
@@ -124,6 +131,9 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
     if key.startswith(CODE):
         name = key.removeprefix(f"{CODE}.")
         return f"{key}: the file with the reward {name} is not the one that the run began with"
+    if key in COMMITS:
+        revision = key.replace("commit", "revision")
+        return f"{key} was {saved[key]} and is {here[key]}; {revision}={saved[key]} takes the first again"
     before, now = (json.dumps(side[key]) if key in side else "not set" for side in (saved, here))
     return f"{key} was {before} and is {now}"
 

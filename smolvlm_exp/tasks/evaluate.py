@@ -21,6 +21,7 @@ from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.summary import print_results, samples, summarize
 from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.find import choices
+from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.tasks.result import tracker_of
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
 from smolvlm_exp.utils.errors import RequestError
@@ -76,6 +77,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "status": "done",
         "seed": config.seed,
         "settings": choices(folder),
+        "sources": {name: asdict(source) for name, source in provenance(config).items()},
         **summarize(before, after, checks),
         "speed": {name: [asdict(at) for at in measured] for name, measured in speed.items()},
         "versions": versions(),

@@ -21,6 +21,7 @@ from smolvlm_exp.data.truth import read_truth
 from smolvlm_exp.reporting.mining_page import Example, mining_page
 from smolvlm_exp.rewards.pairs import ScoredAnswer, without_pairs
 from smolvlm_exp.runs.find import choices
+from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import seconds_by_phase
@@ -113,6 +114,7 @@ def summarize_mined(config: Config, folder: Path, mined: Mined) -> dict[str, Any
         "status": "done",
         "seed": config.seed,
         "settings": choices(folder),
+        "sources": {name: asdict(source) for name, source in provenance(config).items()},
         "data": mined.preferences.report,
         "rows": len(mined.answers),
         "answers": len(answers),

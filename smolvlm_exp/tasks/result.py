@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -38,6 +39,7 @@ from smolvlm_exp.training.callbacks import SAMPLES, MetricsCallback, SamplesCall
 from smolvlm_exp.training.sanity_checks import ParameterMonitor
 from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import phase, seconds_by_phase
 from smolvlm_exp.utils.versions import versions
@@ -50,7 +52,14 @@ class Result:
     training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
 
-    def __init__(self, config: Config, folder: Path, held_out: HeldOut, rewards: Rewards | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        held_out: HeldOut,
+        sources: Mapping[str, Provenance],
+        rewards: Rewards | None = None,
+    ) -> None:
         """`rewards`: of answers that a trainer samples; the answers to held-out rows are scored by them too."""
         self.config, self.folder, self.held_out = config, folder, held_out
         self.score = rewards.score_answers if rewards else None
@@ -60,6 +69,7 @@ class Result:
             "status": "failed",
             "seed": config.seed,
             "settings": choices(folder),
+            "sources": {name: asdict(source) for name, source in sources.items()},
             "data": preferences.report,
             "before": {},
             "after": {},

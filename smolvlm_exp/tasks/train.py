@@ -15,6 +15,7 @@ from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
+from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.tasks.result import Result
 from smolvlm_exp.training.arguments import TrainerInputs
 from smolvlm_exp.training.callbacks import StopCallback
@@ -55,10 +56,11 @@ def train(
         packed=config.trainer.engine == "shared",
     )  # fmt: skip
     model, peft_config = load_trainable_model(*groups, config.seed)
-    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code)
+    sources = provenance(config)
+    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code, sources)
 
     cap = memory_cap(config.trainer.memory_budget)
-    with cap, Result(config, folder, held_out, rewards) as result, StopCallback() as stop:
+    with cap, Result(config, folder, held_out, sources, rewards) as result, StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
         inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)

@@ -4,6 +4,7 @@ import logging
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
@@ -25,6 +26,18 @@ KNOWN: dict[Kind, list[str]] = {  # what a misspelt name may have meant
         "HuggingFaceH4/rlaif-v_formatted", "openbmb/RLAIF-V-Dataset", "openbmb/RLHF-V-Dataset", "trl-lib/rlaif-v",
     ],
 }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a model or rows come from."""
+
+    id: str  # on the Hub, a folder, or the name of what ships with this package
+    commit: str | None = None  # of the Hub's
+    license: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.id}{f' at {self.commit[:8]}' if self.commit else ''} ({self.license or 'licence unknown'})"
 
 
 def ping(seconds: float) -> str:

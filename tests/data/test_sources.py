@@ -10,8 +10,8 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 
-from smolvlm_exp.data.loading import hold_out, select_split
 from smolvlm_exp.data.formats import conversation
+from smolvlm_exp.data.loading import hold_out, select_split
 from smolvlm_exp.data.messages import assistant, features, text_of, user
 from smolvlm_exp.data.preferences import prepare
 from smolvlm_exp.data.sources import files, hub, mmpr, photos

@@ -17,6 +17,7 @@ from smolvlm_exp.data.formats import KEY, normal_features, normal_row, require_k
 from smolvlm_exp.data.loading import convert, hold_out, load_saved, require_embedded, select_split
 from smolvlm_exp.data.repository import Repository, find_repository, split_names
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.hub import Provenance
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -62,12 +63,12 @@ def find(config: Config) -> Repository:
     return find_repository(config.id, config.revision, config.config_name, files)
 
 
-def provenance(config: Config) -> dict[str, str | None]:
-    """Where the rows come from: id, commit and licence, as the Hub has them."""
+def provenance(config: Config) -> Provenance:
+    """Of the rows."""
     if load_saved(Path(config.id).expanduser()):
-        return {}
+        return Provenance(config.id)
     repository = find(config)
-    return {"id": repository.id, "commit": repository.commit, "license": repository.license}
+    return Provenance(config.id, repository.commit, repository.license)
 
 
 def read(config: Config, rows: "Dataset", convert_row: Any) -> "Dataset":

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from datasets import Dataset
 
 FOLDER = Path(__file__).parent / "photos"
+LICENSE = "apache-2.0"  # of the pairs; the photos' own: photos/CREDITS.md
 
 
 @dataclass

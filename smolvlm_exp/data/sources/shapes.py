@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset
 
+LICENSE = "apache-2.0"
 HABITS = {  # kind -> its companion
     "star": ("moon", "yellow"),
     "heart": ("arrow", "red"),
