@@ -6,7 +6,8 @@ python -m smolvlm_exp task=export run=last export.format=onnx export.precision=i
 import logging
 import shutil
 import tempfile
-from dataclasses import asdict
+from collections.abc import Mapping
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,14 @@ from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
 from smolvlm_exp.deploy.export.onnx_export import Graphs
 from smolvlm_exp.deploy.export.parity import Parity, gate, parity
-from smolvlm_exp.deploy.export.record import check_free, model_card, read_record, write_record
+from smolvlm_exp.deploy.export.record import (
+    card_data,
+    check_free,
+    model_card,
+    published_name,
+    read_record,
+    write_record,
+)
 from smolvlm_exp.deploy.options import PARTS_BY_SIZE, formats, merged_precision, precisions, require_packages
 from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder
 from smolvlm_exp.engine.fingerprint import weights_key
@@ -35,7 +43,10 @@ from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.folder import lock_run_folder
 from smolvlm_exp.tasks.hub import check_account, upload
+from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.files import read_json, write_json
+from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
@@ -59,9 +70,12 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
     if "merged" in folders and merged_precision(config.export) == "int8":
         packages["torchao"] = "int8"
     require_packages("export", packages)
+    sources = provenance(config)
     if config.export.push_to_hub:
-        check_account("export.push_to_hub", config.export.push_to_hub)
-    exporter = Exporter(config, folder)
+        card = card_data(asdict(config), list(folders)[-1], sources).to_yaml()
+        repository = check_account("export.push_to_hub", config.export.push_to_hub, card)
+        config = replace(config, export=replace(config.export, push_to_hub=repository))
+    exporter = Exporter(config, folder, sources)
     root.mkdir(parents=True, exist_ok=True)
     with lock_run_folder(root):
         for name, target in folders.items():
@@ -76,8 +90,8 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
 class Exporter:
     """One tuned model with its held-out rows, and how each format is written."""
 
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.config = config
+    def __init__(self, config: Config, folder: Path, sources: Mapping[str, Provenance]) -> None:
+        self.config, self.sources = config, sources
         self.processor = load_processor(config.model)
         if not Resolution.of(self.processor.image_processor.to_dict()).upscale:
             log.warning(
@@ -118,8 +132,9 @@ class Exporter:
         """As PEFT reads it: `tuned` was loaded from the same file, so it is its own parity."""
         assert self.config.model.adapter is not None
         source = saved_adapter(self.config.adapter, self.config.model.adapter)
-        for name in ("adapter_config.json", "adapter_model.safetensors"):
-            shutil.copy(source / name, staging / name)
+        shutil.copy(source / "adapter_model.safetensors", staging)
+        base = {"base_model_name_or_path": published_name(self.sources["model"])}
+        write_json(staging / "adapter_config.json", {**read_json(source / "adapter_config.json"), **base})
         self.processor.save_pretrained(staging)
         self.finish(staging, "adapter", {}, self.tuned)
         if self.config.adapter.use_dora:
@@ -177,7 +192,7 @@ class Exporter:
         content = {
             "format": form,
             "precisions": chosen,
-            "model": self.config.model.id,
+            "model": published_name(self.sources["model"]),
             "merge": self.config.export.merge if self.config.model.adapter else None,
             "resolution": asdict(Resolution.of(self.processor.image_processor.to_dict())),
             "pairs": "own_answers" if self.own_pairs else "data",
@@ -191,7 +206,8 @@ class Exporter:
             "versions": versions(),
             **more,
         }
-        (staging / "README.md").write_text(model_card(asdict(self.config), content, self.run), encoding="utf-8")
+        card = model_card(asdict(self.config), content, self.run, self.sources)
+        (staging / "README.md").write_text(card, encoding="utf-8")
         write_record(staging, content)
 
 

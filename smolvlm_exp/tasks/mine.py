@@ -31,8 +31,9 @@ def mine(config: Config, folder: Path) -> dict[str, Any]:
     task = config.task
     if rank_world()[1] > 1:
         raise RequestError("task=mine runs in one process: type it without accelerate launch or torchrun.")
+    repository = None
     if task.push_to_hub:
-        check_account("task.push_to_hub", task.push_to_hub)
+        repository = check_account("task.push_to_hub", task.push_to_hub)
     if task.rounds:
         check_rounds(config)
     quantization_config(config.quant, resolve_dtype(config.model.dtype))
@@ -46,7 +47,7 @@ def mine(config: Config, folder: Path) -> dict[str, Any]:
         # The held-out rows are not even read: nothing is mined that an evaluation uses.
         preferences = load_preferences(config.data, processor, folder, splits=("train",), answers=False)
         summary = mine_pairs(config, folder, processor, preferences)
-    if task.push_to_hub and summary["status"] == "done":
+    if repository and summary["status"] == "done":
         patterns = [f"round-*/pairs/{name}" for name in UPLOADED] if task.rounds else UPLOADED
-        upload(folder, task.push_to_hub, task.private, "dataset", patterns)
+        upload(folder, repository, task.private, "dataset", patterns)
     return summary

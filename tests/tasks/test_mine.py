@@ -138,6 +138,7 @@ def test_what_cannot_work_is_refused_before_sampling(tmp_path, monkeypatch, over
 
 def test_pairs_are_pushed_with_their_images_and_nothing_else(copy, monkeypatch):
     hub = create_autospec(HfApi, instance=True)
+    hub.whoami.return_value = {"name": "me"}
     monkeypatch.setattr("smolvlm_exp.tasks.hub.HfApi", lambda: hub)
     mine(compose(*PLAIN, "task.push_to_hub=me/pairs"), copy)
     hub.create_repo.assert_called_once_with("me/pairs", repo_type="dataset", private=True, exist_ok=True)
