@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 log = logging.getLogger(__name__)
-
-PIL_BACKEND = {"backend": "pil"}  # the same pixels with torchvision and without it
 
 
 @dataclass
@@ -60,7 +59,7 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     }
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
-    return freeze_layout(from_pretrained(AutoModelForImageTextToText, config, **kwargs).eval())
+    return freeze_layout(from_pretrained(AutoModelForImageTextToText.from_pretrained, config, **kwargs).eval())
 
 
 def device_map(requested: str | None) -> Any:
@@ -102,19 +101,32 @@ def choose_resolution(config: ModelConfig, checkpoint: Resolution) -> Resolution
 
 def checkpoint_processor(config: ModelConfig) -> "ProcessorMixin":
     """The checkpoint's own; for random weights, where it is not on this disk, a stand-in of the same sizes."""
-    from transformers import AutoProcessor
-
     if config.weights == "random" and config.id != "embedded":
         with contextlib.suppress(OSError, ValueError):
-            return AutoProcessor.from_pretrained(
-                config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PIL_BACKEND
-            )
+            return read_processor(config.id, revision=config.revision, local_files_only=True)
         from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 
         shape = random_shape(config)
         log.warning(f"model: no local tokenizer of {config.id}; using a stand-in of {shape.vocab_size} tokens")
         return make_processor(shape, stand_in_tokenizer(shape))
-    return from_pretrained(AutoProcessor, config, trust_remote_code=False, **PIL_BACKEND)
+    return from_pretrained(read_processor, config)
+
+
+def read_processor(source: str, revision: str | None, local_files_only: bool) -> "ProcessorMixin":
+    """A saved processor, put together from its parts.
+
+    AutoProcessor would build SmolVLM2's with a video processor, which needs torchvision, and Idefics3's around a
+    GPT2Tokenizer that is made anew without the first step of tokenizer.json, splitting digits.
+    """
+    from transformers import AutoImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
+
+    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    options, _ = Idefics3Processor.get_processor_dict(source, **where)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **where)
+    options.setdefault("chat_template", tokenizer.chat_template)  # where it was saved with the tokenizer alone
+    # Pillow's: the same pixels with torchvision and without it.
+    images = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **where)
+    return Idefics3Processor.from_args_and_dict([images, tokenizer], options)
 
 
 def random_shape(config: ModelConfig) -> Shape:
@@ -123,20 +135,20 @@ def random_shape(config: ModelConfig) -> Shape:
     return config.shape
 
 
-def from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
-    """One of transformers' Auto classes for `config`; the Hub's many errors become two lines that say what to do."""
+def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
+    """What `read` finds for `config`; the Hub's many errors become two lines that say what to do."""
     source = str(EMBEDDED) if config.id == "embedded" else config.id
     local = not Path(source).is_dir() and is_offline()
     try:
-        return loader.from_pretrained(source, revision=config.revision, local_files_only=local, **kwargs)
+        return read(source, revision=config.revision, local_files_only=local, **kwargs)
     except Exception as error:
         check_files(partial(checkpoint_file, config), Path(source) if Path(source).is_dir() else None)
         if not isinstance(error, ImportError | OSError | ValueError):
             raise
-        advice = "Give a folder that holds the model, connect to the Hub, or use model.weights=random."
+        advice = "\nGive a folder that holds the model, connect to the Hub, or use model.weights=random."
         if isinstance(error, ImportError):
-            advice = "Install what it needs: pip install '.[gpu]'"
-        raise RequestError(f"model.id={config.id}: {first_line(error)}\n{advice}") from error
+            advice = ""  # the error names what to install
+        raise RequestError(f"model.id={config.id}: {first_line(error)}{advice}") from error
 
 
 def checkpoint_file(config: ModelConfig, name: str) -> Path | None:

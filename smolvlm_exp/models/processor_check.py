@@ -10,9 +10,8 @@ from typing import Any
 
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.data.tokens import FAKE, IMAGE
-from smolvlm_exp.models.resolution import FILES, RESTORE, Resolution, read_options
+from smolvlm_exp.models.resolution import FILES, RESTORE, Resolution, read_options, saved_resolution
 from smolvlm_exp.utils.errors import RequestError, first_line
-from smolvlm_exp.utils.files import read_json
 
 Find = Callable[[str], Path | None]  # a file of the model by its name, where it is on this disk
 
@@ -34,9 +33,10 @@ def check_files(find: Find, folder: Path | None) -> None:
     """
     for file in filter(None, map(find, (*FILES, *TOKENIZER, "config.json"))):
         read_options(file)
-    for names in (FILES, TOKENIZER[:1]):
-        if folder and not any(map(find, names)):
-            raise RequestError(f"{folder} has no {' or '.join(names)}.\n{RESTORE}")
+    if folder and saved_resolution(filter(None, map(find, FILES))) is None:
+        raise RequestError(f"{folder} has no {' or '.join(FILES)} with an image processor.\n{RESTORE}")
+    if folder and not find(TOKENIZER[0]):
+        raise RequestError(f"{folder} has no {TOKENIZER[0]}.\n{RESTORE}")
 
 
 def check_processor(processor: Any, find: Find) -> None:
@@ -45,7 +45,7 @@ def check_processor(processor: Any, find: Find) -> None:
         RequestError: the loaded processor is not a SmolVLM's, or not that of the model whose config.json `find` finds.
     """
     parts = ((FILES, image_problems), (TOKENIZER, tokenizer_problems), (TEMPLATE, template_problems))
-    config = read_json(file) if (file := find("config.json")) else {}
+    config = read_options(file) if (file := find("config.json")) else {}
     for names, problems in parts:
         for problem in problems(processor, config):
             file = next(filter(None, map(find, names)), None)
