@@ -73,14 +73,17 @@ def tokenize_rows(
     return ids
 
 
-def processor_key(processor: Any) -> str:
-    """A hash of what decides a row's token ids: the tokenizer, the chat template, and how images become tiles."""
+def processor_digests(processor: Any) -> dict[str, str]:
+    """A hash each of what decides a row's token ids: the tokenizer, the chat template, and how images become tiles."""
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     tokenizer |= {"padding": None, "truncation": None}  # as the last call has left them
-    templates = [processor.chat_template, processor.tokenizer.chat_template]
     images = [type(processor.image_processor).__name__, processor.image_processor.to_json_string()]
-    parts = [tokenizer, templates, images, type(processor).__name__, processor.image_seq_len, processor.image_token]
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+    parts = {
+        "tokenizer": tokenizer,
+        "chat_template": [processor.chat_template, processor.tokenizer.chat_template],
+        "image_processor": [*images, type(processor).__name__, processor.image_seq_len, processor.image_token],
+    }
+    return {name: xxhash.xxh3_128_hexdigest(json.dumps(part).encode()) for name, part in parts.items()}
 
 
 def render_prompt(processor: Any, messages: Sequence[Message]) -> str:

@@ -49,13 +49,13 @@ def train(
         preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
     rewards = checked_rewards(config.reward, preferences) if on_policy else None
     code = rewards.hashes if rewards else {}
-    check_same_run(asdict(config), checkpoint, code=code)
+    check_same_run(asdict(config), checkpoint, code=code, processor=processor)
     held_out = HeldOut(
         preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
         packed=config.trainer.engine == "shared",
     )  # fmt: skip
     model, peft_config = load_trainable_model(*groups, config.seed)
-    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code)
+    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code, processor)
 
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, held_out, rewards) as result, StopCallback() as stop:
