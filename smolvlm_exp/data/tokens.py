@@ -14,11 +14,12 @@ from typing import Any
 
 import xxhash
 
-from smolvlm_exp.data.messages import Message
+from smolvlm_exp.data.messages import Message, assistant, text_of, user
 
 FAKE, IMAGE, GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 
 WORD_JOINER = "\u2060"
+EARLIER = [user("an earlier question", 0), assistant("an earlier answer")]
 
 
 def image_span(rows: int, columns: int, image_seq_len: int) -> str:
@@ -90,6 +91,25 @@ def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
     """Messages as the text that an answer follows, in which every control token is the chat template's."""
     escaped = escape_control_tokens(messages, control_tokens(processor))
     return processor.apply_chat_template(escaped, add_generation_prompt=True)
+
+
+def render_next_turn(processor: Any, messages: Sequence[Message]) -> str:
+    """`render_prompt` of messages that follow an answer, from behind the token that ended it."""
+    text, end = render_prompt(processor, [*EARLIER, *messages]), processor.tokenizer.decode(answer_end(processor))
+    return text.partition(text_of(EARLIER[1:]))[2].removeprefix(end)
+
+
+def answer_end(processor: Any) -> int:
+    """The id of the token that ends an answer: <end_of_utterance> in SmolVLM's chat template.
+
+    Raises:
+        ValueError: the chat template ends it with none, so that a model could not learn where to stop.
+    """
+    after = processor.apply_chat_template(EARLIER).partition(text_of(EARLIER[1:]))[2]
+    ids = processor.tokenizer(after, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] not in processor.tokenizer.added_tokens_decoder:
+        raise ValueError("the chat template ends an answer with no control token")
+    return ids[0]
 
 
 def control_tokens(processor: Any) -> list[str]:

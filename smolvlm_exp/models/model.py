@@ -14,8 +14,8 @@ from omegaconf import MISSING
 from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapter, saved_adapter
 from smolvlm_exp.models.processor_check import check_files, check_processor
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
-from smolvlm_exp.models.resolution import FILES, Resolution, saved_resolution
-from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
+from smolvlm_exp.models.resolution import FILES, Resolution, read_options, saved_resolution
+from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.phases import phase
@@ -78,6 +78,8 @@ def load_processor(config: ModelConfig) -> Any:
     Raises:
         RequestError: it cannot be loaded, is another model's, or has no such resolution.
     """
+    if config.weights == "pretrained":
+        check_architecture(config)
     processor: Any = checkpoint_processor(config)
     if config.weights == "pretrained":
         check_processor(processor, partial(checkpoint_file, config))
@@ -89,6 +91,25 @@ def load_processor(config: ModelConfig) -> Any:
         processor.image_processor = with_resolution(processor.image_processor, chosen)
         log.info(f"model: images at {chosen}")
     return processor
+
+
+def check_architecture(config: ModelConfig) -> None:
+    """
+    Raises:
+        RequestError: the model is none that the engine's layers compute: an Idefics3 around a Llama.
+    """
+    from transformers.utils import cached_file
+
+    file = from_pretrained(cached_file, config, filename="config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:  # a folder with a processor alone
+        return
+    saved = read_options(Path(file))
+    kind, text = saved.get("model_type"), (saved.get("text_config") or {}).get("model_type", "llama")
+    if kind not in ARCHITECTURES or text != "llama":
+        raise RequestError(
+            f"model.id={config.id} is {kind} with the text model {text}, and only {' and '.join(ARCHITECTURES)} with "
+            "llama are supported: SmolVLM, SmolVLM2, and what was made from them."
+        )
 
 
 def choose_resolution(config: ModelConfig, checkpoint: Resolution) -> Resolution:

@@ -21,6 +21,13 @@ SMOLLM = (  # ids 3 to 16
     "<empty_output>",
 )  # fmt: skip
 FAKE, IMAGE, END = "<fake_token_around_image>", "<image>", "<end_of_utterance>"
+SPECIAL = {"bos_token": "<|im_start|>", "eos_token": END, "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+GRANITE = (
+    "{%- for message in messages -%}{{- '<|start_of_role|>' + message['role'] + '<|end_of_role|>' -}}"
+    "{%- for part in message['content'] -%}{%- if part['type'] == 'text' -%}{{- part['text'] -}}"
+    "{%- elif part['type'] == 'image' -%}{{- '<image>' -}}{%- endif -%}{%- endfor -%}{{- '<|end_of_text|>\n' -}}"
+    "{%- endfor -%}{%- if add_generation_prompt -%}{{- '<|start_of_role|>assistant<|end_of_role|>' -}}{%- endif -%}"
+)
 STRINGS = (  # many of which a byte-level tokenizer reads otherwise where it does not split digits first
     "\n\n1. Cut", "a   5", "½", "  x = 10;\n\tif x > 2.50:\n\t\treturn x ** 3", "v1.2.3-rc4", "1,234,567.89", "٣٤", "Ⅷ",
     "x²", "10:45 pm", " 7", "7 ", "\t8\n", "3rd", "0x1F", "a1b2c3", "é 9", "\u00a05", "\r\n12", "½½ 1/2",
@@ -98,21 +105,68 @@ def publish(model: str, folder: Path, weights: bool = False) -> Path:
     second = shape.architecture == "smolvlm"
     kind = "SmolVLM" if second else "Idefics3"
     folder.mkdir(parents=True)
-    config = model_config(shape).to_dict()
+    publish_model(folder, shape, weights)
+    publish_images(folder, shape, kind)
+    if second:
+        images = json.loads((folder / "preprocessor_config.json").read_text())
+        films = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": shape.image_size}}
+        write(folder / "preprocessor_config.json", {**images, "video_sampling": films})
+    template = (EMBEDDED / "chat_template.jinja").read_text()
+    if second:
+        film = "{% elif line['type'] == 'video' %}{{ '<video>' }}{% endif %}{% endfor %}<end"
+        template = template.replace("{% endif %}{% endfor %}<end", film)
+    write(folder / "chat_template.json", {"chat_template": template})
+    publish_tokenizer(folder, vocabulary(shape), f"{kind}Processor", SPECIAL, named=second)
+    return folder
+
+
+def publish_docling(folder: Path, granite: bool) -> Path:
+    """What was made from SmolVLM-256M, with weights.
+
+    SmolDocling has tags for documents where SmolVLM has reserved tokens. granite-docling has another vocabulary and
+    chat template, which ends a turn with <|end_of_text|>, and a tied head.
+    """
+    shape = replace(small_shape("smolvlm_256m"), max_position_embeddings=4096)
+    added = vocabulary(shape)
+    tags = iter(("<doctag>", "</doctag>", "<otsl>", "</otsl>", "<fcel>", "<nl>", "<page_break>"))
+    added = {i: next(tags, token) if "reserved" in token else token for i, token in added.items()}
+    special, template = SPECIAL, (EMBEDDED / "chat_template.jinja").read_text()
+    if granite:
+        moved = {"fake_image_token_id": FIRST + 40, "image_token_id": FIRST + 4, "end_of_utterance_id": FIRST}
+        shape = replace(shape, **moved, vocab_size=FIRST + 42)
+        names = ("<|end_of_text|>", "<|start_of_role|>", "<|end_of_role|>", "<|pad|>", IMAGE, *TILES[1:])
+        added = dict(enumerate(names, FIRST)) | {FIRST + 40: FAKE, FIRST + 41: TILES[0]}
+        special = {"bos_token": names[1], "eos_token": names[0], "pad_token": names[3], "unk_token": names[0]}
+        template = GRANITE
+    folder.mkdir(parents=True)
+    publish_model(folder, shape, weights=True, tied=granite)
+    publish_images(folder, shape, "Idefics3")
+    (folder / "chat_template.jinja").write_text(template)
+    publish_tokenizer(folder, added, "Idefics3Processor", special, named=False)
+    return folder
+
+
+def publish_model(folder: Path, shape: Shape, weights: bool, tied: bool = False) -> None:
+    config = model_config(shape)
+    config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
     if weights:
         import torch
         from transformers import AutoModelForImageTextToText
 
         torch.manual_seed(0)
-        AutoModelForImageTextToText.from_config(model_config(shape)).save_pretrained(folder)
+        AutoModelForImageTextToText.from_config(config).save_pretrained(folder)
+    saved = config.to_dict()
     leftovers = {"_flash_attn_2_enabled": True, "neftune_noise_alpha": 0.0, "qk_layer_norms": False}
-    config["text_config"] |= {**leftovers, "perceiver_config": {"resampler_n_latents": 64}, "pixel_shuffle_factor": 4}
-    rope = config["text_config"].pop("rope_parameters")["rope_theta"]
-    config["text_config"] |= {"rope_theta": rope, "rope_scaling": None, "architectures": ["VLlama3ForCausalLM"]}
-    config["vision_config"] |= {"size": {"longest_edge": 4 * shape.image_size}, "use_base_siglip": False}
-    config["vision_config"] |= {"max_image_size": {"longest_edge": shape.image_size}}
-    write(folder / "config.json", config | {"pad_token_id": 128002, "transformers.js_config": {"dtype": "q4"}})
+    saved["text_config"] |= {**leftovers, "perceiver_config": {"resampler_n_latents": 64}, "pixel_shuffle_factor": 4}
+    rope = saved["text_config"].pop("rope_parameters")["rope_theta"]
+    saved["text_config"] |= {"rope_theta": rope, "rope_scaling": None, "architectures": ["VLlama3ForCausalLM"]}
+    saved["vision_config"] |= {"size": {"longest_edge": 4 * shape.image_size}, "use_base_siglip": False}
+    saved["vision_config"] |= {"max_image_size": {"longest_edge": shape.image_size}}
+    write(folder / "config.json", saved | {"pad_token_id": 128002, "transformers.js_config": {"dtype": "q4"}})
     write(folder / "generation_config.json", {"eos_token_id": shape.end_of_utterance_id, "pad_token_id": 2})
+
+
+def publish_images(folder: Path, shape: Shape, kind: str) -> None:
     images = {
         "do_convert_rgb": True, "do_image_splitting": True, "do_normalize": True, "do_pad": True, "do_rescale": True,
         "do_resize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3, "resample": 1,
@@ -120,32 +174,21 @@ def publish(model: str, folder: Path, weights: bool = False) -> Path:
         "processor_class": f"{kind}Processor", "size": {"longest_edge": 4 * shape.image_size},
         "max_image_size": {"longest_edge": shape.image_size},
     }  # fmt: skip
-    if second:
-        images["video_sampling"] = {"fps": 1, "max_frames": 64, "video_size": {"longest_edge": shape.image_size}}
     write(folder / "preprocessor_config.json", images)
     write(
         folder / "processor_config.json",
         {"image_seq_len": shape.image_seq_len, "processor_class": f"{kind}Processor"},
     )
-    template = (EMBEDDED / "chat_template.jinja").read_text()
-    if second:  # which has films
-        template = template.replace(
-            "{% endif %}{% endfor %}<end",
-            "{% elif line['type'] == 'video' %}{{ '<video>' }}{% endif %}{% endfor %}<end",
-        )
-    write(folder / "chat_template.json", {"chat_template": template})
-    publish_tokenizer(folder, vocabulary(shape), f"{kind}Processor", named=second)
-    return folder
 
 
-def publish_tokenizer(folder: Path, added: dict[int, str], processor_class: str, named: bool) -> None:
-    special = {"bos_token": "<|im_start|>", "eos_token": END, "pad_token": "<|im_end|>", "unk_token": "<|endoftext|>"}
+def publish_tokenizer(
+    folder: Path, added: dict[int, str], processor_class: str, special: dict[str, str], named: bool
+) -> None:
+    """Its files; `named`: also by the names that SmolVLM2's has for control tokens."""
     names = {
-        "end_of_utterance_token": END,
-        "fake_image_token": FAKE,
-        "image_token": IMAGE,
-        "global_image_token": TILES[0],
-    }
+        "end_of_utterance_token": END, "fake_image_token": FAKE, "image_token": IMAGE, "global_image_token": TILES[0],
+    }  # fmt: skip
+    listed = [token for token in (FAKE, IMAGE, END) if token in added.values()]
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     tokenizer_file(folder / "tokenizer.json", added)
     write(folder / "vocab.json", json.loads((folder / "tokenizer.json").read_text())["model"]["vocab"])
@@ -156,7 +199,7 @@ def publish_tokenizer(folder: Path, added: dict[int, str], processor_class: str,
         {
             "add_prefix_space": False,
             "added_tokens_decoder": {str(i): {"content": t, **flags, "special": True} for i, t in added.items()},
-            "additional_special_tokens": [FAKE, IMAGE, END],
+            "additional_special_tokens": listed,
             **special,
             **({**names, "extra_special_tokens": names} if named else {}),
             "clean_up_tokenization_spaces": False,
@@ -168,9 +211,11 @@ def publish_tokenizer(folder: Path, added: dict[int, str], processor_class: str,
             "vocab_size": FIRST,
         },
     )
-    listed = [{"content": token, **flags} for token in (FAKE, IMAGE, END)]
     marked = {name: {"content": token, **flags} for name, token in special.items()}
-    write(folder / "special_tokens_map.json", {"additional_special_tokens": listed, **marked})
+    write(
+        folder / "special_tokens_map.json",
+        {"additional_special_tokens": [{"content": token, **flags} for token in listed], **marked},
+    )
 
 
 def write(file: Path, content: dict[str, Any]) -> None:
