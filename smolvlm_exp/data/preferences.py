@@ -24,7 +24,7 @@ from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.images import ImageLimits
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
-from smolvlm_exp.data.tokens import processor_key
+from smolvlm_exp.data.tokens import processor_digests
 from smolvlm_exp.data.truth import vocabulary_of
 from smolvlm_exp.data.validation import COUNTS, SIDES, RowPreparer, prepared_features
 from smolvlm_exp.data.vocabulary import Words
@@ -216,6 +216,6 @@ def prepare(rows: "Dataset", processor: "ProcessorMixin", config: DataConfig) ->
     undecoded = rows if rows.features["images"] == plain else rows.cast_column("images", plain)
     settings = [config.max_edge, *astuple(ImageLimits.of(config)), config.max_length, config.on_long_answer]
     # not of `undecoded`, which a cast gives another fingerprint in every process
-    key = hash_of("rows", VERSION, rows._fingerprint, settings, processor_key(processor))
+    key = hash_of("rows", VERSION, rows._fingerprint, settings, processor_digests(processor))
     prepare_rows, workers = RowPreparer(processor, config, features), worker_count(config.num_proc, len(rows))
     return map_rows(undecoded, prepare_rows, features, key, workers, "checking rows", cached=bool(rows.cache_files))

@@ -14,11 +14,12 @@ from typing import Any
 
 import xxhash
 
-from smolvlm_exp.data.messages import Message
+from smolvlm_exp.data.messages import Message, assistant, text_of, user
 
 FAKE, IMAGE, GLOBAL = "<fake_token_around_image>", "<image>", "<global-img>"
 
 WORD_JOINER = "\u2060"
+EARLIER = [user("an earlier question", 0), assistant("an earlier answer")]
 
 
 def image_span(rows: int, columns: int, image_seq_len: int) -> str:
@@ -73,20 +74,42 @@ def tokenize_rows(
     return ids
 
 
-def processor_key(processor: Any) -> str:
-    """A hash of what decides a row's token ids: the tokenizer, the chat template, and how images become tiles."""
+def processor_digests(processor: Any) -> dict[str, str]:
+    """A hash each of what decides a row's token ids: the tokenizer, the chat template, and how images become tiles."""
     tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
     tokenizer |= {"padding": None, "truncation": None}  # as the last call has left them
-    templates = [processor.chat_template, processor.tokenizer.chat_template]
     images = [type(processor.image_processor).__name__, processor.image_processor.to_json_string()]
-    parts = [tokenizer, templates, images, type(processor).__name__, processor.image_seq_len, processor.image_token]
-    return xxhash.xxh3_128_hexdigest(json.dumps(parts).encode())
+    parts = {
+        "tokenizer": tokenizer,
+        "chat_template": [processor.chat_template, processor.tokenizer.chat_template],
+        "image_processor": [*images, type(processor).__name__, processor.image_seq_len, processor.image_token],
+    }
+    return {name: xxhash.xxh3_128_hexdigest(json.dumps(part).encode()) for name, part in parts.items()}
 
 
 def render_prompt(processor: Any, messages: Sequence[Message]) -> str:
     """Messages as the text that an answer follows, in which every control token is the chat template's."""
     escaped = escape_control_tokens(messages, control_tokens(processor))
     return processor.apply_chat_template(escaped, add_generation_prompt=True)
+
+
+def render_next_turn(processor: Any, messages: Sequence[Message]) -> str:
+    """`render_prompt` of messages that follow an answer, from behind the token that ended it."""
+    text, end = render_prompt(processor, [*EARLIER, *messages]), processor.tokenizer.decode(answer_end(processor))
+    return text.partition(text_of(EARLIER[1:]))[2].removeprefix(end)
+
+
+def answer_end(processor: Any) -> int:
+    """The id of the token that ends an answer: <end_of_utterance> in SmolVLM's chat template.
+
+    Raises:
+        ValueError: the chat template ends it with none, so that a model could not learn where to stop.
+    """
+    after = processor.apply_chat_template(EARLIER).partition(text_of(EARLIER[1:]))[2]
+    ids = processor.tokenizer(after, add_special_tokens=False)["input_ids"]
+    if not ids or ids[0] not in processor.tokenizer.added_tokens_decoder:
+        raise ValueError("the chat template ends an answer with no control token")
+    return ids[0]
 
 
 def control_tokens(processor: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""Answers as a person would get them, ending at <end_of_utterance>; and how fast."""
+"""Answers as a person would get them, ending where the chat template ends one; and how fast."""
 
 import logging
 import time
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, render_prompt, tokenize_rows
+from smolvlm_exp.data.tokens import answer_end, control_tokens, escape_control_tokens, render_prompt, tokenize_rows
 from smolvlm_exp.engine.generation.answers import ANSWERS, answers_by, plan_for, sample_answers, tile_features
 from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
 from smolvlm_exp.engine.generation.sampler import Answer, Prompt
@@ -99,7 +99,7 @@ def upstream_answers(model: Any, processor: Any, rows: Sequence[dict[str, Any]],
                 **inputs,
                 **decoding,
                 max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=processor.tokenizer.convert_tokens_to_ids("<end_of_utterance>"),
+                eos_token_id=answer_end(processor),
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

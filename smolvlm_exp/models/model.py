@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,8 +13,8 @@ from omegaconf import MISSING
 from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapter, saved_adapter
 from smolvlm_exp.models.processor_check import check_files, check_processor
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
-from smolvlm_exp.models.resolution import FILES, Resolution, saved_resolution
-from smolvlm_exp.models.shape import EMBEDDED, Shape, make_processor, model_config
+from smolvlm_exp.models.resolution import FILES, Resolution, read_options, saved_resolution
+from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.hub import is_offline
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, ProcessorMixin
 
 log = logging.getLogger(__name__)
-
-PIL_BACKEND = {"backend": "pil"}  # the same pixels with torchvision and without it
 
 
 @dataclass
@@ -60,7 +59,7 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     }
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
-    return freeze_layout(from_pretrained(AutoModelForImageTextToText, config, **kwargs).eval())
+    return freeze_layout(from_pretrained(AutoModelForImageTextToText.from_pretrained, config, **kwargs).eval())
 
 
 def device_map(requested: str | None) -> Any:
@@ -79,6 +78,8 @@ def load_processor(config: ModelConfig) -> Any:
     Raises:
         RequestError: it cannot be loaded, is another model's, or has no such resolution.
     """
+    if config.weights == "pretrained":
+        check_architecture(config)
     processor: Any = checkpoint_processor(config)
     if config.weights == "pretrained":
         check_processor(processor, partial(checkpoint_file, config))
@@ -92,6 +93,25 @@ def load_processor(config: ModelConfig) -> Any:
     return processor
 
 
+def check_architecture(config: ModelConfig) -> None:
+    """
+    Raises:
+        RequestError: the model is none that the engine's layers compute: an Idefics3 around a Llama.
+    """
+    from transformers.utils import cached_file
+
+    file = from_pretrained(cached_file, config, filename="config.json", _raise_exceptions_for_missing_entries=False)
+    if file is None:  # a folder with a processor alone
+        return
+    saved = read_options(Path(file))
+    kind, text = saved.get("model_type"), (saved.get("text_config") or {}).get("model_type", "llama")
+    if kind not in ARCHITECTURES or text != "llama":
+        raise RequestError(
+            f"model.id={config.id} is {kind} with the text model {text}, and only {' and '.join(ARCHITECTURES)} with "
+            "llama are supported: SmolVLM, SmolVLM2, and what was made from them."
+        )
+
+
 def choose_resolution(config: ModelConfig, checkpoint: Resolution) -> Resolution:
     """The resolution that the settings ask for; what they leave open is the adapter's, else the checkpoint's."""
     folder = adapter_folder(config.adapter) if config.adapter else None
@@ -102,19 +122,32 @@ def choose_resolution(config: ModelConfig, checkpoint: Resolution) -> Resolution
 
 def checkpoint_processor(config: ModelConfig) -> "ProcessorMixin":
     """The checkpoint's own; for random weights, where it is not on this disk, a stand-in of the same sizes."""
-    from transformers import AutoProcessor
-
     if config.weights == "random" and config.id != "embedded":
         with contextlib.suppress(OSError, ValueError):
-            return AutoProcessor.from_pretrained(
-                config.id, revision=config.revision, local_files_only=True, trust_remote_code=False, **PIL_BACKEND
-            )
+            return read_processor(config.id, revision=config.revision, local_files_only=True)
         from smolvlm_exp.models.tokenizer import stand_in_tokenizer
 
         shape = random_shape(config)
         log.warning(f"model: no local tokenizer of {config.id}; using a stand-in of {shape.vocab_size} tokens")
         return make_processor(shape, stand_in_tokenizer(shape))
-    return from_pretrained(AutoProcessor, config, trust_remote_code=False, **PIL_BACKEND)
+    return from_pretrained(read_processor, config)
+
+
+def read_processor(source: str, revision: str | None, local_files_only: bool) -> "ProcessorMixin":
+    """A saved processor, put together from its parts.
+
+    AutoProcessor would build SmolVLM2's with a video processor, which needs torchvision, and Idefics3's around a
+    GPT2Tokenizer that is made anew without the first step of tokenizer.json, splitting digits.
+    """
+    from transformers import AutoImageProcessor, Idefics3Processor, PreTrainedTokenizerFast
+
+    where: dict[str, Any] = {"revision": revision, "local_files_only": local_files_only}
+    options, _ = Idefics3Processor.get_processor_dict(source, **where)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **where)
+    options.setdefault("chat_template", tokenizer.chat_template)  # where it was saved with the tokenizer alone
+    # Pillow's: the same pixels with torchvision and without it.
+    images = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **where)
+    return Idefics3Processor.from_args_and_dict([images, tokenizer], options)
 
 
 def random_shape(config: ModelConfig) -> Shape:
@@ -123,20 +156,20 @@ def random_shape(config: ModelConfig) -> Shape:
     return config.shape
 
 
-def from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
-    """One of transformers' Auto classes for `config`; the Hub's many errors become two lines that say what to do."""
+def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
+    """What `read` finds for `config`; the Hub's many errors become two lines that say what to do."""
     source = str(EMBEDDED) if config.id == "embedded" else config.id
     local = not Path(source).is_dir() and is_offline()
     try:
-        return loader.from_pretrained(source, revision=config.revision, local_files_only=local, **kwargs)
+        return read(source, revision=config.revision, local_files_only=local, **kwargs)
     except Exception as error:
         check_files(partial(checkpoint_file, config), Path(source) if Path(source).is_dir() else None)
         if not isinstance(error, ImportError | OSError | ValueError):
             raise
-        advice = "Give a folder that holds the model, connect to the Hub, or use model.weights=random."
+        advice = "\nGive a folder that holds the model, connect to the Hub, or use model.weights=random."
         if isinstance(error, ImportError):
-            advice = "Install what it needs: pip install '.[gpu]'"
-        raise RequestError(f"model.id={config.id}: {first_line(error)}\n{advice}") from error
+            advice = ""  # the error names what to install
+        raise RequestError(f"model.id={config.id}: {first_line(error)}{advice}") from error
 
 
 def checkpoint_file(config: ModelConfig, name: str) -> Path | None:

@@ -47,7 +47,7 @@ def truncation(trainer: Mapping[str, Any], events: Events) -> Iterator[Sign]:
     if share == 1:
         yield (
             "no_answer_ended",
-            f"no answer ended: <end_of_utterance> was never drawn within {limit} tokens.\n"
+            f"no answer ended: its last token was never drawn within {limit} tokens.\n"
             "Check that the base answers in the chat template (task=generate), or raise "
             f"trainer.max_completion_length to {2 * limit}.",
         )

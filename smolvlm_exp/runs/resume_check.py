@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.data.tokens import processor_digests
 from smolvlm_exp.runs.checkpoint import step_of
 from smolvlm_exp.runs.find import PAIRED
 from smolvlm_exp.runs.overrides import flatten
@@ -23,6 +24,10 @@ log = logging.getLogger(__name__)
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
 COMMITS = ("model.commit", "data.commit")  # on the Hub
+PROCESSOR = {  # the keys of the digests of its parts, and what to call them
+    "model.tokenizer": "the tokenizer", "model.chat_template": "the chat template",
+    "model.image_processor": "the way images are read",
+}  # fmt: skip
 CODE = "reward.code"  # of the digest of each file with a person's own rewards
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
@@ -42,6 +47,7 @@ def check_same_run(
     rows: "Dataset | None" = None,
     model: Any = None,
     code: Mapping[str, str] | None = None,
+    processor: Any = None,
     sources: Mapping[str, Provenance] | None = None,
 ) -> dict[str, Any]:
     """This run's identity, as full name -> value.
@@ -52,6 +58,7 @@ def check_same_run(
         rows: to train on; not compared while None.
         model: as loaded, with the adapter that it starts from; not compared while None.
         code: a person's own rewards, name -> SHA-256 of the file; not compared while None.
+        processor: as loaded; not compared while None.
         sources: of the model and the data, whose commits are compared in place of the revisions that were asked for.
 
     Raises:
@@ -73,6 +80,8 @@ def check_same_run(
 
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
     here |= {f"{name}.commit": source.commit for name, source in (sources or {}).items() if source.commit}
+    if processor is not None:
+        here |= {f"model.{part}": digest for part, digest in processor_digests(processor).items()}
     here |= {f"{CODE}.{name}": sha256 for name, sha256 in (code or {}).items()}
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
@@ -95,7 +104,7 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
     samples = settings["trainer"]["algorithm"] not in PAIRED
     draws = samples or (here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout"))
     # Another number of processes may take the same rows per step, where none of them draws random numbers.
-    skipped = {*(BATCH_KEYS if before == now and not draws else ()), *({ROWS, BASE} - here.keys())}
+    skipped = {*(BATCH_KEYS if before == now and not draws else ()), *({ROWS, BASE, *PROCESSOR} - here.keys())}
     skipped |= {key for key in COMMITS if key not in saved or key not in here}
     changes: dict[str, str] = {}
     for key in [key for key in saved | here if saved.get(key) != here.get(key) and key not in skipped]:
@@ -128,6 +137,10 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
         return "data.rows: the training rows or their images have changed"
     if key == BASE:
         return "model.base: the weights that the run starts from have changed"
+    if key in PROCESSOR:
+        if key in saved:
+            return f"{key}: {PROCESSOR[key]} has changed"
+        return f"{key}: the run did not record {PROCESSOR[key]}; it began when tokenizers of Idefics3 split no digits"
     if key.startswith(CODE):
         name = key.removeprefix(f"{CODE}.")
         return f"{key}: the file with the reward {name} is not the one that the run began with"

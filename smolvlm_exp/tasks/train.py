@@ -50,14 +50,14 @@ def train(
         preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
     rewards = checked_rewards(config.reward, preferences) if on_policy else None
     code = rewards.hashes if rewards else {}
-    check_same_run(asdict(config), checkpoint, code=code)
+    check_same_run(asdict(config), checkpoint, code=code, processor=processor)
     held_out = HeldOut(
         preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
         packed=config.trainer.engine == "shared",
     )  # fmt: skip
     model, peft_config = load_trainable_model(*groups, config.seed)
     sources = provenance(config)
-    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code, sources)
+    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code, processor, sources)
 
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, held_out, sources, rewards) as result, StopCallback() as stop:

@@ -123,5 +123,6 @@ def hub_problem(error: BaseException, id: str, kind: Kind, revision: str | None 
         if isinstance(cause, errors.HfHubHTTPError):
             continue
         if isinstance(cause, errors.HTTPError | errors.XetDownloadError | ConnectionError):
-            return f"the connection to the Hub broke off ({type(cause).__name__}: {first_line(cause)}). Try again later."
+            reason = f"{type(cause).__name__}: {first_line(cause)}"
+            return f"the connection to the Hub broke off ({reason}). Try again later."
     return None

@@ -1,14 +1,16 @@
 """P5 and P10: a run that is asked to stop saves and goes on exactly; another run's checkpoint is refused."""
 
 import copy
+import json
 import os
+import shutil
 import signal
 from dataclasses import asdict
 
 import pytest
 import torch
 
-from smolvlm_exp.models.model import load_model
+from smolvlm_exp.models.model import ModelConfig, load_model, load_processor
 from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.runs import resume_check as same
 from smolvlm_exp.runs.checkpoint import damage, newest_intact
@@ -201,6 +203,37 @@ def test_the_base_is_the_one_it_was(bench, saved):
     check_same_run(
         asdict(bench.config("resume=it", "resume_allow=[model.base]")), saved, bench.preferences.train, model
     )
+
+
+def test_the_processor_is_the_one_it_was(bench, saved, tmp_path):
+    """By content: the base's files may have been written over, and older versions read them otherwise."""
+    checkpoint = shutil.copytree(saved, tmp_path / "checkpoint-1")
+    before, config = bench.processor, bench.config("resume=it")
+    identity = check_same_run(asdict(config), None, processor=before)
+    (checkpoint / same.IDENTITY).write_text(json.dumps(identity))
+    check_same_run(asdict(config), checkpoint, processor=before)
+    before.save_pretrained(tmp_path / "model")
+    for name, part, old, new in (
+        ("tokenizer.json", "tokenizer", '"individual_digits": true', '"individual_digits": false'),
+        ("chat_template.jinja", "chat_template", "Assistant:", "Answer:"),
+        ("processor_config.json", "image_processor", '"longest_edge": 128', '"longest_edge": 64'),
+    ):
+        file = tmp_path / "model" / name
+        content = file.read_text()
+        file.write_text(content.replace(old, new))
+        other = load_processor(ModelConfig(id=str(tmp_path / "model")))
+        file.write_text(content)
+        with pytest.raises(RequestError, match=rf"model\.{part}: the .* has changed"):
+            check_same_run(asdict(config), checkpoint, processor=other)
+        allowed = bench.config("resume=it", f"resume_allow=[model.{part}]")
+        check_same_run(asdict(allowed), checkpoint, processor=other)
+
+
+def test_a_run_from_before_tokenizers_split_digits_says_so(bench, saved):
+    with pytest.raises(RequestError) as refusal:
+        check_same_run(asdict(bench.config("resume=it")), saved, processor=bench.processor)
+    said = "model.tokenizer: the run did not record the tokenizer; it began when tokenizers of Idefics3 split no digits"
+    assert said in str(refusal.value)
 
 
 def test_what_changes_no_number_may_change(bench, saved):

@@ -35,7 +35,7 @@ def events(count=12, **changes):
         ({"frac_reward_zero_std": lambda i: float(i > 2)}, "same_rewards", ["in 90% of the groups"]),
         ({"cut": 0.6}, "truncated_answers",
          ["60% of the answers are cut at trainer.max_completion_length=192 and teach nothing", "length=384"]),
-        ({"cut": 1.0}, "no_answer_ended", ["<end_of_utterance> was never drawn within 192 tokens", "length to 384"]),
+        ({"cut": 1.0}, "no_answer_ended", ["its last token was never drawn within 192 tokens", "length to 384"]),
         ({"kl": lambda i: None if i == 4 else 0.1}, "kl_not_finite",
          ["not finite at step 25", "trainer.learning_rate=2.5e-05, or trainer.beta=0.1"]),
         ({"kl": lambda i: math.inf if i > 7 else 0.1}, "kl_not_finite", ["not finite at step 45"]),

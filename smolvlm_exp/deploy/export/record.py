@@ -106,7 +106,7 @@ def method(settings: Settings) -> str:
 
 
 def shown_settings(settings: Settings) -> list[str]:
-    """Every setting of the groups that decide what was learned, except what is named above and paths on a person's machine."""
+    """Every setting of the groups that decide what was learned, except ids and paths on a person's machine."""
     lines = []
     for group in ("model", "quant", "adapter", "data", "trainer"):
         for key, value in settings[group].items():

@@ -91,7 +91,7 @@ class OnnxModel:
         if missing:
             available = ", ".join(sorted(file.name for file in missing.parent.glob("*.onnx"))) or "no graphs"
             raise RequestError(f"{missing} is missing (found: {available}): export it, or set session.precision.")
-        self.config = from_pretrained(AutoConfig, ModelConfig(id=str(folder)), trust_remote_code=False)
+        self.config = from_pretrained(AutoConfig.from_pretrained, ModelConfig(id=str(folder)), trust_remote_code=False)
         self.vision, self.embedding, self.decoder = (runtime(files[part]) for part in (VISION, EMBEDDING, DECODER))
         inputs = [i for i in self.decoder.get_inputs() if i.name.startswith("past_key_values.")]
         self.past_names, (_, self.heads, _, self.head_size) = [i.name for i in inputs], inputs[0].shape

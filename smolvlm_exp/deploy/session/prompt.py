@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 
 from smolvlm_exp.data.images import ImageLimits, open_image, shrink, to_rgb
-from smolvlm_exp.data.tokens import image_span, render_prompt
+from smolvlm_exp.data.tokens import answer_end, image_span, render_next_turn, render_prompt
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.utils.errors import RequestError
 
@@ -51,7 +51,7 @@ class PromptBuilder:
     def __init__(self, processor: Any, max_edge: int, limits: ImageLimits) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_edge, self.limits, self.normalise = max_edge, limits, pixels(processor)
-        self.end: int = self.tokenizer.convert_tokens_to_ids("<end_of_utterance>")
+        self.end: int = answer_end(processor)
         self.image_token: int = processor.image_token_id
 
     def build(self, messages: list[dict[str, Any]], images: Sequence[Image], previous: Prompt | None = None) -> Prompt:
@@ -60,15 +60,14 @@ class PromptBuilder:
             messages: their content is a list of parts; an `image` part takes the next of `images`.
             previous: the conversation that the messages continue; it is not changed.
         """
-        prompt, text = previous.copy() if previous else Prompt(), render_prompt(self.processor, messages)
+        prompt = previous.copy() if previous else Prompt()
+        text = (render_next_turn if prompt.ids else render_prompt)(self.processor, messages)
         try:
             text.encode()
         except UnicodeEncodeError:
             raise RequestError("the text contains a lone surrogate, which UTF-8 cannot encode.") from None
-        if prompt.ids:
-            if prompt.ids[-1] != self.end:  # an answer that was stopped
-                prompt.ids.append(self.end)
-            text = "\n" + text.removeprefix(self.tokenizer.bos_token)
+        if prompt.ids and prompt.ids[-1] != self.end:  # an answer that was stopped
+            prompt.ids.append(self.end)
         pieces = text.split(self.processor.image_token)
         if len(pieces) - 1 != len(images):
             raise RequestError(f"the messages refer to {len(pieces) - 1} images, but {len(images)} were given.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from smolvlm_exp.data.tokens import answer_end
 from smolvlm_exp.engine.forward import Pixels, image_features
 from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampler import Answer, Prompt, SamplingPlan, plan_sampling, sample
@@ -19,7 +20,6 @@ from smolvlm_exp.utils.progress import track
 log = logging.getLogger(__name__)
 
 ANSWERS = "answers"  # the label of a progress bar
-END = "<end_of_utterance>"
 
 
 def sample_answers(
@@ -63,10 +63,10 @@ def answers_by(
     logps: bool = False,
 ) -> list[list[Answer]]:
     """`sample_answers` by a snapshot of the model."""
-    end = processor.tokenizer.convert_tokens_to_ids(END)
     parts = sample(
-        decoder, prompts, sampling, end, processor.image_token_id, answers, plan.rows, logps, plan.prefill_tokens
-    )
+        decoder, prompts, sampling, answer_end(processor), processor.image_token_id, answers, plan.rows, logps,
+        plan.prefill_tokens,
+    )  # fmt: skip
     done = dict(track(parts, ANSWERS, len(prompts)))
     return [done[i] for i in range(len(prompts))]
 
