@@ -17,7 +17,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     for _, line in json_lines(path.read_text(encoding="utf-8", errors="replace")):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and as_finite(event.get("step")) is not None:
             events.append(event)

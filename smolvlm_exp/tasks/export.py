@@ -35,7 +35,7 @@ from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.folder import lock_run_folder
 from smolvlm_exp.tasks.hub import check_account, upload
-from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.errors import RequestError, RunError, isolated
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
@@ -191,7 +191,8 @@ class Exporter:
             "versions": versions(),
             **more,
         }
-        (staging / "README.md").write_text(model_card(asdict(self.config), content, self.run), encoding="utf-8")
+        with isolated("README.md"):
+            (staging / "README.md").write_text(model_card(asdict(self.config), content, self.run), encoding="utf-8")
         write_record(staging, content)
 
 

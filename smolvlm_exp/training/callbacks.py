@@ -33,6 +33,7 @@ from smolvlm_exp.utils.units import GIB
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"  # in the run folder
 SAMPLES = "samples.jsonl"  # in the run folder, per line: {"step": 20, "answers": [...]}
 SAMPLE_ROWS = 4  # the first held-out ones
 SAMPLE_TOKENS = 128  # at most per answer: training waits for it
@@ -63,7 +64,7 @@ class MetricsCallback(TrainerCallback):
     """Every log event, with memory and speed added, to `metrics.jsonl` and to the tracker."""
 
     def __init__(self, folder: Path, tracker: Tracker) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.tracker = tracker
         self.last_log = (0.0, 0, 0.0)  # clock, step, tokens
         self.evaluating = 0.0  # seconds of evaluation since the last log

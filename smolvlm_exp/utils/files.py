@@ -9,11 +9,12 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's content; empty where it is missing or incomplete."""
+    """A JSON file's object; empty where it is missing, incomplete or something else."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
         return {}
+    return content if isinstance(content, dict) else {}
 
 
 def write_json(path: Path, content: Any) -> None:

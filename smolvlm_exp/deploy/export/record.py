@@ -70,7 +70,7 @@ def model_card(settings: Settings, export: dict[str, Any], run: dict[str, Any]) 
         failed=[check for check in export["checks"] if check["verdict"] == "fail"],
         columns={name: column for name, column in columns.items() if column[0]},
         data=data,
-        train_rows=(run.get("data") or {}).get("train", {}).get("rows"),
+        train_rows=((run.get("data") or {}).get("train") or {}).get("rows"),
         data_license=DATA_LICENSES.get(data["source"], "see its source"),
         settings=shown_settings(settings),
     )
