@@ -107,8 +107,7 @@ class MetricsCallback(TrainerCallback):
                 log.warning(f"step {state.global_step}: loss spike, {event['loss']:.3g} (median so far {usual:.3g})")
         event |= self.memory()
         with disk_full_as_run_error(self.path.parent):
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
-            append_event(self.path, finite)  # JSON has no NaN; null stands for it
+            append_event(self.path, event)
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
 
