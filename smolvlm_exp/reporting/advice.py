@@ -1,16 +1,16 @@
 """After a run: signs of common problems in its own metrics, and which setting to change. No sign, no advice."""
 
 from collections.abc import Iterator
+from math import ceil
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import yaml
-
 from smolvlm_exp.evaluation.metrics import metric_of
 from smolvlm_exp.reporting.on_policy import on_policy_signs
 from smolvlm_exp.runs.event_log import read_events
-from smolvlm_exp.runs.find import summary_of
+from smolvlm_exp.runs.find import saved_hydra, summary_of
+from smolvlm_exp.utils.errors import RequestError, isolated
 from smolvlm_exp.utils.formatting import as_finite
 
 Events = list[dict[str, Any]]  # of metrics.jsonl, by step
@@ -51,13 +51,20 @@ def advise(summary: dict[str, Any], config: dict[str, Any], events: Events) -> l
         reward_without_image,
         on_policy,
         unrewarded,
+        warmup_only,
     )
-    return [text for sign in signs for text in sign(summary, config, events)]
+    advice: list[str] = []
+    for sign in signs:
+        with isolated(f"advice ({sign.__name__})"):
+            advice += sign(summary, config, events)
+    return advice
 
 
 def advise_run(folder: Path) -> list[str]:
     """The advice on a run, from its folder alone."""
-    config = yaml.safe_load((folder / ".hydra" / "config.yaml").read_text(encoding="utf-8"))
+    config = saved_hydra(folder, "config")
+    if not config:
+        raise RequestError(f"run={folder}: its settings are missing (.hydra/config.yaml).")
     return advise(summary_of(folder), config, read_events(folder / "metrics.jsonl"))
 
 
@@ -224,6 +231,19 @@ def unrewarded(summary: dict[str, Any], config: dict[str, Any], events: Events) 
             yield f"{key} went from {before:.3g} to {after:.3g} while rewards rose.\nTry {more}."
 
 
+def warmup_only(summary: dict[str, Any], config: dict[str, Any], events: Events) -> Iterator[str]:
+    """Warmup rises from 0, and a fraction of all steps is rounded up: the only step of a run has rate 0."""
+    steps, rates = summary.get("train", {}).get("steps"), logged(events, "learning_rate")
+    if summary.get("status") != "done" or not steps or not rates:
+        return
+    warmup, highest = config["trainer"]["warmup_steps"], max(rates)[0]
+    if (warmup if warmup >= 1 else ceil(warmup * steps)) >= steps and highest < config["trainer"]["learning_rate"]:
+        yield (
+            f"warmup: the learning rate was still rising at the last of {steps} step{'s' * (steps > 1)}; it was "
+            f"{highest:.3g} at most.\nTry trainer.warmup_steps=0, or more steps (trainer.max_steps)."
+        )
+
+
 def logged(events: Events, key: str) -> list[tuple[float, Any]]:
     """(value, step) wherever a metric was logged and is finite; NaN stands in the log as null."""
     return [(value, e["step"]) for e in events if (value := as_finite(e.get(key))) is not None]
@@ -231,5 +251,6 @@ def logged(events: Events, key: str) -> list[tuple[float, Any]]:
 
 def warned(summary: dict[str, Any], id: str) -> float | None:
     """The value of a check whose verdict is `warn`, None where it is not."""
-    checks = (c for c in summary.get("checks", []) if c["verdict"] == "warn")
-    return next((c["value"] for c in checks if c.get("id") == id or c["name"] == OLD_NAMES.get(id)), None)
+    checks = (c for c in summary.get("checks", []) if isinstance(c, dict) and c.get("verdict") == "warn")
+    named = (c for c in checks if c.get("id") == id or c.get("name") == OLD_NAMES.get(id, ""))
+    return next((as_finite(c.get("value")) for c in named), None)

@@ -173,6 +173,8 @@ def headline(summary: dict[str, Any]) -> str:
         parts = [f"Training loss: {number(train['first_loss'])} → {number(train['last_loss'])}"]
     sentence = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])
     start = "The run was stopped before its end. " if summary["status"] == "stopped" else ""
+    if "reason" in summary:  # failed, or pruned by a search
+        start = f"{summary['reason'].splitlines()[0]} "
     return f"{start}{sentence or 'Nothing was measured'}."
 
 

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.utils.files import json_lines
+from smolvlm_exp.utils.files import json_lines, without_nan
 from smolvlm_exp.utils.formatting import as_finite, as_float
 
 
@@ -17,7 +17,7 @@ def read_events(path: Path) -> list[dict[str, Any]]:
     for _, line in json_lines(path.read_text(encoding="utf-8", errors="replace")):
         try:
             event = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(event, dict) and as_finite(event.get("step")) is not None:
             events.append(event)
@@ -37,7 +37,7 @@ def append_event(path: Path, event: dict[str, Any]) -> None:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != b"\n":
                 file.write(b"\n")
-        file.write(json.dumps(event, ensure_ascii=False).encode() + b"\n")
+        file.write(json.dumps(without_nan(event), ensure_ascii=False).encode() + b"\n")
         file.flush()
         os.fsync(file.fileno())  # so that no checkpoint is ahead of this file
 

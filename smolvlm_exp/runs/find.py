@@ -19,6 +19,11 @@ JOBS = f"{SWEEPS}/*"
 NON_IDENTITY_KEYS = (
     "seed", "name", "resume", "run", "runs", "sweep", "keep", "keep_checkpoints", "metric", "tracker", "task", "hydra",
 )  # fmt: skip
+# Parts of summary.json, by what is in them: all that read it go by these.
+PARTS = {
+    **dict.fromkeys(("settings", "data", "before", "after", "intervals", "changes", "train", "versions"), dict),
+    **dict.fromkeys(("checks", "advice"), list),
+}
 PAIRED = ("dpo", "sft")  # algorithms that learn from given answers: the group `reward` is no part of such a run
 
 
@@ -70,8 +75,9 @@ def newest_first(places: Sequence[str], *names: str) -> list[Path]:
 
 
 def summary_of(folder: Path) -> dict[str, Any]:
-    """A run's summary.json; empty where it has not ended."""
-    return read_json(folder / "summary.json")
+    """A run's summary.json; empty where it has not ended. A part of another type than ours, as null, is left out."""
+    summary = read_json(folder / "summary.json")
+    return {key: value for key, value in summary.items() if isinstance(value, PARTS.get(key, object))}
 
 
 def saved_hydra(folder: Path, name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, saved_hydra, summary_of
+from smolvlm_exp.utils.formatting import as_finite
 from smolvlm_exp.utils.paths import relative_to_cwd
 
 MAX_RUNS = 50  # earlier runs to search
@@ -33,19 +34,20 @@ def estimate_time(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | No
         if trainer.max_steps > 0:
             pairs = trainer.max_steps * trainer.per_device_train_batch_size * trainer.gradient_accumulation_steps
         else:
-            pairs = trainer.num_train_epochs * summary["data"]["train"]["rows"]
+            pairs = trainer.num_train_epochs * summary.get("data", {}).get("train", {}).get("rows", 0)
         total += summary["seconds"] - train["seconds"] + pairs / train["pairs_per_second"]
     return total, f"{relative_to_cwd(source)}, the latest run of this model and data"
 
 
 def finished(folder: Path) -> dict[str, Any]:
-    """The summary of a run that is done and says how long it took; else nothing."""
+    """The summary of a run that is done and says how long all of it and its training took; else nothing."""
     summary = summary_of(folder)
-    return summary if summary.get("status") == "done" and "seconds" in summary else {}
+    measured = summary.get("seconds"), *map(summary.get("train", {}).get, ("seconds", "pairs_per_second"))
+    return summary if summary.get("status") == "done" and all(map(as_finite, measured)) else {}
 
 
 def same_workload(config: Config, saved: dict[str, Any]) -> bool:
     """The same model, data, algorithm and engine, whatever the adapter, learning rate and batch."""
     if saved.get("model") != asdict(config.model) or saved.get("data") != asdict(config.data):
         return False
-    return all(saved["trainer"].get(key) == getattr(config.trainer, key) for key in ("algorithm", "engine"))
+    return all(saved.get("trainer", {}).get(key) == getattr(config.trainer, key) for key in ("algorithm", "engine"))

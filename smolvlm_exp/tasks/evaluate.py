@@ -24,7 +24,7 @@ from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.tasks.result import tracker_of
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, isolated
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
@@ -84,8 +84,10 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     }
     write_json(folder / "summary.json", summary)
     shown = samples(preferences, before.answers, (after or before).answers)
-    write_report(folder, summary, asdict(config), shown)
-    tracker_of(config, folder, "evaluate").finish(summary, shown)
+    with isolated("report.html"):
+        write_report(folder, summary, asdict(config), shown)
+    with isolated("W&B"):
+        tracker_of(config, folder, "evaluate").finish(summary, shown)
     print_results(Console(), summary, ("base", "tuned"))
     for name, measured in speed.items():
         for at in measured:

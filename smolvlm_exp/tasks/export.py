@@ -44,7 +44,7 @@ from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.folder import lock_run_folder
 from smolvlm_exp.tasks.hub import check_account, upload
 from smolvlm_exp.tasks.provenance import provenance
-from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.errors import RequestError, RunError, isolated
 from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -206,8 +206,9 @@ class Exporter:
             "versions": versions(),
             **more,
         }
-        card = model_card(asdict(self.config), content, self.run, self.sources)
-        (staging / "README.md").write_text(card, encoding="utf-8")
+        with isolated("README.md"):
+            card = model_card(asdict(self.config), content, self.run, self.sources)
+            (staging / "README.md").write_text(card, encoding="utf-8")
         write_record(staging, content)
 
 

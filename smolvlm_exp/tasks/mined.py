@@ -22,6 +22,7 @@ from smolvlm_exp.reporting.mining_page import Example, mining_page
 from smolvlm_exp.rewards.pairs import ScoredAnswer, without_pairs
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.provenance import provenance
+from smolvlm_exp.utils.errors import isolated
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import seconds_by_phase
@@ -65,8 +66,10 @@ def write_mined(config: Config, folder: Path, mined: Mined) -> dict[str, Any]:
     write_pairs(config, folder, mined)
     summary = summarize_mined(config, folder, mined)
     write_json(folder / "summary.json", summary)
-    page = mining_page(folder, summary, asdict(config), scores_by_side(mined), examples(mined, True), examples(mined))
-    (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
+    with isolated("report.html"):
+        shown = examples(mined, True), examples(mined)
+        page = mining_page(folder, summary, asdict(config), scores_by_side(mined), *shown)
+        (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
     print_mined(summary)
     print(f"{relative_to_cwd(folder)}/report.html")
     return summary

@@ -28,16 +28,16 @@ from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.sampled_answers import COMPLETIONS, sampled_groups
-from smolvlm_exp.reporting.summary import print_phases, print_results, sample_histories, samples, summarize
+from smolvlm_exp.reporting.summary import Sample, print_phases, print_results, sample_histories, samples, summarize
 from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.rewards.build import Rewards
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
-from smolvlm_exp.training.callbacks import SAMPLES, MetricsCallback, SamplesCallback
+from smolvlm_exp.training.callbacks import METRICS, SAMPLES, MetricsCallback, SamplesCallback
 from smolvlm_exp.training.sanity_checks import ParameterMonitor
-from smolvlm_exp.utils.errors import Pruned
+from smolvlm_exp.utils.errors import Pruned, isolated
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -92,7 +92,10 @@ class Result:
             self.summary |= {"advice": self.advice(), **self.seconds()}
             with contextlib.suppress(OSError):  # a full disk may have ended the run
                 write_json(self.folder / "summary.json", self.summary)
-            self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
+            if (self.folder / METRICS).is_file():
+                self.report()
+            with isolated("W&B"):
+                self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
             for advice in self.summary["advice"]:
                 print(advice, file=sys.stderr)
 
@@ -137,18 +140,28 @@ class Result:
             **self.seconds(),
         }
         self.summary["advice"] = self.advice()
-        shown = samples(self.preferences, self.before.answers, self.after.answers) if self.after else []
         write_json(self.folder / "summary.json", self.summary)
         if self.after:
-            save_per_row(self.folder, self.preferences.prints, self.after.ratios)
-        between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
-        completions = read_events(self.folder / COMPLETIONS)
-        groups = sampled_groups(self.preferences.train, completions)
-        write_report(self.folder, self.summary, asdict(self.config), shown, between, groups)
-        self.tracker.finish(self.summary, shown, completions=completions)
+            with isolated("the numbers of single rows"):
+                save_per_row(self.folder, self.preferences.prints, self.after.ratios)
+        shown = self.report()
+        with isolated("W&B"):
+            self.tracker.finish(self.summary, shown, completions=read_events(self.folder / COMPLETIONS))
         self.summary |= self.seconds()  # with the report's and the tracker's
         write_json(self.folder / "summary.json", self.summary)
-        self.print()
+        with isolated("the table"):
+            self.print()
+
+    def report(self) -> list[Sample]:
+        """Write report.html; returns its samples from before and after training."""
+        shown: list[Sample] = []
+        with isolated("report.html"):
+            if self.after:
+                shown = samples(self.preferences, self.before.answers, self.after.answers)
+            between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
+            groups = sampled_groups(self.preferences.train, read_events(self.folder / COMPLETIONS))
+            write_report(self.folder, self.summary, asdict(self.config), shown, between, groups)
+        return shown
 
     def seconds(self) -> dict[str, Any]:
         """Of the whole run so far, from its imports on, and of each phase."""
@@ -156,7 +169,7 @@ class Result:
         return {"seconds": sum(phases.values()), "seconds_by_phase": phases}
 
     def advice(self) -> list[str]:
-        return advise(self.summary, asdict(self.config), read_events(self.folder / "metrics.jsonl"))
+        return advise(self.summary, asdict(self.config), read_events(self.folder / METRICS))
 
     def reload_check(self, trainer: Any, model: Any, after: Evaluation) -> list[Check]:
         """Whether the saved adapter gives the same numbers or answers, where it can be loaded into the model."""

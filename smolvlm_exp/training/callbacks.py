@@ -33,6 +33,7 @@ from smolvlm_exp.utils.units import GIB
 
 log = logging.getLogger(__name__)
 
+METRICS = "metrics.jsonl"  # in the run folder
 SAMPLES = "samples.jsonl"  # in the run folder, per line: {"step": 20, "answers": [...]}
 SAMPLE_ROWS = 4  # the first held-out ones
 SAMPLE_TOKENS = 128  # at most per answer: training waits for it
@@ -63,7 +64,7 @@ class MetricsCallback(TrainerCallback):
     """Every log event, with memory and speed added, to `metrics.jsonl` and to the tracker."""
 
     def __init__(self, folder: Path, tracker: Tracker) -> None:
-        self.path = folder / "metrics.jsonl"
+        self.path = folder / METRICS
         self.tracker = tracker
         self.last_log = (0.0, 0, 0.0)  # clock, step, tokens
         self.evaluating = 0.0  # seconds of evaluation since the last log
@@ -106,8 +107,7 @@ class MetricsCallback(TrainerCallback):
                 log.warning(f"step {state.global_step}: loss spike, {event['loss']:.3g} (median so far {usual:.3g})")
         event |= self.memory()
         with disk_full_as_run_error(self.path.parent):
-            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in event.items()}
-            append_event(self.path, finite)  # JSON has no NaN; null stands for it
+            append_event(self.path, event)
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()
 

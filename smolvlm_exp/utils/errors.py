@@ -1,10 +1,15 @@
 """The errors that people are meant to read."""
 
+import contextlib
 import difflib
+import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import NoReturn
+
+log = logging.getLogger(__name__)
 
 
 class RequestError(ValueError):
@@ -28,6 +33,15 @@ class Pruned(Exception):
 def first_line(error: BaseException) -> str:
     """An error's message without the retries and traces that may follow."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+@contextlib.contextmanager
+def isolated(part: str) -> Iterator[None]:
+    """What only describes a run may fail without taking its other results, its message or its exit code along."""
+    try:
+        yield
+    except Exception as error:
+        log.warning(f"{part} failed ({type(error).__name__}: {first_line(error)}); the rest is as it would be")
 
 
 def exit_with_error(error: RequestError | RunError) -> NoReturn:

@@ -1,21 +1,27 @@
 """P6: a loss or gradient that is not finite never reaches weights or optimizer state."""
 
+import contextlib
 import copy
 import json
 import math
+from dataclasses import asdict
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
 from smolvlm_exp.runs.checkpoint import checkpoints, damage, newest_intact
+from smolvlm_exp.tasks.doctor import doctor
+from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training.callbacks import loss_spike
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.utils.errors import RunError
+from tests.conftest import compose
 from tests.reliability.conftest import learnt
 
 FIVE = ("trainer.max_steps=5", "trainer.eval_strategy=no", "trainer.logging_steps=1", "trainer.save_strategy=no")
 BAD = float("nan")
+DIVERGES = ("adapter=lora", "quant=none", "trainer.learning_rate=1e30")
 
 
 class Recorder(TrainerCallback):
@@ -192,3 +198,57 @@ def test_a_spike_is_told_when_it_is_seen():
     assert loss_spike([*usual, 0.7]) is None
     assert loss_spike([*usual, 3.1]) == pytest.approx(0.655)
     assert loss_spike([*usual[:3], 3.1]) is None  # too early to say what is usual
+
+
+class Poison(TrainerCallback):
+    """The gradient of the third step is infinite in one number."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        def hook(gradient):
+            return gradient * math.inf if state.global_step == 2 else gradient
+
+        next(p for p in model.parameters() if p.requires_grad).register_hook(hook)
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_poisoned_gradient_does_not_spoil_the_end(quick, tmp_path, capsys):
+    summary = train(quick(*FIVE), tmp_path, watchers=[Poison()])
+    assert (summary["status"], summary["train"]["not_finite"]) == ("done", [3])
+    assert "NaN or infinite loss or gradient at step 3" in capsys.readouterr().out
+    assert "step 3: those steps were skipped" in (tmp_path / "report.html").read_text()
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / ".hydra" / "config.yaml").write_text(json.dumps(asdict(quick(*FIVE))))
+    doctor(compose("task=doctor", f"run={tmp_path}"), tmp_path)
+    assert "gradient at step 3" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_run_that_diverges_says_so_in_its_report_too(quick, tmp_path):
+    with pytest.raises(RunError, match="not finite in 3 steps in a row"):
+        train(quick(*FIVE, *DIVERGES), tmp_path)
+    assert json.loads((tmp_path / "summary.json").read_text())["reason"].startswith("RunError: stopped: loss or grad")
+    page = (tmp_path / "report.html").read_text()
+    assert "not finite in 3 steps in a row" in page
+    assert "trainer.learning_rate=2.5e+29" in page
+
+
+def broken(*args, **kwargs):
+    raise TypeError("broken")
+
+
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_what_a_run_writes_at_its_end_fails_alone(quick, tmp_path, monkeypatch, capsys, poisoned):
+    """Report, advice, tracker and table are all broken: status, message and summary.json are as without that."""
+    monkeypatch.setattr("smolvlm_exp.tasks.result.write_report", broken)
+    monkeypatch.setattr("smolvlm_exp.tasks.result.print_results", broken)
+    monkeypatch.setattr("smolvlm_exp.reporting.advice.on_policy_signs", broken)
+    monkeypatch.setattr("smolvlm_exp.reporting.tracker.Tracker.finish", broken)
+    with pytest.raises(RunError, match="not finite") if poisoned else contextlib.nullcontext():
+        train(quick(*FIVE, *(DIVERGES if poisoned else ())), tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert summary["status"] == ("failed" if poisoned else "done")
+    assert any("NaN or infinite loss" in text for text in summary["advice"]) == poisoned
+    out = capsys.readouterr().out
+    for part in ("report.html", "advice (on_policy)", "W&B", *([] if poisoned else ["the table"])):
+        assert f"{part} failed (TypeError: broken); the rest is as it would be" in out

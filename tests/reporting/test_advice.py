@@ -6,6 +6,11 @@ import pytest
 import torch
 
 from smolvlm_exp.reporting.advice import OLD_NAMES, advise
+from smolvlm_exp.reporting.report import draw_curves
+from smolvlm_exp.runs.event_log import read_events
+from smolvlm_exp.runs.sweep_record import Job
+from smolvlm_exp.sweep.results import read_result
+from smolvlm_exp.sweep.time_estimate import estimate_time
 from smolvlm_exp.tasks.doctor import doctor
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError
@@ -115,3 +120,40 @@ def test_the_doctor_advises_on_a_finished_run(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("Out of memory once; ")
     with pytest.raises(RequestError, match="no run has ended there"):
         doctor(compose("task=doctor", "run=nowhere"), tmp_path)
+
+
+def test_steps_that_are_all_warmup():
+    done = {"status": "done", "train": {"steps": 1}}
+    (advice,) = advise(done, config(warmup_steps=0.05), [{"step": 1, "loss": 0.7, "learning_rate": 0.0}])
+    assert advice == (
+        "warmup: the learning rate was still rising at the last of 1 step; it was 0 at most.\n"
+        "Try trainer.warmup_steps=0, or more steps (trainer.max_steps)."
+    )
+    constant = [{"step": 1, "loss": 0.7, "learning_rate": 1e-4}]
+    assert advise(done, config(warmup_steps=0.05), constant) == []
+    assert advise(done, config(warmup_steps=0), [{"step": 1, "loss": 0.7, "learning_rate": 1e-4}]) == []
+
+
+DAMAGED = [
+    "[1, 2]", "{", "null", '{"status": "done"}', json.dumps({"status": "done", "checks": None, "train": None}),
+    json.dumps({"status": "done", "checks": [{"verdict": "warn"}, None], "train": {"steps": None}, "changes": [1]}),
+    json.dumps({"status": "done", "before": {"recall": None}, "after": {"recall": None}, "seconds": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DAMAGED)
+def test_a_damaged_run_is_read_as_far_as_it_goes(tmp_path, monkeypatch, capsys, text):
+    """Nulls, missing keys, half lines: by task=doctor, the card of an export, a sweep's estimate and its table."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "outputs" / "a" / "b"
+    (folder / ".hydra").mkdir(parents=True)
+    (folder / "summary.json").write_text(text)
+    (folder / ".hydra" / "config.yaml").write_text(json.dumps({**config(), "data": {"source": "shapes"}}))
+    null = dict.fromkeys(events()[0])
+    lines = [{**null, "step": 1, "reward": None}, *events()[:5], {"step": None}, *events()[5:]]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 130, "loss": 0.')
+    doctor(compose("task=doctor", "run=last"), tmp_path)
+    assert capsys.readouterr().out.startswith("NaN or infinite loss or gradient at step 1:")
+    assert estimate_time(tmp_path, [compose()]) is None
+    assert read_result(folder.parent, Job("b", ())).value("after.recall") is None
+    assert draw_curves(read_events(folder / "metrics.jsonl"))

@@ -90,7 +90,7 @@ def model_card(
         failed=[check for check in export["checks"] if check["verdict"] == "fail"],
         columns={name: column for name, column in columns.items() if column[0]},
         data=data,
-        train_rows=(run.get("data") or {}).get("train", {}).get("rows"),
+        train_rows=((run.get("data") or {}).get("train") or {}).get("rows"),
         sources=sources,
         settings=shown_settings(settings),
     )
