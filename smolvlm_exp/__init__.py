@@ -1,5 +1,6 @@
 """Hydra-composed experiments that fine-tune SmolVLM with QLoRA, DoRA and DPO on the GPU you own."""
 
+import os
 import sys
 import time
 from typing import Any
@@ -11,6 +12,10 @@ __version__ = "0.1.0"
 # Where `kernels` is installed, importing bitsandbytes on some CPUs fetches code from the Hub and runs it, and
 # transformers may. With None here it counts as not installed.
 sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
+
+# TRL tells the Hub of every run: trainer, architecture, the GPU's name and memory. Not here, unless this is set to 0.
+if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") != "0" and "huggingface_hub.constants" in sys.modules:
+    vars(sys.modules["huggingface_hub.constants"])["HF_HUB_DISABLE_TELEMETRY"] = True  # it was imported before
 
 HOMES = {"train": "main", "evaluate": "main", "compose": "main", "SmolVLMSession": "deploy.session.session"}
 

@@ -6,12 +6,14 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of
+from smolvlm_exp.utils.hub import hub_errors, is_offline
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -121,12 +123,35 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
 
 
 def adapter_folder(name: str) -> Path | None:
-    """`name` or its `adapter/`, whichever holds a saved adapter, if one does."""
-    return next((f for f in (Path(name), Path(name) / "adapter") if (f / "adapter_config.json").is_file()), None)
+    """`name` or its `adapter/`, whichever holds a saved adapter, or the Hub's repository of that name, if it does."""
+    folders = [hub_adapter(name)] if is_hub_id(name) else [Path(name), Path(name) / "adapter"]
+    return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
 
 
-def saved_adapter(config: AdapterConfig, name: str) -> Path:
-    """The folder of a saved adapter (`model.adapter`); RequestError where `config` does not describe it."""
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form OWNER/NAME, and is no folder here."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
+
+
+@cache
+def hub_adapter(id: str) -> Path:
+    """A repository of the Hub: its adapter, and the processor beside it; asked for once per process."""
+    from huggingface_hub import snapshot_download
+
+    files = ["*.json", "*.jinja", "adapter_model.safetensors"]
+    with hub_errors("model.adapter", id, "model"):
+        return Path(snapshot_download(id, allow_patterns=files, local_files_only=is_offline()))
+
+
+def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
+    """The folder of a saved adapter.
+
+    Args:
+        name: `model.adapter`; base: `model.id`.
+
+    Raises:
+        RequestError: there is none, or it is not what `config` describes, or not one of this base.
+    """
     from peft import PeftConfig
 
     folder = adapter_folder(name)
@@ -137,6 +162,9 @@ def saved_adapter(config: AdapterConfig, name: str) -> Path:
     if not (folder / "adapter_model.safetensors").is_file():
         raise RequestError(f"model.adapter={name}: {folder} has no adapter_model.safetensors; pickles are not loaded.")
     saved: Any = PeftConfig.from_pretrained(str(folder))
+    trained_on = str(saved.base_model_name_or_path or "")
+    if trained_on != base and is_hub_id(trained_on) and (is_hub_id(base) or base == "embedded"):
+        raise RequestError(f"model.adapter={name} was trained on {trained_on}, and model.id is {base}.")
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         trained, requested = getattr(saved, key), getattr(config, key)
         if trained != requested:
@@ -193,10 +221,15 @@ def plain_initialisation(model: Any) -> Iterator[None]:
         config.init_lora_weights = init
 
 
-def save_finetuned(model: Any, processor: Any, config: AdapterConfig, folder: Path) -> None:
+def save_finetuned(
+    model: Any, processor: Any, config: AdapterConfig, folder: Path, revision: str | None = None
+) -> None:
     """Write `adapter/`, an ordinary PEFT adapter of the untouched base, or `model/` after full fine-tuning.
 
     With the processor, so that whoever loads it reads images at the resolution of the training.
+
+    Args:
+        revision: the Hub's commit of the base.
     """
     if config.type == "none":
         with atomic_folder(folder / "model") as staging:
@@ -204,7 +237,7 @@ def save_finetuned(model: Any, processor: Any, config: AdapterConfig, folder: Pa
             processor.save_pretrained(staging)
         return
     trained = gather_state({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
-    model.peft_config["default"].revision = getattr(model.config, "_commit_hash", None)  # of a base from the Hub
+    model.peft_config["default"].revision = revision
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
     with atomic_folder(folder / "adapter") as staging:
         model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=trained, **conversion)

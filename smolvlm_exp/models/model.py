@@ -17,7 +17,7 @@ from smolvlm_exp.models.resolution import FILES, Resolution, read_options, saved
 from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
-from smolvlm_exp.utils.hub import is_offline
+from smolvlm_exp.utils.hub import hub_errors, is_offline
 from smolvlm_exp.utils.phases import phase
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def read_processor(source: str, revision: str | None, local_files_only: bool) ->
     options, _ = Idefics3Processor.get_processor_dict(source, **where)
     tokenizer = PreTrainedTokenizerFast.from_pretrained(source, **where)
     options.setdefault("chat_template", tokenizer.chat_template)  # where it was saved with the tokenizer alone
+    for loading in ("is_local", "local_files_only"):  # or they are saved with it
+        tokenizer.init_kwargs.pop(loading, None)
     # Pillow's: the same pixels with torchvision and without it.
     images = AutoImageProcessor.from_pretrained(source, backend="pil", trust_remote_code=False, **where)
     return Idefics3Processor.from_args_and_dict([images, tokenizer], options)
@@ -161,7 +163,10 @@ def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any
     source = str(EMBEDDED) if config.id == "embedded" else config.id
     local = not Path(source).is_dir() and is_offline()
     try:
-        return read(source, revision=config.revision, local_files_only=local, **kwargs)
+        with hub_errors("model.id", config.id, "model", config.revision):
+            return read(source, revision=config.revision, local_files_only=local, **kwargs)
+    except RequestError:
+        raise
     except Exception as error:
         check_files(partial(checkpoint_file, config), Path(source) if Path(source).is_dir() else None)
         if not isinstance(error, ImportError | OSError | ValueError):
@@ -243,6 +248,6 @@ def resolve_attention(name: str) -> str:
 
 def load_finetuned_model(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, seed: int) -> Any:
     """The model as a run trained it: the quantised base, with its adapter (`model.adapter`) if it has one."""
-    folder = saved_adapter(adapter, model.adapter) if model.adapter else None
+    folder = saved_adapter(adapter, model.adapter, model.id) if model.adapter else None
     base = load_model(model, quantization_config(quant, resolve_dtype(model.dtype)), seed)
     return load_adapter(base, folder, adapter.target).eval() if folder else base

@@ -45,7 +45,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         raise RequestError(f"task.batch_sizes={list(sizes)}: 1 is the least.")
     quantization = quantization_config(config.quant, resolve_dtype(config.model.dtype))
     resolve_attention(config.model.attn_implementation)
-    adapter = saved_adapter(config.adapter, config.model.adapter) if config.model.adapter else None
+    adapter = saved_adapter(config.adapter, config.model.adapter, config.model.id) if config.model.adapter else None
     processor = load_processor(config.model)
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
     columns = preferences.test.column_names

@@ -131,7 +131,7 @@ class Exporter:
     def write_adapter(self, staging: Path, target: Path) -> None:
         """As PEFT reads it: `tuned` was loaded from the same file, so it is its own parity."""
         assert self.config.model.adapter is not None
-        source = saved_adapter(self.config.adapter, self.config.model.adapter)
+        source = saved_adapter(self.config.adapter, self.config.model.adapter, self.config.model.id)
         shutil.copy(source / "adapter_model.safetensors", staging)
         base = {"base_model_name_or_path": published_name(self.sources["model"])}
         write_json(staging / "adapter_config.json", {**read_json(source / "adapter_config.json"), **base})

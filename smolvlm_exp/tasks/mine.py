@@ -39,7 +39,7 @@ def mine(config: Config, folder: Path) -> dict[str, Any]:
     quantization_config(config.quant, resolve_dtype(config.model.dtype))
     resolve_attention(config.model.attn_implementation)
     if config.model.adapter:
-        saved_adapter(config.adapter, config.model.adapter)
+        saved_adapter(config.adapter, config.model.adapter, config.model.id)
     processor = load_processor(config.model)
     if task.rounds:
         summary = mine_and_train(config, folder, processor)

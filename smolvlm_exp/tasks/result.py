@@ -126,7 +126,13 @@ class Result:
         model = trainer.accelerator.unwrap_model(trainer.model)
         checks = self.monitor.checks(trainer)
         if self.after:
-            save_finetuned(model, trainer.processing_class, self.config.adapter, self.folder)
+            save_finetuned(
+                model,
+                trainer.processing_class,
+                self.config.adapter,
+                self.folder,
+                self.summary["sources"]["model"]["commit"],
+            )
             history = trainer.state.log_history
             checks += compare_evaluations(self.before, self.after, history, self.preferences.report)
             if self.score:

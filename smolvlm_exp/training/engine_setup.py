@@ -53,7 +53,7 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
     """
     lora_config(adapter, quantised=quantization_config(quant, resolve_dtype(model.dtype)) is not None)
     if model.adapter:
-        saved_adapter(adapter, model.adapter)
+        saved_adapter(adapter, model.adapter, model.id)
     resolve_attention(model.attn_implementation)
     budget_of(trainer.memory_budget)
     bytes_of("trainer.cache_ram", trainer.cache_ram)
@@ -83,7 +83,7 @@ def load_trainable_model(
     base = load_model(model, quantization, seed)
     check_model(trainer, adapter, base)
     if model.adapter:
-        return load_adapter(base, saved_adapter(adapter, model.adapter), adapter.target), None
+        return load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter.target), None
     if peft_config:
         check_adapter_target(peft_config, base, adapter.target)
     return base, peft_config

@@ -66,11 +66,14 @@ def ping(seconds: float) -> str:
 def is_offline() -> bool:
     """Checked and logged once per process: upstream would try each file six times, 23 s each.
 
-    Any HTTP status means that the Hub is there.
+    Any HTTP status means that the Hub is there. Where it is not, its clients are told too, so that none of them tries.
     """
+    from huggingface_hub import constants
+
     outcome = ping(PING_SECONDS)
     if outcome.startswith("HTTP"):
         return False
+    constants.HF_HUB_OFFLINE = True
     log.warning(f"hub: {outcome}; using local files only")
     return True
 
@@ -119,7 +122,7 @@ def hub_problem(error: BaseException, id: str, kind: Kind, revision: str | None 
             return f"the Hub answers HTTP {status} ({first_line(cause)}). Try again later."
     for cause in causes:
         if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            return "it is not on this disk as a whole, and the Hub cannot be reached. Connect, or give a local folder."
+            return "it is not on this disk as a whole, and the Hub cannot be reached. Connect, or give a local folder (for a model, model.weights=random serves a trial)."
         if isinstance(cause, errors.HfHubHTTPError):
             continue
         if isinstance(cause, errors.HTTPError | errors.XetDownloadError | ConnectionError):

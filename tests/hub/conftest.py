@@ -32,6 +32,7 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path) -> No
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets-cache")
     monkeypatch.setattr(huggingface_hub.hf_api.api, "endpoint", url)
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None)
     huggingface_hub.utils.close_session()
     HfFileSystem.clear_instance_cache()
     is_offline.cache_clear()

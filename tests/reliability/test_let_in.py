@@ -238,7 +238,7 @@ def test_weights_that_are_a_pickle_are_refused(marker, tmp_path):
     (adapter / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 8, "lora_alpha": 8}))
     torch.save({"weight": Payload(marker)}, adapter / "adapter_model.bin")
     with pytest.raises(RequestError, match=r"no adapter_model\.safetensors"):
-        saved_adapter(AdapterConfig(), str(adapter))
+        saved_adapter(AdapterConfig(), str(adapter), "embedded")
 
 
 def test_a_data_set_brings_no_code(marker, tmp_path, processor):

@@ -30,7 +30,7 @@ def load_merged(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, 
     base = base.float().eval()
     if not model.adapter:
         return base
-    tuned = PeftModel.from_pretrained(base, str(saved_adapter(adapter, model.adapter)))
+    tuned = PeftModel.from_pretrained(base, str(saved_adapter(adapter, model.adapter, model.id)))
     with torch.no_grad():
         return tuned.merge_and_unload(safe_merge=True).eval()
 

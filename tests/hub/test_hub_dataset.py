@@ -73,7 +73,7 @@ def test_a_slice_fetches_the_files_and_row_groups_that_hold_it(hub):
 def test_what_was_fetched_is_there_without_the_hub(hub, caplog):
     publish(hub, "some/pairs", {"data/train-00000-of-00001.parquet": rows(40)})
     online = load("train[:5]")
-    commit = source.provenance(source.Config(source="hub", id="some/pairs"))["commit"]
+    commit = source.provenance(source.Config(source="hub", id="some/pairs")).commit
     hub.faults.append(("", "drop"))
     is_offline.cache_clear()
     assert questions(load("train[:5]")) == questions(online)
@@ -267,8 +267,8 @@ def test_where_the_rows_come_from(hub):
     folder = publish(hub, "some/pairs", {"train.parquet": rows(3)})
     config = source.Config(source="hub", id="some/pairs")
     first = source.provenance(config)
-    assert first["license"] == "cc-by-nc-4.0"
+    assert first.license == "cc-by-nc-4.0"
     rows(4).to_parquet(folder / "train.parquet")
     second = source.provenance(config)
-    assert (len(first["commit"]), first["commit"] == second["commit"]) == (40, False)
+    assert (len(first.commit), first.commit == second.commit) == (40, False)
     assert len(load(test="train")) == 4

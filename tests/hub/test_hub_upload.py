@@ -42,7 +42,7 @@ def test_a_tuned_model_of_the_hubs_with_its_card(hub, small, export, monkeypatch
             assert str(folder.parent.parent).encode() not in content, name
             assert str(base).encode() not in content, name
     tokenizer = commit["files"]["tokenizer_config.json"]
-    assert b'"backend"' not in tokenizer
+    assert b'"pil"' not in tokenizer
     assert b'"is_local"' not in tokenizer
 
 
