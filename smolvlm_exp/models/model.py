@@ -101,8 +101,14 @@ def check_architecture(config: ModelConfig) -> None:
     from transformers.utils import cached_file
 
     file = from_pretrained(cached_file, config, filename="config.json", _raise_exceptions_for_missing_entries=False)
-    if file is None:  # a folder with a processor alone
+    if file is None and (config.id == "embedded" or Path(config.id).is_dir()):  # a folder with a processor alone
         return
+    if file is None:
+        where = "on this disk, and the Hub cannot be reached" if is_offline() else "in that repository"
+        raise RequestError(
+            f"model.id={config.id}: there is no config.json {where}. Give a folder that holds the model, connect to "
+            "the Hub, or use model.weights=random."
+        )
     saved = read_options(Path(file))
     kind, text = saved.get("model_type"), (saved.get("text_config") or {}).get("model_type", "llama")
     if kind not in ARCHITECTURES or text != "llama":

@@ -122,7 +122,7 @@ def hub_problem(error: BaseException, id: str, kind: Kind, revision: str | None 
             return f"the Hub answers HTTP {status} ({first_line(cause)}). Try again later."
     for cause in causes:
         if isinstance(cause, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-            return "it is not on this disk as a whole, and the Hub cannot be reached. Connect, or give a local folder (for a model, model.weights=random serves a trial)."
+            return "it is not on this disk as a whole, and the Hub cannot be reached. Connect, or give a local folder."
         if isinstance(cause, errors.HfHubHTTPError):
             continue
         if isinstance(cause, errors.HTTPError | errors.XetDownloadError | ConnectionError):
