@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.fields import at_least, one_of
+from smolvlm_exp.utils.fields import at_least, one_of, upstream_refuses
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -25,6 +25,8 @@ TARGETS: dict[str, str | list[str]] = {
     "recipe": ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"],
     "all": "all-linear",
 }
+ADAPTER_ELSEWHERE = {"target_modules": "adapter.target"}  # arguments of PEFT's that other settings are
+FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations
 START = "adapter_start"  # in the run folder: where a PiSSA adapter began
 PARTS = {"text_model": "text model", "vision_model": "vision tower", "connector": "connector"}
 
@@ -34,7 +36,7 @@ class AdapterConfig:
     type: str = one_of("lora", "none")  # none: full fine-tuning
     r: int = at_least(1, 8)
     lora_alpha: int = at_least(1, 8)
-    lora_dropout: float = at_least(0, 0.0)
+    lora_dropout: float = at_least(0, 0.0, most=1)
     use_dora: bool = False  # a magnitude learned apart from the direction (DoRA, arXiv 2402.09353)
     use_rslora: bool = False  # scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
     init_lora_weights: Any = True  # true | gaussian | pissa | pissa_niter_16 | ...: PEFT's names
@@ -54,11 +56,20 @@ def lora_config(config: AdapterConfig, quantised: bool) -> "LoraConfig | None":
         raise RequestError(
             "adapter=pissa takes singular vectors of unquantised weights: add quant=none, or use adapter=dora."
         )
-    options = {key: value for key, value in vars(config).items() if key not in ("type", "target", "extra")}
+    if config.init_lora_weights in FROM_DATA:
+        raise RequestError(
+            f"adapter.init_lora_weights={config.init_lora_weights} starts from activations on the data, which are not "
+            "collected here: it would be plain LoRA. Use true, gaussian, orthogonal, olora, or adapter=pissa."
+        )
+
+    def build(config: AdapterConfig) -> LoraConfig:
+        own = {key: value for key, value in vars(config).items() if key not in ("type", "target", "extra")}
+        return LoraConfig(**own, target_modules=TARGETS.get(config.target, config.target), **config.extra)
+
     try:
-        return LoraConfig(**options, target_modules=TARGETS.get(config.target, config.target), **config.extra)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"adapter: {error}") from error
+        return build(config)
+    except Exception as error:
+        raise upstream_refuses("adapter", config, build, error) from error
 
 
 def is_pissa(config: "AdapterConfig | LoraConfig") -> bool:

@@ -27,6 +27,11 @@ log = logging.getLogger(__name__)
 
 PIL_BACKEND = {"backend": "pil"}  # the same pixels with torchvision and without it
 
+MODEL_ELSEWHERE = {  # arguments of `from_pretrained` that other settings are
+    **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit"), "quant"),
+    "torch_dtype": "model.dtype",
+}
+
 
 @dataclass
 class ModelConfig:
@@ -131,6 +136,8 @@ def from_pretrained(loader: Any, config: ModelConfig, **kwargs: Any) -> Any:
         return loader.from_pretrained(source, revision=config.revision, local_files_only=local, **kwargs)
     except Exception as error:
         check_files(partial(checkpoint_file, config), Path(source) if Path(source).is_dir() else None)
+        if isinstance(error, TypeError) and config.extra:
+            raise RequestError(f"model.extra={config.extra}: {first_line(error)}") from error
         if not isinstance(error, ImportError | OSError | ValueError):
             raise
         advice = "Give a folder that holds the model, connect to the Hub, or use model.weights=random."
@@ -146,7 +153,9 @@ def checkpoint_file(config: ModelConfig, name: str) -> Path | None:
     folder = EMBEDDED if config.id == "embedded" else Path(config.id).expanduser()
     if folder.is_dir():
         return file if (file := folder / name).is_file() else None
-    cached = try_to_load_from_cache(config.id, name, revision=config.revision) if "/" in config.id else None
+    cached = None
+    with contextlib.suppress(ValueError):  # not a Hub id
+        cached = try_to_load_from_cache(config.id, name, revision=config.revision) if "/" in config.id else None
     return Path(cached) if isinstance(cached, str) else None
 
 
