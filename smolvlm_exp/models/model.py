@@ -199,13 +199,27 @@ def with_random_weights(shape: Shape, kwargs: dict[str, Any], seed: int) -> "Pre
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from smolvlm_exp.engine.memory.probe import free_memory
     from smolvlm_exp.utils.distributed import shared_folder
+    from smolvlm_exp.utils.units import format_bytes
 
-    torch.manual_seed(seed)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForImageTextToText.from_config(
-            model_config(shape), dtype=kwargs["dtype"], attn_implementation=kwargs["attn_implementation"]
+    def build(device: torch.device) -> "PreTrainedModel":
+        with device:
+            return AutoModelForImageTextToText.from_config(
+                model_config(shape), dtype=kwargs["dtype"], attn_implementation=kwargs["attn_implementation"]
+            )
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        needed = build(torch.device("meta")).get_memory_footprint()
+    except Exception as error:  # upstream's own kinds
+        raise RequestError(f"model.shape: {' '.join(str(error).split())}") from error
+    if needed > (free := free_memory(device)):
+        raise RequestError(
+            f"model.shape: its weights take {format_bytes(needed)}, and {format_bytes(free)} are free on {device}."
         )
+    torch.manual_seed(seed)
+    model = build(device)
     if kwargs["quantization_config"] is None:
         return model.eval()
     with shared_folder(model.save_pretrained) as folder:
