@@ -19,7 +19,7 @@ from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.models.adapter import ADAPTER_ELSEWHERE, AdapterConfig
 from smolvlm_exp.models.model import MODEL_ELSEWHERE, ModelConfig
 from smolvlm_exp.models.quant import QuantConfig
-from smolvlm_exp.reporting.tracker import TrackerConfig
+from smolvlm_exp.reporting.tracker import TrackerConfig, check_tracker
 from smolvlm_exp.rewards.config import RewardConfig
 from smolvlm_exp.training.arguments import TRAINER_ELSEWHERE, TrainerConfig
 from smolvlm_exp.utils.errors import RequestError, suggestion
@@ -129,6 +129,7 @@ def parse(composed: DictConfig) -> Config:
         check_value(key, setting, value)
     for group, elsewhere in EXTENSIBLE.items():
         check_extra(group, getattr(config, group), elsewhere)
+    check_tracker(config.tracker)
     return config
 
 
