@@ -1,5 +1,6 @@
 """The root schema, and the strict parsing of a composed configuration into plain dataclasses."""
 
+import math
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
@@ -15,17 +16,20 @@ from smolvlm_exp.config.tasks import TASKS, readers
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.deploy.options import ExportConfig, ServeConfig, SessionConfig
 from smolvlm_exp.evaluation.metrics import GOALS
-from smolvlm_exp.models.adapter import AdapterConfig
-from smolvlm_exp.models.model import ModelConfig
+from smolvlm_exp.models.adapter import ADAPTER_ELSEWHERE, AdapterConfig
+from smolvlm_exp.models.model import MODEL_ELSEWHERE, ModelConfig
 from smolvlm_exp.models.quant import QuantConfig
-from smolvlm_exp.reporting.tracker import TrackerConfig
+from smolvlm_exp.reporting.tracker import TrackerConfig, check_tracker
 from smolvlm_exp.rewards.config import RewardConfig
-from smolvlm_exp.training.arguments import TrainerConfig
+from smolvlm_exp.training.arguments import TRAINER_ELSEWHERE, TrainerConfig
 from smolvlm_exp.utils.errors import RequestError, suggestion
-from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.fields import at_least, check_extra, one_of
 from smolvlm_exp.utils.paths import PACKAGE
 
 SELECTORS = {"task": "name", "data": "source", "trainer": "algorithm"}  # group -> the key that selects its schema
+EXTENSIBLE = {  # group with `extra` -> upstream's arguments that other settings are
+    "model": MODEL_ELSEWHERE, "adapter": ADAPTER_ELSEWHERE, "trainer": TRAINER_ELSEWHERE,
+}  # fmt: skip
 FOLDERS = {"data": "data/sources", "trainer": "training"}  # of the modules with a `Config`
 
 
@@ -44,7 +48,7 @@ class Config:
     export: ExportConfig = field(default_factory=ExportConfig)
     session: SessionConfig = field(default_factory=SessionConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
-    seed: int = 0  # of adapter initialisation, data order and sampling
+    seed: int = at_least(0, 0, most=2**32 - 1)  # of adapter initialisation, data order and sampling
     name: str | None = None  # the run's name; null: the settings that differ from the defaults
     resume: str | None = None  # a run folder, or `last`: resume a run that stopped
     resume_allow: list[str] = field(default_factory=list)  # settings that may change on resume, as [trainer.max_steps]
@@ -123,6 +127,9 @@ def parse(composed: DictConfig) -> Config:
     for key, setting, value in settings(config):
         check_setting(key, value)
         check_value(key, setting, value)
+    for group, elsewhere in EXTENSIBLE.items():
+        check_extra(group, getattr(config, group), elsewhere)
+    check_tracker(config.tracker)
     return config
 
 
@@ -173,8 +180,9 @@ def settings(config: Any, path: str = "") -> Iterator[tuple[str, Any, Any]]:
 
 
 def check_value(key: str, setting: Any, value: Any) -> None:
-    """Check a value against its field's choices and bounds (utils/fields.py)."""
-    choices, low, floor = (setting.metadata.get(name) for name in ("choices", "low", "above"))
+    """Check a value against its field's choices and bounds (utils/fields.py); no number may be infinite or NaN."""
+    choices, low, floor, most = (setting.metadata.get(name) for name in ("choices", "low", "above", "most"))
+    check_finite(key, value)
     for item in value if isinstance(value, list) else [value]:
         if choices and item not in choices:
             raise RequestError(f"{key}={item}: {suggestion(str(item), [str(choice) for choice in choices])}")
@@ -182,3 +190,13 @@ def check_value(key: str, setting: Any, value: Any) -> None:
         raise RequestError(f"{key}={value} is too small: {low} is the least.")
     if floor is not None and value is not None and not value > floor:
         raise RequestError(f"{key}={value}: it must be greater than {floor}.")
+    if most is not None and value is not None and value > most:
+        raise RequestError(f"{key}={value} is too large: {most} is the most.")
+
+
+def check_finite(key: str, value: Any) -> None:
+    if isinstance(value, dict | list):
+        for name, item in value.items() if isinstance(value, dict) else enumerate(value):
+            check_finite(f"{key}.{name}", item)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise RequestError(f"{key}={value}: it must be a finite number.")

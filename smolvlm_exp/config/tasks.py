@@ -22,7 +22,7 @@ class Task:
 
 @dataclass
 class Train(Task):
-    max_new_tokens: int = at_least(1, 256)  # of an answer; longer ones are cut
+    max_new_tokens: int = at_least(1, 256, most=65536)  # of an answer; longer ones are cut
 
 
 @dataclass

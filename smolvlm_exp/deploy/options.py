@@ -46,7 +46,7 @@ class ServeConfig:
     """task=serve: what it accepts from strangers."""
 
     host: str = "127.0.0.1"  # loopback: whoever may connect may use the model
-    port: int = at_least(0, 8000)  # 0: any that is free
+    port: int = at_least(0, 8000, most=65535)  # 0: any that is free
     max_image_megabytes: float = at_least(0, 10.0)  # of one image's file
     max_images: int = at_least(0, 8)  # in one request
     max_tokens: int = at_least(1, 1024)  # of one answer

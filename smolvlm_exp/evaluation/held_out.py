@@ -89,7 +89,7 @@ class HeldOut:
         if not self.reads_packed(model):
             return
         core = core_of(model)
-        tower = weights_key(core.vision_model), weights_key(core.connector)
+        tower = weights_key(core.vision_model, "default"), weights_key(core.connector, "default")
         if tower != self.tower:
             self.tower, self.replaced, self.rows.features = tower, None, None
             keep_features(self.rows, model, self.pixels, store, num_proc)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.fields import at_least, one_of
+from smolvlm_exp.utils.fields import at_least, one_of, upstream_refuses
 from smolvlm_exp.utils.hub import hub_errors, is_offline
 
 if TYPE_CHECKING:
@@ -27,6 +27,8 @@ TARGETS: dict[str, str | list[str]] = {
     "recipe": ["down_proj", "o_proj", "k_proj", "q_proj", "gate_proj", "up_proj", "v_proj"],
     "all": "all-linear",
 }
+ADAPTER_ELSEWHERE = {"target_modules": "adapter.target"}  # arguments of PEFT's that other settings are
+FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations
 START = "adapter_start"  # in the run folder: where a PiSSA adapter began
 PARTS = {"text_model": "text model", "vision_model": "vision tower", "connector": "connector"}
 
@@ -36,7 +38,7 @@ class AdapterConfig:
     type: str = one_of("lora", "none")  # none: full fine-tuning
     r: int = at_least(1, 8)
     lora_alpha: int = at_least(1, 8)
-    lora_dropout: float = at_least(0, 0.0)
+    lora_dropout: float = at_least(0, 0.0, most=1)
     use_dora: bool = False  # a magnitude learned apart from the direction (DoRA, arXiv 2402.09353)
     use_rslora: bool = False  # scale by alpha / sqrt(r) (rsLoRA, arXiv 2312.03732)
     init_lora_weights: Any = True  # true | gaussian | pissa | pissa_niter_16 | ...: PEFT's names
@@ -56,11 +58,20 @@ def lora_config(config: AdapterConfig, quantised: bool) -> "LoraConfig | None":
         raise RequestError(
             "adapter=pissa takes singular vectors of unquantised weights: add quant=none, or use adapter=dora."
         )
-    options = {key: value for key, value in vars(config).items() if key not in ("type", "target", "extra")}
+    if config.init_lora_weights in FROM_DATA:
+        raise RequestError(
+            f"adapter.init_lora_weights={config.init_lora_weights} starts from activations on the data, which are not "
+            "collected here: it would be plain LoRA. Use true, gaussian, orthogonal, olora, or adapter=pissa."
+        )
+
+    def build(config: AdapterConfig) -> LoraConfig:
+        own = {key: value for key, value in vars(config).items() if key not in ("type", "target", "extra")}
+        return LoraConfig(**own, target_modules=TARGETS.get(config.target, config.target), **config.extra)
+
     try:
-        return LoraConfig(**options, target_modules=TARGETS.get(config.target, config.target), **config.extra)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"adapter: {error}") from error
+        return build(config)
+    except Exception as error:
+        raise upstream_refuses("adapter", config, build, error) from error
 
 
 def is_pissa(config: "AdapterConfig | LoraConfig") -> bool:
@@ -74,28 +85,56 @@ def matched_modules(model: "PreTrainedModel", target: str) -> list[str]:
 
     head = model.get_output_embeddings()
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
-    return match_target(names, target)
+    return match_target(names, target, unadaptable(model, target))
 
 
-def match_target(names: list[str], target: str) -> list[str]:
-    """Those of the linear layers `names` that `target` matches; RequestError where it matches none."""
+def unadaptable(model: "PreTrainedModel", target: str) -> list[str]:
+    """Names of the head, embeddings, convolutions and norms that a regular expression matches too."""
+    from torch import nn
+
+    if target in TARGETS:
+        return []
+    leaves = ((n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None)
+    head = model.get_output_embeddings()
+    others = [name for name, module in leaves if not isinstance(module, nn.Linear) or module is head]
+    return [name for name in others if compiled(target).fullmatch(name)]
+
+
+def match_target(names: list[str], target: str, unadaptable: Sequence[str] = ()) -> list[str]:
+    """Those of the linear layers `names` that `target` matches; RequestError where it matches none.
+
+    Args:
+        unadaptable: modules of other kinds that it matches, for the message.
+    """
     modules = TARGETS.get(target, target)
     if modules == "all-linear":
         matched = names
     elif isinstance(modules, list):
         matched = [name for name in names if name.rsplit(".", 1)[-1] in modules]
     else:
-        try:
-            pattern = re.compile(modules)
-        except re.error as error:
-            raise RequestError(f"adapter.target={target} is not a valid regular expression: {error}.") from error
-        matched = [name for name in names if pattern.fullmatch(name)]
+        matched = [name for name in names if compiled(modules).fullmatch(name)]
+    if not matched and unadaptable:
+        raise RequestError(f"adapter.target={target} matches no linear layer, only {train_whole(unadaptable)}")
     if not matched:
         raise RequestError(
             f"adapter.target={target} matches no linear layer. Use text, recipe, all, or a regular expression over "
             f"names such as {', '.join(names[:3]) or 'those of another model: this one has none'}."
         )
     return matched
+
+
+def compiled(target: str) -> "re.Pattern[str]":
+    try:
+        return re.compile(target)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise RequestError(f"adapter.target={target} is not a valid regular expression: {error}.") from error
+
+
+def train_whole(names: Sequence[str]) -> str:
+    """What can be done with modules that take no adapter here."""
+    own = ",".join(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+    more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+    return f"{names[0]}{more}: no adapter fits there. To train that whole: +adapter.extra.modules_to_save=[{own}]"
 
 
 def describe_target(names: list[str]) -> str:
@@ -112,7 +151,7 @@ def describe_target(names: list[str]) -> str:
 
 
 def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", target: str) -> None:
-    """Log which layers are adapted; RequestError where the target matches none.
+    """Log which layers are adapted and which are left out; RequestError where the target matches none.
 
     A regular expression is replaced by the linear layers it matches: PEFT refuses modules of other kinds.
     """
@@ -120,6 +159,9 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
     if target not in TARGETS:
         peft_config.target_modules = list(names)
     log.info(f"adapter: {describe_target(names)}")
+    left_out = unadaptable(model, target)
+    if left_out:
+        log.warning(f"adapter: left out: {train_whole(left_out)}")
 
 
 def adapter_folder(name: str) -> Path | None:

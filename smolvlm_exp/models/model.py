@@ -27,6 +27,12 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+MODEL_ELSEWHERE = {  # arguments of `from_pretrained` that other settings are
+    **dict.fromkeys(("quantization_config", "load_in_4bit", "load_in_8bit"), "quant"),
+    "torch_dtype": "model.dtype",
+}
+
+
 @dataclass
 class ModelConfig:
     id: str = MISSING  # a Hub id, a folder, or `embedded`
@@ -175,6 +181,8 @@ def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any
         raise
     except Exception as error:
         check_files(partial(checkpoint_file, config), Path(source) if Path(source).is_dir() else None)
+        if isinstance(error, TypeError) and config.extra:
+            raise RequestError(f"model.extra={config.extra}: {first_line(error)}") from error
         if not isinstance(error, ImportError | OSError | ValueError):
             raise
         advice = "\nGive a folder that holds the model, connect to the Hub, or use model.weights=random."
@@ -190,7 +198,9 @@ def checkpoint_file(config: ModelConfig, name: str) -> Path | None:
     folder = EMBEDDED if config.id == "embedded" else Path(config.id).expanduser()
     if folder.is_dir():
         return file if (file := folder / name).is_file() else None
-    cached = try_to_load_from_cache(config.id, name, revision=config.revision) if "/" in config.id else None
+    cached = None
+    with contextlib.suppress(ValueError):  # not a Hub id
+        cached = try_to_load_from_cache(config.id, name, revision=config.revision) if "/" in config.id else None
     return Path(cached) if isinstance(cached, str) else None
 
 
@@ -199,13 +209,27 @@ def with_random_weights(shape: Shape, kwargs: dict[str, Any], seed: int) -> "Pre
     import torch
     from transformers import AutoModelForImageTextToText
 
+    from smolvlm_exp.engine.memory.probe import free_memory
     from smolvlm_exp.utils.distributed import shared_folder
+    from smolvlm_exp.utils.units import format_bytes
 
-    torch.manual_seed(seed)
-    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
-        model = AutoModelForImageTextToText.from_config(
-            model_config(shape), dtype=kwargs["dtype"], attn_implementation=kwargs["attn_implementation"]
+    def build(device: torch.device) -> "PreTrainedModel":
+        with device:
+            return AutoModelForImageTextToText.from_config(
+                model_config(shape), dtype=kwargs["dtype"], attn_implementation=kwargs["attn_implementation"]
+            )
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        needed = build(torch.device("meta")).get_memory_footprint()
+    except Exception as error:  # upstream's own kinds
+        raise RequestError(f"model.shape: {' '.join(str(error).split())}") from error
+    if needed > (free := free_memory(device)):
+        raise RequestError(
+            f"model.shape: its weights take {format_bytes(needed)}, and {format_bytes(free)} are free on {device}."
         )
+    torch.manual_seed(seed)
+    model = build(device)
     if kwargs["quantization_config"] is None:
         return model.eval()
     with shared_folder(model.save_pretrained) as folder:

@@ -23,6 +23,7 @@ class QuantConfig:
 
 def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
     """For `from_pretrained`; None: not quantised. RequestError for options without effect, which upstream ignores."""
+    import torch
     from transformers import BitsAndBytesConfig
 
     four = {k: v for k, v in vars(config).items() if k.startswith("bnb_4bit_") and v is not None}
@@ -34,6 +35,11 @@ def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBy
         raise RequestError("quant.llm_int8_threshold has no effect without quant.load_in_8bit=true (quant=int8).")
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
+    compute = config.bnb_4bit_compute_dtype
+    if compute is not None and not isinstance(getattr(torch, compute, None), torch.dtype):
+        raise RequestError(
+            f"quant.bnb_4bit_compute_dtype={compute} is not a torch dtype: use null, bfloat16 or float32."
+        )
     require_bitsandbytes(config)
     if config.load_in_8bit:
         threshold = 6.0 if config.llm_int8_threshold is None else config.llm_int8_threshold

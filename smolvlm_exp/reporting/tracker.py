@@ -19,7 +19,7 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.truth import truth_text
 from smolvlm_exp.reporting.html import SMALL_EDGE
 from smolvlm_exp.reporting.sampled_answers import completions_table
-from smolvlm_exp.utils.errors import first_line
+from smolvlm_exp.utils.errors import RequestError, first_line, suggestion
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.formatting import parse_number
@@ -33,15 +33,43 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 INIT_TIMEOUT = 30.0  # seconds
+MAX_TAG = 64  # letters
+MODES = ("online", "offline", "shared", "disabled", "dryrun", "run")
+PROJECT = "smolvlm_exp"
 PATIENCE = 60.0  # seconds to wait at a run's end for what has not been sent
 
 
 @dataclass
 class TrackerConfig:
     type: str = one_of("wandb", "none")
-    project: str = "smolvlm_exp"
-    entity: str | None = None
+    project: str | None = None  # null: WANDB_PROJECT, or smolvlm_exp
+    entity: str | None = None  # null: WANDB_ENTITY, or the account's own
     tags: list[str] = field(default_factory=list)
+
+
+def check_tracker(config: TrackerConfig) -> None:
+    """W&B's own rules, which it applies in the background, after the start.
+
+    Raises:
+        RequestError: W&B would refuse a name, a tag or its mode, and the run would go untracked.
+    """
+    if config.type == "none":
+        return
+    for name, project in (("tracker.project", config.project), ("WANDB_PROJECT", os.environ.get("WANDB_PROJECT"))):
+        if project and (len(project) > 128 or set(project) & set("/\\#?%:")):
+            raise RequestError(f"{name}={project}: at most 128 letters, and none of / \\ # ? % :")
+    if "" in (config.project, config.entity):
+        raise RequestError("tracker.project and tracker.entity: leave them out, or give them a name.")
+    wrong = next((tag for tag in config.tags if not 1 <= len(tag) <= MAX_TAG), None)
+    if wrong is not None:
+        raise RequestError(f"tracker.tags: {wrong[:MAX_TAG]!r} has {len(wrong)} letters, and W&B takes 1 to {MAX_TAG}.")
+    mode = os.environ.get("WANDB_MODE") or "online"
+    if mode not in MODES:
+        raise RequestError(f"WANDB_MODE={mode}: {suggestion(mode, list(MODES))}")
+
+
+def is_tracked(config: TrackerConfig) -> bool:
+    return config.type != "none" and os.environ.get("WANDB_MODE") != "disabled"
 
 
 class BackgroundRun:
@@ -72,7 +100,7 @@ class BackgroundRun:
 
 
 class Tracker:
-    """Sends one run to W&B; with `type=none` it does nothing."""
+    """Sends one run to W&B; with `type=none` or WANDB_MODE=disabled it does nothing."""
 
     def __init__(
         self,
@@ -94,7 +122,7 @@ class Tracker:
             kind: W&B's job type.
         """
         self.run: BackgroundRun | None = None
-        if config.type == "none":
+        if not is_tracked(config):
             return
         differs = differs or {}
         flat = {key: parse_number(value) for key, value in differs.items()}
@@ -103,7 +131,7 @@ class Tracker:
             "name": name,
             "group": group,
             "job_type": kind,
-            "tags": [*config.tags, *(f"{key}={value}"[:64] for key, value in differs.items())],  # W&B's limit
+            "tags": [*config.tags, *(f"{key}={value}"[:MAX_TAG] for key, value in differs.items())],
             "config": settings | flat | {"without_seed": without_seed},
         }
         self.run = BackgroundRun(config, folder, options)
@@ -203,7 +231,7 @@ def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "R
 
     init = partial(
         wandb.init,
-        project=config.project,
+        project=config.project or os.environ.get("WANDB_PROJECT") or PROJECT,
         entity=config.entity,
         dir=folder,
         resume="allow" if "id" in options else None,
@@ -226,7 +254,7 @@ def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "R
 
 def has_account() -> bool:
     """Whether W&B finds a key, without asking for one and without the network."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled"):
+    if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
         return False
     if os.environ.get("WANDB_API_KEY"):
         return True
@@ -272,7 +300,7 @@ def track_table(
         numbers: the run's summary.
         others: patterns of further runs that the hint on uploading names.
     """
-    if config.type == "none" or not rows:
+    if not is_tracked(config) or not rows:
         return
 
     def send_table(run: "Run") -> None:

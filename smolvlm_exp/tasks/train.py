@@ -19,6 +19,7 @@ from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.tasks.result import Result
 from smolvlm_exp.training.arguments import TrainerInputs
 from smolvlm_exp.training.callbacks import StopCallback
+from smolvlm_exp.training.dry_run import check_upstream
 from smolvlm_exp.training.engine_setup import check_request, load_trainable_model
 from smolvlm_exp.training.memory_budget import memory_cap
 
@@ -39,6 +40,7 @@ def train(
     check_request(*groups)
     checkpoint = newest_intact(Path(config.resume)) if config.resume else None
     check_same_run(asdict(config), checkpoint)
+    check_upstream(config.trainer, config.adapter, config.model.dtype)
     algorithm = import_module(f"smolvlm_exp.training.{config.trainer.algorithm}")
     arguments = algorithm.build_arguments(
         config.trainer, folder, config.model.dtype, config.data.max_length, config.seed

@@ -12,7 +12,7 @@ from smolvlm_exp.models.adapter import attach_pissa, is_pissa
 from smolvlm_exp.models.model import resolve_dtype
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.fields import above, at_least, one_of
+from smolvlm_exp.utils.fields import above, at_least, one_of, upstream_refuses
 from smolvlm_exp.utils.units import size_of
 
 if TYPE_CHECKING:
@@ -28,6 +28,17 @@ log = logging.getLogger(__name__)
 
 MOST_WORKERS = 8  # that prepare batches, if the machine's cores decide
 
+TRAINER_ELSEWHERE = {  # arguments of TRL's that other settings are
+    "max_length": "data.max_length", "output_dir": "hydra.run.dir", "seed": "seed", "run_name": "name",
+    **dict.fromkeys(("bf16", "fp16", "bf16_full_eval", "fp16_full_eval"), "model.dtype"),
+    "use_cpu": "CUDA_VISIBLE_DEVICES= in the environment", "resume_from_checkpoint": "resume",
+    "report_to": "tracker", "project": "tracker.project",
+    "activation_checkpointing": "trainer.gradient_checkpointing", "model_init_kwargs": "model.extra",
+    "logging_nan_inf_filter": "trainer.not_finite_limit", "reward_weights": "reward.weights",
+    "multi_objective_aggregation": "reward.multi_objective_aggregation",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "log_completions_hub_repo"), "export.push_to_hub"),
+}  # fmt: skip
+
 
 @dataclass
 class TrainerConfig:
@@ -38,7 +49,7 @@ class TrainerConfig:
     lr_scheduler_type: str = "cosine"
     warmup_steps: float = at_least(0, 0.05)  # below 1: a fraction of all steps
     num_train_epochs: float = above(0, 1.0)
-    max_steps: int = -1  # optimizer steps; -1: num_train_epochs decides
+    max_steps: int = at_least(-1, -1)  # optimizer steps; -1: num_train_epochs decides
     per_device_train_batch_size: int = at_least(1, 1)
     gradient_accumulation_steps: int = at_least(1, 16)
     per_device_eval_batch_size: int = at_least(1, 1)
@@ -48,11 +59,13 @@ class TrainerConfig:
     gradient_checkpointing: bool = True  # unless memory_budget decides
     logging_steps: int = at_least(1, 10)
     eval_strategy: str = one_of("steps", "epoch", "no")
-    eval_steps: float | None = None  # null: as logging_steps
+    eval_steps: float | None = above(0, None)  # null: as logging_steps
     save_strategy: str = one_of("steps", "epoch", "no")
     save_steps: float = above(0, 100)
-    save_total_limit: int | None = 2
-    dataloader_num_workers: int | None = at_least(0, None)  # null: with a GPU, one per core, at most 8; else 0
+    save_total_limit: int | None = at_least(1, 2)
+    dataloader_num_workers: int | None = at_least(
+        0, None, most=256
+    )  # null: with a GPU, one per core, at most 8; else 0
     sample_steps: float = at_least(0, 0.25)  # between sample answers; below 1: a fraction of all steps; 0: none
     memory_budget: str = "auto"  # of the GPU: auto (what is free), 8GiB, none (micro-batches as set above)
     not_finite_limit: int = at_least(1, 3)  # stop after so many steps in a row whose loss or gradient is not finite
@@ -145,41 +158,42 @@ def build_trl_config(
     """TRL's configuration object, for one GPU per process. All processes call it together.
 
     Raises:
-        RequestError: an unknown argument, a value that upstream refuses, or a length by which rows would be cut after
-            they were checked.
+        RequestError: an unknown argument, or a value that upstream refuses.
     """
     import torch
 
     from smolvlm_exp.utils.distributed import broadcast_from_rank0
 
-    if "max_length" in config.extra:
-        raise RequestError("trainer.extra.max_length: set data.max_length instead, which the row checks know.")
+    if config.max_steps == 0:
+        raise RequestError("trainer.max_steps=0: 1 is the least, or -1, and trainer.num_train_epochs decides.")
     on_gpu = torch.cuda.is_available()
-    workers = config.dataloader_num_workers
-    if workers is None:
-        workers = min(usable_cores(), MOST_WORKERS) if on_gpu else 0  # a GPU waits for tiles
     names = {field.name for field in fields(cls)}
-    arguments = {
+    constants = {
         **defaults,
-        **{field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN_KEYS},
         "output_dir": str(broadcast_from_rank0(lambda: folder) / "checkpoints"),
         **({"max_length": max_length} if "max_length" in names else {}),
-        # The same in one kernel, which can skip a step without waiting for the GPU; see nan_guard.py.
-        "optim": "adamw_torch_fused" if on_gpu and config.optim == "adamw_torch" else config.optim,
         "seed": seed,
         "bf16": resolve_dtype(dtype) is torch.bfloat16,
         "use_cpu": not on_gpu,
-        "dataloader_num_workers": workers,
         "dataloader_pin_memory": on_gpu,
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
         "logging_first_step": True,
         "remove_unused_columns": True,
-        **config.extra,
     }
+
+    def build(config: TrainerConfig) -> Any:
+        own = {field.name: getattr(config, field.name) for field in fields(config) if field.name not in OWN_KEYS}
+        if on_gpu and config.optim == "adamw_torch":
+            # The same in one kernel, which can skip a step without waiting for the GPU; see nan_guard.py.
+            own["optim"] = "adamw_torch_fused"
+        if config.dataloader_num_workers is None:
+            own["dataloader_num_workers"] = min(usable_cores(), MOST_WORKERS) if on_gpu else 0  # a GPU waits for tiles
+        return cls(**{**own, **constants, **config.extra})
+
     try:
-        built: Any = cls(**arguments)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"trainer: {error}") from error
+        built: Any = build(config)
+    except Exception as error:
+        raise upstream_refuses("trainer", config, build, error) from error
     count = built.n_gpu
     if count > 1:  # upstream would wrap the model in nn.DataParallel, which TRL refuses
         log.info(f"Using 1 of {count} GPUs. For all: accelerate launch --num_processes {count} -m smolvlm_exp")

@@ -27,9 +27,9 @@ class Config(TrainerConfig):
     loss_type: list[str] = some_of(*LOSSES)
     loss_weights: list[float] | None = None  # one per loss_type; null: 1 each
     beta: float = above(0, 0.1)  # KL strength; higher stays closer to the reference
-    label_smoothing: float = at_least(0, 0.0)
+    label_smoothing: float = at_least(0, 0.0, most=1)
     f_divergence_type: str = one_of("reverse_kl", "forward_kl", "js_divergence", "alpha_divergence")
-    ld_alpha: float | None = None  # LD-DPO: weight of the tokens past the shorter answer's length
+    ld_alpha: float | None = at_least(0, None, most=1)  # LD-DPO: weight of the tokens past the shorter answer's length
     use_weighting: bool = False  # WPO
     disable_dropout: bool = True  # TRL's default; adapter.lora_dropout then has no effect
 

@@ -10,12 +10,14 @@ from transformers import PreTrainedModel
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.forward import Pixels
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.memory.probe import free_memory
 from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.engine.trainers import attach_and_fuse
 from smolvlm_exp.models.adapter import (
     AdapterConfig,
     check_adapter_target,
+    is_pissa,
     load_adapter,
     lora_config,
     matched_modules,
@@ -33,7 +35,7 @@ from smolvlm_exp.training.arguments import (
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.phases import phase
-from smolvlm_exp.utils.units import bytes_of
+from smolvlm_exp.utils.units import bytes_of, format_bytes
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +88,36 @@ def load_trainable_model(
         return load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter.target), None
     if peft_config:
         check_adapter_target(peft_config, base, adapter.target)
+        check_rank(adapter, base)
     return base, peft_config
+
+
+def check_rank(adapter: AdapterConfig, model: PreTrainedModel) -> None:
+    """Warn of a rank that layers cannot use.
+
+    Raises:
+        RequestError: the adapter and its gradient would not fit beside the model.
+    """
+    layers = dict(model.named_modules())
+    sizes: Any = [
+        (layers[name].in_features, layers[name].out_features) for name in matched_modules(model, adapter.target)
+    ]
+    ranks = [min(size) for size in sizes]
+    weights = adapter.r * sum(map(sum, sizes))
+    needed, free = 2 * 4 * weights, free_memory(model.device)
+    if needed > free:
+        raise RequestError(
+            f"adapter.r={adapter.r}: {weights:,} weights and their gradients in float32 take {format_bytes(needed)}, "
+            f"and {format_bytes(free)} are free. The adapted layers have a rank of {max(ranks)} at most."
+        )
+    above = sum(rank < adapter.r for rank in ranks)
+    if above and is_pissa(adapter):
+        raise RequestError(f"adapter.r={adapter.r}: PiSSA takes r singular vectors, and a layer has {min(ranks)}.")
+    if above:
+        log.warning(
+            f"adapter: r={adapter.r} is above the rank of {above} of the {len(ranks)} layers ({min(ranks)} to "
+            f"{max(ranks)}): what is above adds no more than time and memory"
+        )
 
 
 def check_model(trainer: TrainerConfig, adapter: AdapterConfig, model: PreTrainedModel) -> None:

@@ -37,9 +37,9 @@ class Config(TrainerConfig):
 
     loss_type: str = one_of("dr_grpo", "dapo", "grpo", "bnpo", "cispo", "sapo", "luspo", "vespo")
     num_generations: int = at_least(2, 8)  # answers to a prompt: a group
-    max_completion_length: int = at_least(1, 192)  # tokens of an answer
+    max_completion_length: int = at_least(1, 192, most=65536)  # tokens of an answer
     temperature: float = above(0, 1.0)
-    top_p: float = above(0, 1.0)
+    top_p: float = above(0, 1.0, most=1)
     top_k: int = at_least(0, 0)  # 0: all
     beta: float = at_least(0, 0.0)  # KL strength; 0: no reference
     num_iterations: int = at_least(1, 1)  # steps on the same answers

@@ -10,6 +10,8 @@ import pytest
 
 from smolvlm_exp.reporting import tracker as tracking
 from smolvlm_exp.reporting.tracker import Tracker, TrackerConfig, run_id
+from smolvlm_exp.utils.errors import RequestError
+from tests.conftest import compose
 
 DONE = {"status": "done", "before": {}, "after": {"recall": 1.0}, "train": {}, "checks": []}
 
@@ -129,3 +131,39 @@ def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
     assert "W&B: offline (" in done.stdout + done.stderr
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert time.monotonic() - began < 60
+
+
+@pytest.mark.parametrize(
+    ("override", "environment", "message"),
+    [
+        ("tracker.project=a/b", {}, "tracker.project=a/b: at most 128 letters, and none of /"),
+        ("tracker.project=''", {}, "tracker.project and tracker.entity: leave them out"),
+        ("tracker.tags=['']", {}, "tracker.tags: '' has 0 letters, and W&B takes 1 to 64"),
+        (f"tracker.tags=[{'a' * 65}]", {}, "has 65 letters, and W&B takes 1 to 64"),
+        ("seed=0", {"WANDB_PROJECT": "a?b"}, "WANDB_PROJECT=a?b: at most"),
+        ("seed=0", {"WANDB_MODE": "ofline"}, "WANDB_MODE=ofline: Did you mean offline?"),
+    ],
+)
+def test_what_wandb_would_refuse_is_refused_before(monkeypatch, override, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RequestError) as refused:
+        compose(override)
+    assert message in str(refused.value)
+
+
+def test_wandbs_own_variables_are_heard(monkeypatch, tmp_path):
+    import wandb
+
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options))
+    monkeypatch.setenv("WANDB_PROJECT", "theirs")
+    for config in (TrackerConfig(), TrackerConfig(project="typed")):
+        tracking.init_run(config, tmp_path, {})
+    monkeypatch.delenv("WANDB_PROJECT")
+    tracking.init_run(TrackerConfig(), tmp_path, {})
+    assert [options["project"] for options in asked] == ["theirs", "typed", "smolvlm_exp"]
+    assert [options["entity"] for options in asked] == [None] * 3  # W&B then reads WANDB_ENTITY
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    assert Tracker(TrackerConfig(), {}, tmp_path, "a run").run is None
+    assert not list(tmp_path.iterdir())

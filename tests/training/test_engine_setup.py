@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training.engine_setup import check_model
+from smolvlm_exp.training.engine_setup import check_model, load_trainable_model
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID, compose, read_lines
 
@@ -114,6 +114,12 @@ def test_effects_of_8_bit_layers_and_dropout_are_logged(quick, tmp_path, capsys)
         (["trainer.keep_features=true", "adapter.target=recipe"], r"reaches model\.vision_model.*\n.*target=text"),
         (["trainer.keep_features=true", "adapter=none", "quant=none"], r"adapter=none trains the vision tower too"),
         (["trainer.keep_features=true", "+adapter.extra.bias=all", "quant=none"], r"without adapter\.extra\.bias"),
+        (["adapter.r=1000000"], r"adapter\.r=1000000: [\d,]+ weights and their gradients in float32 take \d+\.\d GiB"),
+        (["adapter=pissa", "quant=none", "adapter.r=500"], r"adapter\.r=500: PiSSA takes r singular vectors"),
+        (["model.weights=random", "model.shape.hidden_size=1000000"], r"model\.shape: its weights take \d+\.\d GiB"),
+        (["model.weights=random", "model.shape.hidden_size=63"], r"model\.shape: .*\(63\) is not a multiple"),
+        (["adapter.target=.*lm_head"], r"linear layer, only lm_head: .*\+adapter\.extra\.modules_to_save=\[lm_head\]"),
+        (["adapter.target=.*embed_tokens"], r"\+adapter\.extra\.modules_to_save=\[embed_tokens\]"),
         (["trainer.cache_ram=4"], r"trainer\.cache_ram=4 is not a size; write it as 8GiB"),
         (["trainer.cache_disk=many"], r"trainer\.cache_disk=many is not a size"),
     ],
@@ -139,3 +145,12 @@ def test_a_model_split_over_devices_is_refused():
     check_model(stock.trainer, stock.adapter, split)
     split.hf_device_map = {"": 1}
     check_model(config.trainer, config.adapter, split)
+
+
+def test_what_a_rank_or_a_target_asks_for_in_vain_is_told(quick, capsys):
+    config = quick("adapter.r=200", "adapter.target='.*layers.0.*q_proj|.*patch_embedding'", "quant=none")
+    load_trainable_model(config.trainer, config.model, config.quant, config.adapter, 0)
+    out = capsys.readouterr().out
+    assert "adapter: r=200 is above the rank of " in out
+    assert "patch_embedding: no adapter fits there" in out
+    assert "modules_to_save=[patch_embedding]" in out

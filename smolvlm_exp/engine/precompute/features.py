@@ -40,8 +40,8 @@ def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, stor
     example = image_features(core, normalise(rows.no_tiles.new_zeros(1, *rows.no_tiles.shape[1:]).to(device)))
     parts = {
         "tiles": rows.tile_key_parts(),
-        "tower": weights_key(core.vision_model),
-        "connector": weights_key(core.connector),
+        "tower": weights_key(core.vision_model, "default"),  # with what an adapter changes there
+        "connector": weights_key(core.connector, "default"),
         "scale_factor": core.config.scale_factor,
         "dtype": str(example.dtype),
         "device": device.type,

@@ -12,6 +12,7 @@ from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.precompute import features as module
 from smolvlm_exp.engine.precompute.features import keep_features
+from smolvlm_exp.evaluation.held_out import HeldOut
 from tests.engine.inputs.test_dataset import PLENTY, RAM
 
 TEXT = r".*text_model.*\.(q|v)_proj"
@@ -115,3 +116,25 @@ def test_features_on_a_gpu(processor, dataset, model, batch_tiles, monkeypatch):
     keep_features(dataset, model, normalise, RAM, 2)
     for row, features in zip(dataset, expected, strict=True):
         torch.testing.assert_close(row["features"], features, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        {"target_modules": r".*vision_model.*\.(q|v)_proj"},
+        {"target_modules": TEXT, "modules_to_save": ["patch_embedding"]},
+    ],
+)
+def test_an_adapter_that_reaches_the_tower_has_features_of_its_own(processor, rows, model, tmp_path, adapter):
+    """As task=evaluate reads the base's and then the tuned model's: in memory and out of the cache on the disk."""
+    store, held_out = DiskCache(tmp_path, PLENTY, 0), HeldOut(rows, processor, 8, None)
+    held_out.precompute(model.requires_grad_(False), store, 0)
+    before = held_out.logps(model).chosen
+    tuned = get_peft_model(model, LoraConfig(r=4, init_lora_weights=False, **adapter)).eval().requires_grad_(False)
+    for name, parameter in tuned.named_parameters():
+        if "modules_to_save.default" in name:
+            parameter.mul_(1.5)
+    held_out.precompute(tuned, store, 0)
+    expected = HeldOut(rows, processor, 8, None).logps(tuned).chosen
+    torch.testing.assert_close(held_out.logps(tuned).chosen, expected, rtol=0, atol=1e-4)
+    assert (expected - before).abs().max() > 1e-2
