@@ -15,6 +15,7 @@ from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
+from smolvlm_exp.tasks.cpu_time import log_cpu_time
 from smolvlm_exp.tasks.result import Result
 from smolvlm_exp.training.arguments import TrainerInputs
 from smolvlm_exp.training.callbacks import StopCallback
@@ -56,6 +57,7 @@ def train(
     )  # fmt: skip
     model, peft_config = load_trainable_model(*groups, config.seed)
     identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code, processor)
+    log_cpu_time(config, model, preferences, processor)
 
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, held_out, rewards) as result, StopCallback() as stop:
