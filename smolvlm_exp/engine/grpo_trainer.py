@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from trl import GRPOTrainer
 
-from smolvlm_exp.data.tokens import answer_end
 from smolvlm_exp.engine.generation.answers import sample_answers
 from smolvlm_exp.engine.generation.sampler import Answer, Prompt
 from smolvlm_exp.engine.generation.sampling import Sampling
@@ -59,7 +58,7 @@ class SharedPrefixGRPOTrainer(GroupTrainer, GRPOTrainer):
             super().__init__(model, **kwargs)
         self.beta = args.beta
         self.planned = [size for size in (self.num_generations >> i for i in range(8)) if size]
-        end = answer_end(self.processing_class)
+        end = self._tokenizer.eos_token_id
         self.eos_token_ids = [end, *(token for token in self.eos_token_ids if token != end)]
         self.batch_loss = (
             self.loss_type == "bnpo" or self.top_entropy_quantile < 1 or self._entropy_bonus_enabled

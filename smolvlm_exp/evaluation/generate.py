@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from smolvlm_exp.data.tokens import answer_end, control_tokens, escape_control_tokens, render_prompt, tokenize_rows
+from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, render_prompt, tokenize_rows
 from smolvlm_exp.engine.generation.answers import ANSWERS, answers_by, plan_for, sample_answers, tile_features
 from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
 from smolvlm_exp.engine.generation.sampler import Answer, Prompt
@@ -99,7 +99,7 @@ def upstream_answers(model: Any, processor: Any, rows: Sequence[dict[str, Any]],
                 **inputs,
                 **decoding,
                 max_new_tokens=sampling.max_new_tokens,
-                eos_token_id=answer_end(processor),
+                eos_token_id=processor.tokenizer.eos_token_id,
                 pad_token_id=processor.tokenizer.pad_token_id,
             )
         texts = processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
+from smolvlm_exp.data.tokens import answer_end
 from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapter, saved_adapter
 from smolvlm_exp.models.processor_check import check_files, check_processor
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
@@ -89,6 +90,8 @@ def load_processor(config: ModelConfig) -> Any:
     processor: Any = checkpoint_processor(config)
     if config.weights == "pretrained":
         check_processor(processor, partial(checkpoint_file, config))
+    # What ends an answer is the template's to say; whoever generates reads it here.
+    processor.tokenizer.eos_token = processor.tokenizer.convert_ids_to_tokens(answer_end(processor))
     own = Resolution.of(processor.image_processor.to_dict())
     chosen = choose_resolution(config, own)
     if chosen != own or not chosen.upscale:

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, ProcessorMixin
 
 EMBEDDED = PACKAGE / "models" / "tiny"  # its chat template is every SmolVLM's
-ARCHITECTURES = ("idefics3", "smolvlm")  # SmolVLM | SmolVLM2
+ARCHITECTURES = ("idefics3", "smolvlm")
 # Fields of `Shape` and what transformers calls them in a model's text and vision configuration.
 TEXT_FIELDS = (
     "hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "num_key_value_heads",
@@ -33,7 +33,7 @@ VISION_FIELDS = {
 class Shape:
     """A SmolVLM's dimensions: what `weights=random` needs to build it without a download."""
 
-    architecture: str = one_of(*ARCHITECTURES)
+    architecture: str = one_of(*ARCHITECTURES)  # SmolVLM | SmolVLM2
     hidden_size: int = MISSING
     num_hidden_layers: int = MISSING
     intermediate_size: int = MISSING

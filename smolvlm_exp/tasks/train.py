@@ -15,6 +15,7 @@ from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.checkpoint import newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
+from smolvlm_exp.tasks.cpu_time import log_cpu_time
 from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.tasks.result import Result
 from smolvlm_exp.training.arguments import TrainerInputs
@@ -60,6 +61,7 @@ def train(
     model, peft_config = load_trainable_model(*groups, config.seed)
     sources = provenance(config)
     identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code, processor, sources)
+    log_cpu_time(config, model, preferences, processor)
 
     cap = memory_cap(config.trainer.memory_budget)
     with cap, Result(config, folder, held_out, sources, rewards) as result, StopCallback() as stop:

@@ -14,7 +14,7 @@ import torch
 from PIL.Image import Image
 
 from smolvlm_exp.data.images import ImageLimits, open_image, shrink, to_rgb
-from smolvlm_exp.data.tokens import answer_end, image_span, render_next_turn, render_prompt
+from smolvlm_exp.data.tokens import image_span, render_next_turn, render_prompt
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.utils.errors import RequestError
 
@@ -51,7 +51,7 @@ class PromptBuilder:
     def __init__(self, processor: Any, max_edge: int, limits: ImageLimits) -> None:
         self.processor, self.tokenizer = processor, processor.tokenizer
         self.max_edge, self.limits, self.normalise = max_edge, limits, pixels(processor)
-        self.end: int = answer_end(processor)
+        self.end: int = self.tokenizer.eos_token_id
         self.image_token: int = processor.image_token_id
 
     def build(self, messages: list[dict[str, Any]], images: Sequence[Image], previous: Prompt | None = None) -> Prompt:

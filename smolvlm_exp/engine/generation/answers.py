@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.data.tokens import answer_end
 from smolvlm_exp.engine.forward import Pixels, image_features
 from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampler import Answer, Prompt, SamplingPlan, plan_sampling, sample
@@ -63,10 +62,8 @@ def answers_by(
     logps: bool = False,
 ) -> list[list[Answer]]:
     """`sample_answers` by a snapshot of the model."""
-    parts = sample(
-        decoder, prompts, sampling, answer_end(processor), processor.image_token_id, answers, plan.rows, logps,
-        plan.prefill_tokens,
-    )  # fmt: skip
+    end, image = processor.tokenizer.eos_token_id, processor.image_token_id
+    parts = sample(decoder, prompts, sampling, end, image, answers, plan.rows, logps, plan.prefill_tokens)
     done = dict(track(parts, ANSWERS, len(prompts)))
     return [done[i] for i in range(len(prompts))]
 
