@@ -106,6 +106,8 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
     # Another number of processes may take the same rows per step, where none of them draws random numbers.
     skipped = {*(BATCH_KEYS if before == now and not draws else ()), *({ROWS, BASE, *PROCESSOR} - here.keys())}
     skipped |= {key for key in COMMITS if key not in saved or key not in here}
+    if settings["model"]["id"] == "embedded":  # whose tokenizer earlier releases read as this one does
+        skipped |= PROCESSOR.keys() - saved.keys()
     changes: dict[str, str] = {}
     for key in [key for key in saved | here if saved.get(key) != here.get(key) and key not in skipped]:
         change = describe_change(key, saved, here)
