@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, first_line
+from smolvlm_exp.utils.fields import at_least
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -33,13 +34,13 @@ class SearchConf:
     _target_: str = "hydra_plugins.smolvlm_exp.Search"
     # the space: key -> choice(4,8), range(1,9), interval(0,1), tag(log,interval(...))
     params: dict[str, str] | None = None
-    n_trials: int = 20  # in all: with sweep=FOLDER, those that are left
-    n_jobs: int = 1  # trials that the launcher gets at once
+    n_trials: int = at_least(1, 20)  # in all: with sweep=FOLDER, those that are left
+    n_jobs: int = at_least(1, 1)  # trials that the launcher gets at once
     storage: str | None = None  # null: Optuna's journal in the sweep's folder; or sqlite:///outputs/study.db
-    seed: int | None = None  # of the sampler of a new study
+    seed: int | None = at_least(0, None, most=2**32 - 1)  # of the sampler of a new study
     prune: str | None = None  # a metric evaluated during training, as eval_rewards/accuracies; null: no pruning
-    n_startup_trials: int = 5  # random trials at first; none is pruned before as many have finished
-    n_warmup_steps: int = 0  # training steps before which no trial is pruned
+    n_startup_trials: int = at_least(0, 5)  # random trials at first; none is pruned before as many have finished
+    n_warmup_steps: int = at_least(0, 0)  # training steps before which no trial is pruned
 
 
 def require_optuna() -> None:
@@ -76,6 +77,12 @@ def open_storage(folder: Path, storage: str | None) -> Any:
     return RDBStorage(storage) if storage else JournalStorage(JournalFileBackend(str(folder / "study.log")))
 
 
+def creation_lock(folder: Path, storage: str | None) -> FileLock:
+    """One command at a time creates a database's tables and a study: Optuna's own check and insertion can race."""
+    _, sqlite, database = (storage or "").partition("sqlite:///")
+    return FileLock(Path(f"{database}.lock") if sqlite else folder / ".study.lock")
+
+
 def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[str]) -> "Study":
     """The sweep's study; a new one where there is none, and a `RequestError` where another search began it.
 
@@ -85,12 +92,17 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
     """
     import optuna
 
-    study = optuna.create_study(
-        storage=open_storage(folder, options.storage),
-        study_name=NAME if options.storage is None else "/".join((NAME, *folder.parts[-2:])),
-        direction="maximize" if goal > 0 else "minimize",
-        load_if_exists=True,
-    )
+    with creation_lock(folder, options.storage):
+        try:
+            storage = open_storage(folder, options.storage)
+        except Exception as error:  # a database's own kinds
+            raise RequestError(f"hydra.sweeper.storage={options.storage}: {first_line(error)}") from error
+        study = optuna.create_study(
+            storage=storage,
+            study_name=NAME if options.storage is None else "/".join((NAME, *folder.parts[-2:])),
+            direction="maximize" if goal > 0 else "minimize",
+            load_if_exists=True,
+        )
     original = study.user_attrs.get(COMMAND, command)
     if set(original) != set(command):
         new, old = ", ".join(set(command) - set(original)), ", ".join(set(original) - set(command))

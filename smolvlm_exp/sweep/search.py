@@ -14,7 +14,7 @@ from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
 from smolvlm_exp.config.jobs import parsed
-from smolvlm_exp.config.schema import Config
+from smolvlm_exp.config.schema import Config, check_value, settings
 from smolvlm_exp.evaluation.metrics import BY_DEFAULT, GOALS, deciding_metric
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
@@ -35,6 +35,8 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     """Run a command's search; returns the exit code."""
     require_optuna()
     options: SearchConf = sweeper.options
+    for key, setting, value in settings(options, "hydra.sweeper."):
+        check_value(key, setting, value)
     from_config = [f"{key}={value}" for key, value in (options.params or {}).items()]
     overrides = {o.get_key_element(): o for o in parsed([*from_config, *arguments])}  # the command's replace the YAML's
     space = {key: override for key, override in overrides.items() if override.is_sweep_override()}

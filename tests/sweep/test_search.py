@@ -5,7 +5,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,3 +186,29 @@ def test_twelve_trials_killed_after_five_and_finished_by_two_commands(tmp_path):
     page = (sweep / "sweep.html").read_text()
     assert "Importance of each setting" in page
     assert "best so far" in page
+
+
+@pytest.mark.parametrize("database", [False, True])
+def test_commands_that_create_a_study_at_once_share_it(tmp_path, database):
+    storage = f"sqlite:///{tmp_path / 'study.db'}" if database else None
+    together = threading.Barrier(6)
+
+    def create(_):
+        together.wait()
+        return open_study(tmp_path, SearchConf(**{**OPTIONS, "storage": storage}), 1, SPACE).study_name
+
+    with ThreadPoolExecutor(6) as threads:
+        assert len(set(threads.map(create, range(6)))) == 1
+
+
+def test_a_database_that_cannot_be_opened_is_named(tmp_path):
+    for storage in (f"sqlite:///{tmp_path}", "mysql+nothing://a/b", "x"):
+        with pytest.raises(RequestError, match=r"hydra\.sweeper\.storage="):
+            open_study(tmp_path, SearchConf(**{**OPTIONS, "storage": storage}), 1, SPACE)
+
+
+def test_a_search_of_no_trials_is_refused(command):
+    refused = command("-m", "hydra/sweeper=search", "hydra.sweeper.n_trials=0", "adapter.r=choice(4,8)")
+    assert refused.returncode != 0
+    assert "hydra.sweeper.n_trials=0 is too small: 1 is the least." in refused.stderr
+    assert "Traceback" not in refused.stderr
