@@ -79,6 +79,23 @@ def test_greedy_answers_are_those_of_generate(device, kv_heads, adapter, monkeyp
     assert any(answer.ended for (answer,) in answers.values())
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@torch.no_grad()
+def test_the_image_token_is_not_drawn_even_where_it_is_the_likeliest(temperature):
+    """As TRL's suppress_tokens: an answer with it in would want another image at the next step."""
+    model, row = tiny_model(), random_row(5, 1, 1, [1], seed=2)
+    images = {"pixel_values": pixels(row["tiles"])[None]}
+    hidden = core_of(model)(input_ids=row["prompt_ids"][None], **images).last_hidden_state[0, -1]
+    model.lm_head.weight[IMAGE] = 100 * hidden / hidden.square().sum()
+    for suppress in ((), (IMAGE,)):
+        sampling = Sampling(1, temperature=temperature, suppress=suppress)
+        ((_, answers),) = sample(Decoder(model), prompts_of(model, [row]), sampling, END, IMAGE, answers=8, logps=True)
+        assert all((IMAGE in answer.ids) == (suppress == ()) for answer in answers)
+    how = {"suppress_tokens": [IMAGE], "renormalize_logits": True}
+    if not temperature:
+        assert with_end(answers[0]) == upstream(model, row, 1, **how)
+
+
 def test_seeds_beyond_32_bits_draw_other_numbers():
     """PyTorch's generator drops the higher bits, in which runs and rounds of one seed differ."""
     seeds = [5, 5 + 2**32, 5 + 2**40, 5 + 2**41]
