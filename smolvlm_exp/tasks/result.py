@@ -36,7 +36,7 @@ from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
 from smolvlm_exp.training.callbacks import METRICS, SAMPLES, MetricsCallback, SamplesCallback
-from smolvlm_exp.training.sanity_checks import ParameterMonitor
+from smolvlm_exp.training.sanity_checks import ParameterMonitor, excuse_short_run
 from smolvlm_exp.utils.errors import Pruned, isolated
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.hub import Provenance
@@ -126,13 +126,8 @@ class Result:
         model = trainer.accelerator.unwrap_model(trainer.model)
         checks = self.monitor.checks(trainer)
         if self.after:
-            save_finetuned(
-                model,
-                trainer.processing_class,
-                self.config.adapter,
-                self.folder,
-                self.summary["sources"]["model"]["commit"],
-            )
+            commit = self.summary["sources"]["model"]["commit"]
+            save_finetuned(model, trainer.processing_class, self.config.adapter, self.folder, commit)
             history = trainer.state.log_history
             checks += compare_evaluations(self.before, self.after, history, self.preferences.report)
             if self.score:
@@ -141,7 +136,7 @@ class Result:
             checks += self.reload_check(trainer, model, self.after)
         self.summary |= {
             "status": "done" if self.after else "stopped",
-            **summarize(self.before, self.after, checks),
+            **summarize(self.before, self.after, excuse_short_run(checks, trainer)),
             "train": self.training_summary(trainer, model),
             **self.seconds(),
         }

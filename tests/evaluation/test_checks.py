@@ -2,6 +2,7 @@
 
 from contextlib import nullcontext
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from smolvlm_exp.data.preferences import fingerprints, leaked_rows
 from smolvlm_exp.data.sources import shapes
 from smolvlm_exp.engine import forward
 from smolvlm_exp.evaluation.checks import (
+    Check,
     check_answers_reload,
     compare_evaluations,
     image_reliance,
@@ -24,7 +26,7 @@ from smolvlm_exp.evaluation.preference import Logps, preference_metrics
 from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.tasks import evaluate as evaluate_task
 from smolvlm_exp.tasks.train import train
-from smolvlm_exp.training.sanity_checks import without_gradient
+from smolvlm_exp.training.sanity_checks import excuse_short_run, without_gradient
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID
 
@@ -314,3 +316,19 @@ def test_an_adapter_that_is_saved_in_part(quick, tmp_path, monkeypatch):
 
     monkeypatch.setattr(result, "save_finetuned", partly)
     assert found(train(quick("trainer.learning_rate=1e-2"), tmp_path), "adapter_reload")[0] == "fail"
+
+
+@pytest.mark.parametrize(
+    ("steps", "warmup", "told"), [(1, 0, "1 step"), (2, 1, "1 step"), (1, 1, "0 steps"), (3, 1, "")]
+)
+def test_a_run_too_short_to_say_what_moves_does_not_fail(steps, warmup, told):
+    args = SimpleNamespace(get_warmup_steps=lambda max_steps: warmup)
+    trainer = SimpleNamespace(args=args, state=SimpleNamespace(global_step=steps, max_steps=steps))
+    moved, base = (
+        Check("parameters_moved", "", 0, ">= 1", "fail", "not x"),
+        Check("base_unchanged", "", 0, ">= 1", "fail"),
+    )
+    assert excuse_short_run([moved, base], trainer)[1] == base
+    said = f"too short to say: {told} at a learning rate above 0"
+    expected = replace(moved, verdict="warn", detail=said) if told else moved
+    assert excuse_short_run([moved, base], trainer)[0] == expected
