@@ -58,16 +58,14 @@ class Repository:
     found: str  # on which day
 
     def rows(self, split: str) -> "Dataset":
-        """A split or slice, once what of it is not on this disk has been fetched.
+        """A slice of splits that there are, once what of it is not on this disk has been fetched.
 
         Raises:
-            RequestError: there is no such split, or its files cannot be fetched or read.
+            RequestError: its files cannot be fetched or read.
         """
         from datasets import concatenate_datasets
 
         where, names = f"data.id={self.id}, split {split}", split_names(split)
-        if unknown := ", ".join(sorted(names - self.splits.keys())):
-            raise RequestError(f"data.id={self.id} has no split {unknown}. It has {', '.join(self.splits)}.")
         if self.format != "parquet":
             parts = {name: [Part(file, None, file.size) for file in self.splits[name]] for name in names}
             return select_split({name: self.read(parts[name], where) for name in names}, split)

@@ -109,7 +109,7 @@ def hub_problem(error: BaseException, id: str, kind: Kind, revision: str | None 
             page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{id}"
             return f"it is gated. Accept its conditions at {page}, then log in as that account: hf auth login."
         if isinstance(cause, errors.RepositoryNotFoundError):
-            near = suggestion(id, KNOWN[kind]) + " " if id not in KNOWN[kind] else ""
+            near = "" if id in KNOWN[kind] else suggestion(id, KNOWN[kind]).partition("Known:")[0]
             return (
                 f"the Hub has no such {kind}, or it is private and your token does not reach it. {near}"
                 "For a private one log in: hf auth login."

@@ -41,11 +41,15 @@ def load(config: Config, split: str) -> "Dataset":
     """The rows of a split or slice; without a split `test`, a part of those that `data.train` names are held out."""
     saved = load_saved(Path(config.id).expanduser())
     splits, rows = (saved, partial(select_split, saved)) if saved else splits_of(config)
-    if "test" in splits or split_names(config.test) != {"test"}:
+    held_out = "test" not in splits and split_names(config.test) == {"test"}
+    wanted = split_names(config.train) | (set() if held_out else split_names(config.test))
+    if unknown := ", ".join(sorted(wanted - set(splits))):  # of both, before any is fetched
+        raise RequestError(f"data.id={config.id} has no split {unknown}. It has {', '.join(splits)}.")
+    if not held_out:
         return read(config, rows(split), to_row)
     keyed = read(config, rows(config.train), keyed_row)
-    held_out = hold_out(keyed.remove_columns(KEY), keyed[KEY][:], config.test_fraction)
-    return held_out["train"] if split == config.train else select_split(held_out, split)
+    parts = hold_out(keyed.remove_columns(KEY), keyed[KEY][:], config.test_fraction)
+    return parts["train"] if split == config.train else select_split(parts, split)
 
 
 def splits_of(config: Config) -> tuple[Collection[str], Callable[[str], "Dataset"]]:
