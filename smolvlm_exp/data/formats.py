@@ -38,7 +38,7 @@ ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assi
 PAIR_FORMATS = (
     (("image", "images"), ("question", "prompt"), ("chosen",), ("rejected",)),
     (("image", "images"), ("conversations",), ("chosen",), ("rejected",)),
-    (("image", "images"), ("messages",), ("rejected_response",)),
+    (("image", "images"), ("messages",), ("rejected_response", "rejected")),
     (("image", "images"), ("text",)),
 )
 FORMATS = (*PAIR_FORMATS, (("image", "images"), ("question", "prompt", "conversations"), TRUTH_COLUMNS))
@@ -91,9 +91,13 @@ def normal_row(row: dict[str, Any], read_images: Callable[[list[Any]], list[Entr
         return bad_row(f"it has an unknown form ({type(error).__name__}: {error})")
 
 
-def with_key(normal: dict[str, Any]) -> dict[str, Any]:
-    """The row and a hash of its first image, by which rows with the same image are held out together."""
-    first: Entry = normal["images"][0] if normal["images"] else {"bytes": str(normal["prompt"]).encode()}
+def with_key(normal: dict[str, Any], row: dict[str, Any]) -> dict[str, Any]:
+    """The row and a hash of its first image, by which rows with the same image are held out together.
+
+    Args:
+        row: as it was given; it decides where there is no image, as in a bad row.
+    """
+    first: Entry = normal["images"][0] if normal["images"] else {"bytes": repr(row).encode(errors="replace")}
     return {**normal, KEY: hashlib.sha256(first["bytes"] or Path(first["path"]).read_bytes()).hexdigest()}
 
 
@@ -117,9 +121,10 @@ def conversation(row: dict[str, Any], images: int) -> dict[str, list[Message]]:
     if row.get("conversations"):
         prompt = as_messages(row.get("system"), "system") + as_messages(row["conversations"], "user")
     elif row.get("messages"):
-        *prompt, chosen = as_messages(row["messages"], "user")
-        rejected = row.get("rejected_response")
-        if chosen["role"] != "assistant":
+        prompt, rejected = as_messages(row["messages"], "user"), row.get("rejected_response") or rejected
+        if prompt[-1]["role"] == "assistant":
+            chosen = prompt.pop()
+        elif not chosen:
             raise ValueError("`messages` should end with the chosen answer, a message of the assistant")
     else:
         prompt = as_messages(row.get("prompt") or row.get("question"), "user")
@@ -140,7 +145,11 @@ def json_text(text: Any) -> dict[str, str]:
 
 
 def as_messages(value: Any, role: str) -> list[Message]:
-    """A string (said by `role`), a message or a list of messages -> messages whose content is a list of parts."""
+    """A text or number (said by `role`), a message or a list of them -> messages whose content is a list of parts."""
+    if isinstance(value, bool):
+        raise ValueError(f"an answer or question is {str(value).lower()}; write it as the text that should be read")
+    if isinstance(value, int | float):
+        value = str(value)
     if not value:
         return []
     if isinstance(value, str):
@@ -152,12 +161,19 @@ def as_messages(value: Any, role: str) -> list[Message]:
         speaker = item.get("role") or item.get("from")
         if speaker not in ROLES:
             raise ValueError(f"a message's role is {speaker!r}; known are {', '.join(ROLES)}")
-        turns.append({"role": ROLES[speaker], "content": as_parts(item.get("content") or item.get("value") or "")})
+        content = as_parts(item.get("content") or item.get("value") or "", ROLES[speaker] == "assistant")
+        turns.append({"role": ROLES[speaker], "content": content})
     return turns
 
 
-def as_parts(content: Any) -> list[dict[str, str | None]]:
-    """A message's content as parts: text around `<image>` placeholders, or parts already (Arrow adds `text: None`)."""
+def as_parts(content: Any, indented: bool = False) -> list[dict[str, str | None]]:
+    """A message's content as parts: text around `<image>` placeholders, or parts already (Arrow adds `text: None`).
+
+    Args:
+        indented: spaces at the beginning belong to the text, as they do in an answer that is code.
+    """
+    if isinstance(content, str) and indented and PLACEHOLDER not in content:
+        content = [{"type": "text", "text": content.strip("\r\n").rstrip()}] if content.strip() else []
     if isinstance(content, str):
         pieces = [piece.strip() for piece in re.split(f"({PLACEHOLDER})", content)]
         content = [{"type": "image" if piece == PLACEHOLDER else "text", "text": piece} for piece in pieces if piece]

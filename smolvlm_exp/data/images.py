@@ -4,8 +4,11 @@ One broken file among 80,000 must not stop a run: an ImageError becomes its row'
 decides.
 """
 
+import base64
+import binascii
 import io
 import re
+import unicodedata
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +21,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 
 FULL_SCALES = (1.0, 255.0, 65_535.0)  # white, in an image whose pixels are floats or wide integers
+
+SHOWN = 200  # letters of a row's own that a message repeats
+LONGEST_PATH = 4096  # letters, on Linux
 
 Entry = dict[str, Any]  # {"bytes": bytes | None, "path": str | None}, as `datasets.Image(decode=False)` gives it
 
@@ -136,7 +142,7 @@ def read_image_bytes(entry: Entry | None, limits: ImageLimits = ImageLimits()) -
             return Path(path).read_bytes()
     except OSError as error:
         raise ImageError(f"cannot be read: {error}") from error
-    raise ImageError(f"is not there: {path}")
+    raise ImageError(f"is not there: {path[:SHOWN]}")
 
 
 def check_file_size(size: int, limits: ImageLimits) -> None:
@@ -147,8 +153,7 @@ def check_file_size(size: int, limits: ImageLimits) -> None:
 def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     """A row's image as {"bytes", "path"}, with an absolute path.
 
-    Rows come from other people, so a path may only name a file inside `folder`: no `..`, no absolute path, no link that
-    leads out of it.
+    Rows come from other people, so a path may only name a file inside `folder`: no `..`, no link that leads out of it.
     """
     if isinstance(entry, bytes):
         return {"bytes": entry, "path": None}
@@ -159,20 +164,40 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     name = entry.get("path") if isinstance(entry, dict) else entry
     if not name or not isinstance(name, str):
         raise ImageError("is empty")
+    if data := embedded_bytes(name):
+        return {"bytes": data, "path": None}
     refuse_url(name)
+    spelled = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]  # of \u00e9 in a file's name
     try:
-        path = (folder / name).resolve()
+        paths = [(folder / spelling).resolve() for spelling in spelled]
+        path = next((path for path in paths if path.is_file()), paths[0])
         inside, exists = path.is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
-        raise ImageError(f"cannot be read: {error}") from error
-    if Path(name).is_absolute() or not inside:
-        raise ImageError(f"lies outside the data's folder; move it inside and use a path relative to it: {name}")
+        raise ImageError(f"cannot be read: {str(error)[:SHOWN]}") from error
+    if not inside:
+        raise ImageError(f"lies outside the data's folder; move it inside and name it from there: {name[:SHOWN]}")
     if not exists:
-        raise ImageError(f"is not there: {name} (paths count from {folder})")
+        raise ImageError(f"is not there: {name[:SHOWN]} (paths count from {folder})")
     return {"bytes": None, "path": str(path)}
+
+
+def embedded_bytes(text: str) -> bytes | None:
+    """What a data URL holds, or base64 that is too long to be a path; None for any other text.
+
+    Raises:
+        ImageError: it is not valid base64.
+    """
+    match = re.match(r"data:image/[\w.+-]+(?:;[\w.+-]+=[^;,]*)*;base64,", text[:SHOWN], re.IGNORECASE)
+    if not match and (len(text) < LONGEST_PATH or not re.fullmatch(r"[A-Za-z0-9+/=\s]+", text)):
+        return None
+    content = re.sub(r"\s", "", text[match.end() if match else 0 :])
+    try:
+        return base64.b64decode(content + "=" * (-len(content) % 4), validate=True)
+    except binascii.Error as error:
+        raise ImageError(f"is not valid base64: {error}") from error
 
 
 def refuse_url(path: str) -> None:
     """No address (http://, s3://, zip://, data:), which fsspec would fetch."""
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://|data:", path):
-        raise ImageError(f"is a URL; download it first: {path}")
+        raise ImageError(f"is a URL; download it first: {path[:SHOWN]}")

@@ -157,18 +157,28 @@ def parse_json(text: str, where: str) -> Any:
         return json.loads(text)
     except ValueError as error:
         raise RequestError(f"{where} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise RequestError(f"{where} is nested too deep to be read.") from error
 
 
 def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a JSON list or of JSON Lines (also in a .json file), each after its place in the file."""
-    if text.lstrip().startswith("[") and not name.lower().endswith(".jsonl"):
-        entries = ((f"{name} entry {n}", entry) for n, entry in enumerate(parse_json(text, name), start=1))
-    else:
-        entries = ((f"{name} line {n}", parse_json(line, f"{name} line {n}")) for n, line in json_lines(text))
+    """The objects of a JSON list or of JSON Lines, whatever the file's suffix, each after its place in the file."""
+    lines = [(f"{name} line {number}", line) for number, line in json_lines(text)]
+    entries: Iterable[tuple[str, Any]] = ((where, parse_json(line, where)) for where, line in lines)
+    if text.lstrip().startswith("[") or (lines and is_cut(lines[0][1])):
+        whole = parse_json(text, name)
+        if not isinstance(whole, list):
+            raise RequestError(f"{name} is one JSON object over several lines, not a list of rows or one row per line.")
+        entries = ((f"{name} entry {number}", entry) for number, entry in enumerate(whole, start=1))
     for where, entry in entries:
         if not isinstance(entry, dict):
             raise RequestError(f"{where} is {type(entry).__name__}, not an object {{...}} with a row's columns.")
         yield where, entry
+
+
+def is_cut(line: str) -> bool:
+    """Whether a line is the beginning of JSON that goes on below it."""
+    return line.strip() in ("{", "[") or line.rstrip().endswith((",", "{", "[", ":"))
 
 
 def select_split(splits: dict[str, "Dataset"], split: str) -> "Dataset":
@@ -184,6 +194,11 @@ def spans_of(split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
     """(split, first row, row after the last) of each part of a split or slice, in splits of these lengths."""
     from datasets import ReadInstruction
 
+    if unknown := ", ".join(sorted(split_names(split) - lengths.keys())):
+        raise RequestError(
+            f"There is no split {unknown}, but {', '.join(lengths)}: data.train and data.test choose them, as "
+            f"data.train={next(iter(lengths))}."
+        )
     try:
         spans = ReadInstruction.from_spec(split).to_absolute(lengths)
     except ValueError as error:
@@ -193,6 +208,11 @@ def spans_of(split: str, lengths: dict[str, int]) -> list[tuple[str, int, int]]:
     return [
         (span.splitname, span.from_ or 0, lengths[span.splitname] if span.to is None else span.to) for span in spans
     ]
+
+
+def split_names(split: str) -> set[str]:
+    """`train[:6%]+test` -> train, test."""
+    return {part.partition("[")[0].strip() for part in split.split("+")}
 
 
 def hold_out(rows: "Dataset", keys: list[str], fraction: float) -> dict[str, "Dataset"]:

@@ -106,12 +106,8 @@ def load_preferences(
         report[split] = {**count(checked[split]), "skipped": len(bad_rows)}
         bad += [{"split": split, **row} for row in bad_rows]
     if bad and config.on_bad_row == "error":
-        origins = [f" ({b['from']})" if "from" in b else "" for b in bad]
-        reasons = [f"  {b['split']} row {b['row']}{o}: {b['reason']}" for b, o in zip(bad, origins, strict=True)]
-        listed = "\n".join(reasons[:10])
-        more = f"\n  ... and {len(bad) - 10} more" if len(bad) > 10 else ""
         raise RequestError(
-            f"{len(bad)} bad rows in data={config.source}:\n{listed}{more}\n"
+            f"{len(bad)} bad rows in data={config.source}:\n{listed(bad)}\n"
             "Fix them, or leave them out with data.on_bad_row=skip."
         )
     if bad:
@@ -120,11 +116,14 @@ def load_preferences(
     for split, counts in report.items():
         good, skipped = counts["rows"], counts["skipped"]
         if not good:
-            raise RequestError(f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.")
+            why = f"\n{listed(bad)}" if bad else ""
+            raise RequestError(
+                f"data={config.source}: no good row is left in data.{split}={getattr(config, split)}.{why}"
+            )
         if skipped > config.max_bad_rows * (good + skipped):
             raise RequestError(
                 f"{skipped} of {good + skipped} {split} rows are bad, more than data.max_bad_rows="
-                f"{config.max_bad_rows:g}: they are listed in skipped_rows.jsonl in the run's folder.\n"
+                f"{config.max_bad_rows:g}: they are listed in skipped_rows.jsonl in the run's folder.\n{listed(bad)}\n"
                 "Fix them, or raise data.max_bad_rows."
             )
         log.info(
@@ -139,6 +138,13 @@ def load_preferences(
             log.warning(f"data leakage: {len(leaked)} test rows are also in train (e.g. row {leaked[0]})")
     train, test = (checked[split] if split in checked else next(iter(checked.values())).select([]) for split in SPLITS)
     return Preferences(train, test, report, words_of(config, loaded), prints)
+
+
+def listed(bad: Sequence[dict[str, Any]], count: int = 10) -> str:
+    """The first bad rows and what is wrong with them, one a line."""
+    origins = [f" ({row['from']})" if "from" in row else "" for row in bad]
+    lines = [f"  {row['split']} row {row['row']}{o}: {row['reason']}" for row, o in zip(bad, origins, strict=True)]
+    return "\n".join(lines[:count]) + (f"\n  ... and {len(lines) - count} more" if len(lines) > count else "")
 
 
 def words_of(config: DataConfig, loaded: "dict[str, Dataset]") -> Words | None:

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.loading import first_cause, select_split, spans_of
+from smolvlm_exp.data.loading import first_cause, select_split, spans_of, split_names
 from smolvlm_exp.data.parallel import hash_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
@@ -140,11 +140,6 @@ def cache_folder() -> Path:
     from datasets import config
 
     return Path(config.HF_DATASETS_CACHE) / "smolvlm_exp"
-
-
-def split_names(split: str) -> set[str]:
-    """`train[:6%]+test` -> train, test."""
-    return {part.partition("[")[0].strip() for part in split.split("+")}
 
 
 def parts_with(files: list[DataFile], start: int, stop: int) -> tuple[list[Part], int]:

@@ -1,7 +1,9 @@
 """Every source gives the normal form, whatever its columns; what cannot be read is named, with the fix."""
 
+import base64
 import csv
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from PIL import Image
 from smolvlm_exp.data.formats import conversation
 from smolvlm_exp.data.loading import hold_out, select_split
 from smolvlm_exp.data.messages import assistant, features, text_of, user
-from smolvlm_exp.data.preferences import prepare
+from smolvlm_exp.data.preferences import load_preferences, prepare
 from smolvlm_exp.data.sources import files, hub, mmpr, photos
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import CONF
@@ -85,8 +87,13 @@ TURNS = {"chosen": {"from": "gpt", "value": "In colour."}, "rejected": {"from": 
             "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}],
             "rejected_response": "A dog.",
         },
+        {
+            "messages": [{"role": "user", "content": "What is it?"}, {"role": "assistant", "content": "A cat."}],
+            "rejected": "A dog.",
+        },
+        {"messages": [{"role": "user", "content": "What is it?"}], **ANSWERS},
     ],
-    ids=["plain", "placeholder", "rlaif-v", "llama-factory", "ms-swift"],
+    ids=["plain", "placeholder", "rlaif-v", "llama-factory", "ms-swift", "messages, rejected", "messages, both"],
 )
 def test_every_format_gives_the_same_messages(row):
     assert conversation(row, images=1) == NORMAL
@@ -231,6 +238,79 @@ def test_rows_that_cannot_be_split(fraction, keys, said):
         hold_out(datasets.Dataset.from_dict({"key": keys}), keys, fraction)
 
 
+def test_files_that_only_begin_like_a_split_are_not_read(folder, load, caplog):
+    parts = {
+        "train-00000-of-00002": [0, 1],
+        "train-00001-of-00002": [2],
+        "train_old": [3],
+        "test": [4],
+        "test_more": [5],
+    }
+    for name, numbers in parts.items():
+        write_lines(folder / f"{name}.jsonl", [plain(number) for number in numbers])
+    assert [text_of(row) for split in ("train", "test") for row in load(split)["chosen"][:]] == [
+        f"It is {number}." for number in (0, 1, 2, 4)
+    ]
+    assert "train from train-00000-of-00002.jsonl, train-00001-of-00002.jsonl; test from test.jsonl" in caplog.text
+
+
+def test_json_is_read_however_it_is_laid_out(folder, load):
+    rows = [plain(number) for number in range(4)]
+    for name, text in {"a.jsonl": json.dumps(rows, indent=1), "b.json": "\n".join(map(json.dumps, rows))}.items():
+        (folder / name).write_text(text)
+        assert len(load(rows=name)) == 3
+
+
+def test_a_fault_that_all_rows_share_is_told(folder, processor, tmp_path):
+    write_lines(folder / "pairs.jsonl", [plain(0, image=f"https://example.com/{number}.png") for number in range(5)])
+    for skip in ("error", "skip"):
+        config = files.Config(source="files", folder=str(folder), on_bad_row=skip)
+        with pytest.raises(RequestError, match=r"image 1 is a URL; download it first: https://example\.com"):
+            load_preferences(config, processor, tmp_path)
+
+
+def test_images_in_the_rows_themselves(folder, load):
+    data = (folder / "3.png").read_bytes()
+    text = base64.b64encode(data).decode()
+    long = base64.b64encode(data + bytes(4096)).decode()
+    spelled = [
+        f"data:image/png;base64,{text}",
+        f"DATA:IMAGE/PNG;charset=utf-8;BASE64,{text.rstrip('=')}",
+        "data:image/png;base64," + "\n".join(text[at : at + 76] for at in range(0, len(text), 76)),
+        long,
+    ]
+    write_lines(folder / "train.jsonl", [plain(0, image=image) for image in spelled])
+    write_lines(folder / "test.jsonl", [plain(0, image=str(folder / "3.png"))])
+    for row in [*load(), *load("test")]:
+        assert (row["problem"], row["images"][0].getpixel((0, 0))) == ("", (60, 0, 0))
+
+
+def test_long_values_are_cut_in_messages(folder, load):
+    write_lines(folder / "train.jsonl", [plain(0, image="http://" + "a" * 100_000), plain(0, image="é/" * 50_000)])
+    write_lines(folder / "test.jsonl", [plain(0)])
+    assert all(0 < len(problem) < 500 for problem in load()["problem"][:])
+
+
+@pytest.mark.parametrize(("file", "row"), [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_with_accents_are_found_in_either_spelling(folder, load, file, row):
+    names = {form: unicodedata.normalize(form, "été.png") for form in ("NFC", "NFD")}
+    save_image(folder / names[file], (9, 0, 0))
+    for split in ("train", "test"):
+        write_lines(folder / f"{split}.jsonl", [plain(0, image=names[row])])
+    assert load()[0]["images"][0].getpixel((0, 0)) == (9, 0, 0)
+
+
+def test_answers_that_are_numbers_or_code(folder, load):
+    rows = [plain(0, chosen=0, rejected=1.5), plain(1, chosen="    return x\n", rejected="return y")]
+    rows += [plain(2, chosen=False)]
+    for split in ("train", "test"):
+        write_lines(folder / f"{split}.jsonl", rows)
+    made = load()
+    assert [text_of(made[0][side]) for side in ("chosen", "rejected")] == ["0", "1.5"]
+    assert text_of(made[1]["chosen"]) == "    return x"
+    assert made["problem"][:] == ["", "", "an answer or question is false; write it as the text that should be read"]
+
+
 def test_a_split_of_bad_rows_alone(folder, load):
     write_lines(folder / "train.jsonl", [plain(0, image="gone.png")])
     write_lines(folder / "test.jsonl", [plain(1)])
@@ -260,7 +340,11 @@ def test_missing_columns_are_answered_with_what_is_expected(folder, load):
     ("name", "text", "said"),
     [
         ("a.jsonl", '{"image": "0.png"}\n{"image": \n', "a.jsonl line 2 is not JSON"),
-        ("a.jsonl", "[1, 2]\n", "a.jsonl line 1 is list"),
+        ("a.jsonl", "[1, 2]\n", "a.jsonl entry 1 is int"),
+        ("a.jsonl", "[" * 100_000, "a.jsonl is nested too deep"),
+        ("a.json", '{\n "data": []\n}', "a.json is one JSON object over several lines, not a list of rows"),
+        ("a.jsonl", "\n\n", "a.jsonl has no rows"),
+        ("a.csv", "image,question,chosen,rejected\n", "a.csv has no rows"),
         ("a.json", "[{]", "a.json is not JSON"),
         ("a.json", "[1]", "a.json entry 1 is int, not an object"),
         (
@@ -385,7 +469,7 @@ def test_mmpr_names_what_it_cannot_use(folder, tmp_path, text, change, said):
     ("id", "split", "said"),
     [
         ("./nowhere", "train", "no such folder"),
-        ("copy", "tset", "Unknown split"),
+        ("copy", "tset", "no split tset, but train"),
         ("copy", "train", "has the columns prompt. Expected"),
     ],
 )

@@ -81,9 +81,12 @@ PATHS = {  # what may stand for an image
     "https://example.com/a.png": "is a URL; download it first",
     "file:///etc/hostname": "is a URL",
     "s3://bucket/a.png": "is a URL",
-    "data:image/png;base64,AAAA": "is a URL",
+    "data:image/png;base64,AAAA": "none of JPEG",
+    "data:image/png;base64,A": "is not valid base64",
+    "data:text/plain,hello": "is a URL",
     "a\x00b.png": "cannot be read",
-    "x" * 5000: "cannot be read",
+    "x" * 5000: "none of JPEG",  # it is base64, and no path is as long
+    "-" * 5000: "cannot be read",
     "~root/a.png": "is not there",
 }
 ROWS = [  # what may be wrong with the rest of a row
@@ -97,7 +100,6 @@ ROWS = [  # what may be wrong with the rest of a row
     ({"question": "<image><image> What?"}, "1 images but its prompt names 2"),
     ({"question": None}, "`prompt` is empty"),
     ({"question": "   \n"}, "`prompt` is empty"),
-    ({"question": 5}, "a role and a content"),
     ({"question": [{"role": "user"}]}, "`prompt` is empty"),
     ({"question": [{"role": "robot", "content": "What?"}]}, "role is 'robot'"),
     ({"question": [{"role": ["user"], "content": "What?"}]}, "has an unknown form"),
@@ -108,8 +110,7 @@ ROWS = [  # what may be wrong with the rest of a row
     ({"chosen": ""}, "`chosen` is empty"),
     ({"chosen": None}, "`chosen` is empty"),
     ({"chosen": "\t"}, "`chosen` is empty"),
-    ({"chosen": 3.5}, "a role and a content"),
-    ({"chosen": True}, "a role and a content"),
+    ({"chosen": True}, "is true; write it as the text"),
     ({"chosen": {"text": "A star."}}, "role is None"),
     ({"chosen": [{"role": "user", "content": "A star."}]}, "`chosen` has the role user"),
     ({"chosen": "A star.<image>"}, "`chosen` has an image, or <image>, in it"),

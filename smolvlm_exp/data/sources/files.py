@@ -6,8 +6,10 @@ A row has a pair of answers, or what is known of its image (truth.py), or both, 
 
 import csv
 import io
+import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,8 @@ from smolvlm_exp.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from datasets import Dataset
+
+log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 PAIRS = "pairs.jsonl"  # as task=mine writes it, beside its other files
@@ -74,16 +78,26 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         return {"train": [folder / name]}
     names = (name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in SUFFIXES)  # of many images
     files = sorted(folder / name for name in names)
-    named = {split: [path for path in files if path.stem.lower().startswith(split)] for split in ("train", "test")}
+    named = {
+        split: [path for path in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", path.stem, re.IGNORECASE)]
+        for split in ("train", "test")
+    }
     if all(named.values()):
+        log_files(named)
         return named
     files = [path for path in files if path.name == PAIRS] or files
     if len(files) == 1:
+        log_files({"train": files})
         return {"train": files}
     listed = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
         f"data.folder={folder} holds {listed}: set data.rows to the file with the rows, or name two train.* and test.*."
     )
+
+
+def log_files(files: dict[str, list[Path]]) -> None:
+    names = (f"{split} from {', '.join(path.name for path in paths)}" for split, paths in files.items())
+    log.info(f"data: {'; '.join(names)}")
 
 
 @dataclass(frozen=True)
@@ -114,12 +128,14 @@ class Converter:
         for path in files:
             parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
             rows += [{**row, ORIGIN: origin} for origin, row in parse(read_text(path, "data.folder"), path.name)]
+        require_rows(rows, where)
         columns = {key for row in rows for key in row} - {ORIGIN}
         require_known_format(columns, where)
         return self.convert(rows, columns, ORIGIN)
 
     def from_table(self, table: "Dataset", where: str) -> "Dataset":
         """The rows of an Arrow table."""
+        require_rows(table, where)
         require_known_format(set(table.column_names), where)
         rows = self.convert(table, set(table.column_names))
         return rows.add_column(ORIGIN, [f"{where} row {i}" for i in range(len(rows))])
@@ -130,8 +146,13 @@ class Converter:
         return convert(rows, self.to_row, self.folder, types, self.num_proc)
 
 
+def require_rows(rows: Sized, where: str) -> None:
+    if not len(rows):
+        raise RequestError(f"{where} has no rows.")
+
+
 def keyed_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:
-    return with_key(to_row(row, folder))
+    return with_key(to_row(row, folder), row)
 
 
 def to_row(row: dict[str, Any], folder: Path) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.formats import KEY, normal_features, normal_row, require_known_format, with_key
-from smolvlm_exp.data.loading import convert, hold_out, load_saved, require_embedded, select_split
-from smolvlm_exp.data.repository import Repository, find_repository, split_names
+from smolvlm_exp.data.loading import convert, hold_out, load_saved, require_embedded, select_split, split_names
+from smolvlm_exp.data.repository import Repository, find_repository
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.hub import Provenance
 
@@ -94,4 +94,4 @@ def to_row(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def keyed_row(row: dict[str, Any]) -> dict[str, Any]:
-    return with_key(to_row(row))
+    return with_key(to_row(row), row)

@@ -1,14 +1,11 @@
 """What a client sends to /v1/chat/completions, checked, and as a session takes it."""
 
-import base64
-import binascii
-import re
 from typing import Any, Literal
 
 from PIL.Image import Image
 from pydantic import BaseModel, Field
 
-from smolvlm_exp.data.images import ImageError
+from smolvlm_exp.data.images import SHOWN, ImageError, embedded_bytes
 from smolvlm_exp.deploy.options import ServeConfig
 from smolvlm_exp.deploy.session.prompt import Prompt
 from smolvlm_exp.deploy.session.session import SmolVLMSession
@@ -84,14 +81,15 @@ class ChatRequest(BaseModel):
 
 
 def decode_image(source: ImageUrl | None, session: SmolVLMSession, limits: ServeConfig) -> Image:
-    match = re.fullmatch(r"data:image/[\w.+-]+;base64,(.*)", source.url if source else "", re.DOTALL)
-    if not match:
-        raise RequestError("image_url.url must be a data URL (data:image/png;base64,...): this server fetches nothing.")
-    if len(match[1]) * 3 / 4 > limits.max_image_megabytes * MEGABYTE:
+    url = source.url if source else ""
+    if len(url) * 3 / 4 > limits.max_image_megabytes * MEGABYTE + SHOWN:
         raise RequestError(f"an image file is larger than {limits.max_image_megabytes:g} MB.")
     try:
-        return session.prompts.open_image(base64.b64decode(match[1], validate=True))
-    except binascii.Error as error:
-        raise RequestError(f"an image is not valid base64: {error}.") from error
+        data = embedded_bytes(url)
+        if data is None:
+            raise RequestError(
+                "image_url.url must be a data URL (data:image/png;base64,...): this server fetches nothing."
+            )
+        return session.prompts.open_image(data)
     except ImageError as error:
         raise RequestError(f"an image {error}.") from error
