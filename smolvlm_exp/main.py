@@ -30,7 +30,7 @@ from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_settings
-from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
+from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
 from smolvlm_exp.utils.startup import configure_logging, fast_imports, silence_upstream
@@ -102,11 +102,12 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
 
 def complete_and_check(args: Namespace) -> None:
     """Complete a parsed command line, in place, by the settings of the run that it names, and check all of it."""
-    args.overrides = complete_overrides(args.overrides, args.multirun)
-    check_command(args)
-    given = as_settings(args.overrides)
-    if given.get("hydra.run.dir") and not given.get("resume") and given.get("task", "train") == "train":
-        check_unused(Path(given["hydra.run.dir"]))
+    with unusable_path_as_request_error():
+        args.overrides = complete_overrides(args.overrides, args.multirun)
+        check_command(args)
+        given = as_settings(args.overrides)
+        if given.get("hydra.run.dir") and not given.get("resume") and given.get("task", "train") == "train":
+            check_unused(Path(given["hydra.run.dir"]))
 
 
 def output_folder() -> Path:
@@ -122,7 +123,8 @@ def execute(config: Config, folder: Path) -> Any:
             silence_upstream()
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
     try:
-        with lock_run_folder(folder) if name in ("train", "mine") else nullcontext():
+        lock = lock_run_folder(folder) if name in ("train", "mine") else nullcontext()
+        with lock, unusable_path_as_request_error():
             return task(config, folder)
     finally:
         clock.restart()  # another job may follow in this process

@@ -37,6 +37,10 @@ def check_unused(folder: Path) -> None:
             f"hydra.run.dir={folder} already holds a run ({existing}), which is never overwritten.\n"
             f"Resume it with resume={folder}, or use another folder."
         )
-    parent = next((path for path in (folder, *folder.parents) if path.exists()), folder)
-    if not (parent.is_dir() and os.access(parent, os.W_OK)):
-        raise RequestError(f"hydra.run.dir={folder}: {parent} is not writable.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError:
+        writable = False
+    if not writable:
+        raise RequestError(f"hydra.run.dir={folder} is not writable, or cannot be made.")

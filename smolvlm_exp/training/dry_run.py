@@ -3,6 +3,7 @@
 What upstream refuses there it would refuse of the real model too, but only after that is loaded.
 """
 
+import copy
 import logging
 import os
 import tempfile
@@ -15,15 +16,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from peft import get_peft_model
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from PIL import Image
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from transformers import AutoModelForImageTextToText, Trainer
 
+from smolvlm_exp.data.messages import assistant, user
 from smolvlm_exp.models.adapter import AdapterConfig, lora_config
 from smolvlm_exp.models.model import ModelConfig, checkpoint_processor
 from smolvlm_exp.models.shape import Shape, model_config
 from smolvlm_exp.training.arguments import TrainerConfig
-from smolvlm_exp.training.trainers import EngineDPOTrainer, EngineSFTTrainer
+from smolvlm_exp.training.trainers import EngineDPOTrainer, EngineSFTTrainer, StockDPOTrainer, StockSFTTrainer
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import upstream_refuses
 
@@ -55,7 +59,10 @@ REAL_LAYERS = (
     "target_parameters", "trainable_token_indices",
 )  # fmt: skip
 STEPS = 1000  # of the schedule, where epochs decide
-TRAINERS = {"dpo": EngineDPOTrainer, "sft": EngineSFTTrainer}
+TRAINERS: dict[tuple[str, str], Any] = {
+    ("dpo", "shared"): EngineDPOTrainer, ("sft", "shared"): EngineSFTTrainer,
+    ("dpo", "stock"): StockDPOTrainer, ("sft", "stock"): StockSFTTrainer,
+}  # fmt: skip
 
 
 class NoRows:
@@ -113,11 +120,16 @@ def take_step(config: TrainerConfig, model: Any, dtype: str) -> None:
     with tempfile.TemporaryDirectory() as folder:
         arguments = algorithm.build_arguments(config, Path(folder), dtype, None, 0)
         trainer: Any = Trainer(model, arguments, eval_dataset=[{}])
-        if config.engine == "shared" and config.algorithm in TRAINERS:
-            processor = checkpoint_processor(ModelConfig(id="embedded"))
+        if cls := TRAINERS.get((config.algorithm, config.engine)):
             rows: dict[str, Any] = {"rows": NoRows(), "eval_rows": NoRows()}
+            if config.engine == "stock":
+                row = row_of(config.algorithm)
+                rows = {"train_dataset": row, "eval_dataset": row}
+            if cls is StockDPOTrainer and not isinstance(model, PeftModel):
+                rows["ref_model"] = copy.deepcopy(model)
+            processor = checkpoint_processor(ModelConfig(id="embedded"))
             own = {"args": arguments, "processing_class": processor, "identity": {}, "not_finite_limit": 1}
-            trainer = TRAINERS[config.algorithm](model, **rows, **own)
+            trainer = cls(model, **rows, **own)
         trainer.create_optimizer_and_scheduler(arguments.max_steps if arguments.max_steps > 0 else STEPS)
     if isinstance(trainer, EngineDPOTrainer) and not dpo_loss(trainer).isfinite():
         raise ValueError("the loss is not finite, whatever the rows")
@@ -129,6 +141,13 @@ def take_step(config: TrainerConfig, model: Any, dtype: str) -> None:
     trainer.optimizer.step()
     if not isinstance(trainer.lr_scheduler, ReduceLROnPlateau):
         trainer.lr_scheduler.step()
+
+
+def row_of(algorithm: str) -> Dataset:
+    """A row as stock TRL is given it."""
+    answer = [assistant("a")]
+    answers = {"completion": answer} if algorithm == "sft" else {"chosen": answer, "rejected": answer}
+    return Dataset.from_list([{"images": [Image.new("RGB", (8, 8))], "prompt": [user("a")], **answers}])
 
 
 def dpo_loss(trainer: EngineDPOTrainer) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import sys
@@ -42,6 +43,17 @@ def isolated(part: str) -> Iterator[None]:
         yield
     except Exception as error:
         log.warning(f"{part} failed ({type(error).__name__}: {first_line(error)}); the rest is as it would be")
+
+
+@contextlib.contextmanager
+def unusable_path_as_request_error() -> Iterator[None]:
+    """A path that no file can have, wherever it is first looked at."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENAMETOOLONG, errno.ELOOP):
+            raise
+        raise RequestError(f"{str(error.filename)[:80]} ...: {error.strerror}.") from error
 
 
 def exit_with_error(error: RequestError | RunError) -> NoReturn:

@@ -26,6 +26,8 @@ REFUSED = {
     ("+trainer.extra.nonsense=1", "trainer.optim=foo"): "trainer.extra.nonsense=1: ",  # two mistakes: upstream's first
     ("trainer=sft", "+trainer.extra.loss_type=foo"): "trainer.extra.loss_type=foo: Invalid `loss_type` foo",
     ("trainer=robust", "trainer.label_smoothing=0.5"): "trainer.loss_type=['robust']: the loss is not finite",
+    ("trainer.engine=stock", "+trainer.extra.precompute_ref_log_probs=true"):
+        "trainer.extra.precompute_ref_log_probs=True: `precompute_ref_log_probs=True` is not supported for vision",
     ("trainer.loss_weights=[1]",): "trainer.loss_type=['sigmoid', 'sft']: `loss_weights` must have the same length",
     ("trainer.loss_type=[exo_pair]", "trainer.loss_weights=null"): "trainer.loss_type=['exo_pair']: Label smoothing",
     ("adapter.init_lora_weights=evaa",): "adapter.init_lora_weights=evaa: Unknown initialization",
@@ -52,6 +54,8 @@ def test_the_setting_to_blame_is_named(overrides):
     "overrides",
     [
         (), ("trainer=sft",), ("trainer=grpo",), ("trainer=mpo",), ("trainer=robust",), ("trainer.engine=stock",),
+        ("trainer.engine=stock", "trainer=sft"), ("trainer.engine=stock", "trainer=sft", "adapter=none", "quant=none"),
+        ("trainer.engine=stock", "adapter=none", "quant=none", "+trainer.extra.sync_ref_model=true"),
         ("adapter=none", "quant=none"), ("adapter=pissa", "quant=none"), ("adapter=rslora", "adapter.r=512"),
         ("trainer.use_weighting=true", "trainer.ld_alpha=0.5", *SIGMOID), ("trainer.optim=adamw_bnb_8bit",),
         ("trainer.lr_scheduler_type=reduce_lr_on_plateau", "trainer.eval_strategy=steps"),
