@@ -10,13 +10,13 @@ import atexit
 import os
 import sys
 import tempfile
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import hydra
 from hydra._internal.utils import get_args_parser, run_and_report
@@ -24,9 +24,11 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
+from smolvlm_exp import __version__
+from smolvlm_exp.config.aliases import setting_meant
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.previous_run import complete_overrides
-from smolvlm_exp.config.schema import Config, parse
+from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_settings
@@ -165,9 +167,17 @@ def main() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):  # Hydra would first list every group of every plugin: seconds
         print(OmegaConf.load(CONF / "config.yaml").hydra.help.template)
         return
+    if sys.argv[1:] == ["--version"]:
+        print(f"smolvlm_exp {__version__}")
+        return
     configure_logging()
     register_schemas()
-    args = get_args_parser().parse_args()
+    parser = get_args_parser()
+    try:
+        check_flags(sys.argv[1:], parser)
+    except RequestError as error:
+        exit_with_error(error)
+    args = parser.parse_intermixed_args()
     asked = args.help or args.hydra_help or args.shell_completion
     if not asked:
         flags = [argument for argument in sys.argv[1:] if argument not in args.overrides]
@@ -188,6 +198,16 @@ def main() -> None:
         from smolvlm_exp.utils.distributed import destroy_distributed
 
         destroy_distributed()
+
+
+def check_flags(words: Sequence[str], parser: ArgumentParser) -> None:
+    """Refuse settings that are typed as flags, as `--lr 1e-4`."""
+    for word in words:
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and not any(option.startswith(flag) for option in parser._option_string_actions):
+            key = flag[2:].replace("-", "_")
+            meant = "" if key in get_type_hints(Config) else setting_meant(key, every_key())
+            raise RequestError(f"{flag}: settings are typed without dashes, as {key}=VALUE. {meant}".rstrip())
 
 
 def is_distributed() -> bool:

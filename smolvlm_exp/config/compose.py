@@ -23,6 +23,7 @@ from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+from smolvlm_exp.config.aliases import setting_meant
 from smolvlm_exp.config.jobs import Composer, combinations, jobs, parsed, typed_values
 from smolvlm_exp.config.renamed import KEYS, check_renamed, rename_settings
 from smolvlm_exp.config.schema import (
@@ -257,7 +258,7 @@ def unknown(key: str, known: list[str]) -> str:
         return f"{key} is now {KEYS[key]}."
     if key.startswith("task.") and readers(key):
         return f"{key} belongs to task={'|'.join(readers(key))}."
-    return f"{key}: no such setting. {suggestion(key, known)}"
+    return f"{key}: no such setting. {setting_meant(key, known)}".rstrip()
 
 
 def file_of(key: str, composed: DictConfig) -> str:

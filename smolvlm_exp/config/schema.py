@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from smolvlm_exp.config.aliases import setting_meant
 from smolvlm_exp.config.renamed import rename_settings
 from smolvlm_exp.config.security import check_setting
 from smolvlm_exp.config.tasks import TASKS, readers
@@ -111,7 +112,7 @@ def parse(composed: DictConfig) -> Config:
             composed.task.pop(key)  # a run of an earlier release saved those of all tasks
     known = key_paths(types)
     for key in unknown_keys(OmegaConf.to_container(composed), known):
-        raise RequestError(f"{key}: no such setting. {suggestion(key, known)}")
+        raise RequestError(f"{key}: no such setting. {setting_meant(key, known)}".rstrip())
     schema = OmegaConf.structured(Config)
     for name, kind in types.items():
         if is_dataclass(kind):

@@ -68,7 +68,7 @@ def suggestion(wrong: str, known: list[str]) -> str:
     last = wrong.rsplit(".", 1)[-1]
     tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
     near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75) or [
-        tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.6)
+        tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.8)
     ]
     guess = f"Did you mean {near[0]}? " if near else ""
     return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")
