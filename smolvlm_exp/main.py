@@ -31,7 +31,7 @@ from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
-from smolvlm_exp.runs.overrides import as_settings
+from smolvlm_exp.runs.overrides import as_override, as_settings
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
@@ -234,4 +234,4 @@ def join_group(args: Namespace) -> list[str]:
     scratch = tempfile.TemporaryDirectory(prefix="smolvlm_exp-")
     atexit.register(scratch.cleanup)
     sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  # for as long as the process lives
-    return [f"hydra.run.dir={scratch.name}", "hydra.output_subdir=.hydra", "tracker=none"]
+    return [as_override("hydra.run.dir", scratch.name), "hydra.output_subdir=.hydra", "tracker=none"]

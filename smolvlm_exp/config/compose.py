@@ -19,12 +19,12 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from smolvlm_exp.config.aliases import setting_meant
-from smolvlm_exp.config.jobs import Composer, combinations, jobs, parsed, typed_values
+from smolvlm_exp.config.jobs import Composer, combinations, jobs, typed_values
 from smolvlm_exp.config.renamed import KEYS, check_renamed, rename_settings
 from smolvlm_exp.config.schema import (
     Config,
@@ -32,13 +32,14 @@ from smolvlm_exp.config.schema import (
     default_of,
     every_key,
     groups,
-    key_paths,
+    key_types,
     parse,
     settings,
     unknown_keys,
 )
 from smolvlm_exp.config.security import check_hydra, check_search_path, check_setting, check_typed
 from smolvlm_exp.config.tasks import misplaced, readers
+from smolvlm_exp.config.typed import check_kind, parsed
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError, suggestion
 from smolvlm_exp.utils.paths import CONF
@@ -64,11 +65,8 @@ def check_command(args: Any) -> list[Config]:
                 check_setting(override.key_or_group, given)
                 check_search_path(given)
                 check_renamed(override.key_or_group, given)
-            swept = next((o.input_line for o in overrides if o.is_sweep_override()), None)
-            if swept and not args.multirun:
-                raise RequestError(f"{swept}: several values are a sweep: add -m (or quote the value, if it is one).")
             compose: Composer = cache(partial(compose_job, name))  # each time takes a tenth of a second
-            check_keys(compose, overrides)
+            check_keys(compose, overrides, args.multirun)
             override_lists = jobs(compose, overrides, args.multirun)
             configs = [read(compose(tuple(job)), job, replay=folder != CONF) for job in override_lists]
             typed = typed_values(overrides)
@@ -202,8 +200,6 @@ def explain(error: Exception) -> str:
         return f"{where}{unknown(key, every_key())}"
     if isinstance(inner, OmegaConfBaseException) and inner.full_key:
         return f"{where}{inner.full_key}: {str(inner.msg or inner).splitlines()[0].rstrip('.')}."
-    if isinstance(error, OverrideParseException):
-        return f"{error.override}: {str(error).splitlines()[0]}."
     if plugin := re.search(r"Could not (?:find|load) 'hydra/launcher/(joblib|submitit|ray)", str(error)):
         extra = {"joblib": "parallel", "submitit": "slurm", "ray": "ray"}[plugin[1]]
         return f"hydra/launcher needs hydra-{plugin[1]}-launcher: pip install 'smolvlm-exp[{extra}]'"
@@ -224,15 +220,16 @@ def check_option(override: Override) -> bool:
     return bool(known)
 
 
-def check_keys(compose: Composer, overrides: list[Override]) -> None:
-    """Unknown options, then unknown keys on the command line and in the files that it chooses."""
+def check_keys(compose: Composer, overrides: list[Override], multirun: bool) -> None:
+    """Unknown options, then unknown keys on the command line and in the files that it chooses, and wrong values."""
     options = [override for override in overrides if check_option(override)]
     try:
         composed = compose(tuple(override.input_line or "" for override in overrides))  # what will run
     except (HydraException, OmegaConfBaseException, RequestError):  # or is a sweep, or has one of these mistakes
         composed = compose(tuple(combinations(options)[0]))
     rename_settings(composed)
-    known = key_paths(chosen_types(composed))
+    types = key_types(chosen_types(composed))
+    known = list(types)
     for override in (o for o in overrides if o not in options):
         key = override.key_or_group
         added = ".extra." in key or key.startswith("reward.weights.")  # names that no schema lists
@@ -247,6 +244,8 @@ def check_keys(compose: Composer, overrides: list[Override]) -> None:
         if added and not adds and not override.is_delete() and OmegaConf.select(composed, key) is None:
             what = "rewards" if key.startswith("reward.") else "arguments"
             raise RequestError(f"{key}: further {what} are added with a plus: +{override.input_line}")
+    for override in overrides:
+        check_kind(override, types.get(override.key_or_group), multirun)
     for key in unknown_keys(OmegaConf.to_container(composed), [*known, "hydra"]):
         if not readers(key):  # else a saved run's, of another task
             raise RequestError(f"{file_of(key, composed)}: {unknown(key, known)}")

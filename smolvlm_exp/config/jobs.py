@@ -5,11 +5,11 @@ from typing import Any
 
 import hydra
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp.config.security import TYPED
+from smolvlm_exp.config.typed import parsed, values_of
 from smolvlm_exp.utils.errors import RequestError
 
 Composer = Callable[[tuple[str, ...]], DictConfig]  # overrides -> what they compose
@@ -45,10 +45,6 @@ def jobs(compose: Composer, overrides: list[Override], multirun: bool) -> list[l
     return combinations(both)
 
 
-def parsed(overrides: list[str]) -> list[Override]:
-    return OverridesParser.create().parse_overrides(overrides)
-
-
 def combinations(overrides: list[Override]) -> list[list[str]]:
     """The override lists of a grid's jobs, in the basic sweeper's order; one list where nothing is swept."""
     return BasicSweeper.split_arguments(overrides, None)[0]
@@ -74,10 +70,6 @@ def typed_values(overrides: list[Override]) -> dict[str, list[Any]]:
     """The values that a command gives the settings of `TYPED`, of a sweep all of them."""
     values: dict[str, list[Any]] = {}
     for override in overrides:
-        key = override.key_or_group
-        if key not in TYPED or override.is_delete():
-            continue
-        swept = override.sweep_string_iterator() if override.is_sweep_override() else ()
-        single = parsed([f"{key}={text}" for text in swept]) or [override]
-        values.setdefault(key, []).extend(each.value() for each in single)
+        if override.key_or_group in TYPED and not override.is_delete():
+            values.setdefault(override.key_or_group, []).extend(values_of(override))
     return values

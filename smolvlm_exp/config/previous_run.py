@@ -1,5 +1,6 @@
 """resume=, run= and -m sweep=: a command completed by the settings of the run or sweep that it names."""
 
+import os
 from collections.abc import Container
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from smolvlm_exp.config.security import check_typed
 from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
 from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, saved_hydra, summary_of
-from smolvlm_exp.runs.overrides import as_settings, key_of
+from smolvlm_exp.runs.overrides import as_override, as_settings, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
 
@@ -23,6 +24,7 @@ def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
     given = as_settings(overrides)
     for key, complete in (("resume", resume_overrides), ("run", run_overrides), ("sweep", sweep_overrides)):
         if given.get(key, "null") not in ("", "null"):
+            given[key] = os.path.expanduser(given[key])
             completed = complete(given, multirun)
             for saved, value in as_settings(completed).items():
                 check_typed(saved, value, typed=())
@@ -38,7 +40,7 @@ def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     if multirun:
         raise RequestError("resume=... resumes a single run: leave out -m (sweep=... resumes a sweep).")
     folder = find_run(given["resume"])
-    own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
+    own = [as_override("hydra.run.dir", str(folder)), "hydra.output_subdir=null"]
     if saved_hydra(folder, "config").get("task", {}).get("name") == "mine" and not checkpoint_folders(folder):
         return [*settings_of(saved_overrides(folder), "mine", given), *own]
     if not checkpoint_folders(folder):
@@ -48,7 +50,7 @@ def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
             f"resume={given['resume']}: {folder} has finished. To train it longer, add trainer.max_steps=... and "
             "'resume_allow=[trainer.max_steps]'."
         )
-    return [*settings_of(saved_overrides(folder), "train", given), f"resume={folder}", *own]
+    return [*settings_of(saved_overrides(folder), "train", given), as_override("resume", str(folder)), *own]
 
 
 def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:
@@ -57,7 +59,7 @@ def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     if task == "train":
         raise RequestError(f"run={name} is for other tasks: add task=evaluate (to train it further: resume={name}).")
     if task == "doctor":
-        return [f"run={name}"]
+        return [as_override("run", name)]
     folder = find_finished_run(name)
     tuned = {"model.adapter": f"{folder}/adapter"}
     if not (folder / "adapter").is_dir():
@@ -67,8 +69,8 @@ def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:
         saved = [override for override in saved if not key_of(override).startswith(SHAPE)]
     # A group chosen by the command takes none of the settings that went with the run's choice.
     settings = [override for override in saved if key_of(override).partition(".")[0] not in given]
-    own = [f"{key}={value}" for key, value in tuned.items() if key not in given]
-    return [*settings, *own, f"run={folder}"]
+    own = [as_override(key, value) for key, value in tuned.items() if key not in given]
+    return [*settings, *own, as_override("run", str(folder))]
 
 
 def sweep_overrides(given: dict[str, str], multirun: bool) -> list[str]:
@@ -78,7 +80,7 @@ def sweep_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     folder = find_sweep(given["sweep"])
     saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
     settings = settings_of([*saved["task"], *saved["hydra"]], "train", {*given, *OWN})
-    return [*settings, f"hydra.sweep.dir={folder}"]
+    return [*settings, as_override("hydra.sweep.dir", str(folder))]
 
 
 def saved_overrides(folder: Path) -> list[str]:

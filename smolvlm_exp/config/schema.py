@@ -110,7 +110,7 @@ def parse(composed: DictConfig) -> Config:
         composed.pop("hydra", None)
         for key in [key for key in composed.task if readers(f"task.{key}") and key not in own]:
             composed.task.pop(key)  # a run of an earlier release saved those of all tasks
-    known = key_paths(types)
+    known = list(key_types(types))
     for key in unknown_keys(OmegaConf.to_container(composed), known):
         raise RequestError(f"{key}: no such setting. {setting_meant(key, known)}".rstrip())
     schema = OmegaConf.structured(Config)
@@ -140,18 +140,18 @@ def dataclass_of(kind: Any) -> type | None:
     return next((part for part in parts if isinstance(part, type) and is_dataclass(part)), None)
 
 
-def key_paths(types: dict[str, Any], path: str = "") -> list[str]:
-    """Every setting's full name, as `adapter.r`, by the types of a group's settings."""
-    keys: list[str] = []
+def key_types(types: dict[str, Any], path: str = "") -> dict[str, Any]:
+    """Every setting's full name, as `adapter.r`, and its type, by the types of a group's settings."""
+    keys: dict[str, Any] = {}
     for name, kind in types.items():
         group = dataclass_of(kind)
-        keys += key_paths(typing.get_type_hints(group), f"{path}{name}.") if group else [f"{path}{name}"]
+        keys |= key_types(typing.get_type_hints(group), f"{path}{name}.") if group else {f"{path}{name}": kind}
     return keys
 
 
 def every_key() -> list[str]:
     """The full names of all settings, whichever source and trainer are chosen."""
-    return sorted({key for name, _, kind in groups() for key in key_paths({name: kind})})
+    return sorted({key for name, _, kind in groups() for key in key_types({name: kind})})
 
 
 def unknown_keys(node: Any, known: list[str], path: str = "") -> Iterator[str]:

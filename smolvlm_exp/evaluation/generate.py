@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from smolvlm_exp.data.tokens import control_tokens, escape_control_tokens, render_prompt, tokenize_rows
-from smolvlm_exp.engine.generation.answers import ANSWERS, answers_by, plan_for, sample_answers, tile_features
+from smolvlm_exp.engine.generation.answers import ANSWERS, plan_for, sample_answers, tile_features
+from smolvlm_exp.engine.generation.batch import SamplingBatch
 from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
-from smolvlm_exp.engine.generation.sampler import Answer, Prompt
+from smolvlm_exp.engine.generation.sampler import STEPS_BETWEEN_CHECKS, Answer, Prompt, embed
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
 from smolvlm_exp.utils.distributed import rank_slice, rank_world, scatter_map
@@ -152,21 +153,32 @@ def generation_speed(
 
 
 def batch_speed(model: Any, processor: Any, prompts: Sequence[Prompt]) -> Speed:
+    """Of as many of the prompts at a time as memory allows."""
     gpu = model.device.type == "cuda"
-    plan = plan_for(model, prompts, Sampling(TIMED_TOKENS))
-    decoder = Decoder(model, plan.merge)  # made once, however many answers it gives
+    sampling = Sampling(TIMED_TOKENS, min_new_tokens=TIMED_TOKENS)
+    plan = plan_for(model, prompts, sampling)
+    prompts = prompts[: plan.rows]
+    longest = max(len(prompt.ids) for prompt in prompts)
+    part = max(1, plan.prefill_tokens // longest)  # prompts that are read together
+    decoder, end = Decoder(model, plan.merge), processor.tokenizer.eos_token_id
+    batch = SamplingBatch(decoder, len(prompts), 1, longest, sampling, end)
 
-    def seconds(tokens: int) -> float:
-        """Of the fastest of three runs: the first compiles, and another may be disturbed."""
-        taken = []
-        for _ in range(3):
-            start = time.perf_counter()
-            answers_by(decoder, plan, processor, prompts, Sampling(tokens, min_new_tokens=tokens))  # waits for the GPU
-            taken.append(time.perf_counter() - start)
-        return min(taken)
+    def seconds() -> tuple[float, float]:
+        """To the first tokens, and from there to the last: clocks of one run, so that neither can be negative."""
+        start = time.perf_counter()
+        for at in range(0, len(prompts), part):
+            rows = range(len(prompts))[at : at + part]
+            embeddings, lengths = embed(decoder, [prompts[row] for row in rows], processor.image_token_id)
+            batch.read([*rows], embeddings, lengths, rows)
+        batch.ended_groups()  # waits for the GPU
+        first = time.perf_counter()
+        while not all(batch.ended_groups()):
+            batch.advance(STEPS_BETWEEN_CHECKS)
+        return first - start, time.perf_counter() - first
 
     if gpu:
         torch.cuda.reset_peak_memory_stats()
-    first, full = seconds(1), seconds(TIMED_TOKENS)
+    # The fastest of three runs: the first compiles, and another may be disturbed.
+    first, rest = map(min, zip(*(seconds() for _ in range(3)), strict=True))
     peak = torch.cuda.max_memory_allocated() / GIB if gpu else None
-    return Speed(len(prompts), first, len(prompts) * (TIMED_TOKENS - 1) / (full - first), peak)
+    return Speed(len(prompts), first, len(prompts) * (TIMED_TOKENS - 1) / rest, peak)

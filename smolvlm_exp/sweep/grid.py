@@ -5,8 +5,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from smolvlm_exp.config.jobs import combinations, parsed
+from smolvlm_exp.config.jobs import combinations
 from smolvlm_exp.config.schema import Config, parse
+from smolvlm_exp.config.typed import parsed
 from smolvlm_exp.runs.sweep_record import (
     ENDED,
     Job,

@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hydra.core.override_parser.types import Quote, QuotedString
-
+from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.sweep.job_process import STOP
 from smolvlm_exp.utils.signals import StopRequest
@@ -70,4 +69,4 @@ def hydra_overrides(job: Job, folder: Path, stop: SweepStop) -> list[str]:
     }
     if "trainer.cache_ram" not in job.settings:
         own["trainer.cache_ram"] = "0MiB"
-    return [*job.overrides, *(f"{k}={QuotedString(str(v), Quote.single).with_quotes()}" for k, v in own.items())]
+    return [*job.overrides, *(as_override(key, str(value)) for key, value in own.items())]

@@ -13,8 +13,8 @@ from filelock import FileLock
 from hydra.core.override_parser.types import Override
 from omegaconf import OmegaConf
 
-from smolvlm_exp.config.jobs import parsed
 from smolvlm_exp.config.schema import Config, check_value, settings
+from smolvlm_exp.config.typed import parsed
 from smolvlm_exp.evaluation.metrics import BY_DEFAULT, GOALS, deciding_metric
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs

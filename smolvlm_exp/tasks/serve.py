@@ -16,15 +16,12 @@ from smolvlm_exp.utils.errors import RequestError
 
 log = logging.getLogger(__name__)
 
-SHUTDOWN_SECONDS = 3  # that clients have to read the rest after Ctrl-C
-
 
 def serve(config: Config, folder: Path) -> None:
     """Answer until Ctrl-C."""
     require_packages("serve", {"fastapi": "serve", "uvicorn": "serve"})
-    import uvicorn
-
-    from smolvlm_exp.deploy.server.app import Server, build_app, listen
+    from smolvlm_exp.deploy.server.app import build_app
+    from smolvlm_exp.deploy.server.connections import Server, listen
 
     host, port = config.serve.host, config.serve.port
     try:
@@ -43,6 +40,5 @@ def serve(config: Config, folder: Path) -> None:
             "further requests get status 429"
         )
         app = build_app(session, config.serve, name)
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=SHUTDOWN_SECONDS)
         with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again once it has shut down
-            Server(settings, session).run(sockets=[listening])
+            Server(app, session).run(sockets=[listening])

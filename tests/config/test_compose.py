@@ -1,6 +1,8 @@
 """The command line: what it refuses, how fast it answers, and that every option composes."""
 
+import os
 import re
+import shlex
 import time
 from dataclasses import asdict
 from pathlib import Path
@@ -93,6 +95,16 @@ MISTAKES = {
     ("--config-path", "nowhere"): ("--config-path", "nowhere: there is no such folder"),
     ("adapter.r=",): ("adapter.r", ""),
     ("x=[",): ("x=[", ""),
+    ("=3",): ("'' is not the name of a setting", ""),
+    ("seed", "=", "3"): ("seed: a setting is typed as key=value, without spaces around the = sign", ""),
+    ("seed =3",): ("seed =3: a setting is typed as key=value, without spaces around the = sign", ""),
+    ("name=2024_01",): ("name=2024_01: it would be read as the number 202401", "'name=\"2024_01\"'"),
+    ("model.revision=12e345678",): ("it would be read as the number inf", "'model.revision=\"12e345678\"'"),
+    ("trainer.loss_type=sigmoid",): ("type a list, 'trainer.loss_type=[sigmoid]'", ""),
+    ("trainer.loss_type=sigmoid,sft",): ("add -m", "type a list, 'trainer.loss_type=[sigmoid,sft]'"),
+    ("-m", "trainer.loss_type=[sigmoid],sft"): ("trainer.loss_type=[sigmoid],sft: type a list", ""),
+    ("adapter.target=[q_proj,v_proj]",): ("a regular expression", "'adapter.target=\".*(q_proj|v_proj)\"'"),
+    ("adapter.target=q_proj,v_proj",): ("add -m", "'adapter.target=\".*(q_proj|v_proj)\"'"),
 }
 
 
@@ -116,6 +128,24 @@ def test_a_mistake_is_refused_before_any_work(refusal, tmp_path, arguments):
     for part in MISTAKES[arguments]:
         assert part in answer
     assert not list(tmp_path.iterdir()), "nothing was started"
+
+
+ODD_TEXTS = (
+    "~/pairs", "=été", "my (pairs)", "a=b", "it's", "#", ".*(a|b)", "train[:0]", "a&b;c", 'the "best"', "it's \"x\"",
+    "日本", "a=\\", "{a}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", ODD_TEXTS)
+def test_a_text_that_wants_quotes_is_refused_with_what_works_in_a_shell(refusal, text):
+    shown = refusal("data=files", f"data.folder={text}").partition(", so type ")[2]
+    (argument,) = shlex.split(shown)
+    assert compose("data=files", argument).data.folder == os.path.expanduser(text)
+
+
+def test_texts_in_a_list_are_quoted_one_by_one(refusal):
+    (argument,) = shlex.split(refusal("task=compare", "runs=[outputs/r=8,a]").partition(", so type ")[2])
+    assert compose("task=compare", argument).runs == ["outputs/r=8", "a"]
 
 
 @pytest.mark.parametrize(
@@ -292,6 +322,14 @@ def test_a_run_of_an_earlier_release_can_be_replayed_resumed_and_evaluated(tmp_p
     assert checked("task=export", f"run={folder}").export.search
     assert not checked("task=evaluate", f"run={folder}").export.search
     assert read_run(folder).settings["session.cache"] == "1GiB"
+
+
+def test_a_run_in_a_folder_of_any_name_is_resumed_and_evaluated(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    old_run(tmp_path / "it's (r=8) é")
+    for name in (f"{tmp_path}/it's (r=8) é", "~/it's (r=8) é", f'"{tmp_path}/it\'s (r=8) é"'):
+        assert checked(f"resume={name}", "tracker=none").resume == f"{tmp_path}/it's (r=8) é"
+        assert checked("task=evaluate", f"run={name}").model.adapter == f"{tmp_path}/it's (r=8) é/adapter"
 
 
 def test_the_shape_of_an_earlier_release_s_run_counts_where_its_weights_were_random(tmp_path):

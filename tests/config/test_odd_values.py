@@ -12,9 +12,9 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from smolvlm_exp.config.compose import check_command, explain, search_path
-from smolvlm_exp.config.jobs import parsed
 from smolvlm_exp.config.schema import Config, every_key, parse, settings
 from smolvlm_exp.config.tasks import TASKS
+from smolvlm_exp.config.typed import parsed
 from smolvlm_exp.training.dry_run import check_upstream
 from smolvlm_exp.training.engine_setup import check_request
 from smolvlm_exp.utils.errors import RequestError, unusable_path_as_request_error

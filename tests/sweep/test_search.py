@@ -15,7 +15,7 @@ import optuna
 import pytest
 from filelock import FileLock
 
-from smolvlm_exp.config.jobs import parsed
+from smolvlm_exp.config.typed import parsed
 from smolvlm_exp.runs.sweep_record import read_jobs
 from smolvlm_exp.sweep.launcher import SweepStop
 from smolvlm_exp.sweep.optuna_study import (
@@ -46,7 +46,7 @@ class Launcher:
     def launch(self, jobs, first):
         for overrides in jobs:
             values = dict(override.split("=", 1) for override in overrides)
-            number = int(values["hydra.sweep.subdir"].strip("'"))
+            number = int(values["hydra.sweep.subdir"].strip('"'))
             if len(self.ran) == self.until:
                 raise KeyboardInterrupt
             self.ran.append(number)

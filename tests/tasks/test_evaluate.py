@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import smolvlm_exp
+from smolvlm_exp.engine.generation.sampler import SamplingPlan
 from smolvlm_exp.evaluation import generate as speed
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.formatting import number
@@ -112,17 +113,29 @@ def test_what_cannot_be_evaluated_is_refused(tmp_path, monkeypatch, setting, mes
 
 
 def test_speed_as_computed_by_hand(monkeypatch):
-    """Two answers, 0.5 s to the first token, 0.1 s a token: 2 x 31 tokens in 3.1 s; slow first calls are not timed."""
-    clock, calls = [0.0], []
+    """Two answers, 0.5 s to the first token, 0.1 s a token: 2 x 31 tokens in 3.1 s; a slow first run does not count."""
+    clock, runs = [0.0], []
 
-    def sample(decoder, plan, processor, prompts, sampling):
-        calls.append((sampling.max_new_tokens, sampling.min_new_tokens))
-        warm = calls.count(calls[-1]) > 1
-        clock[0] += 0.5 + 0.1 * (sampling.max_new_tokens - 1) + (0 if warm else 7)
+    class Batch:
+        def __init__(self, decoder, groups, answers, longest, sampling, end):
+            assert (groups, longest, sampling.max_new_tokens, sampling.min_new_tokens) == (2, 5, 32, 32)
 
-    for name, stub in (("Decoder", MagicMock()), ("plan_for", MagicMock()), ("answers_by", sample)):
+        def read(self, groups, embeddings, lengths, seeds):
+            runs.append(groups)
+            clock[0], self.tokens = clock[0] + 0.25 + 7 * (len(runs) < 3), 1
+
+        def advance(self, steps):
+            clock[0], self.tokens = clock[0] + 0.1, self.tokens + 1
+
+        def ended_groups(self):
+            return [self.tokens == 32] * 2
+
+    plan = SamplingPlan(merge=False, rows=2, prefill_tokens=9)  # one prompt after the other, and never three at a time
+    stubs = ("Decoder", MagicMock()), ("plan_for", lambda *_: plan), ("SamplingBatch", Batch)
+    for name, stub in (*stubs, ("embed", lambda decoder, prompts, image: (None, [5] * len(prompts)))):
         monkeypatch.setattr(speed, name, stub)
     monkeypatch.setattr(speed.time, "perf_counter", lambda: clock[0])
-    found = speed.batch_speed(SimpleNamespace(device=torch.device("cpu")), None, [None, None])
+    prompts = [SimpleNamespace(ids=[0] * 5)] * 3
+    found = speed.batch_speed(SimpleNamespace(device=torch.device("cpu")), MagicMock(), prompts)
     assert found == speed.Speed(2, pytest.approx(0.5), pytest.approx(2 * 31 / 3.1), None)
-    assert calls == [(1, 1)] * 3 + [(32, 32)] * 3
+    assert runs == [[0], [1]] * 3

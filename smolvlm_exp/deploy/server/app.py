@@ -5,30 +5,30 @@ https://platform.openai.com/docs/api-reference/chat/create. Images come as data 
 
 import asyncio
 import json
-import socket
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, suppress
 from typing import Any
 
-import uvicorn
 from anyio import CapacityLimiter
 from anyio.to_thread import run_sync
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, StreamingResponse
-from starlette import types
 from starlette.exceptions import HTTPException
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from smolvlm_exp.deploy.options import ServeConfig
+from smolvlm_exp.deploy.server.connections import limit_body
 from smolvlm_exp.deploy.server.request import MEGABYTE, ChatRequest
 from smolvlm_exp.deploy.session.answer import Answer, AnswerError
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError
+
+DONE = "data: [DONE]\n\n"  # the last of a stream's events
 
 
 def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAPI:
@@ -47,16 +47,20 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
 
     @app.exception_handler(RequestValidationError)
     async def malformed(_: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        return error_response(400, f"{'.'.join(map(str, first['loc'][1:]))}: {first['msg']}")
+        return error_response(400, describe(error.errors()[0]))
 
     @app.exception_handler(HTTPException)
     async def failed(_: Request, error: HTTPException) -> JSONResponse:
-        return error_response(error.status_code, str(error.detail))
+        kind = "rate_limit_error" if error.status_code == 429 else "invalid_request_error"
+        return error_response(error.status_code, str(error.detail), kind, error.headers)
 
     @app.exception_handler(AnswerError)
     async def unanswered(_: Request, error: AnswerError) -> JSONResponse:
         return error_response(500, str(error), "server_error")
+
+    @app.exception_handler(Exception)
+    async def broken(_: Request, error: Exception) -> JSONResponse:
+        return error_response(500, f"the server failed: {type(error).__name__}", "server_error")
 
     @app.get("/")
     async def page() -> HTMLResponse:
@@ -73,14 +77,13 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
                 f"the server is full: it generates {limits.max_concurrency} answers at a time (serve.max_concurrency) "
                 f"and lets {limits.max_waiting} wait (serve.max_waiting). Try again soon."
             )
-            return error_response(429, message, "rate_limit_error", {"Retry-After": "1"})
+            raise HTTPException(429, message, {"Retry-After": "1"})
         await places.acquire()
         try:
             prompt = await run_sync(request.prompt, session, limits, limiter=cores)
             reply = Reply(session.answer(prompt, request.sampling(limits)), name)
             if request.stream:
-                usage = bool(request.stream_options and request.stream_options.include_usage)
-                events = reply.events(usage, places)
+                events = reply.events(request.stream_options.include_usage, places)
                 await anext(events)  # from here on its `finally` runs, even if the client disconnects
                 return StreamingResponse(events, media_type="text/event-stream")
         except BaseException:
@@ -92,28 +95,6 @@ def build_app(session: SmolVLMSession, limits: ServeConfig, name: str) -> FastAP
             places.release()
 
     return app
-
-
-def listen(host: str, port: int) -> socket.socket:
-    """A socket for `Server.run`, whose connections send each piece at once.
-
-    asyncio sees to that for sockets of its own alone; with others a piece waits up to 40 ms for the last one's receipt.
-    """
-    listening = socket.create_server((host, port))
-    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return listening
-
-
-class Server(uvicorn.Server):
-    """When it is to end, answers that run are stopped, so that their clients need not be waited for."""
-
-    def __init__(self, config: uvicorn.Config, session: SmolVLMSession) -> None:
-        super().__init__(config)
-        self.session = session
-
-    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        await run_sync(self.session.close)
-        await super().shutdown(sockets)
 
 
 class Reply:
@@ -152,9 +133,9 @@ class Reply:
             yield self.chunk(choice(self.finish_reason, delta={}))
             if usage:
                 yield self.chunk(usage=self.usage())
-            yield "data: [DONE]\n\n"
+            yield DONE
         except AnswerError as error:
-            yield f"data: {json.dumps(error_content(str(error), 'server_error'))}\n\n"
+            yield f"data: {json.dumps(error_content(str(error), 'server_error'))}\n\n{DONE}"
         finally:
             places.release()
 
@@ -204,30 +185,23 @@ async def disconnected(connection: Request) -> None:
         pass
 
 
+def describe(error: Mapping[str, Any]) -> str:
+    """What pydantic found, and where: `messages[0].content[1].image_url.url: Field required`."""
+    _, *path = error["loc"]
+    if error["type"] == "json_invalid":
+        return f"the request's body is not JSON: {error['ctx']['error']}, at letter {path[0]}."
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path).lstrip(".")
+    message = error["msg"].removeprefix("Value error, ")
+    if not where and error["type"] != "value_error":
+        return "the request's body must be a JSON object, sent as application/json."
+    return f"{where}: {message}" if where else message
+
+
 def error_response(
-    status: int, message: str, kind: str = "invalid_request_error", headers: dict[str, str] | None = None
+    status: int, message: str, kind: str = "invalid_request_error", headers: Mapping[str, str] | None = None
 ) -> JSONResponse:
     return JSONResponse(error_content(message, kind), status_code=status, headers=headers)
 
 
 def error_content(message: str, kind: str) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": None}}
-
-
-def limit_body(app: types.ASGIApp, max_bytes: int) -> types.ASGIApp:
-    """Middleware that refuses a request's body once it has more than `max_bytes`, whatever its headers say."""
-
-    async def limited(scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
-        received = 0
-
-        async def counted() -> types.Message:
-            nonlocal received
-            message = await receive()
-            received += len(message.get("body", b""))
-            if received > max_bytes:
-                raise HTTPException(413, f"a request may have at most {max_bytes:,} bytes.")
-            return message
-
-        await app(scope, counted, send)
-
-    return limited

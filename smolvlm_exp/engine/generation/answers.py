@@ -34,10 +34,14 @@ def sample_answers(
     """
     if not prompts:
         return []
+    end, image = processor.tokenizer.eos_token_id, processor.image_token_id
     plan = plan_for(model, prompts, sampling, answers)
     while True:
         try:
-            return answers_by(Decoder(model, plan.merge), plan, processor, prompts, sampling, answers, logps)
+            decoder = Decoder(model, plan.merge)
+            parts = sample(decoder, prompts, sampling, end, image, answers, plan.rows, logps, plan.prefill_tokens)
+            done = dict(track(parts, ANSWERS, len(prompts)))
+            return [done[i] for i in range(len(prompts))]
         except RuntimeError as error:
             if not out_of_memory(error) or (plan.rows == answers and not plan.merge):
                 raise
@@ -50,22 +54,6 @@ def sample_answers(
 def plan_for(model: Any, prompts: Sequence[Prompt], sampling: Sampling, answers: int = 1) -> SamplingPlan:
     longest = max(len(prompt.ids) for prompt in prompts)
     return plan_sampling(model, free_memory(model.device), longest, sampling.max_new_tokens, answers)
-
-
-def answers_by(
-    decoder: Decoder,
-    plan: SamplingPlan,
-    processor: Any,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    answers: int = 1,
-    logps: bool = False,
-) -> list[list[Answer]]:
-    """`sample_answers` by a snapshot of the model."""
-    end, image = processor.tokenizer.eos_token_id, processor.image_token_id
-    parts = sample(decoder, prompts, sampling, end, image, answers, plan.rows, logps, plan.prefill_tokens)
-    done = dict(track(parts, ANSWERS, len(prompts)))
-    return [done[i] for i in range(len(prompts))]
 
 
 def packed_prompts(model: Any, rows: PackedDataset, normalise: Pixels, numbers: Sequence[int]) -> list[Prompt]:

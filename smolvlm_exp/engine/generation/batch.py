@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from smolvlm_exp.engine.generation.decoder import Decoder, rotated_heads
-from smolvlm_exp.engine.generation.sampling import Sampling, draw, uniforms
+from smolvlm_exp.engine.generation.sampling import COLDEST, Sampling, draw, tempered, uniforms
 
 try:
     from smolvlm_exp.engine.generation import kernels
@@ -125,8 +125,8 @@ class SamplingBatch:
             logits[:, token] = -torch.inf
         tokens = draw(logits, self.uniforms[rows, drawn], sampling)
         if self.logps is not None:
-            tempered = logits / sampling.temperature if sampling.temperature else logits
-            self.logps[rows, drawn] = tempered.log_softmax(1).gather(1, tokens[:, None])[:, 0]
+            scaled = tempered(logits, max(sampling.temperature, COLDEST)) if sampling.temperature else logits
+            self.logps[rows, drawn] = scaled.log_softmax(1).gather(1, tokens[:, None])[:, 0]
         self.tokens[rows, drawn] = tokens
         drawn = drawn + ~self.ended[rows]
         self.drawn[rows] = drawn

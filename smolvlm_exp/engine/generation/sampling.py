@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 GOLDEN = 0x9E3779B1  # 2**32 / the golden ratio: its multiples lie far apart, so that blocks of seeds do not meet
+COLDEST = 1e-6  # temperatures below it draw like it, which is the likeliest token
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,15 @@ def draw(logits: torch.Tensor, uniform: torch.Tensor, sampling: Sampling) -> tor
     """
     if not sampling.temperature:
         return logits.argmax(1)
-    probabilities = (logits / sampling.temperature).softmax(1)
+    probabilities = tempered(logits, max(sampling.temperature, COLDEST)).softmax(1)
     if not sampling.truncates:
         return inverse_cdf(probabilities, uniform)
     return draw_truncated(probabilities, uniform, sampling.top_p, sampling.top_k or logits.shape[1])
+
+
+def tempered(logits: torch.Tensor, temperature: float | torch.Tensor) -> torch.Tensor:
+    """(rows, vocabulary) logits at a temperature of `COLDEST` at least, less a row's largest: nothing overflows."""
+    return (logits - logits.amax(1, keepdim=True)) / temperature
 
 
 def draw_rows(
@@ -72,14 +78,13 @@ def draw_rows(
         temperature, top_p, top_k: (rows,) float32, with the meaning that they have in `Sampling`.
         truncates: whether a row's sampling does; sorting takes time.
     """
-    greedy = temperature == 0
-    probabilities = (logits / temperature.masked_fill(greedy, 1)[:, None]).softmax(1)
+    probabilities = tempered(logits, temperature.clamp(min=COLDEST)[:, None]).softmax(1)
     tokens = inverse_cdf(probabilities, uniform)
     if truncates:
         most = top_k.masked_fill(top_k == 0, logits.shape[1])
         likely = draw_truncated(probabilities, uniform, top_p[:, None], most[:, None])
         tokens = torch.where((top_p < 1) | (top_k > 0), likely, tokens)
-    return torch.where(greedy, logits.argmax(1), tokens)
+    return torch.where(temperature == 0, logits.argmax(1), tokens)
 
 
 def draw_truncated(

@@ -14,11 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import openai
 import pytest
-import uvicorn
 from PIL import Image
 
 from smolvlm_exp.deploy.options import ServeConfig
-from smolvlm_exp.deploy.server.app import build_app, listen
+from smolvlm_exp.deploy.server.app import build_app
+from smolvlm_exp.deploy.server.connections import Server, listen
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.continuous import ContinuousBatch
 from smolvlm_exp.utils.paths import PACKAGE
@@ -36,7 +36,7 @@ def session(small):
 @pytest.fixture(scope="module")
 def address(session):
     listening = listen("127.0.0.1", 0)
-    server = uvicorn.Server(uvicorn.Config(build_app(session, LIMITS, MODEL), log_level="error"))
+    server = Server(build_app(session, LIMITS, MODEL), session)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]})
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"
@@ -96,7 +96,7 @@ def test_openais_client_and_the_cache(client, session):
         ({"messages": [user("why " * 2000)]}, "context holds 1024"),
         ({"messages": [user("What?")], "max_tokens": 25}, "max_tokens=25 is more than this server allows: 24"),
         ({"messages": []}, "messages: List should have at least 1 item"),
-        ({"messages": [user("What?")], "n": 2}, "n: Input should be 1"),
+        ({"messages": [user("What?")], "n": 2}, "n: this server has no n other than 1; leave it out"),
     ],
 )
 def test_requests_outside_the_limits_are_refused(client, request_, message):
