@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser, run_and_report
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
@@ -29,7 +32,6 @@ from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
-from smolvlm_exp.runs.overrides import as_settings
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
@@ -92,21 +94,36 @@ def run_task(task: str, overrides: Sequence[str]) -> Run:
 def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
     """What `task` returns for the configuration that a checked command composes, in its output folder.
 
-    As Hydra's own command line, which first composes it another time, to see whether it is a sweep.
+    As Hydra's own `run`, but the folder is this process's before anything is written into it, `.hydra` included.
+
+    Raises:
+        RequestError: the folder holds another run, is in use, or cannot be written.
     """
+    name = args.config_name or "config"
     with search_path(args.config_path, args.config_dir):
         runner = GlobalHydra.instance().hydra
         assert runner is not None
-        return runner.run(args.config_name or "config", task, args.overrides, with_log_configuration=False).return_value
+        composed = runner.compose_config(
+            config_name=name, overrides=args.overrides, run_mode=RunMode.RUN, with_log_configuration=False
+        )
+        composed.hydra.mode = RunMode.RUN
+        HydraConfig.instance().set_config(composed)  # hydra.run.dir may name others of Hydra's settings
+        folder = Path(composed.hydra.run.dir)
+        callbacks = Callbacks(composed)
+        with lock_run_folder(folder):
+            if not composed.resume:
+                check_unused(folder, composed.task.name)
+            callbacks.on_run_start(config=composed, config_name=name)
+            context = HydraContext(runner.config_loader, callbacks)
+            done = run_job(task, composed, "hydra.run.dir", None, context, configure_logging=False)
+            callbacks.on_run_end(config=composed, config_name=name, job_return=done)
+        return done.return_value
 
 
 def complete_and_check(args: Namespace) -> None:
     """Complete a parsed command line, in place, by the settings of the run that it names, and check all of it."""
     args.overrides = complete_overrides(args.overrides, args.multirun)
     check_command(args)
-    given = as_settings(args.overrides)
-    if given.get("hydra.run.dir") and not given.get("resume") and given.get("task", "train") == "train":
-        check_unused(Path(given["hydra.run.dir"]))
 
 
 def output_folder() -> Path:
@@ -122,8 +139,7 @@ def execute(config: Config, folder: Path) -> Any:
             silence_upstream()
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
     try:
-        with lock_run_folder(folder) if name in ("train", "mine") else nullcontext():
-            return task(config, folder)
+        return task(config, folder)
     finally:
         clock.restart()  # another job may follow in this process
 
@@ -139,7 +155,8 @@ def job(composed: DictConfig) -> float | None:
             from smolvlm_exp.sweep.job_process import run_job
 
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
-        summary = execute(config, folder)
+        with lock_run_folder(folder) if many else nullcontext():  # a single run holds its lock already
+            summary = execute(config, folder)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs continue, and Hydra reports this one
@@ -181,11 +198,18 @@ def main() -> None:
     if asked or args.multirun or args.cfg or args.info or args.experimental_rerun:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     else:
-        run_and_report(lambda: run_once(args, job))
+        run_and_report(lambda: run_command(args))
     if is_distributed():
         from smolvlm_exp.utils.distributed import destroy_distributed
 
         destroy_distributed()
+
+
+def run_command(args: Namespace) -> None:
+    try:
+        run_once(args, job)
+    except RequestError as error:  # of the folder: `job` has reported its own
+        exit_with_error(error)
 
 
 def is_distributed() -> bool:

@@ -10,6 +10,7 @@ from smolvlm_exp.config.security import check_typed
 from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
 from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, saved_hydra, summary_of
+from smolvlm_exp.runs.folder import MULTIRUN
 from smolvlm_exp.runs.overrides import as_settings, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
@@ -76,7 +77,7 @@ def sweep_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     if not multirun:
         raise RequestError("sweep=... resumes a sweep: add -m (resume=... resumes a single run).")
     folder = find_sweep(given["sweep"])
-    saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
+    saved = yaml.safe_load((folder / MULTIRUN).read_text(encoding="utf-8"))["hydra"]["overrides"]
     settings = settings_of([*saved["task"], *saved["hydra"]], "train", {*given, *OWN})
     return [*settings, f"hydra.sweep.dir={folder}"]
 

@@ -7,6 +7,7 @@ so that a slice takes only the files, or the row groups, that hold it. What was 
 
 import glob
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -128,7 +129,7 @@ class Repository:
         from pyarrow import parquet
 
         target = self.local(part)
-        unfinished = target.with_suffix(".part")
+        unfinished = target.with_suffix(f".{os.getpid()}.part")  # another process may fetch them too
         target.parent.mkdir(parents=True, exist_ok=True)
         with HfFileSystem().open(f"datasets/{self.id}@{self.commit}/{part.file.path}") as file:
             source = parquet.ParquetFile(file, pre_buffer=True)
