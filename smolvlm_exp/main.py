@@ -31,6 +31,7 @@ from smolvlm_exp.config.compose import check_command, register_schemas, search_p
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
+from smolvlm_exp.runs.checkpoint import fsync_all
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
@@ -110,12 +111,18 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
         HydraConfig.instance().set_config(composed)  # hydra.run.dir may name others of Hydra's settings
         folder = Path(composed.hydra.run.dir)
         callbacks = Callbacks(composed)
+
+        def saved(composed: DictConfig) -> Any:
+            if (folder / ".hydra").is_dir():  # without which a checkpoint cannot be resumed
+                fsync_all(folder / ".hydra")
+            return task(composed)
+
         with lock_run_folder(folder):
             if not composed.resume:
                 check_unused(folder, composed.task.name)
             callbacks.on_run_start(config=composed, config_name=name)
             context = HydraContext(runner.config_loader, callbacks)
-            done = run_job(task, composed, "hydra.run.dir", None, context, configure_logging=False)
+            done = run_job(saved, composed, "hydra.run.dir", None, context, configure_logging=False)
             callbacks.on_run_end(config=composed, config_name=name, job_return=done)
         return done.return_value
 

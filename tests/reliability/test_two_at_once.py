@@ -10,7 +10,6 @@ from types import SimpleNamespace
 import pytest
 import yaml
 from filelock import FileLock, Timeout
-from hydra._internal.utils import get_args_parser
 from omegaconf import OmegaConf
 
 from smolvlm_exp import main
@@ -24,7 +23,7 @@ from smolvlm_exp.tasks import export as exporting
 from smolvlm_exp.tasks import generate as generating
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
-from tests.reliability.conftest import forked
+from tests.reliability.conftest import command_line, forked
 
 MOMENT = 0.3  # seconds
 
@@ -50,14 +49,6 @@ def both(first, second, folder: Path) -> list[str]:
     return said
 
 
-def typed(*overrides: str, config_dir: Path | None = None):
-    """A command line as `main` reads it, checked."""
-    flags = ["--config-dir", str(config_dir)] if config_dir else []
-    args = get_args_parser().parse_args([*flags, "--", "tracker=none", *overrides])
-    main.complete_and_check(args)
-    return args
-
-
 def write_slowly(composed):
     folder = main.output_folder()
     assert sorted(path.name for path in folder.iterdir()) == [".hydra", ".lock"]
@@ -67,7 +58,10 @@ def write_slowly(composed):
 
 def test_two_runs_begin_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    jobs = [lambda i=i: main.run_once(typed("hydra.run.dir=run", f"seed={i}"), write_slowly) for i in (1, 2)]
+    jobs = [
+        lambda i=i: main.run_once(command_line("tracker=none", "hydra.run.dir=run", f"seed={i}"), write_slowly)
+        for i in (1, 2)
+    ]
     said = both(*jobs, tmp_path)
     assert sorted(map(bool, said)) == [False, True]
     assert "hydra.run.dir=run already holds a run (summary.json), which is never overwritten" in "".join(said)
@@ -91,7 +85,7 @@ def test_a_run_is_not_written_over_however_its_folder_is_named(how, tmp_path, mo
         "in a file": (["experiment=own"], own.parents[1]),
         "by another task": (["task=plan", "hydra.run.dir=outputs/a"], None),
     }[how]
-    args = typed(*overrides, config_dir=config_dir)
+    args = command_line(*overrides, config_dir=config_dir)
     with pytest.raises(RequestError, match=r"hydra\.run\.dir=outputs/a already holds a run \(checkpoints\)"):
         main.run_once(args, lambda composed: pytest.fail("it began"))
     assert (run / ".hydra" / "config.yaml").read_text() == "task: {name: train}"
@@ -101,10 +95,10 @@ def test_a_run_is_not_written_over_however_its_folder_is_named(how, tmp_path, mo
 def test_what_completes_an_earlier_command_goes_on_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
-        args = typed("task=mine", "hydra.run.dir=run")
+        args = command_line("task=mine", "hydra.run.dir=run")
         main.run_once(args, lambda composed: (main.output_folder() / "summary.json").touch())
     with pytest.raises(RequestError, match="already holds a run"):
-        main.run_once(typed("task=evaluate", "hydra.run.dir=run"), print)
+        main.run_once(command_line("task=evaluate", "hydra.run.dir=run"), print)
 
 
 def jobs(*ranks: int) -> list[Job]:
