@@ -40,9 +40,9 @@ def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
         raise RequestError("resume=... resumes a single run: leave out -m (sweep=... resumes a sweep).")
     folder = find_run(given["resume"])
     own = [f"hydra.run.dir={folder}", "hydra.output_subdir=null"]
-    if saved_hydra(folder, "config").get("task", {}).get("name") == "mine" and not checkpoint_folders(folder):
-        return [*settings_of(saved_overrides(folder), "mine", given), *own]
     if not checkpoint_folders(folder):
+        if saved_hydra(folder, "config").get("task", {}).get("name") == "mine":
+            return [*settings_of(saved_overrides(folder), "mine", given), *own]
         raise RequestError(f"resume={folder}: this run has saved no checkpoint, so there is nothing to resume from.")
     if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):
         raise RequestError(

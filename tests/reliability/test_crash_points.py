@@ -86,7 +86,7 @@ def outcome(job: Callable[[], None], log: Path) -> tuple[int, str]:
     """The exit code of a fork that runs `job`, and its last line."""
     log.unlink(missing_ok=True)
     _, status = os.waitpid(forked(job, log), 0)
-    return os.waitstatus_to_exitcode(status), log.read_text().strip().splitlines()[-1]
+    return os.waitstatus_to_exitcode(status), log.read_text().strip().rpartition("\n")[2]
 
 
 def result(folder: Path) -> dict:
@@ -135,7 +135,7 @@ def killed_and_resumed(point: int, folder: Path, module_cache: str, whole: dict)
     assert code == -signal.SIGKILL, (point, last)
     code, last = outcome(lambda: run(f"resume={path}"), log)
     if code:
-        assert last.startswith("smolvlm_exp.utils.errors.RequestError: resume="), (point, log.read_text()[-3000:])
+        assert "utils.errors.RequestError: " in log.read_text(), (point, log.read_text()[-3000:])
         if "has finished" in last:
             assert result(path) == whole, point
             return "same"
