@@ -218,18 +218,27 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
-    """The model with a saved adapter, trainable; RequestError where its file lacks tensors, which PEFT ignores."""
+    """The model with a saved adapter, trainable.
+
+    Raises:
+        RequestError: its file lacks tensors or has others, both of which PEFT ignores, or does not fit this model.
+    """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 
     expected = set(matched_modules(model, target))
-    with keeping_scales(model):
-        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    try:
+        with keeping_scales(model):
+            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+    except RuntimeError as error:  # tensors of another shape
+        raise RequestError(f"model.adapter={folder} does not fit this model: {' '.join(str(error).split())}") from error
     state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    missing = sorted(state.keys() - load_peft_weights(str(folder), device="cpu").keys())
-    if missing:
-        raise RequestError(f"model.adapter={folder}: its file lacks {len(missing)} tensors, e.g. {missing[0]}.")
+    saved = load_peft_weights(str(folder), device="cpu")
+    for words, names in (("lacks {}", state.keys() - saved.keys()), ("has {} other", saved.keys() - state.keys())):
+        if names:
+            listed = f"{words.format(len(names))} tensors, e.g. {min(names)}"
+            raise RequestError(f"model.adapter={folder}: its file {listed}.")
     adapted = set(tuned.targeted_module_names)
     if adapted != expected:
         raise RequestError(

@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -66,7 +66,42 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     }
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
-    return freeze_layout(from_pretrained(AutoModelForImageTextToText.from_pretrained, config, **kwargs).eval())
+    kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for `check_tensors` to tell
+    model, loaded = from_pretrained(AutoModelForImageTextToText.from_pretrained, config, **kwargs)
+    check_tensors(config.id, model, loaded)
+    return freeze_layout(model.eval())
+
+
+def check_tensors(id: str, model: "PreTrainedModel", loaded: dict[str, Any]) -> None:
+    """Refuse weights that are not all of the model's: upstream would leave tensors out, or draw them at random.
+
+    Args:
+        loaded: upstream's `loading_info`, in which tied weights are not missing.
+    """
+    mismatched = [*loaded["mismatched_keys"], *misshapen_quantised(model)]
+    shapes = [f"{name} ({list(saved)} in place of {list(own)})" for name, saved, own in mismatched]
+    problems = {
+        "lack {} of the model's tensors": loaded["missing_keys"],
+        "have {} tensors that the model has not": loaded["unexpected_keys"],
+        "have {} tensors of another shape": shapes,
+    }
+    said = [f"{words.format(len(names))}, e.g. {min(names)}" for words, names in problems.items() if names]
+    if said:
+        raise RequestError(
+            f"model.id={id}: its weights {', and '.join(said)}.\nRestore its files; model.weights=random trains random "
+            "weights."
+        )
+
+
+def misshapen_quantised(model: "PreTrainedModel") -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
+    """(name, shape in the file, shape in the model) of bitsandbytes' weights, which upstream takes in any shape."""
+    from torch import nn
+
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
+            state = getattr(module.weight, "quant_state", module.weight)  # of 4 bits; 8 bits keep their shape
+            if tuple(state.shape) != (module.out_features, module.in_features):
+                yield f"{name}.weight", state.shape, (module.out_features, module.in_features)
 
 
 def device_map(requested: str | None) -> Any:
