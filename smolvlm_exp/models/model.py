@@ -66,10 +66,26 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     }
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
+    check_no_adapter(config)
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for `check_tensors` to tell
     model, loaded = from_pretrained(AutoModelForImageTextToText.from_pretrained, config, **kwargs)
     check_tensors(config.id, model, loaded)
     return freeze_layout(model.eval())
+
+
+def check_no_adapter(config: ModelConfig) -> None:
+    """Refuse a checkpoint with an adapter in it, which upstream would load too, and its base in the checkpoint's place.
+
+    `adapter_config.json` can name any base, and fields of PEFT's that `saved_adapter` does not let through.
+    """
+    from transformers.utils import cached_file
+
+    missing_ok = {"_raise_exceptions_for_missing_entries": False}
+    if from_pretrained(cached_file, config, filename="adapter_config.json", **missing_ok):
+        raise RequestError(
+            f"model.id={config.id} holds an adapter (adapter_config.json). Give its base as model.id, and it as "
+            f"model.adapter={config.id}."
+        )
 
 
 def check_tensors(id: str, model: "PreTrainedModel", loaded: dict[str, Any]) -> None:

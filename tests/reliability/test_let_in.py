@@ -16,6 +16,7 @@ import pytest
 import torch
 from datasets import Dataset, Features, List, Value
 from omegaconf import OmegaConf
+from peft import LoraConfig
 
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.preferences import load_preferences
@@ -102,6 +103,7 @@ def spare(bench, tmp_path_factory):
         "+model.extra.code_revision=main",
         "+adapter.extra._target_=os.system",
         "+quant.extra.trust_remote_code=true",
+        "+adapter.extra.megatron_config={a: 1}",
     ],
 )
 def test_no_setting_makes_code_run(override):
@@ -239,6 +241,52 @@ def test_weights_that_are_a_pickle_are_refused(marker, tmp_path):
     torch.save({"weight": Payload(marker)}, adapter / "adapter_model.bin")
     with pytest.raises(RequestError, match=r"no adapter_model\.safetensors"):
         saved_adapter(AdapterConfig(), str(adapter), "embedded")
+
+
+STRANGE = {
+    "megatron_config": ({"megatron_config": {"a": 1}, "megatron_core": "megatron.core"}, "sets megatron_config,"),
+    "unknown": ({"imports": "evil"}, "sets imports, which this program does not know"),
+    "another kind": ({"peft_type": "PROMPT_TUNING"}, "describes PROMPT_TUNING, and not LORA"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_an_adapter_sets_only_what_is_known(kind, tmp_path):
+    fields, said = STRANGE[kind]
+    LoraConfig(r=8, lora_alpha=8).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    saved_adapter(AdapterConfig(), str(tmp_path), "embedded")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(RequestError, match=rf"model\.adapter: {file} {said}"):
+        saved_adapter(AdapterConfig(), str(tmp_path), "embedded")
+    if kind == "unknown":  # typed
+        saved_adapter(AdapterConfig(extra={"imports": "evil"}), str(tmp_path), "embedded")
+
+
+def test_a_base_brings_no_adapter(tmp_path):
+    """Upstream would load the adapter's base in its place, and the adapter with whatever fields it has."""
+    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    LoraConfig(base_model_name_or_path="evil/base").save_pretrained(folder)
+    with pytest.raises(RequestError, match=r"model\.id=.*holds an adapter.*model\.adapter=.*model"):
+        load_model(compose(f"model.id={folder}").model)
+
+
+def test_the_working_folder_holds_no_modules(marker, tmp_path):
+    """Of the command, and of the processes that it starts."""
+    folder = tmp_path / "data"
+    for name in ("yaml", "typing", "pickle", "hydra", "omegaconf", "hydra_plugins/evil", "multiprocessing/__init__"):
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"open({str(marker)!r}, 'w')\nraise SystemExit(3)\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    child = (
+        "import os, sys; sys.argv, sys.path[0] = ['-m'], os.getcwd(); import smolvlm_exp; import multiprocessing as m;"
+        "child = m.get_context('spawn').Process(target=print); child.start(); child.join(); sys.exit(child.exitcode)"
+    )
+    for arguments in (["-m", "smolvlm_exp", "--help"], ["-c", child]):
+        done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
 
 
 def test_a_data_set_brings_no_code(marker, tmp_path, processor):
