@@ -1,6 +1,6 @@
 """Every write, rename, removal and sync of a run is a point at which it is killed, as if the power failed then.
 
-What was written and not synced is cut in half. Resumed, it is the run that was left alone, or a line says what is
+Of what was written and not synced the second half is lost. Resumed, it is the run that was left alone, or a line says what is
 missing.
 """
 
@@ -37,7 +37,7 @@ class CrashPoints:
 
     def __init__(self, folder: Path, kill_at: int = 0) -> None:
         self.folder, self.kill_at, self.seen = folder, kill_at, 0
-        self.unsynced: set[str] = set()
+        self.unsynced: dict[str, int] = {}  # file -> bytes of it that are on the disk for certain
         sys.addaudithook(self.watch)
         self.sync, self.save = os.fsync, safetensors.torch.serialize_file
         os.fsync = self.on_sync  # neither raises an audit event
@@ -49,32 +49,33 @@ class CrashPoints:
             return False
         self.seen += 1
         if self.seen == self.kill_at:
-            for written in self.unsynced:
+            for written, synced in self.unsynced.items():
                 with contextlib.suppress(OSError):
-                    os.truncate(written, os.stat(written).st_size // 2)
+                    os.truncate(written, (synced + os.stat(written).st_size) // 2)
             os.kill(os.getpid(), signal.SIGKILL)
         return True
 
     def watch(self, event: str, arguments: tuple) -> None:
         path = os.fsdecode(arguments[0]) if arguments and isinstance(arguments[0], str | bytes | Path) else ""
         if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR) and self.point(path):
-            self.unsynced.add(path)
+            appended = arguments[2] & os.O_APPEND and os.path.exists(path)
+            self.unsynced[path] = os.stat(path).st_size if appended else 0
         elif event in CHANGES and self.point(path) and event == "os.rename":
             target = os.fsdecode(arguments[1])
-            moved = {name for name in self.unsynced if name == path or name.startswith(f"{path}/")}
-            self.unsynced = self.unsynced - moved | {target + name.removeprefix(path) for name in moved}
+            moved = [name for name in self.unsynced if name == path or name.startswith(f"{path}/")]
+            self.unsynced |= {target + name.removeprefix(path): self.unsynced.pop(name) for name in moved}
 
     def on_sync(self, descriptor: int) -> None:
         path = os.readlink(f"/proc/self/fd/{descriptor}")
         self.point(path)
         self.sync(descriptor)
-        self.unsynced.discard(path)
+        self.unsynced.pop(path, None)
 
     def on_save(self, tensors: object, filename: object, *args: object, **kwargs: object) -> None:
         inside = self.point(filename)
         self.save(tensors, filename, *args, **kwargs)
         if inside:
-            self.unsynced.add(str(filename))
+            self.unsynced[str(filename)] = 0
 
 
 def run(*overrides: str) -> None:
