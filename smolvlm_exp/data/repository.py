@@ -16,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.loading import first_cause, select_split, spans_of
+from smolvlm_exp.data.loading import first_cause, refuse_links_out, select_split, spans_of
 from smolvlm_exp.data.parallel import hash_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
@@ -185,6 +185,7 @@ def find_repository(id: str, revision: str | None, config_name: str | None, file
     """
     folder = Path(id).expanduser()
     if folder.is_dir():
+        refuse_links_out(folder)
         return build(str(folder), None, None, config_name, files)
     if id.startswith((".", "/", "~")) or id.count("/") != 1:
         raise RequestError(f"data.id={id}: there is no such folder, and a dataset of the Hub is named OWNER/NAME.")

@@ -18,6 +18,7 @@ from smolvlm_exp.models.resolution import FILES, Resolution, read_options, saved
 from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.files import read_json
 from smolvlm_exp.utils.hub import hub_errors, is_offline
 from smolvlm_exp.utils.phases import phase
 
@@ -67,6 +68,7 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
     check_no_adapter(config)
+    check_shards(Path(config.id))
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for `check_tensors` to tell
     model, loaded = from_pretrained(AutoModelForImageTextToText.from_pretrained, config, **kwargs)
     check_tensors(config.id, model, loaded)
@@ -86,6 +88,15 @@ def check_no_adapter(config: ModelConfig) -> None:
             f"model.id={config.id} holds an adapter (adapter_config.json). Give its base as model.id, and it as "
             f"model.adapter={config.id}."
         )
+
+
+def check_shards(folder: Path) -> None:
+    """Refuse an index of sharded weights that names files elsewhere, which upstream would read."""
+    for index in folder.glob("*.index.json"):
+        named = read_json(index).get("weight_map", {})
+        for name in named.values() if isinstance(named, dict) else ():
+            if Path(str(name)).name != name:
+                raise RequestError(f"{index} names {name}, and weights are read from the model's own folder alone.")
 
 
 def check_tensors(id: str, model: "PreTrainedModel", loaded: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """Every write, rename, removal and sync of a run is a point at which it is killed, as if the power failed then.
 
-Of what was written and not synced the second half is lost. Resumed, it is the run that was left alone, or a line says what is
-missing.
+Of what was written and not synced the second half is lost. Resumed, it is the run that was left alone, or a line says
+what is missing.
 """
 
 import contextlib

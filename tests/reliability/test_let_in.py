@@ -14,12 +14,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from omegaconf import OmegaConf
 from peft import LoraConfig
+from safetensors.torch import load_file
 
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
+from smolvlm_exp.data.loading import load_saved
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.sources.hub import find
 from smolvlm_exp.deploy.options import PARTS
 from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
@@ -296,6 +299,71 @@ def test_a_data_set_brings_no_code(marker, tmp_path, processor):
     (folder / "dataset_infos.json").write_text("{}")
     with pytest.raises(RequestError, match=r"data\.id="):
         load_preferences(compose("data=rlaif_v", f"data.id={folder}").data, processor, tmp_path)
+
+
+STATES = {
+    "a file of rows": ("train/state.json", {"_data_files": [{"filename": "../../outside/data-00000-of-00001.arrow"}]}),
+    "an absolute path": ("train/state.json", {"_data_files": [{"filename": "/etc/hostname"}]}),
+    "a split": ("dataset_dict.json", {"splits": ["../outside"]}),
+    "a link": ("train/state.json", None),
+    "nonsense": ("train/state.json", {"_data_files": 1}),
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_what_save_to_disk_wrote_names_its_own_files(what, tmp_path):
+    rows = Dataset.from_dict({"question": ["q"] * 4, "chosen": ["a"] * 4, "rejected": ["b"] * 4})
+    rows.save_to_disk(tmp_path / "outside")
+    folder = tmp_path / "mine"
+    DatasetDict({"train": rows}).save_to_disk(folder)
+    name, changes = STATES[what]
+    if changes:
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+    else:
+        (stored,) = folder.glob("train/*.arrow")
+        stored.unlink()
+        stored.symlink_to(tmp_path / "outside" / stored.name)
+    with pytest.raises(RequestError, match=r"lies outside of|leads out of|cannot be read as what save_to_disk writes"):
+        load_saved(folder)
+
+
+@pytest.mark.parametrize("named", ["link.png", "link.dat", "within/secret.png", "../secret.png"])
+def test_an_image_folder_names_its_own_images(named, tmp_path):
+    """In metadata.jsonl, also by a link that is not among the images."""
+    folder, secret = tmp_path / "mine" / "train", tmp_path / "within" / "secret.png"
+    for path, content in ((folder / "a.png", encoded("PNG")), (secret, encoded("PNG"))):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    if named.startswith("link"):
+        (folder / named).symlink_to(secret)
+    elif named.startswith("within"):
+        (folder / "within").symlink_to(secret.parent)
+    lines = [{"file_name": name, "question": "q", "chosen": "a", "rejected": "b"} for name in ("a.png", named)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RequestError, match=r"leads out of|Invalid metadata file_name"):
+        find(compose("data=hub", f"data.id={folder.parent}").data).rows("train")
+
+
+def test_files_of_rows_are_no_links_out(tmp_path, processor):
+    mine, private = tmp_path / "mine", tmp_path / "private"
+    for folder in (mine, private):
+        folder.mkdir()
+    write(private, [GOOD])
+    (mine / "train.jsonl").symlink_to(private / "train.jsonl")
+    for more in ({}, {"rows": "train.jsonl"}, {"rows": "../private/train.jsonl"}):
+        with pytest.raises(RequestError, match="lies outside of it, or is a link that leads out"):
+            load_preferences(config(mine, **more), processor, tmp_path)
+
+
+def test_an_index_of_shards_names_its_own_files(tmp_path):
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = load_file(tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(RequestError, match=rf"index\.json names {name}, and weights are read from the model's own"):
+            load_model(compose(f"model.id={folder}").model)
 
 
 def test_pictures_start_nothing(marker, tmp_path, monkeypatch):

@@ -71,9 +71,9 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
     if name:
         if not (folder / name).is_file():
             raise RequestError(f"data.rows={name}: there is no such file in {folder}.")
-        return {"train": [folder / name]}
+        return {"train": [inside(folder, folder / name)]}
     names = (name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in SUFFIXES)  # of many images
-    files = sorted(folder / name for name in names)
+    files = sorted(inside(folder, folder / name) for name in names)
     named = {split: [path for path in files if path.stem.lower().startswith(split)] for split in ("train", "test")}
     if all(named.values()):
         return named
@@ -84,6 +84,13 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
     raise RequestError(
         f"data.folder={folder} holds {listed}: set data.rows to the file with the rows, or name two train.* and test.*."
     )
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """The path; RequestError where it, or a link in it, leads out of the data's folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RequestError(f"data.folder: {path} lies outside of it, or is a link that leads out: put the file there.")
+    return path
 
 
 @dataclass(frozen=True)
