@@ -7,7 +7,6 @@ what is missing.
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -104,62 +103,131 @@ def result(folder: Path) -> dict:
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, module_cache):
-    """The run that is left alone: its result, and how many points it has."""
+def alone(tmp_path_factory):
+    """The folder of a run that is left alone, its cache, and how many points it has."""
     folder = tmp_path_factory.mktemp("alone")
+    cache = f"trainer.cache={folder}/cache"
 
-    def job():
+    def job() -> None:
         points = CrashPoints(folder / "run")
-        run(*SMALLEST, module_cache, f"hydra.run.dir={folder}/run")
+        run(*SMALLEST, cache, f"hydra.run.dir={folder}/run")
         print(points.seen)
 
     code, last = outcome(job, folder / "log")
-    assert code == 0, (folder / "log").read_text()[-3000:]
-    return result(folder / "run"), int(last)
+    assert code == 0, last
+    return folder / "run", cache, int(last)
 
 
-@pytest.fixture(scope="module")
-def module_cache(tmp_path_factory):
-    return f"trainer.cache={tmp_path_factory.mktemp('cache')}"
+class Begun:
+    """A command that is killed at its points and given again: from nothing, or from a copy of what there was."""
+
+    def __init__(self, alone: tuple[Path, str, int], folder: Path) -> None:
+        self.whole, self.cache, _ = alone
+        self.folder, self.path, self.log = folder, folder / "run", folder / "log"
+
+    def begin(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)
+
+    def command(self) -> list[str]:
+        return [*SMALLEST, self.cache, f"hydra.run.dir={self.path}"]
+
+    def again(self) -> list[str]:
+        return [f"resume={self.path}"]
+
+    def compare(self) -> None:
+        """What it left is what the whole one left, save when it was resumed."""
+        mine, whole = result(self.path), result(self.whole)
+        assert {key: mine["summary"].get(key) for key in whole["summary"]} == whole["summary"]
+        assert {**mine, "summary": None} == {**whole, "summary": None}
+
+    def count(self) -> int:
+        self.begin()
+
+        def job() -> None:
+            points = CrashPoints(self.path)
+            run(*self.command())
+            print(points.seen)
+
+        code, last = outcome(job, self.log)
+        assert code == 0, self.log.read_text()[-3000:]
+        self.compare()
+        return int(last)
+
+    def killed_at(self, point: int) -> str:
+        """What became of it: `same` in the end, or what a line says is missing."""
+        self.begin()
+
+        def job() -> None:
+            CrashPoints(self.path, point)
+            run(*self.command())
+
+        code, last = outcome(job, self.log)
+        assert code == -signal.SIGKILL, (point, last)
+        code, last = outcome(lambda: run(*self.again()), self.log)
+        if code and "has finished" not in last:
+            assert "utils.errors.RequestError: " in self.log.read_text(), (point, self.log.read_text()[-3000:])
+            assert not checkpoints(self.path), (point, last)
+            return last.partition(": ")[2].replace(str(self.path), "")
+        self.compare()
+        return "same"
 
 
-def killed_and_resumed(point: int, folder: Path, module_cache: str, whole: dict) -> str:
-    """What became of the run that is killed at this point: `same` in the end, or what a line says is missing."""
-    path, log = folder / "run", folder / "log"
-    shutil.rmtree(path, ignore_errors=True)
+class Resumed(Begun):
+    """From the first checkpoint, as a kill right after it leaves a run."""
 
-    def job():
-        CrashPoints(path, point)
-        run(*SMALLEST, module_cache, f"hydra.run.dir={path}")
+    def begin(self) -> None:
+        super().begin()
+        shutil.copytree(self.whole, self.path)
+        for name in ("checkpoints/checkpoint-2", "adapter"):
+            shutil.rmtree(self.path / name)
+        for name in ("summary.json", "report.html", "rows.safetensors"):
+            (self.path / name).unlink()
 
-    code, last = outcome(job, log)
-    assert code == -signal.SIGKILL, (point, last)
-    code, last = outcome(lambda: run(f"resume={path}"), log)
-    if code:
-        assert "utils.errors.RequestError: " in log.read_text(), (point, log.read_text()[-3000:])
-        if "has finished" in last:
-            assert result(path) == whole, point
-            return "same"
-        missing = re.sub(re.escape(str(path)), "", last.partition(": ")[2])
-        assert not checkpoints(path), (point, last)
-        return missing
-    mine = result(path)
-    assert mine["summary"]["train"] == whole["summary"]["train"], point
-    resumed = {key: value for key, value in mine["summary"].items() if key in whole["summary"]}
-    assert {**mine, "summary": resumed} == whole, point
-    return "same"
+    def command(self) -> list[str]:
+        return self.again()
 
 
-def test_killed_at_some_points(alone, module_cache, tmp_path):
-    """In the second save, right before `done` is told, and right after it."""
-    whole, count = alone
-    for point in (count // 2, count - 1, count):
-        assert killed_and_resumed(point, tmp_path, module_cache, whole) == "same"
+class Exported(Begun):
+    """Into the run's folder, where a second export replaces the first."""
+
+    def begin(self) -> None:
+        super().begin()
+        shutil.copytree(self.whole, self.path)
+        with contextlib.suppress(FileNotFoundError):
+            shutil.copytree(self.folder / "earlier", self.path / "export")
+
+    def command(self) -> list[str]:
+        tolerant = ("export.on_fail=mark", "task.max_new_tokens=2", "export.format=adapter")
+        return ["task=export", f"run={self.path}", *tolerant, f"hydra.run.dir={self.folder}/out"]
+
+    again = command
+
+    def compare(self) -> None:
+        """The first export is what the others are compared with, and replace."""
+        written = self.path / "export"
+        if not (self.folder / "earlier").exists():
+            shutil.copytree(written, self.folder / "earlier")
+        earlier = self.folder / "earlier"
+        names = sorted(str(path.relative_to(earlier)) for path in earlier.rglob("*") if path.is_file())
+        assert names == sorted(str(path.relative_to(written)) for path in written.rglob("*") if path.is_file())
+        same = [name for name in names if not name.endswith((".lock", "export.json", "README.md"))]
+        assert all((written / name).read_bytes() == (earlier / name).read_bytes() for name in same)
+        record, first = (json.loads((each / "adapter" / "export.json").read_text()) for each in (written, earlier))
+        assert record["parity"] == first["parity"]
+
+
+def test_killed_at_some_points(alone, tmp_path):
+    """Right before `done` is told, and right after it; those of a save are in test_checkpoints.py."""
+    *_, count = alone
+    for point in (count - 1, count):
+        assert Begun(alone, tmp_path).killed_at(point) == "same"
 
 
 @pytest.mark.slow
-def test_killed_at_every_point(alone, module_cache, tmp_path):
-    whole, count = alone
-    said = [killed_and_resumed(point, tmp_path, module_cache, whole) for point in range(1, count + 1)]
-    print({kind: said.count(kind) for kind in dict.fromkeys(said)}, json.dumps(count))
-    assert said.count("same") > count / 2
+@pytest.mark.parametrize("kind", [Begun, Resumed, Exported])
+def test_killed_at_every_point(alone, tmp_path, kind):
+    command = kind(alone, tmp_path)
+    said = [command.killed_at(point) for point in range(1, command.count() + 1)]
+    print(kind.__name__, len(said), {line: said.count(line) for line in dict.fromkeys(said)})
+    assert kind is Begun or set(said) == {"same"}
+    assert said.count("same") > len(said) / 2
