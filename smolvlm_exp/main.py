@@ -196,13 +196,18 @@ def main() -> None:
         if args.config_path:  # relative to where the command is typed; Hydra takes it relative to this file
             flags = [flag.replace(args.config_path, str(Path(args.config_path).resolve())) for flag in flags]
         try:
+            if args.experimental_rerun:
+                raise RequestError(
+                    "--experimental-rerun reads a pickle, which may run any code: --config-path FOLDER/.hydra "
+                    "--config-name config runs FOLDER again."
+                )
             complete_and_check(args)
             own = join_group(args) if is_distributed() else []
         except RequestError as error:
             exit_with_error(error)
         args.overrides += own
         sys.argv[1:] = [*args.overrides, *flags]
-    if asked or args.multirun or args.cfg or args.info or args.experimental_rerun:
+    if asked or args.multirun or args.cfg or args.info:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     else:
         run_and_report(lambda: run_command(args))

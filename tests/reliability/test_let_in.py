@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 from peft import LoraConfig
 from safetensors.torch import load_file
 
+from smolvlm_exp import main
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.loading import load_saved
 from smolvlm_exp.data.preferences import load_preferences
@@ -224,6 +225,14 @@ def test_no_kernels_come_from_the_hub(marker, tmp_path):
     code = "import smolvlm_exp, bitsandbytes, peft, transformers.integrations.hub_kernels"
     done = subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_hydra_reads_no_pickle(marker, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Payload(marker)))
+    monkeypatch.setattr("sys.argv", ["smolvlm_exp", "--experimental-rerun", str(tmp_path / "config.pickle")])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "--experimental-rerun reads a pickle" in capsys.readouterr().err
 
 
 def test_what_is_hydras_own_runs():
