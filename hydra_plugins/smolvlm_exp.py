@@ -2,12 +2,15 @@
 
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 
+from smolvlm_exp.runs.folder import check_unused_sweep, lock_run_folder
 from smolvlm_exp.sweep.optuna_study import SearchConf
 from smolvlm_exp.utils.errors import RequestError, exit_with_error
 
@@ -23,10 +26,22 @@ class Grid(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         assert self.config is not None
         if self.config.task.name != "train":
-            return super().sweep(arguments)
+            return self.sweep_other_task(arguments)
         from smolvlm_exp.sweep.grid import sweep_grid
 
         return exit_with_code_of(sweep_grid, self, arguments)
+
+    def sweep_other_task(self, arguments: list[str]) -> Any:
+        """By Hydra's sweeper, in this process."""
+        assert self.config is not None
+        folder = Path(self.config.hydra.sweep.dir)
+        with ExitStack() as held:
+            try:
+                held.enter_context(lock_run_folder(folder))
+                check_unused_sweep(folder, self.config)
+            except RequestError as error:
+                exit_with_error(error)
+            return super().sweep(arguments)
 
 
 class Search(BasicSweeper):

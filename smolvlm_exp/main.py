@@ -19,9 +19,12 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 import hydra
+from hydra._internal.callbacks import Callbacks
 from hydra._internal.utils import get_args_parser, run_and_report
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.utils import run_job
+from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp import __version__
@@ -30,8 +33,9 @@ from smolvlm_exp.config.compose import check_command, register_schemas, search_p
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
+from smolvlm_exp.runs.checkpoint import fsync_all
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
-from smolvlm_exp.runs.overrides import as_override, as_settings
+from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
@@ -94,12 +98,36 @@ def run_task(task: str, overrides: Sequence[str]) -> Run:
 def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
     """What `task` returns for the configuration that a checked command composes, in its output folder.
 
-    As Hydra's own command line, which first composes it another time, to see whether it is a sweep.
+    As Hydra's own `run`, but the folder is this process's before anything is written into it, `.hydra` included.
+
+    Raises:
+        RequestError: the folder holds another run, is in use, or cannot be written.
     """
+    name = args.config_name or "config"
     with search_path(args.config_path, args.config_dir):
         runner = GlobalHydra.instance().hydra
         assert runner is not None
-        return runner.run(args.config_name or "config", task, args.overrides, with_log_configuration=False).return_value
+        composed = runner.compose_config(
+            config_name=name, overrides=args.overrides, run_mode=RunMode.RUN, with_log_configuration=False
+        )
+        composed.hydra.mode = RunMode.RUN
+        HydraConfig.instance().set_config(composed)  # hydra.run.dir may name others of Hydra's settings
+        folder = Path(composed.hydra.run.dir)
+        callbacks = Callbacks(composed)
+
+        def saved(composed: DictConfig) -> Any:
+            if (folder / ".hydra").is_dir():  # without which a checkpoint cannot be resumed
+                fsync_all(folder / ".hydra")
+            return task(composed)
+
+        with lock_run_folder(folder):
+            if not composed.resume:
+                check_unused(folder, composed.task.name)
+            callbacks.on_run_start(config=composed, config_name=name)
+            context = HydraContext(runner.config_loader, callbacks)
+            done = run_job(saved, composed, "hydra.run.dir", None, context, configure_logging=False)
+            callbacks.on_run_end(config=composed, config_name=name, job_return=done)
+        return done.return_value
 
 
 def complete_and_check(args: Namespace) -> None:
@@ -107,9 +135,6 @@ def complete_and_check(args: Namespace) -> None:
     with unusable_path_as_request_error():
         args.overrides = complete_overrides(args.overrides, args.multirun)
         check_command(args)
-        given = as_settings(args.overrides)
-        if given.get("hydra.run.dir") and not given.get("resume") and given.get("task", "train") == "train":
-            check_unused(Path(given["hydra.run.dir"]))
 
 
 def output_folder() -> Path:
@@ -125,8 +150,7 @@ def execute(config: Config, folder: Path) -> Any:
             silence_upstream()
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
     try:
-        lock = lock_run_folder(folder) if name in ("train", "mine") else nullcontext()
-        with lock, unusable_path_as_request_error():
+        with unusable_path_as_request_error():
             return task(config, folder)
     finally:
         clock.restart()  # another job may follow in this process
@@ -143,7 +167,8 @@ def job(composed: DictConfig) -> float | None:
             from smolvlm_exp.sweep.job_process import run_job
 
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
-        summary = execute(config, folder)
+        with lock_run_folder(folder) if many else nullcontext():  # a single run holds its lock already
+            summary = execute(config, folder)
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs continue, and Hydra reports this one
@@ -184,16 +209,21 @@ def main() -> None:
         if args.config_path:  # relative to where the command is typed; Hydra takes it relative to this file
             flags = [flag.replace(args.config_path, str(Path(args.config_path).resolve())) for flag in flags]
         try:
+            if args.experimental_rerun:
+                raise RequestError(
+                    "--experimental-rerun reads a pickle, which may run any code: --config-path FOLDER/.hydra "
+                    "--config-name config runs FOLDER again."
+                )
             complete_and_check(args)
             own = join_group(args) if is_distributed() else []
         except RequestError as error:
             exit_with_error(error)
         args.overrides += own
         sys.argv[1:] = [*args.overrides, *flags]
-    if asked or args.multirun or args.cfg or args.info or args.experimental_rerun:
+    if asked or args.multirun or args.cfg or args.info:
         hydra.main(config_path=str(CONF), config_name="config", version_base="1.3")(job)()
     else:
-        run_and_report(lambda: run_once(args, job))
+        run_and_report(lambda: run_command(args))
     if is_distributed():
         from smolvlm_exp.utils.distributed import destroy_distributed
 
@@ -208,6 +238,13 @@ def check_flags(words: Sequence[str], parser: ArgumentParser) -> None:
             key = flag[2:].replace("-", "_")
             meant = "" if key in get_type_hints(Config) else setting_meant(key, every_key())
             raise RequestError(f"{flag}: settings are typed without dashes, as {key}=VALUE. {meant}".rstrip())
+
+
+def run_command(args: Namespace) -> None:
+    try:
+        run_once(args, job)
+    except RequestError as error:  # of the folder: `job` has reported its own
+        exit_with_error(error)
 
 
 def is_distributed() -> bool:

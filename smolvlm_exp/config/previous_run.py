@@ -11,6 +11,7 @@ from smolvlm_exp.config.security import check_typed
 from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
 from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, saved_hydra, summary_of
+from smolvlm_exp.runs.folder import MULTIRUN
 from smolvlm_exp.runs.overrides import as_override, as_settings, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
@@ -41,9 +42,9 @@ def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
         raise RequestError("resume=... resumes a single run: leave out -m (sweep=... resumes a sweep).")
     folder = find_run(given["resume"])
     own = [as_override("hydra.run.dir", str(folder)), "hydra.output_subdir=null"]
-    if saved_hydra(folder, "config").get("task", {}).get("name") == "mine" and not checkpoint_folders(folder):
-        return [*settings_of(saved_overrides(folder), "mine", given), *own]
     if not checkpoint_folders(folder):
+        if saved_hydra(folder, "config").get("task", {}).get("name") == "mine":
+            return [*settings_of(saved_overrides(folder), "mine", given), *own]
         raise RequestError(f"resume={folder}: this run has saved no checkpoint, so there is nothing to resume from.")
     if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):
         raise RequestError(
@@ -78,7 +79,7 @@ def sweep_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     if not multirun:
         raise RequestError("sweep=... resumes a sweep: add -m (resume=... resumes a single run).")
     folder = find_sweep(given["sweep"])
-    saved = yaml.safe_load((folder / "multirun.yaml").read_text(encoding="utf-8"))["hydra"]["overrides"]
+    saved = yaml.safe_load((folder / MULTIRUN).read_text(encoding="utf-8"))["hydra"]["overrides"]
     settings = settings_of([*saved["task"], *saved["hydra"]], "train", {*given, *OWN})
     return [*settings, as_override("hydra.sweep.dir", str(folder))]
 

@@ -14,7 +14,10 @@ VALUES = re.compile(
     r"hf_[A-Za-z0-9]{16,}|\bsk-[A-Za-z0-9_-]{20,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\bAKIA[0-9A-Z]{16}|://[^/\s:@]+:[^/\s@]+@"
 )
 HELD = re.compile(r"TOKEN|KEY|SECRET|PASSWORD")  # names of environment variables whose values are secrets
-CODE = ("_target_", "trust_remote_code", "code_revision", "custom_generate", "use_kernels", "kernel_config")
+CODE = (
+    "_target_", "trust_remote_code", "code_revision", "custom_generate", "use_kernels", "kernel_config",
+    "megatron_config",
+)  # fmt: skip
 LOADED = re.compile(r"LD_|DYLD_|PYTHON|PATH$")  # environment variables that make a process load other code
 # Code to run, where answers are sent, and which secret goes with them: a file that came along does not decide that.
 TYPED = ("reward.user", "reward.judge.url", "reward.judge.key_variable")

@@ -13,7 +13,7 @@ from smolvlm_exp.data.images import ImageError
 from smolvlm_exp.data.messages import VERSION, features
 from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
 from smolvlm_exp.utils.errors import RequestError, first_line
-from smolvlm_exp.utils.files import json_lines
+from smolvlm_exp.utils.files import json_lines, read_json
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -41,8 +41,31 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
 
     if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
         return None
-    saved = load_from_disk(folder)
+    refuse_links_out(folder)
+    try:
+        outside = [path for path in saved_files(folder) if not path.resolve().is_relative_to(folder.resolve())]
+        saved = None if outside else load_from_disk(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RequestError(f"{folder} cannot be read as what save_to_disk writes: {first_cause(error)}.") from error
+    if saved is None:
+        raise RequestError(f"{outside[0]} lies outside of {folder}, whose own files name it.")
     return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+
+
+def saved_files(folder: Path) -> Iterator[Path]:
+    """The files of rows that a folder of `save_to_disk` names, wherever they are."""
+    for split in read_json(folder / "dataset_dict.json").get("splits", [""]):
+        listed = read_json(folder / split / "state.json").get("_data_files", [])
+        yield from (folder / split / file["filename"] for file in [{"filename": ""}, *listed])
+
+
+def refuse_links_out(folder: Path) -> None:
+    """Refuse a data set with a link that leads out of its folder: rows could name any file by it."""
+    root = folder.resolve()
+    for parent, folders, files in os.walk(root):
+        for path in (os.path.join(parent, name) for name in (*folders, *files)):
+            if os.path.islink(path) and not Path(path).resolve().is_relative_to(root):
+                raise RequestError(f"{path} is a link that leads out of {folder}: put the file itself there.")
 
 
 def require_embedded(images: list[Any]) -> list[Any]:

@@ -7,6 +7,7 @@ so that a slice takes only the files, or the row groups, that hold it. What was 
 
 import glob
 import logging
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -15,7 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.loading import first_cause, select_split, spans_of, split_names
+from smolvlm_exp.data.loading import first_cause, refuse_links_out, select_split, spans_of, split_names
 from smolvlm_exp.data.parallel import hash_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
@@ -126,7 +127,7 @@ class Repository:
         from pyarrow import parquet
 
         target = self.local(part)
-        unfinished = target.with_suffix(".part")
+        unfinished = target.with_suffix(f".{os.getpid()}.part")  # another process may fetch them too
         target.parent.mkdir(parents=True, exist_ok=True)
         with HfFileSystem().open(f"datasets/{self.id}@{self.commit}/{part.file.path}") as file:
             source = parquet.ParquetFile(file, pre_buffer=True)
@@ -177,6 +178,7 @@ def find_repository(id: str, revision: str | None, config_name: str | None, file
     """
     folder = Path(id).expanduser()
     if folder.is_dir():
+        refuse_links_out(folder)
         return build(str(folder), None, None, config_name, files)
     if id.startswith((".", "/", "~")) or id.count("/") != 1:
         raise RequestError(f"data.id={id}: there is no such folder, and a dataset of the Hub is named OWNER/NAME.")

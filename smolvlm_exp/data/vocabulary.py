@@ -1,5 +1,7 @@
 """Which words of an answer name which objects: the vocabularies of CHAIR (1809.02156) and of AMBER (2311.07397)."""
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -80,6 +82,15 @@ class Amber:
 def every_mention(text: str, truth: Truth, words: Words) -> list[Mention]:
     """What `words` reads out of a text, an object's later mentions included."""
     return words.every(text) if isinstance(words, Vocabulary) else words(text, truth)
+
+
+def words_digest(words: Words) -> str:
+    """A hash of all that it reads texts by."""
+    read = words.vocabulary if isinstance(words, Amber) else words
+    parts: list[Any] = [[words.related, sorted(words.safe)]] if isinstance(words, Amber) else []
+    if isinstance(read, Vocabulary):
+        parts += [sorted([" ".join(phrase), name or ""] for phrase, name in read.objects.items()), read.once]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def tokens(text: str) -> list[str]:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, in_order, summary_value
 from smolvlm_exp.evaluation.statistics import Ratio, changes, t_interval
+from smolvlm_exp.utils.files import fsync
 
 FILE = "rows.safetensors"
 
@@ -39,6 +40,7 @@ def save_per_row(folder: Path, fingerprints: Mapping[str, Sequence[bytes]], rati
     for name, ratio in ratios.items():
         arrays[f"metric {name}"] = np.stack([ratio.top, ratio.bottom, np.full(len(ratio.top), ratio.empty)])
     save_file(arrays, folder / FILE)
+    fsync(folder / FILE)
 
 
 def load_per_row(folder: Path) -> PerRowResults | None:

@@ -16,6 +16,7 @@ from smolvlm_exp.evaluation.metrics import in_order, metric_of
 from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.event_log import metric_points, read_events
+from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, number, percent
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -104,7 +105,7 @@ def write_report(
         versions=summary["versions"],
         commands=reproduce_commands(folder, summary["status"]),
     )
-    (folder / "report.html").write_text(text, encoding="utf-8", errors="replace")
+    write_text(folder / "report.html", text)
 
 
 @dataclass(frozen=True)

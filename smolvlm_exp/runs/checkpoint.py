@@ -102,7 +102,7 @@ def disk_full_as_run_error(run: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if not is_disk_full(error):
+        if isinstance(error, RunError) or not is_disk_full(error):
             raise
         saved = checkpoints(run)
         advice = "Free some space and run the command again; no partial files are left."

@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.utils.files import json_lines, without_nan
+from smolvlm_exp.utils.files import json_lines, without_nan, write_text
 from smolvlm_exp.utils.formatting import as_finite, as_float
 
 
@@ -46,6 +46,4 @@ def truncate_after(path: Path, step: int) -> None:
     """Remove what was logged after `step`, and an incomplete line; at step 0 everything."""
     if path.exists():
         events = [event for event in read_events(path) if step and event["step"] <= step]
-        part = path.with_name(f".{path.name}.part")
-        part.write_text("".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events), encoding="utf-8")
-        part.replace(path)
+        write_text(path, "".join(json.dumps(event, ensure_ascii=False) + "\n" for event in events))

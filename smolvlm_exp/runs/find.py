@@ -8,7 +8,7 @@ from typing import Any
 import yaml
 
 from smolvlm_exp.runs.overrides import key_of
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.files import read_json
 from smolvlm_exp.utils.paths import OUTPUTS
 
@@ -83,7 +83,12 @@ def summary_of(folder: Path) -> dict[str, Any]:
 def saved_hydra(folder: Path, name: str) -> Any:
     """A run's `.hydra/NAME.yaml` (config, hydra or overrides); empty where it is missing."""
     path = folder / ".hydra" / f"{name}.yaml"
-    return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
+    try:
+        return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RequestError(
+            f"{path} is damaged ({first_line(error)}): start this run again in another folder."
+        ) from None
 
 
 def overrides_of(folder: Path) -> list[str]:

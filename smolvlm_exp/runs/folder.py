@@ -1,46 +1,83 @@
 """A run's folder is written by one process at a time, and never by another run."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import yaml
 from filelock import FileLock, Timeout
 
+from smolvlm_exp.runs.find import saved_hydra
 from smolvlm_exp.utils.errors import RequestError
 
 PATIENCE = 10.0  # seconds for the data workers of a run that was just killed to end
 RUN_FILES = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")  # signs of a run
+MULTIRUN = "multirun.yaml"  # the configuration of a sweep
+COMPLETED = ("mine", "generate")  # tasks that complete what an earlier command of theirs has left
 
 
 @contextlib.contextmanager
 def lock_run_folder(folder: Path) -> Iterator[None]:
-    """Within, the folder is this process's, or a `RequestError`; the lock ends with the process."""
-    try:
-        lock = FileLock(folder / ".lock").acquire(timeout=PATIENCE)
-    except Timeout:
-        raise RequestError(
-            f"{folder} is in use: another process is writing this run. Wait for it, stop it, or use another "
-            "hydra.run.dir."
-        ) from None
-    except OSError as error:
-        raise RequestError(f"{folder} cannot be written: {error.strerror}.") from error
-    with lock:
+    """Within, the folder, made where it is missing, is this process's, or a `RequestError`; it ends with the process.
+
+    Whoever asks what is in the folder in order to write into it asks within.
+    """
+    with lock(folder / ".lock", folder):
         yield
 
 
-def check_unused(folder: Path) -> None:
-    """Refuse to start a new run in a folder, named by the command, that already holds one."""
+@contextlib.contextmanager
+def lock_file(path: Path) -> Iterator[None]:
+    """The same for one file, in a folder that other processes may write into too."""
+    with lock(path.with_name(f".{path.name}.lock"), path):
+        yield
+
+
+@contextlib.contextmanager
+def lock(file: Path, path: Path) -> Iterator[None]:
+    try:
+        held = FileLock(file.absolute(), is_singleton=True).acquire(timeout=PATIENCE)  # which may hold it already
+    except Timeout:
+        raise RequestError(
+            f"{path} is in use: another process is writing there. Wait for it, stop it, or name another place."
+        ) from None
+    except OSError as error:
+        raise RequestError(f"{path} cannot be written: {error.strerror}.") from error
+    with held:
+        yield
+
+
+def check_unused(folder: Path, task: str) -> None:
+    """Refuse to start in a folder that holds a run, unless this task completes what it finds there."""
     existing = next((name for name in RUN_FILES if (folder / name).exists()), None)
-    if existing:
+    completes = task in COMPLETED and saved_hydra(folder, "config").get("task", {}).get("name") == task
+    if existing and not completes:
         raise RequestError(
             f"hydra.run.dir={folder} already holds a run ({existing}), which is never overwritten.\n"
             f"Resume it with resume={folder}, or use another folder."
         )
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        writable = os.access(folder, os.W_OK)
-    except OSError:
-        writable = False
-    if not writable:
-        raise RequestError(f"hydra.run.dir={folder} is not writable, or cannot be made.")
+
+
+def check_unused_sweep(folder: Path, config: Any) -> None:
+    """Refuse to start a sweep in a folder that holds one of another kind, or runs with the names of its jobs.
+
+    Args:
+        config: of the sweep, with Hydra's own settings.
+    """
+    path, here = folder / MULTIRUN, sweep_kind(config)
+    if not path.is_file():
+        for job in folder.glob("[0-9]*"):
+            check_unused(job, config["task"]["name"])
+        return
+    there = sweep_kind(yaml.safe_load(path.read_bytes()))
+    if there != here or config["task"]["name"] not in (*COMPLETED, "train"):
+        raise RequestError(
+            f"hydra.sweep.dir={folder} already holds a sweep ({' of '.join(there)}), which is never overwritten: use "
+            "another folder."
+        )
+
+
+def sweep_kind(config: Any) -> tuple[str, str]:
+    """What starts its jobs, and their task."""
+    return config["hydra"]["sweeper"]["_target_"].rpartition(".")[2], f"task={config['task']['name']}"

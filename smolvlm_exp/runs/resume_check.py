@@ -29,6 +29,10 @@ PROCESSOR = {  # the keys of the digests of its parts, and what to call them
     "model.image_processor": "the way images are read",
 }  # fmt: skip
 CODE = "reward.code"  # of the digest of each file with a person's own rewards
+WORDS = "reward.words"  # of the digest of the data's vocabulary, by which rewards read captions
+GENERATION = "model.generation_config"  # of what upstream's `generate` reads beside its arguments
+LATER = (*COMMITS, WORDS, GENERATION)  # keys that a run of an earlier release has not recorded
+UNREAD = ("transformers_version", "_from_model_config")  # of a generation config
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
@@ -46,7 +50,7 @@ def check_same_run(
     checkpoint: Path | None,
     rows: "Dataset | None" = None,
     model: Any = None,
-    code: Mapping[str, str] | None = None,
+    rewards: Mapping[str, str] | None = None,
     processor: Any = None,
     sources: Mapping[str, Provenance] | None = None,
 ) -> dict[str, Any]:
@@ -57,7 +61,7 @@ def check_same_run(
         checkpoint: the one to resume from.
         rows: to train on; not compared while None.
         model: as loaded, with the adapter that it starts from; not compared while None.
-        code: a person's own rewards, name -> SHA-256 of the file; not compared while None.
+        rewards: key -> digest of the files that rewards are made from; not compared while None.
         processor: as loaded; not compared while None.
         sources: of the model and the data, whose commits are compared in place of the revisions that were asked for.
 
@@ -79,14 +83,16 @@ def check_same_run(
         from smolvlm_exp.engine.fingerprint import weights_key
 
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
+        generation = model.generation_config.to_diff_dict()
+        here[GENERATION] = {key: value for key, value in generation.items() if key not in UNREAD}
     here |= {f"{name}.commit": source.commit for name, source in (sources or {}).items() if source.commit}
     if processor is not None:
         here |= {f"model.{part}": digest for part, digest in processor_digests(processor).items()}
-    here |= {f"{CODE}.{name}": sha256 for name, sha256 in (code or {}).items()}
+    here |= rewards or {}
     if checkpoint is not None:
         saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
-        if code is None:
-            saved = {key: value for key, value in saved.items() if not key.startswith(CODE)}
+        if rewards is None:
+            saved = {key: value for key, value in saved.items() if not key.startswith((CODE, WORDS))}
         refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))
     return here
 
@@ -105,7 +111,7 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
     draws = samples or (here.get("trainer.disable_dropout") is False and here.get("adapter.lora_dropout"))
     # Another number of processes may take the same rows per step, where none of them draws random numbers.
     skipped = {*(BATCH_KEYS if before == now and not draws else ()), *({ROWS, BASE, *PROCESSOR} - here.keys())}
-    skipped |= {key for key in COMMITS if key not in saved or key not in here}
+    skipped |= {key for key in LATER if key not in saved or key not in here}
     if settings["model"]["id"] == "embedded":  # whose tokenizer earlier releases read as this one does
         skipped |= PROCESSOR.keys() - saved.keys()
     changes: dict[str, str] = {}
@@ -139,6 +145,8 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
         return "data.rows: the training rows or their images have changed"
     if key == BASE:
         return "model.base: the weights that the run starts from have changed"
+    if key == WORDS:
+        return f"{key}: the words that name objects have changed, by which rewards read captions"
     if key in PROCESSOR:
         if key in saved:
             return f"{key}: {PROCESSOR[key]} has changed"

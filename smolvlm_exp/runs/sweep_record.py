@@ -7,7 +7,7 @@ from pathlib import Path
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import SWEEPS, newest, summary_of
 from smolvlm_exp.runs.overrides import as_settings, key_of
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.files import read_json, write_json
 from smolvlm_exp.utils.formatting import short_keys, short_value
 from smolvlm_exp.utils.paths import OUTPUTS
@@ -83,10 +83,14 @@ def job_state(folder: Path) -> str:
 
 
 def can_resume(folder: Path) -> bool:
-    """Whether a job resumes from its newest checkpoint: it was stopped or killed. One that raised starts again."""
+    """Whether a job resumes from its newest checkpoint: it was stopped or killed, or could not continue (`RunError`).
+
+    One that raised anything else starts again.
+    """
     summary = summary_of(folder)
     raised = summary.get("status") == "failed" and summary.get("exit_code", 1) > 0
-    return bool(checkpoints(folder)) and not raised
+    ended = str(summary.get("reason", "")).startswith(f"{RunError.__name__}:")
+    return bool(checkpoints(folder)) and (ended or not raised)
 
 
 def sweep_name(sweep: Path) -> str:

@@ -16,6 +16,7 @@ from smolvlm_exp.runs.sweep_record import sweep_name
 from smolvlm_exp.sweep.results import COSTS, SweepResults, prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page
 from smolvlm_exp.sweep.time_estimate import estimate_time
+from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.formatting import duration, humanize, number, short_keys, short_value
 from smolvlm_exp.utils.paths import relative_to_cwd
 
@@ -50,7 +51,8 @@ def report_results(folder: Path, config: Config, stopped: bool, study: "Study | 
     results = read_results(folder, config.metric)
     prune_checkpoints(results, config.keep_checkpoints)
     rows = results_table(results)
-    pandas.DataFrame(rows, dtype=object).to_csv(folder / "sweep.csv", index=False)  # object: integers stay integers
+    table = pandas.DataFrame(rows, dtype=object)  # object: integers stay integers
+    write_text(folder / "sweep.csv", table.to_csv(index=False))
     page = write_page(results, study)
     print_table(results)
     if best := results.best:

@@ -180,7 +180,8 @@ def stop_with_parent() -> None:
 def record_failure(config: Config, folder: Path, reason: str, exit_code: int) -> None:
     """Add the failure to what the run itself has written into summary.json."""
     known = summary_of(folder) or {"seed": config.seed, "settings": choices(folder)}
-    write_json(folder / "summary.json", {**known, "status": "failed", "reason": reason, "exit_code": exit_code})
+    with contextlib.suppress(OSError):  # a full disk may have ended the run
+        write_json(folder / "summary.json", {**known, "status": "failed", "reason": reason, "exit_code": exit_code})
 
 
 class Tee:

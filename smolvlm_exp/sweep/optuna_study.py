@@ -103,13 +103,13 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
             direction="maximize" if goal > 0 else "minimize",
             load_if_exists=True,
         )
-    original = study.user_attrs.get(COMMAND, command)
-    if set(original) != set(command):
-        new, old = ", ".join(set(command) - set(original)), ", ".join(set(original) - set(command))
-        raise RequestError(
-            f"sweep={folder} is another search: {new or 'fewer settings'} here, {old or 'fewer settings'} there."
-        )
-    study.set_user_attr(COMMAND, list(command))
+        original = study.user_attrs.get(COMMAND, command)
+        if set(original) != set(command):
+            new, old = ", ".join(set(command) - set(original)), ", ".join(set(original) - set(command))
+            raise RequestError(
+                f"sweep={folder} is another search: {new or 'fewer settings'} here, {old or 'fewer settings'} there."
+            )
+        study.set_user_attr(COMMAND, list(command))
     seed = None if study.trials else options.seed  # the same seed again would propose the same trials again
     study.sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=options.n_startup_trials, constant_liar=True)
     return study

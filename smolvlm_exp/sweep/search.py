@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from smolvlm_exp.config.schema import Config, check_value, settings
 from smolvlm_exp.config.typed import parsed
 from smolvlm_exp.evaluation.metrics import BY_DEFAULT, GOALS, deciding_metric
+from smolvlm_exp.runs.folder import MULTIRUN, check_unused_sweep, lock_run_folder
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
 from smolvlm_exp.sweep.console import announce, report_results
@@ -25,7 +26,7 @@ from smolvlm_exp.sweep.launcher import SweepStop, launch
 from smolvlm_exp.sweep.optuna_study import WORKER, SearchConf, distribution, is_abandoned, open_study, require_optuna
 from smolvlm_exp.sweep.results import read_result
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.files import write_json, write_text
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -47,12 +48,13 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     if options.prune and config.trainer.eval_strategy == "no":
         raise RequestError("hydra.sweeper.prune compares trials during training: add trainer.eval_strategy=steps.")
     folder = Path(sweeper.config.hydra.sweep.dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    OmegaConf.save(sweeper.config, folder / "multirun.yaml")
     lines = [override.input_line or "" for override in overrides.values()]
     metric = config.metric or BY_DEFAULT[0]  # of which more is better, as of the other
     command = [f"metric={metric}", *(line for line in lines if key_of(line) not in DISPLAY_KEYS)]
-    study = open_study(folder, options, GOALS[metric], command)
+    with lock_run_folder(folder):
+        check_unused_sweep(folder, sweeper.config)
+        study = open_study(folder, options, GOALS[metric], command)
+        write_text(folder / MULTIRUN, OmegaConf.to_yaml(sweeper.config))
     with SweepStop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)
     report_results(folder, config, stop.requested, study)

@@ -11,6 +11,7 @@ from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.sweep_record import job_label
 from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults, main_effects
+from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.formatting import duration, humanize, number, percent, short_keys, short_value
 
 if TYPE_CHECKING:
@@ -53,7 +54,7 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         costs=COSTS,
     )
     path = results.folder / "sweep.html"
-    path.write_text(page, encoding="utf-8")
+    write_text(path, page)
     return path
 
 

@@ -20,6 +20,7 @@ from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, PAIRED, saved_hydra, summar
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.paths import relative_to_cwd
 
 log = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ def compare(config: Config, folder: Path) -> Comparison:
 
     result = compare_runs([read_run(path) for path in find_runs(config.runs)], config.metric)
     rows = table_rows(result)
-    pandas.DataFrame(rows, dtype=object).to_csv(folder / "compare.csv", index=False)  # object: integers stay integers
-    (folder / "compare.html").write_text(comparison_page(result, folder), encoding="utf-8")
+    table = pandas.DataFrame(rows, dtype=object)  # object: integers stay integers
+    write_text(folder / "compare.csv", table.to_csv(index=False))
+    write_text(folder / "compare.html", comparison_page(result, folder))
     print_comparison(result)
     name = f"compare {folder.parent.name} {folder.name}"
     track_table(config.tracker, folder, "compare", name, rows, {"runs": len(rows)})

@@ -82,12 +82,12 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "speed": {name: [asdict(at) for at in measured] for name, measured in speed.items()},
         "versions": versions(),
     }
-    write_json(folder / "summary.json", summary)
     shown = samples(preferences, before.answers, (after or before).answers)
     with isolated("report.html"):
         write_report(folder, summary, asdict(config), shown)
     with isolated("W&B"):
         tracker_of(config, folder, "evaluate").finish(summary, shown)
+    write_json(folder / "summary.json", summary)  # last: who reads `done` there finds all the rest
     print_results(Console(), summary, ("base", "tuned"))
     for name, measured in speed.items():
         for at in measured:

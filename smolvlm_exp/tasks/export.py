@@ -75,12 +75,12 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
         card = card_data(asdict(config), list(folders)[-1], sources).to_yaml()
         repository = check_account("export.push_to_hub", config.export.push_to_hub, card)
         config = replace(config, export=replace(config.export, push_to_hub=repository))
-    exporter = Exporter(config, folder, sources)
-    root.mkdir(parents=True, exist_ok=True)
     with lock_run_folder(root):
+        exporter = Exporter(config, folder, sources)
         for name, target in folders.items():
             with atomic_folder(target) as staging:
                 getattr(exporter, f"write_{name}")(staging, target)
+                check_free(target)  # again: writing takes minutes, and what is there now is about to be replaced
             log.info(f"written: {relative_to_cwd(target)}")
     if config.export.push_to_hub:
         upload(target, config.export.push_to_hub, config.export.private)

@@ -16,8 +16,9 @@ from smolvlm_exp.engine.generation.sampler import ROWS
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.generate import ANSWERS, generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
+from smolvlm_exp.runs.folder import lock_file
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.files import json_lines
+from smolvlm_exp.utils.files import json_lines, write_text
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.progress import progress
 
@@ -42,7 +43,15 @@ def generate(config: Config, folder: Path) -> Path:
     task = config.task
     images, questions = find_questions(config)
     path = Path(task.answers) if task.answers else folder / "answers.jsonl"
-    names = ("base", "tuned") if config.model.adapter else ("answer",)
+    with lock_file(path):
+        answer(config, path, images, questions)
+    log.info(relative_to_cwd(path))
+    return path
+
+
+def answer(config: Config, path: Path, images: Path, questions: list[Question]) -> None:
+    """Append to the file of answers what it lacks."""
+    task, names = config.task, ("base", "tuned") if config.model.adapter else ("answer",)
     done = answered(path, names)
     left = [question for question in questions if question not in done]
     count = len(questions)
@@ -51,7 +60,6 @@ def generate(config: Config, folder: Path) -> Path:
     models = {name: model.disable_adapter if name == "base" else nullcontext for name in names}
     processor = load_processor(config.model)
     max_edge, limits = config.data.max_edge, ImageLimits.of(config.data)
-    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", encoding="utf-8") as file, progress(ANSWERS, len(left) * len(names)) as advance:
         for start in range(0, len(left), ROWS):
             rows: list[dict[str, Any]] = []
@@ -72,8 +80,6 @@ def generate(config: Config, folder: Path) -> Path:
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-    log.info(relative_to_cwd(path))
-    return path
 
 
 def find_questions(config: Config) -> tuple[Path, list[Question]]:
@@ -128,5 +134,5 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Question]:
                 "other models. Name another file in task.answers."
             )
     if complete != text:
-        path.write_text(complete, encoding="utf-8")
+        write_text(path, complete)
     return done

@@ -23,7 +23,7 @@ from smolvlm_exp.rewards.pairs import ScoredAnswer, without_pairs
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.utils.errors import isolated
-from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.files import write_json, write_text
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import seconds_by_phase
 from smolvlm_exp.utils.versions import versions
@@ -65,11 +65,11 @@ def write_mined(config: Config, folder: Path, mined: Mined) -> dict[str, Any]:
     """Write everything and print what came of it; returns the content of summary.json."""
     write_pairs(config, folder, mined)
     summary = summarize_mined(config, folder, mined)
-    write_json(folder / "summary.json", summary)
     with isolated("report.html"):
         shown = examples(mined, True), examples(mined)
         page = mining_page(folder, summary, asdict(config), scores_by_side(mined), *shown)
-        (folder / "report.html").write_text(page, encoding="utf-8", errors="replace")
+        write_text(folder / "report.html", page)
+    write_json(folder / "summary.json", summary)  # last: who reads `done` there finds all the rest
     print_mined(summary)
     print(f"{relative_to_cwd(folder)}/report.html")
     return summary

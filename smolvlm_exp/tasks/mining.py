@@ -30,6 +30,7 @@ from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.tasks.mined import Mined, write_mined
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
 from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import phase
 from smolvlm_exp.utils.progress import progress
@@ -128,9 +129,7 @@ def read_answers(path: Path, header: dict[str, Any], fingerprints: Sequence[byte
     whole = len(rows) if len(rows) == len(fingerprints) else len(rows) // CHUNK * CHUNK
     kept = "".join(line + "\n" for line in [first, *lines[:whole]]) if whole else ""
     if kept != text:
-        part = path.with_name(f".{path.name}.{os.getpid()}.part")
-        part.write_text(kept, encoding="utf-8")
-        part.replace(path)
+        write_text(path, kept)
     return answers[:whole]
 
 

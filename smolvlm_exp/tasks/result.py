@@ -141,7 +141,6 @@ class Result:
             **self.seconds(),
         }
         self.summary["advice"] = self.advice()
-        write_json(self.folder / "summary.json", self.summary)
         if self.after:
             with isolated("the numbers of single rows"):
                 save_per_row(self.folder, self.preferences.prints, self.after.ratios)
@@ -149,7 +148,7 @@ class Result:
         with isolated("W&B"):
             self.tracker.finish(self.summary, shown, completions=read_events(self.folder / COMPLETIONS))
         self.summary |= self.seconds()  # with the report's and the tracker's
-        write_json(self.folder / "summary.json", self.summary)
+        write_json(self.folder / "summary.json", self.summary)  # last: who reads `done` there finds all the rest
         with isolated("the table"):
             self.print()
 

@@ -19,7 +19,7 @@ from smolvlm_exp.data.preferences import Preferences, leaked_rows, load_preferen
 from smolvlm_exp.data.sources import files
 from smolvlm_exp.models.adapter import is_pissa
 from smolvlm_exp.models.model import ModelConfig
-from smolvlm_exp.runs.checkpoint import checkpoint_folders
+from smolvlm_exp.runs.checkpoint import atomic_folder, checkpoint_folders
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.tasks.evaluate import evaluate
 from smolvlm_exp.tasks.mining import mine_pairs
@@ -123,6 +123,7 @@ def tuned(model: ModelConfig, folder: Path) -> ModelConfig:
 
 def copy(path: Path, target: Path) -> None:
     if path.is_dir():
-        shutil.copytree(path, target, dirs_exist_ok=True)
+        with atomic_folder(target) as staging:
+            shutil.copytree(path, staging, dirs_exist_ok=True)
     elif path.is_file():
         shutil.copy(path, target)

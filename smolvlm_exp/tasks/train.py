@@ -10,11 +10,12 @@ from transformers import TrainerCallback
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences, load_preferences
+from smolvlm_exp.data.vocabulary import words_digest
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.model import load_processor
-from smolvlm_exp.rewards.build import checked_rewards
-from smolvlm_exp.runs.checkpoint import newest_intact
-from smolvlm_exp.runs.resume_check import check_same_run
+from smolvlm_exp.rewards.build import Rewards, checked_rewards
+from smolvlm_exp.runs.checkpoint import disk_full_as_run_error, newest_intact
+from smolvlm_exp.runs.resume_check import CODE, WORDS, check_same_run
 from smolvlm_exp.tasks.cpu_time import log_cpu_time
 from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.tasks.result import Result
@@ -52,19 +53,20 @@ def train(
     if preferences is None:
         preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
     rewards = checked_rewards(config.reward, preferences) if on_policy else None
-    code = rewards.hashes if rewards else {}
-    check_same_run(asdict(config), checkpoint, code=code, processor=processor)
+    files = reward_files(rewards, preferences) if rewards else {}
+    check_same_run(asdict(config), checkpoint, rewards=files, processor=processor)
     held_out = HeldOut(
         preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
         packed=config.trainer.engine == "shared",
     )  # fmt: skip
     model, peft_config = load_trainable_model(*groups, config.seed)
     sources = provenance(config)
-    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, code, processor, sources)
+    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, files, processor, sources)
     log_cpu_time(config, model, preferences, processor)
 
     cap = memory_cap(config.trainer.memory_budget)
-    with cap, Result(config, folder, held_out, sources, rewards) as result, StopCallback() as stop:
+    result = Result(config, folder, held_out, sources, rewards)
+    with cap, result, disk_full_as_run_error(folder), StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
         inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
@@ -74,3 +76,9 @@ def train(
             result.evaluate_after(trainer)
         result.save(trainer)
     return result.summary
+
+
+def reward_files(rewards: Rewards, preferences: Preferences) -> dict[str, str]:
+    """The digests by which a resumed run's rewards are those that it began with."""
+    words = {WORDS: words_digest(preferences.words)} if preferences.words else {}
+    return words | {f"{CODE}.{name}": sha256 for name, sha256 in rewards.hashes.items()}

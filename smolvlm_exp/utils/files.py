@@ -1,4 +1,4 @@
-"""JSON files, written atomically; JSON Lines; hashes and syncs."""
+"""Files, written atomically; JSON and JSON Lines; hashes and syncs."""
 
 import hashlib
 import json
@@ -19,10 +19,19 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Atomically: complete or not there. Numbers that are not finite become null."""
+    """As `write_text`. Numbers that are not finite become null."""
+    write_text(path, json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Atomically and on the disk: complete or not there, also where the power fails."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(json.dumps(without_nan(content), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    with part.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
     part.replace(path)
+    fsync(path.parent)
 
 
 def without_nan(value: Any) -> Any:

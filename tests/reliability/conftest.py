@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import traceback
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import asdict
 from importlib import import_module
@@ -18,9 +19,11 @@ from typing import Any
 
 import pytest
 import torch
+from hydra._internal.utils import get_args_parser
 
 from smolvlm_exp.config.compose import check_command
 from smolvlm_exp.evaluation.held_out import HeldOut
+from smolvlm_exp.main import complete_and_check
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.quant import quantization_config
@@ -168,6 +171,14 @@ def built(bench, tmp_path_factory):
             patch.setenv(name, TOKEN)
         bench.run(folder, *SHORTEST)
     return folder
+
+
+def command_line(*overrides: str, config_dir: Path | None = None) -> Namespace:
+    """What `main` reads, completed and checked."""
+    flags = ["--config-dir", str(config_dir)] if config_dir else []
+    args = get_args_parser().parse_args([*flags, "--", *overrides])
+    complete_and_check(args)
+    return args
 
 
 def typed(*overrides, **options):

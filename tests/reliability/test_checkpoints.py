@@ -11,9 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from smolvlm_exp.runs import checkpoint as files
 from smolvlm_exp.runs.checkpoint import SAVING, checkpoint_folders, checkpoints, damage, newest_intact
+from smolvlm_exp.runs.sweep_record import can_resume
+from smolvlm_exp.sweep.job_process import record_failure
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.errors import RequestError, RunError
@@ -220,6 +223,23 @@ def test_a_limit_on_file_sizes_is_one_error_and_costs_nothing(bench, two, tmp_pa
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["checkpoint-1"]
     bench.run(run, *TWO)
     compare(run, two)
+
+
+class Full(TrainerCallback):
+    """A disk that is full when the second step is logged, outside of a save."""
+
+    def on_log(self, args, state, control, **kwargs):
+        if state.global_step == 2:
+            raise OSError(28, "No space left on device")
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_job_of_a_sweep_that_a_full_disk_ended_resumes(quick, tmp_path):
+    config = quick("trainer.save_strategy=steps", "trainer.save_steps=1")
+    with pytest.raises(RunError, match=r"no space left in[\s\S]*from checkpoint-1, which is intact") as full:
+        train(config, tmp_path, watchers=[Full()])
+    record_failure(config, tmp_path, f"{type(full.value).__name__}: {full.value}", 1)  # as its process does
+    assert can_resume(tmp_path)
 
 
 def compare(run, whole):

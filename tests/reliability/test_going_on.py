@@ -205,6 +205,22 @@ def test_the_base_is_the_one_it_was(bench, saved):
     )
 
 
+def test_the_generation_config_is_the_one_it_was(bench, saved, tmp_path):
+    """What answers are sampled by where the engine's sampler does not run."""
+    config = bench.config("resume=it")
+    model = load_model(config.model, quantization_config(config.quant, torch.float32), config.seed)
+    model.generation_config.repetition_penalty = 1.3
+    with pytest.raises(RequestError, match=r"model\.generation_config was {.*} and is {.*repetition_penalty\W+1\.3"):
+        check_same_run(asdict(config), saved, bench.preferences.train, model)
+    allowed = bench.config("resume=it", "resume_allow=[model.generation_config]")
+    check_same_run(asdict(allowed), saved, bench.preferences.train, model)
+    earlier = shutil.copytree(saved, tmp_path / "checkpoint-1")  # of a release that did not record it
+    identity = json.loads((earlier / same.IDENTITY).read_text())
+    del identity[same.GENERATION]
+    (earlier / same.IDENTITY).write_text(json.dumps(identity))
+    check_same_run(asdict(config), earlier, bench.preferences.train, model)
+
+
 def test_the_processor_is_the_one_it_was(bench, saved, tmp_path):
     """By content: the base's files may have been written over, and older versions read them otherwise."""
     checkpoint = shutil.copytree(saved, tmp_path / "checkpoint-1")

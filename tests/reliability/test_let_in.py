@@ -14,11 +14,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, DatasetDict, Features, List, Value
 from omegaconf import OmegaConf
+from peft import LoraConfig
+from safetensors.torch import load_file
 
+from smolvlm_exp import main
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
+from smolvlm_exp.data.loading import load_saved
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.data.sources.hub import find
 from smolvlm_exp.deploy.options import PARTS
 from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
@@ -102,6 +107,7 @@ def spare(bench, tmp_path_factory):
         "+model.extra.code_revision=main",
         "+adapter.extra._target_=os.system",
         "+quant.extra.trust_remote_code=true",
+        "+adapter.extra.megatron_config={a: 1}",
     ],
 )
 def test_no_setting_makes_code_run(override):
@@ -221,6 +227,14 @@ def test_no_kernels_come_from_the_hub(marker, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_hydra_reads_no_pickle(marker, tmp_path, monkeypatch, capsys):
+    (tmp_path / "config.pickle").write_bytes(pickle.dumps(Payload(marker)))
+    monkeypatch.setattr("sys.argv", ["smolvlm_exp", "--experimental-rerun", str(tmp_path / "config.pickle")])
+    with pytest.raises(SystemExit, match="2"):
+        main.main()
+    assert "--experimental-rerun reads a pickle" in capsys.readouterr().err
+
+
 def test_what_is_hydras_own_runs():
     for override in ("hydra/launcher=parallel", "hydra/sweeper=search", "hydra/job_logging=default"):
         typed(override)
@@ -241,6 +255,52 @@ def test_weights_that_are_a_pickle_are_refused(marker, tmp_path):
         saved_adapter(AdapterConfig(), str(adapter), "embedded")
 
 
+STRANGE = {
+    "megatron_config": ({"megatron_config": {"a": 1}, "megatron_core": "megatron.core"}, "sets megatron_config,"),
+    "unknown": ({"imports": "evil"}, "sets imports, which this program does not know"),
+    "another kind": ({"peft_type": "PROMPT_TUNING"}, "describes PROMPT_TUNING, and not LORA"),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+def test_an_adapter_sets_only_what_is_known(kind, tmp_path):
+    fields, said = STRANGE[kind]
+    LoraConfig(r=8, lora_alpha=8).save_pretrained(tmp_path)
+    (tmp_path / "adapter_model.safetensors").touch()
+    saved_adapter(AdapterConfig(), str(tmp_path), "embedded")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+    with pytest.raises(RequestError, match=rf"model\.adapter: {file} {said}"):
+        saved_adapter(AdapterConfig(), str(tmp_path), "embedded")
+    if kind == "unknown":  # typed
+        saved_adapter(AdapterConfig(extra={"imports": "evil"}), str(tmp_path), "embedded")
+
+
+def test_a_base_brings_no_adapter(tmp_path):
+    """Upstream would load the adapter's base in its place, and the adapter with whatever fields it has."""
+    folder = shutil.copytree(EMBEDDED, tmp_path / "model")
+    LoraConfig(base_model_name_or_path="evil/base").save_pretrained(folder)
+    with pytest.raises(RequestError, match=r"model\.id=.*holds an adapter.*model\.adapter=.*model"):
+        load_model(compose(f"model.id={folder}").model)
+
+
+def test_the_working_folder_holds_no_modules(marker, tmp_path):
+    """Of the command, and of the processes that it starts."""
+    folder = tmp_path / "data"
+    for name in ("yaml", "typing", "pickle", "hydra", "omegaconf", "hydra_plugins/evil", "multiprocessing/__init__"):
+        path = folder / f"{name}.py"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"open({str(marker)!r}, 'w')\nraise SystemExit(3)\n")
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    child = (
+        "import os, sys; sys.argv, sys.path[0] = ['-m'], os.getcwd(); import smolvlm_exp; import multiprocessing as m;"
+        "child = m.get_context('spawn').Process(target=print); child.start(); child.join(); sys.exit(child.exitcode)"
+    )
+    for arguments in (["-m", "smolvlm_exp", "--help"], ["-c", child]):
+        done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr
+
+
 def test_a_data_set_brings_no_code(marker, tmp_path, processor):
     folder = tmp_path / "evil"
     folder.mkdir()
@@ -248,6 +308,71 @@ def test_a_data_set_brings_no_code(marker, tmp_path, processor):
     (folder / "dataset_infos.json").write_text("{}")
     with pytest.raises(RequestError, match=r"data\.id="):
         load_preferences(compose("data=rlaif_v", f"data.id={folder}").data, processor, tmp_path)
+
+
+STATES = {
+    "a file of rows": ("train/state.json", {"_data_files": [{"filename": "../../outside/data-00000-of-00001.arrow"}]}),
+    "an absolute path": ("train/state.json", {"_data_files": [{"filename": "/etc/hostname"}]}),
+    "a split": ("dataset_dict.json", {"splits": ["../outside"]}),
+    "a link": ("train/state.json", None),
+    "nonsense": ("train/state.json", {"_data_files": 1}),
+}
+
+
+@pytest.mark.parametrize("what", STATES)
+def test_what_save_to_disk_wrote_names_its_own_files(what, tmp_path):
+    rows = Dataset.from_dict({"question": ["q"] * 4, "chosen": ["a"] * 4, "rejected": ["b"] * 4})
+    rows.save_to_disk(tmp_path / "outside")
+    folder = tmp_path / "mine"
+    DatasetDict({"train": rows}).save_to_disk(folder)
+    name, changes = STATES[what]
+    if changes:
+        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), **changes}))
+    else:
+        (stored,) = folder.glob("train/*.arrow")
+        stored.unlink()
+        stored.symlink_to(tmp_path / "outside" / stored.name)
+    with pytest.raises(RequestError, match=r"lies outside of|leads out of|cannot be read as what save_to_disk writes"):
+        load_saved(folder)
+
+
+@pytest.mark.parametrize("named", ["link.png", "link.dat", "within/secret.png", "../secret.png"])
+def test_an_image_folder_names_its_own_images(named, tmp_path):
+    """In metadata.jsonl, also by a link that is not among the images."""
+    folder, secret = tmp_path / "mine" / "train", tmp_path / "within" / "secret.png"
+    for path, content in ((folder / "a.png", encoded("PNG")), (secret, encoded("PNG"))):
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    if named.startswith("link"):
+        (folder / named).symlink_to(secret)
+    elif named.startswith("within"):
+        (folder / "within").symlink_to(secret.parent)
+    lines = [{"file_name": name, "question": "q", "chosen": "a", "rejected": "b"} for name in ("a.png", named)]
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(RequestError, match=r"leads out of|Invalid metadata file_name"):
+        find(compose("data=hub", f"data.id={folder.parent}").data).rows("train")
+
+
+def test_files_of_rows_are_no_links_out(tmp_path, processor):
+    mine, private = tmp_path / "mine", tmp_path / "private"
+    for folder in (mine, private):
+        folder.mkdir()
+    write(private, [GOOD])
+    (mine / "train.jsonl").symlink_to(private / "train.jsonl")
+    for more in ({}, {"rows": "train.jsonl"}, {"rows": "../private/train.jsonl"}):
+        with pytest.raises(RequestError, match="lies outside of it, or is a link that leads out"):
+            load_preferences(config(mine, **more), processor, tmp_path)
+
+
+def test_an_index_of_shards_names_its_own_files(tmp_path):
+    folder = Path(shutil.copytree(EMBEDDED, tmp_path / "model"))
+    (folder / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    names = load_file(tmp_path / "outside.safetensors")
+    for name in ("../outside.safetensors", str(tmp_path / "outside.safetensors")):
+        index = {"metadata": {}, "weight_map": dict.fromkeys(names, name)}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(RequestError, match=rf"index\.json names {name}, and weights are read from the model's own"):
+            load_model(compose(f"model.id={folder}").model)
 
 
 def test_pictures_start_nothing(marker, tmp_path, monkeypatch):

@@ -72,8 +72,8 @@ def test_a_folder_is_one_process_at_a_time(tmp_path, monkeypatch):
 def test_another_runs_folder_is_refused(tmp_path, name):
     (tmp_path / name).touch()
     with pytest.raises(RequestError, match=f"already holds a run \\({name}\\)"):
-        check_unused(tmp_path)
-    check_unused(tmp_path / "new" / "one")
+        check_unused(tmp_path, "train")
+    check_unused(tmp_path / "new" / "one", "train")
 
 
 def test_the_command_leaves_another_runs_folder_as_it_was(command, tmp_path):

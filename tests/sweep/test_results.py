@@ -136,10 +136,11 @@ def test_a_job_s_state_is_read_from_its_files(tmp_path):
     assert job_state(tmp_path) == "cut"
     (tmp_path / "summary.json").write_text('{"status": "fai')
     assert job_state(tmp_path) == "cut"
-    for code, again in ((1, False), (-9, True)):
-        (tmp_path / "summary.json").write_text(json.dumps({"status": "failed", "exit_code": code}))
+    full = f"RunError: no space left in {tmp_path}"
+    for code, reason, again in ((1, "KeyError: 'a'", False), (-9, "killed by SIGKILL", True), (1, full, True)):
+        (tmp_path / "summary.json").write_text(json.dumps({"status": "failed", "exit_code": code, "reason": reason}))
         assert job_state(tmp_path) == "failed"
-        assert can_resume(tmp_path) is again, "a job that raised restarts, a killed one resumes"
+        assert can_resume(tmp_path) is again, "one that raised restarts, a killed one or one on a full disk resumes"
 
 
 def test_labels_have_only_the_settings_that_differ():

@@ -75,9 +75,9 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
     if name:
         if not (folder / name).is_file():
             raise RequestError(f"data.rows={name}: there is no such file in {folder}.")
-        return {"train": [folder / name]}
+        return {"train": [inside(folder, folder / name)]}
     names = (name for name in os.listdir(folder) if os.path.splitext(name)[1].lower() in SUFFIXES)  # of many images
-    files = sorted(folder / name for name in names)
+    files = sorted(inside(folder, folder / name) for name in names)
     named = {
         split: [path for path in files if re.fullmatch(rf"{split}(-\d+(-of-\d+)?)?", path.stem, re.IGNORECASE)]
         for split in ("train", "test")
@@ -98,6 +98,13 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
 def log_files(files: dict[str, list[Path]]) -> None:
     names = (f"{split} from {', '.join(path.name for path in paths)}" for split, paths in files.items())
     log.info(f"data: {'; '.join(names)}")
+
+
+def inside(folder: Path, path: Path) -> Path:
+    """The path; RequestError where it, or a link in it, leads out of the data's folder."""
+    if not path.resolve().is_relative_to(folder.resolve()):
+        raise RequestError(f"data.folder: {path} lies outside of it, or is a link that leads out: put the file there.")
+    return path
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from transformers import AutoModelForImageTextToText, TorchAoConfig
 
-from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
+from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, saved_adapter
 from smolvlm_exp.models.model import ModelConfig, load_model, resolve_dtype
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.utils.files import read_json, write_json
@@ -30,7 +29,7 @@ def load_merged(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, 
     base = base.float().eval()
     if not model.adapter:
         return base
-    tuned = PeftModel.from_pretrained(base, str(saved_adapter(adapter, model.adapter, model.id)))
+    tuned: Any = load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter.target)
     with torch.no_grad():
         return tuned.merge_and_unload(safe_merge=True).eval()
 

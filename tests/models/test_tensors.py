@@ -1,0 +1,84 @@
+"""Weights that are not all of the model's, or not only its own, are refused by name and number."""
+
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from smolvlm_exp.deploy.export.merge import load_merged
+from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, lora_config
+from smolvlm_exp.models.model import ModelConfig, load_finetuned_model, load_model
+from smolvlm_exp.models.quant import QuantConfig, quantization_config
+from smolvlm_exp.models.shape import EMBEDDED
+from smolvlm_exp.utils.errors import RequestError
+from tests.conftest import compose
+
+QUERY = "model.text_model.layers.0.self_attn.q_proj.weight"
+CHANGES = {
+    "no vision tower": (
+        lambda tensors: {name: tensor for name, tensor in tensors.items() if "vision_model" not in name},
+        r"lack 69 of the model's tensors, e\.g\. model\.vision_model\.embeddings\.patch_embedding\.bias",
+    ),
+    "no tensor at all": (lambda tensors: {"a": torch.ones(1)}, r"lack 127 of the model's .* and have 1 tensors that"),
+    "one more": (
+        lambda tensors: {**tensors, "model.more": torch.ones(1)},
+        r"have 1 tensors that the model has not, e\.g\. model\.more\.",
+    ),
+    "another shape": (
+        lambda tensors: {**tensors, QUERY: torch.ones(2, 3)},
+        rf"have 1 tensors of another shape, e\.g\. {QUERY} \(\[2, 3\] in place of \[128, 128\]\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_base_is_whole(change, tmp_path):
+    altered, said = CHANGES[change]
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    save_file(altered(load_file(file)), file, metadata={"format": "pt"})
+    for option in ("none", "nf4", "int8") if change == "another shape" else ("none", "nf4"):
+        config = compose(f"model.id={tmp_path}/model", f"quant={option}")
+        with pytest.raises(RequestError, match=rf"model\.id=.*/model: its weights {said}"):
+            load_model(config.model, quantization_config(config.quant, torch.float32))
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory):
+    from peft import get_peft_model
+
+    folder = tmp_path_factory.mktemp("adapter")
+    tuned = get_peft_model(load_model(compose().model), lora_config(SMALL, quantised=False))
+    tuned.save_pretrained(folder)
+    return folder
+
+
+SMALL = AdapterConfig(r=2, target=r".*text_model\.layers\.0\.self_attn\.q_proj")
+LORA_A = "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({LORA_A: None}, rf"its file lacks 1 tensors, e\.g\. {LORA_A}"),
+        ({"base_model.model.more": torch.ones(1)}, r"its file has 1 other tensors, e\.g\. base_model\.model\.more"),
+        ({LORA_A: torch.ones(2, 3)}, r"does not fit this model: .*size mismatch"),
+    ],
+)
+def test_an_adapter_is_whole_also_where_it_is_merged(adapter, changes, said, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    tensors = {name: tensor for name, tensor in {**load_file(file), **changes}.items() if tensor is not None}
+    save_file(tensors, file, metadata={"format": "pt"})
+    model = replace(compose().model, adapter=str(folder))
+    with pytest.raises(RequestError, match=said):
+        load_finetuned_model(model, QuantConfig(), SMALL, 0)
+    with pytest.raises(RequestError, match=said):
+        load_merged(model, QuantConfig(), SMALL, 0, "original")
+
+
+def test_what_is_whole_loads(adapter):
+    tuned = load_adapter(load_model(ModelConfig("embedded", dtype="float32")), adapter, SMALL.target)
+    assert tuned.targeted_module_names == ["model.text_model.layers.0.self_attn.q_proj"]
