@@ -31,7 +31,7 @@ from smolvlm_exp.config.compose import check_command, register_schemas, search_p
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
-from smolvlm_exp.runs.checkpoint import fsync_all
+from smolvlm_exp.runs.checkpoint import disk_full_as_run_error, fsync_all
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
@@ -99,6 +99,7 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
 
     Raises:
         RequestError: the folder holds another run, is in use, or cannot be written.
+        RunError: the disk is full.
     """
     name = args.config_name or "config"
     with search_path(args.config_path, args.config_dir):
@@ -117,14 +118,14 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
                 fsync_all(folder / ".hydra")
             return task(composed)
 
-        with lock_run_folder(folder):
+        with lock_run_folder(folder), disk_full_as_run_error(folder):
             if not composed.resume:
                 check_unused(folder, composed.task.name)
             callbacks.on_run_start(config=composed, config_name=name)
             context = HydraContext(runner.config_loader, callbacks)
             done = run_job(saved, composed, "hydra.run.dir", None, context, configure_logging=False)
             callbacks.on_run_end(config=composed, config_name=name, job_return=done)
-        return done.return_value
+            return done.return_value
 
 
 def complete_and_check(args: Namespace) -> None:
@@ -220,7 +221,7 @@ def main() -> None:
 def run_command(args: Namespace) -> None:
     try:
         run_once(args, job)
-    except RequestError as error:  # of the folder: `job` has reported its own
+    except (RequestError, RunError) as error:  # of the folder or the disk: `job` has reported its own
         exit_with_error(error)
 
 
