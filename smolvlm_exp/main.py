@@ -41,6 +41,8 @@ from smolvlm_exp.utils.versions import check_torchvision
 
 WITHOUT_MODEL = ("doctor", "plan", "compare")  # tasks that work also where torch does not
 
+WITHOUT_FOLDER = ("doctor", "plan")  # tasks that write none, and run where nothing may be written
+
 
 @dataclass
 class Run:
@@ -118,8 +120,9 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
                 fsync_all(folder / ".hydra")
             return task(composed)
 
-        with lock_run_folder(folder), disk_full_as_run_error(folder):
-            if not composed.resume:
+        writes = composed.task.name not in WITHOUT_FOLDER
+        with lock_run_folder(folder) if writes else nullcontext(), disk_full_as_run_error(folder):
+            if writes and not composed.resume:
                 check_unused(folder, composed.task.name)
             callbacks.on_run_start(config=composed, config_name=name)
             context = HydraContext(runner.config_loader, callbacks)
