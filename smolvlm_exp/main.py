@@ -33,7 +33,7 @@ from smolvlm_exp.config.compose import check_command, register_schemas, search_p
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
-from smolvlm_exp.runs.checkpoint import fsync_all
+from smolvlm_exp.runs.checkpoint import disk_full_as_run_error, fsync_all
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
@@ -43,6 +43,8 @@ from smolvlm_exp.utils.startup import configure_logging, fast_imports, silence_u
 from smolvlm_exp.utils.versions import check_torchvision
 
 WITHOUT_MODEL = ("doctor", "plan", "compare")  # tasks that work also where torch does not
+
+WITHOUT_FOLDER = ("doctor", "plan")  # tasks that write none, and run where nothing may be written
 
 
 @dataclass
@@ -102,6 +104,7 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
 
     Raises:
         RequestError: the folder holds another run, is in use, or cannot be written.
+        RunError: the disk is full.
     """
     name = args.config_name or "config"
     with search_path(args.config_path, args.config_dir):
@@ -120,14 +123,15 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
                 fsync_all(folder / ".hydra")
             return task(composed)
 
-        with lock_run_folder(folder):
-            if not composed.resume:
+        writes = composed.task.name not in WITHOUT_FOLDER
+        with lock_run_folder(folder) if writes else nullcontext(), disk_full_as_run_error(folder):
+            if writes and not composed.resume:
                 check_unused(folder, composed.task.name)
             callbacks.on_run_start(config=composed, config_name=name)
             context = HydraContext(runner.config_loader, callbacks)
             done = run_job(saved, composed, "hydra.run.dir", None, context, configure_logging=False)
             callbacks.on_run_end(config=composed, config_name=name, job_return=done)
-        return done.return_value
+            return done.return_value
 
 
 def complete_and_check(args: Namespace) -> None:
@@ -243,7 +247,7 @@ def check_flags(words: Sequence[str], parser: ArgumentParser) -> None:
 def run_command(args: Namespace) -> None:
     try:
         run_once(args, job)
-    except RequestError as error:  # of the folder: `job` has reported its own
+    except (RequestError, RunError) as error:  # of the folder or the disk: `job` has reported its own
         exit_with_error(error)
 
 

@@ -10,10 +10,10 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.models.saved_check import check_adapter_fields
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of, upstream_refuses
-from smolvlm_exp.utils.files import read_json
 from smolvlm_exp.utils.hub import hub_errors, is_offline
 
 if TYPE_CHECKING:
@@ -31,12 +31,6 @@ TARGETS: dict[str, str | list[str]] = {
 ADAPTER_ELSEWHERE = {"target_modules": "adapter.target"}  # arguments of PEFT's that other settings are
 FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations
 START = "adapter_start"  # in the run folder: where a PiSSA adapter began
-FIELDS = (  # of adapter_config.json
-    "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights", "target_modules",
-    "exclude_modules", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
-    "layers_to_transform", "layers_pattern", "trainable_token_indices", "runtime_config",
-)  # fmt: skip
 PARTS = {"text_model": "text model", "vision_model": "vision tower", "connector": "connector"}
 
 
@@ -210,7 +204,7 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
         raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
     if not (folder / "adapter_model.safetensors").is_file():
         raise RequestError(f"model.adapter={name}: {folder} has no adapter_model.safetensors; pickles are not loaded.")
-    check_fields(folder / "adapter_config.json", config)
+    check_adapter_fields(folder / "adapter_config.json", config.extra)
     saved: Any = PeftConfig.from_pretrained(str(folder))
     trained_on = str(saved.base_model_name_or_path or "")
     if trained_on != base and is_hub_id(trained_on) and (is_hub_id(base) or base == "embedded"):
@@ -223,25 +217,6 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
                 f"set adapter.{key}={str(trained).lower()}."
             )
     return folder
-
-
-def check_fields(file: Path, config: AdapterConfig) -> None:
-    """Refuse an adapter_config.json that is not LoRA's, or sets what is neither of `FIELDS` nor in `adapter.extra`.
-
-    PEFT imports what some of its fields name.
-    """
-    from peft import LoraConfig
-
-    saved, defaults = read_json(file), vars(LoraConfig())
-    if saved.get("peft_type") != "LORA":
-        raise RequestError(f"model.adapter: {file} describes {saved.get('peft_type', 'no adapter')}, and not LORA.")
-    known = {*FIELDS, *config.extra}
-    unknown = [key for key, value in saved.items() if key not in known and value and value != defaults.get(key)]
-    if unknown:
-        raise RequestError(
-            f"model.adapter: {file} sets {', '.join(unknown)}, which this program does not know. Read what that does; "
-            f"it counts where it is typed: +adapter.extra.{unknown[0]}=..."
-        )
 
 
 def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":

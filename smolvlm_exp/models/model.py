@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,10 +15,10 @@ from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapt
 from smolvlm_exp.models.processor_check import check_files, check_processor
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.resolution import FILES, Resolution, read_options, saved_resolution
+from smolvlm_exp.models.saved_check import check_shards, check_tensors
 from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
-from smolvlm_exp.utils.files import read_json
 from smolvlm_exp.utils.hub import hub_errors, is_offline
 from smolvlm_exp.utils.phases import phase
 
@@ -88,47 +88,6 @@ def check_no_adapter(config: ModelConfig) -> None:
             f"model.id={config.id} holds an adapter (adapter_config.json). Give its base as model.id, and it as "
             f"model.adapter={config.id}."
         )
-
-
-def check_shards(folder: Path) -> None:
-    """Refuse an index of sharded weights that names files elsewhere, which upstream would read."""
-    for index in folder.glob("*.index.json"):
-        named = read_json(index).get("weight_map", {})
-        for name in named.values() if isinstance(named, dict) else ():
-            if Path(str(name)).name != name:
-                raise RequestError(f"{index} names {name}, and weights are read from the model's own folder alone.")
-
-
-def check_tensors(id: str, model: "PreTrainedModel", loaded: dict[str, Any]) -> None:
-    """Refuse weights that are not all of the model's: upstream would leave tensors out, or draw them at random.
-
-    Args:
-        loaded: upstream's `loading_info`, in which tied weights are not missing.
-    """
-    mismatched = [*loaded["mismatched_keys"], *misshapen_quantised(model)]
-    shapes = [f"{name} ({list(saved)} in place of {list(own)})" for name, saved, own in mismatched]
-    problems = {
-        "lack {} of the model's tensors": loaded["missing_keys"],
-        "have {} tensors that the model has not": loaded["unexpected_keys"],
-        "have {} tensors of another shape": shapes,
-    }
-    said = [f"{words.format(len(names))}, e.g. {min(names)}" for words, names in problems.items() if names]
-    if said:
-        raise RequestError(
-            f"model.id={id}: its weights {', and '.join(said)}.\nRestore its files; model.weights=random trains random "
-            "weights."
-        )
-
-
-def misshapen_quantised(model: "PreTrainedModel") -> Iterator[tuple[str, Sequence[int], Sequence[int]]]:
-    """(name, shape in the file, shape in the model) of bitsandbytes' weights, which upstream takes in any shape."""
-    from torch import nn
-
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and not module.weight.is_floating_point():
-            state = getattr(module.weight, "quant_state", module.weight)  # of 4 bits; 8 bits keep their shape
-            if tuple(state.shape) != (module.out_features, module.in_features):
-                yield f"{name}.weight", state.shape, (module.out_features, module.in_features)
 
 
 def device_map(requested: str | None) -> Any:

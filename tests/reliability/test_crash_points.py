@@ -11,6 +11,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Callable
+from errno import EIO, ENOSPC
 from pathlib import Path
 
 import pytest
@@ -32,10 +33,14 @@ CHANGES = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.
 
 
 class CrashPoints:
-    """Counts what this process changes under a folder, and kills it at one of these points."""
+    """Counts what this process changes under a folder, and kills it at one of these points, or fails from there on.
 
-    def __init__(self, folder: Path, kill_at: int = 0) -> None:
-        self.folder, self.kill_at, self.seen = folder, kill_at, 0
+    Args:
+        error: of the disk, in place of the kill: ENOSPC stays, EIO is over after one time.
+    """
+
+    def __init__(self, folder: Path, kill_at: int = 0, error: int = 0) -> None:
+        self.folder, self.kill_at, self.seen, self.error = folder, kill_at, 0, error
         self.unsynced: dict[str, int] = {}  # file -> bytes of it that are on the disk for certain
         sys.addaudithook(self.watch)
         self.sync, self.save = os.fsync, safetensors.torch.serialize_file
@@ -47,7 +52,9 @@ class CrashPoints:
         if not str(path).startswith(f"{self.folder}/"):
             return False
         self.seen += 1
-        if self.seen == self.kill_at:
+        if self.error and (self.seen == self.kill_at or (self.error == ENOSPC and self.seen > self.kill_at)):
+            raise OSError(self.error, os.strerror(self.error))
+        if self.seen == self.kill_at and not self.error:
             for written, synced in self.unsynced.items():
                 with contextlib.suppress(OSError):
                     os.truncate(written, (synced + os.stat(written).st_size) // 2)
@@ -172,6 +179,40 @@ class Begun:
         return "same"
 
 
+class OnAFullDisk(Begun):
+    """From one point on nothing can be written; when there is space again it is resumed."""
+
+    error = ENOSPC
+
+    def killed_at(self, point: int) -> str:
+        self.begin()
+
+        def job() -> None:
+            CrashPoints(self.path, point, self.error)
+            run(*self.command())
+
+        code, last = outcome(job, self.log)
+        said = self.log.read_text()
+        if not code:  # what only describes a run may fail alone
+            assert self.error == EIO, (point, said[-3000:])
+            return "told" if "failed (OSError" in said else "unnoticed"
+        if self.error == ENOSPC:
+            assert "RunError: no space left in" in said or "RequestError: " in last, (point, said[-3000:])
+        assert said.count("Traceback") < 5, (point, said[-6000:])
+        if not checkpoints(self.path):
+            return "no checkpoint"
+        code, last = outcome(lambda: run(*self.again()), self.log)
+        assert not code, (point, self.log.read_text()[-3000:])
+        self.compare()
+        return "same"
+
+
+class OnABadDisk(OnAFullDisk):
+    """One write fails."""
+
+    error = EIO
+
+
 class Resumed(Begun):
     """From the first checkpoint, as a kill right after it leaves a run."""
 
@@ -224,10 +265,10 @@ def test_killed_at_some_points(alone, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [Begun, Resumed, Exported])
+@pytest.mark.parametrize("kind", [Begun, Resumed, Exported, OnAFullDisk, OnABadDisk])
 def test_killed_at_every_point(alone, tmp_path, kind):
     command = kind(alone, tmp_path)
     said = [command.killed_at(point) for point in range(1, command.count() + 1)]
     print(kind.__name__, len(said), {line: said.count(line) for line in dict.fromkeys(said)})
-    assert kind is Begun or set(said) == {"same"}
+    assert kind not in (Resumed, Exported) or set(said) == {"same"}
     assert said.count("same") > len(said) / 2

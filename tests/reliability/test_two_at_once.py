@@ -83,13 +83,21 @@ def test_a_run_is_not_written_over_however_its_folder_is_named(how, tmp_path, mo
         "interpolated": (["name=a", "hydra.run.dir=outputs/${name}"], None),
         "forced": (["++hydra.run.dir=outputs/a"], None),
         "in a file": (["experiment=own"], own.parents[1]),
-        "by another task": (["task=plan", "hydra.run.dir=outputs/a"], None),
+        "by another task": (["task=compare", "hydra.run.dir=outputs/a"], None),
     }[how]
     args = command_line(*overrides, config_dir=config_dir)
     with pytest.raises(RequestError, match=r"hydra\.run\.dir=outputs/a already holds a run \(checkpoints\)"):
         main.run_once(args, lambda composed: pytest.fail("it began"))
     assert (run / ".hydra" / "config.yaml").read_text() == "task: {name: train}"
     assert {path.name for path in run.iterdir()} <= {".hydra", ".lock", "checkpoints"}
+
+
+def test_what_writes_no_folder_leaves_the_working_folder_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    for task in ("plan", "doctor"):
+        assert main.run_once(command_line(f"task={task}"), lambda composed: composed.task.name) == task
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_what_completes_an_earlier_command_goes_on_there(tmp_path, monkeypatch):
