@@ -17,6 +17,7 @@ HEAD_SECONDS = 20.0  # for a request's head, from the connection's beginning or 
 BODY_SECONDS = 120.0  # for a request's body
 STALLED_SECONDS = 60.0  # that a client may leave an answer unread
 SHUTDOWN_SECONDS = 3  # that clients have to read the rest after Ctrl-C
+VALUES = 1_000_000  # in a request's JSON, by its brackets and commas: as Python's objects each takes up to 232 bytes
 BODIES = 4  # of the largest size: what the bodies of all requests may take together
 
 
@@ -88,11 +89,11 @@ def limit_body(app: types.ASGIApp, max_bytes: int) -> types.ASGIApp:
 
     async def limited(scope: types.Scope, receive: types.Receive, send: types.Send) -> None:
         nonlocal held
-        received, complete = 0, False
+        received, values, complete = 0, 0, False
         until = asyncio.get_running_loop().time() + BODY_SECONDS
 
         async def counted() -> types.Message:
-            nonlocal held, received, complete
+            nonlocal held, received, values, complete
             if complete:  # what else comes is the client's leaving
                 return await receive()
             try:
@@ -100,10 +101,11 @@ def limit_body(app: types.ASGIApp, max_bytes: int) -> types.ASGIApp:
                     message = await receive()
             except TimeoutError:
                 raise HTTPException(408, f"a request's body must arrive within {BODY_SECONDS:g} seconds.") from None
-            size, complete = len(message.get("body", b"")), not message.get("more_body")
-            held, received = held + size, received + size
-            if received > max_bytes:
-                raise HTTPException(413, f"a request may have at most {max_bytes:,} bytes.")
+            body, complete = message.get("body", b""), not message.get("more_body")
+            held, received = held + len(body), received + len(body)
+            values += sum(map(body.count, (b"[", b"{", b",")))
+            if received > max_bytes or values > VALUES:
+                raise HTTPException(413, f"a request may have at most {max_bytes:,} bytes and {VALUES:,} values.")
             if held > BODIES * max_bytes:
                 raise HTTPException(429, "the server is full: it holds too many large requests.", {"Retry-After": "1"})
             return message

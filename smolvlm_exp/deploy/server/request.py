@@ -47,7 +47,7 @@ class Part(BaseModel):
 
 class Message(BaseModel):
     role: Literal["system", "user", "assistant"]
-    content: list[Part] = Field(min_length=1)
+    content: list[Part] = Field(min_length=1, max_length=64)
 
     @field_validator("content", mode="before")
     @classmethod
@@ -67,7 +67,7 @@ class ChatRequest(BaseModel):
     model_config = ConfigDict(extra="allow")
 
     model: str = ""
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, max_length=1024)
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float = Field(0.0, ge=0, le=2)

@@ -19,6 +19,7 @@ from PIL import Image
 from smolvlm_exp.deploy.options import ServeConfig
 from smolvlm_exp.deploy.server.app import build_app
 from smolvlm_exp.deploy.server.connections import Server, listen
+from smolvlm_exp.deploy.server.request import FIXED
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.continuous import ContinuousBatch
 from smolvlm_exp.utils.paths import PACKAGE
@@ -84,6 +85,41 @@ def test_openais_client_and_the_cache(client, session):
     assert {key for key in session.cache.entries if key[0] == "image"} <= cached
 
 
+def test_images_in_every_spelling_of_a_data_url(client, session):
+    """All are the same image: the tower sees it once, and the answer is the same."""
+    head, content = data_url(Image.effect_noise((64, 48), 9)).split(",")
+    lines = "\r\n".join(content[i : i + 76] for i in range(0, len(content), 76))
+    urls = [
+        f"{head},{content}", f"{head.replace(';', ';charset=utf-8;')},{content}", f"{head.upper()},{content}",
+        f"{head},{lines}", f"{head},{content.rstrip('=')}",
+    ]  # fmt: skip
+    sources = [*({"url": url, "detail": "low"} for url in urls), *urls]
+    known, answers = set(session.cache.entries), set()
+    for source in sources:
+        content = [{"type": "image_url", "image_url": source}, {"type": "text", "text": "What do you see?"}]
+        answer = client.chat.completions.create(
+            model="tiny", messages=[{"role": "user", "content": content}], max_tokens=9
+        )
+        answers.add((answer.choices[0].message.content, answer.usage.prompt_tokens))
+    assert len(answers) == 1
+    assert sum(key[0] == "image" for key in session.cache.entries.keys() - known) == 1
+
+
+def test_what_means_the_default_is_taken(client):
+    """As clients send it, nulls among it; so do texts and lists that are empty."""
+    plain = {"model": "tiny", "messages": [user("What?")], "max_tokens": 6}
+    unset = dict.fromkeys(
+        ("temperature", "top_p", "seed", "stop", "stream", "stream_options", "max_completion_tokens", *FIXED)
+    )
+    defaults = {key: values[0] for key, values in FIXED.items() if values}
+    descriptions = {"user": "a", "metadata": {"a": "b"}, "store": False, "service_tier": "auto", "detail": 1}
+    texts = {
+        client.chat.completions.create(**plain, extra_body=extra).choices[0].message.content
+        for extra in ({}, unset, defaults, descriptions, {"seed": -(2**80)}, {"temperature": 1e-40, "seed": 2**70})
+    }
+    assert len(texts) == 1
+
+
 @pytest.mark.parametrize(
     ("request_", "message"),
     [
@@ -95,8 +131,28 @@ def test_openais_client_and_the_cache(client, session):
         ({"messages": [user("What?", "data:image/png;base64," + "A" * 800_000)]}, "is larger than 0.5 MB"),
         ({"messages": [user("why " * 2000)]}, "context holds 1024"),
         ({"messages": [user("What?")], "max_tokens": 25}, "max_tokens=25 is more than this server allows: 24"),
+        ({"messages": [user("a")] * 1025}, "messages: List should have at most 1024 items"),
+        ({"messages": [user("a", *["b"] * 64)]}, r"messages\[0\].content: List should have at most 64 items"),
         ({"messages": []}, "messages: List should have at least 1 item"),
         ({"messages": [user("What?")], "n": 2}, "n: this server has no n other than 1; leave it out"),
+        ({"messages": [user("What?")], "logprobs": True}, "logprobs: this server has no logprobs other than false"),
+        ({"messages": [user("What?")], "logit_bias": {"1": 5}}, "logit_bias: this server has no logit_bias other"),
+        ({"messages": [user("What?")], "presence_penalty": 0.1}, "presence_penalty: this server has no"),
+        ({"messages": [user("What?")], "frequency_penalty": -1}, "frequency_penalty: this server has no"),
+        ({"messages": [user("What?")], "tool_choice": "required"}, "tool_choice: this server has no tool_choice"),
+        ({"messages": [user("What?")], "tools": [{"type": "function"}]}, "tools: this server has no tools"),
+        ({"messages": [user("What?")], "response_format": {"type": "json_object"}}, "response_format: this server"),
+        ({"messages": [user("What?")], "stop": ["a"] * 17}, "stop: List should have at most 16 items"),
+        ({"messages": [user("What?")], "temperature": -1}, "temperature: Input should be greater than or equal to 0"),
+        ({"messages": [user("What?"), user("a", "b")]}, r"messages\[1\].content\[0\].image_url must be a data URL"),
+        ({"messages": [user(3)]}, r"messages\[0\].content\[0\].text: Input should be a valid string"),
+        ({"messages": [user("a", 3)]}, r"messages\[0\].content\[0\].image_url.url: Input should be a valid string"),
+        (
+            {"messages": [{"role": "user", "content": 3}]},
+            r"messages\[0\].content: it must be a text or a list of parts",
+        ),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "a part of type text needs text"),
+        ({"messages": [user("a" * 1_000_001)]}, "1,000,001 letters; this server accepts 1,000,000"),
     ],
 )
 def test_requests_outside_the_limits_are_refused(client, request_, message):
@@ -226,7 +282,12 @@ def test_an_answer_that_fails_is_an_error_of_its_own(client, session, monkeypatc
             client.chat.completions.create(**REQUEST)
         with pytest.raises(openai.APIError, match="RuntimeError: no such kernel"):
             list(client.chat.completions.create(**REQUEST, stream=True))
-    assert client.chat.completions.create(**REQUEST).choices[0].message.content
+        events = httpx.post(f"{client.base_url}chat/completions", json={**REQUEST, "stream": True}).text
+        assert events.endswith("data: [DONE]\n\n")
+        broken.setattr(session, "answer", fails)  # where nothing is foreseen to fail
+        with pytest.raises(openai.InternalServerError, match="the server failed: RuntimeError"):
+            client.chat.completions.create(**REQUEST)
+    assert client.with_options(max_retries=1).chat.completions.create(**REQUEST).choices[0].message.content
 
 
 def test_ctrl_c_ends_the_server_while_answers_run(command, command_server):

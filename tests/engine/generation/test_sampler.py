@@ -9,7 +9,7 @@ from smolvlm_exp.engine.forward import image_features
 from smolvlm_exp.engine.generation import batch, sampler
 from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampler import Prompt, sample
-from smolvlm_exp.engine.generation.sampling import Sampling, draw, uniforms
+from smolvlm_exp.engine.generation.sampling import Sampling, draw, draw_rows, uniforms
 from smolvlm_exp.engine.model_parts import core_of
 from tests.engine.stock import IMAGE, PAD, pixels, random_row, tiny_adapter, tiny_model
 
@@ -94,6 +94,14 @@ def test_the_image_token_is_not_drawn_even_where_it_is_the_likeliest(temperature
     how = {"suppress_tokens": [IMAGE], "renormalize_logits": True}
     if not temperature:
         assert with_end(answers[0]) == upstream(model, row, 1, **how)
+
+
+@pytest.mark.parametrize("temperature", [1e-40, 1e-320, 1e-7])
+def test_the_coldest_temperatures_draw_the_likeliest_token(temperature):
+    logits, uniform = torch.tensor([[1.0, 9.0, 8.0], [-3.0, -9.0, -50.0]]), torch.tensor([0.999, 0.0])
+    assert draw(logits, uniform, Sampling(temperature=temperature)).tolist() == [1, 0]
+    settings = (torch.tensor([temperature] * 2), torch.ones(2), torch.zeros(2))
+    assert draw_rows(logits, uniform, *settings, truncates=True).tolist() == [1, 0]
 
 
 def test_seeds_beyond_32_bits_draw_other_numbers():
