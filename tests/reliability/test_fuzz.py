@@ -150,7 +150,8 @@ def test_any_command():
 def test_commands_that_hydra_trips_over(override):
     """Each was a traceback of Hydra's own once."""
     with pytest.raises(
-        RequestError, match=r"no such|must map settings|required by Hydra|not Optional|not support deletion"
+        RequestError,
+        match=r"no such|not the name|must map settings|required by Hydra|not Optional|not support deletion",
     ):
         compose(override)
 
