@@ -268,3 +268,13 @@ def test_a_command_is_composed_once_to_check_it_and_once_to_run_it(tmp_path, mon
     main.main()
     assert composed == [overrides] * 2
     assert ran == [(7, tmp_path / "run")]
+
+
+def test_a_missing_package_is_one_line(tmp_path):
+    """As with the system's Python after `make run`, which has installed into .venv."""
+    typed = [sys.executable, "-S", "-m", "smolvlm_exp"]  # -S: without site-packages
+    done = subprocess.run(typed, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith("smolvlm_exp: hydra is not installed for ")
+    assert ". .venv/bin/activate" in done.stderr
+    assert len(done.stderr.splitlines()) == 1

@@ -74,7 +74,10 @@ class Repository:
         chosen: list[Dataset] = []
         for name, start, stop in spans_of(split, lengths):
             span, first = parts_with(self.splits[name], start, stop)
-            chosen.append(self.read(span, where).select(range(start - first, stop - first)))
+            if span:
+                chosen.append(self.read(span, where).select(range(start - first, stop - first)))
+        if not chosen:
+            raise RequestError(f"{where} has no rows.")
         return chosen[0] if len(chosen) == 1 else concatenate_datasets(chosen)
 
     def read(self, parts: Sequence[Part], where: str) -> "Dataset":

@@ -144,6 +144,7 @@ def test_who_may_read_what(hub, monkeypatch):
         ({"train": "validation"}, "has no split validation. It has train, test"),
         ({"test": "tset"}, "has no split tset. It has train, test"),
         ({"split": "train[:x]"}, "or a slice such as"),
+        ({"split": "train[:0]"}, "split train[:0] has no rows"),
         ({"config_name": "other"}, "'other' not found"),
         ({"rows": "*.csv"}, "No (supported) data files found in some/pairs"),
         ({"columns": {"captoin": "answer"}}, "data.columns: data.id=some/pairs has no column captoin; it has chosen"),

@@ -31,9 +31,7 @@ class Config(DataConfig):
     revision: str | None = None  # branch, tag or commit on the Hub; null: the newest
     config_name: str | None = None  # where the dataset has several configurations: one of them
     rows: Any = None  # the files with the rows, a pattern or a list of them; null: as the dataset's card says
-    columns: dict[str, str | None] = field(
-        default_factory=dict
-    )  # its names to ours, as {caption: answer}; null: unread
+    columns: dict[str, str | None] = field(default_factory=dict)  # its names to ours: {caption: answer}; null: unread
     test_fraction: float = 0.1  # share of the rows of `train` held out, by image, where there is no split `test`
 
 
