@@ -167,7 +167,8 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     if data := embedded_bytes(name):
         return {"bytes": data, "path": None}
     refuse_url(name)
-    spelled = [name, *(unicodedata.normalize(form, name) for form in ("NFC", "NFD"))]  # of \u00e9 in a file's name
+    # A letter with an accent is one character in some file names, two in others; without any all three are the same.
+    spelled = dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
     try:
         paths = [(folder / spelling).resolve() for spelling in spelled]
         path = next((path for path in paths if path.is_file()), paths[0])

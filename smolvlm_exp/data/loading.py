@@ -186,9 +186,11 @@ def parse_json(text: str, where: str) -> Any:
 
 def json_objects(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """The objects of a JSON list or of JSON Lines, whatever the file's suffix, each after its place in the file."""
-    lines = [(f"{name} line {number}", line) for number, line in json_lines(text)]
-    entries: Iterable[tuple[str, Any]] = ((where, parse_json(line, where)) for where, line in lines)
-    if text.lstrip().startswith("[") or (lines and is_cut(lines[0][1])):
+    entries: Iterable[tuple[str, Any]] = (
+        (f"{name} line {n}", parse_json(line, f"{name} line {n}")) for n, line in json_lines(text)
+    )
+    _, first = next(json_lines(text), (0, ""))
+    if first.lstrip().startswith("[") or is_cut(first):
         whole = parse_json(text, name)
         if not isinstance(whole, list):
             raise RequestError(f"{name} is one JSON object over several lines, not a list of rows or one row per line.")

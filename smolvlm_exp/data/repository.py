@@ -20,7 +20,7 @@ from smolvlm_exp.data.loading import first_cause, refuse_links_out, select_split
 from smolvlm_exp.data.parallel import hash_of
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json, write_json
-from smolvlm_exp.utils.hub import hub_errors, is_offline
+from smolvlm_exp.utils.hub import hub_errors, is_hub_id, is_offline
 from smolvlm_exp.utils.units import format_bytes
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def find_repository(id: str, revision: str | None, config_name: str | None, file
     if folder.is_dir():
         refuse_links_out(folder)
         return build(str(folder), None, None, config_name, files)
-    if id.startswith((".", "/", "~")) or id.count("/") != 1:
+    if not is_hub_id(id):
         raise RequestError(f"data.id={id}: there is no such folder, and a dataset of the Hub is named OWNER/NAME.")
     kept = cache_folder() / f"{hash_of('repository', VERSION, id, revision, config_name, files)}.json"
     known = read_json(kept)

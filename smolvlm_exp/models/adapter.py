@@ -14,7 +14,7 @@ from smolvlm_exp.models.saved_check import check_adapter_fields
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of, upstream_refuses
-from smolvlm_exp.utils.hub import hub_errors, is_offline
+from smolvlm_exp.utils.hub import hub_errors, is_hub_id, is_offline
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -169,11 +169,6 @@ def adapter_folder(name: str) -> Path | None:
     """`name` or its `adapter/`, whichever holds a saved adapter, or the Hub's repository of that name, if it does."""
     folders = [hub_adapter(name)] if is_hub_id(name) else [Path(name), Path(name) / "adapter"]
     return next((folder for folder in folders if (folder / "adapter_config.json").is_file()), None)
-
-
-def is_hub_id(name: str) -> bool:
-    """Whether it has the form OWNER/NAME, and is no folder here."""
-    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 @cache

@@ -1,11 +1,13 @@
 """The Hugging Face Hub: whether it is there, and what its clients' many errors mean."""
 
 import logging
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Literal
 
 from smolvlm_exp.utils.errors import RequestError, first_line, suggestion
@@ -76,6 +78,11 @@ def is_offline() -> bool:
     constants.HF_HUB_OFFLINE = True
     log.warning(f"hub: {outcome}; using local files only")
     return True
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether it has the form OWNER/NAME, and is nothing on this disk."""
+    return re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None and not Path(name).exists()
 
 
 @contextmanager
