@@ -25,6 +25,7 @@ lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache
+	PYTHONPATH=. $(BIN)/python docs/settings.py --check
 
 # The newest versions that pyproject.toml allows, in a new .venv. Run `make test` with them before you commit them.
 constraints:

@@ -1,12 +1,14 @@
 """settings.md and settings.schema.json, from the dataclasses and the comments of their fields.
 
-python docs/settings.py        # writes both
+python docs/settings.py            # writes both
+python docs/settings.py --check    # as `make lint` does: fails where one is not current
 """
 
 import ast
 import inspect
 import json
 import re
+import sys
 import textwrap
 import types
 import typing
@@ -143,4 +145,7 @@ def files() -> dict[Path, str]:
 
 if __name__ == "__main__":
     for path, text in files().items():
-        path.write_text(text, encoding="utf-8")
+        if "--check" not in sys.argv:
+            path.write_text(text, encoding="utf-8")
+        elif path.read_text(encoding="utf-8") != text:
+            sys.exit(f"docs/{path.name} is not current: python docs/settings.py writes it")
