@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -195,17 +196,24 @@ def find_repository(id: str, revision: str | None, config_name: str | None, file
             )
         log.warning(f"data: {id} as it was found on {known['found']}, commit {known['commit'][:8]}")
     else:
-        from huggingface_hub import HfApi
-
-        with hub_errors("data.id", id, "dataset", revision):
-            info = HfApi().dataset_info(id, revision=revision)
-        if known.get("commit") != info.sha:
-            made = build(id, info.sha, info.card_data and info.card_data.get("license"), config_name, files)
+        commit, license = commit_of(id, revision)
+        if known.get("commit") != commit:
+            made = build(id, commit, license, config_name, files)
             kept.parent.mkdir(parents=True, exist_ok=True)
             write_json(kept, asdict(made))
             return made
     splits = {name: [DataFile(**file) for file in listed] for name, listed in known["splits"].items()}
     return Repository(**{**known, "splits": splits})
+
+
+@cache
+def commit_of(id: str, revision: str | None) -> tuple[str, Any]:
+    """And the license that its card states. Asked once per process, so that all rows of a run are of one commit."""
+    from huggingface_hub import HfApi
+
+    with hub_errors("data.id", id, "dataset", revision):
+        info = HfApi().dataset_info(id, revision=revision)
+    return str(info.sha), info.card_data and info.card_data.get("license")
 
 
 def build(id: str, commit: str | None, license: Any, config_name: str | None, files: list[str] | None) -> Repository:

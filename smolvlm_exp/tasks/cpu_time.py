@@ -30,8 +30,8 @@ SAMPLE = 256  # rows whose lengths stand for all
 class CpuTime:
     """Predicted seconds, from counted operations."""
 
-    training: float  # with the reference's log-probabilities and the images' features
-    evaluation: float  # before and after training
+    training: float  # with the reference's log-probabilities and the images' features; 0 without rows to train on
+    evaluation: float  # before and after training; of the base and the tuned model
 
     @property
     def total(self) -> float:
@@ -45,23 +45,23 @@ def log_cpu_time(config: Config, model: Any, preferences: Preferences, processor
     shape = shape_from(model.config)
     spec = spec_of_config(replace(config, model=replace(config.model, shape=shape)))
     sizes = [row_sizes(rows, processor) for rows in (preferences.train, preferences.test)]
+    trains = len(preferences.train) > 0
     if predict(config, spec, CPU, preferences, sizes).total < LONG / 10:  # not worth a measurement
         return
     card = replace(CPU, matmul=measure_matmul(model.dtype))
     now = predict(config, spec, card, preferences, sizes)
     if now.total < LONG:
         return
-    settings, tiles = "fewer rows (data.train, data.test), trainer.max_steps", max(rows[:, 3].mean() for rows in sizes)
+    settings = "fewer rows (data.train, data.test), trainer.max_steps" if trains else "fewer rows (data.test)"
+    tiles = max(rows[:, 3].mean() for rows in sizes if len(rows))
     if tiles > 1:
         one_tile = predict(config, spec, card, preferences, [as_one_tile(rows, shape.image_seq_len) for rows in sizes])
         settings = (
             f"model.longest_edge={shape.image_size} (one tile per image, not {tiles:.0f}: about "
             f"{duration(one_tile.total)}), {settings}"
         )
-    log.warning(
-        f"cpu: this will take about {duration(now.total)}: training {duration(now.training)}, evaluation before and "
-        f"after {duration(now.evaluation)}. To take less: {settings}"
-    )
+    parts = f": training {duration(now.training)}, evaluation before and after {duration(now.evaluation)}"
+    log.warning(f"cpu: this will take about {duration(now.total)}{parts if trains else ''}. To take less: {settings}")
 
 
 def measure_matmul(dtype: torch.dtype) -> float:
@@ -77,6 +77,8 @@ def measure_matmul(dtype: torch.dtype) -> float:
 def row_sizes(rows: Any, processor: Any) -> np.ndarray:
     """`PackedDataset.sizes` of the first rows."""
     count = range(min(len(rows), SAMPLE))
+    if not count:
+        return np.empty((0, 4), dtype=int)
     return PackedDataset(rows.select(count), processor).sizes(count)
 
 
@@ -97,26 +99,30 @@ def predict(
     """
     trainer, held_out, known = config.trainer, len(preferences.test), "truth" in preferences.test.column_names
     micro, batch = trainer.per_device_train_batch_size, trainer.per_device_eval_batch_size
-    trained = RowSizes([group_sizes(row, trainer) for row in sizes[0].tolist()], pairs=trainer.algorithm != "sft")
     tested, level = RowSizes(sizes[1].tolist()), "full" if trainer.gradient_checkpointing else "none"
     token_flops = 2 * (spec.text.layers * sum(spec.text.matrices) + spec.vocabulary * spec.text.hidden)
     token = token_flops / (card.reached * card.matmul)  # seconds of one more token of an answer
 
+    changed, answered = min(ABLATED_ROWS, held_out), held_out if known else min(SAMPLES, held_out)
+    passes, trains = held_out + 2 * changed + answered, len(preferences.train) > 0
+    evaluation = passes * forward(spec, tested, batch, card) + answered * config.task.max_new_tokens * token
+    evaluation *= 2 if trains or config.model.adapter else 1
+    if spec.features:  # each image goes through the vision tower once
+        evaluation += (held_out + changed) * images(spec, tested, batch, card)
+    if not trains:
+        return CpuTime(0.0, evaluation)
+
+    trained = RowSizes([group_sizes(row, trainer) for row in sizes[0].tolist()], pairs=trainer.algorithm != "sft")
     read: float = trainer.num_train_epochs * len(preferences.train)
     if trainer.max_steps > 0:
         read = trainer.max_steps * trainer.pairs_per_step / trainer.group_size
     prepared = min(read, len(preferences.train))
     training = read * seconds(spec, trained.average(micro), level, level, card) / micro
     training += prepared * forward(spec, trained, batch, card)
+    if spec.features:
+        training += prepared * images(spec, trained, batch, card)
     if trainer.samples_answers:
         training += read * trained.average(1).answers * token
-
-    changed, answered = min(ABLATED_ROWS, held_out), held_out if known else min(SAMPLES, held_out)
-    passes = held_out + 2 * changed + answered
-    evaluation = 2 * (passes * forward(spec, tested, batch, card) + answered * config.task.max_new_tokens * token)
-    if spec.features:  # each image goes through the vision tower once
-        training += prepared * images(spec, trained, batch, card)
-        evaluation += (held_out + changed) * images(spec, tested, batch, card)
     return CpuTime(training, evaluation)
 
 

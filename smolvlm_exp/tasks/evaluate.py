@@ -21,6 +21,7 @@ from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.summary import print_results, samples, summarize
 from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.find import choices
+from smolvlm_exp.tasks.cpu_time import log_cpu_time
 from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.tasks.result import tracker_of
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
@@ -51,6 +52,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     columns = preferences.test.column_names
     rewards = checked_rewards(config.reward, preferences) if "truth" in columns and "chosen" not in columns else None
     model: Any = load_model(config.model, quantization, config.seed)
+    log_cpu_time(config, model, preferences, processor)
     held_out = HeldOut(preferences, processor, batch_size, config.data.max_length)
     store, task = replace(disk_cache(config.trainer), reused=False), config.task
 

@@ -9,6 +9,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import HfFileSystem, constants
 
+from smolvlm_exp.data.repository import commit_of
 from smolvlm_exp.utils.hub import is_offline
 from tests.hub.server import Hub, serve
 
@@ -36,6 +37,7 @@ def point_clients(monkeypatch: pytest.MonkeyPatch, url: str, folder: Path) -> No
     huggingface_hub.utils.close_session()
     HfFileSystem.clear_instance_cache()
     is_offline.cache_clear()
+    commit_of.cache_clear()
 
 
 def log_in(monkeypatch: pytest.MonkeyPatch, hub: Hub, **user: Any) -> None:

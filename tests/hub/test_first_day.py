@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from smolvlm_exp.data.repository import commit_of
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
@@ -29,7 +30,8 @@ def test_a_run_records_the_commits_and_resume_compares_them(hub, small, tmp_path
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("some/tiny", model["commit"])
     assert source["commit"][:8] in (folder / "report.html").read_text()
 
-    rows(1, 90).to_parquet(data / "test.parquet")  # a newer commit
+    rows(1, 90).to_parquet(data / "test.parquet")  # a newer commit, which the next process sees
+    commit_of.cache_clear()
     again = (*given, "trainer.max_steps=3", f"resume={folder}", "resume_allow=[trainer.max_steps]")
     with pytest.raises(RequestError, match=rf"data\.revision={source['commit']} takes the first again"):
         train(compose(*again), folder)

@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.data.messages import text_of
+from smolvlm_exp.data.repository import commit_of
 from smolvlm_exp.data.sources import hub as source
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.hub import is_offline
@@ -40,6 +41,8 @@ def publish(hub: Any, id: str, files: dict[str, datasets.Dataset], row_group: in
 
 
 def load(split: str = "train", **settings: Any) -> datasets.Dataset:
+    """As the next process does."""
+    commit_of.cache_clear()
     return source.load(source.Config(source="hub", **{"id": "some/pairs", "test": "train[:1]", **settings}), split)
 
 
@@ -271,6 +274,8 @@ def test_where_the_rows_come_from(hub):
     first = source.provenance(config)
     assert first.license == "cc-by-nc-4.0"
     rows(4).to_parquet(folder / "train.parquet")
+    assert source.provenance(config) == first, "all rows of a run are of one commit, whatever is published meanwhile"
+    commit_of.cache_clear()
     second = source.provenance(config)
     assert (len(first.commit), first.commit == second.commit) == (40, False)
     assert len(load(test="train")) == 4

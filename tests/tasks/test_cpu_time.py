@@ -43,6 +43,22 @@ def test_a_real_shape_is_announced_on_a_cpu(device, tmp_path, capsys, monkeypatc
     assert said.count("\n") == 1
 
 
+def test_evaluation_alone_is_announced_too(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cpu_time, "measure_matmul", lambda dtype: 5e9)
+    config = compose("task=evaluate", *REAL)
+    processor = load_processor(config.model)
+    rows = load_preferences(config.data, processor, tmp_path, splits=("test",))
+    shape = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32, config=model_config(config.model.shape))
+    capsys.readouterr()
+    cpu_time.log_cpu_time(config, shape, rows, processor)
+    assert "fewer rows (data.test)" in (said := capsys.readouterr().out)
+    assert "training" not in said
+    sizes, spec = [np.empty((0, 4)), cpu_time.row_sizes(rows.test, processor)], spec_of_config(config)
+    alone = cpu_time.predict(config, spec, CPU, rows, sizes).total
+    config.model.adapter = "an/adapter"
+    assert alone < cpu_time.predict(config, spec, CPU, rows, sizes).total <= 2 * alone
+
+
 def test_a_short_run_says_and_measures_nothing(rows, model, processor, capsys, monkeypatch):
     monkeypatch.delattr(cpu_time, "measure_matmul")
     cpu_time.log_cpu_time(compose("trainer.max_steps=2"), model, rows, processor)
