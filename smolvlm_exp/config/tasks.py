@@ -79,9 +79,14 @@ class Plan(Task):
     matmul_tflops: float | None = above(0, None)  # of your card, in bfloat16, for seconds; null: the reference card's
 
 
+@dataclass
+class Preview(Task):
+    rows: int = at_least(1, 8)  # so many of the first
+
+
 TASKS: dict[str, type[Task]] = {
     "train": Train, "evaluate": Evaluate, "generate": Generate, "compare": Task, "export": Export, "chat": Chat,
-    "serve": Task, "doctor": Task, "plan": Plan, "mine": Mine,
+    "serve": Task, "doctor": Task, "plan": Plan, "mine": Mine, "preview": Preview,
 }  # fmt: skip
 
 

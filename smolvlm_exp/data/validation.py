@@ -118,6 +118,8 @@ class RowValidator:
         elif room is not None and longest > room and self.on_long_answer == "report":
             problem = f"the longer answer runs {longest - room} tokens past data.max_length={self.max_length}"
         chosen, rejected = (ids.get(side, [])[:room] for side in ("chosen", "rejected"))
+        if self.processor.image_token_id in (*chosen, *rejected):
+            problem = "an answer has an image token in it, which no answer may be trained to hold"
         return {
             "problem": problem,
             "tile_rows": [rows for rows, _ in tiles],

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from rich.console import Console
@@ -126,6 +127,7 @@ def print_plans(config: Config, lengths: RowLengths, card: Card, plans: Mapping[
     print(
         "activation checkpointing: none; mlp: each layer's MLP is recomputed; full: every layer is recomputed\n"
         f"{lengths.description}\n"
+        f"trained on: {learned(lengths, trainer)}\n"
         f"hours: {hours}; {on_top} come on top\n"
         f"seconds: {card.name} multiplies bfloat16 matrices at {card.matmul / 1e12:.0f} TFLOP/s; for another card give "
         "its rate, as task.matmul_tflops=165\n"
@@ -134,6 +136,17 @@ def print_plans(config: Config, lengths: RowLengths, card: Card, plans: Mapping[
     for name, plan in plans.items():
         if isinstance(plan, DoesNotFit):
             print(f"{name}: does not fit; {help_for(config, plan.budget, card)}")
+
+
+def learned(lengths: RowLengths, trainer: TrainerConfig) -> str:
+    """Which tokens of a row are trained on, on average."""
+    rows = [group_sizes(row, trainer) for row in lengths.sizes]
+    pairs = trainer.algorithm != "sft"
+    answers = mean(chosen + pairs * rejected for _, chosen, rejected, _ in rows)
+    prompt = mean(row[0] for row in rows)
+    return (
+        f"{answers:,.0f} tokens of answers per {counted(trainer)}; none of the prompt's {prompt:,.0f}, images included"
+    )
 
 
 def table(plans: Mapping[str, Plan | DoesNotFit], vision: bool, pairs: float, card: Card, counted: str) -> Table:

@@ -22,6 +22,7 @@ from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches, step_rows
 from smolvlm_exp.engine.layers.dora import exact_dora
+from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
 from smolvlm_exp.models.model import load_processor
@@ -249,6 +250,21 @@ def test_checkpointing_workers_and_accumulated_logs(bench):
     trainer = bench.shared(dataloader_num_workers=2, **changes)
     train_and_compare(trainer, bench.stock_history(**changes), ("rewards/accuracies",))  # the first step's ties
     assert not multiprocessing.active_children()
+
+
+def test_a_frozen_vision_tower_gets_no_gradient_with_checkpointing(bench):
+    """Stock TRL's does: it makes every embedding's output require one."""
+    needed = {}
+    for name in ("shared", "stock"):
+        trainer = getattr(bench, name)(gradient_checkpointing=True, max_steps=1, rows=8, eval_strategy="no")
+        layer, needed[name] = core_of(trainer.model).vision_model.encoder.layers[-1], []
+        layer.register_forward_hook(
+            lambda module, given, made, own=needed[name]: own.append((torch.is_grad_enabled(), made.requires_grad))
+        )
+        trainer.train()
+    assert needed["shared"]
+    assert not any(gradient for _, gradient in needed["shared"])
+    assert (True, True) in needed["stock"]
 
 
 def test_resuming_from_a_checkpoint_continues_exactly(bench, tmp_path):

@@ -100,6 +100,9 @@ def test_another_card_and_other_rows(capsys):
     assert float(row(small, "24 GB card")[4]) < float(row(fast, "24 GB card")[4])
     many = output_of(capsys, "model=smolvlm", "data=rlaif_v", "data.id=some/one", "task.rows=1000", "trainer=sft")
     assert "1,000 pairs" in many
+    # nine rows of ten have answers of 100 tokens, the tenth of 200
+    assert "trained on: 110 tokens of answers per pair; none of the prompt's " in many
+    assert "trained on: 220 tokens of answers per pair" in fast
 
 
 RESOLUTIONS = {
