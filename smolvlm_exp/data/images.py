@@ -13,6 +13,7 @@ import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
+from urllib.parse import unquote
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -64,13 +65,22 @@ def prepare_image(data: bytes, max_edge: int, limits: ImageLimits = ImageLimits(
     except ImageError:
         raise
     except UnidentifiedImageError:
-        raise ImageError(f"cannot be decoded: it is none of {', '.join(FORMATS)}, or is damaged") from None
+        raise ImageError(f"cannot be decoded: {unidentified(data)}") from None
     except Image.DecompressionBombError:
         raise ImageError(
             f"cannot be decoded: it unpacks to more than data.max_pixels={limits.max_pixels:,} pixels"
         ) from None
     except Exception as error:  # decoders raise whatever they trip over: OSError, SyntaxError, struct.error, zlib.error
         raise ImageError(f"cannot be decoded: {error or type(error).__name__}") from error
+
+
+def unidentified(data: bytes) -> str:
+    """What bytes that are no image of ours seem to be."""
+    if re.match(rb"\s*(<!doctype\s+)?<?html", data[:200], re.IGNORECASE):
+        return "it is a web page, as a failed download leaves one"
+    if data[4:8] == b"ftyp" and data[8:12] in (b"heic", b"heix", b"mif1", b"msf1", b"hevc"):
+        return "it is HEIC, as phones write it: save it as JPEG"
+    return f"it is none of {', '.join(FORMATS)}, or is damaged"
 
 
 def open_image(entry: Entry, max_edge: int, limits: ImageLimits) -> Image.Image:
@@ -167,10 +177,8 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     if data := embedded_bytes(name):
         return {"bytes": data, "path": None}
     refuse_url(name)
-    # A letter with an accent is one character in some file names, two in others; without any all three are the same.
-    spelled = dict.fromkeys((name, unicodedata.normalize("NFC", name), unicodedata.normalize("NFD", name)))
     try:
-        paths = [(folder / spelling).resolve() for spelling in spelled]
+        paths = [(folder / spelling).resolve() for spelling in spellings(name)]
         path = next((path for path in paths if path.is_file()), paths[0])
         inside, exists = path.is_relative_to(folder.resolve()), path.is_file()
     except (OSError, ValueError) as error:  # a name too long, or with a zero byte
@@ -180,6 +188,15 @@ def locate(entry: Entry | str | bytes | None, folder: Path) -> Entry:
     if not exists:
         raise ImageError(f"is not there: {name[:SHOWN]} (paths count from {folder})")
     return {"bytes": None, "path": str(path)}
+
+
+def spellings(name: str) -> list[str]:
+    """A path as it stands, and as it may be meant: as Windows or an address writes it, and with accents otherwise.
+
+    A letter with an accent is one character in some file names, two in others.
+    """
+    meant = (name, name.replace("\\", "/"), unquote(name))
+    return list(dict.fromkeys(unicodedata.normalize(form, n) for n in meant for form in ("NFC", "NFD")) | {name: None})
 
 
 def embedded_bytes(text: str) -> bytes | None:

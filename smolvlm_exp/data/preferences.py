@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SPLITS = ("train", "test")
-VERSION = 3  # raise when prepared rows come out differently: it is part of the key under which they are cached
+VERSION = 4  # raise when prepared rows come out differently: it is part of the key under which they are cached
 
 
 @dataclass
@@ -107,7 +107,7 @@ def load_preferences(
         bad += [{"split": split, **row} for row in bad_rows]
     if bad and config.on_bad_row == "error":
         raise RequestError(
-            f"{len(bad)} bad rows in data={config.source}:\n{listed(bad)}\n"
+            f"{len(bad)} bad row{'s' * (len(bad) > 1)} in data={config.source}:\n{listed(bad)}\n"
             "Fix them, or leave them out with data.on_bad_row=skip."
         )
     if bad:

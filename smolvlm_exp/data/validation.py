@@ -118,6 +118,11 @@ class RowValidator:
         elif room is not None and longest > room and self.on_long_answer == "report":
             problem = f"the longer answer runs {longest - room} tokens past data.max_length={self.max_length}"
         chosen, rejected = (ids.get(side, [])[:room] for side in ("chosen", "rejected"))
+        read, limit = len(prompt) + max(len(chosen), len(rejected)), self.processor.tokenizer.model_max_length
+        if not problem and read > limit:
+            problem = f"it is {read:,} tokens, and the model reads {limit:,}: shorten it" + (
+                f", or cut its answers with data.max_length={limit}" if len(prompt) < limit else ""
+            )
         if self.processor.image_token_id in (*chosen, *rejected):
             problem = "an answer has an image token in it, which no answer may be trained to hold"
         return {

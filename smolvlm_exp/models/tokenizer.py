@@ -63,7 +63,7 @@ def stand_in_tokenizer(shape: "Shape") -> "PreTrainedTokenizerFast":
         eos_token="<end_of_utterance>",
         pad_token="<|im_end|>",
         unk_token="<|endoftext|>",
-        model_max_length=16384,
+        model_max_length=shape.max_position_embeddings,
         clean_up_tokenization_spaces=False,
     )
 

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -84,6 +85,16 @@ def test_length_policy(processor):
 
 
 SIZES = list(itertools.product((17, 64, 100, 129, 511, 640), (33, 64, 384, 500, 1023)))
+
+
+def test_what_the_model_cannot_read(processor):
+    """The embedded model has 1,024 positions."""
+    rows = [row(prompt=[user("word " * 1100)]), row(chosen=[assistant("word " * 1100)])]
+    assert processor.tokenizer.model_max_length == 1024
+    long, cut = problems_of(processor, *rows)
+    assert re.fullmatch(r"it is \d,\d\d\d tokens, and the model reads 1,024: shorten it", long)
+    assert cut.endswith(", or cut its answers with data.max_length=1024")
+    assert problems_of(processor, rows[1], max_length=1024) == [""]
 
 
 @pytest.mark.parametrize("name", ["tiny", "smolvlm", "smolvlm_256m", "smolvlm2_2b"])  # the others are processed alike

@@ -300,6 +300,25 @@ def test_names_with_accents_are_found_in_either_spelling(folder, load, file, row
     assert load()[0]["images"][0].getpixel((0, 0)) == (9, 0, 0)
 
 
+def test_paths_as_windows_and_addresses_write_them(folder, load):
+    (folder / "my images").mkdir()
+    save_image(folder / "my images" / "a 1.png", (9, 0, 0))
+    for split in ("train", "test"):
+        names = ("my images\\a 1.png", "my%20images/a%201.png", "..\\..\\etc\\passwd")
+        write_lines(folder / f"{split}.jsonl", [plain(i, image=name) for i, name in enumerate(names)])
+    rows = load()
+    assert [rows[i]["images"][0].getpixel((0, 0)) for i in (0, 1)] == [(9, 0, 0)] * 2
+    assert "lies outside" in rows["problem"][2] or "is not there" in rows["problem"][2]
+
+
+@pytest.mark.parametrize("separator", [";", "\t"])
+def test_tables_of_spreadsheets(folder, load, separator):
+    lines = [["Image", "Question", "chosen ", "rejected"], ["0.png", "What, and where?", "A cat.", "A dog."]]
+    for split in ("train", "test"):
+        (folder / f"{split}.csv").write_text("".join(separator.join(line) + "\n" for line in lines))
+    assert text_of(load()[0]["prompt"]) == "What, and where?"
+
+
 def test_answers_that_are_numbers_or_code(folder, load):
     rows = [plain(0, chosen=0, rejected=1.5), plain(1, chosen="    return x\n", rejected="return y")]
     rows += [plain(2, chosen=False)]
@@ -345,6 +364,7 @@ def test_missing_columns_are_answered_with_what_is_expected(folder, load):
         ("a.json", '{\n "data": []\n}', "a.json is one JSON object over several lines, not a list of rows"),
         ("a.jsonl", "\n\n", "a.jsonl has no rows"),
         ("a.csv", "image,question,chosen,rejected\n", "a.csv has no rows"),
+        ("a.json", '{"version": 1, "data": []}', "Its rows may be those in its `data`: save that list alone."),
         ("a.json", "[{]", "a.json is not JSON"),
         ("a.json", "[1]", "a.json entry 1 is int, not an object"),
         (

@@ -47,7 +47,8 @@ def frames(format, mode="L"):
 FILES = {  # what an image's file may be, and what is said of it
     "empty.png": (b"", "cannot be decoded"),
     "text.png": (b"no image at all", "none of JPEG"),
-    "html.jpg": (b"<!DOCTYPE html><title>404 not found</title>", "none of JPEG"),
+    "html.jpg": (b"<!DOCTYPE html><title>404 not found</title>", "a web page"),
+    "phone.heic": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(90), "HEIC, as phones write it: save it as JPEG"),
     "half.jpg": (encoded("JPEG", (90, 90))[:400], "cannot be decoded"),
     "half.png": (encoded("PNG", (90, 90))[:70], "cannot be decoded"),
     "half.webp": (encoded("WEBP", (90, 90))[:40], "cannot be decoded"),

@@ -134,10 +134,13 @@ class Converter:
         rows = []
         for path in files:
             parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
-            rows += [{**row, ORIGIN: origin} for origin, row in parse(read_text(path, "data.folder"), path.name)]
+            for origin, row in parse(read_text(path, "data.folder"), path.name):
+                rows.append({**{key.strip().lower(): value for key, value in row.items()}, ORIGIN: origin})
         require_rows(rows, where)
         columns = {key for row in rows for key in row} - {ORIGIN}
-        require_known_format(columns, where)
+        lists = [key for key, value in rows[0].items() if isinstance(value, list)] if len(rows) == 1 else []
+        advice = f" Its rows may be those in its `{lists[0]}`: save that list alone." if lists else ""
+        require_known_format(columns, where, advice)
         return self.convert(rows, columns, ORIGIN)
 
     def from_table(self, table: "Dataset", where: str) -> "Dataset":
@@ -179,8 +182,12 @@ def located(entries: list[Any], folder: Path) -> list[Entry]:
 
 
 def csv_rows(text: str, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The rows of a CSV file with a header line, each after its place in the file."""
-    reader = csv.DictReader(io.StringIO(text), strict=True)
+    """The rows of a CSV file with a header line, each after its place in the file.
+
+    Fields may also be separated by semicolons, as spreadsheets of many countries write them, or by tabs.
+    """
+    header = text.partition("\n")[0]
+    reader = csv.DictReader(io.StringIO(text), delimiter=max(",;\t", key=header.count), strict=True)
     try:
         for row in reader:
             if None in row or None in row.values():
