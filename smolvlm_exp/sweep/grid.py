@@ -20,9 +20,9 @@ from smolvlm_exp.runs.sweep_record import (
     write_jobs,
 )
 from smolvlm_exp.sweep.console import announce, report_results
-from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.launcher import SweepStop, launch
 from smolvlm_exp.utils.files import write_text
+from smolvlm_exp.utils.signals import STOPPED
 
 
 def sweep_grid(sweeper: Any, arguments: list[str]) -> int:

@@ -21,12 +21,12 @@ from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
 from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.grid import compose
-from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.launcher import SweepStop, launch
 from smolvlm_exp.sweep.optuna_study import WORKER, SearchConf, distribution, is_abandoned, open_study, require_optuna
 from smolvlm_exp.sweep.results import read_result
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json, write_text
+from smolvlm_exp.utils.signals import STOPPED
 
 if TYPE_CHECKING:
     from optuna import Study

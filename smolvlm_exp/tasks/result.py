@@ -86,9 +86,10 @@ class Result:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            pruned = isinstance(error, Pruned)
-            self.summary["status"] = "pruned" if pruned else "failed"
-            self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
+            pruned, stopped = isinstance(error, Pruned), isinstance(error, KeyboardInterrupt)
+            self.summary["status"] = "pruned" if pruned else "stopped" if stopped else "failed"
+            reason = "Stopped before the first step." if stopped else f"{type(error).__name__}: {error}"
+            self.summary["reason"] = str(error) if pruned else reason
             self.summary |= {"advice": self.advice(), **self.seconds()}
             with contextlib.suppress(OSError):  # a full disk may have ended the run
                 write_json(self.folder / "summary.json", self.summary)
