@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -130,7 +130,7 @@ class CheckpointMixin(Trainer):
     def save_now(self) -> None:
         """A checkpoint of the step that training is at, if there is none yet."""
         if not (Path(super()._get_output_dir(None)) / f"checkpoint-{self.state.global_step}").is_dir():
-            self._save_checkpoint(self.model, None)
+            self._save_checkpoint(cast(nn.Module, self.model), None)
 
     @phase("saving")
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
