@@ -175,16 +175,19 @@ def job(composed: DictConfig) -> float | None:
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         with lock_run_folder(folder) if many else nullcontext():  # a single run holds its lock already
             summary = execute(config, folder)
+        if config.strict_checks and isinstance(summary, dict) and summary.get("checks_passed") is False:
+            failed = ", ".join(check["id"] for check in summary["checks"] if check["verdict"] == "fail")
+            raise RunError(f"strict_checks=true: {failed} failed.")
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs continue, and Hydra reports this one
         exit_with_error(error)
     except KeyboardInterrupt:  # where no step is finished first
         exit_stopped(config.task.name, folder)
+    if isinstance(summary, dict) and summary.get("status") == "stopped":
+        exit_stopped(config.task.name, folder)
     if config.task.name not in ("train", "mine"):
         return None
-    if summary["status"] == "stopped":
-        exit_stopped(config.task.name, folder)
     if config.task.name == "mine":
         return None
     return summary_value(summary, deciding_metric(config.metric, [summary]))

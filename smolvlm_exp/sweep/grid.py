@@ -40,7 +40,7 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
     with SweepStop(folder) as stop:
         launch(sweeper.launcher, folder, left, stop)
     results = report_results(folder, config, stop.requested)
-    return STOPPED if stop.requested else int(results.failed)
+    return STOPPED if stop.requested else int(results.failed(config.strict_checks))
 
 
 def claim(folder: Path, asked: Sequence[Job], config: DictConfig) -> list[Job]:

@@ -57,10 +57,11 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
         write_text(folder / MULTIRUN, OmegaConf.to_yaml(sweeper.config))
     with SweepStop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)
-    report_results(folder, config, stop.requested, study)
+    results = report_results(folder, config, stop.requested, study)
     if stop.requested:
         return STOPPED
-    return int(any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False)))
+    failed = any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False))
+    return int(failed or (config.strict_checks and results.failed(strict=True)))
 
 
 @dataclass
