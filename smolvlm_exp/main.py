@@ -3,11 +3,12 @@
     python -m smolvlm_exp [group=option] [group.key=value] [-m]
 
 Exit codes: 0 done; 1 failed, or a job of a sweep did; 2 the request was wrong and nothing was started; 75 stopped after
-saving, resume with resume=last or, with -m, sweep=last.
+saving, resume with resume=last or, with -m, sweep=last; 130 stopped, and there is nothing to resume from.
 """
 
 import atexit
 import os
+import shlex
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -16,7 +17,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, NoReturn, get_type_hints
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -33,12 +34,13 @@ from smolvlm_exp.config.compose import check_command, register_schemas, search_p
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
-from smolvlm_exp.runs.checkpoint import disk_full_as_run_error, fsync_all
+from smolvlm_exp.runs.checkpoint import checkpoints, disk_full_as_run_error, fsync_all
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
+from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, sigterm_as_interrupt
 from smolvlm_exp.utils.startup import configure_logging, fast_imports, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
 
@@ -173,26 +175,46 @@ def job(composed: DictConfig) -> float | None:
             return run_job(config, folder, Path(own.runtime.cwd), own.launcher.get("n_jobs", 1))
         with lock_run_folder(folder) if many else nullcontext():  # a single run holds its lock already
             summary = execute(config, folder)
+        if config.strict_checks and isinstance(summary, dict) and summary.get("checks_passed") is False:
+            failed = ", ".join(check["id"] for check in summary["checks"] if check["verdict"] == "fail")
+            raise RunError(f"strict_checks=true: {failed} failed.")
     except (RequestError, RunError) as error:
         if many:
             raise  # the other jobs continue, and Hydra reports this one
         exit_with_error(error)
-    except KeyboardInterrupt:  # while loading the model or the data; later a run saves first
-        mined = f"stopped; answers so far are saved, resume: python -m smolvlm_exp resume={relative_to_cwd(folder)}"
-        print("\n" + (mined if config.task.name == "mine" else "stopped before training began"), file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt:  # where no step is finished first
+        exit_stopped(config.task.name, folder)
+    if isinstance(summary, dict) and summary.get("status") == "stopped":
+        exit_stopped(config.task.name, folder)
     if config.task.name not in ("train", "mine"):
         return None
-    if summary["status"] == "stopped":
-        print(f"stopped after saving; resume: python -m smolvlm_exp resume={relative_to_cwd(folder)}", file=sys.stderr)
-        sys.exit(75)
     if config.task.name == "mine":
         return None
     return summary_value(summary, deciding_metric(config.metric, [summary]))
 
 
+def exit_stopped(task: str, folder: Path) -> NoReturn:
+    """After a signal: say what there is to resume from."""
+    saved = {"train": bool(checkpoints(folder)), "mine": any(folder.rglob("answers.jsonl"))}
+    if saved.get(task):
+        resume = shlex.join(["python", "-m", "smolvlm_exp", f"resume={relative_to_cwd(folder)}"])
+        print(f"\nstopped; what was done is saved. Resume: {resume}", file=sys.stderr)
+        sys.exit(STOPPED)
+    print("\nstopped" + (" before the first step; nothing was saved" if task == "train" else ""), file=sys.stderr)
+    sys.exit(INTERRUPTED)
+
+
 def main() -> None:
     """The console script: refuse what cannot work, then let Hydra run the job or jobs."""
+    sigterm_as_interrupt()
+    try:
+        run_command_line()
+    except KeyboardInterrupt:  # before a run has a folder
+        print("\nstopped", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+
+
+def run_command_line() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):  # Hydra would first list every group of every plugin: seconds
         print(OmegaConf.load(CONF / "config.yaml").hydra.help.template)
         return

@@ -10,6 +10,7 @@ import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -45,7 +46,8 @@ def test_a_run_leaves_what_it_promises_and_replays(command, tmp_path):
     assert {"steps", "seconds", "pairs_per_second", "memory_peak_gib", "first_loss", "last_loss"} <= summary[
         "train"
     ].keys()
-    assert "preference_accuracy" in done.stdout
+    assert "┃ 8 held-out rows" in done.stdout
+    assert "8 held-out rows: too few to tell." in done.stdout
     assert "first/report.html" in done.stdout
 
     began = time.time()
@@ -268,6 +270,18 @@ def test_a_command_is_composed_once_to_check_it_and_once_to_run_it(tmp_path, mon
     main.main()
     assert composed == [overrides] * 2
     assert ran == [(7, tmp_path / "run")]
+
+
+@pytest.mark.parametrize(("strict", "code"), [("true", 1), ("false", 0)])
+def test_failed_checks_make_the_exit_code_1_where_that_is_asked_for(tmp_path, monkeypatch, capsys, strict, code):
+    checks = [{"id": "leaked_rows", "verdict": "fail"}, {"id": "length_change", "verdict": "warn"}]
+    summary = {"status": "done", "checks": checks, "checks_passed": False, "after": {"preference_accuracy": 1.0}}
+    monkeypatch.setattr(main, "execute", lambda config, folder: summary)
+    monkeypatch.setattr("sys.argv", ["smolvlm_exp", f"strict_checks={strict}", f"hydra.run.dir={tmp_path}/run"])
+    with pytest.raises(SystemExit) if code else nullcontext() as ended:
+        main.main()
+    assert not code or ended.value.code == code
+    assert ("strict_checks=true: leaked_rows failed." in capsys.readouterr().err) == bool(code)
 
 
 def test_a_missing_package_is_one_line(tmp_path):

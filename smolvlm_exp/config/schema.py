@@ -57,6 +57,7 @@ class Config:
     runs: list[str] = field(default_factory=list)  # what task=compare compares: run or sweep folders, patterns, `last`
     sweep: str | None = None  # with -m: a sweep folder, or `last`: run the jobs it lacks
     keep_checkpoints: str = one_of("best", "last", "all")  # after a sweep: of the best job, the newest of each, or all
+    strict_checks: bool = False  # exit with code 1 where a check of the result failed
     metric: str | None = one_of(None, *GOALS)  # runs are compared by it; null: preference accuracy, without it reward
 
 

@@ -1,7 +1,7 @@
 """What evaluations before and after tuning show about a run that its loss does not."""
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +13,8 @@ from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS
 from smolvlm_exp.evaluation.preference import Logps
 from smolvlm_exp.evaluation.reward_metrics import Scorer
+from smolvlm_exp.evaluation.statistics import Ratio, intervals
+from smolvlm_exp.evaluation.verdict import MIN_ROWS
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -28,7 +30,6 @@ MAX_LENGTH_CHANGE = 0.5  # by which generated answers may grow or shrink
 MAX_RELOAD_ERROR = 1e-4  # nats; the same weights in the same batch give the same numbers
 RELOADED_ROWS = 4  # whose answers tell whether the saved adapter is the trained one
 LAST_EVENTS = 5  # logged events over which training's accuracy is averaged
-MIN_ROWS = 20  # rows for a share of variance to mean anything
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ def compare_evaluations(
         data: Preferences.report.
     """
     checks = [leaked_rows(data["test"]["also_in_train"]), policy_changed(before, after)]
-    checks += image_reliance(before.metrics, after.metrics)
+    checks += image_reliance(before.ratios, after.ratios)
     if before.logps and after.logps:
         checks += answer_shifts(before.logps, after.logps)
     last = [event["rewards/accuracies"] for event in history if "rewards/accuracies" in event][-LAST_EVENTS:]
@@ -121,15 +122,20 @@ def logp_drops(before: Logps, after: Logps) -> list[torch.Tensor]:
     return [(getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens") for side in SIDES]
 
 
-def image_reliance(before: dict[str, float], after: dict[str, float]) -> list[Check]:
-    """Does the image still decide? Measured with another row's image where there is one, else a blank one."""
+def image_reliance(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> list[Check]:
+    """Does the image still decide? Measured with another row's image where there is one, else a blank one.
+
+    One that misleads fails as one that is ignored does; where chance alone may have made it negative, it is a warning.
+    """
     name = next((key for key in ("wrong_image_drop", "blank_image_drop") if key in after), None)
     if name is None:
         return []
     label = "image contribution to the chosen answer (nats/token)"
-    checks = [require("image_contribution", label, abs(after[name]), ">", 0)]
-    if before[name] > MIN_CONTRIBUTION:
-        share = after[name] / before[name]
+    low, high = intervals({name: after[name]})[name]
+    detail = f"95 % CI {low:.2g} to {high:.2g}"
+    checks = [require("image_contribution", label, after[name].value, ">", 0, "fail" if high <= 0 else "warn", detail)]
+    if before[name].value > MIN_CONTRIBUTION:
+        share = after[name].value / before[name].value
         label = "image reliance kept after tuning (share of base)"
         checks.append(require("image_reliance", label, share, ">=", MIN_RELIANCE, "warn"))
     return checks

@@ -11,6 +11,7 @@ from rich.table import Table
 
 from smolvlm_exp.evaluation.comparison import Comparison, Group, Run
 from smolvlm_exp.evaluation.metrics import goal_of, is_share
+from smolvlm_exp.evaluation.verdict import too_few
 from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.report import CURVES
@@ -60,6 +61,8 @@ def print_comparison(comparison: Comparison) -> None:
         numbers = [format_metric(path, group.value(path), group.error(path)) for path in first]
         costs = [format_metric(path, group.value(path), None) for path in COSTS]
         table.add_row(*map(short_value, group.settings.values()), str(len(group.runs)), verdict, *numbers, *costs)
+    counts = held_out_rows(comparison)
+    table.caption = too_few(min(counts, default=None)) or f"{' to '.join(map(str, counts)) or '?'} held-out rows"
     Console().print(table)
 
 
@@ -100,7 +103,11 @@ def lead(comparison: Comparison) -> str:
     """The result in a sentence or three."""
     best, metric = comparison.groups[0], comparison.metric
     count = sum(len(group.runs) for group in comparison.groups)
-    sentences = [f"{count} runs, compared by {column_name(metric)}."]
+    counts = held_out_rows(comparison)
+    rows = f", on {' to '.join(map(str, counts))} held-out rows" if counts else ""
+    sentences = [f"{count} runs, compared by {column_name(metric)}{rows}."]
+    if few := too_few(min(counts, default=None)):
+        return f"{sentences[0]} {few}."
     befores = {
         run.summary.get("before", {}).get(metric.partition(".")[2]) for group in comparison.groups for run in group.runs
     }
@@ -113,6 +120,13 @@ def lead(comparison: Comparison) -> str:
         more = f" and {len(names) - 4} more" if len(names) > 4 else ""
         sentences += [f"{verdict.capitalize()}: {'; '.join(names[:4])}{more}."] if names else []
     return " ".join(sentences)
+
+
+def held_out_rows(comparison: Comparison) -> list[int]:
+    """The least and the largest number that a run has, or the only one; empty where no run says."""
+    known = (run.summary.get("held_out_rows") for group in comparison.groups for run in group.runs)
+    counts = [count for count in known if isinstance(count, int)]
+    return sorted({min(counts), max(counts)}) if counts else []
 
 
 def group_name(group: Group) -> str:

@@ -6,18 +6,17 @@ Python computes what is shown; `templates/report.html.jinja` lays it out.
 import re
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from smolvlm_exp.evaluation.metrics import in_order, metric_of
 from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
+from smolvlm_exp.reporting.results import headline, result_rows
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.files import write_text
-from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, number, percent
+from smolvlm_exp.utils.formatting import duration, number, percent
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import PHASES
@@ -27,8 +26,6 @@ if TYPE_CHECKING:
     from smolvlm_exp.reporting.summary import Sample  # which imports torch; task=compare does without
 
 Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key of metrics.jsonl}, how to draw
-
-HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy", "reward")
 
 SHARE: dict[str, Any] = {"show": percent, "bounds": (0.0, 1.0)}
 CURVES: Curves = [
@@ -80,6 +77,7 @@ def write_report(
     facts = {
         **{f"{name} from": Provenance(**source) for name, source in summary.get("sources", {}).items()},
         "seed": summary["seed"],
+        "held-out rows": summary.get("held_out_rows"),
         "steps": train.get("steps"),
         "time": duration(train["seconds"]) if train else None,
     }
@@ -106,77 +104,6 @@ def write_report(
         commands=reproduce_commands(folder, summary["status"]),
     )
     write_text(folder / "report.html", text)
-
-
-@dataclass(frozen=True)
-class ResultRow:
-    label: str
-    note: str
-    before: str
-    after: str
-    tone: str = "neutral"  # better or worse, where the change is more than chance
-    arrow: str = ""
-    change: str = ""
-    interval: str = ""  # of the change, at 95 %, and the paired test's p
-    track: tuple[float, float] | None = None  # before and after, where both are shares of 1
-
-
-def result_rows(
-    before: dict[str, float], after: dict[str, float], changes: dict[str, dict[str, float]]
-) -> list[ResultRow]:
-    return [result_row(key, before, after, changes.get(key)) for key in in_order({**before, **after})]
-
-
-def result_row(
-    key: str, before: dict[str, float], after: dict[str, float], paired: dict[str, float] | None
-) -> ResultRow:
-    metric = metric_of(key)
-    a, b = before.get(key), after.get(key)
-    old, new = ("" if n is None else percent(n, 1) if metric.share else number(n) for n in (a, b))
-    row = ResultRow(metric.label, metric.note, old, new)
-    if a is None or b is None:
-        return row
-    change, good = signed(b - a, metric.share), (b - a) * metric.good
-    uncertain = paired is not None and paired["low"] <= 0 <= paired["high"]
-    interval = format_interval(paired, metric.share) if paired else ""
-    row = replace(row, change="no change", interval=interval, track=(a, b) if metric.share else None)
-    if not any(digit in "123456789" for digit in change):
-        return row
-    return replace(
-        row,
-        tone="neutral" if uncertain or not good else "better" if good > 0 else "worse",
-        arrow="↑" if b > a else "↓",
-        change=f"{change}{NBSP}points" if metric.share else change,
-    )
-
-
-def format_interval(paired: dict[str, float], share: bool) -> str:
-    """The change's 95 % interval and the paired test's p."""
-    p = "< 0.001" if paired["p"] < 0.001 else f"= {paired['p']:.3f}"
-    return f"{signed(paired['low'], share)} to {signed(paired['high'], share)}, p {p}"
-
-
-def signed(difference: float, share: bool) -> str:
-    """With its sign, in points for shares of 1: `+5.6`."""
-    size = f"{100 * abs(difference):.1f}" if share else number(abs(difference))
-    return f"{MINUS if difference < 0 else '+'}{size}"
-
-
-def headline(summary: dict[str, Any]) -> str:
-    """One plain sentence that says what happened, from whatever was measured."""
-    before, after, train = (summary.get(key, {}) for key in ("before", "after", "train"))
-    keys = [k for k in HEADLINE if k in before and k in after] or [k for k in HEADLINE if k in after]
-    parts = []
-    for metric, key in ((metric_of(key), key) for key in keys[:2]):
-        numbers = [values[key] for values in (before, after) if key in values]
-        parts.append(f"{metric.label}: {' → '.join(map(percent if metric.share else number, numbers))}")
-    if not parts and train.get("first_loss") is not None:
-        parts = [f"Training loss: {number(train['first_loss'])} → {number(train['last_loss'])}"]
-    sentence = "; ".join([*parts[:1], *(part[0].lower() + part[1:] for part in parts[1:])])
-    start = "The run was stopped before its end. " if summary["status"] == "stopped" else ""
-    if "reason" in summary:  # failed, or pruned by a search
-        start = f"{summary['reason'].splitlines()[0]} "
-    return f"{start}{sentence or 'Nothing was measured'}."
 
 
 def count_passed(verdicts: list[str]) -> str:

@@ -1,23 +1,32 @@
 """The results of an evaluation: summary.json's numbers, the table in the terminal, the report's samples."""
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.data.truth import truth_text
 from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation
-from smolvlm_exp.evaluation.statistics import Change, changes, intervals
+from smolvlm_exp.evaluation.metrics import in_order, metric_of
+from smolvlm_exp.evaluation.statistics import changes, intervals
 from smolvlm_exp.evaluation.truth_metrics import hallucinated
+from smolvlm_exp.evaluation.verdict import verdict
 from smolvlm_exp.reporting.html import embed, highlight
+from smolvlm_exp.reporting.results import result_row
+from smolvlm_exp.utils.formatting import number, percent
 from smolvlm_exp.utils.phases import PHASES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+BETTER = {1: "↑", -1: "↓", 0: ""}  # behind a metric's name
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,7 @@ def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check])
     evaluations = {"before": before, **({"after": after} if after else {})}
     paired = changes(before.ratios, after.ratios) if after else {}
     return {
+        "held_out_rows": max((len(ratio.top) for ratio in before.ratios.values()), default=0),
         "before": before.metrics,
         "after": after.metrics if after else {},
         "intervals": {name: intervals(evaluation.ratios) for name, evaluation in evaluations.items()},
@@ -50,34 +60,52 @@ def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check])
     }
 
 
-def print_results(console: Console, summary: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
-    """The table of `summarize`, and the checks beneath it."""
-    table = Table("held out", *names, "change", "95 % CI", "p")
+def print_results(summary: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
+    """The table of `summarize` in words, what it allows to say, and the checks that did not pass."""
+    console = wide_console()
+    table = Table(f"{summary['held_out_rows']:,} held-out rows", *names, "change", "95 % CI")
     before, after, changes = summary["before"], summary["after"], summary["changes"]
-    for key in after or before:
-        numbers = ["" if v is None else f"{v:.3f}" for v in (before.get(key), after.get(key))]
-        if key in changes:
-            change = Change(**changes[key])
-            p = f"{change.p:.3f}" if change.p >= 0.001 else "<0.001"
-            table.add_row(key, *numbers, f"{change.difference:+.3f}", f"{change.low:+.3f} to {change.high:+.3f}", p)
-        else:  # the interval of the number itself
-            ends = summary["intervals"].get("after", summary["intervals"]["before"]).get(key)
-            table.add_row(key, *numbers, "", f"{ends[0]:.3f} to {ends[1]:.3f}" if ends else "", "")
+    for key in in_order({**before, **after}):
+        row, metric = result_row(key, before, after, changes.get(key)), metric_of(key)
+        # Without a change, the interval of the number itself.
+        ends = summary["intervals"].get("after", summary["intervals"]["before"]).get(key)
+        own = " to ".join(percent(end, 1) if metric.share else number(end) for end in ends) if ends else ""
+        name = f"{row.label} {BETTER[metric.good]}".strip()
+        style = {"better": "green", "worse": "red"}.get(row.tone)
+        table.add_row(name, row.before, row.after, Text(row.change, style or ""), row.interval or own)
     console.print(table)
-    for check in summary["checks"]:
+    console.print(f"{BETTER[1]} more is better, {BETTER[-1]} less is better", style="dim")
+    if said := verdict(summary, after):
+        console.print(f"{said[0].upper()}{said[1:]}.", style="yellow")
+    print_checks(console, summary["checks"])
+
+
+def print_checks(console: Console, checks: list[dict[str, Any]]) -> None:
+    """How many passed, and those that did not."""
+    wrong = [check for check in checks if check["verdict"] != "ok"]
+    if checks:
+        passed = f"{len(checks) - len(wrong)} of {len(checks)}" if wrong else f"{len(checks)}"
+        console.print(f"{passed} checks passed", highlight=False)
+    for check in wrong:
         detail = f"; {check['detail']}" if check["detail"] else ""
-        line = f"{check['verdict']:>4}  {check['name']}: {check['value']:.2g} ({check['threshold']}){detail}"
-        console.print(line, highlight=False, soft_wrap=True, markup=False)
+        line = f"{check['verdict']:>4}  {check['name']}: {check['value']:.2g} (should be {check['threshold']}){detail}"
+        style = "red" if check["verdict"] == "fail" else "yellow"
+        console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
 
 
-def print_phases(console: Console, seconds: dict[str, float]) -> None:
+def wide_console() -> Console:
+    """In a file as wide as the results' table; in a terminal as wide as that."""
+    return Console(width=None if sys.stdout.isatty() else 120)
+
+
+def print_phases(seconds: dict[str, float]) -> None:
     """Where the time went, phase by phase; those of less than a tenth of a second are in the total alone."""
     table = Table("time", "seconds", "share")
     total = sum(seconds.values())
     for name, taken in [*seconds.items(), ("total", total)]:
         if taken >= 0.1:
             table.add_row(PHASES.get(name, name), f"{taken:.1f}", f"{taken / total:.0%}")
-    console.print(table)
+    wide_console().print(table)
 
 
 def samples(preferences: Preferences, before: list[str], after: list[str]) -> list[Sample]:

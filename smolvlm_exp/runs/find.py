@@ -17,7 +17,8 @@ SWEEPS = "sweeps/*/*"
 JOBS = f"{SWEEPS}/*"
 # Settings that do not change what a run does: runs that differ in these alone are repetitions.
 NON_IDENTITY_KEYS = (
-    "seed", "name", "resume", "run", "runs", "sweep", "keep", "keep_checkpoints", "metric", "tracker", "task", "hydra",
+    "seed", "name", "resume", "run", "runs", "sweep", "keep", "keep_checkpoints", "metric", "strict_checks",
+    "tracker", "task", "hydra",
 )  # fmt: skip
 # Parts of summary.json, by what is in them: all that read it go by these.
 PARTS = {

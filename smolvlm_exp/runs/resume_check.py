@@ -35,10 +35,10 @@ LATER = (*COMMITS, WORDS, GENERATION)  # keys that a run of an earlier release h
 UNREAD = ("transformers_version", "_from_model_config")  # of a generation config
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
-    "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "resume",
-    "resume_allow", "run", "runs", "sweep", "data.num_proc", "data.revision", "model.revision", "trainer.cache",
-    "trainer.cache_disk", "trainer.cache_ram", "trainer.dataloader_num_workers", "trainer.memory_budget",
-    "trainer.not_finite_limit", "trainer.sample_steps", "trainer.save_steps", "trainer.save_strategy",
+    "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "strict_checks",
+    "resume", "resume_allow", "run", "runs", "sweep", "data.num_proc", "data.revision", "model.revision",
+    "trainer.cache", "trainer.cache_disk", "trainer.cache_ram", "trainer.dataloader_num_workers",
+    "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps", "trainer.save_steps", "trainer.save_strategy",
     "trainer.save_total_limit",
 )  # fmt: skip
 BATCH_KEYS = ("processes", "trainer.gradient_accumulation_steps")  # their product is what counts

@@ -56,6 +56,8 @@ def report_results(folder: Path, config: Config, stopped: bool, study: "Study | 
     page = write_page(results, study)
     print_table(results)
     if best := results.best:
+        if results.verdict:
+            log.info(f"verdict: {results.verdict}")
         log.info(f"best: job {best.number}, {results.metric} {number(results.measured(best))}. To run it again:")
         log.info(f"  {best.command}")
     statuses = dict(Counter(row["status"] for row in rows))
@@ -78,5 +80,7 @@ def print_table(results: SweepResults) -> None:
         numbers = ["" if value is None else f"{value:.3g}" for value in values]
         reason = f" {shorten(job.reason, 60)}" if job.status == "failed" else ""
         state = "" if job.status == "done" else f"{job.status}{reason}"
-        table.add_row(str(job.number), *settings, *numbers, "best" if job is results.best else state)
+        rank = "best" if job is results.best else "tie" if job in results.tied else state
+        table.add_row(str(job.number), *settings, *numbers, rank)
+    table.caption = f"{results.best.summary.get('held_out_rows', '?')} held-out rows" if results.best else None
     Console().print(table)

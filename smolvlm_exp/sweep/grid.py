@@ -20,9 +20,9 @@ from smolvlm_exp.runs.sweep_record import (
     write_jobs,
 )
 from smolvlm_exp.sweep.console import announce, report_results
-from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.launcher import SweepStop, launch
 from smolvlm_exp.utils.files import write_text
+from smolvlm_exp.utils.signals import STOPPED
 
 
 def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
@@ -40,7 +40,7 @@ def sweep_grid(sweeper: Any, arguments: list[str]) -> int:
     with SweepStop(folder) as stop:
         launch(sweeper.launcher, folder, left, stop)
     results = report_results(folder, config, stop.requested)
-    return STOPPED if stop.requested else int(results.failed)
+    return STOPPED if stop.requested else int(results.failed(config.strict_checks))
 
 
 def claim(folder: Path, asked: Sequence[Job], config: DictConfig) -> list[Job]:

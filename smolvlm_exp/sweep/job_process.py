@@ -34,12 +34,12 @@ from smolvlm_exp.utils.errors import Pruned
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.formatting import duration
 from smolvlm_exp.utils.phases import clock
+from smolvlm_exp.utils.signals import STOPPED
 from smolvlm_exp.utils.startup import configure_logging, silence_upstream
 
 log = logging.getLogger(__name__)
 
 STOP = "SMOLVLM_EXP_STOP"  # path of a file; once it exists, the sweep's jobs stop after saving (launcher.py creates it)
-STOPPED = 75  # exit code of a job that was stopped after saving
 PATIENCE = 30.0  # seconds for a job whose sweep was just killed to save and release its folder
 
 
@@ -87,7 +87,8 @@ def run_in_process(config: Config, folder: Path, home: Path, at_once: int) -> No
             if stop_requested() and not stopping:
                 stopping = True
                 child.terminate()
-    if child.exitcode not in (0, STOPPED) and not stopping and summary_of(folder).get("exit_code") != child.exitcode:
+    stopped = stopping or stop_requested()  # Ctrl-C reaches the child too
+    if child.exitcode not in (0, STOPPED) and not stopped and summary_of(folder).get("exit_code") != child.exitcode:
         record_failure(config, folder, describe_exit(child.exitcode), child.exitcode)
 
 

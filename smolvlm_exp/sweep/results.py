@@ -3,12 +3,15 @@
 import shlex
 import shutil
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from smolvlm_exp.evaluation.comparison import Group, Run, load_per_row, measure_gap
 from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, summary_value
 from smolvlm_exp.evaluation.statistics import t_interval
+from smolvlm_exp.evaluation.verdict import too_few, verdict
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.sweep_record import ENDED, Job, job_state, read_jobs, read_keys
@@ -58,12 +61,46 @@ class SweepResults:
 
     @property
     def best(self) -> JobResult | None:
-        """The finished job with the best metric; of several the first."""
-        return max(self.done, key=self.score, default=None)
+        """The finished job with the best metric; of equals the one that took least time, then least memory."""
+        return max(self.done, key=lambda job: (self.score(job), *self.costs(job)), default=None)
+
+    @cached_property
+    def tied(self) -> list[JobResult]:
+        """Jobs of other settings that cannot be told from the best: equal, or within the noise on the same rows."""
+        best = self.best
+        if best is None:
+            return []
+        groups = {job.number: Group({}, [self.run_of(job)]) for job in self.done}
+        others = [job for job in self.done if self.compared(job) != self.compared(best)]
+        gaps = {job.number: measure_gap(groups[best.number], groups[job.number], self.metric) for job in others}
+        return [job for job in others if abs(gaps[job.number].difference) <= (gaps[job.number].noise or 0.0)]
 
     @property
-    def failed(self) -> bool:
-        return any(job.status not in ENDED for job in self.jobs)
+    def verdict(self) -> str:
+        """What the held-out rows do not allow to say; empty where the best job beats the others and the base."""
+        best = self.best
+        if best is None:
+            return ""
+        part, _, key = self.metric.partition(".")
+        if few := too_few(best.summary.get("held_out_rows")):
+            return few
+        said = verdict(best.summary, [key] if part == "after" else [])
+        rows = f" on {best.summary['held_out_rows']:,} held-out rows" if "held_out_rows" in best.summary else ""
+        names = ", ".join(str(job.number) for job in self.tied[:8]) + (" ..." if len(self.tied) > 8 else "")
+        tie = f"a tie: job {best.number} cannot be told from {names}{rows}; of equals the fastest counts as the best"
+        return "; ".join(filter(None, (said, tie if self.tied else "")))
+
+    def run_of(self, job: JobResult) -> Run:
+        folder = self.folder / str(job.number)
+        return Run(folder, job.settings, job.summary, load_per_row(folder))
+
+    def compared(self, job: JobResult) -> list[str]:
+        return [job.settings.get(key, "") for key in self.settings]
+
+    def failed(self, strict: bool = False) -> bool:
+        """Whether a job did not end or, `strict`, failed a check."""
+        unchecked = strict and any(job.summary.get("checks_passed") is False for job in self.jobs)
+        return unchecked or any(job.status not in ENDED for job in self.jobs)
 
     def measured(self, job: JobResult) -> float:
         """The metric of a job that has it."""
@@ -75,10 +112,14 @@ class SweepResults:
         """The metric, negated where less is better."""
         return GOALS[self.metric] * self.measured(job)
 
+    def costs(self, job: JobResult) -> list[float]:
+        """Negated, so that more is better."""
+        return [-(job.value(cost) or 0.0) for cost in COSTS]
+
     @property
     def front(self) -> list[JobResult]:
         """The Pareto front: no other job is at least as good in metric, seconds and memory and better in one."""
-        points = [(self.score(job), *(-(job.value(cost) or 0.0) for cost in COSTS)) for job in self.done]
+        points = [(self.score(job), *self.costs(job)) for job in self.done]
         return [
             job
             for job, own in zip(self.done, points, strict=True)
@@ -150,6 +191,7 @@ def results_table(results: SweepResults) -> list[dict[str, Any]]:
             **{key: parse_number(job.settings.get(key, "")) for key in results.keys},
             **{path: job.value(path) for path in paths},
             "best": job is best,
+            "tied": job in results.tied,
             "pareto": job in front,
             "reason": job.reason,
             "command": job.command,

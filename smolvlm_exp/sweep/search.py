@@ -21,12 +21,12 @@ from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
 from smolvlm_exp.sweep.console import announce, report_results
 from smolvlm_exp.sweep.grid import compose
-from smolvlm_exp.sweep.job_process import STOPPED
 from smolvlm_exp.sweep.launcher import SweepStop, launch
 from smolvlm_exp.sweep.optuna_study import WORKER, SearchConf, distribution, is_abandoned, open_study, require_optuna
 from smolvlm_exp.sweep.results import read_result
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json, write_text
+from smolvlm_exp.utils.signals import STOPPED
 
 if TYPE_CHECKING:
     from optuna import Study
@@ -57,10 +57,11 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
         write_text(folder / MULTIRUN, OmegaConf.to_yaml(sweeper.config))
     with SweepStop(folder) as stop:
         Search(folder, study, options, space, fixed, config).run(sweeper.launcher, stop)
-    report_results(folder, config, stop.requested, study)
+    results = report_results(folder, config, stop.requested, study)
     if stop.requested:
         return STOPPED
-    return int(any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False)))
+    failed = any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False))
+    return int(failed or (config.strict_checks and results.failed(strict=True)))
 
 
 @dataclass

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.evaluation.metrics import GOALS, is_share, metric_of
+from smolvlm_exp.evaluation.verdict import too_few
 from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.sweep_record import job_label
@@ -31,11 +32,12 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         "sweep.html.jinja",
         heading="/".join(results.folder.absolute().parts[-2:]),
         lead=lead(results, label, show),
-        status="failed" if "failed" in statuses else "stopped" if results.failed else "done",
+        status="failed" if "failed" in statuses else "stopped" if results.failed() else "done",
         statuses=statuses,
         about=[
             *((status, statuses.count(status)) for status in dict.fromkeys(statuses)),
             ("metric", results.metric),
+            ("held-out rows", best.summary.get("held_out_rows") if best else None),
             ("total training time", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
         ],
         results=results,
@@ -44,7 +46,6 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         label=label,
         show=lambda value: None if value is None else show(value),
         short_value=short_value,
-        ties=sum(results.score(job) == results.score(best) for job in results.done) - 1 if best else 0,
         effects=effects,
         seeds=max((effect.seeds for group in effects.values() for effect in group), default=0),
         goal=GOALS[results.metric],
@@ -64,7 +65,10 @@ def lead(results: SweepResults, label: str, show: Callable[[float], str]) -> str
         return "No job has finished."
     worst = min(results.done, key=results.score)
     span = f"{show(results.measured(worst))} to {show(results.measured(best))}"
-    return f"{label}: {span}; best with {settings_label(results, best)}."
+    if few := too_few(best.summary.get("held_out_rows")):
+        return f"{few}."
+    said = f" {results.verdict[0].upper()}{results.verdict[1:]}." if results.verdict else ""
+    return f"{label}: {span}; best with {settings_label(results, best)}.{said}"
 
 
 def settings_label(results: SweepResults, job: JobResult) -> str:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
@@ -69,7 +68,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         model = load_adapter(model, adapter, config.adapter.target).eval()
         after = evaluate_held_out(model, reference=before.logps, beta=config.trainer.reward_scale)
         speed["tuned"] = generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)
-        checks = [policy_changed(before, after), *image_reliance(before.metrics, after.metrics)]
+        checks = [policy_changed(before, after), *image_reliance(before.ratios, after.ratios)]
         trained = load_per_row(adapter.parent)
         if trained:
             leaked = np.isin(short_fingerprints(preferences.prints["test"]), trained.train)
@@ -90,7 +89,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     with isolated("W&B"):
         tracker_of(config, folder, "evaluate").finish(summary, shown)
     write_json(folder / "summary.json", summary)  # last: who reads `done` there finds all the rest
-    print_results(Console(), summary, ("base", "tuned"))
+    print_results(summary, ("base", "tuned"))
     for name, measured in speed.items():
         for at in measured:
             print(f"{name}: {at}")

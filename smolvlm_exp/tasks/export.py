@@ -12,8 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
@@ -181,7 +179,7 @@ class Exporter:
         checks = gate(self.config.export, measured, changes(self.tuned.ratios, exported.ratios))
         summary = summarize(self.tuned, exported, checks)
         print(f"{form}{f' ({listed(chosen)})' if chosen else ''}: {measured}")
-        print_results(Console(), summary, names=("tuned", "exported"))
+        print_results(summary, names=("tuned", "exported"))
         if not checks_passed(checks):
             if self.config.export.on_fail == "refuse":
                 raise RunError(

@@ -8,8 +8,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import torch
 from peft import PeftModel
-from rich.console import Console
 from transformers import TrainerCallback
 
 from smolvlm_exp.config.compose import log_tuned_settings
@@ -39,6 +39,7 @@ from smolvlm_exp.training.callbacks import METRICS, SAMPLES, MetricsCallback, Sa
 from smolvlm_exp.training.sanity_checks import ParameterMonitor, excuse_short_run
 from smolvlm_exp.utils.errors import Pruned, isolated
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.formatting import duration
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import phase, seconds_by_phase
@@ -71,6 +72,7 @@ class Result:
             "settings": choices(folder),
             "sources": {name: asdict(source) for name, source in sources.items()},
             "data": preferences.report,
+            "held_out_rows": len(held_out),
             "before": {},
             "after": {},
             "train": {},
@@ -86,9 +88,10 @@ class Result:
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         if error is not None:
-            pruned = isinstance(error, Pruned)
-            self.summary["status"] = "pruned" if pruned else "failed"
-            self.summary["reason"] = str(error) if pruned else f"{type(error).__name__}: {error}"
+            pruned, stopped = isinstance(error, Pruned), isinstance(error, KeyboardInterrupt)
+            self.summary["status"] = "pruned" if pruned else "stopped" if stopped else "failed"
+            reason = "Stopped before the first step." if stopped else f"{type(error).__name__}: {error}"
+            self.summary["reason"] = str(error) if pruned else reason
             self.summary |= {"advice": self.advice(), **self.seconds()}
             with contextlib.suppress(OSError):  # a full disk may have ended the run
                 write_json(self.folder / "summary.json", self.summary)
@@ -204,17 +207,17 @@ class Result:
 
     def print(self) -> None:
         """The final table, the checks, the advice, speed and the report's path."""
-        console = Console()
-        print_results(console, self.summary)
+        print_results(self.summary)
         for advice in self.summary["advice"]:
             print(f"advice: {advice}")
         train = self.summary["train"]
+        where = "GPU memory" if torch.cuda.is_available() else "RAM (the whole process)"
         print(
-            f"{train['steps']} steps in {train['seconds']:.0f} s, {train['pairs_per_second']:.1f} pairs/s, peak "
-            f"{train['memory_peak_gib']:.2f} GiB, {train['trainable_parameters']:,} of {train['total_parameters']:,} "
-            "parameters trained"
+            f"{train['steps']} steps in {duration(train['seconds'])}, {train['pairs_per_second']:.1f} pairs/s, peak "
+            f"{train['memory_peak_gib']:.2f} GiB of {where}, {train['trainable_parameters']:,} of "
+            f"{train['total_parameters']:,} parameters trained"
         )
-        print_phases(console, self.summary["seconds_by_phase"])
+        print_phases(self.summary["seconds_by_phase"])
         print(f"{relative_to_cwd(self.folder)}/report.html")
 
 

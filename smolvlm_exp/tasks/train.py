@@ -72,8 +72,11 @@ def train(
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         result.evaluate_before(trainer)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        if not stop.agreed():  # checked once: after this there is nothing left to save for later
-            result.evaluate_after(trainer)
+        if not stop.agreed():  # checked once
+            with stop.skippable():
+                result.evaluate_after(trainer)
+            if not result.after:
+                trainer.save_now()
         result.save(trainer)
     return result.summary
 

@@ -1,11 +1,12 @@
 """Around the training steps: metrics and sample answers to the run folder and the tracker, a clean stop on a signal."""
 
+import contextlib
 import logging
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,11 +25,11 @@ from transformers import (
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.reporting.tracker import Tracker
-from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
+from smolvlm_exp.runs.checkpoint import checkpoints, disk_full_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
 from smolvlm_exp.utils.phases import phase
-from smolvlm_exp.utils.signals import StopRequest
+from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, StopRequest
 from smolvlm_exp.utils.units import GIB
 
 log = logging.getLogger(__name__)
@@ -184,26 +185,67 @@ class ProgressBar(ProgressCallback):
     def on_log(self, *args: Any, **kwargs: Any) -> None: ...
 
 
+class EvaluationStopped(Exception):
+    """A signal ended an evaluation between two steps."""
+
+
 class StopCallback(StopRequest, TrainerCallback):
-    """On SIGTERM or Ctrl-C: finish the step, save, stop. A second signal leaves at once."""
+    """On Ctrl-C or SIGTERM: before the first step, KeyboardInterrupt; then finish the step, save, stop.
+
+    An evaluation between two steps ends at its next batch; the one after the last step is finished, or left for
+    `resume` at a second signal. Elsewhere a second signal leaves at once.
+    """
+
+    training = False  # from the first step on
+    skipping = False  # within `skippable`: a second signal skips what is going on
+    folder: Path | None = None  # the run's
 
     def agreed(self) -> bool:
         """Whether any process was signalled: all of them stop at the same step."""
         return any(gather(self.requested))
 
     def on_request(self) -> None:
-        print("\nstopping after this step and saving; press Ctrl-C again to exit at once", file=sys.stderr)
+        if not self.training:
+            raise KeyboardInterrupt
+        doing = "stopping after this step and saving; press Ctrl-C again to exit at once"
+        if self.skipping:
+            doing = "training is done: finishing the evaluation; press Ctrl-C again to leave it for resume"
+        print(f"\n{doing}", file=sys.stderr)
 
     def leave(self, code: int) -> None:
         """At once, even if a tracker or a worker hangs. Nothing is lost: a run also survives kill -9."""
+        if self.skipping:
+            self.skipping = False
+            raise KeyboardInterrupt
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(code)
+        os._exit(STOPPED if self.folder and checkpoints(self.folder) else INTERRUPTED)
+
+    @contextlib.contextmanager
+    def skippable(self) -> Iterator[None]:
+        """Within, a second signal ends what is going on, and nothing else."""
+        self.skipping = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self.skipping = False
+
+    def on_train_begin(self, args: TrainingArguments, *more: Any, **kwargs: Any) -> None:
+        self.folder = Path(str(args.output_dir)).parent
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self.training = True
 
     def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> TrainerControl:
         if self.agreed():
             control.should_save = control.should_training_stop = True
         return control
+
+    def on_prediction_step(self, *args: Any, **kwargs: Any) -> None:
+        if self.training and self.agreed():
+            raise EvaluationStopped
 
 
 def loss_spike(losses: Sequence[float]) -> float | None:

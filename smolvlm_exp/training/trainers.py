@@ -8,7 +8,7 @@ import random
 import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,7 +20,7 @@ from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
 from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
-from smolvlm_exp.training.callbacks import LogLines, ProgressBar
+from smolvlm_exp.training.callbacks import EvaluationStopped, LogLines, ProgressBar
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.distributed import full_tensor
@@ -44,6 +44,7 @@ class CheckpointMixin(Trainer):
         super().__init__(model, **kwargs)
         self.identity = identity
         self.resumed_at = 0  # the step that training began at
+        self.resumed_from: str | None = None  # the checkpoint
         self.saving: Path | None = None
         self.step_loss: Any = 0.0
         self.guard = NanGuard(not_finite_limit, self.rows_of)
@@ -104,6 +105,14 @@ class CheckpointMixin(Trainer):
         (rows,) = step_rows(loader, self.args.gradient_accumulation_steps, [step])
         return rows
 
+    def _maybe_log_save_evaluate(self, *args: Any, **kwargs: Any) -> None:
+        """A signal ends an evaluation too; the checkpoint then says that it is due (TrainerControl)."""
+        try:
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+        except EvaluationStopped:
+            self.control.should_training_stop = True
+            self.save_now()
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing after the last step: a run that was killed right after it would take one more."""
         if self.state.global_step >= self.state.max_steps:
@@ -111,7 +120,17 @@ class CheckpointMixin(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.resumed_from and self.state.global_step == self.resumed_at:  # no step was left
+            self._load_rng_state(self.resumed_from)
+        return super()._finalize_training(*args, **kwargs)
+
     # Saving
+
+    def save_now(self) -> None:
+        """A checkpoint of the step that training is at, if there is none yet."""
+        if not (Path(super()._get_output_dir(None)) / f"checkpoint-{self.state.global_step}").is_dir():
+            self._save_checkpoint(cast(nn.Module, self.model), None)
 
     @phase("saving")
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -202,12 +221,12 @@ class CheckpointMixin(Trainer):
         if checkpoint is None or self.sharded:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        self.resumed_at = self.state.global_step
+        self.resumed_at, self.resumed_from = self.state.global_step, checkpoint
         self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))  # type: ignore[union-attr]
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once, right before the first step."""
+        """Called once, right before the first step, or where there is none left."""
         if checkpoint is None:
             return
         path = self.process_file(checkpoint)
@@ -231,6 +250,9 @@ class CheckpointMixin(Trainer):
             self.shares["train"][:] = counters["shares"]
         self.guard.skipped = counters["left_out"]
         self.load_sampling_state(counters)
+        callbacks: Any = self.state.stateful_callbacks
+        if callbacks["TrainerControl"]["args"]["should_evaluate"]:  # a signal ended this evaluation
+            self._determine_best_metric(self._evaluate(None, None), None)
 
     def sampling_state(self) -> dict[str, Any]:
         """Further counters, of a trainer that samples answers; see grpo_trainers.py."""

@@ -6,6 +6,20 @@ import sys
 import time
 from typing import Any, Self
 
+STOPPED = 75  # exit code: stopped after saving, `resume` continues
+INTERRUPTED = 130  # exit code: stopped, and nothing was saved
+
+
+def sigterm_as_interrupt() -> None:
+    """From now on SIGTERM raises KeyboardInterrupt, as Ctrl-C does; processes forked from this one ignore it."""
+    owner = os.getpid()
+
+    def interrupt(number: int, frame: Any) -> None:
+        if os.getpid() == owner:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+
 
 class StopRequest:
     """Within, a first signal sets `requested` and calls `on_request`; a second one quits at once."""

@@ -54,6 +54,7 @@ BEFORE = evaluation(-20.0, -22.0, wrong_image_drop=1.0, blank_image_drop=0.8, me
         ({}, [1.0], {}),
         ({"chosen": -20.0, "rejected": -22.0}, [], {"policy_changed": "fail"}),
         ({"wrong_image_drop": 0.0}, [], {"image_contribution": "fail", "image_reliance": "warn"}),
+        ({"wrong_image_drop": -0.3}, [], {"image_contribution": "fail", "image_reliance": "warn"}),  # it misleads
         ({"wrong_image_drop": 0.4}, [], {"image_reliance": "warn"}),
         ({"chosen": -23.0}, [], {"likelihood_displacement": "warn"}),
         ({"mean_length": 6.0}, [], {"length_change": "warn"}),
@@ -178,6 +179,13 @@ def test_an_adapter_that_is_off_when_training_rows_are_evaluated(quick, tmp_path
     assert "8 test rows are also in train (e.g. row 0)" in capsys.readouterr().out
 
 
+def test_an_image_that_may_mislead_by_chance_alone_is_a_warning():
+    drops = {"wrong_image_drop": mean([-0.3, 0.2, -0.2, 0.1])}
+    (check,) = image_reliance(drops, drops)
+    assert (check.verdict, check.value) == ("warn", pytest.approx(-0.05))
+    assert check.detail == "95 % CI -0.25 to 0.15"
+
+
 def test_rounding_is_not_taken_for_image_reliance(model, processor, rows, monkeypatch):
     """On a GPU a row's numbers depend a little on its batch, which is no sign that an image arrived."""
     held_out, states = HeldOut(rows, processor, 6, None), forward.answer_states
@@ -187,13 +195,13 @@ def test_rounding_is_not_taken_for_image_reliance(model, processor, rows, monkey
         return states(model, {**packed, "image_at": packed["image_at"][:0]}, pixels) * (1 + 1e-4 * packed["tokens"])
 
     def drops():
-        return {name: drop.value for name, drop in held_out.image_reliance(model, held_out.logps(model)).items()}
+        return held_out.image_reliance(model, held_out.logps(model))
 
     before = drops()
-    assert before["blank_image_drop"] > 0.5
+    assert before["blank_image_drop"].value > 0.5
     monkeypatch.setattr(forward, "answer_states", blind)
     after = drops()
-    assert after == {"blank_image_drop": 0.0, "wrong_image_drop": 0.0}
+    assert {name: drop.value for name, drop in after.items()} == {"blank_image_drop": 0.0, "wrong_image_drop": 0.0}
     assert [check.verdict for check in image_reliance(before, after)] == ["fail", "warn"]
 
 

@@ -1,20 +1,24 @@
 """P5 and P10: a run that is asked to stop saves and goes on exactly; another run's checkpoint is refused."""
 
 import copy
+import itertools
 import json
 import os
 import shutil
 import signal
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from smolvlm_exp import main
 from smolvlm_exp.models.model import ModelConfig, load_model, load_processor
 from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.runs import resume_check as same
-from smolvlm_exp.runs.checkpoint import damage, newest_intact
+from smolvlm_exp.runs.checkpoint import checkpoint_folders, damage, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
+from smolvlm_exp.tasks import result
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training import trainers as reliable
 from smolvlm_exp.training.callbacks import StopCallback
@@ -51,7 +55,7 @@ def signalled(trainer, where, step, number):
 
 SELDOM = "trainer.eval_steps=6"
 PLACES = (
-    ("data loading", signal.SIGINT, 1),
+    ("data loading", signal.SIGINT, 2),
     ("a save", signal.SIGTERM, 3),
     ("forward", signal.SIGINT, 5),
     ("evaluation", signal.SIGTERM, 6),
@@ -71,7 +75,7 @@ def test_a_signal_anywhere_saves_and_the_run_goes_on_exactly(bench, tmp_path, mo
         assert newest_intact(run).name == f"checkpoint-{trainer.state.global_step}"
         stops.append(trainer.state.global_step)
         assert "again to exit at once" in capsys.readouterr().err
-    assert stops == [1, 4, 5, 7, 8]
+    assert stops == [2, 4, 5, 6, 8]  # the evaluation after step 6 was ended, and came first when the run resumed
     trainer = bench.run(run, SELDOM)
     assert logged(run) == logged(tmp_path / "whole")
     assert all(p.equal(learnt(whole)[name]) for name, p in learnt(trainer).items())
@@ -88,13 +92,16 @@ def test_a_signal_in_the_last_step_loses_nothing(bench, tmp_path):
     assert all(p.equal(learnt(trainer)[name]) for name, p in learnt(again).items())
 
 
-def test_a_second_signal_leaves_at_once(bench, tmp_path):
+@pytest.mark.parametrize(("step", "code"), [(2, 75), (0, 130)])
+def test_a_second_signal_leaves_at_once(bench, tmp_path, step, code):
+    """With 75 where a checkpoint is there to resume from, else 130."""
+
     def job():
         def twice(trainer):
             forward = trainer.model.forward
 
             def call(*args, **kwargs):
-                if trainer.state.global_step == 2 and trainer.model.training:
+                if trainer.state.global_step == step and trainer.model.training:
                     os.kill(os.getpid(), signal.SIGINT)
                     stop.first -= 2  # two seconds later
                     os.kill(os.getpid(), signal.SIGINT)
@@ -106,8 +113,47 @@ def test_a_second_signal_leaves_at_once(bench, tmp_path):
             bench.run(tmp_path, "trainer.save_steps=1", callbacks=(stop,), prepare=twice)
 
     _, status = os.waitpid(forked(job, tmp_path / "log"), 0)
-    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGINT, (tmp_path / "log").read_text()[-2000:]
-    assert newest_intact(tmp_path).name == "checkpoint-2"
+    assert os.waitstatus_to_exitcode(status) == code, (tmp_path / "log").read_text()[-2000:]
+    assert [path.name for path in checkpoint_folders(tmp_path)[-1:]] == ["checkpoint-2"][: bool(step)]
+
+
+def test_before_the_first_step_a_signal_stops_at_once(quick, tmp_path, monkeypatch, capsys):
+    """While rows are evaluated, and as SIGTERM too: nothing was saved, so the exit code is 130."""
+    monkeypatch.setattr(
+        "smolvlm_exp.tasks.result.evaluate", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGTERM)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        train(quick(), tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["status"], summary["reason"]) == ("stopped", "Stopped before the first step.")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="130"):
+        main.exit_stopped("train", tmp_path)
+    assert "before the first step; nothing was saved" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unseen")
+def test_the_last_evaluation_is_finished_or_left_for_resume(quick, tmp_path, monkeypatch, capsys):
+    """Although nothing was saved on the way (trainer.save_strategy=no)."""
+    look, looks, clock = result.evaluate, [], itertools.count(0, 10)
+
+    def evaluate(*args, **kwargs):
+        looks.append(None)
+        for _ in range(len(looks) // 2 if len(looks) % 2 == 0 else 0):  # after training, of the second run two
+            os.kill(os.getpid(), signal.SIGINT)
+        return look(*args, **kwargs)
+
+    monkeypatch.setattr(result, "evaluate", evaluate)
+    monkeypatch.setattr("smolvlm_exp.utils.signals.time", SimpleNamespace(monotonic=lambda: next(clock)))
+    for status in ("done", "stopped"):
+        folder = tmp_path / status
+        folder.mkdir()
+        assert train(quick(), folder)["status"] == status
+        assert "finishing the evaluation; press Ctrl-C again to leave it for resume" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="75"):
+        main.exit_stopped("train", folder)
+    assert f"resume={folder}" in capsys.readouterr().err
+    assert newest_intact(folder).name == "checkpoint-3"
 
 
 # Another run's checkpoint

@@ -14,7 +14,8 @@ from PIL import Image
 
 from smolvlm_exp.reporting.charts import MAX_POINTS, line_chart, thin, ticks
 from smolvlm_exp.reporting.html import highlight
-from smolvlm_exp.reporting.report import headline, result_rows, write_report
+from smolvlm_exp.reporting.report import write_report
+from smolvlm_exp.reporting.results import headline, result_rows
 from smolvlm_exp.reporting.summary import Sample
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.utils.formatting import as_finite, number, percent
@@ -160,6 +161,9 @@ def test_headline() -> None:
     rewarded = {"status": "done", "before": {"reward": 0.31}, "after": {"reward": 0.62}}
     assert headline(rewarded) == "Reward: 0.31 → 0.62."
     assert headline({"status": "done"}) == "Nothing was measured."
+    assert headline({**SUMMARY, "held_out_rows": 8}) == "8 held-out rows: too few to tell."
+    chance = {"chair_s": {"low": -0.4, "high": 0.1}, "preference_accuracy": {"low": -0.1, "high": 0.6}}
+    assert headline({**SUMMARY, "changes": chance}).startswith("No gain over before. Captions with an object")
 
 
 def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:

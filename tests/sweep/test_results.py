@@ -8,9 +8,12 @@ from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
 import yaml
 
+from smolvlm_exp.evaluation.comparison import save_per_row
+from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.runs.sweep_record import (
     Job,
     can_resume,
@@ -74,7 +77,7 @@ def test_main_effects_leave_out_combinations_with_a_missing_run(tmp_path):
     four, eight = main_effects(results)["adapter.r"]
     assert (four.mean, eight.mean) == (0.5, 0.6), "not (0.7, 0.6)"
     assert four.interval is None
-    assert results.failed
+    assert results.failed()
 
 
 def test_the_best_job_and_the_pareto_front(tmp_path):
@@ -87,6 +90,35 @@ def test_the_best_job_and_the_pareto_front(tmp_path):
     assert fastest is not None
     assert fastest.number == 0, "less is better"
     assert read_results(tmp_path, None).metric == METRIC
+
+
+def test_a_sweep_of_equals_is_a_tie_that_time_and_then_memory_decide(tmp_path):
+    results = {("r=1",): (0.9, 30, 2.0), ("r=2",): (0.9, 20, 3.0), ("r=3",): (0.9, 20, 2.0), ("r=4",): (0.7, 10, 1.0)}
+    sweep = made(tmp_path, results)
+    assert [row["best"] for row in results_table(sweep)] == [False, False, True, False]
+    assert [row["tied"] for row in results_table(sweep)] == [True, True, False, False]
+    assert sweep.verdict == "a tie: job 2 cannot be told from 0, 1; of equals the fastest counts as the best"
+    assert "best with r=3. A tie: job 2" in write_page(sweep).read_text()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"), [(200, "a tie: job 1 cannot be told from 0 on 200 held"), (8, "8 held-out ro")]
+)
+def test_within_the_noise_is_a_tie_and_few_rows_say_nothing(tmp_path, rows, said):
+    right = {"0": np.arange(rows) % 2 < 1, "1": np.arange(rows) % 2 < 1, "2": np.zeros(rows, bool)}
+    right["1"][1] = True  # one more of them
+    changes = {"preference_accuracy": {"low": -0.01, "high": 0.02}}
+    done = {"status": "done", "held_out_rows": rows, "changes": changes, "train": {"seconds": 1, "memory_peak_gib": 1}}
+    value = {job: {"preference_accuracy": float(own.mean())} for job, own in right.items()}
+    made(tmp_path, {(f"r={job}",): {**done, "after": after} for job, after in value.items()})
+    for job, own in right.items():
+        prints = [number.to_bytes(8) for number in range(rows)]
+        save_per_row(tmp_path / job, {"train": [], "test": prints}, {"preference_accuracy": mean(own.tolist())})
+    sweep = read_results(tmp_path, METRIC)
+    assert [job.number for job in sweep.tied] == [0]
+    assert said in sweep.verdict
+    assert ("no gain over before" in sweep.verdict) == (rows == 200)
+    assert said in write_page(sweep).read_text()
 
 
 def test_without_pairs_jobs_are_compared_by_reward(tmp_path):
