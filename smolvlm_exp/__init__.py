@@ -6,9 +6,14 @@ import sys
 HOME = os.path.dirname(os.path.dirname(__file__))
 # Under `python -m` the working folder comes first on the path, and any yaml.py in a folder of data would be imported.
 # Not where it is this repository's own; with PYTHONSAFEPATH workers, launchers and compilers leave it out too.
-if sys.argv[:1] == ["-m"] and not sys.flags.safe_path and sys.path[0] == os.getcwd() != HOME:
-    del sys.path[0]
-    os.environ["PYTHONSAFEPATH"] = "1"
+if sys.argv[:1] == ["-m"] and not sys.flags.safe_path:
+    try:
+        here = os.getcwd()
+    except FileNotFoundError:
+        sys.exit("smolvlm_exp: the folder that you are in was removed; go to another.")
+    if sys.path[0] == here != HOME:
+        del sys.path[0]
+        os.environ["PYTHONSAFEPATH"] = "1"
 
 import time  # noqa: E402
 from typing import Any  # noqa: E402

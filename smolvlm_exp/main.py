@@ -40,8 +40,8 @@ from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
-from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, sigterm_as_interrupt
-from smolvlm_exp.utils.startup import configure_logging, fast_imports, silence_upstream
+from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, end_as_interrupt
+from smolvlm_exp.utils.startup import configure_logging, fast_imports, keep_printing, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
 
 WITHOUT_MODEL = ("doctor", "plan", "compare")  # tasks that work also where torch does not
@@ -206,7 +206,8 @@ def exit_stopped(task: str, folder: Path) -> NoReturn:
 
 def main() -> None:
     """The console script: refuse what cannot work, then let Hydra run the job or jobs."""
-    sigterm_as_interrupt()
+    end_as_interrupt()
+    keep_printing()
     try:
         run_command_line()
     except KeyboardInterrupt:  # before a run has a folder
@@ -221,6 +222,10 @@ def run_command_line() -> None:
     if sys.argv[1:] == ["--version"]:
         print(f"smolvlm_exp {__version__}")
         return
+    if sys.flags.optimize:
+        exit_with_error(
+            RequestError("python -O and PYTHONOPTIMIZE leave out checks that this program and Hydra need: unset it.")
+        )
     configure_logging()
     register_schemas()
     parser = get_args_parser()

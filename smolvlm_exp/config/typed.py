@@ -30,6 +30,10 @@ def parsed(overrides: list[str]) -> list[Override]:
 
 
 def unreadable(override: str) -> str:
+    if "\r" in override:
+        return f"{override.strip()}: it ends like a line of Windows; save the script with Unix line ends (dos2unix)."
+    if any("\ud800" <= letter <= "\udfff" for letter in override):
+        return f"{override!a}: this terminal's letters are not read as UTF-8: set PYTHONUTF8=1."
     key, equals, value = override.partition("=")
     if not equals or key != key.strip():
         return f"{override}: a setting is typed as key=value, without spaces around the = sign."

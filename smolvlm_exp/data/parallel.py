@@ -1,10 +1,12 @@
 """A function over all rows of a data set, on all cores; the result is cached on disk."""
 
 import json
+import logging
 import multiprocessing
 import os
 import signal
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -23,6 +25,8 @@ from smolvlm_exp.utils.progress import progress
 if TYPE_CHECKING:
     import pyarrow as pa
     from datasets import Dataset, Features
+
+log = logging.getLogger(__name__)
 
 Function: TypeAlias = "Callable[[pa.Table], pa.Table]"
 
@@ -79,11 +83,10 @@ def map_rows(
                 yield table
                 advance(len(table))
 
-    if not cached:
+    if not (cached and can_store(Path(config.HF_DATASETS_CACHE) / "smolvlm_exp")):
         table = pa.concat_tables([features.arrow_schema.empty_table(), *tables()])
         return Dataset(InMemoryTable(table), fingerprint=key)
     path = Path(config.HF_DATASETS_CACHE) / "smolvlm_exp" / f"{key}.arrow"
-    path.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(path.with_suffix(".lock")):
         if not path.exists():
             part = path.with_suffix(".part")
@@ -94,6 +97,20 @@ def map_rows(
     made = Dataset.from_file(str(path))
     made._fingerprint = key
     return made
+
+
+def can_store(folder: Path) -> bool:
+    """Whether files can be put into a folder, which is made; a warning says where they cannot."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return True
+    except OSError as error:
+        log.warning(
+            f"data: the cache {folder} cannot be written ({error.strerror}): rows are checked again in every run, in "
+            "memory. HF_DATASETS_CACHE or HF_HOME names another place"
+        )
+        return False
 
 
 def batches(rows: "Dataset", function: Function, workers: int | None) -> "Iterator[pa.Table]":

@@ -6,10 +6,12 @@ All jobs then run the same code, whatever is edited while the sweep runs.
 import signal
 from importlib import import_module
 
+from smolvlm_exp.utils.signals import ending_signals
 from smolvlm_exp.utils.startup import fast_imports, silence_upstream
 
 # A signal to the process group is meant for the jobs; the server must outlive them to report how they ended.
-signal.signal(signal.SIGTERM, signal.SIG_IGN)
+for number in ending_signals():
+    signal.signal(number, signal.SIG_IGN)
 with fast_imports():
     silence_upstream()
     for module in (

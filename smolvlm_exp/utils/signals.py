@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, for a run, a sweep and a chat alike."""
+"""Ctrl-C, SIGTERM and a terminal that is closed, for a run, a sweep and a chat alike."""
 
 import os
 import signal
@@ -10,15 +10,23 @@ STOPPED = 75  # exit code: stopped after saving, `resume` continues
 INTERRUPTED = 130  # exit code: stopped, and nothing was saved
 
 
-def sigterm_as_interrupt() -> None:
-    """From now on SIGTERM raises KeyboardInterrupt, as Ctrl-C does; processes forked from this one ignore it."""
+def ending_signals() -> list[signal.Signals]:
+    """Those that end a program from outside: SIGTERM, and SIGHUP where there is one and `nohup` does not ignore it."""
+    if sys.platform == "win32" or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        return [signal.SIGTERM]
+    return [signal.SIGTERM, signal.SIGHUP]
+
+
+def end_as_interrupt() -> None:
+    """From now on they raise KeyboardInterrupt, as Ctrl-C does; processes forked from this one ignore them."""
     owner = os.getpid()
 
     def interrupt(number: int, frame: Any) -> None:
         if os.getpid() == owner:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, interrupt)
+    for number in ending_signals():
+        signal.signal(number, interrupt)
 
 
 class StopRequest:
@@ -30,7 +38,7 @@ class StopRequest:
         self.previous: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in (signal.SIGINT, *ending_signals()):
             self.previous[number] = signal.signal(number, self.on_signal)
         return self
 

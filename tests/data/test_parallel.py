@@ -54,6 +54,15 @@ def load(folder, processor, tmp_path):
     )
 
 
+def test_a_cache_that_cannot_be_written_costs_only_time(load, tmp_path, monkeypatch, caplog):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    told = contents(load())
+    assert "cannot be written (Not a directory): rows are checked again in every run" in caplog.text
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    assert contents(load()) == told
+
+
 def test_any_number_of_processes_gives_the_same_rows(load, cache, folder):
     made = []
     for count in (1, 2, 5):

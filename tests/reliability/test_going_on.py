@@ -58,7 +58,7 @@ PLACES = (
     ("data loading", signal.SIGINT, 2),
     ("a save", signal.SIGTERM, 3),
     ("forward", signal.SIGINT, 5),
-    ("evaluation", signal.SIGTERM, 6),
+    ("evaluation", signal.SIGHUP, 6),
     ("between micro-batches", signal.SIGINT, 8),
 )
 

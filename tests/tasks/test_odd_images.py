@@ -1,4 +1,4 @@
-"""Images of odd shapes and kinds go through a whole run, evaluation, generate and mining; a row without one does not."""
+"""Images of odd shapes and kinds go through a run, evaluation, generate and mining; a row without one does not."""
 
 import json
 import math
