@@ -147,6 +147,8 @@ def forked(job: Callable[[], Any], log: Path) -> int:
         torch.set_num_threads(1)
         job()
         code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except BaseException:
         traceback.print_exc()
     finally:

@@ -238,7 +238,7 @@ def test_a_job_of_a_sweep_that_a_full_disk_ended_resumes(quick, tmp_path):
     config = quick("trainer.save_strategy=steps", "trainer.save_steps=1")
     with pytest.raises(RunError, match=r"no space left in[\s\S]*from checkpoint-1, which is intact") as full:
         train(config, tmp_path, watchers=[Full()])
-    record_failure(config, tmp_path, f"{type(full.value).__name__}: {full.value}", 1)  # as its process does
+    record_failure(config, tmp_path, full.value)  # as its process does
     assert can_resume(tmp_path)
 
 
@@ -256,16 +256,19 @@ def compare(run, whole):
         OSError(122, "Disk quota exceeded"),
         Exception("I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        OSError(5, "Input/output error"),
+        OSError(30, "Read-only file system"),
+        Exception("I/O error: Input/output error (os error 5)"),
     ],
 )
-def test_the_guises_of_a_full_disk(error):
-    assert files.is_disk_full(error)
-    assert not files.is_disk_full(OSError(2, "No such file or directory"))
-    assert not files.is_disk_full(RuntimeError("size mismatch"))
+def test_the_guises_of_a_full_and_of_a_bad_disk(error):
+    assert files.is_disk_error(error)
+    assert not files.is_disk_error(OSError(2, "No such file or directory"))
+    assert not files.is_disk_error(RuntimeError("size mismatch"))
 
 
-def test_what_is_no_full_disk_stays_what_it_is(tmp_path):
-    with pytest.raises(KeyError), files.disk_full_as_run_error(tmp_path):
+def test_what_is_no_disk_error_stays_what_it_is(tmp_path):
+    with pytest.raises(KeyError), files.disk_error_as_run_error(tmp_path):
         raise KeyError("a mistake of ours")
 
 
