@@ -30,7 +30,7 @@ from smolvlm_exp.runs.checkpoint import disk_error_as_run_error
 from smolvlm_exp.runs.find import choices, summary_of
 from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_label, job_of, job_state, read_keys
 from smolvlm_exp.sweep.devices import assign_device
-from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_result, read_results
+from smolvlm_exp.sweep.results import RUNNING, SweepResults, prune_checkpoints, read_result, read_results
 from smolvlm_exp.utils.errors import Pruned, RequestError, RunError, isolated
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.formatting import duration
@@ -66,7 +66,7 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
 
 def remaining_time(results: SweepResults) -> str:
     """How many jobs are left, and how long they will take, judging by the finished ones."""
-    left = sum(job.status in ("missing", "cut", "stopped") for job in results.jobs)
+    left = sum(job.status in ("missing", "cut", "stopped", RUNNING) for job in results.jobs)
     seconds = [job.summary["seconds"] for job in results.jobs if job.status == "done"]
     if not left:
         return ""

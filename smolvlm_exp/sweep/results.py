@@ -11,10 +11,12 @@ from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, summary_value
 from smolvlm_exp.evaluation.statistics import t_interval
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
+from smolvlm_exp.runs.folder import in_use
 from smolvlm_exp.runs.sweep_record import ENDED, Job, job_state, read_jobs, read_keys
 from smolvlm_exp.utils.formatting import parse_number
 from smolvlm_exp.utils.paths import relative_to_cwd
 
+RUNNING = "running"  # by this command or by another that works on the same sweep
 COSTS = {"train.seconds": "s", "train.memory_peak_gib": "GiB"}
 
 
@@ -63,7 +65,7 @@ class SweepResults:
 
     @property
     def failed(self) -> bool:
-        return any(job.status not in ENDED for job in self.jobs)
+        return any(job.status not in (*ENDED, RUNNING) for job in self.jobs)
 
     def measured(self, job: JobResult) -> float:
         """The metric of a job that has it."""
@@ -92,7 +94,10 @@ class SweepResults:
 
 def read_result(sweep: Path, job: Job) -> JobResult:
     folder = sweep / str(job.number)
-    return JobResult(job.number, job.overrides, job_state(folder), summary_of(folder))
+    state = job_state(folder)
+    if state not in ENDED and in_use(folder):
+        state = RUNNING
+    return JobResult(job.number, job.overrides, state, summary_of(folder))
 
 
 def read_results(sweep: Path, asked: str | None) -> SweepResults:

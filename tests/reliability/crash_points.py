@@ -38,7 +38,7 @@ class CrashPoints:
         self.open, self.sync, self.save = builtins.open, os.fsync, safetensors.torch.serialize_file
         sys.addaudithook(self.watch)
         # None of the three raises an audit event for what it writes.
-        builtins.open = io.open = self.on_open  # type: ignore[assignment]
+        builtins.open = io.open = self.on_open
         os.fsync = self.on_sync
         safetensors.torch.serialize_file = self.on_save
 
@@ -93,7 +93,7 @@ class CrashPoints:
             return buffered
         names = ("encoding", "errors", "newline")
         text = io.TextIOWrapper(buffered, **{**dict(zip(names, args, strict=False)), **kwargs})
-        text.mode = mode  # type: ignore[misc]
+        text.mode = mode
         return text
 
     def on_sync(self, descriptor: int) -> None:

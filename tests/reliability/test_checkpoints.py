@@ -228,7 +228,11 @@ def test_a_limit_on_file_sizes_is_one_error_and_costs_nothing(bench, two, tmp_pa
 class Full(TrainerCallback):
     """A disk that is full when the second step is logged, outside of a save."""
 
+    def __init__(self, folder):
+        self.folder = folder
+
     def on_log(self, args, state, control, **kwargs):
+        assert not (self.folder / "summary.json").exists()  # it was done, and is not any more
         if state.global_step == 2:
             raise OSError(28, "No space left on device")
 
@@ -236,8 +240,9 @@ class Full(TrainerCallback):
 @pytest.mark.usefixtures("unseen")
 def test_a_job_of_a_sweep_that_a_full_disk_ended_resumes(quick, tmp_path):
     config = quick("trainer.save_strategy=steps", "trainer.save_steps=1")
+    (tmp_path / "summary.json").write_text('{"status": "done"}')
     with pytest.raises(RunError, match=r"no space left in[\s\S]*from checkpoint-1, which is intact") as full:
-        train(config, tmp_path, watchers=[Full()])
+        train(config, tmp_path, watchers=[Full(tmp_path)])
     record_failure(config, tmp_path, full.value)  # as its process does
     assert can_resume(tmp_path)
 

@@ -5,86 +5,36 @@ Given again, the command leaves what one that was left alone leaves, or a line s
 
 import contextlib
 import csv
-import gc
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import sys
 from collections.abc import Sequence
 from errno import EIO, ENOSPC
-from importlib import import_module
 from pathlib import Path
 
 import pytest
-from optuna.storages.journal import JournalFileSymlinkLock
 
-from smolvlm_exp import main
-from smolvlm_exp.config.schema import Config
-from smolvlm_exp.runs.checkpoint import SAVING, checkpoints, damage, disk_error_as_run_error, finalise, newest_intact
-from smolvlm_exp.runs.event_log import append_event
-from smolvlm_exp.runs.find import saved_hydra, summary_of
+from smolvlm_exp.runs.checkpoint import checkpoints, damage
+from smolvlm_exp.runs.find import saved_hydra
 from smolvlm_exp.sweep.results import read_results
-from smolvlm_exp.tasks import train as training
-from smolvlm_exp.utils.files import write_json
-from tests.conftest import QUICK, read_lines
-from tests.reliability.conftest import forked, logged
+from tests.conftest import read_lines
 from tests.reliability.crash_points import CrashPoints
-
-SMALLEST = (
-    *(o for o in QUICK if not o.startswith("trainer.save_strategy")), "trainer.max_steps=2", "trainer.save_steps=1",
-    "data.train_rows=4", "data.test_rows=2", "trainer.eval_strategy=no", "trainer.per_device_train_batch_size=1",
-    "adapter.r=2", r"adapter.target='.*text_model\.layers\.0\.self_attn\.q_proj'", "trainer.cache_ram=1GiB",
-)  # fmt: skip
-PRELOADED = ("tasks.train", "tasks.export", "training.dpo", "training.trainers", "sweep.grid", "sweep.pruning_callback")
-
-
-def typed(words: Sequence[str]) -> None:
-    """`python -m smolvlm_exp WORDS` in this process, a sweep's jobs in forks of it; what writes nothing is left out."""
-    main.check_command = training.check_upstream = lambda *args: None
-    multiprocessing.set_start_method("fork", force=True)
-    multiprocessing.set_start_method = lambda *args, **kwargs: None  # type: ignore[method-assign]
-    if "-m" in words:
-        training.train = brief_train
-        JournalFileSymlinkLock.__init__.__defaults__ = (3,)  # seconds to wait for a process that was killed
-    sys.argv = ["smolvlm_exp", *words]
-    main.main()
-
-
-def result(folder: Path) -> dict:
-    """All that a run leaves, save times."""
-    summary = {key: value for key, value in summary_of(folder).items() if not key.startswith("seconds")}
-    summary["train"] = {key: summary["train"][key] for key in ("steps", "first_loss", "last_loss")}
-    # The paths of the folder are in it.
-    stable = {name: value for name, value in summary.items() if name not in ("advice", "sources")}
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("."))
-    adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    rows = (folder / "rows.safetensors").read_bytes()
-    assert "</html>" in (folder / "report.html").read_text()
-    assert saved_hydra(folder, "config")["seed"] == summary["seed"]
-    assert not any(map(damage, checkpoints(folder)))
-    return {"summary": stable, "names": names, "adapter": adapter, "rows": rows, "log": logged(folder)}
-
-
-def check_same(mine: dict, whole: dict) -> None:
-    """Where it was resumed is all that a run may tell that the whole one does not."""
-    assert {key: mine["summary"].get(key) for key in whole["summary"]} == whole["summary"]
-    assert {**mine, "summary": None} == {**whole, "summary": None}
+from tests.reliability.smallest import SMALLEST, TOLERANT, check_same, ended, result, typed
 
 
 class Run:
     """A command that is disturbed and given again: from nothing, or from a copy of what there was."""
 
     def __init__(self, whole: Path, folder: Path) -> None:
-        self.whole, self.folder, self.path, self.log = whole, folder, folder / "run", folder / "log"
+        self.whole, self.folder, self.path = whole, folder, folder / "run"
 
     def begin(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
 
     @property
     def words(self) -> list[str]:
-        return [*SMALLEST, f"trainer.cache={self.whole.parent}/cache", f"hydra.run.dir={self.path}"]
+        return [*SMALLEST, f"hydra.run.dir={self.path}"]
 
     @property
     def again(self) -> list[str]:
@@ -97,22 +47,19 @@ class Run:
         """The line is right: there is nothing to continue from, and another folder would be used."""
         assert not checkpoints(self.path), line
 
-    def give(self, words: Sequence[str], kill_at: int = 0, error: int = 0) -> tuple[int, str]:
-        """The exit code, and all that was printed."""
-        self.log.unlink(missing_ok=True)
+    def give(self, words: Sequence[str], kill_at: int = -1, error: int = 0) -> tuple[int, str]:
+        """The exit code, and all that was printed; kill_at=0 counts its points."""
 
-        def job() -> None:
+        def begin() -> None:
             if kill_at >= 0:
                 CrashPoints(self.path, self.folder / "points", kill_at, error)
-            typed(words)
 
-        _, status = os.waitpid(forked(job, self.log), 0)
-        return os.waitstatus_to_exitcode(status), self.log.read_text()
+        return ended(typed(words, self.folder / "log", begin), self.folder / "log")
 
     def count(self) -> int:
         """Its points."""
         self.begin()
-        code, said = self.give(self.words)
+        code, said = self.give(self.words, 0)
         assert code == 0, said[-3000:]
         self.compare()
         return json.loads((self.folder / "points").read_text())[0]
@@ -142,7 +89,7 @@ class Run:
         return self.given_again(point)
 
     def given_again(self, point: int) -> str:
-        code, said = self.give(self.again, -1)
+        code, said = self.give(self.again)
         if code and "has finished" not in said:
             line = next(line for line in said.splitlines() if line.startswith("smolvlm_exp: "))
             assert "Traceback" not in said, (point, said[-3000:])
@@ -177,8 +124,7 @@ class Exported(Run):
 
     @property
     def words(self) -> list[str]:
-        tolerant = ("export.on_fail=mark", "task.max_new_tokens=2", "export.format=adapter")
-        return ["task=export", f"run={self.path}", *tolerant, f"hydra.run.dir={self.folder}/out"]
+        return ["task=export", f"run={self.path}", *TOLERANT, f"hydra.run.dir={self.folder}/out"]
 
     again = words
 
@@ -194,22 +140,6 @@ class Exported(Run):
         assert all((written / name).read_bytes() == (earlier / name).read_bytes() for name in same)
         record, first = (json.loads((each / "adapter" / "export.json").read_text()) for each in (written, earlier))
         assert record["parity"] == first["parity"]
-
-
-def brief_train(config: Config, folder: Path, watchers: Sequence = ()) -> dict:
-    """In place of a sweep's runs, whose own points are those of `Run`: a checkpoint, and `done` as the last."""
-    with disk_error_as_run_error(folder):
-        if config.resume:
-            newest_intact(folder)
-        else:
-            append_event(folder / "metrics.jsonl", {"step": 1, "loss": 1 / config.seed})
-            staging = folder / "checkpoints" / SAVING / "checkpoint-1"
-            staging.mkdir(parents=True)
-            finalise(staging, folder / "checkpoints" / staging.name)
-        after, train = {"preference_accuracy": config.seed / 4}, {"seconds": 1.0, "pairs_per_second": 1.0}
-        summary = {"status": "done", "seed": config.seed, "seconds": 1.0, "after": after, "train": train}
-        write_json(folder / "summary.json", summary)
-    return summary
 
 
 class Swept(Run):
@@ -246,7 +176,7 @@ class Swept(Run):
     def missing(self, line: str) -> None:
         """Of the jobs there is no list yet; then the same command begins there."""
         assert "there is no sweep.json in it" in line
-        code, said = self.give(self.words, -1)
+        code, said = self.give(self.words)
         assert code == 0, said[-3000:]
         self.compare()
 
@@ -258,23 +188,10 @@ class Searched(Swept):
     seeds = ()
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """The folder of a run that is left alone; beside it is its cache."""
-    for module in ("pandas", *(f"smolvlm_exp.{name}" for name in PRELOADED)):
-        import_module(module)  # once, not in every fork
-    gc.freeze()
-    run = Run(tmp_path_factory.mktemp("whole") / "run", tmp_path_factory.mktemp("first"))
-    code, said = run.give(run.words)
-    assert code == 0, said[-3000:]
-    shutil.copytree(run.path, run.whole)
-    shutil.copy(run.folder / "points", run.whole.parent)
-    return run.whole
-
-
 def test_disturbed_at_some_points(whole, tmp_path):
     """Those of a save are in test_checkpoints.py."""
-    run, last = Run(whole, tmp_path), json.loads((whole.parent / "points").read_text())[0]
+    run = Run(whole, tmp_path)
+    last = run.count()
     assert run.disturbed_at(last) == "same"  # `done` has just been told
     assert run.disturbed_at(last - 3, EIO) == "same"  # it cannot be
     sweep = Swept(whole, tmp_path)
