@@ -10,9 +10,10 @@ from typing import Any
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper, BasicSweeperConf
 from hydra.core.config_store import ConfigStore
 
+from smolvlm_exp.runs.checkpoint import disk_error_as_run_error
 from smolvlm_exp.runs.folder import check_unused_sweep, lock_run_folder
 from smolvlm_exp.sweep.optuna_study import SearchConf
-from smolvlm_exp.utils.errors import RequestError, exit_with_error
+from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error
 
 
 @dataclass
@@ -58,8 +59,9 @@ class Search(BasicSweeper):
 
 def exit_with_code_of(sweep: Callable[[Any, list[str]], int], sweeper: BasicSweeper, arguments: list[str]) -> None:
     try:
-        code = sweep(sweeper, arguments)
-    except RequestError as error:
+        with disk_error_as_run_error(Path(sweeper.config.hydra.sweep.dir)):
+            code = sweep(sweeper, arguments)
+    except (RequestError, RunError) as error:
         exit_with_error(error)
     sys.exit(code)
 

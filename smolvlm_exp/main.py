@@ -34,7 +34,7 @@ from smolvlm_exp.config.compose import check_command, register_schemas, search_p
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
-from smolvlm_exp.runs.checkpoint import checkpoints, disk_full_as_run_error, fsync_all
+from smolvlm_exp.runs.checkpoint import checkpoints, disk_error_as_run_error, fsync_all
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder
 from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
@@ -121,12 +121,11 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
         callbacks = Callbacks(composed)
 
         def saved(composed: DictConfig) -> Any:
-            if (folder / ".hydra").is_dir():  # without which a checkpoint cannot be resumed
-                fsync_all(folder / ".hydra")
+            sync_saved_config(folder)
             return task(composed)
 
         writes = composed.task.name not in WITHOUT_FOLDER
-        with lock_run_folder(folder) if writes else nullcontext(), disk_full_as_run_error(folder):
+        with lock_run_folder(folder) if writes else nullcontext(), disk_error_as_run_error(folder):
             if writes and not composed.resume:
                 check_unused(folder, composed.task.name)
             callbacks.on_run_start(config=composed, config_name=name)
@@ -134,6 +133,12 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
             done = run_job(saved, composed, "hydra.run.dir", None, context, configure_logging=False)
             callbacks.on_run_end(config=composed, config_name=name, job_return=done)
             return done.return_value
+
+
+def sync_saved_config(folder: Path) -> None:
+    """Hydra does not, and without it no checkpoint can be resumed and no result compared."""
+    if (folder / ".hydra").is_dir():
+        fsync_all(folder / ".hydra")
 
 
 def complete_and_check(args: Namespace) -> None:
@@ -169,6 +174,8 @@ def job(composed: DictConfig) -> float | None:
     own = HydraConfig.get()
     many = own.mode == hydra.types.RunMode.MULTIRUN
     try:
+        if many:
+            sync_saved_config(folder)
         if many and (folder.parent / "sweep.json").is_file():  # ours; other sweepers' jobs run in this process
             from smolvlm_exp.sweep.job_process import run_job
 

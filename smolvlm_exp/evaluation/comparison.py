@@ -39,8 +39,10 @@ def save_per_row(folder: Path, fingerprints: Mapping[str, Sequence[bytes]], rati
     arrays = {split: short_fingerprints(rows) for split, rows in fingerprints.items()}
     for name, ratio in ratios.items():
         arrays[f"metric {name}"] = np.stack([ratio.top, ratio.bottom, np.full(len(ratio.top), ratio.empty)])
-    save_file(arrays, folder / FILE)
-    fsync(folder / FILE)
+    part = folder / f".{FILE}.part"  # `compare` may read the folder meanwhile
+    save_file(arrays, part)
+    fsync(part)
+    part.replace(folder / FILE)
 
 
 def load_per_row(folder: Path) -> PerRowResults | None:

@@ -9,10 +9,10 @@ import errno
 import json
 import logging
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from smolvlm_exp.utils.errors import RequestError, RunError
+from smolvlm_exp.utils.errors import RequestError, RunError, first_line
 from smolvlm_exp.utils.files import fsync, sha256
 
 log = logging.getLogger(__name__)
@@ -20,8 +20,10 @@ log = logging.getLogger(__name__)
 MANIFEST = "manifest.json"
 SAVING = ".saving"  # among the checkpoints: the staging folder
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# How torch and safetensors, which do not raise OSError, say that a disk or a quota is full.
+FAILED = (errno.EIO, errno.EROFS, errno.ESTALE)  # a file system that meets errors may become read-only
+# How torch and safetensors, which do not raise OSError, say that a disk or a quota is full, or that a disk failed.
 FULL_WORDS = ("no space left", "os error 28", "file too large", "os error 27", "disk quota", "inline_container")
+FAILED_WORDS = ("input/output error", "os error 5)", "read-only file system", "os error 30")
 
 
 def checkpoints(run: Path) -> list[Path]:
@@ -97,23 +99,36 @@ def damage(checkpoint: Path) -> str:
 
 
 @contextlib.contextmanager
-def disk_full_as_run_error(run: Path) -> Iterator[None]:
-    """Within, a full disk, a quota or a limit on file sizes ends the run with a `RunError` that says how to resume."""
+def disk_error_as_run_error(folder: Path) -> Iterator[None]:
+    """Within, a disk that is full or fails, a quota or a limit on file sizes is a `RunError` that says how to resume.
+
+    Args:
+        folder: of the run, the sweep or the export that is written.
+    """
     try:
         yield
     except Exception as error:
-        if isinstance(error, RunError) or not is_disk_full(error):
+        if isinstance(error, RequestError | RunError) or not is_disk_error(error):
             raise
-        saved = checkpoints(run)
-        advice = "Free some space and run the command again; no partial files are left."
-        if saved:
-            advice = f"Free some space, then resume={run} continues from {saved[-1].name}, which is intact."
-        if (run / "checkpoints").exists():
-            advice += " trainer.save_total_limit=1 keeps fewer checkpoints."
-        free = shutil.disk_usage(run).free / 2**20
-        raise RunError(
-            f"no space left in {run}: {str(error).splitlines()[0]} ({free:,.0f} MiB free).\n{advice}"
-        ) from error
+        full, first = is_disk_full(error), first_line(error)
+        if full:
+            problem = f"no space left in {folder}: {first} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)"
+        else:
+            problem = f"the disk failed in {folder}: {first}"
+        raise RunError(f"{problem}.\n{'Free some space' if full else 'Check the disk'}{what_then(folder)}") from error
+
+
+def what_then(folder: Path) -> str:
+    """How to continue in a folder when its disk can be written again."""
+    sweep = next((path for path in (folder, folder.parent) if (path / "sweep.json").is_file()), None)
+    fewer = " trainer.save_total_limit=1 keeps fewer checkpoints." if (folder / "checkpoints").exists() else ""
+    if sweep:
+        return f", then -m sweep={sweep} continues.{fewer}"
+    if saved := checkpoints(folder):
+        return f", then resume={folder} continues from {saved[-1].name}, which is intact.{fewer}"
+    if fewer:
+        return f", then start again in another folder: no checkpoint was complete.{fewer}"
+    return " and run the command again; no partial files are left."
 
 
 @contextlib.contextmanager
@@ -133,7 +148,7 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
     clear()
     try:
-        with disk_full_as_run_error(final.parent):
+        with disk_error_as_run_error(final.parent):
             staging.mkdir(parents=True)
             yield staging
             fsync_all(staging)
@@ -147,8 +162,17 @@ def atomic_folder(final: Path) -> Iterator[Path]:
 
 def is_disk_full(error: BaseException) -> bool:
     """Whether a full disk, a quota or a file-size limit is behind an error."""
-    known = isinstance(error, OSError) and error.errno in FULL
-    return known or any(words in str(error).lower() for words in FULL_WORDS)
+    return speaks_of(error, FULL, FULL_WORDS)
+
+
+def is_disk_error(error: BaseException) -> bool:
+    """Whether a disk that is full or fails is behind an error."""
+    return is_disk_full(error) or speaks_of(error, FAILED, FAILED_WORDS)
+
+
+def speaks_of(error: BaseException, numbers: Sequence[int], words: Sequence[str]) -> bool:
+    known = isinstance(error, OSError) and error.errno in numbers
+    return known or any(word in str(error).lower() for word in words)
 
 
 def fsync_all(folder: Path) -> None:

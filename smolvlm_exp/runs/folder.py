@@ -34,6 +34,17 @@ def lock_file(path: Path) -> Iterator[None]:
         yield
 
 
+def in_use(folder: Path) -> bool:
+    """Whether a process holds a run's folder."""
+    if not (folder / ".lock").is_file():
+        return False
+    try:
+        with FileLock(folder / ".lock").acquire(timeout=0):
+            return False
+    except Timeout:
+        return True
+
+
 @contextlib.contextmanager
 def lock(file: Path, path: Path) -> Iterator[None]:
     try:
@@ -49,7 +60,13 @@ def lock(file: Path, path: Path) -> Iterator[None]:
 
 
 def check_unused(folder: Path, task: str) -> None:
-    """Refuse to start in a folder that holds a run, unless this task completes what it finds there."""
+    """Refuse to start in a folder that holds a run or a sweep, unless this task completes what it finds there."""
+    for sweep in (folder, folder.parent) if folder.name.isdigit() else (folder,):
+        if (sweep / MULTIRUN).is_file():
+            raise RequestError(
+                f"hydra.run.dir={folder}: {sweep} holds a sweep ({MULTIRUN}), which is never overwritten: use another "
+                "folder."
+            )
     existing = next((name for name in RUN_FILES if (folder / name).exists()), None)
     completes = task in COMPLETED and saved_hydra(folder, "config").get("task", {}).get("name") == task
     if existing and not completes:
@@ -60,15 +77,19 @@ def check_unused(folder: Path, task: str) -> None:
 
 
 def check_unused_sweep(folder: Path, config: Any) -> None:
-    """Refuse to start a sweep in a folder that holds one of another kind, or runs with the names of its jobs.
+    """Refuse to start a sweep in a folder that holds one of another kind, or a run, there or by the name of a job.
 
     Args:
         config: of the sweep, with Hydra's own settings.
     """
     path, here = folder / MULTIRUN, sweep_kind(config)
     if not path.is_file():
-        for job in folder.glob("[0-9]*"):
-            check_unused(job, config["task"]["name"])
+        for place in (folder, *folder.glob("[0-9]*")):
+            if existing := next((name for name in (".hydra", *RUN_FILES) if (place / name).exists()), None):
+                raise RequestError(
+                    f"hydra.sweep.dir={folder}: {place} already holds a run ({existing}), which is never overwritten: "
+                    "use another folder."
+                )
         return
     there = sweep_kind(yaml.safe_load(path.read_bytes()))
     if there != here or config["task"]["name"] not in (*COMPLETED, "train"):

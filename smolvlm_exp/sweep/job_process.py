@@ -26,11 +26,12 @@ from typing import Any, TextIO
 from filelock import FileLock, Timeout
 
 from smolvlm_exp.config.schema import Config
+from smolvlm_exp.runs.checkpoint import disk_error_as_run_error
 from smolvlm_exp.runs.find import choices, summary_of
 from smolvlm_exp.runs.sweep_record import ENDED, can_resume, job_label, job_of, job_state, read_keys
 from smolvlm_exp.sweep.devices import assign_device
-from smolvlm_exp.sweep.results import SweepResults, prune_checkpoints, read_result, read_results
-from smolvlm_exp.utils.errors import Pruned
+from smolvlm_exp.sweep.results import RUNNING, SweepResults, prune_checkpoints, read_result, read_results
+from smolvlm_exp.utils.errors import Pruned, RequestError, RunError, isolated
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.formatting import duration
 from smolvlm_exp.utils.phases import clock
@@ -65,7 +66,7 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
 
 def remaining_time(results: SweepResults) -> str:
     """How many jobs are left, and how long they will take, judging by the finished ones."""
-    left = sum(job.status in ("missing", "cut", "stopped") for job in results.jobs)
+    left = sum(job.status in ("missing", "cut", "stopped", RUNNING) for job in results.jobs)
     seconds = [job.summary["seconds"] for job in results.jobs if job.status == "done"]
     if not left:
         return ""
@@ -130,44 +131,51 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
     os.chdir(home)
     threading.Thread(target=stop_with_parent, daemon=True).start()
     try:
-        lock = FileLock(folder / ".lock").acquire(timeout=PATIENCE)
+        with (
+            disk_error_as_run_error(folder),
+            FileLock(folder / ".lock").acquire(timeout=PATIENCE),
+            assign_device(at_once),
+            tee_output(folder / "output.log", f"[{folder.name}] "),
+        ):
+            code = 0 if job_state(folder) in ENDED else attempt(config, folder)
     except Timeout:
         log.info(f"[{folder.name}] another command is already running this job")
-        return
-    with (
-        lock,
-        assign_device(at_once),
-        (folder / "output.log").open("a", encoding="utf-8") as output,
-        tee_output(output, f"[{folder.name}] "),
-    ):
-        if job_state(folder) in ENDED:
-            return
-        silence_upstream()
-        configure_logging()
-        resume = can_resume(folder)
-        for name in ("summary.json", *(() if resume else ("metrics.jsonl", "checkpoints"))):  # of an earlier attempt
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        try:
-            from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
-            from smolvlm_exp.tasks.result import tracker_of
-            from smolvlm_exp.tasks.train import train
+        code = 0
+    except RunError as error:  # of the disk, outside of the run itself
+        record_failure(config, folder, error)
+        code = 1
+    sys.exit(code)
 
-            summary = train(
-                replace(config, resume=str(folder)) if resume else config, folder, pruning_callbacks(folder)
-            )
-        except Pruned:
-            return
-        except Exception as error:
+
+def attempt(config: Config, folder: Path) -> int:
+    """Train, from the newest checkpoint where an earlier attempt may be resumed; returns the exit code."""
+    silence_upstream()
+    configure_logging()
+    resume = can_resume(folder)
+    for name in ("summary.json", *(() if resume else ("metrics.jsonl", "checkpoints"))):  # of an earlier attempt
+        path = folder / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    try:
+        from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
+        from smolvlm_exp.tasks.train import train
+
+        summary = train(replace(config, resume=str(folder)) if resume else config, folder, pruning_callbacks(folder))
+    except Pruned:
+        return 0
+    except Exception as error:
+        if not isinstance(error, RequestError | RunError):
             traceback.print_exc()
-            if not summary_of(folder):  # it failed before the run had reached the tracker
+        if not summary_of(folder):  # it failed before the run had reached the tracker
+            with isolated("W&B"):
+                from smolvlm_exp.tasks.result import tracker_of
+
                 tracker_of(config, folder).finish({"status": "failed"}, [], exit_code=1)
-            record_failure(config, folder, f"{type(error).__name__}: {error}", 1)
-            sys.exit(1)
-        except (KeyboardInterrupt, SystemExit):  # a second signal, or before there was anything to save
-            (folder / "summary.json").unlink(missing_ok=True)
-            sys.exit(STOPPED)
-    sys.exit(STOPPED if summary["status"] == "stopped" else 0)
+        record_failure(config, folder, error)
+        return 1
+    except (KeyboardInterrupt, SystemExit):  # a second signal, or before there was anything to save
+        (folder / "summary.json").unlink(missing_ok=True)
+        return STOPPED
+    return STOPPED if summary["status"] == "stopped" else 0
 
 
 def stop_with_parent() -> None:
@@ -178,22 +186,28 @@ def stop_with_parent() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def record_failure(config: Config, folder: Path, reason: str, exit_code: int) -> None:
+def record_failure(config: Config, folder: Path, reason: Exception | str, exit_code: int = 1) -> None:
     """Add the failure to what the run itself has written into summary.json."""
     known = summary_of(folder) or {"seed": config.seed, "settings": choices(folder)}
+    if isinstance(reason, Exception):
+        reason = f"{type(reason).__name__}: {reason}"
     with contextlib.suppress(OSError):  # a full disk may have ended the run
         write_json(folder / "summary.json", {**known, "status": "failed", "reason": reason, "exit_code": exit_code})
 
 
 class Tee:
-    """A text stream that also writes to a log, and prefixes each line on the terminal with the job's number."""
+    """A text stream that also writes to a log, and prefixes each line on the terminal with the job's number.
+
+    A disk that is full takes lines of the log, not the job.
+    """
 
     def __init__(self, terminal: TextIO, log: TextIO, prefix: str) -> None:
         self.terminal, self.log, self.prefix = terminal, log, prefix
         self.at_line_start = True
 
     def write(self, text: str) -> int:
-        self.log.write(text)
+        with contextlib.suppress(OSError):
+            self.log.write(text)
         lines = text.splitlines(keepends=True)
         prefixed = "".join((self.prefix if i or self.at_line_start else "") + line for i, line in enumerate(lines))
         self.at_line_start = text.endswith("\n") if text else self.at_line_start
@@ -204,16 +218,17 @@ class Tee:
 
     def flush(self) -> None:
         self.terminal.flush()
-        self.log.flush()
+        with contextlib.suppress(OSError):
+            self.log.flush()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.log, name)  # encoding, fileno; no terminal, so no progress bars
 
 
 @contextlib.contextmanager
-def tee_output(log: TextIO, prefix: str) -> Iterator[None]:
-    """Within, what this process prints, and the stack trace of a crash, also go to `log`."""
-    before = sys.stdout, sys.stderr
+def tee_output(path: Path, prefix: str) -> Iterator[None]:
+    """Within, what this process prints, and the stack trace of a crash, also go to the end of the file `path`."""
+    before, log = (sys.stdout, sys.stderr), path.open("a", encoding="utf-8")
     sys.stdout, sys.stderr = (Tee(stream, log, prefix) for stream in before)
     faulthandler.enable(file=log)
     try:
@@ -221,3 +236,5 @@ def tee_output(log: TextIO, prefix: str) -> Iterator[None]:
     finally:
         faulthandler.disable()
         sys.stdout, sys.stderr = before
+        with contextlib.suppress(OSError):
+            log.close()

@@ -14,10 +14,12 @@ from smolvlm_exp.evaluation.statistics import t_interval
 from smolvlm_exp.evaluation.verdict import too_few, verdict
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
+from smolvlm_exp.runs.folder import in_use
 from smolvlm_exp.runs.sweep_record import ENDED, Job, job_state, read_jobs, read_keys
 from smolvlm_exp.utils.formatting import parse_number
 from smolvlm_exp.utils.paths import relative_to_cwd
 
+RUNNING = "running"  # by this command or by another that works on the same sweep
 COSTS = {"train.seconds": "s", "train.memory_peak_gib": "GiB"}
 
 
@@ -100,7 +102,7 @@ class SweepResults:
     def failed(self, strict: bool = False) -> bool:
         """Whether a job did not end or, `strict`, failed a check."""
         unchecked = strict and any(job.summary.get("checks_passed") is False for job in self.jobs)
-        return unchecked or any(job.status not in ENDED for job in self.jobs)
+        return unchecked or any(job.status not in (*ENDED, RUNNING) for job in self.jobs)
 
     def measured(self, job: JobResult) -> float:
         """The metric of a job that has it."""
@@ -133,7 +135,10 @@ class SweepResults:
 
 def read_result(sweep: Path, job: Job) -> JobResult:
     folder = sweep / str(job.number)
-    return JobResult(job.number, job.overrides, job_state(folder), summary_of(folder))
+    state = job_state(folder)
+    if state not in ENDED and in_use(folder):
+        state = RUNNING
+    return JobResult(job.number, job.overrides, state, summary_of(folder))
 
 
 def read_results(sweep: Path, asked: str | None) -> SweepResults:

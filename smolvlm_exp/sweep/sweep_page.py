@@ -11,7 +11,7 @@ from smolvlm_exp.evaluation.verdict import too_few
 from smolvlm_exp.reporting.charts import bar_chart, line_chart, scatter_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.sweep_record import job_label
-from smolvlm_exp.sweep.results import COSTS, JobResult, SweepResults, main_effects
+from smolvlm_exp.sweep.results import COSTS, RUNNING, JobResult, SweepResults, main_effects
 from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.formatting import duration, humanize, number, percent, short_keys, short_value
 
@@ -32,7 +32,9 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         "sweep.html.jinja",
         heading="/".join(results.folder.absolute().parts[-2:]),
         lead=lead(results, label, show),
-        status="failed" if "failed" in statuses else "stopped" if results.failed() else "done",
+        status=next(
+            (status for status in ("failed", RUNNING) if status in statuses), "stopped" if results.failed() else "done"
+        ),
         statuses=statuses,
         about=[
             *((status, statuses.count(status)) for status in dict.fromkeys(statuses)),

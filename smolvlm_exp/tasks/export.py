@@ -34,7 +34,7 @@ from smolvlm_exp.evaluation.own_pairs import own_pairs
 from smolvlm_exp.evaluation.preference import preference_metrics
 from smolvlm_exp.evaluation.statistics import changes
 from smolvlm_exp.models.adapter import saved_adapter
-from smolvlm_exp.models.model import load_finetuned_model, load_processor
+from smolvlm_exp.models.model import ModelConfig, load_finetuned_model, load_processor
 from smolvlm_exp.models.resolution import Resolution
 from smolvlm_exp.reporting.summary import print_results, summarize
 from smolvlm_exp.runs.checkpoint import atomic_folder
@@ -74,15 +74,28 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
         repository = check_account("export.push_to_hub", config.export.push_to_hub, card)
         config = replace(config, export=replace(config.export, push_to_hub=repository))
     with lock_run_folder(root):
+        before = weight_files(config.model)
         exporter = Exporter(config, folder, sources)
         for name, target in folders.items():
             with atomic_folder(target) as staging:
                 getattr(exporter, f"write_{name}")(staging, target)
                 check_free(target)  # again: writing takes minutes, and what is there now is about to be replaced
+                if weight_files(config.model) != before:
+                    raise RunError(
+                        f"{config.run or config.model.adapter} changed while {name} was exported (is it being trained "
+                        "further?), so it was not written. Export again when that has ended."
+                    )
             log.info(f"written: {relative_to_cwd(target)}")
     if config.export.push_to_hub:
         upload(target, config.export.push_to_hub, config.export.private)
     return folders
+
+
+def weight_files(model: ModelConfig) -> dict[Path, tuple[int, int]]:
+    """The local files that a model and its adapter are read from, more than once; a resumed run replaces them."""
+    folders = [Path(name) for name in (model.id, model.adapter) if name and Path(name).is_dir()]
+    states = {path: path.stat() for folder in folders for path in folder.glob("*") if path.is_file()}
+    return {path: (state.st_ino, state.st_mtime_ns) for path, state in states.items()}
 
 
 class Exporter:

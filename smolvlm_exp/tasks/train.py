@@ -14,7 +14,7 @@ from smolvlm_exp.data.vocabulary import words_digest
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.rewards.build import Rewards, checked_rewards
-from smolvlm_exp.runs.checkpoint import disk_full_as_run_error, newest_intact
+from smolvlm_exp.runs.checkpoint import disk_error_as_run_error, newest_intact
 from smolvlm_exp.runs.resume_check import CODE, WORDS, check_same_run
 from smolvlm_exp.tasks.cpu_time import log_cpu_time
 from smolvlm_exp.tasks.provenance import provenance
@@ -62,11 +62,12 @@ def train(
     model, peft_config = load_trainable_model(*groups, config.seed)
     sources = provenance(config)
     identity = check_same_run(asdict(config), checkpoint, preferences.train, model, files, processor, sources)
+    (folder / "summary.json").unlink(missing_ok=True)  # of an end that it is trained beyond: it is not done any more
     log_cpu_time(config, model, preferences, processor)
 
     cap = memory_cap(config.trainer.memory_budget)
     result = Result(config, folder, held_out, sources, rewards)
-    with cap, result, disk_full_as_run_error(folder), StopCallback() as stop:
+    with cap, result, disk_error_as_run_error(folder), StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
         inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards)
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)

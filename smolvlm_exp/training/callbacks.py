@@ -25,7 +25,7 @@ from transformers import (
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.reporting.tracker import Tracker
-from smolvlm_exp.runs.checkpoint import checkpoints, disk_full_as_run_error
+from smolvlm_exp.runs.checkpoint import checkpoints, disk_error_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
 from smolvlm_exp.utils.phases import phase
@@ -107,7 +107,7 @@ class MetricsCallback(TrainerCallback):
             if usual is not None:
                 log.warning(f"step {state.global_step}: loss spike, {event['loss']:.3g} (median so far {usual:.3g})")
         event |= self.memory()
-        with disk_full_as_run_error(self.path.parent):
+        with disk_error_as_run_error(self.path.parent):
             append_event(self.path, event)
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
         self.idle = time.perf_counter()

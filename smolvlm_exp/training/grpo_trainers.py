@@ -10,7 +10,7 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.engine.grpo_trainer import SharedPrefixGRPOTrainer
 from smolvlm_exp.reporting.sampled_answers import COMPLETIONS
 from smolvlm_exp.rewards.completions import texts
-from smolvlm_exp.runs.checkpoint import disk_full_as_run_error
+from smolvlm_exp.runs.checkpoint import disk_error_as_run_error
 from smolvlm_exp.runs.event_log import append_event
 from smolvlm_exp.training.trainers import CheckpointMixin, on_device
 
@@ -82,7 +82,7 @@ class GRPOMixin(CheckpointMixin):
         super().log(logs, start_time)
         if self.group and "loss" in logs:
             path = Path(self.args.output_dir or "").with_name(COMPLETIONS)
-            with disk_full_as_run_error(path.parent):
+            with disk_error_as_run_error(path.parent):
                 append_event(path, {"step": self.state.global_step, **self.group})
             self.group = None
 

@@ -18,7 +18,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
-from smolvlm_exp.runs.checkpoint import SAVING, disk_full_as_run_error, finalise, prune_checkpoints
+from smolvlm_exp.runs.checkpoint import SAVING, disk_error_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
 from smolvlm_exp.training.callbacks import EvaluationStopped, LogLines, ProgressBar
 from smolvlm_exp.training.nan_guard import NanGuard
@@ -139,7 +139,7 @@ class CheckpointMixin(Trainer):
         final = folder / f"checkpoint-{self.state.global_step}"
         staging = folder / SAVING / final.name
         try:
-            with disk_full_as_run_error(folder.parent):
+            with disk_error_as_run_error(folder.parent):
                 if self.args.should_save:
                     shutil.rmtree(folder / SAVING, ignore_errors=True)  # of an interrupted save
                     staging.mkdir(parents=True)

@@ -4,6 +4,7 @@ A fork has torch and the rows already, so that a run of eight steps that is kill
 """
 
 import contextlib
+import gc
 import json
 import os
 import signal
@@ -147,6 +148,8 @@ def forked(job: Callable[[], Any], log: Path) -> int:
         torch.set_num_threads(1)
         job()
         code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
     except BaseException:
         traceback.print_exc()
     finally:
@@ -171,6 +174,20 @@ def built(bench, tmp_path_factory):
             patch.setenv(name, TOKEN)
         bench.run(folder, *SHORTEST)
     return folder
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """The folder of the smallest run, left alone."""
+    from tests.reliability.smallest import PRELOADED, SMALLEST, ended, typed
+
+    for module in ("pandas", *(f"smolvlm_exp.{name}" for name in PRELOADED)):
+        import_module(module)  # once, not in every fork
+    gc.freeze()
+    folder = tmp_path_factory.mktemp("whole")
+    code, said = ended(typed([*SMALLEST, f"hydra.run.dir={folder}/run"], folder / "log"), folder / "log")
+    assert code == 0, said[-3000:]
+    return folder / "run"
 
 
 def command_line(*overrides: str, config_dir: Path | None = None) -> Namespace:

@@ -228,7 +228,11 @@ def test_a_limit_on_file_sizes_is_one_error_and_costs_nothing(bench, two, tmp_pa
 class Full(TrainerCallback):
     """A disk that is full when the second step is logged, outside of a save."""
 
+    def __init__(self, folder):
+        self.folder = folder
+
     def on_log(self, args, state, control, **kwargs):
+        assert not (self.folder / "summary.json").exists()  # it was done, and is not any more
         if state.global_step == 2:
             raise OSError(28, "No space left on device")
 
@@ -236,9 +240,10 @@ class Full(TrainerCallback):
 @pytest.mark.usefixtures("unseen")
 def test_a_job_of_a_sweep_that_a_full_disk_ended_resumes(quick, tmp_path):
     config = quick("trainer.save_strategy=steps", "trainer.save_steps=1")
+    (tmp_path / "summary.json").write_text('{"status": "done"}')
     with pytest.raises(RunError, match=r"no space left in[\s\S]*from checkpoint-1, which is intact") as full:
-        train(config, tmp_path, watchers=[Full()])
-    record_failure(config, tmp_path, f"{type(full.value).__name__}: {full.value}", 1)  # as its process does
+        train(config, tmp_path, watchers=[Full(tmp_path)])
+    record_failure(config, tmp_path, full.value)  # as its process does
     assert can_resume(tmp_path)
 
 
@@ -256,16 +261,19 @@ def compare(run, whole):
         OSError(122, "Disk quota exceeded"),
         Exception("I/O error: No space left on device (os error 28)"),
         RuntimeError("[enforce fail at inline_container.cc:664] . unexpected pos 64 vs 0"),
+        OSError(5, "Input/output error"),
+        OSError(30, "Read-only file system"),
+        Exception("I/O error: Input/output error (os error 5)"),
     ],
 )
-def test_the_guises_of_a_full_disk(error):
-    assert files.is_disk_full(error)
-    assert not files.is_disk_full(OSError(2, "No such file or directory"))
-    assert not files.is_disk_full(RuntimeError("size mismatch"))
+def test_the_guises_of_a_full_and_of_a_bad_disk(error):
+    assert files.is_disk_error(error)
+    assert not files.is_disk_error(OSError(2, "No such file or directory"))
+    assert not files.is_disk_error(RuntimeError("size mismatch"))
 
 
-def test_what_is_no_full_disk_stays_what_it_is(tmp_path):
-    with pytest.raises(KeyError), files.disk_full_as_run_error(tmp_path):
+def test_what_is_no_disk_error_stays_what_it_is(tmp_path):
+    with pytest.raises(KeyError), files.disk_error_as_run_error(tmp_path):
         raise KeyError("a mistake of ours")
 
 

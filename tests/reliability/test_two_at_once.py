@@ -15,13 +15,14 @@ from omegaconf import OmegaConf
 from smolvlm_exp import main
 from smolvlm_exp.data.repository import DataFile, Part, Repository
 from smolvlm_exp.runs import folder as folders
-from smolvlm_exp.runs.folder import check_unused_sweep, lock_file
+from smolvlm_exp.runs.folder import check_unused, check_unused_sweep, lock_file, lock_run_folder
 from smolvlm_exp.runs.sweep_record import Job, read_jobs
 from smolvlm_exp.sweep import grid
 from smolvlm_exp.sweep.optuna_study import SearchConf, open_study
+from smolvlm_exp.sweep.results import read_results
 from smolvlm_exp.tasks import export as exporting
 from smolvlm_exp.tasks import generate as generating
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.conftest import compose
 from tests.reliability.conftest import command_line, forked
 
@@ -145,11 +146,20 @@ def test_a_sweep_is_not_written_over_by_one_of_another_kind(tmp_path):
         check_unused_sweep(tmp_path, of_sweep(task="evaluate"))
 
 
-def test_a_sweep_takes_no_folder_of_a_run_for_a_job_of_its_own(tmp_path):
-    (tmp_path / "1" / "adapter").mkdir(parents=True)
-    with pytest.raises(RequestError, match=r"/1 already holds a run \(adapter\)"):
+@pytest.mark.parametrize("place", ["1/adapter", "1/.hydra", "summary.json", ".hydra"])
+def test_a_sweep_takes_no_folder_of_a_run(tmp_path, place):
+    (tmp_path / place).mkdir(parents=True)
+    with pytest.raises(RequestError, match=rf"already holds a run \({Path(place).name}\)"):
         grid.claim(tmp_path, jobs(2, 3), of_sweep())
     assert not (tmp_path / "sweep.json").exists()
+
+
+def test_a_run_takes_no_folder_of_a_sweep(tmp_path):
+    grid.claim(tmp_path, jobs(2, 3), of_sweep())
+    for folder in (tmp_path, tmp_path / "0"):
+        with pytest.raises(RequestError, match=rf"hydra.run.dir={folder}: {tmp_path} holds a sweep"):
+            check_unused(folder, "train")
+    check_unused(tmp_path / "other", "train")
 
 
 def test_two_searches_begin_one_study(tmp_path, monkeypatch):
@@ -202,6 +212,52 @@ def test_what_came_into_an_export_while_it_was_made_is_not_deleted(tmp_path, mon
     with pytest.raises(RequestError, match=r"has other files \(thesis\.txt\)"):
         exporting.export(config, tmp_path)
     assert (target / "thesis.txt").read_text() == "mine"
+
+
+def test_what_is_trained_further_while_it_is_exported_is_not_mixed(tmp_path, monkeypatch):
+    """The adapter is read when it is measured, and again when it is written."""
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    (adapter / "adapter_model.safetensors").write_bytes(b"old")
+
+    class Exporter:
+        def __init__(self, *args):
+            pass
+
+        def write_adapter(self, staging, target):
+            (adapter / "part").write_bytes(b"new")
+            (adapter / "part").replace(adapter / "adapter_model.safetensors")
+            (staging / "adapter_model.safetensors").write_bytes(b"new")
+
+    monkeypatch.setattr(exporting, "Exporter", Exporter)
+    where = (f"model.adapter={adapter}", f"export.folder={tmp_path}/export")
+    config = compose("task=export", "export.format=adapter", *where)
+    with pytest.raises(RunError, match="changed while adapter was exported"):
+        exporting.export(config, tmp_path)
+    assert not (tmp_path / "export" / "adapter").exists()
+
+
+def test_a_job_that_another_command_runs_is_neither_missing_nor_failed(tmp_path):
+    grid.claim(tmp_path, jobs(2, 3), of_sweep())
+    for number in "01":
+        (tmp_path / number).mkdir()
+    (tmp_path / "0" / "summary.json").write_text('{"status": "done"}')
+    ready, log = tmp_path / "ready", tmp_path / "log"
+
+    def hold():
+        with lock_run_folder(tmp_path / "1"):
+            ready.touch()
+            time.sleep(60)
+
+    child = forked(hold, log)
+    while not ready.exists():
+        time.sleep(0.01)
+    results = read_results(tmp_path, None)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    assert [job.status for job in results.jobs] == ["done", "running"]
+    assert not results.failed()
+    assert [job.status for job in read_results(tmp_path, None).jobs] == ["done", "missing"]
 
 
 def test_two_processes_fetch_the_same_rows(tmp_path, monkeypatch):

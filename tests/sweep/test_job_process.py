@@ -1,7 +1,9 @@
 """A job in a process of its own, where it cannot be forked: as on every machine with a GPU."""
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -30,3 +32,12 @@ def test_a_spawned_job_runs_and_records_its_result(quick, tmp_path, monkeypatch)
 )
 def test_the_reason_of_a_process_s_end_is_described(code, reason):
     assert job_process.describe_exit(code).startswith(reason)
+
+
+def test_a_full_disk_takes_the_log_and_not_the_job(capsys):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    tee = job_process.Tee(sys.stdout, SimpleNamespace(write=full, flush=full), "[0] ")
+    print("step 1/2", file=tee, flush=True)
+    assert capsys.readouterr().out == "[0] step 1/2\n"
