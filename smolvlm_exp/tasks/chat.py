@@ -17,6 +17,7 @@ from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.signals import StopRequest
 from smolvlm_exp.utils.units import bytes_of
 
@@ -25,7 +26,9 @@ HELP = """\
 /reset            start a new conversation
 /history          show the conversation
 /save FILE        save the conversation as JSON
-/quit             exit (or Ctrl-D); Ctrl-C stops an answer"""
+/help             list the commands; so does help
+/quit             exit; so do quit, exit and Ctrl-D; Ctrl-C stops an answer"""
+QUIT = ("/quit", "quit", "/exit", "exit")  # alone on a line
 
 
 def load_session(config: Config, rows: int = 1) -> SmolVLMSession:
@@ -40,17 +43,18 @@ def chat(config: Config, folder: Path) -> None:
     with contextlib.suppress(ImportError):  # line editing and history, where there is a terminal
         import readline  # noqa: F401
     sampling = Sampling(config.session.max_new_tokens, temperature=config.task.temperature, seed=config.seed)
+    adapter = f" with the adapter {relative_to_cwd(Path(config.model.adapter))}" if config.model.adapter else ""
+    print(f"loading {config.model.id}{adapter} ...", flush=True)
     with contextlib.closing(load_session(config)) as session:  # or its thread may be at work when the program exits
         loop = ChatLoop(session, sampling)
-        adapter = f" with the adapter {config.model.adapter}" if config.model.adapter else ""
-        print(f"chat with {config.model.id}{adapter}; /help lists the commands")
+        print(f"chat with {config.model.id}{adapter}; help lists the commands, quit exits")
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()
             except (EOFError, KeyboardInterrupt):
                 print()
                 return
-            if line == "/quit":
+            if line.lower() in QUIT:
                 return
             if line:
                 loop.handle(line)
@@ -88,7 +92,7 @@ class ChatLoop:
                 for turn in self.history:
                     images = "".join(f" [{name}]" for name in turn.get("images", ()))
                     print(f"{turn['role']}:{images} {turn['text']}")
-            elif line == "/help":
+            elif line.lower() in ("/help", "help"):
                 print(HELP)
             elif line.startswith("/"):
                 print(f"unknown command {name}\n{HELP}")

@@ -27,7 +27,7 @@ def chat(small):
 
 def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, capsys):
     file = tmp_path / "said.json"
-    typed = f"/image {CAT}\nWhat do you see?\n\nIs there a star?\n/history\n/save {file}\n/quit\nnever read\n"
+    typed = f"/image {CAT}\nWhat do you see?\n\nIs there a star?\n/history\n/save {file}\nhelp\nQuit\nnever read\n"
     monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     threads = set(threading.enumerate())
     run_chat(compose("task=chat", f"model.id={graphs}", "session.precision=int8", "session.max_new_tokens=8"), tmp_path)
@@ -40,6 +40,8 @@ def test_a_conversation_of_an_exported_model(graphs, tmp_path, monkeypatch, caps
         assert turn["text"]
         assert out.count(turn["text"]) >= 2  # when it was said, and in the history
     assert "never read" not in out
+    assert out.startswith(f"loading {graphs} ...\nchat with {graphs}; help lists the commands, quit exits\n")
+    assert out.count("/save FILE") == 1
 
 
 def test_images_have_the_limits_of_data(chat, small, capsys):
