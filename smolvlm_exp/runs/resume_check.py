@@ -70,9 +70,7 @@ def check_same_run(
     """
     import torch
 
-    free = (*RESUME_FREE_KEYS, *(("reward",) if settings["trainer"]["algorithm"] in PAIRED else ()))
-    here = flatten({key: value for key, value in settings.items() if key not in free})
-    here = {key: value for key, value in here.items() if key not in RESUME_FREE_KEYS and value != {}}
+    here = learned_settings(settings)
     here |= {f"versions.{name}": version for name, version in versions().items() if name in VERSION_KEYS}
     here.pop(ROWS, None)  # data=files has a setting of this name: which file holds the rows, whose digest says more
     here["processes"] = rank_world()[1]
@@ -95,6 +93,13 @@ def check_same_run(
             saved = {key: value for key, value in saved.items() if not key.startswith((CODE, WORDS))}
         refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))
     return here
+
+
+def learned_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Full name -> value of those settings that decide what is learned."""
+    free = (*RESUME_FREE_KEYS, *(("reward",) if settings["trainer"]["algorithm"] in PAIRED else ()))
+    flat = flatten({key: value for key, value in settings.items() if key not in free})
+    return {key: value for key, value in flat.items() if key not in RESUME_FREE_KEYS and value != {}}
 
 
 def under_new_names(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:

@@ -149,7 +149,7 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
         try:
             from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
-            from smolvlm_exp.tasks.result import tracker_of
+            from smolvlm_exp.tasks.tracking import tracker_of
             from smolvlm_exp.tasks.train import train
 
             summary = train(
@@ -160,7 +160,7 @@ def run_child(config: Config, folder: Path, home: Path, at_once: int) -> None:
         except Exception as error:
             traceback.print_exc()
             if not summary_of(folder):  # it failed before the run had reached the tracker
-                tracker_of(config, folder).finish({"status": "failed"}, [], exit_code=1)
+                tracker_of(config, folder).finish({"status": "failed"}, exit_code=1)
             record_failure(config, folder, f"{type(error).__name__}: {error}", 1)
             sys.exit(1)
         except (KeyboardInterrupt, SystemExit):  # a second signal, or before there was anything to save
