@@ -31,7 +31,8 @@ PROCESSOR = {  # the keys of the digests of its parts, and what to call them
 CODE = "reward.code"  # of the digest of each file with a person's own rewards
 WORDS = "reward.words"  # of the digest of the data's vocabulary, by which rewards read captions
 GENERATION = "model.generation_config"  # of what upstream's `generate` reads beside its arguments
-LATER = (*COMMITS, WORDS, GENERATION)  # keys that a run of an earlier release has not recorded
+BEST = ("trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trainer.early_stopping_patience")
+LATER = (*COMMITS, WORDS, GENERATION, *BEST)  # keys that a run of an earlier release has not recorded
 UNREAD = ("transformers_version", "_from_model_config")  # of a generation config
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (

@@ -196,6 +196,7 @@ class Result:
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
+            **({"best_step": trainer.state.best_global_step} if args.load_best_model_at_end else {}),
             "not_finite": trainer.guard.skipped,  # steps whose update was skipped
             "trainable_parameters": trainable,
             "total_parameters": total,
