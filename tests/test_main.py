@@ -109,29 +109,63 @@ def test_the_last_run_is_found_by_day_and_time_and_by_a_name(tmp_path, monkeypat
     assert find_run("last") == tmp_path / "2026-11-27" / "08-00-00"
 
 
-def test_wandb_offline_without_an_account(quick, tmp_path, monkeypatch, capsys):
-    """Read back with W&B's own command: config, summary, the table of answers and those on the way are there."""
+@pytest.fixture
+def no_account(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY"):
         monkeypatch.delenv(name, raising=False)
-    env = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    for name, value in env.items():
+    for name, value in {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}.items():
         monkeypatch.setenv(name, value)
-    summary = train(quick("tracker=wandb", "adapter.r=2", "trainer.sample_steps=2"), tmp_path)
+
+
+def test_wandb_offline_without_an_account(quick, tmp_path, no_account, monkeypatch, capsys):
+    """Read back with W&B's own command: config, curves, summary, tables, artifacts, all inside the run folder."""
+    monkeypatch.setattr("smolvlm_exp.tasks.tracking.choices", lambda folder: {"model": "tiny", "adapter": "dora"})
+    monkeypatch.setattr("smolvlm_exp.tasks.tracking.overrides_of", lambda folder: ["adapter.r=2", "seed=3"])
+    settings = ("tracker=wandb", "adapter.r=2", "trainer.sample_steps=2", "trainer.eval_strategy=steps", "seed=3")
+    folder = tmp_path / "day" / "time"
+    folder.mkdir(parents=True)
+    summary = train(quick(*settings), folder)
     assert "W&B: offline" in capsys.readouterr().out
-    (run,) = tmp_path.glob("wandb/offline-run-*")
+    (run,) = folder.glob("wandb/offline-run-*")
     inspect = [str(Path(sys.executable).parent / "wandb"), "leet", "inspect", "--json", str(run)]
-    read = subprocess.run(inspect, capture_output=True, text=True, timeout=60, env={**os.environ, **env}).stdout
-    assert "rewards/margins" in read
+    read = subprocess.run(inspect, capture_output=True, text=True, timeout=60).stdout
+    records = [json.loads(line) for line in read.splitlines()]
+    (told,) = (record["run"] for record in records if record["type"] == "run")
+    assert told["display_name"] == "r=2 seed=3 day/time"
+    assert told["run_group"] == told["config"]["update"]["without_seed"] == "r=2"
+    assert told["tags"] == ["model=tiny", "adapter=dora"]
+    config = told["config"]["update"]
+    assert config.items() >= {
+        "adapter": "dora", "adapter/r": 2, "trainer/max_steps": 3, "seed": 3, "sweep": None,
+        "command": "python -m smolvlm_exp adapter.r=2 seed=3", "run_folder": str(folder),
+        "versions/torch": summary["versions"]["torch"],
+    }.items()  # fmt: skip
+    unread = ("export", "session", "serve", "tracker", "task", "model/shape", "reward", "trainer/cache")
+    assert not [key for key in config if key.startswith(unread)]
+
+    end: dict = {}
+    for record in records:
+        end |= record["summary"]["update"] if record["type"] == "summary" else {}
+    losses = [event["eval_loss"] for event in read_lines(folder / "metrics.jsonl") if "eval_loss" in event]
+    assert end["eval/loss"] == pytest.approx({"min": min(losses), "last": losses[-1]})
+    assert set(end["eval/rewards/margins"]) == {"max", "last"}
     for key in (
+        "train/loss", "train/rewards/margins", "train/pairs_per_second", "before/preference_accuracy",
         "after/preference_accuracy", "after/preference_accuracy/low", "change/preference_accuracy/p",
-        "seconds/training",
+        "seconds/training", *(f"checks/{check['id']}" for check in summary["checks"]),
     ):  # fmt: skip
-        assert f'"{key}"' in read
+        assert key in end
+    assert (end["checks/passed"], end["checks_passed"]) == (True, True)
+
+    made = {record["artifact"]["type"]: record["artifact"] for record in records if record["type"] == "artifact"}
+    assert made["dataset"]["use_after_commit"]  # an input of this run; the others are its outputs
+    paths = {Path(file["local_path"]) for artifact in made.values() for file in artifact["manifest"]["contents"]}
+    assert {folder / "adapter" / "adapter_model.safetensors", folder / "report.html"} <= paths
+    assert all(path.is_relative_to(folder) and path.is_file() for path in paths)  # images are in tables' artifacts
+
     assert list(run.glob("files/media/table/answers*.table.json"))
-    (told,) = (json.loads(path.read_text()) for path in run.glob("files/media/table/checks*.table.json"))
-    assert [dict(zip(told["columns"], row, strict=True)) for row in told["data"]] == summary["checks"]
-    for key in ("checks_passed", *(f"checks/{check['id']}" for check in summary["checks"])):
-        assert f'"{key}"' in read
+    (checks,) = (json.loads(path.read_text()) for path in run.glob("files/media/table/checks*.table.json"))
+    assert [dict(zip(checks["columns"], row, strict=True)) for row in checks["data"]] == summary["checks"]
     shown = [json.loads(path.read_text()) for path in sorted(run.glob("files/media/table/samples*.table.json"))]
     assert len(shown) == 2  # before the first step, and after the second of three
     assert {len(table["data"]) for table in shown} == {4}

@@ -213,7 +213,8 @@ def check_option(override: Override) -> bool:
     if not group or "." in group:  # looking it up would take milliseconds
         return False
     known = GlobalHydra.instance().config_loader().get_group_options(group)
-    chosen = override.sweep_string_iterator() if override.is_sweep_override() else [override.value()]
+    value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
+    chosen = value if isinstance(value, list) else [value]  # a list: several options at once
     for option in chosen if known else ():
         if str(option) not in known and not (option is None and override.is_delete()):
             raise RequestError(f"{group}={option}: no such option. {suggestion(str(option), known)}")

@@ -1,14 +1,19 @@
 """Renamed settings: an old name on the command line is refused with the new one, in a saved run it is translated."""
 
+from typing import Any
+
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from smolvlm_exp.utils.errors import RequestError
 
 KEYS = {
     "keep": "keep_checkpoints", "session.keep": "session.cache", "task.picture": "task.image_size",
-    "model.shape.longest_edge": "model.longest_edge",
+    "model.shape.longest_edge": "model.longest_edge", "tracker.type": "tracker.wandb",
 }  # fmt: skip
-VALUES = {"export.merge": {"dequantised": "dequantized"}, "data.source": {"rlaif_v": "hub", "rlhf_v": "hub"}}
+VALUES: dict[str, dict[Any, Any]] = {
+    "export.merge": {"dequantised": "dequantized"}, "data.source": {"rlaif_v": "hub", "rlhf_v": "hub"},
+    "tracker.wandb": {"wandb": True, "none": False},
+}  # fmt: skip
 
 
 def check_renamed(key: str, value: str) -> None:

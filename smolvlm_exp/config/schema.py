@@ -20,7 +20,7 @@ from smolvlm_exp.evaluation.metrics import GOALS
 from smolvlm_exp.models.adapter import ADAPTER_ELSEWHERE, AdapterConfig
 from smolvlm_exp.models.model import MODEL_ELSEWHERE, ModelConfig
 from smolvlm_exp.models.quant import QuantConfig
-from smolvlm_exp.reporting.tracker import TrackerConfig, check_tracker
+from smolvlm_exp.reporting.trackers.config import TrackerConfig, check_tracker
 from smolvlm_exp.rewards.config import RewardConfig
 from smolvlm_exp.training.arguments import TRAINER_ELSEWHERE, TrainerConfig
 from smolvlm_exp.utils.errors import RequestError, suggestion

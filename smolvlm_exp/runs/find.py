@@ -121,10 +121,3 @@ def choices(folder: Path) -> dict[str, str]:
     own = {group: option for group, option in chosen.items() if not re.search(unread, group)}
     origin = replayed(folder)
     return own or (choices(origin) if origin else {})
-
-
-def run_name(folder: Path) -> str:
-    """A run's overrides, or its groups' options where there are none."""
-    chosen = choices(folder)
-    groups = ("model", "quant", "adapter", "trainer")
-    return " ".join(saved_hydra(folder, "overrides")) or " ".join(chosen.get(group, "") for group in groups)

@@ -31,7 +31,8 @@ PROCESSOR = {  # the keys of the digests of its parts, and what to call them
 CODE = "reward.code"  # of the digest of each file with a person's own rewards
 WORDS = "reward.words"  # of the digest of the data's vocabulary, by which rewards read captions
 GENERATION = "model.generation_config"  # of what upstream's `generate` reads beside its arguments
-LATER = (*COMMITS, WORDS, GENERATION)  # keys that a run of an earlier release has not recorded
+BEST = ("trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trainer.early_stopping_patience")
+LATER = (*COMMITS, WORDS, GENERATION, *BEST)  # keys that a run of an earlier release has not recorded
 UNREAD = ("transformers_version", "_from_model_config")  # of a generation config
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
@@ -70,9 +71,7 @@ def check_same_run(
     """
     import torch
 
-    free = (*RESUME_FREE_KEYS, *(("reward",) if settings["trainer"]["algorithm"] in PAIRED else ()))
-    here = flatten({key: value for key, value in settings.items() if key not in free})
-    here = {key: value for key, value in here.items() if key not in RESUME_FREE_KEYS and value != {}}
+    here = learned_settings(settings)
     here |= {f"versions.{name}": version for name, version in versions().items() if name in VERSION_KEYS}
     here.pop(ROWS, None)  # data=files has a setting of this name: which file holds the rows, whose digest says more
     here["processes"] = rank_world()[1]
@@ -95,6 +94,13 @@ def check_same_run(
             saved = {key: value for key, value in saved.items() if not key.startswith((CODE, WORDS))}
         refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))
     return here
+
+
+def learned_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Full name -> value of those settings that decide what is learned."""
+    free = (*RESUME_FREE_KEYS, *(("reward",) if settings["trainer"]["algorithm"] in PAIRED else ()))
+    flat = flatten({key: value for key, value in settings.items() if key not in free})
+    return {key: value for key, value in flat.items() if key not in RESUME_FREE_KEYS and value != {}}
 
 
 def under_new_names(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.reporting.tracker import track_table
+from smolvlm_exp.reporting.trackers.wandb import track_table
 from smolvlm_exp.runs.sweep_record import sweep_name
 from smolvlm_exp.sweep.results import COSTS, SweepResults, prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page

@@ -167,9 +167,9 @@ def attempt(config: Config, folder: Path) -> int:
             traceback.print_exc()
         if not summary_of(folder):  # it failed before the run had reached the tracker
             with isolated("W&B"):
-                from smolvlm_exp.tasks.result import tracker_of
+                from smolvlm_exp.tasks.tracking import tracker_of
 
-                tracker_of(config, folder).finish({"status": "failed"}, [], exit_code=1)
+                tracker_of(config, folder).finish({"status": "failed"}, exit_code=1)
         record_failure(config, folder, error)
         return 1
     except (KeyboardInterrupt, SystemExit):  # a second signal, or before there was anything to save

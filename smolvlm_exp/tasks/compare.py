@@ -15,7 +15,7 @@ from smolvlm_exp.config.renamed import rename_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.comparison import Comparison, Run, compare_runs, load_per_row
 from smolvlm_exp.reporting.comparison_page import COSTS, comparison_page, print_comparison
-from smolvlm_exp.reporting.tracker import track_table
+from smolvlm_exp.reporting.trackers.wandb import track_table
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, PAIRED, saved_hydra, summary_of
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.runs.sweep_record import find_sweep

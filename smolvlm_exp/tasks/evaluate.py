@@ -22,7 +22,7 @@ from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.cpu_time import log_cpu_time
 from smolvlm_exp.tasks.provenance import provenance
-from smolvlm_exp.tasks.result import tracker_of
+from smolvlm_exp.tasks.tracking import tracker_of
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
 from smolvlm_exp.utils.errors import RequestError, isolated
 from smolvlm_exp.utils.files import write_json
@@ -86,7 +86,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     shown = samples(preferences, before.answers, (after or before).answers)
     with isolated("report.html"):
         write_report(folder, summary, asdict(config), shown)
-    with isolated("W&B"):
+    with isolated("the tracker"):
         tracker_of(config, folder, "evaluate").finish(summary, shown)
     write_json(folder / "summary.json", summary)  # last: who reads `done` there finds all the rest
     print_results(summary, ("base", "tuned"))

@@ -29,12 +29,11 @@ from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.sampled_answers import COMPLETIONS, sampled_groups
 from smolvlm_exp.reporting.summary import Sample, print_phases, print_results, sample_histories, samples, summarize
-from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.rewards.build import Rewards
 from smolvlm_exp.runs.event_log import read_events
-from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
-from smolvlm_exp.runs.overrides import key_of
-from smolvlm_exp.runs.sweep_record import sweep_position
+from smolvlm_exp.runs.find import choices
+from smolvlm_exp.runs.resume_check import ROWS
+from smolvlm_exp.tasks.tracking import tracker_of
 from smolvlm_exp.training.callbacks import METRICS, SAMPLES, MetricsCallback, SamplesCallback
 from smolvlm_exp.training.sanity_checks import ParameterMonitor, excuse_short_run
 from smolvlm_exp.utils.errors import Pruned, isolated
@@ -97,8 +96,8 @@ class Result:
                 write_json(self.folder / "summary.json", self.summary)
             if (self.folder / METRICS).is_file():
                 self.report()
-            with isolated("W&B"):
-                self.tracker.finish(self.summary, [], exit_code=0 if pruned else 1)
+            with isolated("the tracker"):
+                self.tracker.finish(self.summary, exit_code=0 if pruned else 1)
             for advice in self.summary["advice"]:
                 print(advice, file=sys.stderr)
 
@@ -141,6 +140,7 @@ class Result:
             "status": "done" if self.after else "stopped",
             **summarize(self.before, self.after, excuse_short_run(checks, trainer)),
             "train": self.training_summary(trainer, model),
+            "data_digest": trainer.identity.get(ROWS),  # of the training rows
             **self.seconds(),
         }
         self.summary["advice"] = self.advice()
@@ -148,7 +148,7 @@ class Result:
             with isolated("the numbers of single rows"):
                 save_per_row(self.folder, self.preferences.prints, self.after.ratios)
         shown = self.report()
-        with isolated("W&B"):
+        with isolated("the tracker"):
             self.tracker.finish(self.summary, shown, completions=read_events(self.folder / COMPLETIONS))
         self.summary |= self.seconds()  # with the report's and the tracker's
         write_json(self.folder / "summary.json", self.summary)  # last: who reads `done` there finds all the rest
@@ -199,6 +199,7 @@ class Result:
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
+            **({"best_step": trainer.state.best_global_step} if args.load_best_model_at_end else {}),
             "not_finite": trainer.guard.skipped,  # steps whose update was skipped
             "trainable_parameters": trainable,
             "total_parameters": total,
@@ -219,13 +220,3 @@ class Result:
         )
         print_phases(self.summary["seconds_by_phase"])
         print(f"{relative_to_cwd(self.folder)}/report.html")
-
-
-def tracker_of(config: Config, folder: Path, kind: str = "train") -> Tracker:
-    """A run's tracker; in a sweep the run is named by the settings in which it differs, else by its overrides."""
-    group, differs = sweep_position(folder) or (None, {})
-    label = " ".join(f"{key}={value}" for key, value in differs.items())
-    name = " ".join(filter(None, (config.name, label))) or run_name(folder)
-    parts = (label or run_name(folder)).split()
-    without_seed = " ".join(part for part in parts if key_of(part).partition(".")[0] not in NON_IDENTITY_KEYS)
-    return Tracker(config.tracker, asdict(config), folder, name, group, differs, without_seed, kind)

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from smolvlm_exp.models.adapter import attach_pissa, is_pissa
 from smolvlm_exp.models.model import resolve_dtype
 from smolvlm_exp.utils.cores import usable_cores
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, suggestion
 from smolvlm_exp.utils.fields import above, at_least, one_of, upstream_refuses
 from smolvlm_exp.utils.units import size_of
 
@@ -42,7 +42,7 @@ TRAINER_ELSEWHERE = {  # arguments of TRL's that other settings are
 
 @dataclass
 class TrainerConfig:
-    """Names and meanings are transformers.TrainingArguments' own, except `sample_steps` to `cache_disk`."""
+    """Names and meanings are transformers' own, except `sample_steps` to `cache_disk`."""
 
     algorithm: str = MISSING  # the module in smolvlm_exp/training
     learning_rate: float = above(0, 5.0e-5)
@@ -63,6 +63,9 @@ class TrainerConfig:
     save_strategy: str = one_of("steps", "epoch", "no")
     save_steps: float = above(0, 100)
     save_total_limit: int | None = at_least(1, 2)
+    load_best_model_at_end: bool = False  # the result is the checkpoint of the best evaluation, which is always saved
+    metric_for_best_model: str | None = None  # of held-out rows, without eval_; null: loss, with trainer=grpo reward
+    early_stopping_patience: int | None = at_least(1, None)  # stop after so many evaluations without a new best one
     dataloader_num_workers: int | None = at_least(
         0, None, most=256
     )  # null: with a GPU, one per core, at most 8; else 0
@@ -92,6 +95,15 @@ class TrainerConfig:
         return False
 
     @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        """What evaluation during training measures; by the first, the best checkpoint is chosen."""
+        return ("loss", "mean_token_accuracy")
+
+    @property
+    def picks_best(self) -> bool:
+        return self.load_best_model_at_end or self.early_stopping_patience is not None
+
+    @property
     def reward_scale(self) -> float:
         """Of the implicit reward: it is reward_scale * log(policy / reference)."""
         return 1.0
@@ -99,7 +111,7 @@ class TrainerConfig:
 
 OWN_KEYS = (
     "algorithm", "sample_steps", "memory_budget", "not_finite_limit", "engine", "keep_features",
-    "cache", "cache_ram", "cache_disk", "extra",
+    "cache", "cache_ram", "cache_disk", "extra", "load_best_model_at_end", "early_stopping_patience",
 )  # fmt: skip
 
 
@@ -143,10 +155,13 @@ class TrainerInputs:
 
     def common(self, config: TrainerConfig, arguments: Any) -> dict[str, Any]:
         """What every trainer's constructor takes."""
+        from smolvlm_exp.training.best_checkpoint import BestCheckpoint
+
+        best = [BestCheckpoint(config.early_stopping_patience)] if config.picks_best else []
         return {
             "args": arguments,
             "processing_class": self.processor,
-            "callbacks": self.callbacks,
+            "callbacks": [*self.callbacks, *best],
             "identity": self.identity,
             "not_finite_limit": config.not_finite_limit,
         }
@@ -165,7 +180,10 @@ def build_trl_config(
     from smolvlm_exp.utils.distributed import broadcast_from_rank0
 
     if config.max_steps == 0:
-        raise RequestError("trainer.max_steps=0: 1 is the least, or -1, and trainer.num_train_epochs decides.")
+        raise RequestError(
+            "trainer.max_steps=0 trains nothing: task=evaluate shows what the model can do as it is. 1 is the least; "
+            "-1: trainer.num_train_epochs decides."
+        )
     on_gpu = torch.cuda.is_available()
     names = {field.name for field in fields(cls)}
     constants = {
@@ -179,6 +197,7 @@ def build_trl_config(
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker
         "logging_first_step": True,
         "remove_unused_columns": True,
+        "metric_for_best_model": best_metric(config),
     }
 
     def build(config: TrainerConfig) -> Any:
@@ -186,6 +205,8 @@ def build_trl_config(
         if on_gpu and config.optim == "adamw_torch":
             # The same in one kernel, which can skip a step without waiting for the GPU; see nan_guard.py.
             own["optim"] = "adamw_torch_fused"
+        if config.max_steps == 1 and config.warmup_steps < 1:
+            own["warmup_steps"] = 0  # a share of one step is rounded up: the only one would have a rate of 0
         if config.dataloader_num_workers is None:
             own["dataloader_num_workers"] = min(usable_cores(), MOST_WORKERS) if on_gpu else 0  # a GPU waits for tiles
         return cls(**{**own, **constants, **config.extra})
@@ -194,11 +215,32 @@ def build_trl_config(
         built: Any = build(config)
     except Exception as error:
         raise upstream_refuses("trainer", config, build, error) from error
+    built.load_best_model_at_end = config.load_best_model_at_end  # upstream's rule for save_steps: ours saves the best
     count = built.n_gpu
     if count > 1:  # upstream would wrap the model in nn.DataParallel, which TRL refuses
         log.info(f"Using 1 of {count} GPUs. For all: accelerate launch --num_processes {count} -m smolvlm_exp")
         built._n_gpu = 1
     return built
+
+
+def best_metric(config: TrainerConfig) -> str | None:
+    """The name of the metric by which the best checkpoint is chosen, where one is.
+
+    Raises:
+        RequestError: it is not measured during training.
+    """
+    if not config.picks_best:
+        return config.metric_for_best_model
+    asked = "early_stopping_patience" if not config.load_best_model_at_end else "load_best_model_at_end"
+    for setting in ("eval_strategy", "save_strategy"):
+        if getattr(config, setting) == "no":
+            raise RequestError(f"trainer.{asked} needs trainer.{setting}=steps or epoch, and it is no.")
+    metric = (config.metric_for_best_model or config.held_out_metrics[0]).removeprefix("eval_")
+    if metric not in config.held_out_metrics and not (config.samples_answers and metric.startswith("rewards/")):
+        raise RequestError(
+            f"trainer.metric_for_best_model={metric}: {suggestion(metric, list(config.held_out_metrics))}"
+        )
+    return metric
 
 
 def refuse_stock_only(config: TrainerConfig, names: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ from transformers import (
 
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.held_out import HeldOut
-from smolvlm_exp.reporting.tracker import Tracker
+from smolvlm_exp.reporting.trackers.tracker import Tracker
 from smolvlm_exp.runs.checkpoint import checkpoints, disk_error_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather

@@ -34,6 +34,10 @@ class Config(TrainerConfig):
     disable_dropout: bool = True  # TRL's default; adapter.lora_dropout then has no effect
 
     @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        return (*super().held_out_metrics, "rewards/accuracies", "rewards/margins", "rewards/chosen", "logps/chosen")
+
+    @property
     def reward_scale(self) -> float:
         return self.beta
 

@@ -56,6 +56,10 @@ class Config(TrainerConfig):
         return self.num_generations
 
     @property
+    def held_out_metrics(self) -> tuple[str, ...]:
+        return ("reward", "loss")
+
+    @property
     def samples_answers(self) -> bool:
         return True
 

@@ -4,6 +4,7 @@ A checkpoint holds safetensors and JSON only, so that reading one runs no code, 
 tokens in clear text. transformers writes it into a staging folder, which is renamed at the end; see runs/checkpoint.py.
 """
 
+import logging
 import random
 import shutil
 import sys
@@ -18,7 +19,7 @@ from trl import DPOTrainer, SFTTrainer
 
 from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
-from smolvlm_exp.runs.checkpoint import SAVING, disk_error_as_run_error, finalise, prune_checkpoints
+from smolvlm_exp.runs.checkpoint import SAVING, damage, disk_error_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
 from smolvlm_exp.training.callbacks import EvaluationStopped, LogLines, ProgressBar
 from smolvlm_exp.training.nan_guard import NanGuard
@@ -27,6 +28,8 @@ from smolvlm_exp.utils.distributed import full_tensor
 from smolvlm_exp.utils.errors import RunError
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.phases import phase
+
+log = logging.getLogger(__name__)
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 
@@ -120,11 +123,6 @@ class CheckpointMixin(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self.resumed_from and self.state.global_step == self.resumed_at:  # no step was left
-            self._load_rng_state(self.resumed_from)
-        return super()._finalize_training(*args, **kwargs)
-
     # Saving
 
     def save_now(self) -> None:
@@ -148,8 +146,8 @@ class CheckpointMixin(Trainer):
                 super()._save_checkpoint(model, trial)
                 self.accelerator.wait_for_everyone()
                 if self.args.should_save:
-                    if self.state.best_global_step:
-                        best = final.with_name(f"checkpoint-{self.state.best_global_step}")
+                    best = self.best_checkpoint(final.parent)
+                    if best and (best == final or best.is_dir()):
                         self.state.best_model_checkpoint = str(best)
                         self.state.save_to_json(str(staging / "trainer_state.json"))
                     write_json(staging / IDENTITY, self.identity)
@@ -160,6 +158,11 @@ class CheckpointMixin(Trainer):
             self.saving = None
             if self.args.should_save:
                 shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+    def best_checkpoint(self, folder: Path) -> Path | None:
+        """Of the best evaluation so far, which may not have been saved."""
+        step = self.state.best_global_step
+        return folder / f"checkpoint-{step}" if step else None
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self.saving) if self.saving else super()._get_output_dir(trial)
@@ -216,6 +219,28 @@ class CheckpointMixin(Trainer):
                 f"{resume_from_checkpoint} does not fit this model: {str(error).splitlines()[0]}\n"
                 "Resume with the adapter and model that the run had; resume_allow cannot change that."
             ) from error
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        """With the best checkpoint as its name is here: the run may have been moved since it was saved."""
+        if self.resumed_from and self.state.global_step == self.resumed_at:  # no step was left
+            self._load_rng_state(self.resumed_from)
+        best = self.best_checkpoint(Path(super()._get_output_dir(None)))
+        if best and best.is_dir():
+            self.state.best_model_checkpoint = str(best)
+        elif self.args.load_best_model_at_end:
+            log.warning("load_best_model_at_end: nothing was evaluated while training; the last weights stay")
+        return super()._finalize_training(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """Raises:
+        RunError: the best checkpoint is not as it was written.
+        """
+        best = str(self.state.best_model_checkpoint)
+        if problem := damage(Path(best)):
+            raise RunError(f"{best}, the best checkpoint, is damaged: {problem}.")
+        super()._load_best_model()
+        metric, value = self.args.metric_for_best_model, self.state.best_metric
+        log.info(f"best checkpoint: step {self.state.best_global_step}, eval_{metric} {value:.4f}; it is the result")
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None or self.sharded:

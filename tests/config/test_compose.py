@@ -244,7 +244,8 @@ OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / gro
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
-def test_every_option_composes(group, option):
+def test_every_option_composes(group, option, monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.reporting.trackers.config.find_spec", lambda name: True)
     needed = [f"data.{key}=x" for key in NEEDED.get(option, ())]
     assert getattr(compose(f"{group}={option}", *needed), group) is not None
     text = (CONF / group / f"{option}.yaml").read_text()
@@ -282,6 +283,7 @@ def old_run(folder: Path, *overrides: str) -> Path:
     config.task.update({"picture": "512x384", "answers": None, "temperature": 0.0, "rows": None})
     config.keep, config.session.keep = config.pop("keep_checkpoints"), config.session.pop("cache")
     config.export.merge = "dequantised"
+    config.tracker = {"type": "none", "project": None, "entity": None, "tags": []}
     OmegaConf.update(config, "model.shape.longest_edge", 64)
     for new in ("longest_edge", "image_splitting", "upscale"):
         config.model.pop(new)
@@ -307,7 +309,8 @@ def checked(*typed: str) -> Config:
 def test_a_run_of_an_earlier_release_can_be_replayed_resumed_and_evaluated(tmp_path):
     folder = old_run(tmp_path / "old")
     replay = f"--config-path={folder}/.hydra"
-    replayed = checked("tracker.type=none", replay)
+    replayed = checked("seed=1", replay)
+    assert (replayed.seed, replayed.tracker.chosen) == (1, [])
     assert (replayed.keep_checkpoints, replayed.session.cache, replayed.export.merge) == ("best", "1GiB", "dequantized")
     assert replayed.trainer.loss_type == ["sigmoid", "sft"]
     with pytest.raises(RequestError, match=r"export\.search belongs to task=export"):

@@ -65,7 +65,8 @@ class Bench:
         self.processor, self.preferences, self.cache = processor, preferences, cache
 
     def config(self, *overrides: str) -> Any:
-        long = [o for o in LONG if o not in SIGMOID] if "trainer=grpo" in overrides else LONG
+        unknown = {"trainer=grpo": SIGMOID, "trainer=sft": (*SIGMOID, "trainer.disable_dropout=false")}
+        long = [o for o in LONG if not any(o in unknown.get(other, ()) for other in overrides)]
         plus = [f"+{o}" if ".extra." in o else o for o in (*long, *overrides)]
         return compose(*plus, f"trainer.cache={self.cache}", "trainer.cache_ram=0MiB")
 

@@ -243,7 +243,7 @@ def test_what_a_run_writes_at_its_end_fails_alone(quick, tmp_path, monkeypatch, 
     monkeypatch.setattr("smolvlm_exp.tasks.result.write_report", broken)
     monkeypatch.setattr("smolvlm_exp.tasks.result.print_results", broken)
     monkeypatch.setattr("smolvlm_exp.reporting.advice.on_policy_signs", broken)
-    monkeypatch.setattr("smolvlm_exp.reporting.tracker.Tracker.finish", broken)
+    monkeypatch.setattr("smolvlm_exp.reporting.trackers.tracker.Tracker.finish", broken)
     with pytest.raises(RunError, match="not finite") if poisoned else contextlib.nullcontext():
         train(quick(*FIVE, *(DIVERGES if poisoned else ())), tmp_path)
     summary = json.loads((tmp_path / "summary.json").read_text())

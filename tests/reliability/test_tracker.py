@@ -8,12 +8,15 @@ import time
 
 import pytest
 
-from smolvlm_exp.reporting import tracker as tracking
-from smolvlm_exp.reporting.tracker import Tracker, TrackerConfig, run_id
+from smolvlm_exp.reporting.trackers import background, wandb
+from smolvlm_exp.reporting.trackers.base import TrackedRun
+from smolvlm_exp.reporting.trackers.config import TrackerConfig
+from smolvlm_exp.reporting.trackers.tracker import Tracker
+from smolvlm_exp.reporting.trackers.wandb import run_id
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
-DONE = {"status": "done", "before": {}, "after": {"recall": 1.0}, "train": {}, "checks": []}
+DONE = {"status": "stopped", "before": {}, "after": {"recall": 1.0}, "train": {}, "checks": []}
 
 
 class Client:
@@ -31,20 +34,23 @@ class Client:
             raise ConnectionError("the network went away")
         self.logged.append((step, values))
 
+    def define_metric(self, name, summary):
+        """Its columns, once the run is there."""
+
     def finish(self, exit_code=0):
         self.ended = exit_code
 
 
 def track(monkeypatch, folder, open, patience=5.0, steps=50):
     """A run of so many steps with that W&B: seconds of the steps, seconds of the end."""
-    monkeypatch.setattr(tracking, "init_run", open)
-    monkeypatch.setattr(tracking, "PATIENCE", patience)
-    tracker = Tracker(TrackerConfig(), {}, folder, "a run")
+    monkeypatch.setattr(wandb, "init_run", open)
+    monkeypatch.setattr(background, "PATIENCE", patience)
+    tracker = Tracker(TrackerConfig(wandb=True), TrackedRun(folder, "a run"))
     began = time.monotonic()
     for step in range(steps):
         tracker.log({"loss": 1.0 / (step + 1)}, step)
     took = time.monotonic() - began
-    tracker.finish(DONE, [])
+    tracker.finish(DONE)
     return took, time.monotonic() - began - took
 
 
@@ -52,7 +58,7 @@ def test_all_is_handed_over_in_its_order(monkeypatch, tmp_path):
     client = Client()
     track(monkeypatch, tmp_path, lambda *a: client)
     assert [step for step, _ in client.logged] == list(range(50))
-    assert client.summary == {"after/recall": 1.0, "status": "done"}
+    assert client.summary == {"after/recall": 1.0, "status": "stopped"}
     assert client.ended == 0
 
 
@@ -96,21 +102,25 @@ def test_a_resumed_run_goes_on_with_the_same_run(monkeypatch, tmp_path):
     given = {}
     monkeypatch.undo()
     monkeypatch.setattr("wandb.init", lambda **kwargs: given.update(kwargs))
-    tracking.init_run(TrackerConfig(), tmp_path, {"id": asked[0]})
+    wandb.init_run(TrackerConfig(), tmp_path, {"id": asked[0]})
     assert (given["id"], given["resume"]) == (asked[0], "allow")
 
 
 SCRIPT = """
 import sys, time
 from pathlib import Path
-from smolvlm_exp.reporting import tracker as tracking
-tracking.INIT_TIMEOUT, tracking.PATIENCE = 5.0, 20.0
-tracker = tracking.Tracker(tracking.TrackerConfig(), {}, Path(sys.argv[1]), "a run")
+from smolvlm_exp.reporting.trackers import background, wandb
+from smolvlm_exp.reporting.trackers.base import TrackedRun
+from smolvlm_exp.reporting.trackers.config import TrackerConfig
+from smolvlm_exp.reporting.trackers.tracker import Tracker
+import transformers.integrations.integration_utils
+wandb.INIT_TIMEOUT, background.PATIENCE = 5.0, 20.0
+tracker = Tracker(TrackerConfig(wandb=True), TrackedRun(Path(sys.argv[1]), "a run"))
 began = time.monotonic()
 for step in range(50):
     tracker.log({"loss": 1.0 / (step + 1)}, step)
 print("took", time.monotonic() - began)
-tracker.finish({"status": "done"}, [])
+tracker.finish({"status": "stopped"})
 """
 
 
@@ -153,17 +163,15 @@ def test_what_wandb_would_refuse_is_refused_before(monkeypatch, override, enviro
 
 
 def test_wandbs_own_variables_are_heard(monkeypatch, tmp_path):
-    import wandb
-
     asked = []
-    monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options))
+    monkeypatch.setattr("wandb.init", lambda **options: asked.append(options))
     monkeypatch.setenv("WANDB_PROJECT", "theirs")
     for config in (TrackerConfig(), TrackerConfig(project="typed")):
-        tracking.init_run(config, tmp_path, {})
+        wandb.init_run(config, tmp_path, {})
     monkeypatch.delenv("WANDB_PROJECT")
-    tracking.init_run(TrackerConfig(), tmp_path, {})
+    wandb.init_run(TrackerConfig(), tmp_path, {})
     assert [options["project"] for options in asked] == ["theirs", "typed", "smolvlm_exp"]
     assert [options["entity"] for options in asked] == [None] * 3  # W&B then reads WANDB_ENTITY
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert Tracker(TrackerConfig(), {}, tmp_path, "a run").run is None
+    assert Tracker(TrackerConfig(wandb=True), TrackedRun(tmp_path)).runs == []
     assert not list(tmp_path.iterdir())

@@ -136,7 +136,9 @@ def test_wandb_has_a_group_with_names_tags_and_a_table(whole):
     assert all(f"sweep {sweep.parent.name} {sweep.name}" in json.dumps(header) for header in headers.values())
     jobs = [header for header in headers.values() if '"train"' in json.dumps(header)]
     text = "\n".join(map(json.dumps, jobs))
-    assert all(text.count(f'"r={r} seed={seed}"') == 1 for r in (2, 4) for seed in (0, 1))
+    places = [f'"r={r} seed={seed} {sweep.name}/{2 * i + seed}"' for i, r in enumerate((2, 4)) for seed in (0, 1)]
+    assert all(text.count(place) == 1 for place in places)
+    assert {job["config"]["update"]["sweep"] for job in jobs} == {f"sweep {sweep.parent.name} {sweep.name}"}
     assert all('"r=2"' in json.dumps(job) or '"r=4"' in json.dumps(job) for job in jobs)
     alike = [job["config"]["update"]["without_seed"] for job in jobs]
     assert sorted(alike) == ["r=2", "r=2", "r=4", "r=4"]  # task=compare's groups

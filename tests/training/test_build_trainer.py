@@ -10,6 +10,7 @@ from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.training.arguments import TrainerInputs
+from smolvlm_exp.utils.errors import RequestError
 
 STEP = ("adapter.r=2", "quant=none", "trainer.max_steps=1", "trainer.save_strategy=steps", "trainer.save_steps=1")
 
@@ -50,3 +51,15 @@ def test_a_built_trainer_trains_without_the_pipeline(quick, rows, processor, tmp
 def test_the_reward_scale_is_beta_where_there_is_one(quick):
     assert quick("trainer.beta=0.3").trainer.reward_scale == 0.3
     assert quick("trainer=sft").trainer.reward_scale == 1
+
+
+def test_a_single_step_has_a_rate_and_no_step_is_refused(quick, tmp_path):
+    def arguments(*overrides):
+        config = quick("trainer.warmup_steps=0.05", "trainer.learning_rate=1e-3", *overrides).trainer
+        return import_module("smolvlm_exp.training.dpo").build_arguments(config, tmp_path, "float32", None, 0)
+
+    assert arguments("trainer.max_steps=1").get_warmup_steps(1) == 0
+    assert arguments("trainer.max_steps=1", "trainer.warmup_steps=1").get_warmup_steps(1) == 1  # as it was asked for
+    assert arguments("trainer.max_steps=40").get_warmup_steps(40) == 2
+    with pytest.raises(RequestError, match=r"trainer.max_steps=0 trains nothing: task=evaluate shows"):
+        arguments("trainer.max_steps=0")

@@ -95,7 +95,7 @@ def test_a_run_on_rows_without_pairs(settings, user, tmp_path, monkeypatch, caps
         "reward", "frac_reward_zero_std", "completions/mean_length", "clip_ratio/region_mean", "entropy",
         "rewards/longer/mean",
     ):  # fmt: skip
-        assert f'"{key}"' in read
+        assert f'"train/{key}"' in read
 
     monkeypatch.setattr(task, "load_trainable_model", lambda *a: pytest.fail("the model was loaded"))
     for change, said in (

@@ -1,0 +1,1 @@
+"""Where a run's numbers are compared with other runs': W&B, TensorBoard, Trackio (the group tracker)."""
