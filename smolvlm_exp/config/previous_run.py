@@ -24,7 +24,9 @@ def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
     """A command's overrides, and what they leave open from the run that it resumes or works on, or its sweep."""
     given = as_settings(overrides)
     for key, complete in (("resume", resume_overrides), ("run", run_overrides), ("sweep", sweep_overrides)):
-        if given.get(key, "null") not in ("", "null"):
+        if given.get(key) == "":  # as of a shell's variable that is not set
+            raise RequestError(f"{key}= is empty: name a folder, or `last`.")
+        if given.get(key, "null") != "null":
             given[key] = os.path.expanduser(given[key])
             completed = complete(given, multirun)
             for saved, value in as_settings(completed).items():

@@ -19,7 +19,7 @@ from smolvlm_exp.data.messages import VERSION, features, pair
 from smolvlm_exp.data.parallel import hash_of, map_rows, worker_count
 from smolvlm_exp.data.scenes import COLOURS, KINDS, Group, Scene, draw, draw_scene_content
 from smolvlm_exp.data.vocabulary import Vocabulary
-from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.fields import at_least, one_of
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -70,8 +70,8 @@ ASK_PRESENCE = (
 
 @dataclass
 class Config(DataConfig):
-    train_rows: int = 1760
-    test_rows: int = 240
+    train_rows: int = at_least(0, 1760, most=1_000_000)
+    test_rows: int = at_least(0, 240, most=1_000_000)
     scene_seed: int = 0  # which scenes are drawn; independent of `seed`, so that runs compare on the same data
     captions: str = one_of("exact", "habitual")  # what `chosen` says
 
