@@ -82,6 +82,7 @@ class Plan(Task):
 TASKS: dict[str, type[Task]] = {
     "train": Train, "evaluate": Evaluate, "generate": Generate, "compare": Task, "export": Export, "chat": Chat,
     "serve": Task, "doctor": Task, "plan": Plan, "mine": Mine,
+    "runs": Task,
 }  # fmt: skip
 
 

@@ -38,8 +38,8 @@ RESUME_FREE_KEYS = (
     "task", "export", "session", "serve", "tracker", "name", "keep", "keep_checkpoints", "metric", "strict_checks",
     "resume", "resume_allow", "run", "runs", "sweep", "data.num_proc", "data.revision", "model.revision",
     "trainer.cache", "trainer.cache_disk", "trainer.cache_ram", "trainer.dataloader_num_workers",
-    "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps", "trainer.save_steps", "trainer.save_strategy",
-    "trainer.save_total_limit",
+    "trainer.memory_budget", "trainer.not_finite_limit", "trainer.sample_steps", "trainer.save_steps",
+    "trainer.save_strategy", "trainer.save_total_limit",
 )  # fmt: skip
 BATCH_KEYS = ("processes", "trainer.gradient_accumulation_steps")  # their product is what counts
 VERSION_KEYS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "pillow")  # that may change them

@@ -12,7 +12,6 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.checks import (
     Check,
@@ -83,7 +82,6 @@ class Result:
         }
 
     def __enter__(self) -> "Result":
-        log_tuned_settings(self.config)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
