@@ -7,6 +7,7 @@ saving, resume with resume=last or, with -m, sweep=last; 130 stopped, and there 
 """
 
 import atexit
+import logging
 import os
 import shlex
 import sys
@@ -31,12 +32,14 @@ from omegaconf import DictConfig, OmegaConf
 from smolvlm_exp import __version__
 from smolvlm_exp.config.aliases import setting_meant
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
+from smolvlm_exp.config.inputs import WITHOUT_MODEL, check_inputs
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.checkpoint import checkpoints, disk_error_as_run_error, fsync_all
-from smolvlm_exp.runs.folder import check_unused, lock_run_folder
+from smolvlm_exp.runs.folder import check_unused, lock_run_folder, remove_if_refused
 from smolvlm_exp.runs.overrides import as_override
+from smolvlm_exp.tasks.opening import WITHOUT_FOLDER, announce
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
@@ -44,9 +47,7 @@ from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, end_as_interrupt
 from smolvlm_exp.utils.startup import configure_logging, fast_imports, keep_printing, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
 
-WITHOUT_MODEL = ("doctor", "plan", "compare")  # tasks that work also where torch does not
-
-WITHOUT_FOLDER = ("doctor", "plan")  # tasks that write none, and run where nothing may be written
+log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -125,7 +126,11 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
             return task(composed)
 
         writes = composed.task.name not in WITHOUT_FOLDER
-        with lock_run_folder(folder) if writes else nullcontext(), disk_error_as_run_error(folder):
+        with (
+            remove_if_refused(folder) if writes else nullcontext(),
+            lock_run_folder(folder) if writes else nullcontext(),
+            disk_error_as_run_error(folder),
+        ):
             if writes and not composed.resume:
                 check_unused(folder, composed.task.name)
             callbacks.on_run_start(config=composed, config_name=name)
@@ -145,7 +150,8 @@ def complete_and_check(args: Namespace) -> None:
     """Complete a parsed command line, in place, by the settings of the run that it names, and check all of it."""
     with unusable_path_as_request_error():
         args.overrides = complete_overrides(args.overrides, args.multirun)
-        check_command(args)
+        for config in check_command(args):
+            check_inputs(config)
 
 
 def output_folder() -> Path:
@@ -155,11 +161,16 @@ def output_folder() -> Path:
 def execute(config: Config, folder: Path) -> Any:
     """Do the task of a configuration; returns what its function returns."""
     name = config.task.name
+    announce(config, folder, HydraConfig.get().runtime.choices)
     with fast_imports():
         if name not in WITHOUT_MODEL:
             check_torchvision()
             silence_upstream()
         task = getattr(import_module(f"smolvlm_exp.tasks.{name}"), name)
+    if name not in WITHOUT_MODEL:
+        from smolvlm_exp.models.model import describe_device
+
+        log.info(f"device: {describe_device(config.model.dtype)}")
     try:
         with unusable_path_as_request_error():
             return task(config, folder)

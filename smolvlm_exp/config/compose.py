@@ -1,6 +1,5 @@
 """Compose and check every job of a command before Hydra runs it, and explain mistakes in short."""
 
-import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,6 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -43,8 +41,6 @@ from smolvlm_exp.config.typed import check_kind, parsed
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError, suggestion
 from smolvlm_exp.utils.paths import CONF
-
-log = logging.getLogger(__name__)
 
 
 def check_command(args: Any) -> list[Config]:
@@ -113,16 +109,6 @@ def check_shape(composed: DictConfig, given: set[str]) -> None:
         raise RequestError(f"{key}: {fix}")
     if (file := file_of("model.shape", composed)).startswith("conf/experiment/"):
         raise RequestError(f"{file}: model.shape: {fix}")
-
-
-def log_tuned_settings(config: Config) -> None:
-    """Log which file of settings for this model the trainer option applied, and how many of them are in effect."""
-    choices = HydraConfig.get().runtime.choices if HydraConfig.initialized() else {}
-    path = CONF / "tuned" / f"{choices.get('tuned@trainer')}.yaml"
-    if path.is_file():
-        tuned = yaml.safe_load(path.read_text(encoding="utf-8"))
-        active = sum(getattr(config.trainer, key, None) == value for key, value in tuned.items())
-        log.info(f"conf/tuned/{path.name}: {active} settings tuned for model={choices['model']}")
 
 
 def compose_job(name: str, overrides: tuple[str, ...]) -> DictConfig:

@@ -10,7 +10,15 @@ from smolvlm_exp.config.renamed import rename_override
 from smolvlm_exp.config.security import check_typed
 from smolvlm_exp.config.tasks import misplaced
 from smolvlm_exp.runs.checkpoint import checkpoint_folders
-from smolvlm_exp.runs.find import choices, find_finished_run, find_run, overrides_of, saved_hydra, summary_of
+from smolvlm_exp.runs.find import (
+    choices,
+    find_ended_run,
+    find_finished_run,
+    find_run,
+    overrides_of,
+    saved_hydra,
+    summary_of,
+)
 from smolvlm_exp.runs.folder import MULTIRUN
 from smolvlm_exp.runs.overrides import as_override, as_settings, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
@@ -62,7 +70,7 @@ def run_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     if task == "train":
         raise RequestError(f"run={name} is for other tasks: add task=evaluate (to train it further: resume={name}).")
     if task == "doctor":
-        return [as_override("run", name)]
+        return [as_override("run", str(find_ended_run(name)))]
     folder = find_finished_run(name)
     tuned = {"model.adapter": f"{folder}/adapter"}
     if not (folder / "adapter").is_dir():

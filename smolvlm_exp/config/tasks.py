@@ -86,7 +86,7 @@ class Preview(Task):
 
 TASKS: dict[str, type[Task]] = {
     "train": Train, "evaluate": Evaluate, "generate": Generate, "compare": Task, "export": Export, "chat": Chat,
-    "serve": Task, "doctor": Task, "plan": Plan, "mine": Mine, "preview": Preview,
+    "serve": Task, "doctor": Task, "plan": Plan, "mine": Mine, "preview": Preview, "runs": Task,
 }  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
     """The splits of what `save_to_disk` wrote (a lone dataset is `train`); None when the folder is something else."""
     from datasets import DatasetDict, load_from_disk
 
-    if not any((folder / name).is_file() for name in ("dataset_dict.json", "state.json")):
+    if not is_saved(folder):
         return None
     refuse_links_out(folder)
     try:
@@ -50,6 +50,11 @@ def load_saved(folder: Path) -> dict[str, "Dataset"] | None:
     if saved is None:
         raise RequestError(f"{outside[0]} lies outside of {folder}, whose own files name it.")
     return dict(saved) if isinstance(saved, DatasetDict) else {"train": saved}
+
+
+def is_saved(folder: Path) -> bool:
+    """Whether `save_to_disk` wrote it."""
+    return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
 def saved_files(folder: Path) -> Iterator[Path]:

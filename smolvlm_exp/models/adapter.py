@@ -165,6 +165,22 @@ def check_adapter_target(peft_config: "LoraConfig", model: "PreTrainedModel", ta
         log.warning(f"adapter: left out: {train_whole(left_out)}")
 
 
+def find_adapter(config: AdapterConfig, name: str) -> Path:
+    """The folder with the files of a saved adapter.
+
+    Raises:
+        RequestError: they are not there.
+    """
+    folder = adapter_folder(name)
+    if folder is None:
+        raise RequestError(f"model.adapter={name}: there is no adapter_config.json in it or in its adapter/.")
+    if config.type == "none":
+        raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise RequestError(f"model.adapter={name}: {folder} has no adapter_model.safetensors; pickles are not loaded.")
+    return folder
+
+
 def adapter_folder(name: str) -> Path | None:
     """`name` or its `adapter/`, whichever holds a saved adapter, or the Hub's repository of that name, if it does."""
     folders = [hub_adapter(name)] if is_hub_id(name) else [Path(name), Path(name) / "adapter"]
@@ -192,13 +208,7 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
     """
     from peft import PeftConfig
 
-    folder = adapter_folder(name)
-    if folder is None:
-        raise RequestError(f"model.adapter={name}: there is no adapter_config.json in it or in its adapter/.")
-    if config.type == "none":
-        raise RequestError(f"model.adapter={name} and adapter=none exclude each other.")
-    if not (folder / "adapter_model.safetensors").is_file():
-        raise RequestError(f"model.adapter={name}: {folder} has no adapter_model.safetensors; pickles are not loaded.")
+    folder = find_adapter(config, name)
     check_adapter_fields(folder / "adapter_config.json", config.extra)
     saved: Any = PeftConfig.from_pretrained(str(folder))
     trained_on = str(saved.base_model_name_or_path or "")

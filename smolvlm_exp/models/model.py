@@ -17,6 +17,7 @@ from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.resolution import FILES, Resolution, read_options, saved_resolution
 from smolvlm_exp.models.saved_check import check_shards, check_tensors
 from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
+from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
 from smolvlm_exp.utils.hub import hub_errors, is_offline
@@ -282,6 +283,14 @@ def resolve_dtype(name: str) -> "torch.dtype":
     if not isinstance(dtype, torch.dtype):
         raise RequestError(f"model.dtype={name} is not a torch dtype: use auto, bfloat16, float16 or float32.")
     return dtype
+
+
+def describe_device(dtype: str) -> str:
+    """Where a model with `model.dtype` will be: `NVIDIA H200, bfloat16`."""
+    import torch
+
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({usable_cores()} cores)"
+    return f"{device}, {str(resolve_dtype(dtype)).removeprefix('torch.')}"
 
 
 def resolve_attention(name: str) -> str:

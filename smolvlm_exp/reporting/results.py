@@ -1,7 +1,10 @@
 """Metrics before and after as a person reads them, in the report and in the terminal."""
 
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
+
+from rich.console import Console
 
 from smolvlm_exp.evaluation.metrics import in_order, metric_of
 from smolvlm_exp.evaluation.verdict import too_few, verdict
@@ -83,3 +86,8 @@ def headline(summary: dict[str, Any]) -> str:
     if said := verdict(summary, keys[:2]):
         start += f"{said.capitalize()}. "
     return f"{start}{sentence or 'Nothing was measured'}."
+
+
+def wide_console() -> Console:
+    """In a file as wide as the results' table; in a terminal as wide as that."""
+    return Console(width=None if sys.stdout.isatty() else 120)

@@ -1,6 +1,5 @@
 """The results of an evaluation: summary.json's numbers, the table in the terminal, the report's samples."""
 
-import sys
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +17,7 @@ from smolvlm_exp.evaluation.statistics import changes, intervals
 from smolvlm_exp.evaluation.truth_metrics import hallucinated
 from smolvlm_exp.evaluation.verdict import verdict
 from smolvlm_exp.reporting.html import embed, highlight
-from smolvlm_exp.reporting.results import result_row
+from smolvlm_exp.reporting.results import result_row, wide_console
 from smolvlm_exp.utils.formatting import number, percent
 from smolvlm_exp.utils.phases import PHASES
 
@@ -91,11 +90,6 @@ def print_checks(console: Console, checks: list[dict[str, Any]]) -> None:
         line = f"{check['verdict']:>4}  {check['name']}: {check['value']:.2g} (should be {check['threshold']}){detail}"
         style = "red" if check["verdict"] == "fail" else "yellow"
         console.print(line, style=style, highlight=False, soft_wrap=True, markup=False)
-
-
-def wide_console() -> Console:
-    """In a file as wide as the results' table; in a terminal as wide as that."""
-    return Console(width=None if sys.stdout.isatty() else 120)
 
 
 def print_phases(seconds: dict[str, float]) -> None:

@@ -1,6 +1,7 @@
 """A run's folder is written by one process at a time, and never by another run."""
 
 import contextlib
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from smolvlm_exp.runs.find import saved_hydra
 from smolvlm_exp.utils.errors import RequestError
 
 PATIENCE = 10.0  # seconds for the data workers of a run that was just killed to end
+RESULTS = ("metrics.jsonl", "checkpoints", "adapter", "model", "answers.jsonl")  # of work that was done
 RUN_FILES = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")  # signs of a run
 MULTIRUN = "multirun.yaml"  # the configuration of a sweep
 COMPLETED = ("mine", "generate")  # tasks that complete what an earlier command of theirs has left
@@ -25,6 +27,22 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
     """
     with lock(folder / ".lock", folder):
         yield
+
+
+@contextlib.contextmanager
+def remove_if_refused(folder: Path) -> Iterator[None]:
+    """Within, a request that is refused takes the folders along that were made for it."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        yield
+    except (RequestError, SystemExit) as error:
+        refused = isinstance(error, RequestError) or error.code == 2
+        if refused and folder in made and not any((folder / name).exists() for name in RESULTS):
+            shutil.rmtree(folder, ignore_errors=True)
+            with contextlib.suppress(OSError):  # another run has begun beside it
+                for parent in made[1:]:
+                    parent.rmdir()
+        raise
 
 
 @contextlib.contextmanager

@@ -15,7 +15,7 @@ from smolvlm_exp.reporting.trackers.wandb import track_table
 from smolvlm_exp.runs.sweep_record import sweep_name
 from smolvlm_exp.sweep.results import COSTS, SweepResults, prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page
-from smolvlm_exp.sweep.time_estimate import estimate_time
+from smolvlm_exp.tasks.time_estimate import estimate_time
 from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.formatting import duration, humanize, number, short_keys, short_value
 from smolvlm_exp.utils.paths import relative_to_cwd

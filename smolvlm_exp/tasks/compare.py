@@ -56,6 +56,8 @@ def find_runs(names: Sequence[str]) -> list[Path]:
     for name in names:
         matches = sorted(map(Path, glob(str(Path(name).expanduser())))) or [Path(name)]
         paths = [find_sweep("last")] if name == "last" else matches
+        if name == "last":
+            log.info(f"runs: last is {relative_to_cwd(paths[0])}")
         folders = [folder for path in paths for folder in (path, *sorted(path.glob("*")))]
         configured = [folder for folder in folders if (folder / ".hydra" / "config.yaml").is_file()]
         finished = [folder for folder in configured if summary_of(folder).get("status") == "done"]

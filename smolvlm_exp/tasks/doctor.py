@@ -59,7 +59,7 @@ def doctor(config: "Config", folder: Path) -> None:
     """
     if config.run:
         run = find_ended_run(config.run)
-        print(*advise_run(run) or [f"{run}: no sign of a known problem."], sep="\n\n")
+        print(f"run: {run}", *advise_run(run) or ["no sign of a known problem"], sep="\n\n")
     elif check_machine(OUTPUTS):
         raise SystemExit(1)
 

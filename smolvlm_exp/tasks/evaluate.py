@@ -1,5 +1,6 @@
 """task=evaluate: a model on held-out rows and, where it is tuned, its base on the same rows; nothing is trained."""
 
+import logging
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.versions import versions
 
+log = logging.getLogger(__name__)
+
 
 def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     """Base and, with `model.adapter`, the tuned model; written into `folder` as a run's result is.
@@ -50,6 +53,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     preferences = load_preferences(config.data, processor, folder, splits=("test",))
     columns = preferences.test.column_names
     rewards = checked_rewards(config.reward, preferences) if "truth" in columns and "chosen" not in columns else None
+    log.info(f"loading the model: {config.model.id}")
     model: Any = load_model(config.model, quantization, config.seed)
     log_cpu_time(config, model, preferences, processor)
     held_out = HeldOut(preferences, processor, batch_size, config.data.max_length)
@@ -61,11 +65,13 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         score = rewards.score_answers if rewards else None
         return evaluate_model(model, held_out, score=score, **compared, **sampling)
 
+    log.info(f"evaluating {len(held_out):,} held-out rows: the base")
     before = evaluate_held_out(model)
     speed = {"base": generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)}
     after, checks = None, []
     if adapter:
         model = load_adapter(model, adapter, config.adapter.target).eval()
+        log.info(f"evaluating {len(held_out):,} held-out rows: tuned")
         after = evaluate_held_out(model, reference=before.logps, beta=config.trainer.reward_scale)
         speed["tuned"] = generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)
         checks = [policy_changed(before, after), *image_reliance(before.ratios, after.ratios)]
@@ -93,5 +99,5 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     for name, measured in speed.items():
         for at in measured:
             print(f"{name}: {at}")
-    print(f"{relative_to_cwd(folder)}/report.html")
+    print(f"report: {relative_to_cwd(folder)}/report.html")
     return summary

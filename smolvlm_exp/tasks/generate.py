@@ -3,13 +3,13 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from smolvlm_exp.config.schema import Config
+from smolvlm_exp.data.folder_questions import Question, find_questions
 from smolvlm_exp.data.images import ImageError, ImageLimits, locate, open_image
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.engine.generation.sampler import ROWS
@@ -18,20 +18,11 @@ from smolvlm_exp.evaluation.generate import ANSWERS, generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
 from smolvlm_exp.runs.folder import lock_file
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.files import json_lines, write_text
+from smolvlm_exp.utils.files import write_text
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.progress import progress
 
 log = logging.getLogger(__name__)
-
-EXAMPLE = '{"image": "cat.jpg", "question": "What is it?"}'
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")
-
-
-@dataclass(frozen=True)
-class Question:
-    image: str  # as the file of questions names it, or its path below the folder
-    question: str
 
 
 def generate(config: Config, folder: Path) -> Path:
@@ -41,7 +32,7 @@ def generate(config: Config, folder: Path) -> Path:
     in their place for an image that cannot be read.
     """
     task = config.task
-    images, questions = find_questions(config)
+    images, questions = find_questions(config.task.images, config.task.question, config.task.questions)
     path = Path(task.answers) if task.answers else folder / "answers.jsonl"
     with lock_file(path):
         answer(config, path, images, questions)
@@ -80,35 +71,6 @@ def answer(config: Config, path: Path, images: Path, questions: list[Question]) 
             file.write("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
             file.flush()
             os.fsync(file.fileno())
-
-
-def find_questions(config: Config) -> tuple[Path, list[Question]]:
-    """The folder that image paths are relative to, and the questions in order."""
-    task = config.task
-    if task.questions:
-        file = Path(task.questions)
-        if not file.is_file():
-            raise RequestError(f"task.questions={task.questions}: there is no such file.")
-        folder = Path(task.images) if task.images else file.parent
-        return folder, list(dict.fromkeys(read_questions(file)))
-    if not task.images:
-        raise RequestError(
-            f"task=generate needs images: task.images=FOLDER, or task.questions=FILE (a line each, {EXAMPLE})."
-        )
-    folder = Path(task.images)
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGES)
-    if not files:
-        raise RequestError(f"task.images={task.images}: no image is there ({', '.join(IMAGES)}).")
-    return folder, [Question(str(path.relative_to(folder)), task.question) for path in files]
-
-
-def read_questions(file: Path) -> Iterator[Question]:
-    for number, line in json_lines(file.read_text(encoding="utf-8-sig")):
-        try:
-            entry = json.loads(line)
-            yield Question(str(entry["image"]), str(entry["question"]))
-        except (ValueError, KeyError, TypeError):
-            raise RequestError(f"{file}, line {number}: expected {EXAMPLE}.") from None
 
 
 def answered(path: Path, names: tuple[str, ...]) -> set[Question]:

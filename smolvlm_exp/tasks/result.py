@@ -1,6 +1,8 @@
 """What a run leaves behind: summary.json, the adapter, the report, the final table, the tracker's summary."""
 
 import contextlib
+import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -12,7 +14,6 @@ import torch
 from peft import PeftModel
 from transformers import TrainerCallback
 
-from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.evaluation.checks import (
     Check,
@@ -43,6 +44,8 @@ from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import phase, seconds_by_phase
 from smolvlm_exp.utils.versions import versions
+
+log = logging.getLogger(__name__)
 
 
 class Result:
@@ -82,7 +85,6 @@ class Result:
         }
 
     def __enter__(self) -> "Result":
-        log_tuned_settings(self.config)
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -110,11 +112,13 @@ class Result:
     @phase("evaluation_before")
     def evaluate_before(self, trainer: Any) -> None:
         """Called before training; the checks compare the weights too."""
+        log.info(f"evaluating {len(self.held_out):,} held-out rows before training")
         self.monitor = ParameterMonitor(trainer.model)
         self.before = self.evaluate(trainer)
 
     @phase("evaluation_after")
     def evaluate_after(self, trainer: Any) -> None:
+        log.info(f"evaluating {len(self.held_out):,} held-out rows after training")
         self.after = self.evaluate(trainer, self.before.logps)
 
     def evaluate(self, trainer: Any, reference: Logps | None = None) -> Evaluation:
@@ -125,6 +129,7 @@ class Result:
     @phase("saving")
     def save(self, trainer: Any) -> None:
         """Write and print everything; a stopped run has no adapter and no evaluation after training."""
+        log.info("checking what was trained, saving the adapter and the report")
         model = trainer.accelerator.unwrap_model(trainer.model)
         checks = self.monitor.checks(trainer)
         if self.after:
@@ -219,4 +224,18 @@ class Result:
             f"{train['total_parameters']:,} parameters trained"
         )
         print_phases(self.summary["seconds_by_phase"])
-        print(f"{relative_to_cwd(self.folder)}/report.html")
+        print(f"report: {relative_to_cwd(self.folder)}/report.html")
+        if self.after:
+            print(next_commands(self.folder))
+
+
+def next_commands(folder: Path) -> str:
+    """Three commands that go on from a finished run."""
+    command, run = "python -m smolvlm_exp", shlex.quote(str(relative_to_cwd(folder)))
+    commands = {
+        f"{command} task=chat run={run}": "talk to it",
+        f"{command} task=generate run={run} task.images=FOLDER": "its answers beside the base's",
+        f"{command} task=export run={run}": "one model, merged",
+    }
+    width = max(map(len, commands))
+    return "\n".join(["next:", *(f"  {typed:<{width}}  {does}" for typed, does in commands.items())])

@@ -1,5 +1,6 @@
 """The whole run on one screen: data, model, evaluation, training, evaluation, result."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -25,6 +26,8 @@ from smolvlm_exp.training.dry_run import check_upstream
 from smolvlm_exp.training.engine_setup import check_request, load_trainable_model
 from smolvlm_exp.training.memory_budget import memory_cap
 
+log = logging.getLogger(__name__)
+
 
 def train(
     config: Config, folder: Path, watchers: Sequence[TrainerCallback] = (), preferences: Preferences | None = None
@@ -48,6 +51,7 @@ def train(
         config.trainer, folder, config.model.dtype, config.data.max_length, config.seed
     )
 
+    log.info(f"loading processor and rows: {config.model.id}, {config.data.source}")
     processor = load_processor(config.model)
     on_policy = config.trainer.samples_answers
     if preferences is None:
@@ -59,6 +63,7 @@ def train(
         preferences, processor, config.trainer.per_device_eval_batch_size, config.data.max_length,
         packed=config.trainer.engine == "shared",
     )  # fmt: skip
+    log.info(f"loading the model: {config.model.id}")
     model, peft_config = load_trainable_model(*groups, config.seed)
     sources = provenance(config)
     identity = check_same_run(asdict(config), checkpoint, preferences.train, model, files, processor, sources)

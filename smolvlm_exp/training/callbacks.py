@@ -28,6 +28,7 @@ from smolvlm_exp.reporting.trackers.tracker import Tracker
 from smolvlm_exp.runs.checkpoint import checkpoints, disk_error_as_run_error
 from smolvlm_exp.runs.event_log import append_event, truncate_after
 from smolvlm_exp.utils.distributed import gather
+from smolvlm_exp.utils.formatting import duration
 from smolvlm_exp.utils.phases import phase
 from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, StopRequest
 from smolvlm_exp.utils.units import GIB
@@ -42,7 +43,7 @@ MIN_LOSSES = 8  # before one can stand out
 SPIKE = 10.0  # median deviations over the median
 ON_CONSOLE = (
     "loss", "reward", "frac_reward_zero_std", "completions/mean_length", "eval_loss", "rewards/accuracies",
-    "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy",
+    "rewards/margins", "eval_rewards/accuracies", "mean_token_accuracy", "grad_norm", "learning_rate",
 )  # fmt: skip
 
 
@@ -62,7 +63,7 @@ def memory_stats() -> dict[str, float]:
 
 
 class MetricsCallback(TrainerCallback):
-    """Every log event, with memory and speed added, to `metrics.jsonl` and to the tracker."""
+    """Every log event, with memory and speed added, to `metrics.jsonl`, the console and the tracker."""
 
     def __init__(self, folder: Path, tracker: Tracker) -> None:
         self.path = folder / METRICS
@@ -72,12 +73,17 @@ class MetricsCallback(TrainerCallback):
         self.waiting = 0.0  # seconds without a batch since the last log
         self.step_end = 0.0
         self.idle = 0.0  # clock, when everything between two steps was done except fetching batches
+        self.began = (0.0, 0)  # clock, step
         self.step_peak = 0.0  # GiB in a step; sampling answers takes what is free, which says nothing of training
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         truncate_after(self.path, state.global_step)
         self.idle = time.perf_counter()
         self.last_log = (self.idle, state.global_step, 0.0)
+        self.began = (self.idle, state.global_step)
+        first, steps = state.global_step + 1, state.max_steps
+        resumed = state.global_step > 0
+        log.info(f"resuming at step {first} of {steps}" if resumed else f"training: {steps} step{'s' * (steps > 1)}")
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
         self.waiting += time.perf_counter() - self.idle
@@ -110,7 +116,21 @@ class MetricsCallback(TrainerCallback):
         with disk_error_as_run_error(self.path.parent):
             append_event(self.path, event)
         self.tracker.log({k: v for k, v in event.items() if k != "step"}, state.global_step)
+        if "loss" in event or "eval_loss" in event:
+            tqdm.write(self.line(state, event))  # above a bar, where there is one
         self.idle = time.perf_counter()
+
+    def line(self, state: TrainerState, event: dict[str, float]) -> str:
+        """A log event on the console, with the time that the steps so far say is left."""
+        parts = [f"step {state.global_step}/{state.max_steps}"]
+        parts += [f"{key} {event[key]:.4g}" for key in ON_CONSOLE if key in event]
+        if "pairs_per_second" in event:
+            parts.append(f"{event['pairs_per_second']:.3g} pairs/s")
+        clock, first = self.began
+        per_step = (time.perf_counter() - clock) / max(state.global_step - first, 1)
+        if left := per_step * (state.max_steps - state.global_step):
+            parts.append(f"{duration(left)} left")
+        return "  ".join(parts)
 
     def memory(self) -> dict[str, float]:
         """`memory_stats`, its peak that of the steps so far."""
@@ -168,15 +188,6 @@ class SamplesCallback(TrainerCallback):
     def record(self, state: TrainerState, answers: list[str]) -> None:
         append_event(self.path, {"step": state.global_step, "answers": answers})
         self.metrics.tracker.show_samples(self.rows, answers, state.global_step)
-
-
-class LogLines(TrainerCallback):
-    """One line per log event."""
-
-    def on_log(self, args: Any, state: TrainerState, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        if logs and ("loss" in logs or "eval_loss" in logs):
-            metrics = "  ".join(f"{key} {logs[key]:.4f}" for key in ON_CONSOLE if key in logs)
-            tqdm.write(f"step {state.global_step}/{state.max_steps}  {metrics}")  # above a bar, where there is one
 
 
 class ProgressBar(ProgressCallback):

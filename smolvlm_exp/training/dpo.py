@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from smolvlm_exp.models.adapter import plain_initialisation
 from smolvlm_exp.training.arguments import TrainerConfig, TrainerInputs, attach_pissa_adapter, build_trl_config
+from smolvlm_exp.training.loss_parts import log_loss_parts
 from smolvlm_exp.utils.fields import above, at_least, one_of, some_of
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
 
     if config.engine == "shared":
         trainer = EngineDPOTrainer(**engine_inputs(config, arguments, inputs))
+        log_loss_parts(trainer, deferred=True)
         live = trainer.can_be_live()
         precomputed = prepare_rows(trainer, config, twice=not live)
         trainer.score_references(disk_cache(config), live=live and not precomputed)
@@ -70,7 +72,7 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
     # The reference is the model with its adapter off, or a copy where there is no adapter. Where the adapter is on
     # already, TRL keeps a second, frozen copy of it as the reference.
     with plain_initialisation(model) if adapted else contextlib.nullcontext():
-        return StockDPOTrainer(
+        stock = StockDPOTrainer(
             model,
             ref_model=None if adapted or peft_config else copy.deepcopy(model),
             train_dataset=train,
@@ -78,3 +80,5 @@ def build_trainer(config: Config, arguments: "DPOConfig", inputs: TrainerInputs)
             peft_config=peft_config,
             **inputs.common(config, arguments),
         )
+    log_loss_parts(stock, deferred=False)
+    return stock

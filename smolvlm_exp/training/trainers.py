@@ -21,7 +21,7 @@ from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
 from smolvlm_exp.runs.checkpoint import SAVING, damage, disk_error_as_run_error, finalise, prune_checkpoints
 from smolvlm_exp.runs.resume_check import IDENTITY
-from smolvlm_exp.training.callbacks import EvaluationStopped, LogLines, ProgressBar
+from smolvlm_exp.training.callbacks import EvaluationStopped, ProgressBar
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.distributed import full_tensor
@@ -53,7 +53,6 @@ class CheckpointMixin(Trainer):
         self.guard = NanGuard(not_finite_limit, self.rows_of)
         for callback in (PrinterCallback, ProgressCallback):
             self.remove_callback(callback)
-        self.add_callback(LogLines)
         if sys.stderr.isatty():
             self.add_callback(ProgressBar)
         if not self.args.bf16:

@@ -10,8 +10,8 @@ from smolvlm_exp.reporting.report import draw_curves
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.sweep.results import read_result
-from smolvlm_exp.sweep.time_estimate import estimate_time
 from smolvlm_exp.tasks.doctor import doctor
+from smolvlm_exp.tasks.time_estimate import estimate_time
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
@@ -117,7 +117,7 @@ def test_the_doctor_advises_on_a_finished_run(tmp_path, monkeypatch, capsys):
     (folder / ".hydra" / "config.yaml").write_text(json.dumps(config()))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events()))
     doctor(compose("task=doctor", "run=last"), tmp_path)
-    assert capsys.readouterr().out.startswith("Out of memory once; ")
+    assert capsys.readouterr().out.startswith("run: outputs/a/b\n\nOut of memory once; ")
     with pytest.raises(RequestError, match="no run has ended there"):
         doctor(compose("task=doctor", "run=nowhere"), tmp_path)
 
@@ -153,7 +153,7 @@ def test_a_damaged_run_is_read_as_far_as_it_goes(tmp_path, monkeypatch, capsys, 
     lines = [{**null, "step": 1, "reward": None}, *events()[:5], {"step": None}, *events()[5:]]
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 130, "loss": 0.')
     doctor(compose("task=doctor", "run=last"), tmp_path)
-    assert capsys.readouterr().out.startswith("NaN or infinite loss or gradient at step 1:")
+    assert capsys.readouterr().out.startswith("run: outputs/a/b\n\nNaN or infinite loss or gradient at step 1:")
     assert estimate_time(tmp_path, [compose()]) is None
     assert read_result(folder.parent, Job("b", ())).value("after.recall") is None
     assert draw_curves(read_events(folder / "metrics.jsonl"))

@@ -26,7 +26,7 @@ from smolvlm_exp.runs.sweep_record import (
 from smolvlm_exp.sweep.devices import free_gpu, visible_gpus
 from smolvlm_exp.sweep.results import main_effects, prune_checkpoints, read_results, results_table
 from smolvlm_exp.sweep.sweep_page import write_page
-from smolvlm_exp.sweep.time_estimate import estimate_time
+from smolvlm_exp.tasks.time_estimate import estimate_time
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.formatting import short_keys
 from tests.conftest import compose

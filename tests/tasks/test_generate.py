@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import get_peft_model
 
+from smolvlm_exp.data.folder_questions import Question, read_questions
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.runs.event_log import append_event, read_events, truncate_after
-from smolvlm_exp.tasks.generate import Question, answered, generate, read_questions
+from smolvlm_exp.tasks.generate import answered, generate
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import compose, read_lines
@@ -114,7 +115,7 @@ def test_nothing_outside_the_folder_is_opened(tmp_path, monkeypatch, pictures):
     ("arguments", "message"),
     [
         ([], "task=generate needs images: task.images=FOLDER"),
-        (["task.images=nowhere"], "task.images=nowhere: no image is there"),
+        (["task.images=nowhere"], "task.images=nowhere: there is no such folder"),
         (["task.questions=asked.jsonl"], 'asked.jsonl, line 2: expected {"image"'),
     ],
 )

@@ -68,6 +68,19 @@ def test_an_incomplete_line_does_not_spoil_the_next(tmp_path):
     assert json.loads(path.read_text().splitlines()[-1]) == {"step": 4, "answers": ["ü"]}
 
 
+def test_a_line_says_how_it_goes_and_how_long_it_takes(tmp_path, monkeypatch, capsys):
+    """A resumed run's time left is judged by its own steps."""
+    clock = iter([100.0, 130.0])
+    monkeypatch.setattr(callbacks, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    callback = MetricsCallback(tmp_path, None)
+    callback.on_train_begin(None, SimpleNamespace(global_step=10, max_steps=60), None)
+    assert capsys.readouterr().out == "resuming at step 11 of 60\n"
+    event = {"loss": 1.93256, "grad_norm": 2.5, "learning_rate": 7.5e-4, "pairs_per_second": 64.72, "entropy": 1.0}
+    assert callback.line(SimpleNamespace(global_step=15, max_steps=60), event) == (
+        "step 15/60  loss 1.933  grad_norm 2.5  learning_rate 0.00075  64.7 pairs/s  4 min 30 s left"
+    )
+
+
 def test_the_peak_is_that_of_the_steps(tmp_path, monkeypatch):
     """Sampling answers takes what memory is free, and training is not to be blamed for it."""
     peaks = iter([2.0, 3.0, 1.0, 9.0])

@@ -52,6 +52,23 @@ def test_the_first_loss_is_ln_2_and_only_the_adapter_moves(quick, tmp_path, requ
     assert list(saved.glob("*.safetensors"))
 
 
+@pytest.mark.usefixtures("unseen")
+@pytest.mark.parametrize("engine", ["shared", "stock"])
+def test_the_parts_of_a_combined_loss_are_logged_apart(quick, tmp_path, engine):
+    """Unweighted, over micro-batches too; a single loss has no parts."""
+    combined = ("trainer.loss_type=[sigmoid,sft]", "trainer.loss_weights=[1.0,0.5]", "trainer.eval_strategy=steps")
+    split = ("trainer.per_device_train_batch_size=2", "trainer.gradient_accumulation_steps=2", "trainer.eval_steps=3")
+    train(quick(*combined, *split, "quant=none", f"trainer.engine={engine}"), tmp_path)
+    events = read_lines(tmp_path / "metrics.jsonl")
+    steps = [event for event in events if "loss" in event]
+    assert steps[0]["loss/dpo"] == pytest.approx(math.log(2), abs=1e-4)
+    for event in steps:
+        assert event["loss"] == pytest.approx(event["loss/dpo"] + 0.5 * event["loss/sft"], rel=1e-5)
+    (held_out,) = (event for event in events if "eval_loss" in event)
+    parts = held_out["eval_loss/dpo"] + 0.5 * held_out["eval_loss/sft"]
+    assert held_out["eval_loss"] == pytest.approx(parts, rel=1e-5)
+
+
 @pytest.mark.parametrize("adapter", ["dora", "pissa"])
 def test_the_saved_adapter_gives_the_tuned_models_answers(quick, tmp_path, adapter):
     """An ordinary PEFT adapter for the untouched base, PiSSA's too."""

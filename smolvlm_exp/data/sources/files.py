@@ -11,18 +11,20 @@ import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sized
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import MISSING
 
 from smolvlm_exp.data.config import DataConfig
-from smolvlm_exp.data.formats import KEY, normal_features, normal_row, require_known_format, with_key
+from smolvlm_exp.data.formats import KEY, normal_features, normal_row, require_known_format, row_images, with_key
 from smolvlm_exp.data.images import Entry, ImageError, locate
 from smolvlm_exp.data.loading import (
     convert,
     first_cause,
     hold_out,
+    is_saved,
     json_objects,
     load_saved,
     read_text,
@@ -36,6 +38,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+CHECKED = 1000  # rows, before they are loaded
+LONGEST_NAME = 1024  # characters; what is longer holds an image itself
 PAIRS = "pairs.jsonl"  # as task=mine writes it, beside its other files
 
 ORIGIN = "origin"  # the column that says where a row was read
@@ -57,6 +61,8 @@ def load(config: Config, split: str) -> "Dataset":
         raise RequestError(f"data.folder={config.folder}: there is no such folder.")
     saved = None if config.rows else load_saved(folder)
     found: Mapping[str, Any] = saved or find(folder, config.rows)
+    if not saved and not config.rows:
+        log_files(found)
     held_out = "train" in found and "test" not in found
     converter = Converter(folder, keyed_row if held_out else to_row, config.num_proc)
     if saved:
@@ -68,6 +74,29 @@ def load(config: Config, split: str) -> "Dataset":
         splits = {name: rows.remove_columns(KEY) for name, rows in splits.items()}
         splits |= hold_out(splits["train"], keys, config.test_fraction)
     return select_split(splits, split)
+
+
+def check(config: Config) -> None:
+    """Before anything is imported that takes seconds: whether there are rows, and their images are not empty.
+
+    Of rows in text files, and no more than `CHECKED`: all is validated once it is loaded.
+
+    Raises:
+        RequestError: naming the file or the row.
+    """
+    folder = Path(config.folder).expanduser()
+    if is_saved(folder) and not config.rows:
+        return
+    for path in (path for files in find(folder, config.rows).values() for path in files):
+        if path.suffix.lower() == ".parquet" or config.on_bad_row != "error":
+            continue
+        parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
+        for origin, row in islice(parse(read_text(path, "data.folder"), path.name), CHECKED):
+            for image in row_images(row):
+                name = image.get("path") if isinstance(image, dict) else image
+                file = folder / name if isinstance(name, str) and len(name) < LONGEST_NAME else folder
+                if file.is_file() and not file.stat().st_size:
+                    raise RequestError(f"{origin}: the image {name} is an empty file.")
 
 
 def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
@@ -83,11 +112,9 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
         for split in ("train", "test")
     }
     if all(named.values()):
-        log_files(named)
         return named
     files = [path for path in files if path.name == PAIRS] or files
     if len(files) == 1:
-        log_files({"train": files})
         return {"train": files}
     listed = ", ".join(path.name for path in files) or f"no {', '.join(SUFFIXES)} file"
     raise RequestError(
@@ -95,7 +122,7 @@ def find(folder: Path, name: str | None) -> dict[str, list[Path]]:
     )
 
 
-def log_files(files: dict[str, list[Path]]) -> None:
+def log_files(files: Mapping[str, list[Path]]) -> None:
     names = (f"{split} from {', '.join(path.name for path in paths)}" for split, paths in files.items())
     log.info(f"data: {'; '.join(names)}")
 

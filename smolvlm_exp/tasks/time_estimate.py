@@ -1,4 +1,4 @@
-"""How long a sweep's jobs will take, from finished runs of the same model, data and trainer."""
+"""How long a run, or a sweep's jobs, will take: from finished runs of the same model, data and trainer."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
