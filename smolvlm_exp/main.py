@@ -16,9 +16,10 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -35,10 +36,11 @@ from smolvlm_exp.config.compose import check_command, register_schemas, search_p
 from smolvlm_exp.config.inputs import WITHOUT_MODEL, check_inputs
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
+from smolvlm_exp.data.memory import Rows, save_rows
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.checkpoint import checkpoints, disk_error_as_run_error, fsync_all
 from smolvlm_exp.runs.folder import check_unused, lock_run_folder, remove_if_refused
-from smolvlm_exp.runs.overrides import as_override
+from smolvlm_exp.runs.overrides import as_override, quoted
 from smolvlm_exp.tasks.opening import WITHOUT_FOLDER, announce
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
 from smolvlm_exp.utils.paths import CONF, relative_to_cwd
@@ -47,37 +49,96 @@ from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, end_as_interrupt
 from smolvlm_exp.utils.startup import configure_logging, fast_imports, keep_printing, silence_upstream
 from smolvlm_exp.utils.versions import check_torchvision
 
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from smolvlm_exp.deploy.session.session import SmolVLMSession
+
 log = logging.getLogger(__name__)
 
 
 @dataclass
 class Run:
-    """What `train` and `evaluate` return."""
+    """What `train` and `evaluate` return.
+
+    Attributes:
+        summary: as in summary.json; its status is `stopped` after an interrupt, and train([f"resume={run.folder}"])
+            goes on.
+    """
 
     folder: Path
-    summary: dict[str, Any]  # as in summary.json
+    summary: dict[str, Any]
+
+    @property
+    def report(self) -> Path:
+        return self.folder / "report.html"
+
+    @cached_property
+    def session(self) -> "SmolVLMSession":
+        """The tuned model, for conversations; loaded on first use."""
+        from smolvlm_exp.tasks.chat import load_session
+
+        return load_session(compose(["task=chat", as_override("run", str(self.folder))]))
+
+    def generate(self, image: "Image | str | Path", question: str = "Describe the picture.", **sampling: Any) -> str:
+        """The tuned model's answer.
+
+        Args:
+            image: a PIL image, or its file.
+            sampling: as `Sampling` has it: max_new_tokens, temperature, seed ...
+        """
+        from smolvlm_exp.data.memory import read_image
+        from smolvlm_exp.engine.generation.sampling import Sampling
+
+        return self.session.conversation().say(question, [read_image(image)], Sampling(**sampling)).finish()
 
 
-def train(overrides: Sequence[str] = ()) -> Run:
+def train(overrides: Sequence[str] = (), rows: "Rows | None" = None, test_rows: "Rows | None" = None) -> Run:
     """Fine-tune, as `python -m smolvlm_exp OVERRIDES` does.
 
     Args:
         overrides: as typed on the command line: ["model=tiny", "trainer.max_steps=5"].
+        rows: to train on, in place of `data=...`: a `datasets.Dataset`, or dictionaries with the columns of
+            `data=files` and PIL images or their files. They are written below `outputs/rows/`: `data.folder`.
+        test_rows: to evaluate on; None: some of `rows` are held out, by image.
 
     Raises:
         RequestError: the request is wrong; the message says what to change. Nothing was started.
         RunError: the run failed; the message says how to resume.
     """
-    return run_task("train", overrides)
+    return run_task("train", [*with_rows(rows, test_rows), *overrides])
 
 
-def evaluate(overrides: Sequence[str] = ()) -> Run:
+def evaluate(overrides: Sequence[str] = (), rows: "Rows | None" = None) -> Run:
     """Evaluate, as `python -m smolvlm_exp task=evaluate OVERRIDES` does: ["run=last", "data=photos"].
+
+    Args:
+        rows: to evaluate on, as of `train`.
 
     Raises:
         RequestError: the request is wrong; the message says what to change.
     """
-    return run_task("evaluate", overrides)
+    return run_task("evaluate", [*with_rows(None, rows), *overrides])
+
+
+def compare(runs: Sequence[Run | str | Path], overrides: Sequence[str] = ()) -> Run:
+    """Compare finished runs, as `python -m smolvlm_exp task=compare runs=[...]` does; the table is printed.
+
+    Returns:
+        its `folder` has compare.csv and compare.html.
+
+    Raises:
+        RequestError: fewer than two of them are finished runs.
+    """
+    folders = [str(run.folder if isinstance(run, Run) else run) for run in runs]
+    return run_task("compare", [f"runs=[{','.join(map(quoted, folders))}]", *overrides])
+
+
+def with_rows(train: "Rows | None", test: "Rows | None") -> list[str]:
+    """The overrides by which rows in memory are read."""
+    if train is None and test is None:
+        return []
+    return ["data=files", as_override("data.folder", str(save_rows(train, test)))]
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
@@ -87,7 +148,7 @@ def compose(overrides: Sequence[str] = ()) -> Config:
         RequestError: the request is wrong; the message says what to change.
     """
     register_schemas()
-    return check_command(get_args_parser().parse_args(["--", *overrides]))[0]
+    return complete_and_check(get_args_parser().parse_args(["--", *overrides]))[0]
 
 
 def run_task(task: str, overrides: Sequence[str]) -> Run:
@@ -146,12 +207,18 @@ def sync_saved_config(folder: Path) -> None:
         fsync_all(folder / ".hydra")
 
 
-def complete_and_check(args: Namespace) -> None:
-    """Complete a parsed command line, in place, by the settings of the run that it names, and check all of it."""
+def complete_and_check(args: Namespace) -> list[Config]:
+    """Complete a parsed command line, in place, by the settings of the run that it names, and check all of it.
+
+    Returns:
+        its configuration, or those of a sweep.
+    """
     with unusable_path_as_request_error():
         args.overrides = complete_overrides(args.overrides, args.multirun)
-        for config in check_command(args):
+        configs = check_command(args)
+        for config in configs:
             check_inputs(config)
+        return configs
 
 
 def output_folder() -> Path:

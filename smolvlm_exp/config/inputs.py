@@ -10,7 +10,7 @@ from smolvlm_exp.models.adapter import find_adapter
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.hub import is_hub_id
 
-READ_DATA = ("train", "evaluate", "mine", "export")  # tasks
+READ_DATA = ("train", "evaluate", "mine", "export", "preview")  # tasks
 WITHOUT_MODEL = ("doctor", "plan", "compare", "runs")  # tasks that work also where torch does not
 # source -> its settings that are folders, and those that are files
 PATHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
