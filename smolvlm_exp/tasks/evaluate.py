@@ -47,9 +47,10 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     resolve_attention(config.model.attn_implementation)
     adapter = saved_adapter(config.adapter, config.model.adapter, config.model.id) if config.model.adapter else None
     processor = load_processor(config.model)
-    preferences = load_preferences(config.data, processor, folder, splits=("test",))
+    rejected = config.trainer.needs_rejected
+    preferences = load_preferences(config.data, processor, folder, splits=("test",), rejected=rejected)
     columns = preferences.test.column_names
-    rewards = checked_rewards(config.reward, preferences) if "truth" in columns and "chosen" not in columns else None
+    rewards = checked_rewards(config.reward, preferences) if "truth" in columns and "rejected" not in columns else None
     model: Any = load_model(config.model, quantization, config.seed)
     held_out = HeldOut(preferences, processor, batch_size, config.data.max_length)
     store, task = replace(disk_cache(config.trainer), reused=False), config.task

@@ -51,7 +51,8 @@ def train(
     processor = load_processor(config.model)
     on_policy = config.trainer.samples_answers
     if preferences is None:
-        preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
+        rejected = config.trainer.needs_rejected
+        preferences = load_preferences(config.data, processor, folder, answers=not on_policy, rejected=rejected)
     rewards = checked_rewards(config.reward, preferences) if on_policy else None
     files = reward_files(rewards, preferences) if rewards else {}
     check_same_run(asdict(config), checkpoint, rewards=files, processor=processor)

@@ -95,6 +95,11 @@ class TrainerConfig:
         return False
 
     @property
+    def needs_rejected(self) -> bool:
+        """It trains on pairs of answers, not on the chosen one alone."""
+        return True
+
+    @property
     def held_out_metrics(self) -> tuple[str, ...]:
         """What evaluation during training measures; by the first, the best checkpoint is chosen."""
         return ("loss", "mean_token_accuracy")
