@@ -13,6 +13,7 @@ from smolvlm_exp.data.preferences import Preferences, load_preferences
 from smolvlm_exp.data.vocabulary import words_digest
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.model import load_processor
+from smolvlm_exp.models.saved_check import base_record
 from smolvlm_exp.rewards.build import Rewards, checked_rewards
 from smolvlm_exp.runs.checkpoint import disk_full_as_run_error, newest_intact
 from smolvlm_exp.runs.resume_check import CODE, WORDS, check_same_run
@@ -66,10 +67,11 @@ def train(
     log_cpu_time(config, model, preferences, processor)
 
     cap = memory_cap(config.trainer.memory_budget)
-    result = Result(config, folder, held_out, sources, rewards)
+    base = base_record(model, config.model.id, sources["model"].commit)
+    result = Result(config, folder, held_out, sources, base, rewards)
     with cap, result, disk_full_as_run_error(folder), StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
-        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards)
+        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards, result.card())
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         result.evaluate_before(trainer)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
