@@ -33,7 +33,7 @@ NAMES = {  # what to type here -> other names
     "data.max_length": "max_seq_length max_seq_len cutoff_len",
     "hydra.run.dir": "output_dir out_dir save_dir output",
     "name": "run_name experiment_name",
-    "tracker, as tracker=wandb, tensorboard, trackio or none": "report_to logger wandb use_wandb",
+    "tracker, as tracker=wandb, tensorboard, trackio or none": "report_to logger use_wandb",
     "tracker.project": "project wandb_project",
     "resume, as resume=last": "resume_from_checkpoint checkpoint",
     "export.push_to_hub, with task=export": "hub_model_id",

@@ -9,7 +9,7 @@
 | RLHF-V | image, text: JSON with question, chosen and rejected |
 
 In place of chosen and rejected, the first three may have what is known of the image: answer, objects, caption or truth
-(truth.py).
+(truth.py). Without a rejected answer, the chosen one is `chosen`, `answer` or `caption`, or the assistant's last turn.
 """
 
 import hashlib
@@ -41,7 +41,14 @@ PAIR_FORMATS = (
     (("image", "images"), ("messages",), ("rejected_response", "rejected")),
     (("image", "images"), ("text",)),
 )
-FORMATS = (*PAIR_FORMATS, (("image", "images"), ("question", "prompt", "conversations"), TRUTH_COLUMNS))
+# Of one answer to a question, which trainer=sft learns from; the last two end with it, as LLaVA's conversations do.
+ANSWERS = ("answer", "caption")
+ANSWER_FORMATS = (
+    (("image", "images"), ("question", "prompt"), ("chosen", *ANSWERS)),
+    (("image", "images"), ("conversations", "messages")),
+)
+TRUTH_FORMAT = (("image", "images"), ("question", "prompt", "conversations"), TRUTH_COLUMNS)
+FORMATS = (*PAIR_FORMATS, *ANSWER_FORMATS, TRUTH_FORMAT)
 
 
 def require_known_format(columns: set[str], where: str, advice: str = "") -> None:
@@ -59,15 +66,16 @@ def fits(columns: set[str], formats: Formats) -> bool:
 
 
 def normal_features(given: set[str], *more: str) -> "Features":
-    """The Arrow types of `normal_row` of rows with the `given` columns: without answers where those hold no pairs.
+    """The Arrow types of `normal_row` of rows with the `given` columns: of answers, those that there are.
 
     Args:
         more: further columns of text.
     """
     from datasets import Features, Value
 
-    pairs = fits(given, PAIR_FORMATS)
-    normal = {name: kind for name, kind in features().items() if pairs or name not in ("chosen", "rejected")}
+    absent = {"rejected"} if fits(given, ANSWER_FORMATS) else {"chosen", "rejected"}
+    absent = set() if fits(given, PAIR_FORMATS) else absent
+    normal = {name: kind for name, kind in features().items() if name not in absent}
     texts = [*more, *([] if given.isdisjoint(TRUTH_COLUMNS) else ["truth"])]
     return Features({**normal, **dict.fromkeys(texts, Value("string"))})
 
@@ -128,11 +136,21 @@ def conversation(row: dict[str, Any], images: int) -> dict[str, list[Message]]:
             raise ValueError("`messages` should end with the chosen answer, a message of the assistant")
     else:
         prompt = as_messages(row.get("prompt") or row.get("question"), "user")
+    if not chosen and not {"rejected", "rejected_response"} & row.keys():
+        chosen = prompt.pop() if prompt and prompt[-1]["role"] == "assistant" else answer_text(row)
     first = next((message for message in prompt if message["role"] == "user"), None)
     if first and not any(part["type"] == "image" for message in prompt for part in message["content"]):
         first["content"] = [{"type": "image", "text": None} for _ in range(images)] + first["content"]
     answers = {"chosen": as_messages(chosen, "assistant"), "rejected": as_messages(rejected, "assistant")}
     return {"prompt": prompt, **answers}
+
+
+def answer_text(row: dict[str, Any]) -> str:
+    """The answer of a row without `chosen`, as a model should say it: of several right ones the first."""
+    given = next((row[name] for name in ANSWERS if row.get(name) not in (None, "", [])), "")
+    given = given[0] if isinstance(given, list) else given
+    given = given.get("answer", "") if isinstance(given, dict) else given  # as in VQA's `answers`
+    return ("no", "yes")[given] if isinstance(given, bool) else str(given)
 
 
 def json_text(text: Any) -> dict[str, str]:

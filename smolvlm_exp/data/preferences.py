@@ -4,7 +4,7 @@ A row is {images, prompt, chosen, rejected[, truth]}: `images` a list of images,
 content is a list of parts, one `{"type": "image"}` part for each image. It is the schema of
 HuggingFaceH4/rlaif-v_formatted, and what TRL's vision collators read. `truth` is JSON or null: what is known of the
 image, against which answers are scored (truth.py). Rows may have a truth and no `chosen` and `rejected`: they can be
-evaluated on, and trained on by what learns from scores.
+evaluated on, and trained on by what learns from scores. Rows without `rejected` are what trainer=sft learns from.
 
 Facts about a row are computed here, once, and travel with it: `image_sha256` of each image's file, `tile_rows` and
 `tile_columns` of its tiles, `token_ids` (prompt, chosen and rejected, cut to data.max_length) and their counts.
@@ -67,23 +67,37 @@ def provenance(config: DataConfig) -> Provenance:
     return Provenance(config.source, None, getattr(source, "LICENSE", None))
 
 
-def load_rows(config: DataConfig, split: str, answers: bool = True) -> "Dataset":
-    """The rows of `train` or `test`, not yet checked.
+def load_rows(config: DataConfig, split: str, answers: bool = True, rejected: bool = True) -> "Dataset":
+    """The rows of `train` or `test`, not yet checked; without `chosen` where that alone is of no use.
 
     Args:
         answers: whether those to train on must have `chosen` and `rejected`; else a truth is enough.
+        rejected: whether `chosen` alone is not enough.
 
     Raises:
         RequestError: the rows cannot be read, or lack answers.
     """
     rows: Dataset = source_of(config).load(config, getattr(config, split))
+    if rejected or not answers:
+        rows = without_single_answers(rows)
+    if split == "train" and answers and not rejected and "chosen" not in rows.column_names:
+        raise RequestError(
+            f"data.train={config.train}: these rows have no answer to learn from: `answer`, `chosen`, or a "
+            "conversation that ends with the assistant's turn."
+        )
     if split == "train" and answers and "chosen" not in rows.column_names:
         raise RequestError(
             f"data.train={config.train}: these rows are questions without preferred answers, chosen and rejected. What "
             f"is known of their images is what trainer=grpo learns from and task=mine makes pairs of; task=evaluate "
-            f"scores answers by it."
+            f"scores answers by it; trainer=sft learns from answers without a rejected one."
         )
     return rows
+
+
+def without_single_answers(rows: "Dataset") -> "Dataset":
+    """Rows in which `chosen` has no `rejected` beside it, as rows to score answers to."""
+    single = "chosen" in rows.column_names and "rejected" not in rows.column_names
+    return rows.remove_columns("chosen") if single else rows
 
 
 @phase("data")
@@ -93,15 +107,16 @@ def load_preferences(
     folder: Path,
     splits: Sequence[str] = SPLITS,
     answers: bool = True,
+    rejected: bool = True,
 ) -> Preferences:
     """Read, prepare and check the splits; bad rows stop the run here, or are listed in `folder/skipped_rows.jsonl`.
 
     Args:
-        answers: as of `load_rows`.
+        answers, rejected: as of `load_rows`.
     """
     loaded, checked, report, bad = {}, {}, {}, []
     for split in splits:
-        loaded[split] = load_rows(config, split, answers)
+        loaded[split] = load_rows(config, split, answers, rejected)
         checked[split], bad_rows = separate(prepare(loaded[split], processor, config))
         report[split] = {**count(checked[split]), "skipped": len(bad_rows)}
         bad += [{"split": split, **row} for row in bad_rows]

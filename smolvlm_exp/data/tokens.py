@@ -47,7 +47,7 @@ def tokenize_rows(
     token, and tokenizers split there before anything else.
 
     Args:
-        rows: `prompt`, and `chosen` and `rejected` where a row has answers.
+        rows: `prompt`, and `chosen` and `rejected`, or `chosen` alone, where a row has answers.
         tiles: for each row (rows, columns) of the tiles of each image in the prompt.
         spans: the ids of images by their tiles, which other rows share; missing ones are added.
     """
@@ -56,8 +56,10 @@ def tokenize_rows(
     missing = list(dict.fromkeys(shape for shapes in tiles for shape in shapes if shape not in spans))
     pieces, answers = [], []  # of each row: the texts around its prompt's images, and its answers
     for messages in rows:
-        texts = apply_chat_template(messages, processor)
-        prompt, *others = (texts[side] for side in messages)
+        alone = {"chosen": "completion"} if "rejected" not in messages else {}  # TRL's name of a single answer
+        named = {alone.get(side, side): turns for side, turns in messages.items()}
+        texts = apply_chat_template(named, processor)
+        prompt, *others = (texts[side] for side in named)
         pieces.append(prompt.split(processor.image_token))
         answers.append(others)
     flat = [image_span(*shape, processor.image_seq_len) for shape in missing]

@@ -168,6 +168,6 @@ def row_problem(messages: dict[str, list[Message]], images: int, controls: list[
     placeholders = sum(part["type"] == "image" for turn in prompt for part in turn["content"])
     if placeholders != images:
         return f"it has {images} images but its prompt names {placeholders}"
-    if "chosen" in messages and text_of(messages["chosen"]).strip() == text_of(messages["rejected"]).strip():
+    if "rejected" in messages and text_of(messages["chosen"]).strip() == text_of(messages["rejected"]).strip():
         return "`chosen` and `rejected` are the same"
     return ""

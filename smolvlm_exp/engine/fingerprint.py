@@ -48,6 +48,30 @@ def weights_key(model: nn.Module, adapter: str | None = None) -> str:
     return digest.hexdigest()
 
 
+def base_digests(model: nn.Module) -> dict[str, str]:
+    """Hashes of a base's matrices, with or without an adapter on it: of its `linear` layers, and of the `rest`.
+
+    They are taken in bfloat16, so that they are the same for a base that was loaded in float32. Linear layers that are
+    quantised have none, nor has a model in float16.
+    """
+    base = base_of(model)
+    modules = ((name, module) for name, module in base.named_modules() if isinstance(module, nn.Linear))
+    linear = {f"{name.removesuffix('.base_layer')}.weight" for name, module in modules if ".lora_" not in name}
+    digests: dict[str, Any] = {"linear": hashlib.sha256(), "rest": hashlib.sha256()}
+    for name, value in named_contents(base, None):
+        part = "linear" if name in linear else "rest"
+        if name in linear and not value.is_floating_point():
+            digests.pop(part, None)
+        if not isinstance(value, torch.Tensor) or value.ndim < 2 or not value.is_floating_point():
+            continue
+        if value.dtype == torch.float16:
+            return {}
+        if part in digests:
+            digests[part].update(f"{name} {tuple(value.shape)}".encode())
+            digests[part].update(content_hash([value.detach().to(torch.bfloat16)]).numpy().tobytes())
+    return {part: digest.hexdigest() for part, digest in digests.items()}
+
+
 def named_contents(module: nn.Module, adapter: str | None, path: str = "") -> Iterator[tuple[str, Any]]:
     """(name, tensor or value) of everything in a module that takes part, named as if there were no adapters."""
     for name, tensor in chain(module._parameters.items(), module._buffers.items()):

@@ -91,10 +91,12 @@ def compare_evaluations(
 
 def answer_shifts(before: Logps, after: Logps) -> list[Check]:
     """Did the chosen answers lose probability, and is it by their length that they gained on the rejected ones?"""
-    chosen, rejected = (drop.mean() for drop in logp_drops(before, after))
-    detail = f"rejected answers fell by {rejected:.2g}"
+    chosen, *rejected = (drop.mean() for drop in logp_drops(before, after))
+    detail = f"rejected answers fell by {rejected[0]:.2g}" if rejected else ""
     name = "chosen log-prob drop (likelihood displacement), nats/token"
     checks = [require("likelihood_displacement", name, chosen.item(), "<=", MAX_DROP, "warn", detail)]
+    if before.rejected is None or after.rejected is None or after.rejected_tokens is None:
+        return checks
     margin = (after.chosen - before.chosen) - (after.rejected - before.rejected)
     if len(margin) >= MIN_ROWS:
         share = squared_correlation(margin, after.chosen_tokens - after.rejected_tokens)
@@ -118,8 +120,8 @@ def mean_logp_change(before: Logps, after: Logps) -> float:
 
 
 def logp_drops(before: Logps, after: Logps) -> list[torch.Tensor]:
-    """What the chosen and the rejected answers lost, nats/token: two of (rows,)."""
-    return [(getattr(before, side) - getattr(after, side)) / getattr(after, f"{side}_tokens") for side in SIDES]
+    """What the chosen and, where there are any, the rejected answers lost, nats/token: (rows,) each."""
+    return [own - after.per_token[side] for side, own in before.per_token.items()]
 
 
 def image_reliance(before: Mapping[str, Ratio], after: Mapping[str, Ratio]) -> list[Check]:
@@ -181,7 +183,8 @@ def check_adapter_reload(model: "PeftModel", folder: Path, held_out: HeldOut, tu
     reload_adapter(model, folder)
     count = min(held_out.batch_size, len(held_out))
     reloaded = held_out.logps(model, count)
-    errors = ((getattr(reloaded, side) - getattr(tuned, side)[:count]).abs().max() for side in SIDES)
+    sides = [side for side in SIDES if getattr(tuned, side) is not None]
+    errors = ((getattr(reloaded, side) - getattr(tuned, side)[:count]).abs().max() for side in sides)
     name = "saved adapter, reloaded: largest log-prob error (nats)"
     return require("adapter_reload", name, max(errors).item(), "<=", MAX_RELOAD_ERROR)
 

@@ -39,7 +39,7 @@ SAMPLES = 12  # answers that are generated for the report where no truth is know
 @dataclass(frozen=True)
 class Evaluation:
     ratios: dict[str, Ratio]
-    logps: Logps | None  # None where rows have no pair of answers
+    logps: Logps | None  # None where rows have no answers
     answers: list[str]  # to the first rows, or to all where the truth is known
 
     @property
@@ -73,6 +73,8 @@ class HeldOut:
         self.preferences, self.processor, self.packed = preferences, processor, packed
         self.batch_size, self.max_length = batch_size, max_length
         self.rows, self.pixels = PackedDataset(preferences.test, processor), pixels(processor)
+        if "chosen" in preferences.test.column_names and "rejected" not in preferences.test.column_names:
+            self.rows = self.rows.chosen_only()
         self.replaced: dict[str, Images] | None = None  # tiles or features of `replacements`
         self.tower: tuple[str, str] | None = None  # whose features `precompute` has computed
 
@@ -95,7 +97,7 @@ class HeldOut:
             keep_features(self.rows, model, self.pixels, store, num_proc)
 
     def logps(self, model: Any, count: int | None = None) -> Logps:
-        """Of both answers of the first `count` rows, or of all."""
+        """Of the answers of the first `count` rows, or of all."""
         count = len(self) if count is None else min(count, len(self))
         if self.reads_packed(model):
             return packed_logps(model, self.rows, self.batches(count))

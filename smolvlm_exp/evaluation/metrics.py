@@ -27,6 +27,7 @@ METRICS = {
     "preference_accuracy": Metric("Preference accuracy", "the chosen answer is the likelier one", 1),
     "reward_accuracy": Metric("Reward accuracy", "DPO's implicit reward against the base model", 1),
     "preference_margin": Metric("Preference margin", "implicit reward, chosen minus rejected", 1, share=False),
+    "answer_logp": Metric("Log-prob of the given answers", "nats/token, higher is better", 1, share=False),
     "reward": Metric("Reward", "weighted sum of the rewards, higher is better", 1, share=False),
     "yes_no_accuracy": Metric("Yes/no questions answered right", "accuracy, higher is better", 1),
     "yes_no_f1": Metric("Yes/no F1", "higher is better", 1),
@@ -43,7 +44,7 @@ GOALS = {"after.preference_accuracy": 1} | {
     f"after.{key}": metric.good for key, metric in METRICS.items() if metric.good
 }
 GOALS |= {"train.seconds": -1, "train.memory_peak_gib": -1, "train.last_loss": -1, "train.pairs_per_second": 1}
-BY_DEFAULT = ("after.preference_accuracy", "after.reward")  # with pairs, and without
+BY_DEFAULT = ("after.preference_accuracy", "after.reward", "after.answer_logp")  # with pairs, scores, answers alone
 
 
 def is_reward(key: str) -> bool:

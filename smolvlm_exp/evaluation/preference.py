@@ -30,9 +30,17 @@ class Logps:
     """Log-probabilities of the held-out answers, float32 on the CPU, each of shape (rows,)."""
 
     chosen: torch.Tensor  # summed over the answer's tokens
-    rejected: torch.Tensor
+    rejected: torch.Tensor | None  # None where rows have no rejected answers
     chosen_tokens: torch.Tensor
-    rejected_tokens: torch.Tensor
+    rejected_tokens: torch.Tensor | None
+
+    @property
+    def per_token(self) -> dict[str, torch.Tensor]:
+        """Of each side that there is."""
+        sides = {"chosen": self.chosen / self.chosen_tokens}
+        if self.rejected is not None and self.rejected_tokens is not None:
+            sides["rejected"] = self.rejected / self.rejected_tokens
+        return sides
 
 
 def packed_logps(
@@ -42,7 +50,7 @@ def packed_logps(
     images: Images | None = None,
     label: str = LOGPS,
 ) -> Logps:
-    """Log-probabilities of both answers of the rows in `batches`, in their order, by the engine's packed forward.
+    """Log-probabilities of the answers of the rows in `batches`, in their order, by the engine's packed forward.
 
     A batch that does not fit into memory is scored in halves.
 
@@ -55,15 +63,16 @@ def packed_logps(
 
     @torch.no_grad()
     def score(numbers: list[int]) -> torch.Tensor:
-        """(2, 2, batch): the answers' log-probabilities and their token counts."""
+        """(2, sides, batch): the answers' log-probabilities and their token counts."""
         try:
             batch = rows.batch(numbers, images)
             del batch["rows"]
             fields = send_to_device(batch, model.device)
-            mask = fields["completion_mask"]
-            labels = fields["input_ids"].masked_fill(mask == 0, -100)
+            labels = fields.get("labels")  # of rows without rejected answers
+            if labels is None:
+                labels = fields["input_ids"].masked_fill(fields["completion_mask"] == 0, -100)
             logps = model(packed=fields["packed"], labels=labels).log_probs.float().sum(1)
-            return torch.stack([logps, mask.sum(1)]).view(2, 2, -1).cpu()
+            return torch.stack([logps, (labels != -100).sum(1)]).view(2, -1, len(numbers)).cpu()
         except RuntimeError as error:
             # Sharded weights are fetched by all processes together: one of them cannot go on by itself.
             if not out_of_memory(error) or len(numbers) == 1 or any(map(is_sharded, model.parameters())):
@@ -77,9 +86,9 @@ def packed_logps(
 
 
 def joined(parts: list[torch.Tensor]) -> Logps:
-    """From (2, 2, batch) of each batch."""
-    sums, counts = torch.cat(parts, dim=-1)
-    return Logps(*sums, *counts)
+    """From (2, sides, batch) of each batch."""
+    (chosen, *rejected), (chosen_tokens, *rejected_tokens) = torch.cat(parts, dim=-1)
+    return Logps(chosen, next(iter(rejected), None), chosen_tokens, next(iter(rejected_tokens), None))
 
 
 def answer_logps(
@@ -98,14 +107,17 @@ def answer_logps(
     @torch.no_grad()
     def score(batch: range) -> torch.Tensor:
         """As in `packed_logps`."""
-        collated = collator([{**rows[i]} for i in batch]).items()  # copies, because the collator changes its rows
+        given = [rows[i] for i in batch]
+        sides = sum(side in given[0] for side in ("chosen", "rejected"))
+        # copies, because the collator changes its rows; it wants pairs
+        collated = collator([{"rejected": row["chosen"], **row} for row in given]).items()
         inputs = {name: tensor.to(model.device) for name, tensor in collated}
         mask = inputs.pop("completion_mask")[:, 1:]
         # Prompts are the most of a row, and their logits would be the most of the memory.
         answers = mask.shape[1] - int(mask.any(0).int().argmax())
         logits = model(**inputs, use_cache=False, logits_to_keep=answers + 1).logits[:, -answers - 1 : -1]
         logps = sequence_logps(logits, inputs["input_ids"][:, -answers:], mask[:, -answers:])
-        return torch.stack([logps, mask.sum(1)]).view(2, 2, -1).cpu()
+        return torch.stack([logps, mask.sum(1)]).view(2, 2, -1)[:, :sides].cpu()
 
     return joined(scatter_map(batches, score, model, label))
 
@@ -125,14 +137,17 @@ def sequence_logps(logits: torch.Tensor, labels: torch.Tensor, mask: torch.Tenso
 
 
 def preference_metrics(own: Logps, reference: Logps | None = None, beta: float = 1.0) -> dict[str, Ratio]:
-    """Preference accuracy, and against a reference DPO's implicit reward.
+    """Preference accuracy, and against a reference DPO's implicit reward; `answer_logp` of rows without pairs.
 
     `preference_accuracy` is the share of rows whose chosen answer has the higher log-probability per token under the
     model itself, a tie counting half: it means the same before and after. `reward_accuracy` and `preference_margin` use
     r(y) = beta (log p(y) - log p_ref(y)) (arXiv 2305.18290, eq. 5), so they exist for a tuned model alone.
     """
-    metrics = {"preference_accuracy": wins(own.chosen / own.chosen_tokens - own.rejected / own.rejected_tokens)}
-    if reference is not None:
+    per_token = own.per_token
+    if own.rejected is None:
+        return {"answer_logp": mean(per_token["chosen"].tolist())}
+    metrics = {"preference_accuracy": wins(per_token["chosen"] - per_token["rejected"])}
+    if reference is not None and reference.rejected is not None:
         margin = beta * ((own.chosen - reference.chosen) - (own.rejected - reference.rejected))
         metrics |= {"reward_accuracy": wins(margin), "preference_margin": mean(margin.tolist())}
     return metrics

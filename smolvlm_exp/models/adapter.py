@@ -10,10 +10,11 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.models.saved_check import check_adapter_fields
+from smolvlm_exp.models.saved_check import BASE, check_adapter_fields, check_base
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of, upstream_refuses
+from smolvlm_exp.utils.files import read_json, write_json, write_text
 from smolvlm_exp.utils.hub import hub_errors, is_hub_id, is_offline
 
 if TYPE_CHECKING:
@@ -211,8 +212,8 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
     folder = find_adapter(config, name)
     check_adapter_fields(folder / "adapter_config.json", config.extra)
     saved: Any = PeftConfig.from_pretrained(str(folder))
-    trained_on = str(saved.base_model_name_or_path or "")
-    if trained_on != base and is_hub_id(trained_on) and (is_hub_id(base) or base == "embedded"):
+    trained_on = str(read_json(folder / BASE).get("id") or saved.base_model_name_or_path or "")
+    if trained_on != base and all(name == "embedded" or is_hub_id(name) for name in (trained_on, base)):
         raise RequestError(f"model.adapter={name} was trained on {trained_on}, and model.id is {base}.")
     for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
         trained, requested = getattr(saved, key), getattr(config, key)
@@ -228,12 +229,14 @@ def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftMo
     """The model with a saved adapter, trainable.
 
     Raises:
-        RequestError: its file lacks tensors or has others, both of which PEFT ignores, or does not fit this model.
+        RequestError: its file lacks tensors or has others, both of which PEFT ignores, or does not fit this model; or
+            it was trained on another base.
     """
     from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
 
     from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 
+    check_base(folder, model)
     expected = set(matched_modules(model, target))
     try:
         with keeping_scales(model):
@@ -280,26 +283,29 @@ def plain_initialisation(model: Any) -> Iterator[None]:
 
 
 def save_finetuned(
-    model: Any, processor: Any, config: AdapterConfig, folder: Path, revision: str | None = None
+    model: Any, processor: Any, config: AdapterConfig, folder: Path, base: dict[str, Any], card: str
 ) -> None:
     """Write `adapter/`, an ordinary PEFT adapter of the untouched base, or `model/` after full fine-tuning.
 
     With the processor, so that whoever loads it reads images at the resolution of the training.
 
     Args:
-        revision: the Hub's commit of the base.
+        base: `base_record`; card: in place of PEFT's empty one.
     """
     if config.type == "none":
         with atomic_folder(folder / "model") as staging:
             model.save_pretrained(str(staging), state_dict=gather_state(model.state_dict()))
             processor.save_pretrained(staging)
+            write_text(staging / "README.md", card)
         return
     trained = gather_state({name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad})
-    model.peft_config["default"].revision = revision
+    model.peft_config["default"].revision = base["commit"]
     conversion = {"path_initial_model_for_weight_conversion": str(folder / START)} if is_pissa(config) else {}
     with atomic_folder(folder / "adapter") as staging:
         model.save_pretrained(str(staging), selected_adapters=["default"], state_dict=trained, **conversion)
         processor.save_pretrained(staging)
+        write_text(staging / "README.md", card)
+        write_json(staging / BASE, base)
 
 
 def gather_state(state: dict[str, Any]) -> dict[str, Any] | None:

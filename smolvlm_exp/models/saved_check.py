@@ -1,4 +1,4 @@
-"""Whether what somebody saved is all of an adapter's or a model's, and names nothing else."""
+"""Whether what somebody saved is all of an adapter's or a model's, is of this base, and names nothing else."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -10,6 +10,7 @@ from smolvlm_exp.utils.files import read_json
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BASE = "base.json"  # beside an adapter
 FIELDS = (  # of adapter_config.json
     "peft_type", "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
     "r", "lora_alpha", "lora_dropout", "use_dora", "use_rslora", "init_lora_weights", "target_modules",
@@ -37,6 +38,28 @@ def check_adapter_fields(file: Path, typed: Iterable[str]) -> None:
         raise RequestError(
             f"model.adapter: {file} sets {', '.join(unknown)}, which this program does not know. Read what that does; "
             f"it counts where it is typed: +adapter.extra.{unknown[0]}=..."
+        )
+
+
+def base_record(model: "PreTrainedModel", id: str, commit: str | None) -> dict[str, Any]:
+    """What an adapter's BASE says of the base it was trained on."""
+    from smolvlm_exp.engine.fingerprint import base_digests
+
+    return {"id": id, "commit": commit, "digests": base_digests(model)}
+
+
+def check_base(folder: Path, model: "PreTrainedModel") -> None:
+    """Refuse a base whose weights are not those that the adapter in `folder` was trained on, where it says which."""
+    from smolvlm_exp.engine.fingerprint import base_digests
+
+    record = read_json(folder / BASE)
+    trained_on = record.get("digests") or {}
+    here = base_digests(model) if trained_on else {}
+    if any(trained_on[part] != here[part] for part in trained_on.keys() & here.keys()):
+        commit = f" at {record['commit']}" if record.get("commit") else ""
+        raise RequestError(
+            f"model.adapter={folder} was trained on other weights than this base has: on {record.get('id')}{commit}.\n"
+            "Take that as model.id (with model.revision; with seed, where weights are random)."
         )
 
 

@@ -131,5 +131,5 @@ def sample(preferences: Preferences, i: int, answers: dict[str, str], with_refer
 def reference_texts(row: dict[str, Any]) -> dict[str, str]:
     """The answers or the truth that a row's answer is compared with."""
     if "chosen" in row:
-        return {"Chosen": text_of(row["chosen"]), "Rejected": text_of(row["rejected"])}
+        return {side.capitalize(): text_of(row[side]) for side in ("chosen", "rejected") if side in row}
     return {"Truth": truth_text(row.get("truth"))}

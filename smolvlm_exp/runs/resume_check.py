@@ -171,7 +171,8 @@ def digest(rows: "Dataset") -> str:
     """A hash of the rows' images and texts, in order; of their truth, where they have no answers."""
     import xxhash
 
-    hasher, learned = xxhash.xxh3_128(), ["chosen", "rejected"] if "chosen" in rows.column_names else ["truth"]
+    hasher = xxhash.xxh3_128()
+    learned = [side for side in ("chosen", "rejected") if side in rows.column_names] or ["truth"]
     for batch in rows.select_columns(["images", "prompt", *learned]).with_format("arrow").iter(256):
         for row in batch.to_pylist():
             for image in row.pop("images") or []:

@@ -50,9 +50,10 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     resolve_attention(config.model.attn_implementation)
     adapter = saved_adapter(config.adapter, config.model.adapter, config.model.id) if config.model.adapter else None
     processor = load_processor(config.model)
-    preferences = load_preferences(config.data, processor, folder, splits=("test",))
+    rejected = config.trainer.needs_rejected
+    preferences = load_preferences(config.data, processor, folder, splits=("test",), rejected=rejected)
     columns = preferences.test.column_names
-    rewards = checked_rewards(config.reward, preferences) if "truth" in columns and "chosen" not in columns else None
+    rewards = checked_rewards(config.reward, preferences) if "truth" in columns and "rejected" not in columns else None
     log.info(f"loading the model: {config.model.id}")
     model: Any = load_model(config.model, quantization, config.seed)
     log_cpu_time(config, model, preferences, processor)

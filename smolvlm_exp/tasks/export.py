@@ -15,16 +15,10 @@ from typing import Any
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.deploy.export.merge import load_merged, save_merged
+from smolvlm_exp.deploy.export.model_card import card_data, model_card, published_name
 from smolvlm_exp.deploy.export.onnx_export import Graphs
 from smolvlm_exp.deploy.export.parity import Parity, gate, parity
-from smolvlm_exp.deploy.export.record import (
-    card_data,
-    check_free,
-    model_card,
-    published_name,
-    read_record,
-    write_record,
-)
+from smolvlm_exp.deploy.export.record import check_free, read_record, write_record
 from smolvlm_exp.deploy.options import PARTS_BY_SIZE, formats, merged_precision, precisions, require_packages
 from smolvlm_exp.deploy.session.backends import OnnxModel, load_folder
 from smolvlm_exp.engine.fingerprint import weights_key

@@ -27,7 +27,8 @@ def preview(config: Config, folder: Path) -> list[PreviewedRow]:
         RequestError: the rows cannot be read.
     """
     processor, algorithm = load_processor(config.model), config.trainer.algorithm
-    found = load_rows(config.data, "train", answers=not config.trainer.samples_answers)
+    needed = {"answers": not config.trainer.samples_answers, "rejected": config.trainer.needs_rejected}
+    found = load_rows(config.data, "train", **needed)
     prepared = prepare(found.select(range(min(config.task.rows, len(found)))), processor, config.data)
     good, bad = separate(prepared)
     dataset = PackedDataset(good, processor)

@@ -15,6 +15,7 @@ from peft import PeftModel
 from transformers import TrainerCallback
 
 from smolvlm_exp.config.schema import Config
+from smolvlm_exp.deploy.export.model_card import run_card
 from smolvlm_exp.evaluation.checks import (
     Check,
     check_adapter_reload,
@@ -26,6 +27,7 @@ from smolvlm_exp.evaluation.comparison import save_per_row
 from smolvlm_exp.evaluation.held_out import Evaluation, HeldOut, evaluate
 from smolvlm_exp.evaluation.preference import Logps
 from smolvlm_exp.models.adapter import is_pissa, save_finetuned
+from smolvlm_exp.models.resolution import Resolution
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.sampled_answers import COMPLETIONS, sampled_groups
@@ -38,7 +40,7 @@ from smolvlm_exp.tasks.tracking import tracker_of
 from smolvlm_exp.training.callbacks import METRICS, SAMPLES, MetricsCallback, SamplesCallback
 from smolvlm_exp.training.sanity_checks import ParameterMonitor, excuse_short_run
 from smolvlm_exp.utils.errors import Pruned, isolated
-from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.files import write_json, write_text
 from smolvlm_exp.utils.formatting import duration
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -61,10 +63,16 @@ class Result:
         folder: Path,
         held_out: HeldOut,
         sources: Mapping[str, Provenance],
+        base: dict[str, Any],
         rewards: Rewards | None = None,
     ) -> None:
-        """`rewards`: of answers that a trainer samples; the answers to held-out rows are scored by them too."""
+        """
+        Args:
+            base: models/saved_check.py's `base_record`.
+            rewards: of answers that a trainer samples; the answers to held-out rows are scored by them too.
+        """
         self.config, self.folder, self.held_out = config, folder, held_out
+        self.sources, self.base = sources, base
         self.score = rewards.score_answers if rewards else None
         self.preferences = preferences = held_out.preferences
         self.tracker = tracker_of(config, folder)
@@ -133,8 +141,8 @@ class Result:
         model = trainer.accelerator.unwrap_model(trainer.model)
         checks = self.monitor.checks(trainer)
         if self.after:
-            commit = self.summary["sources"]["model"]["commit"]
-            save_finetuned(model, trainer.processing_class, self.config.adapter, self.folder, commit)
+            own = self.config.adapter
+            save_finetuned(model, trainer.processing_class, own, self.folder, self.base, self.card())
             history = trainer.state.log_history
             checks += compare_evaluations(self.before, self.after, history, self.preferences.report)
             if self.score:
@@ -152,6 +160,10 @@ class Result:
         if self.after:
             with isolated("the numbers of single rows"):
                 save_per_row(self.folder, self.preferences.prints, self.after.ratios)
+        if self.after:
+            with isolated("README.md"):
+                saved = self.folder / ("model" if self.config.adapter.type == "none" else "adapter")
+                write_text(saved / "README.md", self.card())
         shown = self.report()
         with isolated("the tracker"):
             self.tracker.finish(self.summary, shown, completions=read_events(self.folder / COMPLETIONS))
@@ -159,6 +171,11 @@ class Result:
         write_json(self.folder / "summary.json", self.summary)  # last: who reads `done` there finds all the rest
         with isolated("the table"):
             self.print()
+
+    def card(self) -> str:
+        """README.md of the adapter and of checkpoints, with the results that there are so far."""
+        resolution = Resolution.of(self.held_out.processor.image_processor.to_dict())
+        return run_card(asdict(self.config), self.summary, self.sources, asdict(resolution))
 
     def report(self) -> list[Sample]:
         """Write report.html; returns its samples from before and after training."""

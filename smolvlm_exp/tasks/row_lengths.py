@@ -19,6 +19,7 @@ from smolvlm_exp.data.tokens import image_span
 from smolvlm_exp.models.model import ModelConfig, checkpoint_file, choose_resolution
 from smolvlm_exp.models.resolution import FILES, MAX_TILES, Resolution, saved_resolution
 from smolvlm_exp.models.shape import Shape
+from smolvlm_exp.training.arguments import TrainerConfig
 from smolvlm_exp.utils.errors import RequestError
 
 SAMPLE_SIZE = 256  # rows, evenly spaced
@@ -46,7 +47,7 @@ def row_lengths(config: Config) -> RowLengths:
     shape, task = config.model.shape, config.task
     assert shape is not None
     if not hasattr(data, "id") or Path(data.id).expanduser().is_dir():  # sources without an id read local files alone
-        return sample_lengths(data, config.model, shape, config.trainer.samples_answers)
+        return sample_lengths(data, config.model, shape, config.trainer)
     size = re.fullmatch(r"0*([1-9]\d*)x0*([1-9]\d*)", task.image_size)
     if size is None:
         raise RequestError(f"task.image_size={task.image_size} is no size; write it as 512x384.")
@@ -66,12 +67,8 @@ def row_lengths(config: Config) -> RowLengths:
     return RowLengths(sizes, task.rows or hub_rows(data), description)
 
 
-def sample_lengths(data: Any, model: ModelConfig, shape: Shape, sampled: bool = False) -> RowLengths:
-    """The sizes of some of the data set's own rows.
-
-    Args:
-        sampled: answers are the model's own, and those of rows do not count.
-    """
+def sample_lengths(data: Any, model: ModelConfig, shape: Shape, trainer: TrainerConfig) -> RowLengths:
+    """The sizes of some of the data set's own rows; where answers are the model's own, those of rows do not count."""
     from datasets import disable_progress_bars
     from PIL import Image
 
@@ -83,8 +80,9 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape, sampled: bool = 
     count: int | None = getattr(data, "train_rows", None)
     if count is not None:  # the source draws its rows: no more than the sample need be drawn
         data = replace(data, train_rows=min(count, SAMPLE_SIZE))
-    rows = load_rows(data, "train", answers=not sampled)
-    sides = [] if sampled else ["chosen", "rejected"]
+    rows = load_rows(data, "train", answers=not trainer.samples_answers, rejected=trainer.needs_rejected)
+    answers = () if trainer.samples_answers else ("chosen", "rejected")
+    sides = [side for side in answers if side in rows.column_names]
     step = max(len(rows) // SAMPLE_SIZE, 1)
     tokens, method = token_counter(model)
     sizes = []
@@ -97,7 +95,7 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape, sampled: bool = 
         except (OSError, ValueError):
             continue  # a bad row, which the run itself reports
         prompt = sum(image_tokens(*grid, shape) for grid in grids) + TEMPLATE + tokens(text_of(row["prompt"]))
-        chosen, rejected = [tokens(text_of(row[side])) + ANSWER_END for side in sides] or (0, 0)
+        chosen, rejected, *_ = (*(tokens(text_of(row[side])) + ANSWER_END for side in sides), 0, 0)
         sizes.append((prompt, chosen, rejected, sum(r * c + 1 for r, c in grids)))
     if not sizes:
         raise RequestError(f"data={data.source}: none of its rows in data.train={data.train} can be read.")

@@ -14,6 +14,7 @@ from smolvlm_exp.data.preferences import Preferences, load_preferences
 from smolvlm_exp.data.vocabulary import words_digest
 from smolvlm_exp.evaluation.held_out import HeldOut
 from smolvlm_exp.models.model import load_processor
+from smolvlm_exp.models.saved_check import base_record
 from smolvlm_exp.rewards.build import Rewards, checked_rewards
 from smolvlm_exp.runs.checkpoint import disk_error_as_run_error, newest_intact
 from smolvlm_exp.runs.resume_check import CODE, WORDS, check_same_run
@@ -55,7 +56,8 @@ def train(
     processor = load_processor(config.model)
     on_policy = config.trainer.samples_answers
     if preferences is None:
-        preferences = load_preferences(config.data, processor, folder, answers=not on_policy)
+        rejected = config.trainer.needs_rejected
+        preferences = load_preferences(config.data, processor, folder, answers=not on_policy, rejected=rejected)
     rewards = checked_rewards(config.reward, preferences) if on_policy else None
     files = reward_files(rewards, preferences) if rewards else {}
     check_same_run(asdict(config), checkpoint, rewards=files, processor=processor)
@@ -71,10 +73,11 @@ def train(
     log_cpu_time(config, model, preferences, processor)
 
     cap = memory_cap(config.trainer.memory_budget)
-    result = Result(config, folder, held_out, sources, rewards)
+    base = base_record(model, config.model.id, sources["model"].commit)
+    result = Result(config, folder, held_out, sources, base, rewards)
     with cap, result, disk_error_as_run_error(folder), StopCallback() as stop:
         callbacks = [*result.callbacks(), stop, *watchers]
-        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards)
+        inputs = TrainerInputs(model, peft_config, held_out, callbacks, folder, identity, rewards, result.card())
         trainer = algorithm.build_trainer(config.trainer, arguments, inputs)
         result.evaluate_before(trainer)
         result.training = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)

@@ -95,6 +95,11 @@ class TrainerConfig:
         return False
 
     @property
+    def needs_rejected(self) -> bool:
+        """It trains on pairs of answers, not on the chosen one alone."""
+        return True
+
+    @property
     def held_out_metrics(self) -> tuple[str, ...]:
         """What evaluation during training measures; by the first, the best checkpoint is chosen."""
         return ("loss", "mean_token_accuracy")
@@ -140,6 +145,7 @@ class TrainerInputs:
     folder: Path
     identity: dict[str, Any] = field(default_factory=dict)  # what checkpoints say of the run; see resume_check.py
     rewards: "Rewards | None" = None  # of trainers that sample answers
+    card: str = ""  # README.md of checkpoints
 
     @property
     def preferences(self) -> "Preferences":
@@ -163,6 +169,7 @@ class TrainerInputs:
             "processing_class": self.processor,
             "callbacks": [*self.callbacks, *best],
             "identity": self.identity,
+            "card": self.card,
             "not_finite_limit": config.not_finite_limit,
         }
 

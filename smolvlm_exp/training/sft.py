@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 class Config(TrainerConfig):
     """Names and meanings are trl.SFTConfig's own."""
 
+    @property
+    def needs_rejected(self) -> bool:
+        return False
+
 
 def build_arguments(config: Config, folder: Path, dtype: str, max_length: int | None, seed: int) -> "SFTConfig":
     """TRL's configuration, before anything else is built, so that what it refuses is refused early."""

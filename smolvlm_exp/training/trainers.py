@@ -26,7 +26,7 @@ from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
 from smolvlm_exp.utils.distributed import full_tensor
 from smolvlm_exp.utils.errors import RunError
-from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.files import write_json, write_text
 from smolvlm_exp.utils.phases import phase
 
 log = logging.getLogger(__name__)
@@ -40,12 +40,14 @@ class CheckpointMixin(Trainer):
     _metrics: Any  # TRL's
     _total_train_tokens: Any
 
-    def __init__(self, model: Any, *, identity: dict[str, Any], not_finite_limit: int, **kwargs: Any) -> None:
-        """`identity` goes into every checkpoint; see resume_check.py."""
+    def __init__(
+        self, model: Any, *, identity: dict[str, Any], not_finite_limit: int, card: str = "", **kwargs: Any
+    ) -> None:
+        """`identity` goes into every checkpoint (see resume_check.py), and `card` as its README.md."""
         # transformers would wait for every loss, and hide those that are not finite
         kwargs["args"].logging_nan_inf_filter = False
         super().__init__(model, **kwargs)
-        self.identity = identity
+        self.identity, self.card = identity, card
         self.resumed_at = 0  # the step that training began at
         self.resumed_from: str | None = None  # the checkpoint
         self.saving: Path | None = None
@@ -170,6 +172,8 @@ class CheckpointMixin(Trainer):
         """Trainable weights, and no training_args.bin: it is a pickle, and holds tokens in clear text."""
         model: Any = self.accelerator.unwrap_model(self.model)
         model.save_pretrained(output_dir, state_dict=state_dict, is_main_process=self.args.should_save)
+        if self.args.should_save:  # PEFT has written a template with blanks, and where the base lies on this machine
+            write_text(Path(str(output_dir)) / "README.md", self.card)
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """None in checkpoints: TRL writes its own outside the staging folder."""

@@ -31,6 +31,7 @@ def test_other_names_are_no_settings_of_ours():
         ("lr=1e-4", "lr: no such setting. Here it is trainer.learning_rate."),
         ("trainer.epochs=2", "trainer.epochs: no such setting. Here it is trainer.num_train_epochs."),
         ("lora_r=8", "lora_r: no such setting. Here it is adapter.r."),
+        ("wandb=true", "wandb: no such setting. Did you mean tracker.wandb?"),
         ("zzz=8", "zzz: no such setting."),
     ],
 )

@@ -15,7 +15,7 @@ from PIL import Image
 from smolvlm_exp.data.formats import conversation
 from smolvlm_exp.data.loading import hold_out, select_split
 from smolvlm_exp.data.messages import assistant, features, text_of, user
-from smolvlm_exp.data.preferences import load_preferences, prepare
+from smolvlm_exp.data.preferences import load_preferences, prepare, without_single_answers
 from smolvlm_exp.data.sources import files, hub, mmpr, photos
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.paths import CONF
@@ -55,7 +55,7 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
 def prepared(processor):
     def prepared(source, split, **settings):
         config = source.Config(**settings)
-        return prepare(source.load(config, split or config.train), processor, config)
+        return prepare(without_single_answers(source.load(config, split or config.train)), processor, config)
 
     return prepared
 
@@ -192,6 +192,46 @@ def test_pairs_may_have_a_truth_too(folder, load):
     rows = [*load(), *load("test")]
     assert {row["truth"] for row in rows} == {'{"kind": "yes_no", "answer": "yes"}', None}
     assert all(text_of(row["chosen"]) and not row["problem"] for row in rows)
+
+
+LLAVA = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A cat."}]
+
+
+@pytest.mark.parametrize(
+    ("row", "turns", "answer"),
+    [
+        ({"question": "What is it?", "answer": "A cat."}, 1, "A cat."),
+        ({"question": "What is it?", "answer": ["A cat.", "A tabby."]}, 1, "A cat."),
+        ({"question": "Is it a cat?", "answer": True}, 1, "yes"),
+        ({"question": "How many?", "answer": 0}, 1, "0"),
+        ({"prompt": "What is it?", "chosen": "A cat."}, 1, "A cat."),
+        ({"question": "What is it?", "caption": "A cat."}, 1, "A cat."),
+        ({"conversations": LLAVA}, 1, "A cat."),
+        ({"conversations": [*LLAVA, {"from": "human", "value": "Sure?"}, {"from": "gpt", "value": "Yes."}]}, 3, "Yes."),
+        ({"messages": [user("What is it?"), assistant("A cat.")]}, 1, "A cat."),
+    ],
+)
+def test_one_answer_is_enough_for_sft(folder, processor, tmp_path, row, turns, answer):
+    write_lines(folder / "rows.jsonl", [{"image": f"{number}.png", **row} for number in range(10)])
+    config = files.Config(source="files", folder=str(folder))
+    rows = load_preferences(config, processor, tmp_path, rejected=False).train
+    assert text_of(rows[0]["chosen"]) == answer
+    assert len(rows[0]["prompt"]) == turns
+    assert [part["type"] for part in rows[0]["prompt"][0]["content"]] == ["image", "text"]
+    assert "rejected" not in rows.column_names
+    assert (rows[0]["chosen_tokens"] > 0, rows[0]["rejected_tokens"]) == (True, 0)
+    with pytest.raises(RequestError, match=r"trainer=sft learns from answers without a rejected one"):
+        load_preferences(config, processor, tmp_path)
+
+
+def test_one_answer_is_no_part_of_a_row_that_is_learned_from_by_scores(folder, processor, tmp_path):
+    write_lines(folder / "rows.jsonl", [{"image": f"{i}.png", "question": "What?", "answer": "red"} for i in range(10)])
+    config = files.Config(source="files", folder=str(folder))
+    rows = load_preferences(config, processor, tmp_path, answers=False).train
+    assert not {"chosen", "rejected"} & {*rows.column_names}
+    write_lines(folder / "rows.jsonl", [{"image": f"{i}.png", "question": "?", "objects": ["a"]} for i in range(10)])
+    with pytest.raises(RequestError, match=r"no answer to learn from: `answer`, `chosen`, or a conversation"):
+        load_preferences(config, processor, tmp_path, rejected=False)
 
 
 def test_a_row_of_which_nothing_is_known(folder, load):

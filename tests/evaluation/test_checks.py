@@ -315,8 +315,8 @@ def test_an_adapter_that_is_saved_in_part(quick, tmp_path, monkeypatch):
 
     ordinary = result.save_finetuned
 
-    def partly(model, processor, config, folder, revision):
-        ordinary(model, processor, config, folder, revision)
+    def partly(model, processor, config, folder, base, card):
+        ordinary(model, processor, config, folder, base, card)
         path = folder / "adapter" / "adapter_model.safetensors"
         tensors = load_file(path)
         del tensors[next(name for name in tensors if "lora_B" in name)]

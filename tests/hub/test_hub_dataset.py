@@ -151,7 +151,7 @@ def test_who_may_read_what(hub, monkeypatch):
         ({"config_name": "other"}, "'other' not found"),
         ({"rows": "*.csv"}, "No (supported) data files found in some/pairs"),
         ({"columns": {"captoin": "answer"}}, "data.columns: data.id=some/pairs has no column captoin; it has chosen"),
-        ({"columns": {"rejected": None}}, "Other names are told by data.columns"),
+        ({"columns": {"rejected": None, "chosen": None}}, "Other names are told by data.columns"),
     ],
 )
 def test_what_is_not_there_is_named(hub, settings, said):
@@ -209,9 +209,10 @@ def test_truths_and_images_held_out_where_there_is_no_test(hub):
     assert len(train) + len(test) == 50
     assert {row["images"][0]["bytes"] for row in train}.isdisjoint({row["images"][0]["bytes"] for row in test})
     assert json.loads(train[0]["truth"]) == {"kind": "answer", "answer": "two"}
-    assert "chosen" not in train.column_names
+    assert (text_of(train[0]["chosen"]), "rejected" in train.column_names) == ("two", False)  # for trainer=sft
     several = load("validation", **{**given, "columns": {"answers": "answer"}, "test": "validation"})
     assert json.loads(several[0]["truth"]) == {"kind": "answer", "answer": ["two", "2"]}
+    assert text_of(several[0]["chosen"]) == "two"
 
 
 def test_configurations_revisions_and_files_of_ones_choice(hub):

@@ -48,6 +48,7 @@ LONG = (
 )  # fmt: skip
 SHORTEST = ("trainer.max_steps=1", "trainer.save_steps=1", "trainer.eval_strategy=no", "trainer.logging_steps=1")
 TOKEN = "hf_" + "aB3" * 11  # the form of one
+CARD = "# A model card of a usual length\n" * 150
 CLOCKS = ("runtime", "per_second", "total_flos", "gib", "data_wait", "sampling_time", "step_time")
 # Of no meaning, but different from answer to answer.
 EARNED = Rewards(
@@ -82,7 +83,7 @@ class Bench:
             model,
             lora_config(config.adapter, quantised=quantization is not None),
             HeldOut(self.preferences, self.processor, 8, None),
-            [MetricsCallback(folder, tracker), *callbacks], folder, identity, EARNED,
+            [MetricsCallback(folder, tracker), *callbacks], folder, identity, EARNED, CARD,
         )  # fmt: skip
         parts.peft_config.target_modules = r".*text_model\.layers\.[01]\.self_attn\.(q|v)_proj"
         return algorithm.build_trainer(config.trainer, arguments, parts)
