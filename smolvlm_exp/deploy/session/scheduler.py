@@ -1,4 +1,4 @@
-"""The thread that owns a session's models: answers wait, enter a model's batch when it has room, and leave at their end.
+"""The thread that owns a session's models: answers wait, enter a batch of their model when it has room, and leave.
 
 The thread waits for more where there is none to generate: a new one would have to start torch's own threads anew.
 """
