@@ -257,6 +257,7 @@ function showAttached() {
 // What survives a reload
 
 function save() {
+  if (!models.length) return; // nothing was restored yet
   const served = models.map(model => model.root).join();
   const settings = Object.fromEntries(["temperature", "max_tokens", "models"].map(id => [id, $(id).value]));
   const kept = turns.map(({ text, images, answers }) => JSON.stringify({ text, images, answers }));
@@ -306,7 +307,8 @@ async function begin() {
 $("form").onsubmit = event => {
   event.preventDefault();
   const text = $("text").value.trim();
-  if (!text || running || !models.length) return;
+  if (running || !models.length) return;
+  if (!text) return say(attached.length ? "Add a question about it." : "");
   $("text").value = "";
   const images = attached;
   attached = [];

@@ -145,6 +145,35 @@ def test_a_conversation_with_images_that_survives_a_reload(tab):
     assert tab.locator(".turn").count() == 0
 
 
+def test_a_conversation_outlives_a_server_that_is_away(tab):
+    say(tab, "Why?")
+    texts = answered(tab)
+    tab.route("**/v1/models", lambda route: route.abort())
+    tab.reload()
+    tab.get_by_text("The server does not answer").wait_for()
+    tab.unroute("**/v1/models")
+    tab.reload()
+    assert answered(tab) == texts
+    tab.wrong.clear()  # the failed request
+
+
+def test_dark_and_light_on_a_phone_and_a_screen(tab):
+    shades = set()
+    for scheme in ("dark", "light"):
+        tab.emulate_media(color_scheme=scheme)
+        colour = tab.evaluate("getComputedStyle(document.body).backgroundColor")
+        shades.add((scheme, sum(map(int, re.findall(r"\d+", colour))) > 380))
+        for width in (390, 1400):
+            tab.set_viewport_size({"width": width, "height": 844})
+            assert tab.evaluate("document.documentElement.scrollWidth") == width
+            tab.get_by_text("Settings").click()
+            box = tab.locator(".sheet").bounding_box()
+            assert box["x"] >= 0
+            assert box["x"] + box["width"] <= width
+            tab.get_by_text("Settings").click()
+    assert shades == {("dark", False), ("light", True)}
+
+
 def test_base_and_tuned_side_by_side(tab):
     tab.select_option("#models", "side by side")
     tab.click("#examples button >> nth=0")
