@@ -28,7 +28,8 @@ from transformers.generation.streamers import BaseStreamer
 from benchmarks.setting import compose, device_name
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.deploy.options import ServeConfig
-from smolvlm_exp.deploy.server.app import build_app, listen
+from smolvlm_exp.deploy.server.app import Service, build_app
+from smolvlm_exp.deploy.server.connections import listen
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.tasks.chat import load_session
@@ -95,7 +96,7 @@ def serving(session: SmolVLMSession, limits: ServeConfig, options: argparse.Name
 @contextmanager
 def server(session: SmolVLMSession, limits: ServeConfig) -> Iterator[str]:
     listening = listen("127.0.0.1", 0)
-    running = uvicorn.Server(uvicorn.Config(build_app(session, limits, "benchmark"), log_level="error"))
+    running = uvicorn.Server(uvicorn.Config(build_app(session, limits, Service({"benchmark": ""})), log_level="error"))
     thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]})
     thread.start()
     yield f"http://127.0.0.1:{listening.getsockname()[1]}"

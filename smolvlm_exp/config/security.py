@@ -44,7 +44,7 @@ def check_setting(key: str, value: Any) -> None:
     if value not in (None, "", False) and holds:
         raise RequestError(
             f"{key} is a secret, and settings are written to logs, reports and W&B.\n"
-            "Give it in the environment: HF_TOKEN, WANDB_API_KEY."
+            "Give it in the environment: HF_TOKEN, WANDB_API_KEY, SMOLVLM_EXP_API_KEY (of task=serve)."
         )
 
 

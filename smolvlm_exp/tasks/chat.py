@@ -38,16 +38,21 @@ def load_session(config: Config, rows: int = 1) -> SmolVLMSession:
     return SmolVLMSession(*backend, budget, config.data.max_edge, ImageLimits.of(config.data), rows)
 
 
+def describe_model(config: Config) -> str:
+    adapter = config.model.adapter
+    return config.model.id + (f" with the adapter {relative_to_cwd(Path(adapter))}" if adapter else "")
+
+
 def chat(config: Config, folder: Path) -> None:
     """Answer line by line, until there are no more."""
     with contextlib.suppress(ImportError):  # line editing and history, where there is a terminal
         import readline  # noqa: F401
     sampling = Sampling(config.session.max_new_tokens, temperature=config.task.temperature, seed=config.seed)
-    adapter = f" with the adapter {relative_to_cwd(Path(config.model.adapter))}" if config.model.adapter else ""
-    print(f"loading {config.model.id}{adapter} ...", flush=True)
+    model = describe_model(config)
+    print(f"loading {model} ...", flush=True)
     with contextlib.closing(load_session(config)) as session:  # or its thread may be at work when the program exits
         loop = ChatLoop(session, sampling)
-        print(f"chat with {config.model.id}{adapter}; help lists the commands, quit exits")
+        print(f"chat with {model}; help lists the commands, quit exits")
         while True:
             try:
                 line = input("> " if sys.stdin.isatty() else "").strip()

@@ -78,7 +78,8 @@ def listen(host: str, port: int) -> socket.socket:
 
     asyncio sees to that for sockets of its own alone; with others a piece waits up to 40 ms for the last one's receipt.
     """
-    listening = socket.create_server((host, port))
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listening = socket.create_server((host, port), family=family)
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return listening
 

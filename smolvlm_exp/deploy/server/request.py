@@ -95,9 +95,10 @@ class ChatRequest(BaseModel):
                 raise ValueError(f"{key}: this server has no {key}{known}; leave it out")
         return self
 
-    def sampling(self, limits: ServeConfig) -> Sampling:
+    def sampling(self, limits: ServeConfig, max_new_tokens: int) -> Sampling:
+        """`max_new_tokens`: of an answer whose length was left open."""
         key = "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
-        requested = getattr(self, key) or limits.max_tokens
+        requested = getattr(self, key) or min(max_new_tokens, limits.max_tokens)
         if requested > limits.max_tokens:
             raise RequestError(f"{key}={str(requested)[:20]} is more than this server allows: {limits.max_tokens}.")
         return Sampling(

@@ -23,16 +23,22 @@ class Answer:
 
     Attributes:
         text, ids: generated so far.
+        base: it is the base's, without the adapter.
         ended_by: `stop` (the model, or a stop text), `length`, or `stopped` (by a person).
         cached_tokens: how many of `prompt_tokens` came from the cache.
         first_token: seconds until the first token.
     """
 
     def __init__(
-        self, submit: Callable[["Answer"], None], prompts: PromptBuilder, prompt: Prompt, sampling: Sampling
+        self,
+        submit: Callable[["Answer"], None],
+        prompts: PromptBuilder,
+        prompt: Prompt,
+        sampling: Sampling,
+        base: bool = False,
     ) -> None:
         """`submit`: the scheduler's."""
-        self.submit, self.prompt, self.sampling = submit, prompt, sampling
+        self.submit, self.prompt, self.sampling, self.base = submit, prompt, sampling, base
         self.tokenizer, self.end_token = prompts.tokenizer._tokenizer, prompts.end
         self.text, self.ended_by, self.ids = "", "stopped", list[int]()
         self.prompt_tokens, self.cached_tokens, self.first_token = len(prompt.ids), 0, 0.0

@@ -1,6 +1,7 @@
 """A session's model, run by ONNX Runtime for a folder with onnx/ in it (ours or not), by PyTorch for any other."""
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -31,6 +32,10 @@ class TorchModel:
     def __init__(self, model: Any) -> None:
         self.model = model.eval()
         self.config = model.config
+
+    def adapters(self) -> AbstractContextManager[Any]:
+        """Within, the adapters are as this model has them."""
+        return nullcontext()
 
     def identity(self) -> str:
         """What decides an answer besides tokens and images: the active adapters."""
@@ -74,6 +79,24 @@ class TorchModel:
         ).last_hidden_state
         logits = self.model.get_output_embeddings()(hidden[0, -1])
         return logits.float().cpu(), tuple(tensor for layer in cache.layers for tensor in (layer.keys, layer.values))
+
+
+class BaseModel(TorchModel):
+    """A fine-tuned model without its adapter. It shares the weights, so both are for one thread."""
+
+    def adapters(self) -> AbstractContextManager[Any]:
+        return self.model.disable_adapter()
+
+    def identity(self) -> str:
+        return ""
+
+    def features(self, *args: Any) -> torch.Tensor:
+        with self.adapters():
+            return super().features(*args)
+
+    def extend(self, *args: Any) -> tuple[torch.Tensor, Past]:
+        with self.adapters():
+            return super().extend(*args)
 
 
 class OnnxModel:

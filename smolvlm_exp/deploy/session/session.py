@@ -11,19 +11,22 @@ first. A prompt continues from the longest prefix that it shares with the cache,
 those without a cache.
 """
 
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
+from peft import PeftModel
 from PIL.Image import Image
 
 from smolvlm_exp.data.images import ImageLimits
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.deploy.session.answer import Answer
-from smolvlm_exp.deploy.session.backends import load_folder
+from smolvlm_exp.deploy.session.backends import BaseModel, TorchModel, load_folder
 from smolvlm_exp.deploy.session.cache import SessionCache
 from smolvlm_exp.deploy.session.prompt import Prompt, PromptBuilder
+from smolvlm_exp.deploy.session.runner import ModelRunner
 from smolvlm_exp.deploy.session.scheduler import Scheduler
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.utils.errors import RequestError
@@ -54,7 +57,12 @@ class SmolVLMSession:
         self.prompts = PromptBuilder(processor, max_edge, limits or ImageLimits())
         self.cache = SessionCache(budget)
         self.context_length: int = model.config.text_config.max_position_embeddings
-        self.scheduler = Scheduler(model, self.cache, self.prompts, rows)
+        lock = threading.Lock()
+        models = {False: model}
+        if isinstance(model, TorchModel) and isinstance(model.model, PeftModel):
+            models[True] = BaseModel(model.model)
+        runners = {base: ModelRunner(each, self.cache, self.prompts, lock) for base, each in models.items()}
+        self.scheduler = Scheduler(runners, lock, rows)
 
     @classmethod
     def load(
@@ -71,8 +79,19 @@ class SmolVLMSession:
     def conversation(self) -> "Conversation":
         return Conversation(self)
 
-    def answer(self, prompt: Prompt, sampling: Sampling | None = None) -> "Answer":
-        """RequestError where the prompt leaves no room for an answer."""
+    @property
+    def has_base(self) -> bool:
+        """Whether the model has an adapter that answers may leave out."""
+        return True in self.scheduler.runners
+
+    def answer(self, prompt: Prompt, sampling: Sampling | None = None, base: bool = False) -> "Answer":
+        """RequestError where the prompt leaves no room for an answer.
+
+        Args:
+            base: answer without the adapter.
+        """
+        if base and not self.has_base:
+            raise RequestError("base=True: this model has no adapter that could be left out.")
         if len(prompt.ids) >= self.context_length:
             raise RequestError(
                 f"the conversation has {len(prompt.ids)} tokens; the model's context holds {self.context_length}."
@@ -80,7 +99,7 @@ class SmolVLMSession:
         sampling = sampling or Sampling()
         room = self.context_length - len(prompt.ids)
         limited = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-        return Answer(self.scheduler.submit, self.prompts, prompt, limited)
+        return Answer(self.scheduler.submit, self.prompts, prompt, limited, base)
 
     def close(self) -> None:
         """Stop all answers, those to come too."""

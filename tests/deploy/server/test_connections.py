@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from smolvlm_exp.deploy.options import ServeConfig
 from smolvlm_exp.deploy.server import connections
-from smolvlm_exp.deploy.server.app import build_app
+from smolvlm_exp.deploy.server.app import Service, build_app
 from smolvlm_exp.deploy.server.connections import Server, listen
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 
@@ -32,7 +32,7 @@ def closed():
 @pytest.fixture(scope="module")
 def port(small, closed):
     session = SmolVLMSession.load(small, rows=LIMITS.max_concurrency)
-    app = build_app(session, LIMITS, "tiny")
+    app = build_app(session, LIMITS, Service({"tiny": "small"}))
 
     async def lines():
         try:

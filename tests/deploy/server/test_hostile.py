@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.deploy.options import ServeConfig
-from smolvlm_exp.deploy.server.app import build_app
+from smolvlm_exp.deploy.server.app import Service, build_app
 from smolvlm_exp.deploy.server.request import FIXED
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 
@@ -30,7 +30,7 @@ def session(small):
 
 @pytest.fixture(scope="module")
 def app(session):
-    return build_app(session, LIMITS, "tiny")
+    return build_app(session, LIMITS, Service({"tiny": "small"}))
 
 
 def png(width, height, mode="RGB"):

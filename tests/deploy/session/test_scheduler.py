@@ -2,6 +2,7 @@
 
 import logging
 import threading
+from unittest import mock
 
 import pytest
 import torch
@@ -9,12 +10,14 @@ from PIL import Image
 from torch.testing._internal.two_tensor import TwoTensor
 
 from smolvlm_exp.data.messages import user
-from smolvlm_exp.deploy.session import scheduler
+from smolvlm_exp.deploy.session import runner
 from smolvlm_exp.deploy.session.answer import AnswerError
+from smolvlm_exp.deploy.session.backends import BaseModel, TorchModel
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.continuous import ContinuousBatch
 from smolvlm_exp.engine.generation.decoder import Decoder, decoder_obstacle
 from smolvlm_exp.engine.generation.sampling import Sampling
+from smolvlm_exp.utils.errors import RequestError
 
 COLOURS = ("red", "green", "blue", "white", "black", "teal", "gold")
 
@@ -77,7 +80,7 @@ def test_answers_together_are_those_alone(device, small):
 def test_a_step_begun_ahead_changes_no_answer(session):
     """As on a GPU, where a row makes a step more before its end is seen."""
     expected = together([session.answer(*pair) for pair in zip(prompts_of(session), samplings(), strict=True)])
-    session.scheduler.batch.runs_ahead = True
+    session.scheduler.runners[False].batch.runs_ahead = True
     for _ in range(2):  # the second time from keys and values that were cached
         answers = [session.answer(*pair) for pair in zip(prompts_of(session), samplings(), strict=True)]
         assert together(answers) == expected
@@ -119,7 +122,7 @@ def test_a_model_that_cannot_be_prepared_fails_those_that_wait(session, monkeypa
     def fails(*_):
         raise RuntimeError("no room for its weights")
 
-    monkeypatch.setattr(scheduler, "make_batch", fails)
+    monkeypatch.setattr(runner, "make_batch", fails)
     with pytest.raises(AnswerError, match="no room for its weights"):
         session.conversation().say("Why?").finish()
 
@@ -135,6 +138,41 @@ def test_prompts_that_do_not_fit_wait_for_those_that_are_there(session, monkeypa
     texts = together([session.answer(*pair) for pair in zip(prompts_of(session), samplings(), strict=True)])
     assert all(texts)
     assert max(entered) == 2
+
+
+def test_what_is_set_aside_for_earlier_answers_is_freed_where_the_next_does_not_fit(session, monkeypatch):
+    prompt = prompts_of(session)[0]
+    expected = session.answer(prompt.copy(), Sampling(8)).finish()
+    runner = session.scheduler.runners[False]
+    monkeypatch.setattr(ContinuousBatch, "fits", lambda *_: False)
+    with mock.patch.object(runner.batch, "clear", wraps=runner.batch.clear) as clear:
+        assert session.answer(prompt.copy(), Sampling(8)).finish() == expected
+    assert clear.call_count == 1
+
+
+def test_base_and_fine_tuned_answer_side_by_side(adapted, processor):
+    """In one session, at the same time; each as transformers generates it, with the adapter on and off."""
+    session = SmolVLMSession(TorchModel(adapted), processor, rows=4)
+    prompt = session.prompts.build([user("Describe the picture.", 0)], [])
+    ids, sampling = torch.tensor([prompt.ids]), Sampling(8)
+    with adapted.disable_adapter():
+        base = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, len(prompt.ids) :].tolist()
+    after = adapted.generate(input_ids=ids, max_new_tokens=8, do_sample=False)[0, len(prompt.ids) :].tolist()
+    assert base != after
+    answers = [session.answer(prompt.copy(), sampling, base=i % 3 == 0) for i in range(7)]
+    together(answers)
+    for answer in answers:
+        assert answer.ids == (base if answer.base else after)
+    again = session.answer(prompt.copy(), sampling, base=True)
+    together([again])
+    assert (again.ids, again.cached_tokens) == (base, len(prompt.ids) - 1)
+    slowly = BaseModel(adapted).extend(prompt.ids, [], [], ())[0].argmax()  # as where the engine cannot run it
+    assert slowly == base[0]
+
+
+def test_without_an_adapter_there_is_no_base(session):
+    with pytest.raises(RequestError, match="no adapter that could be left out"):
+        session.answer(prompts_of(session)[0], base=True)
 
 
 def test_closing_stops_answers_that_run_and_answers_that_wait(session):

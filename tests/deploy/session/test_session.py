@@ -5,7 +5,6 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from peft import get_peft_model
 from PIL import Image
 
 from smolvlm_exp.data.messages import assistant, user
@@ -15,9 +14,7 @@ from smolvlm_exp.deploy.session.cache import shared_prefix
 from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampling import Sampling
-from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.utils.errors import RequestError
-from tests.conftest import compose
 
 QUESTIONS = ("What do you see?", "Is there a star in the picture?", "Describe the picture.", "How many moons?", "Why?")
 SHORT = Sampling(max_new_tokens=12)
@@ -144,14 +141,9 @@ def test_conversations_with_a_shared_prefix_are_independent(session, reference, 
         assert (session.logits[0] - uncached(reference, session, branch.prompt)[-1]).abs().max() < 1e-5
 
 
-def test_an_adapter_is_part_of_the_key(model, processor):
+def test_an_adapter_is_part_of_the_key(adapted, processor):
     """The same tokens under another adapter have other keys and values."""
-    tuned = get_peft_model(model, lora_config(compose("quant=none").adapter, quantised=False))
-    with torch.no_grad():
-        for name, parameter in tuned.named_parameters():
-            if "lora_B" in name:
-                parameter.normal_(std=0.1)
-    session = SmolVLMSession(TorchModel(tuned), processor)
+    session = SmolVLMSession(TorchModel(adapted), processor)
     prompt = session.conversation().say("Describe the picture.").prompt
 
     def answer():
@@ -159,12 +151,12 @@ def test_an_adapter_is_part_of_the_key(model, processor):
 
     def expected(answer):
         """The likeliest tokens of the model as it is now."""
-        return uncached(tuned, session, answer.prompt)[len(prompt.ids) - 1 : -1].argmax(1).tolist()
+        return uncached(adapted, session, answer.prompt)[len(prompt.ids) - 1 : -1].argmax(1).tolist()
 
     on = answer()
     assert answer().cached_tokens == len(prompt.ids) - 1
     assert on.ids == expected(on)
-    with tuned.disable_adapter():
+    with adapted.disable_adapter():
         off = answer()
         assert off.cached_tokens == 0
         assert off.ids == expected(off) != on.ids
