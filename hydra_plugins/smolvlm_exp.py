@@ -42,7 +42,11 @@ class Grid(BasicSweeper):
                 check_unused_sweep(folder, self.config)
             except RequestError as error:
                 exit_with_error(error)
-            return super().sweep(arguments)
+            try:
+                with disk_error_as_run_error(folder):
+                    return super().sweep(arguments)
+            except RunError as error:  # of the disk, or of a job
+                exit_with_error(error)
 
 
 class Search(BasicSweeper):

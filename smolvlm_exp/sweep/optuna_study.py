@@ -6,6 +6,7 @@ Each command that works on a study holds a lock as long as it runs, and stores t
 a trial whose lock is free is taken over by the next command.
 """
 
+import os
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.trial import FrozenTrial
 
-NAME = "search"
+NAME, JOURNAL = "search", "study.log"
 WORKER, COMMAND = "worker", "command"  # attributes of a trial, of the study
 
 
@@ -74,7 +75,21 @@ def open_storage(folder: Path, storage: str | None) -> Any:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return RDBStorage(storage) if storage else JournalStorage(JournalFileBackend(str(folder / "study.log")))
+    return RDBStorage(storage) if storage else JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+
+
+def drop_incomplete_line(journal: Path) -> None:
+    """What a power failure left of the last write: Optuna would append to it, and could read neither."""
+    from optuna.storages.journal import JournalFileSymlinkLock
+
+    lock = JournalFileSymlinkLock(str(journal))  # Optuna's own: other commands may be writing
+    lock.acquire()
+    try:
+        content = journal.read_bytes() if journal.is_file() else b""
+        if not content.endswith(b"\n") and content:
+            os.truncate(journal, content.rfind(b"\n") + 1)
+    finally:
+        lock.release()
 
 
 def creation_lock(folder: Path, storage: str | None) -> FileLock:
@@ -93,6 +108,8 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
     import optuna
 
     with creation_lock(folder, options.storage):
+        if not options.storage:
+            drop_incomplete_line(folder / JOURNAL)
         try:
             storage = open_storage(folder, options.storage)
         except Exception as error:  # a database's own kinds

@@ -96,11 +96,10 @@ class Search:
     def next_jobs(self) -> list[Job]:
         """At most `n_jobs` trials: first those that other commands abandoned, then new ones."""
         with FileLock(self.folder / ".search"):
-            distributions = {key: distribution(override) for key, override in self.space.items()}
             running = [trial for trial in self.study.trials if trial.state.name == "RUNNING"]
             numbers = [t.number for t in running if is_abandoned(self.folder, t)][: self.options.n_jobs]
             while len(numbers) < self.options.n_jobs and len(self.study.trials) < self.options.n_trials:
-                numbers.append(self.study.ask(distributions).number)
+                numbers.append(self.study.ask().number)
             for number in numbers:
                 self.claim(number)
             jobs = [
@@ -111,11 +110,17 @@ class Search:
         return [jobs[number] for number in numbers]
 
     def claim(self, number: int) -> None:
-        """Mark a trial as this command's, and save in its folder what its job needs to report and to be pruned."""
+        """Mark a trial as this command's, and save in its folder what its job needs to report and to be pruned.
+
+        What it tries is drawn here too: of a trial whose command was killed half of it may be missing.
+        """
         from optuna.trial import Trial
 
         trial_id, options = self.study.trials[number]._trial_id, self.options
-        Trial(self.study, trial_id).set_user_attr(WORKER, self.worker)
+        trial = Trial(self.study, trial_id)
+        trial.set_user_attr(WORKER, self.worker)
+        for key, override in self.space.items():
+            trial._suggest(key, distribution(override))  # or what it has
         folder = self.folder / str(number)
         folder.mkdir(exist_ok=True)
         if options.prune:

@@ -179,15 +179,17 @@ def built(bench, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def whole(tmp_path_factory):
-    """The folder of the smallest run, left alone."""
+def alone(tmp_path_factory):
+    """The folder of the smallest run, left alone; beside it is how many points it has."""
+    from tests.reliability.crash_points import CrashPoints
     from tests.reliability.smallest import PRELOADED, SMALLEST, ended, typed
 
     for module in ("pandas", *(f"smolvlm_exp.{name}" for name in PRELOADED)):
         import_module(module)  # once, not in every fork
     gc.freeze()
-    folder = tmp_path_factory.mktemp("whole")
-    code, said = ended(typed([*SMALLEST, f"hydra.run.dir={folder}/run"], folder / "log"), folder / "log")
+    folder = tmp_path_factory.mktemp("alone")
+    words, log = [*SMALLEST, f"hydra.run.dir={folder}/run"], folder / "log"
+    code, said = ended(typed(words, log, lambda: CrashPoints(folder / "run", folder / "points")), log)
     assert code == 0, said[-3000:]
     return folder / "run"
 

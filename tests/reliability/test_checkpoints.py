@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from transformers import TrainerCallback
 
+from hydra_plugins.smolvlm_exp import Grid
 from smolvlm_exp.runs import checkpoint as files
 from smolvlm_exp.runs.checkpoint import SAVING, checkpoint_folders, checkpoints, damage, newest_intact
 from smolvlm_exp.runs.sweep_record import can_resume
@@ -270,6 +272,23 @@ def test_the_guises_of_a_full_and_of_a_bad_disk(error):
     assert files.is_disk_error(error)
     assert not files.is_disk_error(OSError(2, "No such file or directory"))
     assert not files.is_disk_error(RuntimeError("size mismatch"))
+
+
+@pytest.mark.parametrize(("number", "message"), [(28, "no space left in"), (5, "the disk failed in")])
+def test_a_sweep_of_another_task_ends_in_one_line_too(tmp_path, monkeypatch, capsys, number, message):
+    def refused(*args):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Grid.__bases__[0], "sweep", refused)
+    sweeper = Grid.__new__(Grid)  # Hydra, looking for plugins, imports its own classes again
+    target = {"_target_": "hydra_plugins.smolvlm_exp.Grid"}
+    sweeper.config = OmegaConf.create(
+        {"task": {"name": "evaluate"}, "hydra": {"sweep": {"dir": str(tmp_path)}, "sweeper": target}}
+    )
+    with pytest.raises(SystemExit) as ended:
+        sweeper.sweep([])
+    assert ended.value.code == 1
+    assert f"smolvlm_exp: {message} {tmp_path}" in capsys.readouterr().err
 
 
 def test_what_is_no_disk_error_stays_what_it_is(tmp_path):

@@ -26,8 +26,8 @@ from tests.reliability.smallest import SMALLEST, TOLERANT, check_same, ended, re
 class Run:
     """A command that is disturbed and given again: from nothing, or from a copy of what there was."""
 
-    def __init__(self, whole: Path, folder: Path) -> None:
-        self.whole, self.folder, self.path = whole, folder, folder / "run"
+    def __init__(self, alone: Path, folder: Path) -> None:
+        self.alone, self.folder, self.path = alone, folder, folder / "run"
 
     def begin(self) -> None:
         shutil.rmtree(self.path, ignore_errors=True)
@@ -41,7 +41,7 @@ class Run:
         return [f"resume={self.path}"]
 
     def compare(self) -> None:
-        check_same(result(self.path), result(self.whole))
+        check_same(result(self.path), result(self.alone))
 
     def missing(self, line: str) -> None:
         """The line is right: there is nothing to continue from, and another folder would be used."""
@@ -104,7 +104,7 @@ class Resumed(Run):
 
     def begin(self) -> None:
         super().begin()
-        shutil.copytree(self.whole, self.path)
+        shutil.copytree(self.alone, self.path)
         for name in ("checkpoints/checkpoint-2", "adapter"):
             shutil.rmtree(self.path / name)
         for name in ("summary.json", "report.html", "rows.safetensors"):
@@ -118,7 +118,7 @@ class Exported(Run):
 
     def begin(self) -> None:
         super().begin()
-        shutil.copytree(self.whole, self.path)
+        shutil.copytree(self.alone, self.path)
         with contextlib.suppress(FileNotFoundError):
             shutil.copytree(self.folder / "earlier", self.path / "export")
 
@@ -188,13 +188,13 @@ class Searched(Swept):
     seeds = ()
 
 
-def test_disturbed_at_some_points(whole, tmp_path):
+def test_disturbed_at_some_points(alone, tmp_path):
     """Those of a save are in test_checkpoints.py."""
-    run = Run(whole, tmp_path)
-    last = run.count()
+    run = Run(alone, tmp_path)
+    last = json.loads((alone.parent / "points").read_text())[0]
     assert run.disturbed_at(last) == "same"  # `done` has just been told
     assert run.disturbed_at(last - 3, EIO) == "same"  # it cannot be
-    sweep = Swept(whole, tmp_path)
+    sweep = Swept(alone, tmp_path)
     assert sweep.disturbed_at(70) == "same"  # in the second job
     assert sweep.disturbed_at(30, ENOSPC) == "same"  # in the first
 
@@ -202,8 +202,8 @@ def test_disturbed_at_some_points(whole, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("error", [0, ENOSPC, EIO], ids=["killed", "full disk", "bad disk"])
 @pytest.mark.parametrize("command", [Run, Resumed, Exported, Swept, Searched])
-def test_disturbed_at_every_point(whole, tmp_path, command, error):
-    tried = command(whole, tmp_path)
+def test_disturbed_at_every_point(alone, tmp_path, command, error):
+    tried = command(alone, tmp_path)
     said = [tried.disturbed_at(point, error) for point in range(1, tried.count() + 1)]
     print(command.__name__, error, len(said), {line: said.count(line) for line in dict.fromkeys(said)})
     assert said.count("same") > len(said) / 2

@@ -21,11 +21,11 @@ class Commands:
     """What each command is on `folder`, and whether its result there is whole.
 
     Args:
-        whole: a run that was left alone; longer: the result of resuming it.
+        alone: a run that was left alone; longer: the result of resuming it.
     """
 
-    def __init__(self, folder: Path, whole: Path, longer: dict) -> None:
-        self.folder, self.whole, self.longer = folder, whole, longer
+    def __init__(self, folder: Path, alone: Path, longer: dict) -> None:
+        self.folder, self.alone, self.longer = folder, alone, longer
         self.adapters: set[bytes] = set()
 
     def words(self, command: str, own: Path) -> list[str]:
@@ -34,7 +34,7 @@ class Commands:
             "sweep": ["-m", *SMALLEST, "seed=1,2", f"hydra.sweep.dir={self.folder}"],
             "resume": [f"resume={self.folder}", *LONGER],
             "export": ["task=export", f"run={self.folder}", *TOLERANT, f"hydra.run.dir={own}"],
-            "compare": ["task=compare", f"runs=[{self.folder},{self.whole}]", f"hydra.run.dir={own}"],
+            "compare": ["task=compare", f"runs=[{self.folder},{self.alone}]", f"hydra.run.dir={own}"],
         }[command]
 
     def note_adapter(self) -> None:
@@ -43,7 +43,7 @@ class Commands:
 
     def check(self, command: str, own: Path) -> None:
         if command == "run":
-            check_same(without_exports(result(self.folder)), result(self.whole))
+            check_same(without_exports(result(self.folder)), result(self.alone))
         elif command == "resume":
             check_same(without_exports(result(self.folder)), self.longer)
         elif command == "sweep":
@@ -67,11 +67,11 @@ def without_exports(left: dict) -> dict:
 
 
 @pytest.fixture(scope="module")
-def longer(whole, tmp_path_factory):
+def longer(alone, tmp_path_factory):
     """The result of the run that is trained further, left alone."""
     folder = tmp_path_factory.mktemp("longer")
-    shutil.copytree(whole, folder / "run")
-    words = Commands(folder / "run", whole, {}).words("resume", folder)
+    shutil.copytree(alone, folder / "run")
+    words = Commands(folder / "run", alone, {}).words("resume", folder)
     code, said = ended(typed(words, folder / "log"), folder / "log")
     assert code == 0, said[-3000:]
     return result(folder / "run")
@@ -83,11 +83,11 @@ def longer(whole, tmp_path_factory):
 @pytest.mark.parametrize(
     "pair", list(combinations_with_replacement(("run", "sweep", "resume", "export", "compare"), 2)), ids="-".join
 )
-def test_two_commands_on_one_folder(whole, longer, tmp_path, pair, delay, begun):
+def test_two_commands_on_one_folder(alone, longer, tmp_path, pair, delay, begun):
     """There is nothing in the folder when they begin, or a run that has ended."""
-    commands = Commands(tmp_path / "run", whole, longer)
+    commands = Commands(tmp_path / "run", alone, longer)
     if begun:
-        shutil.copytree(whole, commands.folder)
+        shutil.copytree(alone, commands.folder)
     commands.note_adapter()
     children = []
     for number, command in enumerate(pair):
@@ -109,4 +109,4 @@ def test_two_commands_on_one_folder(whole, longer, tmp_path, pair, delay, begun)
     codes = [code for command, _, code, _ in ends if command in possible]
     assert not codes or 0 in codes
     if begun and "resume" not in pair:
-        check_same(without_exports(result(commands.folder)), result(whole))
+        check_same(without_exports(result(commands.folder)), result(alone))

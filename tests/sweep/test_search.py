@@ -19,6 +19,7 @@ from smolvlm_exp.config.typed import parsed
 from smolvlm_exp.runs.sweep_record import read_jobs
 from smolvlm_exp.sweep.launcher import SweepStop
 from smolvlm_exp.sweep.optuna_study import (
+    JOURNAL,
     SearchConf,
     distribution,
     is_abandoned,
@@ -100,6 +101,19 @@ def test_a_trial_is_taken_over_only_once_its_command_has_ended(tmp_path):
     with FileLock(tmp_path / ".worker-other"):
         assert not is_abandoned(tmp_path, study.trials[0])
     assert is_abandoned(tmp_path, study.trials[0])
+
+
+def test_what_a_power_failure_left_of_a_trial_is_completed(tmp_path):
+    """It ended while the trial was drawn, and within a line of the study's journal."""
+    study = open_study(tmp_path, SearchConf(**OPTIONS), 1, SPACE)
+    study.ask()
+    with (tmp_path / JOURNAL).open("a") as journal:
+        journal.write('{"op_code":5,"worker_id":"2f')
+    launcher = Launcher(tmp_path)
+    trials = search(tmp_path, launcher, n_trials=3).trials
+    assert launcher.ran == [0, 1, 2]
+    assert [set(trial.params) for trial in trials] == [{"adapter.r", "trainer.learning_rate"}] * 3
+    assert [trial.state.name for trial in trials] == ["COMPLETE"] * 3
 
 
 def test_a_folder_with_another_search_is_refused(tmp_path):
