@@ -4,20 +4,17 @@ python docs/settings.py            # writes both
 python docs/settings.py --check    # as `make lint` does: fails where one is not current
 """
 
-import ast
-import inspect
 import json
-import re
 import sys
-import textwrap
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, Field, fields, is_dataclass
+from dataclasses import Field, is_dataclass
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.config.schema import SELECTORS, Config, dataclass_of, groups
+from smolvlm_exp.config.describe import default_text, properties, type_text
+from smolvlm_exp.config.schema import SELECTORS, Config, groups
 
 DOCS = Path(__file__).parent
 JSON_TYPES: dict[Any, str] = {
@@ -38,35 +35,6 @@ tracker:
 
 `docs/settings.schema.json` is the same for editors; in a YAML file:
 `# yaml-language-server: $schema=../../docs/settings.schema.json`."""
-COMMENT = re.compile(r"#\s(?!type:|noqa|fmt:)([^#]*(?:#\s(?!type:|noqa|fmt:)[^#]*)?)$")
-
-
-def comments(cls: type) -> dict[str, str]:
-    """Field -> the comment on its line."""
-    source = textwrap.dedent(inspect.getsource(cls))
-    lines = source.splitlines()
-    body = ast.parse(source).body[0]
-    assert isinstance(body, ast.ClassDef)
-    meanings = {}
-    for node in body.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-            comment = COMMENT.search(lines[(node.end_lineno or node.lineno) - 1])
-            meanings[node.target.id] = comment[1].strip() if comment else ""
-    return meanings
-
-
-def properties(cls: type, path: str = "") -> Iterator[tuple[str, Field[Any], Any, str]]:
-    """(full name, dataclass field, type, meaning) of every setting of a dataclass."""
-    hints = typing.get_type_hints(cls)
-    meaning: dict[str, str] = {}
-    for base in reversed(cls.__mro__[:-1]):
-        meaning |= comments(base)
-    for setting in fields(cls):
-        kind = hints[setting.name]
-        if group := dataclass_of(kind):
-            yield from properties(group, f"{path}{setting.name}.")
-        else:
-            yield f"{path}{setting.name}", setting, kind, meaning[setting.name]
 
 
 def tables() -> Iterator[tuple[str, type]]:
@@ -74,20 +42,6 @@ def tables() -> Iterator[tuple[str, type]]:
     for group, option, kind in groups():
         if isinstance(kind, type) and is_dataclass(kind):
             yield f"{group}={option}" if option else group, kind
-
-
-def default_text(setting: Field[Any]) -> str:
-    if setting.default_factory is not MISSING:
-        return json.dumps(setting.default_factory())
-    return "required" if setting.default in (MISSING, "???") else json.dumps(setting.default)
-
-
-def type_text(setting: Field[Any], kind: Any) -> str:
-    choices = setting.metadata.get("choices")
-    if choices:
-        return " ".join(f"`{'null' if choice is None else choice}`" for choice in choices)
-    name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-    return name.replace("None", "null")
 
 
 def markdown() -> str:

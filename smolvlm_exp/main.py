@@ -33,6 +33,7 @@ from omegaconf import DictConfig, OmegaConf
 from smolvlm_exp import __version__
 from smolvlm_exp.config.aliases import setting_meant
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
+from smolvlm_exp.config.describe import group_help
 from smolvlm_exp.config.inputs import WITHOUT_MODEL, check_inputs
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
@@ -314,11 +315,15 @@ def run_command_line() -> None:
     configure_logging()
     register_schemas()
     parser = get_args_parser()
+    parser.error = refuse_flags  # type: ignore[method-assign]
     try:
+        if group := help_wanted(sys.argv[1:]):
+            print(group_help(group.partition("=")[0], compose([group] if "=" in group else [])))
+            return
         check_flags(sys.argv[1:], parser)
+        args = parser.parse_intermixed_args()
     except RequestError as error:
         exit_with_error(error)
-    args = parser.parse_intermixed_args()
     asked = args.help or args.hydra_help or args.shell_completion
     if not asked:
         flags = [argument for argument in sys.argv[1:] if argument not in args.overrides]
@@ -348,12 +353,24 @@ def run_command_line() -> None:
 
 def check_flags(words: Sequence[str], parser: ArgumentParser) -> None:
     """Refuse settings that are typed as flags, as `--lr 1e-4`."""
-    for word in words:
-        flag = word.partition("=")[0]
+    for i, word in enumerate(words):
+        flag, _, value = word.partition("=")
+        value = value or next((word for word in words[i + 1 : i + 2] if "=" not in word and word[:1] != "-"), "VALUE")
         if flag.startswith("--") and not any(option.startswith(flag) for option in parser._option_string_actions):
             key = flag[2:].replace("-", "_")
             meant = "" if key in get_type_hints(Config) else setting_meant(key, every_key())
-            raise RequestError(f"{flag}: settings are typed without dashes, as {key}=VALUE. {meant}".rstrip())
+            raise RequestError(f"{flag}: settings are typed without dashes, as {key}={value}. {meant}".rstrip())
+
+
+def help_wanted(words: Sequence[str]) -> str:
+    """The group of `--help GROUP`; empty where that is not what is typed."""
+    others = [word for word in words if word not in ("--help", "-h")]
+    return others[0] if len(others) == 1 and len(words) == 2 and not others[0].startswith("-") else ""
+
+
+def refuse_flags(message: str) -> NoReturn:
+    """In place of argparse's usage, which is Hydra's, and its exit."""
+    raise RequestError(f"{message}. Settings are typed without dashes, as group.key=value; --help lists the options.")
 
 
 def run_command(args: Namespace) -> None:

@@ -31,6 +31,8 @@ from smolvlm_exp.config.schema import (
     every_key,
     groups,
     key_types,
+    own_config,
+    own_configs,
     parse,
     settings,
     unknown_keys,
@@ -244,7 +246,20 @@ def unknown(key: str, known: list[str]) -> str:
         return f"{key} is now {KEYS[key]}."
     if key.startswith("task.") and readers(key):
         return f"{key} belongs to task={'|'.join(readers(key))}."
+    if options := options_with(key):
+        group = key.partition(".")[0]
+        return f"{key} belongs to {group}={'|'.join(options)}."
     return f"{key}: no such setting. {setting_meant(key, known)}".rstrip()
+
+
+def options_with(key: str) -> list[str]:
+    """The data sources, or algorithms of trainers, that have this setting."""
+    group, _, name = key.partition(".")
+    if group not in ("data", "trainer"):
+        return []
+    options = own_configs(group)
+    having = [option for option in options if name in {setting.name for setting in fields(own_config(group, option))}]
+    return having if len(having) < len(options) else []
 
 
 def file_of(key: str, composed: DictConfig) -> str:

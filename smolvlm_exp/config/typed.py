@@ -22,11 +22,27 @@ def parsed(overrides: list[str]) -> list[Override]:
     try:
         read: list[Override] = parser.parse_overrides(overrides)
     except HydraException as error:
-        raise RequestError(unreadable(getattr(error, "override", ""))) from error
+        raise RequestError(spaced(overrides) or unreadable(getattr(error, "override", ""))) from error
     nameless = next((override.input_line for override in read if not override.key_or_group), None)
     if nameless:
         raise RequestError(unreadable(nameless))
     return read
+
+
+def spaced(words: list[str]) -> str:
+    """The error message for `key = value`, which a shell hands over as three words; empty where there is none such."""
+    for i, word in enumerate(words):
+        after = words[i + 1 : i + 3]
+        if re.fullmatch(KEY, word) and after[:1] == ["="] and len(after) == 2:
+            fix = f"{word}={after[1]}"
+        elif re.fullmatch(KEY, word) and after and (after[0].startswith("=") or "=" not in after[0]):
+            fix = f"{word}={after[0].removeprefix('=')}"
+        elif word.endswith("=") and after and "=" not in after[0]:
+            fix = f"{word}{after[0]}"
+        else:
+            continue
+        return f"{' '.join([word, *after[: 2 if after[0] == '=' else 1]])}: no spaces around the = sign: type {fix}"
+    return ""
 
 
 def unreadable(override: str) -> str:
@@ -35,6 +51,8 @@ def unreadable(override: str) -> str:
     if any("\ud800" <= letter <= "\udfff" for letter in override):
         return f"{override!a}: this terminal's letters are not read as UTF-8: set PYTHONUTF8=1."
     key, equals, value = override.partition("=")
+    if equals and value.rstrip(" ").endswith(","):
+        return f"{override}: it ends in a comma: type {key}={value.rstrip(', ')}"
     if not equals or key != key.strip():
         return f"{override}: a setting is typed as key=value, without spaces around the = sign."
     if not KEY.fullmatch(key):

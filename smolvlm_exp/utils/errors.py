@@ -64,11 +64,21 @@ def exit_with_error(error: RequestError | RunError) -> NoReturn:
 
 
 def suggestion(wrong: str, known: list[str]) -> str:
-    """`Did you mean X?` where something is close (a whole name, or its last part), else the list where it is short."""
-    last = wrong.rsplit(".", 1)[-1]
-    tails = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}
-    near = difflib.get_close_matches(wrong, known, n=1, cutoff=0.75) or [
-        tails[tail] for tail in difflib.get_close_matches(last, list(tails), n=1, cutoff=0.8)
-    ]
-    guess = f"Did you mean {near[0]}? " if near else ""
+    """`Did you mean X?` where something is close, else the list where it is short.
+
+    Close is the same last part, or a similar name; of a name without a group also a similar last part.
+    """
+    group, _, last = wrong.rpartition(".")
+    tails: dict[str, list[str]] = {}
+    for name in known:
+        tails.setdefault(name.rpartition(".")[2], []).append(name)
+    same = tails.get(last, [])
+    near = [last] if group and last in known else difflib.get_close_matches(wrong, known, n=3, cutoff=0.75)
+    near = [name for name in near if difflib.SequenceMatcher(None, last, name.rpartition(".")[2]).ratio() >= 0.6][:1]
+    if not near and not group:
+        same = same or [
+            name for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.8) for name in tails[tail]
+        ]
+    near = near or (same if len(same) == 1 or not group else [])
+    guess = f"Did you mean {' or '.join(near[:3])}? " if near else ""
     return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")
