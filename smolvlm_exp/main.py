@@ -147,7 +147,8 @@ def complete_and_check(args: Namespace) -> None:
     """Complete a parsed command line, in place, by the settings of the run that it names, and check all of it."""
     with unusable_path_as_request_error():
         args.overrides = complete_overrides(args.overrides, args.multirun)
-        for config in check_command(args):
+        configs = check_command(args)
+        for config in {repr((c.task, c.data, c.model)): c for c in configs}.values():  # of a sweep, what differs
             check_inputs(config)
 
 
