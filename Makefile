@@ -12,7 +12,7 @@ BIN := .venv/bin
 
 run: .venv/ready
 	$(BIN)/python -m smolvlm_exp
-	@echo 'From here on: . .venv/bin/activate && python -m smolvlm_exp --help'
+	@echo 'Before the next command, in every new terminal: . .venv/bin/activate   (Windows: .venv\Scripts\activate)'
 
 test: .venv/ready
 	$(BIN)/python -m pytest -n logical --dist loadgroup --durations=10

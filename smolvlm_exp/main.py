@@ -32,6 +32,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp import __version__
 from smolvlm_exp.config.aliases import setting_meant
+from smolvlm_exp.config.completion import BASH
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.describe import group_help
 from smolvlm_exp.config.inputs import WITHOUT_MODEL, check_inputs
@@ -217,7 +218,7 @@ def complete_and_check(args: Namespace) -> list[Config]:
     with unusable_path_as_request_error():
         args.overrides = complete_overrides(args.overrides, args.multirun)
         configs = check_command(args)
-        for config in configs:
+        for config in {repr((c.task, c.data, c.model)): c for c in configs}.values():  # of a sweep, what differs
             check_inputs(config)
         return configs
 
@@ -304,6 +305,9 @@ def main() -> None:
 def run_command_line() -> None:
     if sys.argv[1:] in (["--help"], ["-h"]):  # Hydra would first list every group of every plugin: seconds
         print(OmegaConf.load(CONF / "config.yaml").hydra.help.template)
+        return
+    if sys.argv[1:] in (["-sc", "install=bash"], ["--shell-completion", "install=bash"]):
+        print(BASH)
         return
     if sys.argv[1:] == ["--version"]:
         print(f"smolvlm_exp {__version__}")

@@ -39,6 +39,7 @@ INSTALL = "`make run`, or pip install -e . in the checkout"
 NO_GPU = "or leave the GPU out: CUDA_VISIBLE_DEVICES=-1"
 HF_HOME = Path(os.environ.get("HF_HOME") or os.environ.get("XDG_CACHE_HOME", "~/.cache") + "/huggingface").expanduser()
 PYTHON = (3, 11)  # requires-python
+MODELS = {"smolvlm": 7.0, "smolvlm_500m": 4.0}  # -> free GiB for nf4 and text adapters; less: smolvlm_256m
 
 
 @dataclass
@@ -92,7 +93,25 @@ def check_machine(outputs: Path) -> int:
     failed, warned = (", ".join(f.name for f in seen if f.verdict == level) for level in ("fail", "warn"))
     verdict = f"cannot run here. Fix first: {failed}." if failed else "can run here."
     print(f"\n`python -m smolvlm_exp` {verdict}" + (f" Worth a look: {warned}." if warned else ""))
+    if not failed:
+        print(
+            "\n".join(["", "on this machine:", *(f"  python -m smolvlm_exp {typed}" for typed in fitting_commands())])
+        )
     return int(bool(failed))
+
+
+def fitting_commands() -> list[str]:
+    """The default, and what suits the GPU: a model that fits, planned within its memory; without one what is small."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ["", "task=plan model=smolvlm trainer.memory_budget=8GiB", "-m adapter.r=4,8 trainer.max_steps=40"]
+    free = torch.cuda.mem_get_info()[0] / GIB
+    model = next((name for name, least in MODELS.items() if free >= least), "smolvlm_256m")
+    commands = ["", f"task=plan model={model} trainer.memory_budget={max(int(free), 1)}GiB"]
+    commands.append(f"model={model} data=files data.folder=my_pairs trainer.learning_rate=5e-5")
+    many = torch.cuda.device_count()
+    return [*commands, "-m hydra/launcher=parallel adapter.r=4,8,16"] if many > 1 else commands
 
 
 def attempt(name: str, check: Callable[[], Finding], verdict: str, fix: str) -> Finding:

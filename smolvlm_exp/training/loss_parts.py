@@ -5,9 +5,10 @@ multiplied with leaves its code as it is.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 NAMES = {"sigmoid": "dpo"}  # where TRL's name of a loss is not the field's
 
@@ -15,7 +16,7 @@ NAMES = {"sigmoid": "dpo"}  # where TRL's name of a loss is not the field's
 class NotingWeight:
     """A factor that calls `note` with the tensor that it is multiplied with."""
 
-    def __init__(self, value: float, note: Callable[[torch.Tensor], None]) -> None:
+    def __init__(self, value: float, note: Callable[["torch.Tensor"], None]) -> None:
         self.value, self.note = value, note
 
     @classmethod
@@ -34,8 +35,8 @@ def log_loss_parts(trainer: Any, deferred: bool) -> None:
     if len(trainer.loss_types) < 2:
         return
 
-    def noting(name: str) -> Callable[[torch.Tensor], None]:
-        def note(part: torch.Tensor) -> None:
+    def noting(name: str) -> Callable[["torch.Tensor"], None]:
+        def note(part: "torch.Tensor") -> None:
             mean = trainer.accelerator.gather(part).mean()
             mode = "train" if trainer.model.training else "eval"
             trainer._metrics[mode][f"loss/{NAMES.get(name, name)}"].append(mean if deferred else mean.item())

@@ -81,3 +81,14 @@ def test_within_seconds_without_torch_and_without_a_folder(here):
         assert done.stderr.startswith(f"smolvlm_exp: {said}")
         assert done.returncode == 2
     assert sorted(here.rglob("*")) == before
+
+
+def test_refused_later_or_without_results_a_command_leaves_no_folder(command, tmp_path):
+    """Chat and serve write nothing; what is refused once torch is there takes its folder along."""
+    done = command("task=chat")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "model: embedded, the untuned base; for a tuned one: task=chat run=last, or run=FOLDER" in done.stdout
+    for refused in (["task=compare", "runs=[x,y]"], ["adapter=none"], ["task=serve", "serve.host=nowhere.invalid"]):
+        done = command(*refused)
+        assert done.returncode == 2, done.stderr
+    assert not list(tmp_path.iterdir())

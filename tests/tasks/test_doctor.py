@@ -20,6 +20,7 @@ from wandb.sdk import wandb_setup
 
 from smolvlm_exp.tasks import doctor as module
 from smolvlm_exp.tasks.doctor import Finding, attempt, check_machine, line
+from tests.conftest import compose
 
 KEY = "0123456789abcdef" * 3
 
@@ -62,6 +63,24 @@ def test_a_working_machine_can_run_the_main_job(capsys, tmp_path):
     start_of_detail = 8 + max(map(len, seen))
     assert {row[start_of_detail - 2 : start_of_detail] for row in rows} == {"  "}
     assert all(row[start_of_detail] != " " for row in rows)
+
+
+def test_it_ends_with_commands_that_suit_this_machine(monkeypatch, capsys, tmp_path):
+    assert check_machine(tmp_path) == 0
+    end = capsys.readouterr().out.rpartition("on this machine:\n")[2].splitlines()
+    assert end[0].strip() == "python -m smolvlm_exp"
+    for typed in end:  # each composes
+        words = typed.split()[3:]
+        compose(*(word for word in words if word != "-m"), multirun="-m" in words)
+
+    gpu = {"is_available": lambda: True, "device_count": lambda: 2, "mem_get_info": lambda: (free << 30, 80 << 30)}
+    for name, function in gpu.items():
+        monkeypatch.setattr(torch.cuda, name, function)
+    for free, model in ((3, "smolvlm_256m"), (6, "smolvlm_500m"), (70, "smolvlm")):
+        commands = module.fitting_commands()
+        assert commands[1] == f"task=plan model={model} trainer.memory_budget={free}GiB"
+        assert commands[2].startswith(f"model={model} data=files")
+        assert commands[3].startswith("-m hydra/launcher=parallel")
 
 
 def test_only_a_terminal_gets_colour():

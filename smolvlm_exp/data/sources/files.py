@@ -39,6 +39,7 @@ log = logging.getLogger(__name__)
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 CHECKED = 1000  # rows, before they are loaded
+CHECKED_BYTES = 2**27  # of a file; reading a larger one takes seconds
 LONGEST_NAME = 1024  # characters; what is longer holds an image itself
 PAIRS = "pairs.jsonl"  # as task=mine writes it, beside its other files
 
@@ -88,7 +89,8 @@ def check(config: Config) -> None:
     if is_saved(folder) and not config.rows:
         return
     for path in (path for files in find(folder, config.rows).values() for path in files):
-        if path.suffix.lower() == ".parquet" or config.on_bad_row != "error":
+        large = path.stat().st_size > CHECKED_BYTES
+        if large or path.suffix.lower() == ".parquet" or config.on_bad_row != "error":
             continue
         parse = csv_rows if path.suffix.lower() == ".csv" else json_objects
         for origin, row in islice(parse(read_text(path, "data.folder"), path.name), CHECKED):
