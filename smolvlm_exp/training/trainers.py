@@ -227,11 +227,12 @@ class CheckpointMixin(Trainer):
         """With the best checkpoint as its name is here: the run may have been moved since it was saved."""
         if self.resumed_from and self.state.global_step == self.resumed_at:  # no step was left
             self._load_rng_state(self.resumed_from)
-        best = self.best_checkpoint(Path(super()._get_output_dir(None)))
-        if best and best.is_dir():
-            self.state.best_model_checkpoint = str(best)
-        elif self.args.load_best_model_at_end:
-            log.warning("load_best_model_at_end: nothing was evaluated while training; the last weights stay")
+        keep = self.args.load_best_model_at_end
+        best = self.best_checkpoint(Path(super()._get_output_dir(None))) if keep else None
+        self.state.best_model_checkpoint = str(best) if best and best.is_dir() else None
+        if keep and not self.state.best_model_checkpoint:
+            metric = self.args.metric_for_best_model
+            log.warning(f"load_best_model_at_end: no evaluation gave a number as eval_{metric}; the last weights stay")
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:

@@ -57,6 +57,8 @@ def test_it_stops_early_and_after_a_resume_at_the_same_step(bench, tmp_path):
     values = list(evaluations(tmp_path / "whole", "eval_loss").values())
     assert whole.state.global_step == len(values) < 8
     assert since_best(values, greater_is_better=False) == 2
+    last = checkpoints(tmp_path / "whole")[-1]  # which is the result, and from which it could be trained longer
+    assert last.name == f"checkpoint-{whole.state.global_step}"
     first = tmp_path / "again" / "checkpoints"
     resumed = bench.run(tmp_path / "again", *WORSE, *stops, "trainer.save_total_limit=8", prepare=stop_before_last)
     assert resumed.state.global_step < whole.state.global_step
@@ -92,6 +94,16 @@ def test_a_moved_run_finds_its_best_and_a_damaged_one_is_not_read(bench, tmp_pat
         file.write(b"\x7f\x7f\x7f\x7f")
     with pytest.raises(RunError, match=f"{best}, the best checkpoint, is damaged: adapter_model.safetensors has"):
         bench.run(moved, *keep, "trainer.max_steps=3")
+
+
+def test_without_a_best_evaluation_the_last_weights_stay(bench, tmp_path, capsys):
+    def nan_losses(trainer):
+        evaluate = trainer.evaluate
+        trainer.evaluate = lambda *args, **kwargs: {**evaluate(*args, **kwargs), "eval_loss": math.nan}
+
+    run = bench.run(tmp_path, *WORSE, KEEP_BEST, "trainer.max_steps=2", prepare=nan_losses)
+    assert run.state.global_step == 2
+    assert "no evaluation gave a number as eval_loss; the last weights stay" in capsys.readouterr().out
 
 
 def test_how_many_evaluations_follow_the_best():
