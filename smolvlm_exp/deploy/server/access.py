@@ -29,17 +29,17 @@ def api_key(host: str) -> str:
     key = os.environ.get(VARIABLE, "")
     if key and not KEY.fullmatch(key):
         raise RequestError(
-            f"{VARIABLE}: a key has at least 16 letters, digits or ASCII signs, and no spaces. {advice()}"
+            f"{VARIABLE}: a key has at least 16 letters, digits or ASCII signs, and no spaces.\n{advice()}"
         )
     if not key and not is_loopback(host):
         raise RequestError(
-            f"serve.host={host} lets others connect, and no key is set. {advice()} Or leave serve.host out: 127.0.0.1."
+            f"serve.host={host} lets others connect, and no key is set. Leave serve.host out, or set one.\n{advice()}"
         )
     return key
 
 
 def advice() -> str:
-    return f"One that is new: export {VARIABLE}={secrets.token_urlsafe(24)}"
+    return f"A new one: export {VARIABLE}={secrets.token_urlsafe(24)}"
 
 
 def require_key(app: types.ASGIApp, key: str) -> types.ASGIApp:

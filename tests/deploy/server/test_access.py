@@ -30,7 +30,7 @@ def test_this_machine_needs_no_key(host, monkeypatch):
 def test_any_other_address_needs_one(host, monkeypatch):
     monkeypatch.delenv(VARIABLE, raising=False)
     with pytest.raises(
-        RequestError, match=f"serve.host={host} lets others connect, and no key is set.*export {VARIABLE}="
+        RequestError, match=f"serve.host={host} lets others connect, and no key is set.*\nA new one: export {VARIABLE}="
     ):
         api_key(host)
     monkeypatch.setenv(VARIABLE, KEY)

@@ -5,6 +5,7 @@ import base64
 import io
 import json
 import random
+import time
 from collections import Counter
 from contextlib import suppress
 
@@ -155,5 +156,5 @@ def test_very_many_hostile_requests_leave_the_server_up_and_its_memory_bounded(a
     print(f"\n{sum(statuses.values())} answers: {dict(statuses)}; {grown / MIB:.0f} MiB more")
     assert statuses[200] > 200
     assert grown < 128 * MIB
-    assert not session.scheduler.active
-    assert not session.scheduler.waiting
+    scheduler = session.scheduler
+    assert any(not (scheduler.active or scheduler.waiting) or time.sleep(0.1) for _ in range(50))
