@@ -7,10 +7,12 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.config import DataConfig
 from smolvlm_exp.data.folder_questions import find_questions
 from smolvlm_exp.models.adapter import find_adapter
+from smolvlm_exp.reporting.trackers.config import check_installed
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.hub import is_hub_id
 
 READ_DATA = ("train", "evaluate", "mine", "export", "preview")  # tasks
+TRACKED = ("train", "evaluate", "mine", "compare")  # tasks
 WITHOUT_MODEL = ("doctor", "plan", "compare", "runs")  # tasks that work also where torch does not
 # source -> its settings that are folders, and those that are files
 PATHS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -27,6 +29,8 @@ def check_inputs(config: Config) -> None:
         RequestError: a folder or a file is missing, has no images, or only empty ones.
     """
     task, model = config.task, config.model
+    if task.name in TRACKED:
+        check_installed(config.tracker)
     if task.name in READ_DATA:
         check_paths(config.data)
         check = getattr(import_module(f"smolvlm_exp.data.sources.{config.data.source}"), "check", None)

@@ -89,6 +89,7 @@ def silence_upstream() -> None:
     """Hide upstream's warnings to its own developers and, where there is no terminal, progress bars."""
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # we change no layer's output in place
+    warnings.filterwarnings("ignore", message="Could not find a config file in")  # PEFT's, of weights that are random
     for name in ("bitsandbytes.backends.cpu.ops", "torchao", "torch.utils._pytree"):  # both of torchao's import
         logging.getLogger(name).setLevel(logging.ERROR)
     if not sys.stderr.isatty():

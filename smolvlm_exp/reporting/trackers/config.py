@@ -34,15 +34,19 @@ class TrackerConfig:
         return self.project or os.environ.get("WANDB_PROJECT") or PROJECT
 
 
-def check_tracker(config: TrackerConfig) -> None:
-    """
-    Raises:
-        RequestError: a tracker is not installed; or would refuse a name, a tag or its mode, which it would do in the
-            background, after the start, and the run would go untracked. The rules are W&B's.
-    """
+def check_installed(config: TrackerConfig) -> None:
+    """RequestError where a tracker is not."""
     missing = next((name for name in config.chosen if find_spec(name) is None), None)
     if missing:
         raise RequestError(f"tracker={missing} needs a package that is not installed: pip install {missing}")
+
+
+def check_tracker(config: TrackerConfig) -> None:
+    """
+    Raises:
+        RequestError: a tracker would refuse a name, a tag or its mode, which it would do in the background, after the
+            start, and the run would go untracked. The rules are W&B's.
+    """
     if not config.chosen:
         return
     for name, project in (("tracker.project", config.project), ("WANDB_PROJECT", os.environ.get("WANDB_PROJECT"))):

@@ -4,6 +4,7 @@ from importlib.util import find_spec
 
 import pytest
 
+import smolvlm_exp
 from smolvlm_exp.reporting.trackers import config as trackers
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
@@ -27,5 +28,6 @@ def test_one_none_or_several_are_chosen(monkeypatch):
 def test_a_tracker_that_is_not_installed_is_refused_in_one_line(monkeypatch, name):
     monkeypatch.setattr(trackers, "find_spec", lambda asked: None if asked == name else find_spec(asked))
     with pytest.raises(RequestError) as refused:
-        compose(f"tracker=[wandb,{name}]")
+        smolvlm_exp.compose([f"tracker=[wandb,{name}]"])
+    smolvlm_exp.compose([f"tracker=[wandb,{name}]", "task=plan"])
     assert str(refused.value) == f"tracker={name} needs a package that is not installed: pip install {name}"
