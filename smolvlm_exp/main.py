@@ -39,7 +39,7 @@ from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config, every_key, parse
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.checkpoint import checkpoints, disk_full_as_run_error, fsync_all
-from smolvlm_exp.runs.folder import check_unused, lock_run_folder, remove_if_refused
+from smolvlm_exp.runs.folder import check_unused, lock_run_folder, missing, remove_if_refused
 from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.tasks.opening import WITHOUT_FOLDER, announce
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
@@ -128,10 +128,10 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
                 fsync_all(folder / ".hydra")
             return task(composed)
 
-        writes = composed.task.name not in WITHOUT_FOLDER
+        writes, made = composed.task.name not in WITHOUT_FOLDER, missing(folder)
         with (
-            remove_if_refused(folder) if writes else nullcontext(),
             lock_run_folder(folder) if writes else nullcontext(),
+            remove_if_refused(folder, made) if writes else nullcontext(),
             disk_full_as_run_error(folder),
         ):
             if writes and not composed.resume:
