@@ -12,14 +12,14 @@ import os
 import shlex
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, get_type_hints
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import hydra
 from hydra._internal.callbacks import Callbacks
@@ -31,17 +31,17 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from smolvlm_exp import __version__
-from smolvlm_exp.config.aliases import setting_meant
 from smolvlm_exp.config.completion import BASH
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.describe import group_help
+from smolvlm_exp.config.flags import check_flags, help_wanted, refuse_flags
 from smolvlm_exp.config.inputs import WITHOUT_MODEL, check_inputs
 from smolvlm_exp.config.previous_run import complete_overrides
-from smolvlm_exp.config.schema import Config, every_key, parse
+from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.data.memory import Rows, save_rows
 from smolvlm_exp.evaluation.metrics import deciding_metric, summary_value
 from smolvlm_exp.runs.checkpoint import checkpoints, disk_error_as_run_error, fsync_all
-from smolvlm_exp.runs.folder import check_unused, lock_run_folder, remove_if_refused
+from smolvlm_exp.runs.folder import check_unused, lock_run_folder, missing, remove_if_refused
 from smolvlm_exp.runs.overrides import as_override, quoted
 from smolvlm_exp.tasks.opening import WITHOUT_FOLDER, announce
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
@@ -188,10 +188,10 @@ def run_once(args: Namespace, task: Callable[[DictConfig], Any]) -> Any:
             sync_saved_config(folder)
             return task(composed)
 
-        writes = composed.task.name not in WITHOUT_FOLDER
+        writes, made = composed.task.name not in WITHOUT_FOLDER, missing(folder)
         with (
-            remove_if_refused(folder) if writes else nullcontext(),
             lock_run_folder(folder) if writes else nullcontext(),
+            remove_if_refused(folder, made) if writes else nullcontext(),
             disk_error_as_run_error(folder),
         ):
             if writes and not composed.resume:
@@ -353,28 +353,6 @@ def run_command_line() -> None:
         from smolvlm_exp.utils.distributed import destroy_distributed
 
         destroy_distributed()
-
-
-def check_flags(words: Sequence[str], parser: ArgumentParser) -> None:
-    """Refuse settings that are typed as flags, as `--lr 1e-4`."""
-    for i, word in enumerate(words):
-        flag, _, value = word.partition("=")
-        value = value or next((word for word in words[i + 1 : i + 2] if "=" not in word and word[:1] != "-"), "VALUE")
-        if flag.startswith("--") and not any(option.startswith(flag) for option in parser._option_string_actions):
-            key = flag[2:].replace("-", "_")
-            meant = "" if key in get_type_hints(Config) else setting_meant(key, every_key())
-            raise RequestError(f"{flag}: settings are typed without dashes, as {key}={value}. {meant}".rstrip())
-
-
-def help_wanted(words: Sequence[str]) -> str:
-    """The group of `--help GROUP`; empty where that is not what is typed."""
-    others = [word for word in words if word not in ("--help", "-h")]
-    return others[0] if len(others) == 1 and len(words) == 2 and not others[0].startswith("-") else ""
-
-
-def refuse_flags(message: str) -> NoReturn:
-    """In place of argparse's usage, which is Hydra's, and its exit."""
-    raise RequestError(f"{message}. Settings are typed without dashes, as group.key=value; --help lists the options.")
 
 
 def run_command(args: Namespace) -> None:

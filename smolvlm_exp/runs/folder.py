@@ -2,7 +2,7 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,25 @@ def lock_run_folder(folder: Path) -> Iterator[None]:
         yield
 
 
+def missing(folder: Path) -> list[Path]:
+    """The folder and its parents, as far as they are not there."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
 @contextlib.contextmanager
-def remove_if_refused(folder: Path) -> Iterator[None]:
-    """Within, a request that is refused takes the folders along that were made for it."""
-    made = [path for path in (folder, *folder.parents) if not path.exists()]
+def remove_if_refused(folder: Path, made: Sequence[Path]) -> Iterator[None]:
+    """Within, a request that is refused takes the folders along that were made for it, and no results.
+
+    Args:
+        folder: locked; another process may have written into it before it was.
+        made: `missing`, from before it was locked.
+    """
+    ours = folder in made and [path.name for path in folder.iterdir()] == [".lock"]
     try:
         yield
     except (RequestError, SystemExit) as error:
         refused = isinstance(error, RequestError) or error.code == 2
-        if refused and folder in made and not any((folder / name).exists() for name in RESULTS):
+        if refused and ours and not any((folder / name).exists() for name in RESULTS):
             shutil.rmtree(folder, ignore_errors=True)
             with contextlib.suppress(OSError):  # another run has begun beside it
                 for parent in made[1:]:
