@@ -291,6 +291,18 @@ def test_a_sweep_of_another_task_ends_in_one_line_too(tmp_path, monkeypatch, cap
     assert f"smolvlm_exp: {message} {tmp_path}" in capsys.readouterr().err
 
 
+def test_what_hides_a_disk_error_is_one(tmp_path):
+    """As Optuna, where the lock of its journal cannot be removed."""
+    with (
+        pytest.raises(RunError, match=r"the disk failed in .*Input/output error"),
+        files.disk_error_as_run_error(tmp_path),
+    ):
+        try:
+            raise OSError(5, "Input/output error")
+        except OSError:
+            raise RuntimeError("did not possess lock")  # noqa: B904
+
+
 def test_what_is_no_disk_error_stays_what_it_is(tmp_path):
     with pytest.raises(KeyError), files.disk_error_as_run_error(tmp_path):
         raise KeyError("a mistake of ours")
