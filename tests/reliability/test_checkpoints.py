@@ -293,14 +293,10 @@ def test_a_sweep_of_another_task_ends_in_one_line_too(tmp_path, monkeypatch, cap
 
 def test_what_hides_a_disk_error_is_one(tmp_path):
     """As Optuna, where the lock of its journal cannot be removed."""
-    with (
-        pytest.raises(RunError, match=r"the disk failed in .*Input/output error"),
-        files.disk_error_as_run_error(tmp_path),
-    ):
-        try:
-            raise OSError(5, "Input/output error")
-        except OSError:
-            raise RuntimeError("did not possess lock")  # noqa: B904
+    hiding = RuntimeError("did not possess lock")
+    hiding.__context__ = OSError(5, "Input/output error")
+    with pytest.raises(RunError, match="the disk failed in"), files.disk_error_as_run_error(tmp_path):
+        raise hiding
 
 
 def test_what_is_no_disk_error_stays_what_it_is(tmp_path):
