@@ -108,9 +108,10 @@ def disk_error_as_run_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, RequestError | RunError) or not is_disk_error(error):
+        cause = next(filter(is_disk_error, chain_of(error)), None)
+        if isinstance(error, RequestError | RunError) or cause is None:
             raise
-        full, first = is_disk_full(error), first_line(error)
+        full, first = is_disk_full(cause), first_line(cause)
         if full:
             problem = f"no space left in {folder}: {first} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)"
         else:
@@ -168,6 +169,13 @@ def is_disk_full(error: BaseException) -> bool:
 def is_disk_error(error: BaseException) -> bool:
     """Whether a disk that is full or fails is behind an error."""
     return is_disk_full(error) or speaks_of(error, FAILED, FAILED_WORDS)
+
+
+def chain_of(error: BaseException | None) -> Iterator[BaseException]:
+    """An error and what it was raised from: Optuna says of a disk that fails that it holds no lock."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
 
 
 def speaks_of(error: BaseException, numbers: Sequence[int], words: Sequence[str]) -> bool:

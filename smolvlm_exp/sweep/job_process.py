@@ -159,7 +159,9 @@ def attempt(config: Config, folder: Path) -> int:
         from smolvlm_exp.sweep.pruning_callback import pruning_callbacks
         from smolvlm_exp.tasks.train import train
 
-        summary = train(replace(config, resume=str(folder)) if resume else config, folder, pruning_callbacks(folder))
+        config = replace(config, resume=str(folder)) if resume else config
+        with disk_error_as_run_error(folder):  # before training too: what is no RunError begins again
+            summary = train(config, folder, pruning_callbacks(folder))
     except Pruned:
         return 0
     except Exception as error:

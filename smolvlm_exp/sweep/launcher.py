@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from smolvlm_exp.runs.checkpoint import is_disk_error
+from smolvlm_exp.runs.checkpoint import chain_of, is_disk_error
 from smolvlm_exp.runs.overrides import as_override
 from smolvlm_exp.runs.sweep_record import Job
 from smolvlm_exp.sweep.job_process import STOP
@@ -55,7 +55,7 @@ def launch(launcher: Any, folder: Path, jobs: Sequence[Job], stop: SweepStop) ->
             for job in returned:
                 _ = job.return_value  # raises what went wrong outside the jobs' own processes
         except Exception as error:  # Slurm is not there, a node died: the other jobs' results are still reported
-            if is_disk_error(error):  # where they cannot be written either
+            if any(map(is_disk_error, chain_of(error))):  # where they cannot be written either
                 raise
             traceback.print_exc()
             log.warning(f"sweep: the launcher failed: {error}")

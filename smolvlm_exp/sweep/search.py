@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 from smolvlm_exp.config.schema import Config, check_value, settings
 from smolvlm_exp.config.typed import parsed
 from smolvlm_exp.evaluation.metrics import BY_DEFAULT, GOALS, deciding_metric
+from smolvlm_exp.runs.checkpoint import is_disk_error
 from smolvlm_exp.runs.folder import MULTIRUN, check_unused_sweep, lock_run_folder
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import DISPLAY_KEYS, Job, job_state, write_jobs
@@ -24,7 +25,7 @@ from smolvlm_exp.sweep.grid import compose
 from smolvlm_exp.sweep.launcher import SweepStop, launch
 from smolvlm_exp.sweep.optuna_study import WORKER, SearchConf, distribution, is_abandoned, open_study, require_optuna
 from smolvlm_exp.sweep.results import read_result
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.files import write_json, write_text
 from smolvlm_exp.utils.signals import STOPPED
 
@@ -61,7 +62,7 @@ def sweep_search(sweeper: Any, arguments: list[str]) -> int:
     if stop.requested:
         return STOPPED
     failed = any(trial.state.name == "FAIL" for trial in study.get_trials(deepcopy=False))
-    return int(failed or (config.strict_checks and results.failed(strict=True)))
+    return int(failed or results.failed(config.strict_checks))
 
 
 @dataclass
@@ -129,13 +130,13 @@ class Search:
             write_json(folder / "trial.json", {"study": self.study.study_name, "trial": trial_id, **pruning})
 
     def tell(self, job: Job) -> None:
-        """Tell Optuna how a trial ended; one that was stopped stays open, for sweep=FOLDER."""
+        """Tell Optuna how a trial ended; one that was stopped, or that the disk ended, stays open, for sweep=FOLDER."""
         from optuna.trial import TrialState
 
         result = read_result(self.folder, job)
         value = result.value(deciding_metric(self.config.metric, [result.summary]))
         if result.status == "done" and value is not None:
             self.study.tell(job.number, value, skip_if_finished=True)
-        elif result.status in ("done", "failed", "pruned"):
+        elif result.status in ("done", "failed", "pruned") and not is_disk_error(RunError(result.reason)):
             state = TrialState.PRUNED if result.status == "pruned" else TrialState.FAIL
             self.study.tell(job.number, state=state, skip_if_finished=True)

@@ -10,7 +10,7 @@ from optuna.storages.journal import JournalFileSymlinkLock
 
 from smolvlm_exp import main
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.runs.checkpoint import SAVING, checkpoints, damage, disk_error_as_run_error, finalise, newest_intact
+from smolvlm_exp.runs.checkpoint import SAVING, checkpoints, damage, finalise, newest_intact
 from smolvlm_exp.runs.event_log import append_event
 from smolvlm_exp.runs.find import saved_hydra, summary_of
 from smolvlm_exp.tasks import train as training
@@ -58,17 +58,16 @@ def ended(child: int, log: Path) -> tuple[int, str]:
 
 def brief_train(config: Config, folder: Path, watchers: Sequence = ()) -> dict:
     """In place of a sweep's runs, whose own points are those of `Run`: a checkpoint, and `done` as the last."""
-    with disk_error_as_run_error(folder):
-        if config.resume:
-            newest_intact(folder)
-        else:
-            append_event(folder / "metrics.jsonl", {"step": 1, "loss": 1 / config.seed})
-            staging = folder / "checkpoints" / SAVING / "checkpoint-1"
-            staging.mkdir(parents=True)
-            finalise(staging, folder / "checkpoints" / staging.name)
-        after, train = {"preference_accuracy": config.seed / 4}, {"seconds": 1.0, "pairs_per_second": 1.0}
-        summary = {"status": "done", "seed": config.seed, "seconds": 1.0, "after": after, "train": train}
-        write_json(folder / "summary.json", summary)
+    if config.resume:
+        newest_intact(folder)
+    else:
+        append_event(folder / "metrics.jsonl", {"step": 1, "loss": 1 / config.seed})
+        staging = folder / "checkpoints" / SAVING / "checkpoint-1"
+        staging.mkdir(parents=True)
+        finalise(staging, folder / "checkpoints" / staging.name)
+    after, train = {"preference_accuracy": config.seed / 4}, {"seconds": 1.0, "pairs_per_second": 1.0}
+    summary = {"status": "done", "seed": config.seed, "seconds": 1.0, "after": after, "train": train}
+    write_json(folder / "summary.json", summary)
     return summary
 
 

@@ -291,6 +291,14 @@ def test_a_sweep_of_another_task_ends_in_one_line_too(tmp_path, monkeypatch, cap
     assert f"smolvlm_exp: {message} {tmp_path}" in capsys.readouterr().err
 
 
+def test_what_hides_a_disk_error_is_one(tmp_path):
+    """As Optuna, where the lock of its journal cannot be removed."""
+    hiding = RuntimeError("did not possess lock")
+    hiding.__context__ = OSError(5, "Input/output error")
+    with pytest.raises(RunError, match="the disk failed in"), files.disk_error_as_run_error(tmp_path):
+        raise hiding
+
+
 def test_what_is_no_disk_error_stays_what_it_is(tmp_path):
     with pytest.raises(KeyError), files.disk_error_as_run_error(tmp_path):
         raise KeyError("a mistake of ours")

@@ -41,8 +41,8 @@ OPTIONS = {"n_trials": 6, "n_jobs": 2, "storage": None, "seed": 0, "prune": None
 class Launcher:
     """Pretends to run jobs: the metric is the rate's distance from 1e-4. Notes which ran."""
 
-    def __init__(self, folder: Path, status: str = "done", until: int = 100) -> None:
-        self.folder, self.status, self.until, self.ran = folder, status, until, []
+    def __init__(self, folder: Path, status: str = "done", until: int = 100, **more: str) -> None:
+        self.folder, self.status, self.until, self.more, self.ran = folder, status, until, more, []
 
     def launch(self, jobs, first):
         for overrides in jobs:
@@ -52,7 +52,7 @@ class Launcher:
                 raise KeyboardInterrupt
             self.ran.append(number)
             value = -abs(float(values["trainer.learning_rate"]) - 1e-4)
-            summary = {"status": self.status, "after": {"preference_accuracy": value}}
+            summary = {"status": self.status, "after": {"preference_accuracy": value}, **self.more}
             (self.folder / str(number) / "summary.json").write_text(json.dumps(summary))
         return [SimpleNamespace(return_value=None) for _ in jobs]
 
@@ -92,6 +92,15 @@ def test_a_search_resumes_up_to_n_trials(tmp_path, database):
 def test_failed_and_pruned_trials_count(tmp_path, status, state):
     study = search(tmp_path, Launcher(tmp_path, status))
     assert [trial.state.name for trial in study.trials] == [state] * 6
+
+
+def test_a_trial_that_the_disk_ended_is_run_again(tmp_path):
+    failed = Launcher(tmp_path, "failed", reason="RunError: the disk failed in 0: [Errno 5] Input/output error")
+    study = search(tmp_path, failed, n_trials=1)
+    assert [trial.state.name for trial in study.trials] == ["RUNNING"]
+    again = Launcher(tmp_path)
+    assert [trial.state.name for trial in search(tmp_path, again, n_trials=1).trials] == ["COMPLETE"]
+    assert again.ran == [0]
 
 
 def test_a_trial_is_taken_over_only_once_its_command_has_ended(tmp_path):
