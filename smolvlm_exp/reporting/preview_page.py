@@ -58,7 +58,11 @@ class PreviewedRow:
             for side in self.sides
         ]
         facts = [(name, text, "label") for name, text in self.facts()]
-        return {"image": embed(contact_sheet(self.tiles, self.grids)), "question": heading, "lines": texts + facts}
+        image, alt = (
+            embed(contact_sheet(self.tiles, self.grids)),
+            f"{len(self.tiles)} tiles of {len(self.grids)} images",
+        )
+        return {"image": image, "alt": alt, "question": heading, "lines": texts + facts}
 
 
 def contact_sheet(tiles: torch.Tensor, grids: Sequence[tuple[int, int]]) -> Image.Image:

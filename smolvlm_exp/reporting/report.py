@@ -31,33 +31,41 @@ Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key o
 HEADLINE = ("chair_s", "preference_accuracy", "yes_no_accuracy", "recall", "reward_accuracy", "reward")
 
 SHARE: dict[str, Any] = {"show": percent, "bounds": (0.0, 1.0)}
-CURVES: Curves = [
-    ("Loss", {"training": "loss", "held-out": "eval_loss"}, {}),
-    ("Reward of sampled answers", {"mean": "reward", "held-out": "eval_reward"}, {}),
-    ("Groups whose answers all earn the same", {"share": "frac_reward_zero_std"}, SHARE),
-    (
-        "Length of sampled answers, tokens",
-        {"mean": "completions/mean_length", "longest": "completions/max_length"},
-        {"zero": True},
-    ),
-    ("Sampled answers that were cut", {"share": "completions/clipped_ratio"}, SHARE),
-    ("KL divergence from the reference", {"KL": "kl"}, {}),
-    ("Entropy of sampled answers, nats/token", {"entropy": "entropy"}, {}),
-    ("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, {}),
-    (
-        "Reward accuracy",
-        {"training": "rewards/accuracies", "held-out": "eval_rewards/accuracies"},
-        {**SHARE, "reference": ("chance", 0.5)},
-    ),
-    ("Reward margin", {"training": "rewards/margins", "held-out": "eval_rewards/margins"}, {}),
-    ("Log-probs of the answers", {"chosen": "logps/chosen", "rejected": "logps/rejected"}, {}),
-    ("Token accuracy", {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"}, SHARE),
-    ("Gradient norm", {"norm": "grad_norm"}, {"zero": True}),
-    ("Learning rate", {"rate": "learning_rate"}, {"zero": True}),
-    ("Pairs/s", {"pairs": "pairs_per_second"}, {"zero": True}),
-    ("Tokens/s", {"tokens": "tokens_per_second"}, {"zero": True}),
-    ("Peak memory, GiB", {"peak": "memory_peak_gib"}, {"zero": True}),
-]
+CURVES: dict[str, Curves] = {
+    "What the model learns": [
+        ("Loss", {"training": "loss", "held-out": "eval_loss"}, {}),
+        (
+            "Reward accuracy",
+            {"training": "rewards/accuracies", "held-out": "eval_rewards/accuracies"},
+            {**SHARE, "reference": ("chance", 0.5)},
+        ),
+        ("Reward margin", {"training": "rewards/margins", "held-out": "eval_rewards/margins"}, {}),
+        ("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, {}),
+        ("Log-probs of the answers", {"chosen": "logps/chosen", "rejected": "logps/rejected"}, {}),
+        ("Token accuracy", {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"}, SHARE),
+    ],
+    "The answers that it samples": [
+        ("Reward of sampled answers", {"mean": "reward", "held-out": "eval_reward"}, {}),
+        ("Groups whose answers all earn the same", {"share": "frac_reward_zero_std"}, SHARE),
+        (
+            "Length of sampled answers, tokens",
+            {"mean": "completions/mean_length", "longest": "completions/max_length"},
+            {"zero": True},
+        ),
+        ("Sampled answers that were cut", {"share": "completions/clipped_ratio"}, SHARE),
+    ],
+    "How it gets there": [
+        ("KL divergence from the reference", {"KL": "kl"}, {}),
+        ("Entropy of the answers, nats/token", {"entropy": "entropy"}, {}),
+        ("Gradient norm", {"norm": "grad_norm"}, {"zero": True}),
+        ("Learning rate", {"rate": "learning_rate"}, {"zero": True}),
+    ],
+    "Speed and memory": [
+        ("Pairs/s", {"pairs": "pairs_per_second"}, {"zero": True}),
+        ("Tokens/s", {"tokens": "tokens_per_second"}, {"zero": True}),
+        ("Peak memory, GiB", {"peak": "memory_peak_gib"}, {"zero": True}),
+    ],
+}
 
 
 def write_report(
@@ -77,24 +85,19 @@ def write_report(
         groups: of answers that the model was trained on.
     """
     train = summary.get("train", {})
-    facts = {
-        **{f"{name} from": Provenance(**source) for name, source in summary.get("sources", {}).items()},
-        "seed": summary["seed"],
-        "steps": train.get("steps"),
-        "time": duration(train["seconds"]) if train else None,
-    }
     text = render(
         "report.html.jinja",
         heading=config.get("name") or "/".join(folder.absolute().parts[-2:]),
         lead=headline(summary),
         status=summary["status"],
         checked=count_passed([check["verdict"] for check in summary["checks"]]),
-        about={**summary.get("settings", {}), **facts}.items(),
+        about=deciding_settings(summary, config),
         results=result_rows(summary["before"], summary["after"], summary.get("changes", {})),
-        checks=summary["checks"],
+        checks=sorted(summary["checks"], key=lambda check: check["verdict"] == "ok"),
         advice=summary.get("advice", []),
         curves=draw_curves(read_events(folder / "metrics.jsonl")),
         samples=[sample.card() for sample in samples],
+        answered=answers_in_words(summary.get("answers", {})),
         marked=any(words for sample in samples for words in sample.hallucinated.values()),
         histories=[sample.card() for sample in histories],
         groups=[group.card() for group in groups],
@@ -186,14 +189,56 @@ def count_passed(verdicts: list[str]) -> str:
     return f"{failed} of {count} checks failed" if failed else f"{verdicts.count('ok')} of {count} checks passed"
 
 
-def draw_curves(events: list[dict[str, Any]]) -> list[str]:
-    means = {m.group(1): key for event in events for key in event if (m := re.fullmatch(r"rewards/(\w+)/mean", key))}
-    curves = [*CURVES, ("Each reward", means, {})] if means else CURVES
-    charts = [
-        line_chart({name: metric_points(events, key) for name, key in keys.items()}, title, **options)
-        for title, keys, options in curves
+def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a result depends on, by name; None where it is not known. The rest is in the config."""
+    options, train, rows = (summary.get(part, {}) for part in ("settings", "train", "data"))
+    adapter, trainer = config.get("adapter", {}), config.get("trainer", {}) if train else {}
+    sources = {name: str(Provenance(**source)) for name, source in summary.get("sources", {}).items()}
+    first = ("model", "data", "trainer", "adapter", "quant")
+    chosen = {name: options[name] for name in sorted(options, key=lambda name: name not in first)}
+    chosen |= {
+        name: f"{chosen[name]}: {sources[name]}" for name in ("model", "data") if name in chosen.keys() & sources
+    }
+    return [
+        *chosen.items(),
+        ("rank", adapter.get("r")),
+        ("alpha", adapter.get("lora_alpha")),
+        ("learning rate", trainer.get("learning_rate")),
+        ("beta", trainer.get("beta")),
+        ("batch size", train.get("batch_size")),
+        ("steps", train.get("steps")),
+        ("training rows", rows.get("train", {}).get("rows") if train else None),
+        ("held-out rows", rows.get("test", {}).get("rows")),
+        ("seed", summary["seed"]),
+        *summary.get("hardware", {}).items(),
+        ("code", sources.get("code")),
+        ("time of training", duration(train["seconds"]) if train else None),
+        ("total time", duration(summary["seconds"]) if "seconds" in summary else None),
     ]
-    return [chart for chart in charts if chart]
+
+
+def answers_in_words(counts: dict[str, int]) -> str:
+    """Of summary.json's `answers`; empty where no two answers were compared."""
+    if not counts:
+        return ""
+    return (
+        f"Of {sum(counts.values()):,} answers {counts['worse']:,} got worse, {counts['better']:,} better; "
+        f"{counts['changed']:,} changed otherwise and {counts['same']:,} are the same."
+    )
+
+
+def draw_curves(events: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The charts that have something to show, in their groups."""
+    means = {m.group(1): key for event in events for key in event if (m := re.fullmatch(r"rewards/(\w+)/mean", key))}
+    more: dict[str, Curves] = {"The answers that it samples": [("Each reward", means, {})]} if means else {}
+    groups = []
+    for group, curves in CURVES.items():
+        charts = [
+            line_chart({name: metric_points(events, key) for name, key in keys.items()}, title, **options)
+            for title, keys, options in [*curves, *more.get(group, [])]
+        ]
+        groups.append((group, [chart for chart in charts if chart]))
+    return [(group, charts) for group, charts in groups if charts]
 
 
 def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:

@@ -2,7 +2,7 @@
 
 import contextlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from smolvlm_exp.config.compose import log_tuned_settings
 from smolvlm_exp.config.schema import Config
+from smolvlm_exp.evaluation.answer_changes import AnswerChange, answer_changes, count_verdicts, save_answers
 from smolvlm_exp.evaluation.checks import (
     Check,
     check_adapter_reload,
@@ -28,13 +29,22 @@ from smolvlm_exp.models.adapter import is_pissa, save_finetuned
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.sampled_answers import COMPLETIONS, sampled_groups
-from smolvlm_exp.reporting.summary import Sample, print_phases, print_results, sample_histories, samples, summarize
+from smolvlm_exp.reporting.summary import (
+    Sample,
+    print_phases,
+    print_results,
+    sample_histories,
+    samples,
+    save_images,
+    summarize,
+)
 from smolvlm_exp.reporting.tracker import Tracker
 from smolvlm_exp.rewards.build import Rewards
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import NON_IDENTITY_KEYS, choices, run_name
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.runs.sweep_record import sweep_position
+from smolvlm_exp.tasks.provenance import code_provenance, hardware
 from smolvlm_exp.training.callbacks import METRICS, SAMPLES, MetricsCallback, SamplesCallback
 from smolvlm_exp.training.sanity_checks import ParameterMonitor, excuse_short_run
 from smolvlm_exp.utils.errors import Pruned, isolated
@@ -51,6 +61,7 @@ class Result:
     before: Evaluation
     training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
+    changes: Sequence[AnswerChange] = ()  # of the answers from `before` to `after`
 
     def __init__(
         self,
@@ -69,7 +80,7 @@ class Result:
             "status": "failed",
             "seed": config.seed,
             "settings": choices(folder),
-            "sources": {name: asdict(source) for name, source in sources.items()},
+            "sources": {name: asdict(source) for name, source in {**sources, "code": code_provenance()}.items()},
             "data": preferences.report,
             "before": {},
             "after": {},
@@ -137,6 +148,7 @@ class Result:
         self.summary |= {
             "status": "done" if self.after else "stopped",
             **summarize(self.before, self.after, excuse_short_run(checks, trainer)),
+            "hardware": hardware(self.config, model),
             "train": self.training_summary(trainer, model),
             **self.seconds(),
         }
@@ -144,6 +156,10 @@ class Result:
         if self.after:
             with isolated("the numbers of single rows"):
                 save_per_row(self.folder, self.preferences.prints, self.after.ratios)
+            with isolated("answers.jsonl"):
+                self.changes = answer_changes(self.preferences, self.before, self.after)
+                self.summary["answers"] = count_verdicts(self.changes)
+                save_answers(self.folder, self.changes)
         shown = self.report()
         with isolated("W&B"):
             self.tracker.finish(self.summary, shown, completions=read_events(self.folder / COMPLETIONS))
@@ -156,11 +172,12 @@ class Result:
         """Write report.html; returns its samples from before and after training."""
         shown: list[Sample] = []
         with isolated("report.html"):
-            if self.after:
-                shown = samples(self.preferences, self.before.answers, self.after.answers)
+            shown = samples(self.preferences, self.changes)
             between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
             groups = sampled_groups(self.preferences.train, read_events(self.folder / COMPLETIONS))
             write_report(self.folder, self.summary, asdict(self.config), shown, between, groups)
+            if shown:
+                save_images(self.folder, shown)
         return shown
 
     def seconds(self) -> dict[str, Any]:
@@ -190,6 +207,7 @@ class Result:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
             "steps": trainer.state.global_step,
+            "batch_size": batch,
             "seconds": seconds,
             "pairs_per_second": (trainer.state.global_step - trainer.resumed_at) * batch / seconds,
             "memory_peak_gib": self.metrics.memory()["memory_peak_gib"],
