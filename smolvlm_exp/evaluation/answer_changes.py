@@ -67,12 +67,18 @@ def answer_changes(preferences: "Preferences", before: "Evaluation", after: "Eva
     def change(i: int, row: dict[str, Any]) -> AnswerChange:
         answers = [evaluation.answers[i] for evaluation in (before, after) if evaluation]
         wrong = [faults(answer, row.get("truth"), preferences.words) for answer in answers]
-        if None in wrong and None not in preferred:
-            wrong = [1 - float(ratio.top[i]) for ratio in preferred if ratio]
-        known = (wrong[0], wrong[1]) if after and None not in wrong else None
-        id = preferences.prints["test"][i].hex()[:16]
-        question = text_of(row["prompt"])
-        return AnswerChange(i, id, question, references(row), answers[0], after and answers[1], known)
+        if None in wrong:
+            wrong = [None if ratio is None else 1 - float(ratio.top[i]) for ratio in preferred]
+        known = [fault for fault in wrong if fault is not None]
+        return AnswerChange(
+            row=i,
+            id=preferences.prints["test"][i].hex()[:16],
+            question=text_of(row["prompt"]),
+            references=references(row),
+            before=answers[0],
+            after=answers[1] if after else None,
+            faults=(known[0], known[1]) if len(known) == 2 else None,
+        )
 
     return [change(i, row) for i, row in zip(range(len(before.answers)), rows, strict=False)]
 

@@ -16,7 +16,7 @@ from smolvlm_exp.utils.formatting import number, percent
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 460, 232
-LEFT, RIGHT, TOP, BOTTOM = 50, WIDTH - 14, 20, HEIGHT - 34
+LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 14, 20, HEIGHT - 34
 MAX_POINTS = 120  # a line needs no more at this width, and a page of many charts stays small
 COLOURS = 6  # beyond it colours come again, dashed
 OUTLIERS = 10.0  # so many times the spread of the middle 90 % away from them a value is off the scale

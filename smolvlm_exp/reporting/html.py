@@ -1,6 +1,7 @@
 """jinja2 for all HTML: `render` fills a template of `templates/` and escapes whatever it is given."""
 
 import base64
+import hashlib
 import io
 import re
 from collections.abc import Collection, Iterable
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
 
 EDGES = (880, 640, 480, 360, 256)  # pixels of a photo's long edge; 880: twice what the page shows, for dense screens
 IMAGE_BYTES = 32_000  # of one image: two dozen of them leave a page below 1.5 MB
+IMAGES = "images.json"  # in a run's folder: the images of the report's samples, embedded, by row
 SMALL_EDGE = 256  # up to this size an image is a drawing: embedded as it is, and enlarged by the page
 
 
@@ -29,8 +31,12 @@ def render(template: str, **data: Any) -> Markup:
 
 @cache
 def environment() -> Environment:
-    loader = FileSystemLoader(Path(__file__).parent / "templates")
+    templates = Path(__file__).parent / "templates"
+    loader = FileSystemLoader(templates)
     made = Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    script = (templates / "tables.js").read_text(encoding="utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    made.globals |= {"script": Markup(script), "script_hash": f"sha256-{digest}"}
     made.filters |= {"value": format_value, "number": number, "percent": percent}
     return made
 

@@ -97,7 +97,7 @@ def write_report(
         advice=summary.get("advice", []),
         curves=draw_curves(read_events(folder / "metrics.jsonl")),
         samples=[sample.card() for sample in samples],
-        answered=answers_in_words(summary.get("answers", {})),
+        answered=answers_in_words(summary.get("answer_changes", {})),
         marked=any(words for sample in samples for words in sample.hallucinated.values()),
         histories=[sample.card() for sample in histories],
         groups=[group.card() for group in groups],
@@ -194,15 +194,15 @@ def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[t
     options, train, rows = (summary.get(part, {}) for part in ("settings", "train", "data"))
     adapter, trainer = config.get("adapter", {}), config.get("trainer", {}) if train else {}
     sources = {name: str(Provenance(**source)) for name, source in summary.get("sources", {}).items()}
-    first = ("model", "data", "trainer", "adapter", "quant")
-    chosen = {name: options[name] for name in sorted(options, key=lambda name: name not in first)}
-    chosen |= {
-        name: f"{chosen[name]}: {sources[name]}" for name in ("model", "data") if name in chosen.keys() & sources
-    }
+    chosen = {name: option for name, option in options.items() if option is not None}
+    for name in chosen.keys() & sources:  # `tiny: embedded (apache-2.0)`, but not `shapes: shapes ...`
+        own = sources[name]
+        chosen[name] = own if own.startswith(f"{chosen[name]} ") else f"{chosen[name]}: {own}"
     return [
-        *chosen.items(),
+        *((name, chosen.pop(name, None)) for name in ("model", "data", "trainer", "adapter")),
         ("rank", adapter.get("r")),
         ("alpha", adapter.get("lora_alpha")),
+        ("quant", chosen.pop("quant", None)),
         ("learning rate", trainer.get("learning_rate")),
         ("beta", trainer.get("beta")),
         ("batch size", train.get("batch_size")),
@@ -211,6 +211,7 @@ def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[t
         ("held-out rows", rows.get("test", {}).get("rows")),
         ("seed", summary["seed"]),
         *summary.get("hardware", {}).items(),
+        *chosen.items(),
         ("code", sources.get("code")),
         ("time of training", duration(train["seconds"]) if train else None),
         ("total time", duration(summary["seconds"]) if "seconds" in summary else None),
@@ -218,7 +219,7 @@ def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[t
 
 
 def answers_in_words(counts: dict[str, int]) -> str:
-    """Of summary.json's `answers`; empty where no two answers were compared."""
+    """Of summary.json's `answer_changes`; empty where no two answers were compared."""
     if not counts:
         return ""
     return (

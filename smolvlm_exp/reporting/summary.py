@@ -16,15 +16,12 @@ from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation
 from smolvlm_exp.evaluation.statistics import Change, changes, intervals
 from smolvlm_exp.evaluation.truth_metrics import hallucinated
-from smolvlm_exp.reporting.html import embed, highlight, highlight_changes
+from smolvlm_exp.reporting.html import IMAGES, embed, highlight, highlight_changes
 from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.phases import PHASES
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-
-IMAGES = "images.json"  # in the run folder
 
 
 @dataclass(frozen=True)
@@ -47,8 +44,8 @@ class Sample:
         elif self.verdict:
             (old, new), words = self.answers.values(), self.hallucinated.values()
             answers = list(zip(self.answers, highlight_changes(old, new, *words), strict=True))
-        lines = [(name, text, "model") for name, text in answers]
-        lines += [(name, text, "label") for name, text in self.references.items()]
+        references = [(name, text, "label") for name, text in self.references.items()]
+        lines = [*((name, text, "model") for name, text in answers), *references]
         image = embed(self.image)
         return {"image": image, "alt": self.alt, "verdict": self.verdict, "question": self.question, "lines": lines}
 

@@ -86,7 +86,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "hardware": hardware(config, model),
         "data": preferences.report,
         **summarize(before, after, checks),
-        "answers": count_verdicts(changes),
+        "answer_changes": count_verdicts(changes),
         "speed": {name: [asdict(at) for at in measured] for name, measured in speed.items()},
         "versions": versions(),
     }

@@ -158,7 +158,7 @@ class Result:
                 save_per_row(self.folder, self.preferences.prints, self.after.ratios)
             with isolated("answers.jsonl"):
                 self.changes = answer_changes(self.preferences, self.before, self.after)
-                self.summary["answers"] = count_verdicts(self.changes)
+                self.summary["answer_changes"] = count_verdicts(self.changes)
                 save_answers(self.folder, self.changes)
         shown = self.report()
         with isolated("W&B"):
