@@ -54,7 +54,7 @@ def named(pair: tuple[int, int]) -> list[tuple[str, int]]:
 
 
 def score_text(answer: ScoredAnswer) -> str:
-    score = "no score" if answer.score is None else number(round(answer.score, 3))
+    score = "no score" if answer.score is None else f"score {number(round(answer.score, 3))}"
     return score if answer.ended else f"{score}, cut"
 
 

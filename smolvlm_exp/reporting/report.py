@@ -154,9 +154,9 @@ def result_row(
 
 
 def format_interval(paired: dict[str, float], share: bool) -> str:
-    """The change's 95 % interval and the paired test's p."""
-    p = "< 0.001" if paired["p"] < 0.001 else f"= {paired['p']:.3f}"
-    return f"{signed(paired['low'], share)} to {signed(paired['high'], share)}, p {p}"
+    """The change's 95 % interval and the paired test's p, which stays in one piece."""
+    p = f"<{NBSP}0.001" if paired["p"] < 0.001 else f"={NBSP}{paired['p']:.3f}"
+    return f"{signed(paired['low'], share)} to {signed(paired['high'], share)}, p{NBSP}{p}"
 
 
 def signed(difference: float, share: bool) -> str:
@@ -195,9 +195,9 @@ def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[t
     adapter, trainer = config.get("adapter", {}), config.get("trainer", {}) if train else {}
     sources = {name: str(Provenance(**source)) for name, source in summary.get("sources", {}).items()}
     chosen = {name: option for name, option in options.items() if option is not None}
-    for name in chosen.keys() & sources:  # `tiny: embedded (apache-2.0)`, but not `shapes: shapes ...`
-        own = sources[name]
-        chosen[name] = own if own.startswith(f"{chosen[name]} ") else f"{chosen[name]}: {own}"
+    for name in sources.keys() & {"model", "data"}:  # `tiny: embedded (apache-2.0)`, but not `shapes: shapes ...`
+        option, own = chosen.get(name, ""), sources[name]
+        chosen[name] = f"{option}: {own}" if option and not own.startswith(f"{option} ") else own
     return [
         *((name, chosen.pop(name, None)) for name in ("model", "data", "trainer", "adapter")),
         ("rank", adapter.get("r")),
@@ -256,8 +256,10 @@ def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def phase_facts(seconds: dict[str, float]) -> list[tuple[str, str]]:
+    """Of phases that took a tenth of a second at least, as in the terminal."""
     total = sum(seconds.values())
-    return [(PHASES[name], f"{duration(taken)} ({percent(taken / total)})") for name, taken in seconds.items()]
+    shown = {PHASES[name]: taken for name, taken in seconds.items() if taken >= 0.1}
+    return [(label, f"{duration(taken)} ({percent(taken / total)})") for label, taken in shown.items()]
 
 
 def reproduce_commands(folder: Path, status: str) -> list[tuple[str, str]]:

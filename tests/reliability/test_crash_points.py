@@ -104,7 +104,7 @@ def result(folder: Path) -> dict:
     stable = {name: value for name, value in summary.items() if name not in ("advice", "sources")}
     names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if not path.name.startswith("."))
     adapter = (folder / "adapter" / "adapter_model.safetensors").read_bytes()
-    rows = (folder / "rows.safetensors").read_bytes()
+    rows = (folder / "rows.safetensors").read_bytes() + (folder / "answers.jsonl").read_bytes()
     assert "</html>" in (folder / "report.html").read_text()
     return {"summary": stable, "names": names, "adapter": adapter, "rows": rows, "log": logged(folder)}
 
@@ -221,7 +221,7 @@ class Resumed(Begun):
         shutil.copytree(self.whole, self.path)
         for name in ("checkpoints/checkpoint-2", "adapter"):
             shutil.rmtree(self.path / name)
-        for name in ("summary.json", "report.html", "rows.safetensors"):
+        for name in ("summary.json", "report.html", "rows.safetensors", "answers.jsonl", "images.json"):
             (self.path / name).unlink()
 
     def command(self) -> list[str]:

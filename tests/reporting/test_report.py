@@ -150,10 +150,10 @@ def test_each_metric_has_its_good_direction(key, before, after, tone, arrow, cha
 def test_a_change_has_its_interval_and_p() -> None:
     change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
     (line,) = result_rows({"chair_s": 0.6}, {"chair_s": 0.1}, change)
-    assert line.interval == "\u221259.0 to +2.0, p < 0.001"
+    assert line.interval == "\u221259.0 to +2.0, p\u00a0<\u00a00.001"
     assert line.tone == "neutral"  # its interval holds zero
     (line,) = result_rows({"recall": 0.5}, {"recall": 0.6}, {"recall": {"low": 0, "high": 0.1, "p": 0.25}})
-    assert line.interval.endswith("p = 0.250")
+    assert line.interval.endswith("p\u00a0=\u00a00.250")
 
 
 def test_the_settings_that_decide_come_first(tmp_path: Path) -> None:
@@ -181,6 +181,7 @@ def test_the_settings_that_decide_come_first(tmp_path: Path) -> None:
     write_report(tmp_path, known, config, [])
     text = (tmp_path / "report.html").read_text()
     assert text.index("<dt>learning rate</dt>") < text.index("<nav")
+    assert dict(deciding_settings({**known, "settings": {}}, config))["model"] == "a/b at 12345678 (mit)"
     evaluated = dict(deciding_settings({"seed": 0, "settings": {"task": "evaluate"}}, config))
     assert {name for name, value in evaluated.items() if value is not None} == {"task", "rank", "alpha", "seed"}
 
@@ -300,7 +301,7 @@ def test_runs_that_lack_something(tmp_path: Path, changes: dict[str, Any]) -> No
     text = report(tmp_path, {**SUMMARY, **changes})
     StrictParser(text)
     assert ("There is no training log." in text) == bool(changes["train"])
-    assert ("<td>0.1</td>" in text) == ("speed" in changes)
+    assert ('first token, s">0.1</td>' in text) == ("speed" in changes)
 
 
 def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path: Path) -> None:
