@@ -10,8 +10,8 @@ from packaging.requirements import Requirement
 
 from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.tasks.doctor import attempt, check_imports
-from smolvlm_exp.utils.paths import PACKAGE
 from smolvlm_exp.utils import versions
+from smolvlm_exp.utils.paths import PACKAGE
 from smolvlm_exp.utils.versions import check_torchvision, code_commit
 
 
