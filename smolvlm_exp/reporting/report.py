@@ -17,7 +17,7 @@ from smolvlm_exp.reporting.charts import line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.files import write_text
-from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, number, percent
+from smolvlm_exp.utils.formatting import MINUS, NBSP, duration, humanize, number, percent
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import PHASES
@@ -230,7 +230,12 @@ def answers_in_words(counts: dict[str, int]) -> str:
 
 def draw_curves(events: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
     """The charts that have something to show, in their groups."""
-    means = {m.group(1): key for event in events for key in event if (m := re.fullmatch(r"rewards/(\w+)/mean", key))}
+    means = {
+        humanize(m.group(1)): key
+        for event in events
+        for key in event
+        if (m := re.fullmatch(r"rewards/(\w+)/mean", key))
+    }
     more: dict[str, Curves] = {"The answers that it samples": [("Each reward", means, {})]} if means else {}
     groups = []
     for group, curves in CURVES.items():
