@@ -17,7 +17,8 @@ Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 460, 232
 LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 14, 20, HEIGHT - 34
-MAX_POINTS = 120  # a line needs no more at this width, and a page of many charts stays small
+MAX_POINTS = 120  # of a line: it needs no more at this width, and a page of many charts stays small
+MANY = 6  # of more lines each has fewer points, and hovering shows their values without their dots
 COLOURS = 6  # beyond it colours come again, dashed
 OUTLIERS = 10.0  # so many times the spread of the middle 90 % away from them a value is off the scale
 LARGEST = 1e100  # a value beyond it has diverged: drawing it would flatten everything else
@@ -39,7 +40,7 @@ class Axis:
         return round(self.start + share * (self.end - self.start), 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     name: str
     style: str  # of report.css
@@ -97,7 +98,8 @@ def line_chart(
     finite = {name: sorted(point for point in points if abs(point[1]) < LARGEST) for name, points in series.items()}
     kinds = {name: (alike or {}).get(name, name) for name, points in finite.items() if points or alike}
     styles = chart_styles(kinds)
-    lines = [Line(name, styles[name], thin(points)) for name, points in finite.items() if points]
+    most = max(8, MAX_POINTS * MANY // max(len(finite), MANY))
+    lines = [Line(name, styles[name], thin(points, most)) for name, points in finite.items() if points]
     if not lines:
         return ""
     shown = {kinds[line.name]: line.style for line in lines}
@@ -202,11 +204,11 @@ def axis(values: Sequence[float], start: float, end: float, zero: bool = False) 
     return Axis(marks, marks[0], marks[-1], start, end)
 
 
-def thin(points: Points) -> Points:
-    """At most MAX_POINTS; of every stretch its lowest and its highest stay, so that no spike is lost."""
-    if len(points) <= MAX_POINTS:
+def thin(points: Points, most: int = MAX_POINTS) -> Points:
+    """At most so many; of every stretch its lowest and its highest stay, so that no spike is lost."""
+    if len(points) <= most:
         return points
-    buckets = MAX_POINTS // 2 - 1
+    buckets = most // 2 - 1
     chosen = {points[0], points[-1]}
     for i in range(buckets):
         bucket = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
@@ -217,19 +219,30 @@ def thin(points: Points) -> Points:
 def hover_bands(
     lines: Sequence[Line], x_axis: Axis, x_label: str, show: Callable[[float], str]
 ) -> list[dict[str, Any]]:
-    """A band per step, reaching halfway to its neighbours, with the values there."""
-    at: dict[float, list[tuple[Line, float]]] = {}
+    """A band per step, reaching halfway to its neighbours, with the values there; of many steps some share one."""
+    at: dict[float, dict[Line, float]] = {}
     for line in lines:
         for x, y in line.points:
-            at.setdefault(x, []).append((line, y))
+            at.setdefault(x, {})[line] = y
     xs = sorted(at)
-    edges = [LEFT, *(round((x_axis(a) + x_axis(b)) / 2, 1) for a, b in pairwise(xs)), RIGHT]
+    shared = -(-len(xs) // MAX_POINTS) or 1
+    groups = [xs[i : i + shared] for i in range(0, len(xs), shared)]
+    edges = [LEFT, *(round((x_axis(a[-1]) + x_axis(b[0])) / 2, 1) for a, b in pairwise(groups)), RIGHT]
     bands = []
-    for x, (left, right) in zip(xs, pairwise(edges), strict=True):
-        values = [f"{line.name} {show(y)}" if len(lines) > 1 else show(y) for line, y in at[x]]
-        text = "  ·  ".join([f"{x_label} {number(x)}", *values[:3]])
-        more = "\n".join(values) if len(values) > 3 else ""  # a chart's first line holds three
-        bands.append({"x": x, "left": left, "width": round(right - left, 1), "marks": at[x], "text": text, "all": more})
+    for group, (left, right) in zip(groups, pairwise(edges), strict=True):
+        last = {line: (x, y) for x in group for line, y in at[x].items()}
+        values = [f"{line.name} {show(y)}" if len(lines) > 1 else show(y) for line, (_, y) in last.items()]
+        span = number(group[0]) if len(group) == 1 else f"{number(group[0])} to {number(group[-1])}"
+        bands.append(
+            {
+                "left": left,
+                "width": round(right - left, 1),
+                "at": x_axis(group[-1]),
+                "marks": [(line.style, x, y) for line, (x, y) in last.items()] if len(lines) <= MANY else [],
+                "text": "  ·  ".join([f"{x_label} {span}", *values[:3]]),
+                "all": "\n".join(values) if len(values) > 3 else "",  # a chart's first line holds three
+            }
+        )
     return bands
 
 

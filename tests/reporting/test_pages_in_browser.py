@@ -1,19 +1,22 @@
 """The pages in a real browser, on a phone and on a desk: nothing is cut off, tables sort and copy, nothing fails."""
 
 import json
+import math
 import shutil
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from smolvlm_exp.data.messages import user
 from smolvlm_exp.evaluation.answer_changes import AnswerChange, save_answers
 from smolvlm_exp.evaluation.comparison import Run, compare_runs
 from smolvlm_exp.reporting.comparison_page import comparison_page
 from smolvlm_exp.reporting.mining_page import Example, mining_page
-from smolvlm_exp.reporting.report import write_report
+from smolvlm_exp.reporting.report import CURVES, write_report
 from smolvlm_exp.reporting.summary import save_images
 from smolvlm_exp.rewards.pairs import ScoredAnswer
 from smolvlm_exp.sweep.sweep_page import write_page
@@ -83,6 +86,23 @@ def browser():
         page.on("console", lambda message: wrong.append(message.text))  # what a policy forbids appears there
         yield SimpleNamespace(page=page, wrong=wrong)
         started.close()
+
+
+def test_a_comparison_of_many_long_runs_stays_small(tmp_path):
+    keys = [key for curves in CURVES.values() for _, lines, _ in curves for key in lines.values()]
+    runs = []
+    for i in range(12):
+        folder = tmp_path / str(i)
+        folder.mkdir()
+        write_log(folder, *({"step": s, **{key: math.sin(s * i + len(key)) for key in keys}} for s in range(400)))
+        hard = [replace(sample(image=Image.effect_noise((880, 660), 80)), row=row) for row in range(12)]
+        save_images(folder, hard)
+        lines = [AnswerChange(row, f"{row}", "Q", {}, "A", f"B {i}", None) for row in range(12)]
+        save_answers(folder, lines)
+        runs.append(Run(folder, {"adapter.r": str(i)}, {**SUMMARY, "after": METRICS}))
+    page = comparison_page(compare_runs(runs, None), tmp_path)
+    assert page.count("<img ") == 12
+    assert len(page.encode()) < 1_500_000
 
 
 @pytest.mark.parametrize("name", ["report", "compare", "sweep", "mining"])

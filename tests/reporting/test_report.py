@@ -363,6 +363,8 @@ def test_a_spike_is_off_the_scale_and_does_not_flatten_the_rest() -> None:
 def test_every_line_s_value_is_under_the_pointer() -> None:
     chart = line_chart({f"r={i}": [(1, float(i)), (2, 5.0)] for i in range(5)}, "t")
     assert "<title>r=0 0\nr=1 1\nr=2 2\nr=3 3\nr=4 4</title>" in chart
+    longer = line_chart({name: [(2.0 * x + odd, 1.0) for x in range(90)] for odd, name in enumerate("ab")}, "t")
+    assert "step 0 to 1  ·  a 1  ·  b 1" in longer  # 180 steps share bands
 
 
 def test_long_logs_are_thinned_and_keep_their_spikes() -> None:
