@@ -9,14 +9,13 @@ from urllib.parse import quote
 from rich.console import Console
 from rich.table import Table
 
-from smolvlm_exp.evaluation.answer_changes import load_answers
 from smolvlm_exp.evaluation.comparison import Comparison, Group, Run
 from smolvlm_exp.evaluation.metrics import goal_of, is_share, metric_of
 from smolvlm_exp.reporting.charts import chart_styles, line_chart
-from smolvlm_exp.reporting.html import IMAGES, highlight_changes, render
+from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.report import CURVES
+from smolvlm_exp.reporting.side_by_side import side_by_side
 from smolvlm_exp.runs.event_log import metric_points, read_events
-from smolvlm_exp.utils.files import read_json
 from smolvlm_exp.utils.formatting import MINUS, humanize, percent, short_keys, short_value
 from smolvlm_exp.utils.paths import relative_to_cwd
 
@@ -24,7 +23,6 @@ POINTS = " points"
 NAMES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i", "cog": "Cog"}  # as the papers have them
 ARROWS = {1: "↑", -1: "↓", 0: ""}
 COLUMNS = 6  # of a table of metrics: more are too wide for a page
-GROUPS, ROWS = 6, 12  # at most, of answers side by side
 COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pairs_per_second": "pairs/s"}
 COST_HEADS = dict(zip(COSTS, ("Training time, s", "Peak memory, GiB", "Pairs/s"), strict=True))
 
@@ -87,7 +85,9 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
             (["Runs with", *map(column_head, paths)], [metric_row(group, paths) for group in comparison.groups])
             for paths in further
         ],
-        samples=side_by_side(comparison),
+        samples=side_by_side(
+            [(group_name(group) or run_name(group, group.runs[0]), group.runs[0].folder) for group in comparison.groups]
+        ),
         curves=draw_curves(runs, groups),
         legend={style: groups[name] for name, style in chart_styles(groups).items()}.items(),
         reports=[
@@ -116,47 +116,6 @@ def table_row(comparison: Comparison, group: Group, paths: Sequence[str]) -> dic
 def metric_row(group: Group, paths: Sequence[str]) -> list[str]:
     numbers = [format_metric(path, group.value(path), group.error(path)) for path in paths]
     return [group_name(group) or "all alike", *numbers]
-
-
-def side_by_side(comparison: Comparison) -> list[dict[str, Any]]:
-    """A dozen held-out rows with the answers of each group's first run, those on which the groups differ most first.
-
-    Of the rows whose image a run has kept; what differs from the best group's answer is marked.
-    """
-    firsts = [group.runs[0] for group in comparison.groups[:GROUPS]]
-    names = [group_name(group) or run_name(group, group.runs[0]) for group in comparison.groups[:GROUPS]]
-    lines = [load_answers(run.folder) for run in firsts]
-    images = {
-        id: kept[str(line["row"])]
-        for own, kept in zip(lines, (read_json(run.folder / IMAGES) for run in firsts), strict=True)
-        for id, line in own.items()
-        if str(line.get("row")) in kept
-    }
-    rows = [(id, [own[id] for own in lines]) for id in images if all("after" in own.get(id, {}) for own in lines)]
-    rows.sort(key=lambda row: [-spread(row[1]), -len({line["after"] for line in row[1]})])
-    return [side_by_side_card(images[id], answers, names) for id, answers in rows[:ROWS]]
-
-
-def spread(answers: Sequence[dict[str, Any]]) -> float:
-    """How much more is wrong with the worst of these answers than with the best."""
-    wrong = [line["faults"][-1] for line in answers if line.get("faults")]
-    return max(wrong) - min(wrong) if wrong else 0.0
-
-
-def side_by_side_card(image: dict[str, Any], answers: Sequence[dict[str, Any]], names: Sequence[str]) -> dict[str, Any]:
-    best = answers[0]
-    shown = [(names[0], best["after"])]
-    shown += [
-        (name, highlight_changes(best["after"], line["after"])[1])
-        for name, line in zip(names[1:], answers[1:], strict=True)
-    ]
-    before = {line["before"] for line in answers}
-    return {
-        "image": image,
-        "question": best["question"],
-        "references": [(key.capitalize(), best[key]) for key in ("chosen", "rejected", "truth") if best.get(key)],
-        "answers": [*([("Before tuning", before.pop())] if len(before) == 1 else []), *shown],
-    }
 
 
 def lead(comparison: Comparison) -> str:

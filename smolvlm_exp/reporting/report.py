@@ -1,4 +1,4 @@
-"""A run folder -> `report.html`: one file that shows what a run did, without a network, an account or a script.
+"""A run folder -> `report.html`: one file that shows what a run did, without a network or an account.
 
 Python computes what is shown; `templates/report.html.jinja` lays it out.
 """
@@ -191,7 +191,8 @@ def count_passed(verdicts: list[str]) -> str:
 
 def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, Any]]:
     """What a result depends on, by name; None where it is not known. The rest is in the config."""
-    options, train, rows = (summary.get(part, {}) for part in ("settings", "train", "data"))
+    options, train, data = (summary.get(part, {}) for part in ("settings", "train", "data"))
+    rows = {split: f"{report['rows']:,}" for split, report in data.items()}
     adapter, trainer = config.get("adapter", {}), config.get("trainer", {}) if train else {}
     sources = {name: str(Provenance(**source)) for name, source in summary.get("sources", {}).items()}
     chosen = {name: option for name, option in options.items() if option is not None}
@@ -207,8 +208,8 @@ def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[t
         ("beta", trainer.get("beta")),
         ("batch size", train.get("batch_size")),
         ("steps", train.get("steps")),
-        ("training rows", rows.get("train", {}).get("rows") if train else None),
-        ("held-out rows", rows.get("test", {}).get("rows")),
+        ("training rows", rows.get("train") if train else None),
+        ("held-out rows", rows.get("test")),
         ("seed", summary["seed"]),
         *summary.get("hardware", {}).items(),
         *chosen.items(),

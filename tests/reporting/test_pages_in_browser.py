@@ -50,7 +50,9 @@ def write_run(folder: Path, rate: str, value: float) -> Run:
 def pages(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
     runs = [write_run(folder / name, name, value) for name, value in (("1e-5", 0.9), ("0.001", 0.6), ("0.0005", 0.75))]
-    (folder / "compare.html").write_text(comparison_page(compare_runs(runs, None), folder))
+    older = write_run(folder / "0.1", "0.1", 0.3)  # of a release that kept no answers
+    (older.folder / "answers.jsonl").unlink()
+    (folder / "compare.html").write_text(comparison_page(compare_runs([*runs, older], None), folder))
     jobs = {(r, rate, "0"): 0.5 + 0.1 * i for i, (r, rate) in enumerate([("8", "1e-3"), ("16", "1e-3"), ("8", "5e-3")])}
     (folder / "sweep").mkdir()
     write_page(made(folder / "sweep", grid(jobs)))
@@ -123,18 +125,21 @@ def test_tables_sort_by_number_and_are_copied(pages, browser):
     page.goto(pages["compare"].as_uri())
     rates = page.locator("#table tbody td:first-child")
     head = page.locator("#table th").first
-    assert rates.all_inner_texts() == ["1e-5", "0.0005", "0.001"]  # as the metric has them
-    for order, expected in (("ascending", ["1e-5", "0.0005", "0.001"]), ("descending", ["0.001", "0.0005", "1e-5"])):
+    assert rates.all_inner_texts() == ["1e-5", "0.0005", "0.001", "0.1"]  # as the metric has them
+    for order, expected in (
+        ("ascending", ["1e-5", "0.0005", "0.001", "0.1"]),
+        ("descending", ["0.1", "0.001", "0.0005", "1e-5"]),
+    ):
         head.locator("button").click()
         assert head.get_attribute("aria-sort") == order
         assert rates.all_inner_texts() == expected
     page.locator("#table th button", has_text="Difference to best").click()
-    assert rates.all_inner_texts() == ["0.001", "0.0005", "1e-5"]  # the best has no difference, and comes last
+    assert rates.all_inner_texts() == ["0.1", "0.001", "0.0005", "1e-5"]  # the best has no difference, and comes last
     page.evaluate("navigator.clipboard.writeText = async (text) => { window.copied = text; }")
     page.locator("#table .copy").click()
     first, second, *_ = page.evaluate("copied").split("\n")
     assert first.startswith("learning_rate\ttarget\tRuns\tVerdict\tDifference to best\tPreference accuracy ↑\t")
-    assert second.split("\t")[0] == "0.001"
+    assert second.split("\t")[0] == "0.1"
     assert browser.wrong == []
 
 

@@ -163,7 +163,7 @@ def test_the_settings_that_decide_come_first(tmp_path: Path) -> None:
     known = {
         **SUMMARY, "train": {**SUMMARY["train"], "batch_size": 32}, "seconds": 90.0,
         "hardware": {"device": "NVIDIA H200", "dtype": "bfloat16"},
-        "data": {"train": {"rows": 640}, "test": {"rows": 240}},
+        "data": {"train": {"rows": 6400}, "test": {"rows": 240}},
         "sources": {
             "model": {"id": "a/b", "commit": "1234567890", "license": "mit"},
             "data": {"id": "shapes", "commit": None, "license": "apache-2.0"},
@@ -174,7 +174,7 @@ def test_the_settings_that_decide_come_first(tmp_path: Path) -> None:
     assert decide == [
         ("model", "tiny: a/b at 12345678 (mit)"), ("data", "shapes (apache-2.0)"), ("trainer", "dpo"),
         ("adapter", "dora"), ("rank", 8), ("alpha", 16), ("quant", "nf4"), ("learning rate", 1e-4), ("beta", 0.2),
-        ("batch size", 32), ("steps", 60), ("training rows", 640), ("held-out rows", 240), ("seed", 20240101),
+        ("batch size", 32), ("steps", 60), ("training rows", "6,400"), ("held-out rows", "240"), ("seed", 20240101),
         ("device", "NVIDIA H200"), ("dtype", "bfloat16"), ("code", "smolvlm_exp 0.1.0 at abcdef01 (apache-2.0)"),
         ("time of training", "41.4 s"), ("total time", "1 min 30 s"),
     ]  # fmt: skip
