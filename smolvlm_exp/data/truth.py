@@ -145,6 +145,14 @@ def truth_text(truth: str | None) -> str:
     return known["caption"] if known.get("kind") == "reference" else ", ".join(known.get("objects", ()))
 
 
+def image_text(truth: str | None, question: str) -> str:
+    """In place of an image: what is known to be in it, or else what is asked about it."""
+    known = read_truth(truth)
+    if things := known.get("phrases") or known.get("objects"):
+        return f"An image of {', '.join(things)}"
+    return f"An image: {known['caption']}" if "caption" in known else f"The image of the question: {question}"
+
+
 def vocabulary_of(truths: Iterable[str | None]) -> Vocabulary | None:
     """Each object that is in a row's image, or might well be, by its own name; None where there is none."""
     captions = [known for known in map(read_truth, truths) if known.get("kind") == "caption"]

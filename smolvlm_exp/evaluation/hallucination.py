@@ -1,20 +1,22 @@
 """Does the answer say what is there? CHAIR (arXiv 1809.02156), AMBER's measures of captions (arXiv 2311.07397), and
-POPE's of yes/no questions (arXiv 2305.10355). Does it say it in the right colour and size, and once?
+POPE's of yes/no questions (arXiv 2305.10355). Does it say it in the right colour, size and number, and once?
 
 `Vocabulary` and `Amber` read the objects out of an answer, `chair` and `yes_no` count: pure functions of texts.
 """
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from smolvlm_exp.data.vocabulary import Truth, Words, every_mention, tokens
+from smolvlm_exp.evaluation.exact_match import NUMBER_OF
 from smolvlm_exp.evaluation.statistics import Ratio, mean, ratio
 
 # Words of colour (the eleven basic terms of Berlin and Kay 1969) and of size -> how they are compared.
 COLOURS = ("white", "black", "red", "green", "yellow", "blue", "brown", "purple", "pink", "orange", "grey")
 ATTRIBUTES = {word: word for word in (*COLOURS, "small", "large")} | {"gray": "grey", "little": "small", "big": "large"}
+COUNTS = NUMBER_OF | {"a": "1", "an": "1"}
 
 
 @dataclass(frozen=True)
@@ -58,44 +60,56 @@ def chair(captions: Sequence[Caption]) -> dict[str, Ratio]:
     return metrics
 
 
-def attribute_counts(text: str, truth: Truth, words: Words) -> tuple[int, int]:
-    """How many of a caption's phrases give an object of the image its colour and size.
+def attributes_in(said: Sequence[str]) -> set[str]:
+    return {ATTRIBUTES[word] for word in said if word in ATTRIBUTES}
+
+
+def count_in(said: Sequence[str]) -> set[str]:
+    """The last alone: `a picture of two` says two."""
+    return set([COUNTS[word] for word in said if word in COUNTS][-1:])
+
+
+Claims = Callable[[Sequence[str]], set[str]]  # reads what the words before an object say of it
+
+
+def description_counts(text: str, truth: Truth, words: Words, claims: Claims = attributes_in) -> tuple[int, int]:
+    """How many of a caption's phrases give an object of the image its colour and size or, with `count_in`, its number.
 
     `a small red star` claims red and small of a star. It is right where one of the truth's `phrases` says all of that
-    about a star; a star without colour and size claims nothing, and is right. Counts (`two`) are not looked at.
+    about a star; a star without colour and size claims nothing, and is right.
 
     Returns:
         Right phrases, and all phrases that name an object of the image: (0, 0) where the truth has no `phrases`.
     """
-    right = [is_right for _, is_right in rightly_described(text, truth, words)]
+    right = [is_right for _, is_right in rightly_described(text, truth, words, claims)]
     return sum(right), len(right)
 
 
-def rightly_described(text: str, truth: Truth, words: Words) -> list[tuple[str, bool]]:
+def rightly_described(text: str, truth: Truth, words: Words, claims: Claims = attributes_in) -> list[tuple[str, bool]]:
     """Each object of the truth's `phrases` that a text names, as often as it does, and whether it is described so."""
-    known = described(truth, words)
-    named = [(name, claimed) for name, claimed in described_objects(text, truth, words) if name in known]
+    known = described(truth, words, claims)
+    named = [(name, claimed) for name, claimed in described_objects(text, truth, words, claims) if name in known]
     return [(name, any(claimed <= attributes for attributes in known[name])) for name, claimed in named]
 
 
-def described(truth: Truth, words: Words) -> dict[str, list[set[str]]]:
-    """Object -> the colours and sizes that each of the truth's `phrases` about it has."""
+def described(truth: Truth, words: Words, claims: Claims = attributes_in) -> dict[str, list[set[str]]]:
+    """Object -> what each of the truth's `phrases` about it says of it."""
     known: dict[str, list[set[str]]] = {}
     for phrase in truth.get("phrases", ()):
-        for name, attributes in described_objects(phrase, truth, words):
+        for name, attributes in described_objects(phrase, truth, words, claims):
             known.setdefault(name, []).append(attributes)
     return known
 
 
-def described_objects(text: str, truth: Truth, words: Words) -> Iterator[tuple[str, set[str]]]:
-    """Each object that a text names, with the colours and sizes between it and the comma, `and` or object before."""
+def described_objects(text: str, truth: Truth, words: Words, claims: Claims) -> Iterator[tuple[str, set[str]]]:
+    """Each object that a text names, with what is said of it between the comma, `and` or object before, and it."""
     for part in re.split(r",| and ", text):
         said = tokens(part)
         for mention, name in every_mention(part, truth, words):
             length = len(mention.split())
             at = next(i for i in range(len(said)) if said[i : i + length] == mention.split())
             if name is not None:
-                yield name, {ATTRIBUTES[word] for word in said[:at] if word in ATTRIBUTES}
+                yield name, claims(said[:at])
             said = said[at + length :]
 
 

@@ -23,6 +23,7 @@ METRICS = {
     "recall": Metric("Objects in the image that are named", "recall, higher is better", 1),
     "cog": Metric("Absent objects that people would expect, named", "Cog, lower is better", -1),
     "attribute_accuracy": Metric("Objects named in their colour and size", "higher is better", 1),
+    "count_accuracy": Metric("Objects named in their number", "higher is better", 1),
     "repeat_rate": Metric("Captions that name an object twice", "lower is better", -1),
     "preference_accuracy": Metric("Preference accuracy", "the chosen answer is the likelier one", 1),
     "reward_accuracy": Metric("Reward accuracy", "DPO's implicit reward against the base model", 1),

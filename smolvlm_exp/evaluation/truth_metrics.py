@@ -4,8 +4,10 @@ from smolvlm_exp.data.truth import read_truth
 from smolvlm_exp.data.vocabulary import Truth, Words
 from smolvlm_exp.evaluation.exact_match import answer_accuracy
 from smolvlm_exp.evaluation.hallucination import (
-    attribute_counts,
+    attributes_in,
     chair,
+    count_in,
+    description_counts,
     f1,
     read_caption,
     repeats,
@@ -30,14 +32,35 @@ def truth_metrics(answers: list[str], truths: list[str | None], words: Words | N
 
 
 def caption_metrics(captions: list[tuple[str, Truth]], words: Words) -> dict[str, Ratio]:
-    """CHAIR's; `repeat_rate`; and `attribute_accuracy`, where the objects' colours and sizes are known."""
+    """CHAIR's; `repeat_rate`; `attribute_accuracy` and `count_accuracy`, where the objects are known in full."""
     if not captions:
         return {}
     metrics = chair([read_caption(text, truth, words) for text, truth in captions])
     if any("phrases" in truth for _, truth in captions):
-        right, named = zip(*(attribute_counts(text, truth, words) for text, truth in captions), strict=True)
-        metrics["attribute_accuracy"] = ratio(right, named)
+        for name, claims in (("attribute_accuracy", attributes_in), ("count_accuracy", count_in)):
+            counts = [description_counts(text, truth, words, claims) for text, truth in captions]
+            right, named = zip(*counts, strict=True)
+            metrics[name] = ratio(right, named)
     return {**metrics, "repeat_rate": mean([repeats(text, truth, words) > 0 for text, truth in captions])}
+
+
+def faults(answer: str, truth: str | None, words: Words | None) -> float | None:
+    """How much is wrong with an answer; None where nothing is known, or nobody can tell.
+
+    A caption has one fault for each object that is not there, is left out, is named again, or has a wrong colour or
+    size, or a wrong number; any other answer is right (0) or wrong (1).
+    """
+    known = read_truth(truth)
+    kind = known.get("kind")
+    if kind == "caption" and words:
+        caption = read_caption(answer, known, words)
+        counts = [description_counts(answer, known, words, claims) for claims in (attributes_in, count_in)]
+        absent = sum(name not in caption.objects for name in caption.mentions)
+        left_out = len(set(caption.objects) - set(caption.mentions))
+        return absent + left_out + repeats(answer, known, words) + sum(named - right for right, named in counts)
+    if kind in ("caption", "reference", None):
+        return None
+    return 1.0 - next(iter(truth_metrics([answer], [truth], words).values())).value
 
 
 def hallucinated(answer: str, truth: str | None, words: Words | None) -> list[str]:

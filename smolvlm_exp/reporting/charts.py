@@ -16,9 +16,11 @@ from smolvlm_exp.utils.formatting import number, percent
 Points = Sequence[tuple[float, float]]
 
 WIDTH, HEIGHT = 460, 232
-LEFT, RIGHT, TOP, BOTTOM = 50, WIDTH - 14, 20, HEIGHT - 34
-MAX_POINTS = 200  # more than a chart of this width can show
+LEFT, RIGHT, TOP, BOTTOM = 56, WIDTH - 14, 20, HEIGHT - 34
+MAX_POINTS = 120  # of a line: it needs no more at this width, and a page of many charts stays small
+MANY = 6  # of more lines each has fewer points, and hovering shows their values without their dots
 COLOURS = 6  # beyond it colours come again, dashed
+OUTLIERS = 10.0  # so many times the spread of the middle 90 % away from them a value is off the scale
 LARGEST = 1e100  # a value beyond it has diverged: drawing it would flatten everything else
 
 
@@ -33,10 +35,12 @@ class Axis:
     end: float
 
     def __call__(self, value: float) -> float:
-        return round(self.start + (value - self.low) / (self.high - self.low) * (self.end - self.start), 1)
+        """At its end for a value beyond it."""
+        share = (min(max(value, self.low), self.high) - self.low) / (self.high - self.low)
+        return round(self.start + share * (self.end - self.start), 1)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Line:
     name: str
     style: str  # of report.css
@@ -56,6 +60,7 @@ class Chart:
     show: Callable[[float], str] = number  # writes a y value
     legend: Sequence[tuple[str, str]] = ()  # style, name
     lost: int = 0  # points that are not finite
+    beyond: int = 0  # points that are off the scale
     reference: tuple[str, float] | None = None
     lines: Sequence[Line] = ()
     bands: Sequence[dict[str, Any]] = ()
@@ -76,6 +81,7 @@ def line_chart(
     zero: bool = False,
     reference: tuple[str, float] | None = None,
     alike: Mapping[str, str] | None = None,
+    legend: bool = True,
 ) -> str:
     """One figure: title, legend, axes, a line per series. Returns "" where there is nothing to draw.
 
@@ -85,32 +91,55 @@ def line_chart(
         bounds: fixes the y axis (an accuracy: (0, 1)).
         zero: the y axis starts at zero at the latest.
         reference: a dashed horizontal line and its name.
-        alike: series -> what it is one of; those have one colour, and one place in the legend.
+        alike: series -> what it is one of; those have one colour, and one place in the legend. With the same `alike`
+            the colours are the same in all charts.
+        legend: whether the chart has its own.
     """
     finite = {name: sorted(point for point in points if abs(point[1]) < LARGEST) for name, points in series.items()}
-    kinds = {name: (alike or {}).get(name, name) for name, points in finite.items() if points}
-    if not kinds:
+    kinds = {name: (alike or {}).get(name, name) for name, points in finite.items() if points or alike}
+    styles = chart_styles(kinds)
+    most = max(8, MAX_POINTS * MANY // max(len(finite), MANY))
+    lines = [Line(name, styles[name], thin(points, most)) for name, points in finite.items() if points]
+    if not lines:
         return ""
-    legend = {
-        kind: f"s{i % COLOURS}" + (" dashed" if i >= COLOURS else "")
-        for i, kind in enumerate(dict.fromkeys(kinds.values()))
-    }
-    lines = [Line(name, legend[kind], thin(finite[name])) for name, kind in kinds.items()]
-    values = [y for line in lines for _, y in line.points] + ([reference[1]] if reference and not bounds else [])
-    x_axis = step_axis([x for line in lines for x, _ in line.points])
+    shown = {kinds[line.name]: line.style for line in lines}
+    values = [y for line in lines for _, y in line.points]
+    if not bounds:
+        values = within_scale(values)
+    named = [reference[1]] if reference and not bounds else []
+    x_axis, y_axis = (
+        step_axis([x for line in lines for x, _ in line.points]),
+        axis(bounds or values + named, BOTTOM, TOP, zero),
+    )
     return Chart(
         title,
         "; ".join(describe(line, x_label, show) for line in lines),
         x=x_axis,
-        y=axis(bounds or values, BOTTOM, TOP, zero),
+        y=y_axis,
         x_label=x_label,
         show=show,
-        legend=[(style, kind) for kind, style in legend.items()],
+        legend=[(style, kind) for kind, style in shown.items()] if legend else (),
         lost=sum(map(len, series.values())) - sum(map(len, finite.values())),
+        beyond=sum(not y_axis.low <= y <= y_axis.high for points in finite.values() for _, y in points),
         reference=reference,
         lines=lines,
         bands=hover_bands(lines, x_axis, x_label, show),
     ).draw()
+
+
+def chart_styles(kinds: Mapping[str, str]) -> dict[str, str]:
+    """Series -> the class of its colour, by what it is one of."""
+    order = {kind: i for i, kind in enumerate(dict.fromkeys(kinds.values()))}
+    return {name: f"s{order[kind] % COLOURS}{' dashed' * (order[kind] >= COLOURS)}" for name, kind in kinds.items()}
+
+
+def within_scale(values: Sequence[float]) -> list[float]:
+    """Without the few that would flatten all others."""
+    ordered = sorted(values)
+    few = len(ordered) // 20
+    low, high = ordered[few], ordered[-1 - few]
+    reach = OUTLIERS * (high - low) or math.inf
+    return [value for value in ordered if low - reach <= value <= high + reach]
 
 
 def scatter_chart(
@@ -175,11 +204,11 @@ def axis(values: Sequence[float], start: float, end: float, zero: bool = False) 
     return Axis(marks, marks[0], marks[-1], start, end)
 
 
-def thin(points: Points) -> Points:
-    """At most MAX_POINTS; of every stretch its lowest and its highest stay, so that no spike is lost."""
-    if len(points) <= MAX_POINTS:
+def thin(points: Points, most: int = MAX_POINTS) -> Points:
+    """At most so many; of every stretch its lowest and its highest stay, so that no spike is lost."""
+    if len(points) <= most:
         return points
-    buckets = MAX_POINTS // 2 - 1
+    buckets = most // 2 - 1
     chosen = {points[0], points[-1]}
     for i in range(buckets):
         bucket = points[i * len(points) // buckets : (i + 1) * len(points) // buckets]
@@ -190,18 +219,30 @@ def thin(points: Points) -> Points:
 def hover_bands(
     lines: Sequence[Line], x_axis: Axis, x_label: str, show: Callable[[float], str]
 ) -> list[dict[str, Any]]:
-    """A band per step, reaching halfway to its neighbours, with the values there."""
-    at: dict[float, list[tuple[Line, float]]] = {}
+    """A band per step, reaching halfway to its neighbours, with the values there; of many steps some share one."""
+    at: dict[float, dict[Line, float]] = {}
     for line in lines:
         for x, y in line.points:
-            at.setdefault(x, []).append((line, y))
+            at.setdefault(x, {})[line] = y
     xs = sorted(at)
-    edges = [LEFT, *((x_axis(a) + x_axis(b)) / 2 for a, b in pairwise(xs)), RIGHT]
+    shared = -(-len(xs) // MAX_POINTS) or 1
+    groups = [xs[i : i + shared] for i in range(0, len(xs), shared)]
+    edges = [LEFT, *(round((x_axis(a[-1]) + x_axis(b[0])) / 2, 1) for a, b in pairwise(groups)), RIGHT]
     bands = []
-    for x, (left, right) in zip(xs, pairwise(edges), strict=True):
-        values = [f"{line.name} {show(y)}" if len(lines) > 1 else show(y) for line, y in at[x]]
-        text = "  ·  ".join([f"{x_label} {number(x)}", *values][:4])
-        bands.append({"x": x, "left": left, "width": round(right - left, 1), "marks": at[x], "text": text})
+    for group, (left, right) in zip(groups, pairwise(edges), strict=True):
+        last = {line: (x, y) for x in group for line, y in at[x].items()}
+        values = [f"{line.name} {show(y)}" if len(lines) > 1 else show(y) for line, (_, y) in last.items()]
+        span = number(group[0]) if len(group) == 1 else f"{number(group[0])} to {number(group[-1])}"
+        bands.append(
+            {
+                "left": left,
+                "width": round(right - left, 1),
+                "at": x_axis(group[-1]),
+                "marks": [(line.style, x, y) for line, (x, y) in last.items()] if len(lines) <= MANY else [],
+                "text": "  ·  ".join([f"{x_label} {span}", *values[:3]]),
+                "all": "\n".join(values) if len(values) > 3 else "",  # a chart's first line holds three
+            }
+        )
     return bands
 
 

@@ -1,7 +1,7 @@
 """How task=compare is shown: compare.html and the table in the terminal, groups of runs with the best first."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -10,11 +10,12 @@ from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.evaluation.comparison import Comparison, Group, Run
-from smolvlm_exp.evaluation.metrics import goal_of, is_share
+from smolvlm_exp.evaluation.metrics import goal_of, is_share, metric_of
 from smolvlm_exp.evaluation.verdict import too_few
-from smolvlm_exp.reporting.charts import line_chart
+from smolvlm_exp.reporting.charts import chart_styles, line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.report import CURVES
+from smolvlm_exp.reporting.side_by_side import side_by_side
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.formatting import MINUS, humanize, percent, short_keys, short_value
 from smolvlm_exp.utils.paths import relative_to_cwd
@@ -22,7 +23,9 @@ from smolvlm_exp.utils.paths import relative_to_cwd
 POINTS = " points"
 NAMES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i", "cog": "Cog"}  # as the papers have them
 ARROWS = {1: "↑", -1: "↓", 0: ""}
+COLUMNS = 6  # of a table of metrics: more are too wide for a page
 COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pairs_per_second": "pairs/s"}
+COST_HEADS = dict(zip(COSTS, ("Training time, s", "Peak memory, GiB", "Pairs/s"), strict=True))
 
 
 def format_metric(path: str, value: float | None, error: float | None) -> str:
@@ -67,19 +70,29 @@ def print_comparison(comparison: Comparison) -> None:
 
 
 def comparison_page(comparison: Comparison, folder: Path) -> str:
-    """compare.html, in `folder`: the table, and the curves of all runs over each other."""
+    """compare.html, in `folder`: the table, answers side by side, and the curves of all runs over each other."""
     runs = [(run_name(group, run), group, run) for group in comparison.groups for run in group.runs]
-    # The deciding numbers are visible without scrolling.
-    paths = [*comparison.metrics[:3], *COSTS, *comparison.metrics[3:]]
-    heads = (COSTS.get(path) or column_name(path) for path in paths)
+    groups = {name: group_name(group) or name for name, group, _ in runs}
+    # The deciding numbers are in the first table, with the settings; further metrics by the group's name.
+    first = [*comparison.metrics[:1], *COSTS]
+    settings = short_keys(comparison.keys).values()
+    further = [comparison.metrics[i : i + COLUMNS] for i in range(1, len(comparison.metrics), COLUMNS)]
     return render(
         "compare.html.jinja",
         kind="",
         heading="Comparison",
         lead=lead(comparison),
-        head=[*short_keys(comparison.keys).values(), "Runs", "", "Δ to best", *heads],
-        rows=[table_row(comparison, group, paths) for group in comparison.groups],
-        curves=draw_curves(runs),
+        head=[*settings, "Runs", "Verdict", "Difference to best", *map(column_head, first)],
+        rows=[table_row(comparison, group, first) for group in comparison.groups],
+        metrics=[
+            (["Runs with", *map(column_head, paths)], [metric_row(group, paths) for group in comparison.groups])
+            for paths in further
+        ],
+        samples=side_by_side(
+            [(group_name(group) or run_name(group, group.runs[0]), group.runs[0].folder) for group in comparison.groups]
+        ),
+        curves=draw_curves(runs, groups),
+        legend={style: groups[name] for name, style in chart_styles(groups).items()}.items(),
         reports=[
             (name, relative_to_cwd(run.folder), quote(os.path.relpath(run.folder / "report.html", folder)))
             for name, _, run in runs
@@ -87,16 +100,25 @@ def comparison_page(comparison: Comparison, folder: Path) -> str:
     )
 
 
+def column_head(path: str) -> str:
+    """In plain words, where there is room for them."""
+    return COST_HEADS.get(path) or f"{metric_of(path.partition('.')[2]).label} {ARROWS[goal_of(path)]}".strip()
+
+
 def table_row(comparison: Comparison, group: Group, paths: Sequence[str]) -> dict[str, Any]:
     verdict = comparison.verdict(group)
     numbers = [format_metric(path, group.value(path), group.error(path)) for path in paths]
     return {
         "tone": {"best": "better", "worse": "worse"}.get(verdict, ""),
-        "settings": map(short_value, group.settings.values()),
-        "runs": len(group.runs),
+        "settings": [*map(short_value, group.settings.values()), len(group.runs)],
         "verdict": verdict,
         "cells": [delta(comparison, group), *numbers],
     }
+
+
+def metric_row(group: Group, paths: Sequence[str]) -> list[str]:
+    numbers = [format_metric(path, group.value(path), group.error(path)) for path in paths]
+    return [group_name(group) or "all alike", *numbers]
 
 
 def lead(comparison: Comparison) -> str:
@@ -143,13 +165,21 @@ def run_name(group: Group, run: Run) -> str:
     return f"{name} {own}".strip() if len(seeds) > 1 else name or own
 
 
-def draw_curves(runs: Sequence[tuple[str, Group, Run]]) -> list[str]:
-    """One chart per quantity, one line per run, one colour per group."""
+def draw_curves(runs: Sequence[tuple[str, Group, Run]], groups: Mapping[str, str]) -> list[tuple[str, list[str]]]:
+    """The charts in their groups: one per quantity, one line per run, one colour per group of runs."""
     events = {name: read_events(run.folder / "metrics.jsonl") for name, _, run in runs}
-    groups = {name: group_name(group) or name for name, group, _ in runs}
-    charts = []
-    for title, keys, options in CURVES:
-        for kind, key in keys.items():
-            series = {name: metric_points(logged, key) for name, logged in events.items()}
-            charts.append(line_chart(series, f"{title}, {kind}" if len(keys) > 1 else title, alike=groups, **options))
-    return [chart for chart in charts if chart]
+    drawn = []
+    for heading, curves in CURVES.items():
+        charts = [
+            line_chart(
+                {name: metric_points(logged, key) for name, logged in events.items()},
+                f"{title}, {kind}" if len(keys) > 1 else title,
+                alike=groups,
+                legend=False,
+                **options,
+            )
+            for title, keys, options in curves
+            for kind, key in keys.items()
+        ]
+        drawn.append((heading, [chart for chart in charts if chart]))
+    return [(heading, charts) for heading, charts in drawn if charts]

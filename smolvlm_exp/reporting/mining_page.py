@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from smolvlm_exp.data.messages import text_of
-from smolvlm_exp.data.truth import truth_text
+from smolvlm_exp.data.truth import image_text, truth_text
 from smolvlm_exp.data.vocabulary import Words
 from smolvlm_exp.evaluation.truth_metrics import hallucinated
 from smolvlm_exp.reporting.charts import Points, bar_chart, line_chart
@@ -41,7 +41,9 @@ class Example:
         reason = [("No pair", humanize(self.reason), "label")] if self.reason else []
         truth = ("Truth", truth_text(self.row["truth"]), "label")
         question = text_of(self.row["prompt"])
-        return {"image": embed(self.row["images"][0]), "question": question, "lines": [*lines, *reason, truth]}
+        alt = image_text(self.row["truth"], question)
+        lines += [*reason, truth]
+        return {"image": embed(self.row["images"][0]), "alt": alt, "question": question, "lines": lines}
 
     def marked(self, text: str) -> str:
         return highlight(text, hallucinated(text, self.row["truth"], self.words))
@@ -52,7 +54,7 @@ def named(pair: tuple[int, int]) -> list[tuple[str, int]]:
 
 
 def score_text(answer: ScoredAnswer) -> str:
-    score = "no score" if answer.score is None else number(round(answer.score, 3))
+    score = "no score" if answer.score is None else f"score {number(round(answer.score, 3))}"
     return score if answer.ended else f"{score}, cut"
 
 

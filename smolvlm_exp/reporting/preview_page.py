@@ -58,7 +58,8 @@ class PreviewedRow:
             for side in self.sides
         ]
         facts = [(name, text, "label") for name, text in self.facts()]
-        return {"image": embed(contact_sheet(self.tiles, self.grids)), "question": heading, "lines": texts + facts}
+        sheet, alt = contact_sheet(self.tiles, self.grids), f"The tiles of this row: {facts[0][1]}"
+        return {"image": embed(sheet), "alt": alt, "question": heading, "lines": texts + facts}
 
 
 def contact_sheet(tiles: torch.Tensor, grids: Sequence[tuple[int, int]]) -> Image.Image:

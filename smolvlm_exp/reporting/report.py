@@ -1,4 +1,4 @@
-"""A run folder -> `report.html`: one file that shows what a run did, without a network, an account or a script.
+"""A run folder -> `report.html`: one file that shows what a run did, without a network or an account.
 
 Python computes what is shown; `templates/report.html.jinja` lays it out.
 """
@@ -16,7 +16,7 @@ from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.results import headline, result_rows
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.files import write_text
-from smolvlm_exp.utils.formatting import duration, number, percent
+from smolvlm_exp.utils.formatting import duration, humanize, number, percent
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import PHASES
@@ -28,33 +28,41 @@ if TYPE_CHECKING:
 Curves = list[tuple[str, dict[str, str], dict[str, Any]]]  # title, {name: key of metrics.jsonl}, how to draw
 
 SHARE: dict[str, Any] = {"show": percent, "bounds": (0.0, 1.0)}
-CURVES: Curves = [
-    ("Loss", {"training": "loss", "held-out": "eval_loss"}, {}),
-    ("Reward of sampled answers", {"mean": "reward", "held-out": "eval_reward"}, {}),
-    ("Groups whose answers all earn the same", {"share": "frac_reward_zero_std"}, SHARE),
-    (
-        "Length of sampled answers, tokens",
-        {"mean": "completions/mean_length", "longest": "completions/max_length"},
-        {"zero": True},
-    ),
-    ("Sampled answers that were cut", {"share": "completions/clipped_ratio"}, SHARE),
-    ("KL divergence from the reference", {"KL": "kl"}, {}),
-    ("Entropy of sampled answers, nats/token", {"entropy": "entropy"}, {}),
-    ("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, {}),
-    (
-        "Reward accuracy",
-        {"training": "rewards/accuracies", "held-out": "eval_rewards/accuracies"},
-        {**SHARE, "reference": ("chance", 0.5)},
-    ),
-    ("Reward margin", {"training": "rewards/margins", "held-out": "eval_rewards/margins"}, {}),
-    ("Log-probs of the answers", {"chosen": "logps/chosen", "rejected": "logps/rejected"}, {}),
-    ("Token accuracy", {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"}, SHARE),
-    ("Gradient norm", {"norm": "grad_norm"}, {"zero": True}),
-    ("Learning rate", {"rate": "learning_rate"}, {"zero": True}),
-    ("Pairs/s", {"pairs": "pairs_per_second"}, {"zero": True}),
-    ("Tokens/s", {"tokens": "tokens_per_second"}, {"zero": True}),
-    ("Peak memory, GiB", {"peak": "memory_peak_gib"}, {"zero": True}),
-]
+CURVES: dict[str, Curves] = {
+    "What the model learns": [
+        ("Loss", {"training": "loss", "held-out": "eval_loss"}, {}),
+        (
+            "Reward accuracy",
+            {"training": "rewards/accuracies", "held-out": "eval_rewards/accuracies"},
+            {**SHARE, "reference": ("chance", 0.5)},
+        ),
+        ("Reward margin", {"training": "rewards/margins", "held-out": "eval_rewards/margins"}, {}),
+        ("Rewards", {"chosen": "rewards/chosen", "rejected": "rewards/rejected"}, {}),
+        ("Log-probs of the answers", {"chosen": "logps/chosen", "rejected": "logps/rejected"}, {}),
+        ("Token accuracy", {"training": "mean_token_accuracy", "held-out": "eval_mean_token_accuracy"}, SHARE),
+    ],
+    "The answers that it samples": [
+        ("Reward of sampled answers", {"mean": "reward", "held-out": "eval_reward"}, {}),
+        ("Groups whose answers all earn the same", {"share": "frac_reward_zero_std"}, SHARE),
+        (
+            "Length of sampled answers, tokens",
+            {"mean": "completions/mean_length", "longest": "completions/max_length"},
+            {"zero": True},
+        ),
+        ("Sampled answers that were cut", {"share": "completions/clipped_ratio"}, SHARE),
+    ],
+    "How it gets there": [
+        ("KL divergence from the reference", {"KL": "kl"}, {}),
+        ("Entropy of the answers, nats/token", {"entropy": "entropy"}, {}),
+        ("Gradient norm", {"norm": "grad_norm"}, {"zero": True}),
+        ("Learning rate", {"rate": "learning_rate"}, {"zero": True}),
+    ],
+    "Speed and memory": [
+        ("Pairs/s", {"pairs": "pairs_per_second"}, {"zero": True}),
+        ("Tokens/s", {"tokens": "tokens_per_second"}, {"zero": True}),
+        ("Peak memory, GiB", {"peak": "memory_peak_gib"}, {"zero": True}),
+    ],
+}
 
 
 def write_report(
@@ -74,25 +82,19 @@ def write_report(
         groups: of answers that the model was trained on.
     """
     train = summary.get("train", {})
-    facts = {
-        **{f"{name} from": Provenance(**source) for name, source in summary.get("sources", {}).items()},
-        "seed": summary["seed"],
-        "held-out rows": summary.get("held_out_rows"),
-        "steps": train.get("steps"),
-        "time": duration(train["seconds"]) if train else None,
-    }
     text = render(
         "report.html.jinja",
         heading=config.get("name") or "/".join(folder.absolute().parts[-2:]),
         lead=headline(summary),
         status=summary["status"],
         checked=count_passed([check["verdict"] for check in summary["checks"]]),
-        about={**summary.get("settings", {}), **facts}.items(),
+        about=deciding_settings(summary, config),
         results=result_rows(summary["before"], summary["after"], summary.get("changes", {})),
-        checks=summary["checks"],
+        checks=sorted(summary["checks"], key=lambda check: check["verdict"] == "ok"),
         advice=summary.get("advice", []),
         curves=draw_curves(read_events(folder / "metrics.jsonl")),
         samples=[sample.card() for sample in samples],
+        answered=answers_in_words(summary.get("answer_changes", {})),
         marked=any(words for sample in samples for words in sample.hallucinated.values()),
         histories=[sample.card() for sample in histories],
         groups=[group.card() for group in groups],
@@ -113,14 +115,63 @@ def count_passed(verdicts: list[str]) -> str:
     return f"{failed} of {count} checks failed" if failed else f"{verdicts.count('ok')} of {count} checks passed"
 
 
-def draw_curves(events: list[dict[str, Any]]) -> list[str]:
-    means = {m.group(1): key for event in events for key in event if (m := re.fullmatch(r"rewards/(\w+)/mean", key))}
-    curves = [*CURVES, ("Each reward", means, {})] if means else CURVES
-    charts = [
-        line_chart({name: metric_points(events, key) for name, key in keys.items()}, title, **options)
-        for title, keys, options in curves
+def deciding_settings(summary: dict[str, Any], config: dict[str, Any]) -> list[tuple[str, Any]]:
+    """What a result depends on, by name; None where it is not known. The rest is in the config."""
+    options, train, data = (summary.get(part, {}) for part in ("settings", "train", "data"))
+    rows = {split: f"{report['rows']:,}" for split, report in data.items()}
+    adapter, trainer = config.get("adapter", {}), config.get("trainer", {}) if train else {}
+    sources = {name: str(Provenance(**source)) for name, source in summary.get("sources", {}).items()}
+    chosen = {name: option for name, option in options.items() if option is not None}
+    for name in sources.keys() & {"model", "data"}:  # `tiny: embedded (apache-2.0)`, but not `shapes: shapes ...`
+        option, own = chosen.get(name, ""), sources[name]
+        chosen[name] = f"{option}: {own}" if option and not own.startswith(f"{option} ") else own
+    return [
+        *((name, chosen.pop(name, None)) for name in ("model", "data", "trainer", "adapter")),
+        ("rank", adapter.get("r")),
+        ("alpha", adapter.get("lora_alpha")),
+        ("quant", chosen.pop("quant", None)),
+        ("learning rate", trainer.get("learning_rate")),
+        ("beta", trainer.get("beta")),
+        ("batch size", train.get("batch_size")),
+        ("steps", train.get("steps")),
+        ("training rows", rows.get("train") if train else None),
+        ("held-out rows", rows.get("test")),
+        ("seed", summary["seed"]),
+        *summary.get("hardware", {}).items(),
+        *chosen.items(),
+        ("code", sources.get("code")),
+        ("time of training", duration(train["seconds"]) if train else None),
+        ("total time", duration(summary["seconds"]) if "seconds" in summary else None),
     ]
-    return [chart for chart in charts if chart]
+
+
+def answers_in_words(counts: dict[str, int]) -> str:
+    """Of summary.json's `answer_changes`; empty where no two answers were compared."""
+    if not counts:
+        return ""
+    return (
+        f"Of {sum(counts.values()):,} answers {counts['worse']:,} got worse, {counts['better']:,} better; "
+        f"{counts['changed']:,} changed otherwise and {counts['same']:,} are the same."
+    )
+
+
+def draw_curves(events: list[dict[str, Any]]) -> list[tuple[str, list[str]]]:
+    """The charts that have something to show, in their groups."""
+    means = {
+        humanize(m.group(1)): key
+        for event in events
+        for key in event
+        if (m := re.fullmatch(r"rewards/(\w+)/mean", key))
+    }
+    more: dict[str, Curves] = {"The answers that it samples": [("Each reward", means, {})]} if means else {}
+    groups = []
+    for group, curves in CURVES.items():
+        charts = [
+            line_chart({name: metric_points(events, key) for name, key in keys.items()}, title, **options)
+            for title, keys, options in [*curves, *more.get(group, [])]
+        ]
+        groups.append((group, [chart for chart in charts if chart]))
+    return [(group, charts) for group, charts in groups if charts]
 
 
 def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:
@@ -137,8 +188,10 @@ def train_facts(train: dict[str, Any]) -> list[tuple[str, Any]]:
 
 
 def phase_facts(seconds: dict[str, float]) -> list[tuple[str, str]]:
+    """Of phases that took a tenth of a second at least, as in the terminal."""
     total = sum(seconds.values())
-    return [(PHASES[name], f"{duration(taken)} ({percent(taken / total)})") for name, taken in seconds.items()]
+    shown = {PHASES[name]: taken for name, taken in seconds.items() if taken >= 0.1}
+    return [(label, f"{duration(taken)} ({percent(taken / total)})") for label, taken in shown.items()]
 
 
 def reproduce_commands(folder: Path, status: str) -> list[tuple[str, str]]:

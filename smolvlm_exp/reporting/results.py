@@ -56,9 +56,9 @@ def result_row(
 
 
 def format_interval(paired: dict[str, float], share: bool) -> str:
-    """The change's 95 % interval and the paired test's p."""
-    p = "< 0.001" if paired["p"] < 0.001 else f"= {paired['p']:.3f}"
-    return f"{signed(paired['low'], share)} to {signed(paired['high'], share)}, p {p}"
+    """The change's 95 % interval and the paired test's p, which stays in one piece."""
+    p = f"<{NBSP}0.001" if paired["p"] < 0.001 else f"={NBSP}{paired['p']:.3f}"
+    return f"{signed(paired['low'], share)} to {signed(paired['high'], share)}, p{NBSP}{p}"
 
 
 def signed(difference: float, share: bool) -> str:

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from smolvlm_exp.data.truth import image_text
 from smolvlm_exp.reporting.html import embed
 from smolvlm_exp.utils.formatting import humanize, number
 
@@ -24,13 +25,15 @@ class SampledGroup:
     """The answers to a training row's prompt at one step."""
 
     image: "Image"
+    alt: str  # what is in the image, in words
     question: str
     step: int
     answers: list[dict[str, Any]]  # {"text", "reward", "rewards": {name: reward}}, the best first
 
     def card(self) -> dict[str, Any]:
         lines = [(reward_label(answer), answer["text"], "model") for answer in self.answers]
-        return {"image": embed(self.image), "question": f"Step {self.step}: {self.question}", "lines": lines}
+        question = f"Step {self.step}: {self.question}"
+        return {"image": embed(self.image), "alt": self.alt, "question": question, "lines": lines}
 
 
 def reward_label(answer: dict[str, Any]) -> str:
@@ -41,9 +44,16 @@ def reward_label(answer: dict[str, Any]) -> str:
 
 def sampled_groups(rows: "Dataset", events: Events) -> list[SampledGroup]:
     """A few groups from a run's first step to its last; `rows`: of training."""
+    shown = [(rows[event["row"]], event) for event in spread(events, SHOWN)]
     return [
-        SampledGroup(rows[event["row"]]["images"][0], event["question"], event["step"], best_first(event["answers"]))
-        for event in spread(events, SHOWN)
+        SampledGroup(
+            row["images"][0],
+            image_text(row.get("truth"), event["question"]),
+            event["question"],
+            event["step"],
+            best_first(event["answers"]),
+        )
+        for row, event in shown
     ]
 
 

@@ -1,6 +1,8 @@
 """The results of an evaluation: summary.json's numbers, the table in the terminal, the report's samples."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -9,15 +11,17 @@ from rich.text import Text
 
 from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.preferences import Preferences
-from smolvlm_exp.data.truth import truth_text
+from smolvlm_exp.data.truth import image_text
+from smolvlm_exp.evaluation.answer_changes import AnswerChange
 from smolvlm_exp.evaluation.checks import Check, checks_passed
 from smolvlm_exp.evaluation.held_out import SAMPLES, Evaluation
 from smolvlm_exp.evaluation.metrics import in_order, metric_of
 from smolvlm_exp.evaluation.statistics import changes, intervals
 from smolvlm_exp.evaluation.truth_metrics import hallucinated
 from smolvlm_exp.evaluation.verdict import verdict
-from smolvlm_exp.reporting.html import embed, highlight
+from smolvlm_exp.reporting.html import IMAGES, embed, highlight, highlight_changes
 from smolvlm_exp.reporting.results import result_row, wide_console
+from smolvlm_exp.utils.files import write_json
 from smolvlm_exp.utils.formatting import number, percent
 from smolvlm_exp.utils.phases import PHASES
 
@@ -32,16 +36,26 @@ BETTER = {1: "↑", -1: "↓", 0: ""}  # behind a metric's name
 class Sample:
     """A held-out row with a model's answers to it."""
 
+    row: int
     image: "Image"
+    alt: str  # what is in the image, in words
     question: str
     answers: dict[str, str]  # from Before and After tuning, or by step
     hallucinated: dict[str, list[str]]  # an answer's words to mark, none where the truth is unknown
     references: dict[str, str]  # Chosen and Rejected, or the Truth
+    verdict: str = ""  # of evaluation/answer_changes.py, on the two answers
 
     def card(self) -> dict[str, Any]:
-        answers = [(name, highlight(text, self.hallucinated[name]), "model") for name, text in self.answers.items()]
+        answers = [(name, highlight(text, self.hallucinated[name])) for name, text in self.answers.items()]
+        if self.verdict and len(set(self.answers.values())) == 1:
+            answers = [("Both", answers[0][1])]
+        elif self.verdict:
+            (old, new), words = self.answers.values(), self.hallucinated.values()
+            answers = list(zip(self.answers, highlight_changes(old, new, *words), strict=True))
         references = [(name, text, "label") for name, text in self.references.items()]
-        return {"image": embed(self.image), "question": self.question, "lines": [*answers, *references]}
+        lines = [*((name, text, "model") for name, text in answers), *references]
+        image = embed(self.image)
+        return {"image": image, "alt": self.alt, "verdict": self.verdict, "question": self.question, "lines": lines}
 
 
 def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check]) -> dict[str, Any]:
@@ -102,10 +116,27 @@ def print_phases(seconds: dict[str, float]) -> None:
     wide_console().print(table)
 
 
-def samples(preferences: Preferences, before: list[str], after: list[str]) -> list[Sample]:
-    """A dozen held-out rows with both answers, those whose answer changed first."""
-    order = sorted(range(len(after)), key=lambda i: before[i] == after[i])[:SAMPLES]
-    return [sample(preferences, i, {"Before": before[i], "After": after[i]}, with_references=True) for i in order]
+def samples(preferences: Preferences, changes: Sequence[AnswerChange]) -> list[Sample]:
+    """A dozen held-out rows with their answers: up to half of them got worse, then come those that got better."""
+    ranked = sorted(changes, key=lambda change: change.rank)
+    worse = sum(change.verdict == "worse" for change in ranked)
+    late = ranked[SAMPLES // 2 : worse]  # further ones that got worse, where there is room
+    order = [*ranked[: min(worse, SAMPLES // 2)], *ranked[worse:], *late][:SAMPLES]
+    return [
+        sample(
+            preferences,
+            change.row,
+            {"Answer": change.before} if change.after is None else {"Before": change.before, "After": change.after},
+            {name.capitalize(): text for name, text in change.references.items()},
+            change.verdict,
+        )
+        for change in order
+    ]
+
+
+def save_images(folder: Path, shown: Sequence[Sample]) -> None:
+    """As the report embeds them, by row, for those who have the folder but not the data (task=compare)."""
+    write_json(folder / IMAGES, {str(each.row): {**embed(each.image), "alt": each.alt} for each in shown})
 
 
 def sample_histories(preferences: Preferences, events: list[dict[str, Any]]) -> list[Sample]:
@@ -121,15 +152,15 @@ def sample_histories(preferences: Preferences, events: list[dict[str, Any]]) -> 
     ]
 
 
-def sample(preferences: Preferences, i: int, answers: dict[str, str], with_references: bool = False) -> Sample:
+def sample(
+    preferences: Preferences,
+    i: int,
+    answers: dict[str, str],
+    references: dict[str, str] | None = None,
+    verdict: str = "",
+) -> Sample:
     row = preferences.test[i]
-    words = {name: hallucinated(text, row.get("truth"), preferences.words) for name, text in answers.items()}
-    references = reference_texts(row) if with_references else {}
-    return Sample(row["images"][0], text_of(row["prompt"]), answers, words, references)
-
-
-def reference_texts(row: dict[str, Any]) -> dict[str, str]:
-    """The answers or the truth that a row's answer is compared with."""
-    if "chosen" in row:
-        return {side.capitalize(): text_of(row[side]) for side in ("chosen", "rejected") if side in row}
-    return {"Truth": truth_text(row.get("truth"))}
+    truth, question = row.get("truth"), text_of(row["prompt"])
+    words = {name: hallucinated(text, truth, preferences.words) for name, text in answers.items()}
+    alt = image_text(truth, question)
+    return Sample(i, row["images"][0], alt, question, answers, words, references or {}, verdict)

@@ -38,7 +38,7 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         statuses=statuses,
         about=[
             *((status, statuses.count(status)) for status in dict.fromkeys(statuses)),
-            ("metric", results.metric),
+            ("compared by", label),
             ("held-out rows", best.summary.get("held_out_rows") if best else None),
             ("total training time", duration(sum(job.value("train.seconds") or 0.0 for job in results.jobs))),
         ],
@@ -53,7 +53,7 @@ def write_page(results: SweepResults, study: "Study | None" = None) -> Path:
         goal=GOALS[results.metric],
         search=None if study is None else study_section(study, label, show),
         cost_charts=[cost_chart(results, cost, label, show) for cost in COSTS] if best else [],
-        head=["Job", "Status", *short_keys(results.keys).values(), label, "Seconds", "GiB", ""],
+        head=["Job", "Status", *short_keys(results.keys).values(), label, "Seconds", "GiB", "Notes"],
         costs=COSTS,
     )
     path = results.folder / "sweep.html"

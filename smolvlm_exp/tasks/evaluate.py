@@ -9,6 +9,7 @@ import numpy as np
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import load_preferences
+from smolvlm_exp.evaluation.answer_changes import answer_changes, count_verdicts, save_answers
 from smolvlm_exp.evaluation.checks import image_reliance, leaked_rows, policy_changed
 from smolvlm_exp.evaluation.comparison import load_per_row, short_fingerprints
 from smolvlm_exp.evaluation.generate import generation_speed
@@ -18,11 +19,11 @@ from smolvlm_exp.models.adapter import load_adapter, saved_adapter
 from smolvlm_exp.models.model import load_model, load_processor, resolve_attention, resolve_dtype
 from smolvlm_exp.models.quant import quantization_config
 from smolvlm_exp.reporting.report import write_report
-from smolvlm_exp.reporting.summary import print_results, samples, summarize
+from smolvlm_exp.reporting.summary import print_results, samples, save_images, summarize
 from smolvlm_exp.rewards.build import checked_rewards
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.cpu_time import log_cpu_time
-from smolvlm_exp.tasks.provenance import provenance
+from smolvlm_exp.tasks.provenance import code_provenance, hardware, provenance
 from smolvlm_exp.tasks.tracking import tracker_of
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
 from smolvlm_exp.utils.errors import RequestError, isolated
@@ -81,18 +82,26 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
             leaked = np.isin(short_fingerprints(preferences.prints["test"]), trained.train)
             checks.append(leaked_rows(leaked.sum()))
 
+    sources = {**provenance(config), "code": code_provenance()}
+    changes = answer_changes(preferences, before, after)
     summary = {
         "status": "done",
         "seed": config.seed,
         "settings": choices(folder),
-        "sources": {name: asdict(source) for name, source in provenance(config).items()},
+        "sources": {name: asdict(source) for name, source in sources.items()},
+        "hardware": hardware(config, model),
+        "data": preferences.report,
         **summarize(before, after, checks),
+        "answer_changes": count_verdicts(changes),
         "speed": {name: [asdict(at) for at in measured] for name, measured in speed.items()},
         "versions": versions(),
     }
-    shown = samples(preferences, before.answers, (after or before).answers)
+    shown = samples(preferences, changes)
+    with isolated("answers.jsonl"):
+        save_answers(folder, changes)
     with isolated("report.html"):
         write_report(folder, summary, asdict(config), shown)
+        save_images(folder, shown)
     with isolated("the tracker"):
         tracker_of(config, folder, "evaluate").finish(summary, shown)
     write_json(folder / "summary.json", summary)  # last: who reads `done` there finds all the rest

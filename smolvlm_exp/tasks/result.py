@@ -4,7 +4,7 @@ import contextlib
 import logging
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.deploy.export.model_card import run_card
+from smolvlm_exp.evaluation.answer_changes import AnswerChange, answer_changes, count_verdicts, save_answers
 from smolvlm_exp.evaluation.checks import (
     Check,
     check_adapter_reload,
@@ -31,11 +32,20 @@ from smolvlm_exp.models.resolution import Resolution
 from smolvlm_exp.reporting.advice import advise
 from smolvlm_exp.reporting.report import write_report
 from smolvlm_exp.reporting.sampled_answers import COMPLETIONS, sampled_groups
-from smolvlm_exp.reporting.summary import Sample, print_phases, print_results, sample_histories, samples, summarize
+from smolvlm_exp.reporting.summary import (
+    Sample,
+    print_phases,
+    print_results,
+    sample_histories,
+    samples,
+    save_images,
+    summarize,
+)
 from smolvlm_exp.rewards.build import Rewards
 from smolvlm_exp.runs.event_log import read_events
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.runs.resume_check import ROWS
+from smolvlm_exp.tasks.provenance import code_provenance, hardware
 from smolvlm_exp.tasks.tracking import tracker_of
 from smolvlm_exp.training.callbacks import METRICS, SAMPLES, MetricsCallback, SamplesCallback
 from smolvlm_exp.training.sanity_checks import ParameterMonitor, excuse_short_run
@@ -56,6 +66,7 @@ class Result:
     before: Evaluation
     training: Any  # what the trainer's `train` returned
     after: Evaluation | None = None  # None: the run was stopped
+    changes: Sequence[AnswerChange] = ()  # of the answers from `before` to `after`
 
     def __init__(
         self,
@@ -80,7 +91,7 @@ class Result:
             "status": "failed",
             "seed": config.seed,
             "settings": choices(folder),
-            "sources": {name: asdict(source) for name, source in sources.items()},
+            "sources": {name: asdict(source) for name, source in {**sources, "code": code_provenance()}.items()},
             "data": preferences.report,
             "held_out_rows": len(held_out),
             "before": {},
@@ -152,6 +163,7 @@ class Result:
         self.summary |= {
             "status": "done" if self.after else "stopped",
             **summarize(self.before, self.after, excuse_short_run(checks, trainer)),
+            "hardware": hardware(self.config, model),
             "train": self.training_summary(trainer, model),
             "data_digest": trainer.identity.get(ROWS),  # of the training rows
             **self.seconds(),
@@ -160,7 +172,10 @@ class Result:
         if self.after:
             with isolated("the numbers of single rows"):
                 save_per_row(self.folder, self.preferences.prints, self.after.ratios)
-        if self.after:
+            with isolated("answers.jsonl"):
+                self.changes = answer_changes(self.preferences, self.before, self.after)
+                self.summary["answer_changes"] = count_verdicts(self.changes)
+                save_answers(self.folder, self.changes)
             with isolated("README.md"):
                 saved = self.folder / ("model" if self.config.adapter.type == "none" else "adapter")
                 write_text(saved / "README.md", self.card())
@@ -181,11 +196,12 @@ class Result:
         """Write report.html; returns its samples from before and after training."""
         shown: list[Sample] = []
         with isolated("report.html"):
-            if self.after:
-                shown = samples(self.preferences, self.before.answers, self.after.answers)
+            shown = samples(self.preferences, self.changes)
             between = sample_histories(self.preferences, read_events(self.folder / SAMPLES))
             groups = sampled_groups(self.preferences.train, read_events(self.folder / COMPLETIONS))
             write_report(self.folder, self.summary, asdict(self.config), shown, between, groups)
+            if shown:
+                save_images(self.folder, shown)
         return shown
 
     def seconds(self) -> dict[str, Any]:
@@ -215,6 +231,7 @@ class Result:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
             "steps": trainer.state.global_step,
+            "batch_size": batch,
             "seconds": seconds,
             "pairs_per_second": (trainer.state.global_step - trainer.resumed_at) * batch / seconds,
             "memory_peak_gib": self.metrics.memory()["memory_peak_gib"],

@@ -1,11 +1,14 @@
-"""Package versions, and torchvision's fit with torch."""
+"""Package versions, the commit of this package's code, and torchvision's fit with torch."""
 
 import contextlib
 import platform
+import subprocess
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
+from smolvlm_exp import HOME
 from smolvlm_exp.utils.errors import RequestError
 
 PACKAGES = (
@@ -20,6 +23,18 @@ def versions() -> dict[str, str]:
         with contextlib.suppress(PackageNotFoundError):  # wandb is not needed with tracker=none
             installed[package] = version(package)
     return installed
+
+
+def code_commit() -> tuple[str | None, bool]:
+    """Of the checkout that this package runs from, and whether its files differ from it; None where there is none."""
+    if not Path(HOME, ".git").exists():
+        return None, False
+    command = ["git", "-C", HOME, "describe", "--always", "--dirty", "--exclude=*", "--abbrev=40"]
+    try:
+        commit = subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):  # no git, or the checkout is another user's
+        return None, False
+    return commit.removesuffix("-dirty"), commit.endswith("-dirty")
 
 
 def check_torchvision() -> None:

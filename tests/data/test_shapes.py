@@ -13,7 +13,7 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.scenes import COLOURS, KINDS, SIZES, draw, draw_scene_content
 from smolvlm_exp.data.sources import shapes
 from smolvlm_exp.evaluation.exact_match import exact_match
-from smolvlm_exp.evaluation.hallucination import attribute_counts
+from smolvlm_exp.evaluation.hallucination import description_counts
 
 
 def load(split="train", count=200, **settings):
@@ -68,7 +68,7 @@ def test_truth_says_everything_that_an_answer_may():
         truth, chosen = row["truth"], text_of(row["chosen"])
         kinds[truth["kind"]] += 1
         if truth["kind"] == "caption":
-            assert attribute_counts(chosen, truth, WORDS) == (len(truth["objects"]),) * 2
+            assert description_counts(chosen, truth, WORDS) == (len(truth["objects"]),) * 2
             assert [text.split()[-3] in SIZES for text in truth["phrases"]] == [True] * len(truth["objects"])
         elif truth["kind"] != "yes_no":
             assert exact_match(chosen, truth["answer"])

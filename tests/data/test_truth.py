@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from smolvlm_exp.data.truth import read_truth, truth_of, truth_text, vocabulary_of
+from smolvlm_exp.data.truth import image_text, read_truth, truth_of, truth_text, vocabulary_of
 
 TEXTS = {  # a row's columns -> its truth, and that as a person reads it
     '{"answer": "Yes."}': ({"kind": "yes_no", "answer": "yes"}, "yes"),
@@ -79,3 +79,18 @@ def test_the_vocabulary_of_rows():
     named = [name for _, name in words("Two dogs, a bird and a hot dog on a sofa", {})]
     assert named == ["dog", "hot dog", "sofa"]
     assert vocabulary_of([None, truth_of({"answer": 2})]) is None
+
+
+@pytest.mark.parametrize(
+    ("truth", "text"),
+    [
+        ({"kind": "caption", "objects": ["star"], "phrases": ["two red stars", "a moon"]},
+         "An image of two red stars, a moon"),
+        ({"kind": "number", "answer": 2, "objects": ["star"]}, "An image of star"),
+        ({"kind": "reference", "caption": "A dog."}, "An image: A dog."),
+        ({"kind": "yes_no", "answer": "yes"}, "The image of the question: Is it?"),
+        (None, "The image of the question: Is it?"),
+    ],
+)  # fmt: skip
+def test_an_image_in_words(truth, text):
+    assert image_text(truth and json.dumps(truth), "Is it?") == text

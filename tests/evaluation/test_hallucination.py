@@ -5,8 +5,9 @@ import pytest
 from smolvlm_exp.data.vocabulary import Amber, Vocabulary
 from smolvlm_exp.evaluation.hallucination import (
     Caption,
-    attribute_counts,
     chair,
+    count_in,
+    description_counts,
     f1,
     read_caption,
     repeats,
@@ -114,7 +115,7 @@ SEEN = {"objects": ["star", "moon"], "phrases": ["two small red stars", "a large
     [
         ("I see two small red stars and a large grey moon.", (2, 2)),
         ("A red star, a gray moon.", (2, 2)),  # what is left out is not wrong
-        ("A star and three red stars.", (2, 2)),  # nor is a count
+        ("A star and three red stars.", (2, 2)),  # nor is a count, which count_in reads
         ("A blue star, a big red star and a blue moon.", (1, 3)),
         ("A large blue moon.", (0, 1)),  # large is one moon, blue another
         ("A red ring.", (0, 0)),  # CHAIR counts what is not there
@@ -124,15 +125,28 @@ SEEN = {"objects": ["star", "moon"], "phrases": ["two small red stars", "a large
     ],
 )
 def test_attributes_by_hand(caption, counts):
-    assert attribute_counts(caption, SEEN, KINDS) == counts
-    assert attribute_counts(caption, {"objects": ["star"]}, KINDS) == (0, 0)
+    assert description_counts(caption, SEEN, KINDS) == counts
+    assert description_counts(caption, {"objects": ["star"]}, KINDS) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("caption", "counts"),
+    [
+        ("I see two small red stars and a large grey moon.", (2, 2)),
+        ("A small red star and a moon.", (1, 2)),  # two stars became one
+        ("A picture of two stars, three moons.", (1, 2)),
+        ("Red stars, the moon, two rings.", (2, 2)),  # no number is no claim; CHAIR counts the rings
+    ],
+)
+def test_numbers_by_hand(caption, counts):
+    assert description_counts(caption, SEEN, KINDS, count_in) == counts
 
 
 def test_attributes_of_phrases_and_related_words():
     truth = {"objects": ["hot dog", "man"], "phrases": ["a big brown hot dog", "a little man"]}
     words = Vocabulary({"hot dog": "hot dog", "dog": "dog", "man": "man"})
-    assert attribute_counts("Two large hot dogs and a small brown man", truth, words) == (1, 2)
-    assert attribute_counts("A little woman", {**truth, "objects": ["man"]}, Amber({"man": ["woman"]}, safe=[])) == (
+    assert description_counts("Two large hot dogs and a small brown man", truth, words) == (1, 2)
+    assert description_counts("A little woman", {**truth, "objects": ["man"]}, Amber({"man": ["woman"]}, safe=[])) == (
         1,
         1,
     )

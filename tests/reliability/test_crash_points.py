@@ -107,7 +107,7 @@ class Resumed(Run):
         shutil.copytree(self.alone, self.path)
         for name in ("checkpoints/checkpoint-2", "adapter"):
             shutil.rmtree(self.path / name)
-        for name in ("summary.json", "report.html", "rows.safetensors"):
+        for name in ("summary.json", "report.html", "rows.safetensors", "answers.jsonl", "images.json"):
             (self.path / name).unlink()
 
     words = Run.again

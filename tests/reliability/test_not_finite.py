@@ -239,7 +239,8 @@ def broken(*args, **kwargs):
 @pytest.mark.usefixtures("unseen")
 @pytest.mark.parametrize("poisoned", [False, True])
 def test_what_a_run_writes_at_its_end_fails_alone(quick, tmp_path, monkeypatch, capsys, poisoned):
-    """Report, advice, tracker and table are all broken: status, message and summary.json are as without that."""
+    """Answers, report, advice, tracker and table are all broken: status, message and summary.json are as without."""
+    monkeypatch.setattr("smolvlm_exp.tasks.result.answer_changes", broken)
     monkeypatch.setattr("smolvlm_exp.tasks.result.write_report", broken)
     monkeypatch.setattr("smolvlm_exp.tasks.result.print_results", broken)
     monkeypatch.setattr("smolvlm_exp.reporting.advice.on_policy_signs", broken)
@@ -250,5 +251,5 @@ def test_what_a_run_writes_at_its_end_fails_alone(quick, tmp_path, monkeypatch, 
     assert summary["status"] == ("failed" if poisoned else "done")
     assert any("NaN or infinite loss" in text for text in summary["advice"]) == poisoned
     out = capsys.readouterr().out
-    for part in ("report.html", "advice (on_policy)", "W&B", *([] if poisoned else ["the table"])):
+    for part in ("report.html", "advice (on_policy)", "W&B", *([] if poisoned else ["the table", "answers.jsonl"])):
         assert f"{part} failed (TypeError: broken); the rest is as it would be" in out

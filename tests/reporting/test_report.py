@@ -1,5 +1,7 @@
 """report.html shows the run's numbers, stands alone, and never runs what an answer says."""
 
+import base64
+import hashlib
 import json
 import math
 import re
@@ -13,8 +15,8 @@ import pytest
 from PIL import Image
 
 from smolvlm_exp.reporting.charts import MAX_POINTS, line_chart, thin, ticks
-from smolvlm_exp.reporting.html import highlight
-from smolvlm_exp.reporting.report import write_report
+from smolvlm_exp.reporting.html import highlight, highlight_changes
+from smolvlm_exp.reporting.report import CURVES, deciding_settings, write_report
 from smolvlm_exp.reporting.results import headline, result_rows
 from smolvlm_exp.reporting.summary import Sample
 from smolvlm_exp.runs.event_log import read_events
@@ -45,7 +47,9 @@ CONFIG = {"model": {"name": "tiny"}, "trainer": {"beta": 0.1, "loss_type": ["sig
 
 def sample(before: str = "A star and a Moon.", **changes: Any) -> Sample:
     fields: dict[str, Any] = {
+        "row": 0,
         "image": Image.new("RGB", (128, 64), "navy"),
+        "alt": "An image of a star",
         "question": "What do you see?",
         "answers": {"Before": before, "After": "A star."},
         "hallucinated": {"Before": ["moon"], "After": []},
@@ -94,20 +98,22 @@ def row(text: str, label: str) -> str:
     return next(r for r in re.findall(r"<tr.*?</tr>", text, flags=re.DOTALL) if label in r)
 
 
-def test_the_page_loads_and_runs_nothing(tmp_path: Path) -> None:
+def test_the_page_loads_nothing_and_runs_its_own_script_alone(tmp_path: Path) -> None:
     write_log(tmp_path, {"step": 1, "loss": 0.69}, {"step": 2, "loss": 0.5})
     text = report(tmp_path)
     page = StrictParser(text)
     assert all(load.startswith(("#", "data:image/")) for load in page.loads)
-    assert not {"script", "link", "iframe", "object", "base"} & set(page.tags)
+    assert not {"link", "iframe", "object", "base"} & set(page.tags)
     assert not re.search(r"@import|url\(", text)
-    assert "default-src 'none'" in text
+    (script,) = re.findall(r"<script>(.*?)</script>", text, flags=re.DOTALL)
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"default-src 'none'; img-src data:; style-src 'unsafe-inline'; script-src 'sha256-{allowed}';" in text
 
 
 def test_the_page_shows_the_numbers(tmp_path: Path) -> None:
     text = report(tmp_path)
     sections = re.findall(r'<section id="(\w+)"', text)
-    assert sections == ["results", "checks", "curves", "samples", "speed", "phases", "config", "versions", "reproduce"]
+    assert sections == ["results", "samples", "checks", "curves", "speed", "phases", "config", "versions", "reproduce"]
     for shown in (
         "57.1\u00a0%", "24.1\u00a0%", "41.4 s", "0.352 GiB", "11,269,248 of 2,257,542,128 (0.50\u00a0%)",
         "20240101",  # a seed is a name, not a quantity
@@ -145,10 +151,40 @@ def test_each_metric_has_its_good_direction(key, before, after, tone, arrow, cha
 def test_a_change_has_its_interval_and_p() -> None:
     change = {"chair_s": {"difference": -0.5, "low": -0.59, "high": 0.02, "p": 0.0004998}}
     (line,) = result_rows({"chair_s": 0.6}, {"chair_s": 0.1}, change)
-    assert line.interval == "\u221259.0 to +2.0, p < 0.001"
+    assert line.interval == "\u221259.0 to +2.0, p\u00a0<\u00a00.001"
     assert line.tone == "neutral"  # its interval holds zero
     (line,) = result_rows({"recall": 0.5}, {"recall": 0.6}, {"recall": {"low": 0, "high": 0.1, "p": 0.25}})
-    assert line.interval.endswith("p = 0.250")
+    assert line.interval.endswith("p\u00a0=\u00a00.250")
+
+
+def test_the_settings_that_decide_come_first(tmp_path: Path) -> None:
+    config = {
+        "adapter": {"r": 8, "lora_alpha": 16}, "trainer": {"learning_rate": 1e-4, "beta": 0.2}, "name": "mine",
+    }  # fmt: skip
+    known = {
+        **SUMMARY, "train": {**SUMMARY["train"], "batch_size": 32}, "seconds": 90.0,
+        "hardware": {"device": "NVIDIA H200", "dtype": "bfloat16"},
+        "data": {"train": {"rows": 6400}, "test": {"rows": 240}},
+        "sources": {
+            "model": {"id": "a/b", "commit": "1234567890", "license": "mit"},
+            "data": {"id": "shapes", "commit": None, "license": "apache-2.0"},
+            "code": {"id": "smolvlm_exp 0.1.0", "commit": "abcdef0123", "license": "apache-2.0"},
+        },
+    }  # fmt: skip
+    decide = [(name, value) for name, value in deciding_settings(known, config) if value is not None]
+    assert decide == [
+        ("model", "tiny: a/b at 12345678 (mit)"), ("data", "shapes (apache-2.0)"), ("trainer", "dpo"),
+        ("adapter", "dora"), ("rank", 8), ("alpha", 16), ("quant", "nf4"), ("learning rate", 1e-4), ("beta", 0.2),
+        ("batch size", 32), ("steps", 60), ("training rows", "6,400"), ("held-out rows", "240"), ("seed", 20240101),
+        ("device", "NVIDIA H200"), ("dtype", "bfloat16"), ("code", "smolvlm_exp 0.1.0 at abcdef01 (apache-2.0)"),
+        ("time of training", "41.4 s"), ("total time", "1 min 30 s"),
+    ]  # fmt: skip
+    write_report(tmp_path, known, config, [])
+    text = (tmp_path / "report.html").read_text()
+    assert text.index("<dt>learning rate</dt>") < text.index("<nav")
+    assert dict(deciding_settings({**known, "settings": {}}, config))["model"] == "a/b at 12345678 (mit)"
+    evaluated = dict(deciding_settings({"seed": 0, "settings": {"task": "evaluate"}}, config))
+    assert {name for name, value in evaluated.items() if value is not None} == {"task", "rank", "alpha", "seed"}
 
 
 def test_headline() -> None:
@@ -179,7 +215,7 @@ def test_everything_from_outside_is_escaped(tmp_path: Path) -> None:
     folder.mkdir()
     write_report(folder, summary, {"name": evil, evil: evil}, [hurt], [hurt])
     page = StrictParser((folder / "report.html").read_text(encoding="utf-8"))
-    assert "script" not in page.tags
+    assert page.tags.count("script") == 1
     assert page.tags.count("img") == 2
     StrictParser(line_chart({evil: [(0, 1), (1, 2)], "b": [(0, 1)]}, evil, x_label=evil, reference=(evil, 1.5)))
 
@@ -198,13 +234,38 @@ def test_complete_words_are_marked_in_any_case_and_in_the_plural(text, words, ma
 
 def test_images_are_embedded_small(tmp_path: Path) -> None:
     noise = Image.effect_noise((3000, 2000), 80)
-    text = report(tmp_path, samples=[sample(), sample(image=noise), sample(image=Image.new("RGBA", (40, 90)))])
+    photo = Image.linear_gradient("L").resize((3000, 2000))
+    shown = [noise, photo, noise.resize((256, 256)), Image.new("RGBA", (40, 90)), Image.new("RGB", (128, 64), "navy")]
+    text = report(tmp_path, samples=[sample(image=image) for image in shown])
     assert text.count("data:image/png;base64,") == 2
-    assert text.count("data:image/jpeg;base64,") == 1
-    assert 'width="128" height="64"' in text
-    assert 'width="880" height="587"' in text
+    assert text.count("data:image/jpeg;base64,") == 3
+    sizes = re.findall(r'<img width="(\d+)" height="(\d+)"', text)
+    assert sizes[1:] == [("880", "587"), ("256", "256"), ("40", "90"), ("128", "64")]
+    assert int(sizes[0][0]) < 880  # as many bytes as another of that size would take
     assert noise.size == (3000, 2000)  # the caller's image is unchanged
-    assert len(text) < 1_500_000
+
+
+def test_the_largest_page_is_below_a_megabyte_and_a_half(tmp_path: Path) -> None:
+    """All rows photos of noise, and a log of every quantity, longer than a chart shows."""
+    keys = [key for curves in CURVES.values() for _, lines, _ in curves for key in lines.values()]
+    numbered = list(enumerate(keys, start=1))
+    write_log(tmp_path, *({"step": s, **{key: math.sin(s * i) for i, key in numbered}} for s in range(1000)))
+    hard = sample(image=Image.effect_noise((880, 660), 80))
+    write_report(tmp_path, SUMMARY, CONFIG, [hard] * 12, [hard] * 4, [hard] * 6)  # type: ignore[list-item]
+    assert len((tmp_path / "report.html").read_bytes()) < 1_500_000
+
+
+def test_what_got_worse_is_marked_where_it_differs(tmp_path: Path) -> None:
+    changed = sample("A small red star and a Moon.", alt="An image of a star", verdict="worse")
+    same = sample("A star.", verdict="same")
+    text = report(
+        tmp_path, {**SUMMARY, "answer_changes": {"worse": 3, "better": 0, "changed": 1, "same": 36}}, [changed, same]
+    )
+    assert "<dd>A <del>small red </del>star<del> and a <mark>Moon</mark></del>.</dd>" in text
+    assert "<dt>Both</dt><dd>A star.</dd>" in text
+    assert 'alt="An image of a star"' in text
+    assert "Of 40 answers 3 got worse, 0 better; 1 changed otherwise and 36 are the same" in text
+    assert highlight_changes("a cat", "two cats") == ("<del>a cat</del>", "<ins>two cats</ins>")
 
 
 def test_curves(tmp_path: Path) -> None:
@@ -243,8 +304,8 @@ def test_the_log_of_a_killed_and_resumed_run_is_read(tmp_path: Path) -> None:
 def test_runs_that_lack_something(tmp_path: Path, changes: dict[str, Any]) -> None:
     text = report(tmp_path, {**SUMMARY, **changes})
     StrictParser(text)
-    assert "There is no training log." in text
-    assert ("<td>0.1</td>" in text) == ("speed" in changes)
+    assert ("There is no training log." in text) == bool(changes["train"])
+    assert ('first token, s">0.1</td>' in text) == ("speed" in changes)
 
 
 def test_values_that_are_not_finite_are_counted_not_drawn(tmp_path: Path) -> None:
@@ -293,6 +354,23 @@ def test_ticks_are_round_and_enclose_the_values() -> None:
     assert high >= 0.7
 
 
+def test_a_spike_is_off_the_scale_and_does_not_flatten_the_rest() -> None:
+    points = [(float(x), 1.0 + 0.1 * (x % 5)) for x in range(100)]
+    chart = line_chart({"loss": [*points, (100.0, 5000.0)]}, "t")
+    assert "1 off the scale" in chart
+    assert "5,000" in chart  # under the pointer
+    assert max(float(y) for y in re.findall(r'text-anchor="end">([\d.,]+)</text>', chart)) < 10
+    assert "off the scale" not in line_chart({"loss": [*points[:10], (100.0, 50.0)]}, "t")  # too few to tell
+    assert "off the scale" not in line_chart({"share": [*[(float(x), 1.0) for x in range(99)], (99.0, 0.5)]}, "t")
+
+
+def test_every_line_s_value_is_under_the_pointer() -> None:
+    chart = line_chart({f"r={i}": [(1, float(i)), (2, 5.0)] for i in range(5)}, "t")
+    assert "<title>r=0 0\nr=1 1\nr=2 2\nr=3 3\nr=4 4</title>" in chart
+    longer = line_chart({name: [(2.0 * x + odd, 1.0) for x in range(90)] for odd, name in enumerate("ab")}, "t")
+    assert "step 0 to 1  ·  a 1  ·  b 1" in longer  # 180 steps share bands
+
+
 def test_long_logs_are_thinned_and_keep_their_spikes() -> None:
     points = [(float(x), 1.0) for x in range(50_000)]
     points[31_234] = (31_234.0, 99.0)
@@ -317,6 +395,10 @@ def test_lines_of_one_group_share_a_colour_and_a_name() -> None:
     chart = line_chart(points, "t", alike={"r=4 seed=0": "r=4", "r=4 seed=1": "r=4"})
     assert '<li class="s0">r=4</li><li class="s1">r=8</li></ul>' in chart
     assert re.findall(r'polyline class="line (s\d)"', chart) == ["s0", "s0", "s1"]
+    names = dict.fromkeys(points, "r=4") | {"r=8": "r=8"}
+    alone = line_chart({**points, "r=4 seed=0": [], "r=4 seed=1": []}, "t", alike=names, legend=False)
+    assert re.findall(r'polyline class="line (s\d)"', alone) == ["s1"]  # a colour is a group's in every chart
+    assert "legend" not in alone
 
 
 def test_comparing_runs_does_without_torch() -> None:

@@ -59,6 +59,7 @@ def test_a_run_is_evaluated_as_it_evaluated_itself(run, folder, capsys, monkeypa
     (table,) = folder.glob("again/wandb/offline-run-*/files/media/table/checks*.table.json")
     logged = json.loads(table.read_text())
     assert [dict(zip(logged["columns"], row, strict=True)) for row in logged["data"]] == found["checks"]
+    assert (folder / "again" / "answers.jsonl").read_text() == (run.folder / "answers.jsonl").read_text()
     page = (folder / "again" / "report.html").read_text()
     assert page.count('<th scope="row">tuned</th>') == 3
     assert number(found["speed"]["tuned"][2]["tokens_per_second"]) in page

@@ -79,7 +79,7 @@ def test_a_run_on_rows_without_pairs(settings, user, tmp_path, monkeypatch, caps
     assert saved["reward.code.longer"] == sha256
 
     report = (folder / "report.html").read_text()
-    assert "Sampled answers while training" in report
+    assert "Answers that the model was trained on" in report
     assert report.count("<h3>Step ") == 3
     best = max(read_lines(folder / "completions.jsonl")[0]["answers"], key=lambda answer: answer["reward"])
     assert f"longer {best['rewards']['longer']:g}" in report

@@ -2,6 +2,7 @@
 
 import os
 import re
+import subprocess
 import tomllib
 
 import pytest
@@ -9,8 +10,9 @@ from packaging.requirements import Requirement
 
 from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.tasks.doctor import attempt, check_imports
+from smolvlm_exp.utils import versions
 from smolvlm_exp.utils.paths import PACKAGE
-from smolvlm_exp.utils.versions import check_torchvision
+from smolvlm_exp.utils.versions import check_torchvision, code_commit
 
 
 @pytest.fixture
@@ -60,3 +62,24 @@ def test_constraints_are_exact_and_cover_what_pyproject_asks_for():
     wanted = [*project["dependencies"], *extras["test"][1:], *optional]
     for requirement in map(Requirement, wanted):
         assert requirement.specifier.contains(pins[requirement.name.lower()]), requirement
+
+
+def test_the_commit_of_the_code_and_whether_it_was_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(versions, "HOME", str(tmp_path))
+    assert code_commit() == (None, False)  # installed, not a checkout
+    author = ("-c", "user.name=A", "-c", "user.email=a@b.c")
+
+    def git(*arguments):
+        done = subprocess.run(["git", "-C", tmp_path, *author, *arguments], check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init")
+    file = tmp_path / "file"
+    file.write_text("1")
+    git("add", "file")
+    git("commit", "-m", "one")
+    git("tag", "v1")
+    commit = git("rev-parse", "HEAD")
+    assert code_commit() == (commit, False)
+    file.write_text("2")
+    assert code_commit() == (commit, True)

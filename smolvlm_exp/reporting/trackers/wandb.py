@@ -82,7 +82,7 @@ class WandbRun(Client):
             run.log({"checks": wandb.Table(columns=list(checks[0]), data=[list(check.values()) for check in checks])})
         if samples:
             references = [name.lower() for name in samples[0].references]  # chosen and rejected, or truth
-            columns: list[str | int] = ["image", "question", "before", "after", *references]
+            columns: list[str | int] = ["image", "question", *map(str.lower, samples[0].answers), *references]
             rows = [[wandb.Image(s.image), s.question, *s.answers.values(), *s.references.values()] for s in samples]
             run.log({"answers": wandb.Table(columns=columns, data=rows)})
         if outcome.completions:
