@@ -23,7 +23,7 @@ from smolvlm_exp.utils.paths import relative_to_cwd
 POINTS = " points"
 NAMES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i", "cog": "Cog"}  # as the papers have them
 ARROWS = {1: "↑", -1: "↓", 0: ""}
-COLUMNS = 6  # of a table of metrics: more are too wide for a page
+COLUMNS = 5  # of a table of metrics: more are too wide for a page
 COSTS = {"train.seconds": "seconds", "train.memory_peak_gib": "GiB", "train.pairs_per_second": "pairs/s"}
 COST_HEADS = dict(zip(COSTS, ("Training time, s", "Peak memory, GiB", "Pairs/s"), strict=True))
 
