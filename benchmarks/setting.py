@@ -37,7 +37,7 @@ class Clock(TrainerCallback):
 
 def compose(*overrides: str) -> Any:
     """The configuration that `python -m smolvlm_exp` with these overrides would run, untracked."""
-    from smolvlm_exp.main import compose
+    from smolvlm_exp import compose
 
     return compose(["tracker=none", *overrides])
 

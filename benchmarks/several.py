@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.dpo import Bench
 from benchmarks.setting import GIB, device_name
-from smolvlm_exp.main import is_distributed
+from smolvlm_exp.tasks.ranks import is_distributed
 from smolvlm_exp.utils.distributed import destroy_distributed, gather, init_distributed, rank_world
 from smolvlm_exp.utils.startup import silence_upstream
 

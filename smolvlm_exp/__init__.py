@@ -30,7 +30,7 @@ sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") != "0" and "huggingface_hub.constants" in sys.modules:
     vars(sys.modules["huggingface_hub.constants"])["HF_HUB_DISABLE_TELEMETRY"] = True  # it was imported before
 
-HOMES = dict.fromkeys(("train", "evaluate", "compare", "compose"), "main") | {
+HOMES = dict.fromkeys(("train", "evaluate", "compare", "compose"), "tasks.notebook") | {
     "SmolVLMSession": "deploy.session.session"
 }
 

@@ -15,8 +15,8 @@ from omegaconf import OmegaConf
 from smolvlm_exp.config.compose import check_command, check_shape
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.main import complete_and_check
 from smolvlm_exp.rewards.build import BUILDERS
+from smolvlm_exp.tasks.command import complete_and_check
 from smolvlm_exp.tasks.compare import read_run
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.utils.errors import RequestError

@@ -24,7 +24,6 @@ from hydra._internal.utils import get_args_parser
 
 from smolvlm_exp.config.compose import check_command
 from smolvlm_exp.evaluation.held_out import HeldOut
-from smolvlm_exp.main import complete_and_check
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.models.quant import quantization_config
@@ -32,6 +31,7 @@ from smolvlm_exp.reporting.sampled_answers import COMPLETIONS
 from smolvlm_exp.rewards.build import Rewards
 from smolvlm_exp.runs.checkpoint import checkpoint_folders, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
+from smolvlm_exp.tasks.command import complete_and_check
 from smolvlm_exp.training.arguments import TrainerInputs
 from smolvlm_exp.training.callbacks import MetricsCallback, StopCallback
 from smolvlm_exp.training.on_policy_callback import OnPolicyCallback

@@ -13,6 +13,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.checkpoint import SAVING, checkpoints, damage, finalise, newest_intact
 from smolvlm_exp.runs.event_log import append_event
 from smolvlm_exp.runs.find import saved_hydra, summary_of
+from smolvlm_exp.tasks import command
 from smolvlm_exp.tasks import train as training
 from smolvlm_exp.utils.files import write_json
 from tests.conftest import QUICK
@@ -37,7 +38,7 @@ def typed(words: Sequence[str], log: Path, begin: Callable[[], None] = lambda: N
     def job() -> None:
         os.chdir(log.parent)  # its cache is there
         begin()
-        main.check_command, training.check_upstream = lambda *args: [], lambda *args: None  # they write nothing
+        command.check_command, training.check_upstream = lambda *args: [], lambda *args: None  # they write nothing
         multiprocessing.set_start_method("fork", force=True)
         multiprocessing.set_start_method = lambda *args, **kwargs: None
         if "-m" in words:

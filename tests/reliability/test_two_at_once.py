@@ -12,7 +12,6 @@ import yaml
 from filelock import FileLock, Timeout
 from omegaconf import OmegaConf
 
-from smolvlm_exp import main
 from smolvlm_exp.data.repository import DataFile, Part, Repository
 from smolvlm_exp.runs import folder as folders
 from smolvlm_exp.runs.folder import check_unused, check_unused_sweep, lock_file, lock_run_folder
@@ -22,6 +21,7 @@ from smolvlm_exp.sweep.optuna_study import SearchConf, open_study
 from smolvlm_exp.sweep.results import read_results
 from smolvlm_exp.tasks import export as exporting
 from smolvlm_exp.tasks import generate as generating
+from smolvlm_exp.tasks.command import output_folder, run_once
 from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.conftest import compose
 from tests.reliability.conftest import command_line, forked
@@ -51,7 +51,7 @@ def both(first, second, folder: Path) -> list[str]:
 
 
 def write_slowly(composed):
-    folder = main.output_folder()
+    folder = output_folder()
     assert sorted(path.name for path in folder.iterdir()) == [".hydra", ".lock"]
     time.sleep(MOMENT)
     (folder / "summary.json").write_text(str(composed.seed))
@@ -60,7 +60,7 @@ def write_slowly(composed):
 def test_two_runs_begin_in_one_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     jobs = [
-        lambda i=i: main.run_once(command_line("tracker=none", "hydra.run.dir=run", f"seed={i}"), write_slowly)
+        lambda i=i: run_once(command_line("tracker=none", "hydra.run.dir=run", f"seed={i}"), write_slowly)
         for i in (1, 2)
     ]
     said = both(*jobs, tmp_path)
@@ -88,7 +88,7 @@ def test_a_run_is_not_written_over_however_its_folder_is_named(how, tmp_path, mo
     }[how]
     args = command_line(*overrides, config_dir=config_dir)
     with pytest.raises(RequestError, match=r"hydra\.run\.dir=outputs/a already holds a run \(checkpoints\)"):
-        main.run_once(args, lambda composed: pytest.fail("it began"))
+        run_once(args, lambda composed: pytest.fail("it began"))
     assert (run / ".hydra" / "config.yaml").read_text() == "task: {name: train}"
     assert {path.name for path in run.iterdir()} <= {".hydra", ".lock", "checkpoints"}
 
@@ -97,7 +97,7 @@ def test_what_writes_no_folder_leaves_the_working_folder_alone(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     for task in ("plan", "doctor"):
-        assert main.run_once(command_line(f"task={task}"), lambda composed: composed.task.name) == task
+        assert run_once(command_line(f"task={task}"), lambda composed: composed.task.name) == task
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -105,9 +105,9 @@ def test_what_completes_an_earlier_command_goes_on_there(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for _ in range(2):
         args = command_line("task=mine", "hydra.run.dir=run")
-        main.run_once(args, lambda composed: (main.output_folder() / "summary.json").touch())
+        run_once(args, lambda composed: (output_folder() / "summary.json").touch())
     with pytest.raises(RequestError, match="already holds a run"):
-        main.run_once(command_line("task=evaluate", "hydra.run.dir=run"), print)
+        run_once(command_line("task=evaluate", "hydra.run.dir=run"), print)
 
 
 def jobs(*ranks: int) -> list[Job]:
