@@ -202,7 +202,9 @@ def check_option(override: Override) -> bool:
         return False
     known = GlobalHydra.instance().config_loader().get_group_options(group)
     value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
-    chosen = value if isinstance(value, list) else [value]  # a list: several options at once
+    if isinstance(value, list) and known and group != "tracker" and not override.is_sweep_override():
+        raise RequestError(f"{override.input_line}: one option of {group}, of {', '.join(known)}.")
+    chosen = value if isinstance(value, list) else [value]
     for option in chosen if known else ():
         if str(option) not in known and not (option is None and override.is_delete()):
             raise RequestError(f"{group}={option}: no such option. {suggestion(str(option), known)}")

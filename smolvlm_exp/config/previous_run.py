@@ -32,7 +32,7 @@ def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
     """A command's overrides, and what they leave open from the run that it resumes or works on, or its sweep."""
     given = as_settings(overrides)
     for key, complete in (("resume", resume_overrides), ("run", run_overrides), ("sweep", sweep_overrides)):
-        if given.get(key) == "":  # as of a shell's variable that is not set
+        if f"{key}=" in overrides:  # as of a shell's variable that is not set
             raise RequestError(f"{key}= is empty: name a folder, or `last`.")
         if given.get(key, "null") != "null":
             given[key] = os.path.expanduser(given[key])

@@ -86,7 +86,7 @@ def answer_changes(preferences: "Preferences", before: "Evaluation", after: "Eva
 def references(row: dict[str, Any]) -> dict[str, str]:
     """The answers or the truth that a row's answer is compared with."""
     if "chosen" in row:
-        return {"chosen": text_of(row["chosen"]), "rejected": text_of(row["rejected"])}
+        return {side: text_of(row[side]) for side in ("chosen", "rejected") if side in row}
     return {"truth": truth_text(row.get("truth"))}
 
 

@@ -165,10 +165,12 @@ def attempt(config: Config, folder: Path) -> int:
     except Pruned:
         return 0
     except Exception as error:
-        if not isinstance(error, RequestError | RunError):
+        if isinstance(error, RequestError | RunError):
+            print(f"smolvlm_exp: {error}", file=sys.stderr)
+        else:
             traceback.print_exc()
         if not summary_of(folder):  # it failed before the run had reached the tracker
-            with isolated("W&B"):
+            with isolated("the tracker"):
                 from smolvlm_exp.tasks.tracking import tracker_of
 
                 tracker_of(config, folder).finish({"status": "failed"}, exit_code=1)

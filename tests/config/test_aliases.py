@@ -59,7 +59,7 @@ TYPED = {  # what people type -> the setting that it means
     "model_name_or_path": "model.id", "model.name": "model.id", "device": "CUDA_VISIBLE_DEVICES",
     "num_gpus": "accelerate launch", "rank": "adapter.r", "lora_r": "adapter.r", "adapter.rank": "adapter.r",
     "alpha": "adapter.lora_alpha", "target_modules": "adapter.target", "load_in_4bit": "quant",
-    "output_dir": "hydra.run.dir", "run_name": "name", "wandb": "tracker", "report_to": "tracker",
+    "output_dir": "hydra.run.dir", "run_name": "name", "wandb": "tracker.wandb", "report_to": "tracker",
     "resume_from_checkpoint": "resume", "max_seq_length": "data.max_length", "max_samples": "data.train",
     "dataset": "data", "data.path": "data", "image_size": "model.longest_edge", "task.run": "run",
 }  # fmt: skip

@@ -251,5 +251,10 @@ def test_what_a_run_writes_at_its_end_fails_alone(quick, tmp_path, monkeypatch, 
     assert summary["status"] == ("failed" if poisoned else "done")
     assert any("NaN or infinite loss" in text for text in summary["advice"]) == poisoned
     out = capsys.readouterr().out
-    for part in ("report.html", "advice (on_policy)", "W&B", *([] if poisoned else ["the table", "answers.jsonl"])):
+    for part in (
+        "report.html",
+        "advice (on_policy)",
+        "the tracker",
+        *([] if poisoned else ["the table", "answers.jsonl"]),
+    ):
         assert f"{part} failed (TypeError: broken); the rest is as it would be" in out

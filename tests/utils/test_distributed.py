@@ -8,7 +8,6 @@ from itertools import chain
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import compose
 from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine.disk_cache import DiskCache
@@ -18,6 +17,7 @@ from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.engine.precompute.reference import reference_logps
 from smolvlm_exp.models.model import load_model
 from smolvlm_exp.utils.distributed import all_ranks, broadcast_from_rank0, gather, rank_slice
+from tests.conftest import compose
 from tests.engine.inputs.test_dataset import PLENTY, RAM
 from tests.engine.precompute.test_reference import PARTS, Count, lengths
 

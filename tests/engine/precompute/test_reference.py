@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from conftest import compose
 from peft import LoraConfig, get_peft_model
 from transformers import BitsAndBytesConfig
 
@@ -19,6 +18,7 @@ from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.model import load_model
+from tests.conftest import compose
 from tests.engine.inputs.test_dataset import PLENTY, encoded, make, noise, packed
 
 PARTS = {"weights": "of the test", "dtype": "float32", "ld_alpha": None}
