@@ -34,7 +34,7 @@ def complete_overrides(overrides: list[str], multirun: bool) -> list[str]:
     for key, complete in (("resume", resume_overrides), ("run", run_overrides), ("sweep", sweep_overrides)):
         if f"{key}=" in overrides:  # as of a shell's variable that is not set
             raise RequestError(f"{key}= is empty: name a folder, or `last`.")
-        if given.get(key, "null") != "null":
+        if given.get(key, "null") not in ("", "null"):
             given[key] = os.path.expanduser(given[key])
             completed = complete(given, multirun)
             for saved, value in as_settings(completed).items():

@@ -151,7 +151,7 @@ def test_commands_that_hydra_trips_over(override):
     """Each was a traceback of Hydra's own once."""
     with pytest.raises(
         RequestError,
-        match="no such|one option of|not the name|must map settings|required by Hydra|not Optional|not support deleti",
+        match=r"no such|one option of|not the name|must map settings|required by Hydra|not Optional|support deletion",
     ):
         compose(override)
 
