@@ -45,7 +45,7 @@ from smolvlm_exp.runs.folder import check_unused, lock_run_folder, missing, remo
 from smolvlm_exp.runs.overrides import as_override, quoted
 from smolvlm_exp.tasks.opening import WITHOUT_FOLDER, announce
 from smolvlm_exp.utils.errors import RequestError, RunError, exit_with_error, unusable_path_as_request_error
-from smolvlm_exp.utils.paths import CONF, relative_to_cwd
+from smolvlm_exp.utils.paths import CONF, OUTPUTS, relative_to_cwd
 from smolvlm_exp.utils.phases import clock
 from smolvlm_exp.utils.signals import INTERRUPTED, STOPPED, end_as_interrupt
 from smolvlm_exp.utils.startup import configure_logging, fast_imports, keep_printing, silence_upstream
@@ -140,7 +140,8 @@ def with_rows(train: "Rows | None", test: "Rows | None") -> list[str]:
     """The overrides by which rows in memory are read."""
     if train is None and test is None:
         return []
-    return ["data=files", as_override("data.folder", str(save_rows(train, test)))]
+    with disk_error_as_run_error(OUTPUTS):
+        return ["data=files", as_override("data.folder", str(save_rows(train, test)))]
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:
