@@ -194,6 +194,23 @@ def test_a_damaged_checkpoint_of_a_later_step_costs_no_good_one(bench, run):
 # A full disk
 
 
+def test_a_damaged_checkpoint_of_this_step_is_saved_again(bench, run):
+    """As at a signal in the evaluation of a step that an earlier run has saved."""
+    last = checkpoints(run)[-1]
+    trainer = bench.run(run, *TWO)
+    (last / "optimizer.safetensors").unlink()
+    trainer.save_now()
+    assert damage(last) == ""
+
+
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"files": {"run.json": [1e999, ""]}}', '{"files": 1}'])
+def test_whatever_a_manifest_holds_it_is_no_traceback(run, manifest):
+    newest = checkpoints(run)[-1]
+    (newest / files.MANIFEST).write_text(manifest)
+    (newest.parent / "checkpoint-²").mkdir()
+    assert newest_intact(run).name == "checkpoint-1"
+
+
 def test_a_full_disk_is_one_error_and_costs_nothing(bench, two, tmp_path):
     """A tmpfs that holds one checkpoint and a part of the next; the run goes on when there is room."""
     disk = tmp_path / "disk"
