@@ -10,6 +10,7 @@ import yaml
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.files import read_json
+from smolvlm_exp.utils.formatting import as_finite
 from smolvlm_exp.utils.paths import OUTPUTS
 
 PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
@@ -79,8 +80,24 @@ def newest_first(places: Sequence[str], *names: str) -> list[Path]:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     """A run's summary.json; empty where it has not ended. A part of another type than ours, as null, is left out."""
-    summary = read_json(folder / "summary.json")
-    return {key: value for key, value in summary.items() if isinstance(value, PARTS.get(key, object))}
+    saved = read_json(folder / "summary.json")
+    summary = {key: value for key, value in saved.items() if isinstance(value, PARTS.get(key, object))}
+    if "intervals" in summary:
+        summary["intervals"] = {
+            part: {key: ends for key, ends in measured.items() if is_interval(ends)}
+            for part, measured in summary["intervals"].items()
+            if isinstance(measured, dict)
+        }
+    if "changes" in summary:
+        changes = ((key, change) for key, change in summary["changes"].items() if isinstance(change, dict))
+        summary["changes"] = {
+            key: change for key, change in changes if is_interval([change.get("low"), change.get("high")])
+        }
+    return summary
+
+
+def is_interval(ends: Any) -> bool:
+    return isinstance(ends, list) and len(ends) == 2 and all(as_finite(end) is not None for end in ends)
 
 
 def saved_hydra(folder: Path, name: str) -> Any:
