@@ -108,6 +108,11 @@ def disk_error_as_run_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not folder.exists():
+            raise RunError(
+                f"{folder} is gone: it was renamed or removed while it was written.\nWhat was saved is where it was "
+                "moved to: resume=FOLDER continues there."
+            ) from error
         cause = next(filter(is_disk_error, chain_of(error)), None)
         if isinstance(error, RequestError | RunError) or cause is None:
             raise

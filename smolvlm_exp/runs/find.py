@@ -81,7 +81,7 @@ def newest_first(places: Sequence[str], *names: str) -> list[Path]:
 def summary_of(folder: Path) -> dict[str, Any]:
     """A run's summary.json; empty where it has not ended. A part of another type than ours, as null, is left out."""
     saved = read_json(folder / "summary.json")
-    summary = {key: value for key, value in saved.items() if isinstance(value, PARTS.get(key, object))}
+    summary: dict[str, Any] = {k: value for k, value in saved.items() if isinstance(value, PARTS.get(k, object))}
     if "intervals" in summary:
         summary["intervals"] = {
             part: {key: ends for key, ends in measured.items() if is_interval(ends)}

@@ -316,6 +316,16 @@ def test_what_hides_a_disk_error_is_one(tmp_path):
         raise hiding
 
 
+def test_a_folder_that_is_renamed_while_it_is_written_is_one_error(bench, tmp_path):
+    class Mover(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    with pytest.raises(RunError, match="run is gone: it was renamed or removed"):
+        bench.run(tmp_path / "run", *TWO, callbacks=(Mover(),))
+    assert newest_intact(tmp_path / "moved").name == "checkpoint-1"
+
+
 def test_what_is_no_disk_error_stays_what_it_is(tmp_path):
     with pytest.raises(KeyError), files.disk_error_as_run_error(tmp_path):
         raise KeyError("a mistake of ours")
