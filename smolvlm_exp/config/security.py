@@ -19,8 +19,9 @@ CODE = (
     "megatron_config",
 )  # fmt: skip
 LOADED = re.compile(r"LD_|DYLD_|PYTHON|PATH$")  # environment variables that make a process load other code
-# Code to run, where answers are sent, and which secret goes with them: a file that came along does not decide that.
-TYPED = ("reward.user", "reward.judge.url", "reward.judge.key_variable")
+# Code to run, where answers, pairs and models are sent, and which secret goes with them: a file that came along does
+# not decide that.
+TYPED = ("reward.user", "reward.judge.url", "reward.judge.key_variable", "export.push_to_hub", "task.push_to_hub")
 OWN = ("hydra", "hydra_plugins", "logging")
 CALLS = ("_target_", "()", "class")  # what Hydra and `logging` call, by its name
 STREAMS = ("ext://sys.stdout", "ext://sys.stderr")  # `logging` imports whatever else follows ext://
@@ -52,8 +53,8 @@ def check_typed(key: str, value: Any, typed: Collection[Any]) -> None:
     """Refuse a value of one of `TYPED` that is not among those that the command itself gives this setting."""
     if key in TYPED and value not in (None, "", "null", *typed):
         raise RequestError(
-            f"{key}={value} is set by a file or a saved run. It names code to run, or where answers and keys are sent, "
-            f"so it counts only where it is typed.\nRead what it names, then type {key}={value} (or {key}=null)."
+            f"{key}={value} is set by a file or a saved run. It names code to run, or what is sent where, so it "
+            f"counts only where it is typed.\nRead what it names, then type {key}={value} (or {key}=null)."
         )
 
 

@@ -87,6 +87,7 @@ def normal_row(row: dict[str, Any], read_images: Callable[[list[Any]], list[Entr
         read_images: of the row's images in any form; raises ImageError.
     """
     try:
+        row = {key: None if value != value else value for key, value in row.items()}  # NaN: pandas' missing value
         entries = row_images(row)
         normal = {"images": read_images(entries), **conversation(row, len(entries)), "truth": truth_of(row)}
         json.dumps(normal, ensure_ascii=False, default=repr).encode()

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from datasets import Features
 
-VERSION = 4  # raise when rows come out differently: it is part of the key under which `datasets` caches them
+VERSION = 5  # raise when rows come out differently: it is part of the key under which `datasets` caches them
 
 Message = dict[str, Any]  # {"role", "content": a list of parts}
 

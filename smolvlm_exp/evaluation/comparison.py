@@ -99,7 +99,7 @@ class Group:
         over_rows = [(high - low) / 2 for low, high in filter(None, ends)]  # as each run measured it
         if not over_rows and len(self.seeds(path)) < 2:
             return None
-        return ((mean(over_rows) if over_rows else 0.0) ** 2 + self.seed_error(path) ** 2) ** 0.5
+        return math.hypot(mean(over_rows) if over_rows else 0.0, self.seed_error(path))
 
     def ratio(self, path: str) -> Ratio | None:
         """Each held-out row's part in a metric, averaged over the runs, where all evaluated the same rows."""
@@ -160,7 +160,7 @@ def measure_gap(best: Group, group: Group, metric: str) -> Gap:
         over_rows = ((change.high - change.low) / 2) ** 2
         return Gap(difference, (over_rows + best.seed_error(metric) ** 2 + group.seed_error(metric) ** 2) ** 0.5)
     errors = best.error(metric), group.error(metric)
-    return Gap(difference, None if None in errors else sum((error or 0.0) ** 2 for error in errors) ** 0.5)
+    return Gap(difference, None if None in errors else math.hypot(*(error or 0.0 for error in errors)))
 
 
 def compare_runs(runs: Sequence[Run], asked: str | None) -> Comparison:

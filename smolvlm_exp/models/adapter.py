@@ -211,7 +211,8 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
 
     folder = find_adapter(config, name)
     check_adapter_fields(folder / "adapter_config.json", config.extra)
-    saved: Any = PeftConfig.from_pretrained(str(folder))
+    with as_request_error(folder):
+        saved: Any = PeftConfig.from_pretrained(str(folder))
     trained_on = str(read_json(folder / BASE).get("id") or saved.base_model_name_or_path or "")
     if trained_on != base and all(name == "embedded" or is_hub_id(name) for name in (trained_on, base)):
         raise RequestError(f"model.adapter={name} was trained on {trained_on}, and model.id is {base}.")
@@ -238,11 +239,8 @@ def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftMo
 
     check_base(folder, model)
     expected = set(matched_modules(model, target))
-    try:
-        with keeping_scales(model):
-            tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
-    except RuntimeError as error:  # tensors of another shape
-        raise RequestError(f"model.adapter={folder} does not fit this model: {' '.join(str(error).split())}") from error
+    with as_request_error(folder), keeping_scales(model):
+        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
     state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
     saved = load_peft_weights(str(folder), device="cpu")
     for words, names in (("lacks {}", state.keys() - saved.keys()), ("has {} other", saved.keys() - state.keys())):
@@ -257,6 +255,16 @@ def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftMo
         )
     log.info(f"adapter: {folder}, on {describe_target(sorted(adapted))}")
     return tuned
+
+
+@contextlib.contextmanager
+def as_request_error(folder: Path) -> Iterator[None]:
+    """Within, PEFT reads somebody's adapter, and raises whatever a field or a tensor of it leads to."""
+    try:
+        yield
+    except Exception as error:
+        said = " ".join(str(error).split()) or type(error).__name__
+        raise RequestError(f"model.adapter={folder} does not fit this model: {said}") from error
 
 
 def attach_pissa(model: "PreTrainedModel", peft_config: "LoraConfig", folder: Path, seed: int) -> "PeftModel":

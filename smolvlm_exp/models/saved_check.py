@@ -53,7 +53,8 @@ def check_base(folder: Path, model: "PreTrainedModel") -> None:
     from smolvlm_exp.engine.fingerprint import base_digests
 
     record = read_json(folder / BASE)
-    trained_on = record.get("digests") or {}
+    digests = record.get("digests")
+    trained_on = digests if isinstance(digests, dict) else {}
     here = base_digests(model) if trained_on else {}
     if any(trained_on[part] != here[part] for part in trained_on.keys() & here.keys()):
         commit = f" at {record['commit']}" if record.get("commit") else ""

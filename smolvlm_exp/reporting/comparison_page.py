@@ -66,7 +66,7 @@ def print_comparison(comparison: Comparison) -> None:
         table.add_row(*map(short_value, group.settings.values()), str(len(group.runs)), verdict, *numbers, *costs)
     counts = held_out_rows(comparison)
     table.caption = too_few(min(counts, default=None)) or f"{' to '.join(map(str, counts)) or '?'} held-out rows"
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a setting may hold brackets
 
 
 def comparison_page(comparison: Comparison, folder: Path) -> str:

@@ -89,5 +89,5 @@ def headline(summary: dict[str, Any]) -> str:
 
 
 def wide_console() -> Console:
-    """In a file as wide as the results' table; in a terminal as wide as that."""
-    return Console(width=None if sys.stdout.isatty() else 120)
+    """In a file as wide as the results' table; in a terminal as wide as that. Brackets in a text are text."""
+    return Console(width=None if sys.stdout.isatty() else 120, markup=False, emoji=False)

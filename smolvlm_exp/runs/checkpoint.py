@@ -34,7 +34,7 @@ def checkpoints(run: Path) -> list[Path]:
 def checkpoint_folders(run: Path) -> list[Path]:
     """Folders named as checkpoints, by step."""
     folders = (run / "checkpoints").glob("checkpoint-*")
-    return sorted((path for path in folders if path.name[11:].isdigit()), key=step_of)
+    return sorted((path for path in folders if path.name[11:].isdecimal()), key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -75,7 +75,7 @@ def damage(checkpoint: Path) -> str:
         expected = {str(name): (int(size), str(digest)) for name, (size, digest) in listed.items()}
     except FileNotFoundError:
         return f"no {MANIFEST}, so it was never finished"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
     files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if not path.is_dir()}
     files.pop(MANIFEST)
@@ -108,6 +108,11 @@ def disk_error_as_run_error(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if isinstance(error, FileNotFoundError) and not folder.exists():
+            raise RunError(
+                f"{folder} is gone: it was renamed or removed while it was written.\nWhat was saved is where it was "
+                "moved to: resume=FOLDER continues there."
+            ) from error
         cause = next(filter(is_disk_error, chain_of(error)), None)
         if isinstance(error, RequestError | RunError) or cause is None:
             raise

@@ -1,7 +1,7 @@
 """Run folders: finding them, and what is known of one."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import yaml
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.files import read_json
+from smolvlm_exp.utils.formatting import as_finite
 from smolvlm_exp.utils.paths import OUTPUTS
 
 PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
@@ -24,7 +25,9 @@ NON_IDENTITY_KEYS = (
 PARTS = {
     **dict.fromkeys(("settings", "data", "before", "after", "intervals", "changes", "train", "versions"), dict),
     **dict.fromkeys(("checks", "advice"), list),
+    "held_out_rows": int,
 }
+GROUPS = ("task", "model", "data", "trainer")  # of config.yaml, which are read there
 PAIRED = ("dpo", "sft")  # algorithms that learn from given answers: the group `reward` is no part of such a run
 
 
@@ -77,47 +80,106 @@ def newest_first(places: Sequence[str], *names: str) -> list[Path]:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     """A run's summary.json; empty where it has not ended. A part of another type than ours, as null, is left out."""
-    summary = read_json(folder / "summary.json")
-    return {key: value for key, value in summary.items() if isinstance(value, PARTS.get(key, object))}
+    saved = read_json(folder / "summary.json")
+    summary: dict[str, Any] = {k: value for k, value in saved.items() if isinstance(value, PARTS.get(k, object))}
+    if "intervals" in summary:
+        summary["intervals"] = {
+            part: {key: ends for key, ends in measured.items() if is_interval(ends)}
+            for part, measured in summary["intervals"].items()
+            if isinstance(measured, dict)
+        }
+    if "changes" in summary:
+        changes = ((key, change) for key, change in summary["changes"].items() if isinstance(change, dict))
+        summary["changes"] = {
+            key: change for key, change in changes if is_interval([change.get("low"), change.get("high")])
+        }
+    return summary
+
+
+def is_interval(ends: Any) -> bool:
+    return isinstance(ends, list) and len(ends) == 2 and all(as_finite(end) is not None for end in ends)
 
 
 def saved_hydra(folder: Path, name: str) -> Any:
-    """A run's `.hydra/NAME.yaml` (config, hydra or overrides); empty where it is missing."""
+    """A run's `.hydra/NAME.yaml` (config, hydra or overrides); empty where it is missing.
+
+    Raises:
+        RequestError: it is not what Hydra writes.
+    """
     path = folder / ".hydra" / f"{name}.yaml"
     try:
-        return (yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        saved = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        if saved:
+            check_form(name, saved)
+        return saved or {}
+    except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, LookupError, TypeError) as error:
         raise RequestError(
             f"{path} is damaged ({first_line(error)}): start this run again in another folder."
         ) from None
 
 
+def check_form(name: str, saved: Any) -> None:
+    """
+    Raises:
+        LookupError, TypeError: what is read of such a file is not in it.
+    """
+    if name == "overrides":
+        parts = [(saved, list), *((each, str) for each in saved)]
+    elif name == "config":
+        parts = [(saved, dict), *((saved[group], dict) for group in GROUPS if group in saved)]
+    else:
+        runtime = saved["hydra"]["runtime"]
+        sources = [source[key] for source in runtime["config_sources"] for key in ("path", "provider")]
+        parts = [(runtime["choices"], dict), *((text, str) for text in sources)]
+    if not all(isinstance(part, kind) for part, kind in parts):
+        raise TypeError("it has another form")
+
+
 def overrides_of(folder: Path) -> list[str]:
-    """The overrides of a run's command, after those of the run it replays, if any."""
-    overrides = list(saved_hydra(folder, "overrides"))
-    origin = replayed(folder)
-    earlier = overrides_of(origin) if origin else []
-    own = set(map(key_of, overrides))
-    return [*(o for o in earlier if key_of(o) not in own), *overrides]
+    """The overrides of a run's command, after those of the run it replays, if any.
+
+    Raises:
+        RequestError: a run that is replayed is gone, or damaged.
+    """
+    overrides: list[str] = []
+    for run in lineage(folder):
+        own = set(map(key_of, overrides))
+        overrides = [*(o for o in saved_hydra(run, "overrides") if key_of(o) not in own), *overrides]
+    return overrides
+
+
+def lineage(folder: Path) -> Iterator[Path]:
+    """A run, the run that it replays, the run that that one replays ..."""
+    origin, seen = folder, set[Path]()
+    while origin not in seen:
+        yield origin
+        seen.add(origin)
+        earlier = replayed(origin)
+        if earlier is None:
+            return
+        origin = earlier
+    raise RequestError(f"{folder}/.hydra/hydra.yaml is damaged: the run replays itself.")
 
 
 def replayed(folder: Path) -> Path | None:
     """The run whose `.hydra` a run was started from, if any."""
-    sources = saved_hydra(folder, "hydra")["hydra"]["runtime"]["config_sources"]
+    saved = saved_hydra(folder, "hydra")
+    if not saved:
+        raise RequestError(f"{folder}/.hydra/hydra.yaml is missing, and with it what the run was started with.")
+    sources = saved["hydra"]["runtime"]["config_sources"]
     origin = next((Path(source["path"]) for source in sources if source["provider"] == "main"), folder)
     return origin.parent if origin.name == ".hydra" and origin.parent != folder else None
 
 
 def choices(folder: Path) -> dict[str, str]:
     """The option each group had, from a run's `.hydra`; a replayed run has those of the run it replays."""
-    saved = saved_hydra(folder, "hydra")
-    if not saved:
-        return {}
-    chosen = saved["hydra"]["runtime"]["choices"]
-    config = saved_hydra(folder, "config")
-    learns_from_pairs = config.get("trainer", {}).get("algorithm") in PAIRED
-    scores = config.get("task", {}).get("name") == "mine"
-    unread = "[/@]|^local$|^reward$" if learns_from_pairs and not scores else "[/@]|^local$"
-    own = {group: option for group, option in chosen.items() if not re.search(unread, group)}
-    origin = replayed(folder)
-    return own or (choices(origin) if origin else {})
+    for run in lineage(folder):
+        saved, config = saved_hydra(run, "hydra"), saved_hydra(run, "config")
+        chosen = saved["hydra"]["runtime"]["choices"] if saved else {}
+        learns_from_pairs = config.get("trainer", {}).get("algorithm") in PAIRED
+        scores = config.get("task", {}).get("name") == "mine"
+        unread = "[/@]|^local$|^reward$" if learns_from_pairs and not scores else "[/@]|^local$"
+        own = {group: option for group, option in chosen.items() if not re.search(unread, group)}
+        if own or not saved:
+            return own
+    return {}

@@ -3,7 +3,7 @@
 import json
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +19,14 @@ from smolvlm_exp.utils.versions import versions
 if TYPE_CHECKING:
     from datasets import Dataset
 
+    from smolvlm_exp.data.preferences import Preferences
+
 log = logging.getLogger(__name__)
 
 IDENTITY = "run.json"  # in a checkpoint
 ROWS, BASE = "data.rows", "model.base"  # the keys of the training rows' and of the base's digest
+TRUTH = "data.truth"  # of what rewards score sampled answers by
+HELD_OUT = "data.held_out"  # of the held-out rows, where they decide which checkpoint is the result, or when it ends
 COMMITS = ("model.commit", "data.commit")  # on the Hub
 PROCESSOR = {  # the keys of the digests of its parts, and what to call them
     "model.tokenizer": "the tokenizer", "model.chat_template": "the chat template",
@@ -32,7 +36,8 @@ CODE = "reward.code"  # of the digest of each file with a person's own rewards
 WORDS = "reward.words"  # of the digest of the data's vocabulary, by which rewards read captions
 GENERATION = "model.generation_config"  # of what upstream's `generate` reads beside its arguments
 BEST = ("trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trainer.early_stopping_patience")
-LATER = (*COMMITS, WORDS, GENERATION, *BEST)  # keys that a run of an earlier release has not recorded
+COLUMNS = ("images", "prompt", "chosen", "rejected", "truth")
+LATER = (*COMMITS, TRUTH, HELD_OUT, WORDS, GENERATION, *BEST)  # keys that a run of an earlier release has not recorded
 UNREAD = ("transformers_version", "_from_model_config")  # of a generation config
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
@@ -49,7 +54,7 @@ VERSION_KEYS = ("torch", "transformers", "trl", "peft", "bitsandbytes", "acceler
 def check_same_run(
     settings: Mapping[str, Any],
     checkpoint: Path | None,
-    rows: "Dataset | None" = None,
+    rows: "Preferences | None" = None,
     model: Any = None,
     rewards: Mapping[str, str] | None = None,
     processor: Any = None,
@@ -60,7 +65,7 @@ def check_same_run(
     Args:
         settings: the full configuration, as nested dictionaries.
         checkpoint: the one to resume from.
-        rows: to train on; not compared while None.
+        rows: to train on and to evaluate; not compared while None.
         model: as loaded, with the adapter that it starts from; not compared while None.
         rewards: key -> digest of the files that rewards are made from; not compared while None.
         processor: as loaded; not compared while None.
@@ -77,7 +82,12 @@ def check_same_run(
     here["processes"] = rank_world()[1]
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
     if rows is not None:
-        here[ROWS] = digest(rows)
+        here[ROWS] = digest(rows.train)
+        trainer = settings["trainer"]
+        if trainer["algorithm"] not in PAIRED and "truth" in rows.train.column_names:
+            here[TRUTH] = digest(rows.train, ("truth",))
+        if trainer["load_best_model_at_end"] or trainer["early_stopping_patience"] is not None:
+            here[HELD_OUT] = digest(rows.test, [name for name in COLUMNS if name in rows.test.column_names])
     if model is not None:
         from smolvlm_exp.engine.fingerprint import weights_key
 
@@ -149,6 +159,10 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
 def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> str:
     if key == ROWS:
         return "data.rows: the training rows or their images have changed"
+    if key == TRUTH:
+        return f"{key}: the truth of the training rows has changed, by which answers are scored"
+    if key == HELD_OUT:
+        return f"{key}: the held-out rows have changed, which decide what the best checkpoint is"
     if key == BASE:
         return "model.base: the weights that the run starts from have changed"
     if key == WORDS:
@@ -167,15 +181,19 @@ def describe_change(key: str, saved: dict[str, Any], here: dict[str, Any]) -> st
     return f"{key} was {before} and is {now}"
 
 
-def digest(rows: "Dataset") -> str:
-    """A hash of the rows' images and texts, in order; of their truth, where they have no answers."""
+def digest(rows: "Dataset", columns: Sequence[str] = ()) -> str:
+    """A hash of the rows' images and texts, in order; of their truth, where they have no answers.
+
+    Args:
+        columns: of these alone.
+    """
     import xxhash
 
     hasher = xxhash.xxh3_128()
     learned = [side for side in ("chosen", "rejected") if side in rows.column_names] or ["truth"]
-    for batch in rows.select_columns(["images", "prompt", *learned]).with_format("arrow").iter(256):
+    for batch in rows.select_columns([*(columns or ("images", "prompt", *learned))]).with_format("arrow").iter(256):
         for row in batch.to_pylist():
-            for image in row.pop("images") or []:
+            for image in row.pop("images", None) or []:
                 hasher.update(image["bytes"] or str(image["path"]).encode())
             hasher.update(json.dumps(row, sort_keys=True).encode())
     return hasher.hexdigest()

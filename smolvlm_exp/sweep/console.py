@@ -83,4 +83,4 @@ def print_table(results: SweepResults) -> None:
         rank = "best" if job is results.best else "tie" if job in results.tied else state
         table.add_row(str(job.number), *settings, *numbers, rank)
     table.caption = f"{results.best.summary.get('held_out_rows', '?')} held-out rows" if results.best else None
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a setting may hold brackets

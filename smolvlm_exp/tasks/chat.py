@@ -17,6 +17,7 @@ from smolvlm_exp.deploy.session.session import SmolVLMSession
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.formatting import printable
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.signals import StopRequest
 from smolvlm_exp.utils.units import bytes_of
@@ -96,7 +97,7 @@ class ChatLoop:
             elif line == "/history":
                 for turn in self.history:
                     images = "".join(f" [{name}]" for name in turn.get("images", ()))
-                    print(f"{turn['role']}:{images} {turn['text']}")
+                    print(printable(f"{turn['role']}:{images} {turn['text']}"))
             elif line.lower() in ("/help", "help"):
                 print(HELP)
             elif line.startswith("/"):
@@ -111,7 +112,7 @@ class ChatLoop:
         answer = self.conversation.say(text, images, self.sampling)
         with StopAnswer(answer):
             for number, piece in enumerate(answer):
-                print(piece if number else piece.lstrip(), end="", flush=True)
+                print(printable(piece if number else piece.lstrip()), end="", flush=True)
         print({"stopped": " [stopped]", "length": " [cut off]"}.get(answer.ended_by, ""))
         self.history.append({"role": "user", "text": text, "images": [str(path) for path in self.attached]})
         self.history.append({"role": "assistant", "text": answer.text.strip()})

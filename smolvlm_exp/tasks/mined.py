@@ -163,4 +163,4 @@ def print_mined(summary: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), f"{count:,}")
     for name, value in {**summary["reward"], **summary["rewards"]}.items():
         table.add_row(name.replace("_", " "), f"{value:.3f}")
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a reward may have any name

@@ -11,8 +11,10 @@ from hydra._internal.utils import get_args_parser
 from smolvlm_exp.config.compose import register_schemas
 from smolvlm_exp.config.schema import Config, parse
 from smolvlm_exp.data.memory import Rows, save_rows
+from smolvlm_exp.runs.checkpoint import disk_error_as_run_error
 from smolvlm_exp.runs.overrides import as_override, quoted
 from smolvlm_exp.tasks.command import complete_and_check, execute, output_folder, run_once
+from smolvlm_exp.utils.paths import OUTPUTS
 from smolvlm_exp.utils.phases import clock
 from smolvlm_exp.utils.startup import configure_logging
 
@@ -103,7 +105,8 @@ def with_rows(train: "Rows | None", test: "Rows | None") -> list[str]:
     """The overrides by which rows in memory are read."""
     if train is None and test is None:
         return []
-    return ["data=files", as_override("data.folder", str(save_rows(train, test)))]
+    with disk_error_as_run_error(OUTPUTS):
+        return ["data=files", as_override("data.folder", str(save_rows(train, test)))]
 
 
 def compose(overrides: Sequence[str] = ()) -> Config:

@@ -17,6 +17,7 @@ from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.reporting.preview_page import PreviewedRow, Side, preview_page
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.utils.files import write_text
+from smolvlm_exp.utils.formatting import printable
 from smolvlm_exp.utils.paths import relative_to_cwd
 
 
@@ -35,10 +36,10 @@ def preview(config: Config, folder: Path) -> list[PreviewedRow]:
     shown = [previewed(row, dataset, i, processor, algorithm) for i, row in enumerate(good)]
     totals = summary_line(shown, len(found), algorithm)
     for row in shown:
-        print(row.as_text(), end="\n\n")
+        print(printable(row.as_text()), end="\n\n")
     problems = [f"row {row['row']}{' (' + row['from'] + ')' if 'from' in row else ''}: {row['reason']}" for row in bad]
     for problem in problems:
-        print(f"bad {problem}")
+        print(printable(f"bad {problem}"))
     print(totals)
     write_text(folder / "report.html", preview_page(choices(folder), totals, shown, problems))
     print(f"{relative_to_cwd(folder)}/report.html")

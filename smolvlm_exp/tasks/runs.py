@@ -36,7 +36,7 @@ def run_row(folder: Path, metric: str | None) -> dict[str, str]:
     """A damaged folder is a row too."""
     try:
         chosen, task = choices(folder), saved_hydra(folder, "config").get("task", {}).get("name", "")
-    except (RequestError, KeyError, TypeError, AttributeError):
+    except RequestError:
         return {
             "run": str(folder),
             "task": "",
@@ -47,12 +47,14 @@ def run_row(folder: Path, metric: str | None) -> dict[str, str]:
             "state": "damaged",
         }
     summary = summary_of(folder)
-    trained = " ".join(chosen.get(group) or "" for group in ("quant", "adapter", "trainer")) if task == "train" else ""
+    trained = (
+        " ".join(str(chosen.get(group) or "") for group in ("quant", "adapter", "trainer")) if task == "train" else ""
+    )
     return {
         "run": str(folder),
-        "task": task,
-        "model": chosen.get("model") or "",
-        "data": chosen.get("data") or "",
+        "task": str(task),
+        "model": str(chosen.get("model") or ""),
+        "data": str(chosen.get("data") or ""),
         "trained": trained,
         "result": result_of(summary, metric),
         "state": state_of(folder, summary),

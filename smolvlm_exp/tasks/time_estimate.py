@@ -8,6 +8,7 @@ from typing import Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.find import JOBS, PLACES, newest_first, saved_hydra, summary_of
+from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.formatting import as_finite
 from smolvlm_exp.utils.paths import relative_to_cwd
 
@@ -23,7 +24,7 @@ def estimate_time(sweep: Path, left: Sequence[Config]) -> tuple[float, str] | No
     if own:
         return median(own) * len(left), f"the {len(own)} that are done"
     folders = [path.parent for path in newest_first((*PLACES, JOBS), "summary.json")[:MAX_RUNS]]
-    earlier = [(folder, summary, saved_hydra(folder, "config")) for folder in folders if (summary := finished(folder))]
+    earlier = [(folder, summary, settings_of(folder)) for folder in folders if (summary := finished(folder))]
     total, source = 0.0, Path()
     for config in left:
         known = next(((run, summary) for run, summary, saved in earlier if same_workload(config, saved)), None)
@@ -44,6 +45,15 @@ def finished(folder: Path) -> dict[str, Any]:
     summary = summary_of(folder)
     measured = summary.get("seconds"), *map(summary.get("train", {}).get, ("seconds", "pairs_per_second"))
     return summary if summary.get("status") == "done" and all(map(as_finite, measured)) else {}
+
+
+def settings_of(folder: Path) -> dict[str, Any]:
+    """Of an earlier run; nothing where they are damaged, which is no fault of the run that begins."""
+    try:
+        saved: dict[str, Any] = saved_hydra(folder, "config")
+        return saved
+    except RequestError:
+        return {}
 
 
 def same_workload(config: Config, saved: dict[str, Any]) -> bool:

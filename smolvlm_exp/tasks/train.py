@@ -68,7 +68,7 @@ def train(
     log.info(f"loading the model: {config.model.id}")
     model, peft_config = load_trainable_model(*groups, config.seed)
     sources = provenance(config)
-    identity = check_same_run(asdict(config), checkpoint, preferences.train, model, files, processor, sources)
+    identity = check_same_run(asdict(config), checkpoint, preferences, model, files, processor, sources)
     (folder / "summary.json").unlink(missing_ok=True)  # of an end that it is trained beyond: it is not done any more
     log_cpu_time(config, model, preferences, processor)
 

@@ -18,18 +18,33 @@ class BestCheckpoint(TrainerCallback):
     def __init__(self, patience: int | None) -> None:
         self.patience = patience
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """A run that was killed after it had stopped takes no further step."""
+        return self.stopped(args, state, control)
+
     def on_evaluate(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
-        metric = f"eval_{args.metric_for_best_model}"
-        values = [event[metric] for event in state.log_history if metric in event and event["step"]]
-        since = since_best(values, bool(args.greater_is_better))
-        if since == 0 and args.load_best_model_at_end:
+        if args.load_best_model_at_end and self.since(args, state) == 0:
             control.should_save = True
+        return self.stopped(args, state, control)
+
+    def stopped(self, args: TrainingArguments, state: TrainerState, control: TrainerControl) -> TrainerControl:
+        since = self.since(args, state)
         if self.patience is not None and since >= self.patience:
-            log.info(f"stopping at step {state.global_step}: {since} evaluations without a better {metric}")
+            metric = args.metric_for_best_model
+            log.info(f"stopping at step {state.global_step}: {since} evaluations without a better eval_{metric}")
             control.should_training_stop = True
         return control
+
+    @staticmethod
+    def since(args: TrainingArguments, state: TrainerState) -> int:
+        """How many evaluations during training followed the best one."""
+        metric = f"eval_{args.metric_for_best_model}"
+        values = [event[metric] for event in state.log_history if metric in event and event["step"]]
+        return since_best(values, bool(args.greater_is_better))
 
 
 def since_best(values: Sequence[float], greater_is_better: bool) -> int:

@@ -119,7 +119,9 @@ class CheckpointMixin(Trainer):
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Nothing after the last step: a run that was killed right after it would take one more."""
-        if self.state.global_step >= self.state.max_steps:
+        if self.resumed_from and self.state.global_step == self.resumed_at:
+            self._load_rng_state(self.resumed_from)  # an evaluation that is due may be the one to stop after
+        if self.control.should_training_stop or self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
         super()._run_epoch(*args, **kwargs)
@@ -127,8 +129,8 @@ class CheckpointMixin(Trainer):
     # Saving
 
     def save_now(self) -> None:
-        """A checkpoint of the step that training is at, if there is none yet."""
-        if not (Path(super()._get_output_dir(None)) / f"checkpoint-{self.state.global_step}").is_dir():
+        """A checkpoint of the step that training is at, if there is no intact one yet."""
+        if damage(Path(super()._get_output_dir(None)) / f"checkpoint-{self.state.global_step}"):
             self._save_checkpoint(cast(nn.Module, self.model), None)
 
     @phase("saving")
@@ -255,7 +257,7 @@ class CheckpointMixin(Trainer):
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
-        """Called once, right before the first step, or where there is none left."""
+        """Called right before the first step, or where there is none left."""
         if checkpoint is None:
             return
         path = self.process_file(checkpoint)
@@ -280,7 +282,9 @@ class CheckpointMixin(Trainer):
         self.guard.skipped = counters["left_out"]
         self.load_sampling_state(counters)
         callbacks: Any = self.state.stateful_callbacks
-        if callbacks["TrainerControl"]["args"]["should_evaluate"]:  # a signal ended this evaluation
+        due = callbacks["TrainerControl"]["args"]
+        if due["should_evaluate"]:  # a signal ended this evaluation
+            due["should_evaluate"] = False
             self._determine_best_metric(self._evaluate(None, None), None)
 
     def sampling_state(self) -> dict[str, Any]:

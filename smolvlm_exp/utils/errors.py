@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from typing import NoReturn
 
+from smolvlm_exp.utils.formatting import printable
+
 log = logging.getLogger(__name__)
 
 
@@ -59,7 +61,7 @@ def unusable_path_as_request_error() -> Iterator[None]:
 def exit_with_error(error: RequestError | RunError) -> NoReturn:
     if isinstance(error, RequestError) and os.environ.get("RANK", "0") != "0":
         time.sleep(10)  # all ranks raise it: rank 0 prints, and the launcher ends the others
-    print(f"smolvlm_exp: {error}", file=sys.stderr)
+    print(printable(f"smolvlm_exp: {error}"), file=sys.stderr)
     sys.exit(2 if isinstance(error, RequestError) else 1)
 
 

@@ -1,6 +1,7 @@
 """Numbers, durations and names as people read them."""
 
 import math
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,3 +88,8 @@ def parse_number(value: str) -> Any:
         except ValueError:
             continue
     return value
+
+
+def printable(text: str) -> str:
+    r"""Somebody's text for a terminal, which would obey its control characters: \\x1b in place of an escape."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", lambda match: f"\\x{ord(match[0]):02x}", text)

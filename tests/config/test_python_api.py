@@ -1,19 +1,24 @@
 """`from smolvlm_exp import train, evaluate`: what a notebook does."""
 
+import errno
+import io
 import json
 import os
 import re
 import signal
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from PIL import Image
 
 import smolvlm_exp
+from smolvlm_exp.data.images import to_rgb
+from smolvlm_exp.data.loading import load_saved
 from smolvlm_exp.data.memory import save_rows
 from smolvlm_exp.training.callbacks import StopCallback
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, RunError
 
 ROOT = Path(__file__).parents[2]
 SMALL = '"tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.sample_steps=0", "task.max_new_tokens=16", '
@@ -77,6 +82,12 @@ def test_rows_in_memory_are_stored_once_and_resumed(tmp_path, monkeypatch):
     rows = [{**given, "image": "red.png"}, {**given, "images": [Image.new("RGB", (50, 40), "blue")]}]
     stored = save_rows(rows, Dataset.from_list(rows[1:]).select([0]))
     assert save_rows(rows, rows[1:]) == stored
+    assert (
+        len({save_rows(rows, None), save_rows(None, rows), save_rows(rows, rows)}) == 3
+    )  # to train on, to evaluate on
+    (spoilt := next(stored.rglob("*.arrow"))).write_bytes(b"")
+    assert save_rows(rows, rows[1:]) == stored
+    assert spoilt.stat().st_size
     overrides = ["tracker=none", *FEW[2:], "trainer.max_steps=2", "trainer.save_steps=1", "trainer.logging_steps=1"]
     monkeypatch.setattr(StopCallback, "on_step_end", stop_after_one(StopCallback.on_step_end))
     stopped = smolvlm_exp.train(overrides, rows=rows, test_rows=rows[1:])
@@ -98,8 +109,41 @@ def stop_after_one(on_step_end):
     return interrupt
 
 
-@pytest.mark.parametrize("rows", [[{"image": "gone.png"}], [{"image": 3}], [{"question": object()}]])
+def test_an_image_is_stored_as_it_is_in_memory(tmp_path, monkeypatch):
+    """Not as the file that it was read from, which `datasets` would store."""
+    monkeypatch.chdir(tmp_path)
+    drawn = Image.new("RGB", (60, 40), "red")
+    exif = drawn.getexif()
+    exif[0x0112] = 6  # it is to be turned
+    drawn.save("red.jpg", exif=exif)
+    changed, turned = Image.open("red.jpg"), Image.open(io.BytesIO(Path("red.jpg").read_bytes()))
+    changed.paste("blue", (0, 0, 60, 40))
+    with Image.open("red.jpg") as closed:
+        pass
+    rows = [{"image": image} for image in (changed, turned, Image.open("red.jpg"), closed)]
+    stored = [row["images"][0] for row in load_saved(save_rows(rows, None))["train"]]
+    assert [to_rgb(image).size for image in stored] == [(40, 60)] * 4
+    assert [to_rgb(image).getpixel((5, 5))[0] > 200 for image in stored] == [False, True, True, True]
+
+
+def test_a_full_disk_for_rows_is_one_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(DatasetDict, "save_to_disk", Mock(side_effect=full))
+    with pytest.raises(RunError, match="no space left in outputs"):
+        smolvlm_exp.train(rows=[{"image": Image.new("RGB", (9, 9))}])
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"image": "gone.png"}], [{"image": 3}], [{"question": object()}], ["no row"],
+        Dataset.from_list([{"question": "Which?"}]).with_transform(lambda rows: rows),
+    ],
+)  # fmt: skip
 def test_rows_that_cannot_be_stored(tmp_path, monkeypatch, rows):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(RequestError, match=r"an image cannot be read|the train rows cannot be stored"):
+    with pytest.raises(
+        RequestError, match=r"an image cannot be read|the train rows (cannot be stored|have a transform)"
+    ):
         smolvlm_exp.train(rows=rows)

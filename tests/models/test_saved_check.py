@@ -1,6 +1,8 @@
 """Weights that are not all of the model's, or not only its own, are refused by name and number."""
 
+import json
 import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -13,6 +15,7 @@ from smolvlm_exp.models.model import ModelConfig, load_finetuned_model, load_mod
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.shape import EMBEDDED
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import read_json
 from tests.conftest import compose
 
 QUERY = "model.text_model.layers.0.self_attn.q_proj.weight"
@@ -77,6 +80,26 @@ def test_an_adapter_is_whole_also_where_it_is_merged(adapter, changes, said, tmp
         load_finetuned_model(model, QuantConfig(), SMALL, 0)
     with pytest.raises(RequestError, match=said):
         load_merged(model, QuantConfig(), SMALL, 0, "original")
+
+
+@pytest.mark.parametrize(
+    ("file", "fields"),
+    [
+        ("adapter_config.json", {"task_type": "x"}), ("adapter_config.json", {"target_modules": 5}),
+        ("adapter_config.json", {"alpha_pattern": {".*": "x"}}), ("adapter_config.json", {"lora_dropout": 5}),
+        ("adapter_config.json", {"rank_pattern": {"(": 1}}), ("adapter_config.json", {"modules_to_save": ["lm_head"]}),
+        ("adapter_config.json", {"trainable_token_indices": [10**9]}), ("adapter_model.safetensors", {}),
+        ("base.json", {"digests": [1]}), ("base.json", {"digests": {"linear": 5}}),
+    ],
+)  # fmt: skip
+def test_whatever_an_adapter_says_it_is_no_traceback(adapter, file, fields, tmp_path):
+    folder = shutil.copytree(adapter, tmp_path / "adapter")
+    (folder / file).write_text(json.dumps({**read_json(folder / file), **fields}))
+    model = replace(compose().model, adapter=str(folder))
+    with (
+        nullcontext() if fields == {"digests": [1]} else pytest.raises(RequestError, match=r"model\.adapter=.* was|fit")
+    ):
+        load_finetuned_model(model, QuantConfig(), SMALL, 0)
 
 
 def test_what_is_whole_loads(adapter):

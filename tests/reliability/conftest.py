@@ -78,7 +78,7 @@ class Bench:
         arguments = algorithm.build_arguments(config.trainer, folder, "float32", None, config.seed)
         tracker = SimpleNamespace(log=lambda values, step: None)
         model = load_model(config.model, quantization, config.seed)
-        identity = check_same_run(asdict(config), None, self.preferences.train, model)
+        identity = check_same_run(asdict(config), None, self.preferences, model)
         parts = TrainerInputs(
             model,
             lora_config(config.adapter, quantised=quantization is not None),

@@ -111,6 +111,8 @@ ROWS = [  # what may be wrong with the rest of a row
     ({"chosen": ""}, "`chosen` is empty"),
     ({"chosen": None}, "`chosen` is empty"),
     ({"chosen": "\t"}, "`chosen` is empty"),
+    ({"chosen": float("nan")}, "`chosen` is empty"),
+    ({"question": float("nan")}, "`prompt` is empty"),
     ({"chosen": True}, "is true; write it as the text"),
     ({"chosen": {"text": "A star."}}, "role is None"),
     ({"chosen": [{"role": "user", "content": "A star."}]}, "`chosen` has the role user"),

@@ -1,14 +1,18 @@
 """The best held-out evaluation decides: its checkpoint is saved and is the result, and training stops after it."""
 
 import math
+import os
 import shutil
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
-from smolvlm_exp.runs.checkpoint import checkpoints, newest_intact
+from smolvlm_exp.runs.checkpoint import checkpoints, newest_intact, step_of
 from smolvlm_exp.training.best_checkpoint import since_best
+from smolvlm_exp.training.callbacks import StopCallback
 from smolvlm_exp.utils.errors import RequestError, RunError
 from tests.reliability.conftest import learnt, logged
 
@@ -59,6 +63,7 @@ def test_it_stops_early_and_after_a_resume_at_the_same_step(bench, tmp_path):
     assert since_best(values, greater_is_better=False) == 2
     last = checkpoints(tmp_path / "whole")[-1]  # which is the result, and from which it could be trained longer
     assert last.name == f"checkpoint-{whole.state.global_step}"
+    assert bench.run(tmp_path / "whole", *WORSE, *stops).state.global_step == whole.state.global_step  # killed later
     first = tmp_path / "again" / "checkpoints"
     resumed = bench.run(tmp_path / "again", *WORSE, *stops, "trainer.save_total_limit=8", prepare=stop_before_last)
     assert resumed.state.global_step < whole.state.global_step
@@ -78,6 +83,24 @@ def stop_before_last(trainer):
         return found
 
     trainer.evaluate = evaluated
+
+
+def test_a_signal_in_the_evaluation_that_it_stops_after(bench, tmp_path):
+    stops = ("trainer.early_stopping_patience=2", "trainer.save_steps=1", "trainer.max_steps=8")
+    whole = bench.run(tmp_path / "whole", *WORSE, *stops)
+    last = whole.state.global_step
+
+    class Signal(TrainerCallback):
+        def on_prediction_step(self, args, state, control, **kwargs):
+            if state.global_step == last:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    with StopCallback() as stop:
+        bench.run(tmp_path / "again", *WORSE, *stops, callbacks=(Signal(), stop))
+    assert max(evaluations(tmp_path / "again", "eval_loss")) < last == step_of(checkpoints(tmp_path / "again")[-1])
+    resumed = bench.run(tmp_path / "again", *WORSE, *stops)
+    assert resumed.state.global_step == last
+    assert logged(tmp_path / "again") == logged(tmp_path / "whole")
 
 
 def test_a_moved_run_finds_its_best_and_a_damaged_one_is_not_read(bench, tmp_path):

@@ -194,6 +194,23 @@ def test_a_damaged_checkpoint_of_a_later_step_costs_no_good_one(bench, run):
 # A full disk
 
 
+def test_a_damaged_checkpoint_of_this_step_is_saved_again(bench, run):
+    """As at a signal in the evaluation of a step that an earlier run has saved."""
+    last = checkpoints(run)[-1]
+    trainer = bench.run(run, *TWO)
+    (last / "optimizer.safetensors").unlink()
+    trainer.save_now()
+    assert damage(last) == ""
+
+
+@pytest.mark.parametrize("manifest", ["[" * 100_000, '{"files": {"run.json": [1e999, ""]}}', '{"files": 1}'])
+def test_whatever_a_manifest_holds_it_is_no_traceback(run, manifest):
+    newest = checkpoints(run)[-1]
+    (newest / files.MANIFEST).write_text(manifest)
+    (newest.parent / "checkpoint-²").mkdir()
+    assert newest_intact(run).name == "checkpoint-1"
+
+
 def test_a_full_disk_is_one_error_and_costs_nothing(bench, two, tmp_path):
     """A tmpfs that holds one checkpoint and a part of the next; the run goes on when there is room."""
     disk = tmp_path / "disk"
@@ -297,6 +314,16 @@ def test_what_hides_a_disk_error_is_one(tmp_path):
     hiding.__context__ = OSError(5, "Input/output error")
     with pytest.raises(RunError, match="the disk failed in"), files.disk_error_as_run_error(tmp_path):
         raise hiding
+
+
+def test_a_folder_that_is_renamed_while_it_is_written_is_one_error(bench, tmp_path):
+    class Mover(TrainerCallback):
+        def on_save(self, args, state, control, **kwargs):
+            (tmp_path / "run").rename(tmp_path / "moved")
+
+    with pytest.raises(RunError, match="run is gone: it was renamed or removed"):
+        bench.run(tmp_path / "run", *TWO, callbacks=(Mover(),))
+    assert newest_intact(tmp_path / "moved").name == "checkpoint-1"
 
 
 def test_what_is_no_disk_error_stays_what_it_is(tmp_path):

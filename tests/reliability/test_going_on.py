@@ -4,9 +4,10 @@ import copy
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -216,13 +217,13 @@ def test_a_changed_setting_is_refused_unless_it_is_named(bench, saved, capsys):
 
 def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     config = bench.config("resume=it")
-    check_same_run(asdict(config), saved, bench.preferences.train)
+    check_same_run(asdict(config), saved, bench.preferences)
     rows = bench.preferences.train
     for others in (rows.select(range(15)), rows.select([1, 0, *range(2, 16)])):
         other = type(bench.preferences)(others, bench.preferences.test, {})
         with pytest.raises(RequestError, match=r"data\.rows: the training rows or their images have changed"):
-            check_same_run(asdict(config), saved, other.train)
-        check_same_run(asdict(bench.config("resume=it", "resume_allow=[data.rows]")), saved, other.train)
+            check_same_run(asdict(config), saved, other)
+        check_same_run(asdict(bench.config("resume=it", "resume_allow=[data.rows]")), saved, other)
     monkeypatch.setattr(same, "versions", lambda: {"torch": "9.9", "transformers": "9.9"})
     with pytest.raises(RequestError, match=r'versions.torch was ".*" and is "9.9"'):
         check_same_run(asdict(config), saved)
@@ -237,18 +238,38 @@ def test_rows_without_answers_are_those_with_the_same_truth(bench):
     assert same.digest(rows) == same.digest(rows.remove_columns("truth"))  # pairs are learned from, not their truth
 
 
+@pytest.mark.parametrize(
+    ("settings", "split", "said"),
+    [
+        (("trainer.load_best_model_at_end=true",), "test", "data.held_out: the held-out rows have changed"),
+        (("trainer.early_stopping_patience=3",), "test", "data.held_out: the held-out rows have changed"),
+        (("trainer=grpo",), "train", "data.truth: the truth of the training rows has changed"),
+    ],
+)
+def test_rows_that_decide_count_besides_the_answers(bench, tmp_path, settings, split, said):
+    """Held-out rows by which the best checkpoint is chosen; the truth of rows that have answers too."""
+    identity = check_same_run(asdict(bench.config(*settings)), None, bench.preferences)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "run.json").write_text(json.dumps(identity))
+    resumed = asdict(bench.config(*settings, "resume=it"))
+    check_same_run(resumed, tmp_path / "checkpoint-1", bench.preferences)
+    other = getattr(bench.preferences, split).map(lambda row: {"truth": row["truth"].replace("o", "0")})
+    with pytest.raises(RequestError, match=re.escape(said)):
+        check_same_run(resumed, tmp_path / "checkpoint-1", replace(bench.preferences, **{split: other}))
+    allowed = asdict(bench.config(*settings, "resume=it", "resume_allow=[data]"))
+    check_same_run(allowed, tmp_path / "checkpoint-1", replace(bench.preferences, **{split: other}))
+
+
 def test_the_base_is_the_one_it_was(bench, saved):
     """A folder's weights may be written over, a branch on the hub may move: their names would not tell."""
     config = bench.config("resume=it")
     model = load_model(config.model, quantization_config(config.quant, torch.float32), config.seed)
-    check_same_run(asdict(config), saved, bench.preferences.train, model)
+    check_same_run(asdict(config), saved, bench.preferences, model)
     with torch.no_grad():
         model.get_output_embeddings().weight[0, 0] += 1e-3
     with pytest.raises(RequestError, match=r"model\.base: the weights that the run starts from have changed"):
-        check_same_run(asdict(config), saved, bench.preferences.train, model)
-    check_same_run(
-        asdict(bench.config("resume=it", "resume_allow=[model.base]")), saved, bench.preferences.train, model
-    )
+        check_same_run(asdict(config), saved, bench.preferences, model)
+    check_same_run(asdict(bench.config("resume=it", "resume_allow=[model.base]")), saved, bench.preferences, model)
 
 
 def test_the_generation_config_is_the_one_it_was(bench, saved, tmp_path):
@@ -257,14 +278,14 @@ def test_the_generation_config_is_the_one_it_was(bench, saved, tmp_path):
     model = load_model(config.model, quantization_config(config.quant, torch.float32), config.seed)
     model.generation_config.repetition_penalty = 1.3
     with pytest.raises(RequestError, match=r"model\.generation_config was {.*} and is {.*repetition_penalty\W+1\.3"):
-        check_same_run(asdict(config), saved, bench.preferences.train, model)
+        check_same_run(asdict(config), saved, bench.preferences, model)
     allowed = bench.config("resume=it", "resume_allow=[model.generation_config]")
-    check_same_run(asdict(allowed), saved, bench.preferences.train, model)
+    check_same_run(asdict(allowed), saved, bench.preferences, model)
     earlier = shutil.copytree(saved, tmp_path / "checkpoint-1")  # of a release that did not record it
     identity = json.loads((earlier / same.IDENTITY).read_text())
     del identity[same.GENERATION]
     (earlier / same.IDENTITY).write_text(json.dumps(identity))
-    check_same_run(asdict(config), earlier, bench.preferences.train, model)
+    check_same_run(asdict(config), earlier, bench.preferences, model)
 
 
 def test_the_processor_is_the_one_it_was(bench, saved, tmp_path):
@@ -308,7 +329,7 @@ def test_what_changes_no_number_may_change(bench, saved):
         "trainer.cache=elsewhere", "data.num_proc=2",
     )  # fmt: skip
     config = compose(*[f"+{o}" if ".extra." in o else o for o in LONG], *free, "resume=it")
-    check_same_run(asdict(config), saved, bench.preferences.train)
+    check_same_run(asdict(config), saved, bench.preferences)
 
 
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):

@@ -20,6 +20,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file
 
 from smolvlm_exp import main
+from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.data.images import ImageError, ImageLimits, prepare_image
 from smolvlm_exp.data.loading import load_saved
 from smolvlm_exp.data.preferences import load_preferences
@@ -165,6 +166,29 @@ def test_a_file_names_no_code_and_no_address(key, place, tmp_path):
         typed(*chosen, *indirect, **options)
     (config, *_) = typed(*chosen, f"{key}={value}", **options)
     assert OmegaConf.select(OmegaConf.create(asdict(config)), key) == value
+
+
+@pytest.mark.parametrize(("key", "task"), [("export.push_to_hub", "export"), ("task.push_to_hub", "mine")])
+def test_a_file_names_no_repository_to_upload_to(key, task, tmp_path):
+    """It could be one of the person's own, which would then hold a stranger's model."""
+    group, _, name = key.partition(".")
+    (tmp_path / "experiment").mkdir()
+    own = f"# @package _global_\n{group}: {{{name}: you/best}}\n"
+    (tmp_path / "experiment" / "own.yaml").write_text(own)
+    with pytest.raises(RequestError, match=rf"type {key}=you/best"):
+        typed(f"task={task}", "experiment=own", config_dir=str(tmp_path))
+    typed(f"task={task}", "experiment=own", f"{key}=you/best", config_dir=str(tmp_path))
+    (tmp_path / ".hydra").mkdir()
+    (tmp_path / "adapter").mkdir()
+    source = {"hydra": {"runtime": {"choices": {}, "config_sources": []}}}
+    for file, content in (("overrides", [f"{key}=you/best"]), ("hydra", source), ("config", {})):
+        (tmp_path / ".hydra" / f"{file}.yaml").write_text(json.dumps(content))
+    command = [f"task={task}", f"run={tmp_path}"]
+    if task == "export":
+        with pytest.raises(RequestError, match=rf"type {key}=you/best"):
+            complete_overrides(command, multirun=False)
+    else:  # no run's `task.*` is taken
+        assert key not in " ".join(complete_overrides(command, multirun=False))
 
 
 def test_a_model_folder_brings_no_code(marker, tmp_path):

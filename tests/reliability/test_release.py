@@ -28,7 +28,7 @@ def test_a_checkpoint_of_an_earlier_release_resumes(bench, tmp_path, release):
     checkpoint = newest_intact(run)
     assert checkpoint.name == "checkpoint-4"
     allowed = "resume_allow=[versions,device,data.rows]"  # another Pillow may write the drawn scenes' bytes otherwise
-    check_same_run(asdict(bench.config(*SETTINGS, "resume=it", allowed)), checkpoint, bench.preferences.train)
+    check_same_run(asdict(bench.config(*SETTINGS, "resume=it", allowed)), checkpoint, bench.preferences)
     trainer = bench.run(run, *SETTINGS)
     assert trainer.state.global_step == 8
     assert trainer.resumed_at == 4

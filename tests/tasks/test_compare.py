@@ -13,6 +13,7 @@ from smolvlm_exp.evaluation.comparison import PerRowResults, Run, compare_runs, 
 from smolvlm_exp.evaluation.statistics import mean
 from smolvlm_exp.reporting.comparison_page import column_name, delta, lead
 from smolvlm_exp.tasks.compare import compare, find_runs
+from smolvlm_exp.tasks.runs import run_row
 from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 
@@ -164,3 +165,16 @@ def test_what_cannot_be_compared_is_refused(tmp_path, monkeypatch, named, messag
     monkeypatch.chdir(tmp_path)
     with pytest.raises(RequestError, match=re.escape(message)):
         compare(compose("task=compare", f"runs={named}"), tmp_path)
+
+
+@pytest.mark.parametrize("ends", [None, 5, [0.1], ["x", 0.2], [0.1, None], [[], {}], [0, 1e308], {"low": 1}])
+def test_an_interval_in_another_form_is_none(tmp_path, ends):
+    run(tmp_path / "a", 0.8)
+    run(tmp_path / "b", 0.6, rate=1e-5)
+    file = tmp_path / "b" / "summary.json"
+    saved = json.loads(file.read_text())
+    change = dict(zip(("low", "high"), ends, strict=False)) if isinstance(ends, list) else ends
+    saved |= {"intervals": {"after": {"preference_accuracy": ends}, "before": ends}, "changes": {"recall": change}}
+    file.write_text(json.dumps(saved))
+    assert run_row(tmp_path / "b", None)["result"].startswith("Preference accuracy: 60.0")
+    assert compare(compose("task=compare", f"runs=[{tmp_path}/a,{tmp_path}/b]"), tmp_path)

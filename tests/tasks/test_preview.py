@@ -44,12 +44,16 @@ def test_bad_rows_are_named_and_two_images_shown(tmp_path, capsys):
     for name in ("a", "b"):
         Image.new("RGB", (90, 40)).save(tmp_path / f"{name}.png")
     answers = {"question": "Which?", "chosen": "This.", "rejected": "That."}
-    lines = [{**answers, "images": ["a.png", "b.png"]}, {**answers, "image": "gone.png"}]
+    answers["question"] += "\x1b[2J\x9d"  # a terminal would obey
+    lines = [{**answers, "images": ["a.png", "b.png"]}, {**answers, "image": "\x1bcgone.png"}]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     ours = ("data=files", f"data.folder={tmp_path}", "data.rows=rows.jsonl", "data.test_fraction=0.5")
     shown = preview(compose("task=preview", *ours, "data.train=train+test"), tmp_path)
     said = capsys.readouterr().out
     assert re.search(r"bad row \d \(rows\.jsonl line 2\): image 1 .*gone\.png", said)
+    assert r"Which?\x1b[2J\x9d" in said
+    assert r"\x1bcgone.png" in said
+    assert "\x1b" not in said
     assert "gone.png" in (tmp_path / "report.html").read_text()
     assert [len(row.grids) for row in shown] == [2]
     assert "images: 90x40 as 1 x 2 tiles and the whole, 90x40 as 1 x 2 tiles and the whole: 96 tokens" in said

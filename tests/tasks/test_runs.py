@@ -6,9 +6,14 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.runs.checkpoint import MANIFEST
 from smolvlm_exp.tasks.runs import runs
+from smolvlm_exp.tasks.time_estimate import estimate_time
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
+
+MEASURED = {"seconds": 5, "pairs_per_second": 2}
 
 
 @pytest.fixture
@@ -74,3 +79,40 @@ def test_there_may_be_none(tmp_path, monkeypatch, capsys):
     assert rows() == {}
     assert capsys.readouterr().out == "no run under outputs/ yet\n"
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("config", "[1]"), ("config", "task: 3"), ("config", "[" * 5000), ("hydra", "[1]"), ("hydra", "hydra: {}"),
+        ("overrides", "5"), ("overrides", "[1, null]"), ("overrides", "{a: 1}"),
+    ],
+)  # fmt: skip
+def test_settings_in_another_form_are_damaged_for_all_that_read_them(make, file, text):
+    folder = make("run", {"status": "done", "held_out_rows": "many", "seconds": 9, "train": MEASURED}, step=1)
+    (folder / ".hydra" / f"{file}.yaml").write_text(text)
+    with pytest.raises(RequestError, match=rf"{file}.yaml is damaged \("):
+        complete_overrides([f"resume={folder}", "trainer.max_steps=3"], multirun=False)
+    if file != "overrides":  # which the table does not read
+        assert rows()["run"]["state"] == "damaged"
+    assert estimate_time(folder / "sweep", [compose()]) is None  # and another run begins
+
+
+def test_a_run_whose_origin_is_gone_or_is_itself(make):
+    folders = {name: make(name, step=1) for name in ("again", "other")}
+    for name, origin in (("again", "gone"), ("other", "again"), ("again", "other")):
+        source = {"provider": "main", "path": str(folders["again"].with_name(origin) / ".hydra")}
+        hydra = {"hydra": {"runtime": {"choices": {}, "config_sources": [source]}}}
+        (folders[name] / ".hydra" / "hydra.yaml").write_text(yaml.safe_dump(hydra))
+        message = "gone/.hydra/hydra.yaml is missing" if origin == "gone" else "replays itself"
+        if name == "again":
+            with pytest.raises(RequestError, match=message):
+                complete_overrides([f"resume={folders[name]}"], multirun=False)
+    assert rows()["again"]["state"] == "damaged"
+
+
+def test_brackets_in_a_name_are_no_markup(make, capsys):
+    make("a[red]b", {"status": "done", "held_out_rows": "many", "after": {"preference_accuracy": 0.5}})
+    make("[")
+    assert rows()["a[red]b"]["result"] == "Preference accuracy: 50.0\u00a0%"
+    assert "│ outputs/a[red]b │" in capsys.readouterr().out
