@@ -14,7 +14,7 @@ from smolvlm_exp.data.tokens import answer_end
 from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapter, saved_adapter
 from smolvlm_exp.models.processor_check import check_files, check_processor
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
-from smolvlm_exp.models.resolution import FILES, Resolution, read_options, saved_resolution
+from smolvlm_exp.models.resolution import FILES, RESTORE, Resolution, read_options, saved_resolution
 from smolvlm_exp.models.saved_check import check_shards, check_tensors
 from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.cores import usable_cores
@@ -141,7 +141,8 @@ def check_architecture(config: ModelConfig) -> None:
             "the Hub, or use model.weights=random."
         )
     saved = read_options(Path(file))
-    kind, text = saved.get("model_type"), (saved.get("text_config") or {}).get("model_type", "llama")
+    inner = saved.get("text_config") or {}
+    kind, text = saved.get("model_type"), inner.get("model_type", "llama") if isinstance(inner, dict) else inner
     if kind not in ARCHITECTURES or text != "llama":
         raise RequestError(
             f"model.id={config.id} is {kind} with the text model {text}, and only {' and '.join(ARCHITECTURES)} with "
@@ -197,6 +198,8 @@ def random_shape(config: ModelConfig) -> Shape:
 
 def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
     """What `read` finds for `config`; the Hub's many errors become two lines that say what to do."""
+    from safetensors import SafetensorError
+
     source = str(EMBEDDED) if config.id == "embedded" else config.id
     local = not Path(source).is_dir() and is_offline()
     try:
@@ -208,6 +211,8 @@ def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any
         check_files(partial(checkpoint_file, config), Path(source) if Path(source).is_dir() else None)
         if isinstance(error, TypeError) and config.extra:
             raise RequestError(f"model.extra={config.extra}: {first_line(error)}") from error
+        if isinstance(error, SafetensorError):
+            raise RequestError(f"model.id={config.id}: its weights are damaged: {error}.\n{RESTORE}") from error
         if not isinstance(error, ImportError | OSError | ValueError):
             raise
         advice = "\nGive a folder that holds the model, connect to the Hub, or use model.weights=random."

@@ -31,7 +31,7 @@ def check_files(find: Find, folder: Path | None) -> None:
     Raises:
         RequestError: one of the files is damaged or missing.
     """
-    for file in filter(None, map(find, (*FILES, *TOKENIZER, "config.json"))):
+    for file in filter(None, map(find, (*FILES, *TOKENIZER, "config.json", "generation_config.json"))):
         read_options(file)
     if folder and saved_resolution(filter(None, map(find, FILES))) is None:
         raise RequestError(f"{folder} has no {' or '.join(FILES)} with an image processor.\n{RESTORE}")

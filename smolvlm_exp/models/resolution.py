@@ -119,7 +119,7 @@ def read_options(file: Path) -> dict[str, Any]:
     """
     try:
         options = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"{file} is damaged: {first_line(error)}.\n{RESTORE}") from error
     if not isinstance(options, dict):
         raise RequestError(f"{file} is damaged: it is not a JSON object.\n{RESTORE}")

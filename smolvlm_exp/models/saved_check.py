@@ -68,7 +68,9 @@ def check_shards(folder: Path) -> None:
     """Refuse an index of sharded weights that names files elsewhere, which upstream would read."""
     for index in folder.glob("*.index.json"):
         named = read_json(index).get("weight_map", {})
-        for name in named.values() if isinstance(named, dict) else ():
+        if not isinstance(named, dict):
+            raise RequestError(f"{index} is damaged: its weight_map names no files.")
+        for name in named.values():
             if Path(str(name)).name != name:
                 raise RequestError(f"{index} names {name}, and weights are read from the model's own folder alone.")
 

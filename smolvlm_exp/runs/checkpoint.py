@@ -77,7 +77,8 @@ def damage(checkpoint: Path) -> str:
         return f"no {MANIFEST}, so it was never finished"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    files = {str(path.relative_to(checkpoint)): path for path in checkpoint.rglob("*") if not path.is_dir()}
+    found = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+    files = {str(path.relative_to(checkpoint)): path for path in found}
     files.pop(MANIFEST)
     for name in sorted(expected.keys() | files.keys()):
         if name not in files:

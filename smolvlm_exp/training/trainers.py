@@ -217,6 +217,11 @@ class CheckpointMixin(Trainer):
         pickle = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
         if pickle and not self.sharded:
             raise RunError(f"{resume_from_checkpoint} holds {pickle}; pickles are never read, and never written here.")
+        adapters = getattr(self.model, "peft_config", {})
+        folders = (path.name for path in Path(resume_from_checkpoint).iterdir() if path.is_dir())
+        other = next((name for name in folders if name not in adapters), None)
+        if other and not self.sharded:  # upstream would add it as an adapter, with whatever fields it has
+            raise RunError(f"{resume_from_checkpoint} holds {other}/, which is no adapter of this model.")
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (RuntimeError, ValueError, KeyError) as error:

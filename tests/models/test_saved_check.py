@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from smolvlm_exp.deploy.export.merge import load_merged
 from smolvlm_exp.models.adapter import AdapterConfig, load_adapter, lora_config
-from smolvlm_exp.models.model import ModelConfig, load_finetuned_model, load_model
+from smolvlm_exp.models.model import ModelConfig, load_finetuned_model, load_model, load_processor
 from smolvlm_exp.models.quant import QuantConfig, quantization_config
 from smolvlm_exp.models.shape import EMBEDDED
 from smolvlm_exp.utils.errors import RequestError
@@ -46,6 +46,25 @@ def test_a_base_is_whole(change, tmp_path):
         config = compose(f"model.id={tmp_path}/model", f"quant={option}")
         with pytest.raises(RequestError, match=rf"model\.id=.*/model: its weights {said}"):
             load_model(config.model, quantization_config(config.quant, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("model.safetensors", b""), ("model.safetensors", (EMBEDDED / "model.safetensors").read_bytes()[:-9]),
+        ("model.safetensors.index.json", b'{"weight_map": 5}'), ("generation_config.json", b"[]"),
+        ("config.json", b"[" * 100_000), ("config.json", b'{"model_type": "idefics3", "text_config": 5}'),
+    ],
+)  # fmt: skip
+def test_a_damaged_file_of_a_base_is_one_error(file, content, tmp_path):
+    shutil.copytree(EMBEDDED, tmp_path / "model")
+    if file == "model.safetensors.index.json":
+        (tmp_path / "model" / "model.safetensors").unlink()
+    (tmp_path / "model" / file).write_bytes(content)
+    config = compose(f"model.id={tmp_path}/model").model
+    with pytest.raises(RequestError, match=r"damaged|only idefics3 and smolvlm"):  # noqa: PT012 - a command does both
+        load_processor(config)
+        load_model(config)
 
 
 @pytest.fixture(scope="module")

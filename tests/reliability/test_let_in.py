@@ -29,7 +29,7 @@ from smolvlm_exp.deploy.options import PARTS
 from smolvlm_exp.deploy.session.backends import load_folder
 from smolvlm_exp.models.adapter import AdapterConfig, saved_adapter
 from smolvlm_exp.models.model import EMBEDDED, load_model, load_processor
-from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, newest_intact
+from smolvlm_exp.runs.checkpoint import MANIFEST, checkpoints, damage, newest_intact
 from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.files import sha256
 from tests.conftest import compose
@@ -73,6 +73,27 @@ def test_a_pickle_in_a_checkpoint_is_not_read(spare, built, marker, tmp_path, na
     assert newest_intact(run) == checkpoint
     with pytest.raises(RunError, match="pickles are never read"):
         spare.train(resume_from_checkpoint=str(checkpoint))
+
+
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_checkpoint_brings_no_further_adapter(spare, built, tmp_path, linked):
+    """Upstream would add one, and PEFT import what a field of it names."""
+    run = Path(shutil.copytree(built, tmp_path / "run"))
+    (checkpoint,) = checkpoints(run)[-1:]
+    folder = tmp_path / "evil" if linked else checkpoint / "evil"
+    strange = LoraConfig(r=2, target_modules="all-linear", megatron_config={"a": 1}, megatron_core="this")
+    strange.save_pretrained(folder)
+    shutil.copy(checkpoint / "adapter_model.safetensors", folder)
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    if linked:
+        (checkpoint / "evil").symlink_to(folder)
+    else:
+        manifest["files"] |= {f"evil/{file.name}": [file.stat().st_size, sha256(file)] for file in folder.iterdir()}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    assert damage(checkpoint) == ("evil is not in its manifest.json" if linked else "")
+    with pytest.raises(RunError, match="holds evil/, which is no adapter of this model"):
+        spare.train(resume_from_checkpoint=str(checkpoint))
+    assert "this" not in sys.modules
 
 
 @pytest.fixture(scope="module")
