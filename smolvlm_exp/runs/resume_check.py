@@ -13,6 +13,7 @@ from smolvlm_exp.runs.find import PAIRED
 from smolvlm_exp.runs.overrides import flatten
 from smolvlm_exp.utils.distributed import rank_world
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.files import read_json
 from smolvlm_exp.utils.hub import Provenance
 from smolvlm_exp.utils.versions import versions
 
@@ -99,7 +100,9 @@ def check_same_run(
         here |= {f"model.{part}": digest for part, digest in processor_digests(processor).items()}
     here |= rewards or {}
     if checkpoint is not None:
-        saved = json.loads((checkpoint / IDENTITY).read_text(encoding="utf-8"))
+        saved = read_json(checkpoint / IDENTITY)
+        if not saved:
+            raise RequestError(f"{checkpoint} has no {IDENTITY} that can be read, so nobody can say which run it is of.")
         if rewards is None:
             saved = {key: value for key, value in saved.items() if not key.startswith((CODE, WORDS))}
         refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))

@@ -258,6 +258,9 @@ def test_rows_that_decide_count_besides_the_answers(bench, tmp_path, settings, s
         check_same_run(resumed, tmp_path / "checkpoint-1", replace(bench.preferences, **{split: other}))
     allowed = asdict(bench.config(*settings, "resume=it", "resume_allow=[data]"))
     check_same_run(allowed, tmp_path / "checkpoint-1", replace(bench.preferences, **{split: other}))
+    (tmp_path / "checkpoint-1" / "run.json").write_text("[")
+    with pytest.raises(RequestError, match=r"checkpoint-1 has no run\.json that can be read"):
+        check_same_run(resumed, tmp_path / "checkpoint-1", bench.preferences)
 
 
 def test_the_base_is_the_one_it_was(bench, saved):
