@@ -102,7 +102,9 @@ def check_same_run(
     if checkpoint is not None:
         saved = read_json(checkpoint / IDENTITY)
         if not saved:
-            raise RequestError(f"{checkpoint} has no {IDENTITY} that can be read, so nobody can say which run it is of.")
+            raise RequestError(
+                f"{checkpoint} has no {IDENTITY} that can be read, so nobody can say which run it is of."
+            )
         if rewards is None:
             saved = {key: value for key, value in saved.items() if not key.startswith((CODE, WORDS))}
         refuse_changes(under_new_names(saved, here), here, settings, step_of(checkpoint))
