@@ -42,6 +42,7 @@ from smolvlm_exp.config.tasks import misplaced, readers
 from smolvlm_exp.config.typed import check_kind, parsed
 from smolvlm_exp.runs.overrides import key_of
 from smolvlm_exp.utils.errors import RequestError, suggestion
+from smolvlm_exp.utils.hub import is_hub_id
 from smolvlm_exp.utils.paths import CONF
 
 
@@ -207,8 +208,20 @@ def check_option(override: Override) -> bool:
     chosen = value if isinstance(value, list) else [value]
     for option in chosen if known else ():
         if str(option) not in known and not (option is None and override.is_delete()):
-            raise RequestError(f"{group}={option}: no such option. {suggestion(str(option), known)}")
+            guess = named_instead(group, str(option)) or suggestion(str(option), known)
+            raise RequestError(f"{group}={option}: no such option. {guess}")
     return bool(known)
+
+
+def named_instead(group: str, option: str) -> str:
+    """How a folder, or a name of the Hub, is typed that stands where an option belongs; empty for anything else."""
+    own = {"model": "model=smolvlm model.id=", "data": "data=files data.folder="}
+    hub = {**own, "data": "data=hub data.id="}
+    if group in own and Path(option).is_dir():
+        return f"A folder is typed as {own[group]}{option}."
+    if group in hub and is_hub_id(option):
+        return f"A name of the Hub is typed as {hub[group]}{option}."
+    return ""
 
 
 def check_keys(compose: Composer, overrides: list[Override], multirun: bool) -> None:

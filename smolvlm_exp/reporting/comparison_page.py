@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.evaluation.comparison import Comparison, Group, Run
@@ -15,6 +14,7 @@ from smolvlm_exp.evaluation.verdict import too_few
 from smolvlm_exp.reporting.charts import chart_styles, line_chart
 from smolvlm_exp.reporting.html import render
 from smolvlm_exp.reporting.report import CURVES
+from smolvlm_exp.reporting.results import wide_console
 from smolvlm_exp.reporting.side_by_side import side_by_side
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.formatting import MINUS, humanize, percent, short_keys, short_value
@@ -66,7 +66,7 @@ def print_comparison(comparison: Comparison) -> None:
         table.add_row(*map(short_value, group.settings.values()), str(len(group.runs)), verdict, *numbers, *costs)
     counts = held_out_rows(comparison)
     table.caption = too_few(min(counts, default=None)) or f"{' to '.join(map(str, counts)) or '?'} held-out rows"
-    Console(markup=False, emoji=False).print(table)  # a setting may hold brackets
+    wide_console().print(table)
 
 
 def comparison_page(comparison: Comparison, folder: Path) -> str:

@@ -73,8 +73,12 @@ def summarize(before: Evaluation, after: Evaluation | None, checks: list[Check])
     }
 
 
-def print_results(summary: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
-    """The table of `summarize` in words, what it allows to say, and the checks that did not pass."""
+def print_results(summary: dict[str, Any], names: tuple[str, str] = ("before", "after"), tuned: bool = True) -> None:
+    """The table of `summarize` in words, what it allows to say, and the checks that did not pass.
+
+    Args:
+        tuned: the second was made to be better than the first, so that no gain is worth a word.
+    """
     console = wide_console()
     table = Table(f"{summary['held_out_rows']:,} held-out rows", *names, "change", "95 % CI")
     before, after, changes = summary["before"], summary["after"], summary["changes"]
@@ -88,7 +92,7 @@ def print_results(summary: dict[str, Any], names: tuple[str, str] = ("before", "
         table.add_row(name, row.before, row.after, Text(row.change, style or ""), row.interval or own)
     console.print(table)
     console.print(f"{BETTER[1]} more is better, {BETTER[-1]} less is better", style="dim")
-    if said := verdict(summary, after):
+    if said := verdict(summary, after if tuned else ()):
         console.print(f"{said[0].upper()}{said[1:]}.", style="yellow")
     print_checks(console, summary["checks"])
 

@@ -54,6 +54,9 @@ def find_finished_run(name: str) -> Path:
         return newest(f"run=last: no run under {OUTPUTS}/ has finished yet.", PLACES, "adapter", "model").parent
     folder = run_folder("run", name)
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
+        task = saved_hydra(folder, "config").get("task", {}).get("name", "train")
+        if task not in ("train", "mine") or summary_of(folder).get("status") == "done":  # mined pairs alone
+            raise RequestError(f"run={name} is of task={task}, which trains nothing: name the run that trained.")
         raise RequestError(f"run={name}: it has not finished (no adapter/ in it); resume it with resume={name}.")
     return folder
 

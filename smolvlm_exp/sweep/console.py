@@ -7,10 +7,10 @@ from pathlib import Path
 from textwrap import shorten
 from typing import TYPE_CHECKING
 
-from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
+from smolvlm_exp.reporting.results import wide_console
 from smolvlm_exp.reporting.trackers.wandb import track_table
 from smolvlm_exp.runs.sweep_record import sweep_name
 from smolvlm_exp.sweep.results import COSTS, SweepResults, prune_checkpoints, read_results, results_table
@@ -83,4 +83,4 @@ def print_table(results: SweepResults) -> None:
         rank = "best" if job is results.best else "tie" if job in results.tied else state
         table.add_row(str(job.number), *settings, *numbers, rank)
     table.caption = f"{results.best.summary.get('held_out_rows', '?')} held-out rows" if results.best else None
-    Console(markup=False, emoji=False).print(table)  # a setting may hold brackets
+    wide_console().print(table)

@@ -186,7 +186,7 @@ class Exporter:
         checks = gate(self.config.export, measured, changes(self.tuned.ratios, exported.ratios))
         summary = summarize(self.tuned, exported, checks)
         print(f"{form}{f' ({listed(chosen)})' if chosen else ''}: {measured}")
-        print_results(summary, names=("tuned", "exported"))
+        print_results(summary, names=("tuned", "exported"), tuned=False)
         if not checks_passed(checks):
             if self.config.export.on_fail == "refuse":
                 raise RunError(

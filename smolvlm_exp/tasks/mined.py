@@ -10,7 +10,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
@@ -19,6 +18,7 @@ from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.data.sources.files import PAIRS
 from smolvlm_exp.data.truth import read_truth
 from smolvlm_exp.reporting.mining_page import Example, mining_page
+from smolvlm_exp.reporting.results import wide_console
 from smolvlm_exp.rewards.pairs import ScoredAnswer, without_pairs
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.provenance import provenance
@@ -163,4 +163,4 @@ def print_mined(summary: dict[str, Any]) -> None:
         table.add_row(name.replace("_", " "), f"{count:,}")
     for name, value in {**summary["reward"], **summary["rewards"]}.items():
         table.add_row(name.replace("_", " "), f"{value:.3f}")
-    Console(markup=False, emoji=False).print(table)  # a reward may have any name
+    wide_console().print(table)

@@ -269,7 +269,7 @@ def next_commands(folder: Path) -> str:
     commands = {
         f"{command} task=chat run={run}": "talk to it",
         f"{command} task=generate run={run} task.images=FOLDER": "its answers beside the base's",
-        f"{command} task=export run={run}": "one model, merged",
+        f"{command} task=export run={run}": "an ONNX model, compared with it",
     }
     width = max(map(len, commands))
     return "\n".join(["next:", *(f"  {typed:<{width}}  {does}" for typed, does in commands.items())])

@@ -16,6 +16,8 @@ from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.formatting import number, percent
 from smolvlm_exp.utils.paths import OUTPUTS
 
+SUMMARIZED = ("train", "evaluate", "mine")  # tasks that write summary.json
+
 
 def runs(config: Config, folder: Path) -> list[dict[str, str]]:
     """Print a row per run; returns them."""
@@ -57,7 +59,7 @@ def run_row(folder: Path, metric: str | None) -> dict[str, str]:
         "data": str(chosen.get("data") or ""),
         "trained": trained,
         "result": result_of(summary, metric),
-        "state": state_of(folder, summary),
+        "state": state_of(folder, str(task), summary),
     }
 
 
@@ -75,9 +77,13 @@ def result_of(summary: dict[str, Any], asked: str | None) -> str:
     return f"{label}: {' → '.join(known)}{rows}" + (f" ({said.rpartition(': ')[2]})" if said else "")
 
 
-def state_of(folder: Path, summary: dict[str, Any]) -> str:
-    """done, stopped, failed, running, or that it was killed; with the step to resume from where there is one."""
-    state = str(summary.get("status") or ("running" if is_locked(folder) else "killed"))
+def state_of(folder: Path, task: str, summary: dict[str, Any]) -> str:
+    """done, stopped, failed, running, or that it was killed; with the step to resume from where there is one.
+
+    Other tasks than those in `SUMMARIZED` leave no word of how they ended: they are running, or ended.
+    """
+    silent = "running" if is_locked(folder) else "killed" if task in SUMMARIZED else "ended"
+    state = str(summary.get("status") or silent)
     saved = checkpoints(folder)
     return f"{state} at step {step_of(saved[-1])}" if saved and state in ("stopped", "killed", "failed") else state
 

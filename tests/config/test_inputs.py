@@ -26,6 +26,7 @@ WRONG = [
     (["task=generate", "task.images=empty"], "task.images=empty: no image is there"),
     (["task=generate", "task.images=hollow"], "task.images=hollow: all 1 images are empty files."),
     (["task=generate", "task.questions=gone.jsonl"], "task.questions=gone.jsonl: there is no such file."),
+    (["reward.user=mine.py:f"], "reward.user: this trainer learns from pairs and calls no reward. Add trainer=grpo"),
     (["model.adapter=rows"], "model.adapter=rows: there is no adapter_config.json in it or in its adapter/."),
     (["model.id=./gone"], "model.id=./gone: there is no such folder, and it is no name of the Hub (OWNER/NAME)."),
 ]
@@ -35,6 +36,8 @@ RIGHT = [
     ["task=plan", "data=files", "data.folder=gone"],  # says it itself
     ["task=generate", "task.images=rows"],
     ["model=smolvlm"],
+    ["trainer=grpo", "reward.user=mine.py:f"],
+    ["task=mine", "reward.user=mine.py:f"],
     ["task=doctor", "model.id=./gone"],
 ]
 

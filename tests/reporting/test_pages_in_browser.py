@@ -39,7 +39,8 @@ def write_run(folder: Path, rate: str, value: float) -> Run:
     save_images(folder, [hard])
     after = f"A star at {rate}."
     save_answers(folder, [AnswerChange(0, "ab", hard.question, {"truth": "star"}, "A moon.", after, (1, 0))])
-    summary = {**SUMMARY, "after": METRICS | {"preference_accuracy": value}}
+    intervals = {"after": dict.fromkeys(METRICS, (0.4, 0.6))}  # with ±, values are as wide as they get
+    summary = {**SUMMARY, "after": METRICS | {"preference_accuracy": value}, "intervals": intervals}
     write_report(folder, summary, CONFIG, [hard, sample("A star.", verdict="same")])
     return Run(
         folder, {"trainer.learning_rate": rate, "adapter.target": "a_regex_that_is_rather_long" * 3 + rate}, summary

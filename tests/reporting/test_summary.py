@@ -41,6 +41,8 @@ def test_what_the_rows_do_not_show_is_said(capsys):
     assert "4 held-out rows: too few to tell." in printed(capsys, held_out_rows=4)
     chance = {"chair_s": RESULT["changes"]["chair_s"]}
     assert "No gain over before." in printed(capsys, changes=chance)
+    print_results({**RESULT, "changes": chance}, ("tuned", "exported"), tuned=False)
+    assert "no gain" not in capsys.readouterr().out.lower()  # an export is to be as good, no better
     assert "2 checks passed" in printed(capsys, checks=[RESULT["checks"][0]] * 2)
 
 

@@ -8,6 +8,7 @@ from filelock import FileLock
 
 from smolvlm_exp.config.previous_run import complete_overrides
 from smolvlm_exp.runs.checkpoint import MANIFEST
+from smolvlm_exp.runs.find import find_finished_run
 from smolvlm_exp.tasks.runs import runs
 from smolvlm_exp.tasks.time_estimate import estimate_time
 from smolvlm_exp.utils.errors import RequestError
@@ -53,6 +54,7 @@ def test_model_data_result_and_state(make, capsys):
     make("never")
     make("sweeps/2026-11-30/12-00-00/0", {"status": "failed"})
     make("asked", {"status": "done"}, task="evaluate")
+    make("shown", task="preview")  # no summary.json, however it ended
     (make("damaged") / ".hydra" / "config.yaml").write_text("{")
     running = make("running")
     with FileLock(running / ".lock"):
@@ -65,13 +67,21 @@ def test_model_data_result_and_state(make, capsys):
     assert found["2026-11-30/11-00-00"]["result"].endswith("on 240 rows (no gain over before)")
     assert found["few"]["result"].endswith("on 8 rows (too few to tell)")
     states = {name: row["state"] for name, row in found.items()}
-    assert {name: states[name] for name in ("stopped", "killed", "never", "damaged", "running")} == {
+    assert {name: states[name] for name in ("stopped", "killed", "never", "damaged", "running", "shown")} == {
         "stopped": "stopped at step 40", "killed": "killed at step 20", "never": "killed", "damaged": "damaged",
-        "running": "running",
+        "running": "running", "shown": "ended",
     }  # fmt: skip
     assert states["sweeps/2026-11-30/12-00-00/0"] == "failed"
     assert (found["asked"]["task"], found["asked"]["trained"]) == ("evaluate", "")
     assert "│ outputs/2026-11-30/10-00-00" in capsys.readouterr().out
+
+
+def test_a_run_without_a_model_is_no_run_to_go_on_from(make):
+    folders = [make("shown", task="preview"), make("mined", {"status": "done"}, task="mine"), make("killed", step=1)]
+    wrong = ["is of task=preview, which trains nothing", "is of task=mine, which trains nothing", "it has not finished"]
+    for folder, said in zip(folders, wrong, strict=True):
+        with pytest.raises(RequestError, match=said):
+            find_finished_run(str(folder))
 
 
 def test_there_may_be_none(tmp_path, monkeypatch, capsys):
