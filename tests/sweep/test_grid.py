@@ -122,10 +122,15 @@ def test_only_the_best_keeps_a_checkpoint_and_all_keep_their_adapter(whole):
 
 
 def wandb_record(run: Path, kind: str) -> dict:
-    """The record of this kind that W&B's own command finds in an offline run."""
-    read = subprocess.run([WANDB, "leet", "inspect", "--json", str(run)], capture_output=True, text=True, timeout=180)
-    records = (json.loads(line) for line in read.stdout.splitlines() if line.startswith("{"))
-    return next(record[kind] for record in records if record.get("type") == kind)
+    """The record of this kind that W&B's own command finds in an offline run, once W&B's own process has written it."""
+    command = [WANDB, "leet", "inspect", "--json", str(run)]
+
+    def found() -> list[dict]:
+        read = subprocess.run(command, capture_output=True, text=True, timeout=180)
+        records = (json.loads(line) for line in read.stdout.splitlines() if line.startswith("{"))
+        return [record[kind] for record in records if record.get("type") == kind]
+
+    return wait_for(found)[0]
 
 
 def test_wandb_has_a_group_with_names_tags_and_a_table(whole):
