@@ -95,7 +95,9 @@ def check_machine(outputs: Path) -> int:
     print(f"\n`python -m smolvlm_exp` {verdict}" + (f" Worth a look: {warned}." if warned else ""))
     if not failed:
         print(
-            "\n".join(["", "on this machine:", *(f"  python -m smolvlm_exp {typed}" for typed in fitting_commands())])
+            "\n".join(
+                ["", "on this machine:", *(f"  python -m smolvlm_exp {typed}".rstrip() for typed in fitting_commands())]
+            )
         )
     return int(bool(failed))
 

@@ -68,7 +68,7 @@ def exit_with_error(error: RequestError | RunError) -> NoReturn:
 def suggestion(wrong: str, known: list[str]) -> str:
     """`Did you mean X?` where something is close, else the list where it is short.
 
-    Close is the same last part, or a similar name; of a name without a group also a similar last part.
+    Close is the same last part, a similar name or a longer one; of a name without a group also a similar last part.
     """
     group, _, last = wrong.rpartition(".")
     tails: dict[str, list[str]] = {}
@@ -82,5 +82,6 @@ def suggestion(wrong: str, known: list[str]) -> str:
             name for tail in difflib.get_close_matches(last, tails, n=1, cutoff=0.8) for name in tails[tail]
         ]
     near = near or (same if len(same) == 1 or not group else [])
+    near = near or [name for name in known if len(wrong) >= 3 and name.startswith(wrong)]
     guess = f"Did you mean {' or '.join(near[:3])}? " if near else ""
     return guess + (f"Known: {', '.join(known)}." if len(known) <= 20 else "")

@@ -32,6 +32,7 @@ MISTAKES = {
     ("learning_rate=1e-4",): ("learning_rate", "Did you mean trainer.learning_rate?"),
     ("adaptr=dora",): ("adaptr", "Did you mean adapter?"),
     ("adapter=dorra",): ("adapter=dorra", "Did you mean dora? Known: dora, lora, none, pissa, rslora."),
+    ("task=eval",): ("task=eval", "Did you mean evaluate?"),
     ("model=you/name",): ("model=you/name", "A name of the Hub is typed as model=smolvlm model.id=you/name."),
     ("data=.",): ("data=.", "A folder is typed as data=files data.folder=.."),
     ("adapter.r=many",): ("adapter.r", "could not be converted to Integer"),

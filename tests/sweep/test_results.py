@@ -118,7 +118,9 @@ def test_within_the_noise_is_a_tie_and_few_rows_say_nothing(tmp_path, rows, said
     assert [job.number for job in sweep.tied] == [0]
     assert said in sweep.verdict
     assert ("no gain over before" in sweep.verdict) == (rows == 200)
-    assert said in write_page(sweep).read_text()
+    page = write_page(sweep).read_text()
+    assert said in page
+    assert '<td data-name="Notes">tie' in page
 
 
 def test_without_pairs_jobs_are_compared_by_reward(tmp_path):

@@ -68,7 +68,7 @@ def test_a_working_machine_can_run_the_main_job(capsys, tmp_path):
 def test_it_ends_with_commands_that_suit_this_machine(monkeypatch, capsys, tmp_path):
     assert check_machine(tmp_path) == 0
     end = capsys.readouterr().out.rpartition("on this machine:\n")[2].splitlines()
-    assert end[0].strip() == "python -m smolvlm_exp"
+    assert end[0] == "  python -m smolvlm_exp"
     for typed in end:  # each composes
         words = typed.split()[3:]
         compose(*(word for word in words if word != "-m"), multirun="-m" in words)
