@@ -1,6 +1,7 @@
 """task=evaluate: a model on held-out rows and, where it is tuned, its base on the same rows; nothing is trained."""
 
 import logging
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -8,8 +9,8 @@ from typing import Any
 import numpy as np
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.data.preferences import load_preferences
-from smolvlm_exp.evaluation.answer_changes import answer_changes, count_verdicts, save_answers
+from smolvlm_exp.data.preferences import Preferences, load_preferences
+from smolvlm_exp.evaluation.answer_changes import AnswerChange, answer_changes, count_verdicts, save_answers
 from smolvlm_exp.evaluation.checks import image_reliance, leaked_rows, policy_changed
 from smolvlm_exp.evaluation.comparison import load_per_row, short_fingerprints
 from smolvlm_exp.evaluation.generate import generation_speed
@@ -96,6 +97,23 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         "speed": {name: [asdict(at) for at in measured] for name, measured in speed.items()},
         "versions": versions(),
     }
+    write_evaluation(config, folder, summary, changes, preferences)
+    print_results(summary, ("base", "tuned"))
+    for name, measured in speed.items():
+        for at in measured:
+            print(f"{name}: {at}")
+    print(f"report: {relative_to_cwd(folder)}/report.html")
+    return summary
+
+
+def write_evaluation(
+    config: Config,
+    folder: Path,
+    summary: dict[str, Any],
+    changes: Sequence[AnswerChange],
+    preferences: Preferences,
+) -> None:
+    """What describes it, each part isolated, and summary.json last: who reads `done` there finds all the rest."""
     shown = samples(preferences, changes)
     with isolated("answers.jsonl"):
         save_answers(folder, changes)
@@ -104,10 +122,4 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
         save_images(folder, shown)
     with isolated("the tracker"):
         tracker_of(config, folder, "evaluate").finish(summary, shown)
-    write_json(folder / "summary.json", summary)  # last: who reads `done` there finds all the rest
-    print_results(summary, ("base", "tuned"))
-    for name, measured in speed.items():
-        for at in measured:
-            print(f"{name}: {at}")
-    print(f"report: {relative_to_cwd(folder)}/report.html")
-    return summary
+    write_json(folder / "summary.json", summary)

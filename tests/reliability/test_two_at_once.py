@@ -1,5 +1,6 @@
 """Looking whether a place is taken and taking it are one act: two commands begin while the moment between is long."""
 
+import contextlib
 import os
 import signal
 import time
@@ -172,25 +173,34 @@ def test_two_searches_begin_one_study(tmp_path, monkeypatch):
     assert "is another search: adapter.r=choice" in "".join(said)
 
 
+@contextlib.contextmanager
+def held_elsewhere(lock, folder):
+    """Within, another process has what `lock` locks, until it is killed."""
+    held = folder / "held"
+
+    def hold():
+        with lock():
+            held.touch()
+            time.sleep(60)
+
+    child = forked(hold, folder / "log")
+    while not held.exists():
+        time.sleep(0.01)
+    try:
+        yield
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 def test_two_commands_answer_into_one_file(tmp_path, monkeypatch):
     monkeypatch.setattr(folders, "PATIENCE", MOMENT)
     monkeypatch.setattr(generating, "answered", lambda *args: pytest.fail("it was read while it was written"))
     (tmp_path / "questions.jsonl").write_text('{"image": "a.png", "question": "What is it?"}\n')
     asked = ("task=generate", f"task.questions={tmp_path}/questions.jsonl", f"task.answers={tmp_path}/answers.jsonl")
-    log, held = tmp_path / "log", tmp_path / "held"
-
-    def hold():
-        with lock_file(tmp_path / "answers.jsonl"):
-            held.touch()
-            time.sleep(60)
-
-    child = forked(hold, log)
-    while not held.exists():
-        time.sleep(0.01)
-    with pytest.raises(RequestError, match=r"answers\.jsonl is in use: another process is writing there"):
+    in_use = pytest.raises(RequestError, match=r"answers\.jsonl is in use: another process is writing there")
+    with held_elsewhere(lambda: lock_file(tmp_path / "answers.jsonl"), tmp_path), in_use:
         generating.generate(compose(*asked), tmp_path)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
 
 
 def test_what_came_into_an_export_while_it_was_made_is_not_deleted(tmp_path, monkeypatch):
@@ -242,19 +252,8 @@ def test_a_job_that_another_command_runs_is_neither_missing_nor_failed(tmp_path)
     for number in "01":
         (tmp_path / number).mkdir()
     (tmp_path / "0" / "summary.json").write_text('{"status": "done"}')
-    ready, log = tmp_path / "ready", tmp_path / "log"
-
-    def hold():
-        with lock_run_folder(tmp_path / "1"):
-            ready.touch()
-            time.sleep(60)
-
-    child = forked(hold, log)
-    while not ready.exists():
-        time.sleep(0.01)
-    results = read_results(tmp_path, None)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
+    with held_elsewhere(lambda: lock_run_folder(tmp_path / "1"), tmp_path):
+        results = read_results(tmp_path, None)
     assert [job.status for job in results.jobs] == ["done", "running"]
     assert not results.failed()
     assert [job.status for job in read_results(tmp_path, None).jobs] == ["done", "missing"]
