@@ -93,6 +93,11 @@ OPERATORS = {
     "return_debug_mask scale ... -> output softmax_logsumexp rng_state unused debug_attn_mask",
     "aten._flash_attention_backward": "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k "
     "dropout_p is_causal rng_state unused scale ... -> 3",
+    "aten._efficient_attention_forward": "query key value bias cu_seqlens_q cu_seqlens_k max_seqlen_q max_seqlen_k "
+    "dropout_p custom_mask_type compute_log_sumexp scale ... -> output logsumexp philox_seed philox_offset "
+    "max_seqlen_batch_q max_seqlen_batch_k",
+    "aten._efficient_attention_backward": "grad_out_ query key value bias out cu_seqlens_q cu_seqlens_k max_seqlen_q "
+    "max_seqlen_k logsumexp dropout_p philox_seed philox_offset custom_mask_type bias_requires_grad scale ... -> 4",
     "aten._scaled_dot_product_cudnn_attention": "query key value attn_bias compute_log_sumexp dropout_p is_causal "
     "return_debug_mask scale -> output logsumexp cum_seq_q cum_seq_k max_q max_k philox_seed philox_offset "
     "debug_attn_mask",

@@ -1,7 +1,8 @@
 """A whole optimiser step at a time, in micro-batches as large as memory allows, whatever transformers' batches are.
 
 transformers calls `training_step` for each of `gradient_accumulation_steps` batches. All but the last of these calls
-have nothing to do: the last one runs the whole step. Out of memory, it retries the step in smaller micro-batches.
+have nothing to do: the last one runs the whole step. Out of memory, it retries the step in smaller micro-batches; and
+where gradients exceed float16, with half the loss scale.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from smolvlm_exp.utils.distributed import all_reduce_mean, gather
 
 log = logging.getLogger(__name__)
 
+FIRST_SCALE = 2.0**16  # of losses in float16, PyTorch's own
 NO_WORKERS = {
     "dataloader_num_workers": 0, "dataloader_persistent_workers": False, "dataloader_prefetch_factor": None,
 }  # fmt: skip
@@ -156,7 +158,11 @@ class StepTrainer(Trainer):
         return loss
 
     def optimizer_step(self, model: nn.Module, step: Any, num_items_in_batch: Any) -> torch.Tensor:
-        """The step's loss in this process, detached; in smaller micro-batches where memory runs out."""
+        """The step's loss in this process, detached; in smaller micro-batches where memory runs out.
+
+        A step whose gradients exceed float16 is run again with half the loss scale, where PyTorch's own way is to leave
+        it out, its rows with it (arXiv 1710.03740, section 3.2).
+        """
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
@@ -164,7 +170,9 @@ class StepTrainer(Trainer):
             before = self.snapshot()
             try:
                 with self.maybe_activation_offload_context:
-                    return self.run(model, step, num_items_in_batch)
+                    loss = self.run(model, step, num_items_in_batch)
+                if not self.exceeds_float16(model, loss):
+                    return loss
             except RuntimeError as error:
                 if not out_of_memory(error):
                     raise
@@ -172,6 +180,19 @@ class StepTrainer(Trainer):
             # Here, because the error above holds the failed pass's tensors.
             model.zero_grad()
             self.restore(before)
+
+    def exceeds_float16(self, model: nn.Module, loss: torch.Tensor) -> bool:
+        """Whether gradients, in any process, may be finite with half the loss scale, which it now is."""
+        scaler = self.accelerator.scaler
+        if scaler is None:
+            return False
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        exceeds = torch.isfinite(loss) & ~torch.isfinite(torch.stack(torch._foreach_norm(gradients))).all()
+        if not self.accelerator.gather(exceeds[None]).any():
+            return False
+        scale = scaler.get_scale()
+        scaler.update(scale / 2 if scale > 1 else FIRST_SCALE)  # at 1 they are not finite in any case: see nan_guard.py
+        return scale > 1
 
     # Memory
 

@@ -20,6 +20,7 @@ from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_proces
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError, first_line
 from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.gpu import has
 from smolvlm_exp.utils.hub import hub_errors, is_offline
 from smolvlm_exp.utils.phases import phase
 
@@ -43,7 +44,7 @@ class ModelConfig:
     adapter: str | None = None  # a saved adapter to continue from: its folder, or its run's
     weights: str = one_of("pretrained", "random")  # random: the real shape, for dry runs and benchmarks
     attn_implementation: str = one_of("auto", "sdpa", "flash_attention_2", "eager")
-    dtype: str = "auto"  # auto: bfloat16 on a GPU that has it, float32 otherwise
+    dtype: str = "auto"  # auto: bfloat16 on a GPU that computes in it, float16 on an older one, float32 on a CPU
     device_map: str | None = "auto"  # auto: the whole model on one GPU, where upstream's would spread it over all
     # How images are read; null: as the adapter's processor does, if it was saved with one, else the checkpoint's.
     longest_edge: int | None = None  # an image's long edge in pixels, 1 to 4 tiles: fewer take fewer tokens
@@ -283,7 +284,8 @@ def resolve_dtype(name: str) -> "torch.dtype":
     import torch
 
     if name == "auto":
-        return torch.bfloat16 if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else torch.float32
+        on_gpu = torch.bfloat16 if has("bf16") else torch.float16
+        return on_gpu if torch.cuda.is_available() else torch.float32
     dtype = getattr(torch, name, None)
     if not isinstance(dtype, torch.dtype):
         raise RequestError(f"model.dtype={name} is not a torch dtype: use auto, bfloat16, float16 or float32.")
@@ -295,6 +297,10 @@ def describe_device(dtype: str) -> str:
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({usable_cores()} cores)"
+    if torch.backends.mps.is_available():
+        device += "; Apple's GPU is not used"
+    if torch.cuda.is_available() and torch.version.hip:
+        device += " (nothing was ever tried on AMD's)"
     return f"{device}, {str(resolve_dtype(dtype)).removeprefix('torch.')}"
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.reporting.advice import advise_run
 from smolvlm_exp.runs.find import find_ended_run
+from smolvlm_exp.utils.gpu import has
 from smolvlm_exp.utils.hub import ping
 from smolvlm_exp.utils.paths import OUTPUTS
 from smolvlm_exp.utils.units import GIB
@@ -194,13 +195,12 @@ def check_matmul(name: str, dtype: str) -> Finding:
     import torch
 
     where = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "bf16" and where == "cpu":
-        return Finding(name, "ok", "float32 is used on a CPU")
+    if name == "bf16" and not has("bf16"):
+        used = "float32 is used on a CPU" if where == "cpu" else "this card has none: float16 is used, its loss scaled"
+        return Finding(name, "ok", used)
     a, b = (normal(256, 256, seed=seed).to(getattr(torch, dtype)) for seed in range(2))
     error = relative_error(a.to(where) @ b.to(where), a.double() @ b.double())
     detail = f"{dtype} on {where}, relative error {error:.0e} (limit {MATMUL_LIMIT:.0e})"
-    if name == "bf16" and torch.cuda.get_device_capability() < (8, 0) and error <= MATMUL_LIMIT:
-        return Finding(name, "warn", f"{detail}, but emulated and slow", "nothing to do: this card has no bf16")
     return judge(name, error <= MATMUL_LIMIT, detail, f"reinstall torch, {NO_GPU}")
 
 
@@ -209,6 +209,10 @@ def check_cuda() -> Finding:
 
     if not torch.cuda.is_available():
         fix = "a newer driver, or CUDA_VISIBLE_DEVICES" if torch.version.cuda else "install a torch built for CUDA"
+        if torch.backends.mps.is_available():
+            return Finding(
+                "cuda", "ok", "Apple's GPU is not used, since bitsandbytes and the engine have no code for it"
+            )
         absent = not shutil.which("nvidia-smi")
         detail = "no GPU" if absent else f"nvidia-smi is here, but torch {torch.__version__} sees no GPU"
         return judge("cuda", absent, f"{detail}: the CPU is used", fix, "warn")
@@ -216,6 +220,8 @@ def check_cuda() -> Finding:
     major, minor = torch.cuda.get_device_capability()
     detail = f"{torch.cuda.get_device_name()} (1 of {torch.cuda.device_count()}), capability {major}.{minor}, "
     detail += f"{free / GIB:.1f} of {total / GIB:.1f} GiB free"
+    if torch.version.hip:
+        return Finding("cuda", "warn", f"{detail}; nothing was ever tried on AMD's", "trainer.engine=stock if it fails")
     return judge("cuda", free >= 2 * GIB, detail, "end what else uses the card: `nvidia-smi` lists it", "warn")
 
 
@@ -224,8 +230,10 @@ def check_nf4() -> Finding:
     import torch
     from bitsandbytes.nn import Linear4bit
 
+    from smolvlm_exp.models.model import resolve_dtype
+
     weight, x, grad = normal(256, 256, seed=0), normal(64, 256, seed=1), normal(64, 256, seed=2)
-    where, compute = ("cuda", torch.bfloat16) if torch.cuda.is_available() else ("cpu", torch.float32)
+    where, compute = "cuda" if torch.cuda.is_available() else "cpu", resolve_dtype("auto")
     layer: Any = Linear4bit(256, 256, bias=False, compute_dtype=compute, compress_statistics=True, quant_type="nf4")
     layer.load_state_dict({"weight": weight})
     layer = layer.to(where)  # this quantises

@@ -192,6 +192,8 @@ def build_trl_config(
             "-1: trainer.num_train_epochs decides."
         )
     on_gpu = torch.cuda.is_available()
+    if not on_gpu and resolve_dtype(dtype) is torch.float16:
+        raise RequestError("model.dtype=float16 trains on a GPU alone: its loss is scaled there. Use auto.")
     names = {field.name for field in fields(cls)}
     constants = {
         **defaults,
@@ -199,6 +201,7 @@ def build_trl_config(
         **({"max_length": max_length} if "max_length" in names else {}),
         "seed": seed,
         "bf16": resolve_dtype(dtype) is torch.bfloat16,
+        "fp16": resolve_dtype(dtype) is torch.float16,
         "use_cpu": not on_gpu,
         "dataloader_pin_memory": on_gpu,
         "report_to": "none",  # callbacks.py writes metrics.jsonl and feeds the tracker

@@ -21,6 +21,7 @@ from smolvlm_exp.training.arguments import TrainerConfig, budget_of
 from smolvlm_exp.training.memory_spec import AdapterSpec, memory_spec
 from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.gpu import has
 from smolvlm_exp.utils.phases import phase
 
 log = logging.getLogger(__name__)
@@ -127,7 +128,7 @@ def spec_of_model(trainer: Any, gpu: bool) -> MemorySpec:
     if packed is not None:
         weights = "4bit double" if packed.weight.quant_state.nested else "4bit"
     features = trainer.rows.features is not None
-    spec = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu)
+    spec = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu, has("triton"))
     core = base.base_model
     text, vision = (
         replace(stack, fused=hasattr(layers[0].forward, "checkpointing"))

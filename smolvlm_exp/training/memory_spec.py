@@ -23,7 +23,13 @@ class AdapterSpec:
 
 
 def memory_spec(
-    shape: Shape, weights: str, adapted: AdapterSpec | None, features: bool, element: int, gpu: bool
+    shape: Shape,
+    weights: str,
+    adapted: AdapterSpec | None,
+    features: bool,
+    element: int,
+    gpu: bool,
+    triton: bool = True,
 ) -> MemorySpec:
     """
     Args:
@@ -31,6 +37,7 @@ def memory_spec(
         adapted: None for full fine-tuning.
         features: images come as precomputed features, where vision tower and connector are frozen.
         element: bytes of a number in the model's dtype.
+        triton: on a GPU, kernels run between the products.
     """
     sizes = linear_sizes(shape)
     plain_text, plain_vision = stacks(shape)
@@ -65,6 +72,7 @@ def memory_spec(
         adapter=adapted is not None,
         features=features and not learns,
         gpu=gpu,
+        triton=triton,
     )
 
 

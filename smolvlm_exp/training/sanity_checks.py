@@ -81,7 +81,7 @@ def without_gradient(trained: dict[str, Any], optimizer: Any) -> list[str] | Non
 def first_step_checks(trainer: Any) -> list[Check]:
     """Before its first step the policy is the reference, so DPO's loss is ln 2 (arXiv 2305.18290, eq. 7)."""
     first: dict[str, Any] = next((e for e in trainer.state.log_history if "loss" in e and e["step"] == 1), {})
-    tolerance, checks = (5e-3 if trainer.args.bf16 else 1e-4), []
+    tolerance, checks = (5e-3 if trainer.args.bf16 or trainer.args.fp16 else 1e-4), []
     if "rewards/chosen" in first:
         off = max(abs(first["rewards/chosen"]), abs(first["rewards/rejected"]))
         checks.append(require("reference_at_start", "policy minus reference at step 1 (reward)", off, "<=", tolerance))

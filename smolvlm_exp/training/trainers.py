@@ -92,6 +92,8 @@ class CheckpointMixin(Trainer):
         """The last call before `optimizer.step()`, which skips its update where the norm or the loss is not finite."""
         norm = full_tensor(super()._get_grad_norm(model, grad_norm))
         finite = torch.isfinite(torch.as_tensor(norm, device=self.args.device) + self.step_loss)
+        if self.accelerator.scaler and self.accelerator.scaler.get_scale() > 1:  # else it leaves this step out itself
+            finite = torch.isfinite(torch.as_tensor(self.step_loss))
         finite = self.accelerator.gather(finite[None]).all()  # a loss may differ between processes
         self.step_loss = 0.0
         self.guard.mask_update(self.state.global_step + 1, finite, model, self.optimizer)
@@ -204,9 +206,16 @@ class CheckpointMixin(Trainer):
             "metrics": {name: list(values) for name, values in self._metrics["train"].items()},
             "shares": list(getattr(self, "shares", {}).get("train", [])),
             "left_out": self.guard.skipped,
+            "loss_scale": self.accelerator.scaler.state_dict() if self.accelerator.scaler else {},
             **self.sampling_state(),
         }
         save_state(self.process_file(output_dir), {"random": random_states, "counters": counters})
+
+    def _save_scaler(self, output_dir: str) -> None:
+        """Not as a pickle: `_save_rng_state` has the loss scale."""
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """`_load_rng_state` does."""
 
     # Resuming
 
@@ -285,6 +294,8 @@ class CheckpointMixin(Trainer):
         if hasattr(self, "shares"):
             self.shares["train"][:] = counters["shares"]
         self.guard.skipped = counters["left_out"]
+        if self.accelerator.scaler and counters.get("loss_scale"):
+            self.accelerator.scaler.load_state_dict(counters["loss_scale"])
         self.load_sampling_state(counters)
         callbacks: Any = self.state.stateful_callbacks
         due = callbacks["TrainerControl"]["args"]

@@ -21,6 +21,7 @@ from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches, step_rows
+from smolvlm_exp.engine.layers import attention, ops
 from smolvlm_exp.engine.layers.dora import exact_dora
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
@@ -443,3 +444,51 @@ def test_a_step_does_not_wait_for_the_device(bench):
     trainer.training_step = watched
     trainer.train()
     assert trainer.state.global_step == 3
+
+
+def scaled_losses(trainer, scaler):
+    """The losses of a training by which they are scaled, and the scale that it ended with."""
+    trainer.accelerator.scaler = scaler
+    logged, _ = history(trainer)
+    return losses(logged), scaler.get_scale()
+
+
+def test_a_step_whose_gradients_exceed_the_dtype_runs_again_with_half_the_scale(bench):
+    """Float32's own range in place of float16's; PyTorch would leave the first steps out."""
+    expected, _ = bench.shared_history(eval_strategy="no")
+    trainer, scaler = bench.shared(eval_strategy="no"), torch.amp.GradScaler("cpu", init_scale=2.0**126)
+    clip = trainer.accelerator.clip_grad_norm_
+
+    def unscaled(parameters, max_norm):  # accelerate's own, in float16
+        scaler.unscale_(trainer.optimizer.optimizer)
+        return clip(parameters, max_norm)
+
+    trainer.accelerator.clip_grad_norm_ = unscaled
+    found, scale = scaled_losses(trainer, scaler)
+    assert found == pytest.approx(losses(expected), abs=1e-6)
+    assert found[1] != found[0]
+    assert 2.0**16 < scale < 2.0**126
+
+
+def old_gpu(bench, monkeypatch, **changes):
+    monkeypatch.setattr(attention, "has", lambda part: False)
+    monkeypatch.setattr(ops, "has", lambda part: False)
+    return bench.shared(use_cpu=False, **changes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("target", ["text", "recipe"])
+def test_without_triton_and_flash_attention_a_gpu_trains_alike(bench, monkeypatch, target):
+    settings = {"adapter": (target, ("use_dora", True)), "eval_strategy": "no"}
+    (expected, _), (found, _) = bench.stock_history(**settings), history(old_gpu(bench, monkeypatch, **settings))
+    assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
+
+
+@pytest.mark.gpu
+def test_in_float16_every_step_counts(bench, monkeypatch):
+    expected, _ = bench.stock_history(eval_strategy="no")
+    trainer = old_gpu(bench, monkeypatch, fp16=True, eval_strategy="no")
+    found, scale = scaled_losses(trainer, torch.amp.GradScaler("cuda", init_scale=2.0**60))
+    assert found == pytest.approx(losses(expected), abs=5e-3)
+    assert found[1] != found[0]
+    assert scale < 2.0**30

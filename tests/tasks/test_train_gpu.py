@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from smolvlm_exp.utils.gpu import WITHOUT
 from tests.conftest import losses
 from tests.reliability.test_kills import command_killed, numbers
 
@@ -33,6 +34,8 @@ REAL_SHAPE = (
     "trainer.gradient_accumulation_steps=2", "trainer.logging_steps=1", "trainer.warmup_steps=0",
     "task.max_new_tokens=8", "trainer.sample_steps=0",  # random weights never end an answer
 )  # fmt: skip
+OLD = "bf16,flash,triton"  # what an older card than Ampere lacks
+PATHS = pytest.mark.parametrize("without", ["", OLD])
 # Its widths, fewer layers.
 SHALLOW = ("model.shape.num_hidden_layers=6", "model.shape.vision_num_hidden_layers=3")
 
@@ -52,8 +55,10 @@ def test_the_embedded_default_improves(tmp_path):
     assert summary["after"]["preference_accuracy"] > summary["before"]["preference_accuracy"]
 
 
-def test_a_budget_holds_and_was_predicted(tmp_path):
+@PATHS
+def test_a_budget_holds_and_was_predicted(tmp_path, without, monkeypatch):
     """The plan's two lines, and what the run then took."""
+    monkeypatch.setenv(WITHOUT, without)
     settings = ("quant=nf4", "trainer.memory_budget=3GiB", "trainer.gradient_accumulation_steps=8")
     out = launch(tmp_path, *REAL_SHAPE, *settings)
     pairs, passes = map(int, re.search(r"memory plan: micro-batch (\d+) x (\d+) accumulation", out).groups())
@@ -64,8 +69,10 @@ def test_a_budget_holds_and_was_predicted(tmp_path):
     assert "Out of memory" not in out
 
 
-def test_out_of_memory_is_recovered_from(tmp_path):
+@PATHS
+def test_out_of_memory_is_recovered_from(tmp_path, without, monkeypatch):
     """Eight pairs at once do not fit into 3 GiB: the step is retried with half the micro-batch until it fits."""
+    monkeypatch.setenv(WITHOUT, without)
     capped = (
         "import torch; torch.cuda.set_per_process_memory_fraction(3 * 2**30 / torch.cuda.mem_get_info()[1]); "
         "from smolvlm_exp.main import main; main()"
@@ -78,6 +85,17 @@ def test_out_of_memory_is_recovered_from(tmp_path):
     out = launch(tmp_path / "capped", *settings, start=("-c", capped))
     assert "Out of memory at micro-batch 8: retrying this step and continuing with 4" in out
     assert losses(tmp_path / "capped") == pytest.approx(losses(tmp_path / "free"), abs=2e-2)  # bfloat16: another order
+
+
+def test_an_older_card_trains_in_float16_as_a_cpu_does_in_float32(tmp_path, monkeypatch):
+    """300 steps of the embedded model: its loss is scaled, every step is finite and counts."""
+    monkeypatch.setenv(WITHOUT, OLD)
+    settings = ("trainer.max_steps=300", "trainer.logging_steps=10")
+    half, single = (run(tmp_path / dtype, f"model.dtype={dtype}", *settings) for dtype in ("auto", "float32"))
+    assert (half["device"]["dtype"], single["device"]["dtype"]) == ("float16", "float32")
+    assert half["train"]["not_finite"] == single["train"]["not_finite"] == []
+    assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "float32"), abs=5e-2)
+    assert half["after"]["chair_s"] == pytest.approx(single["after"]["chair_s"], abs=0.1)
 
 
 def test_killed_and_resumed_in_bf16_on_nf4(tmp_path):

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 
 from smolvlm_exp.engine.generation.decoder import Decoder, rotated_heads
 from smolvlm_exp.engine.generation.sampling import COLDEST, Sampling, draw, tempered, uniforms
+from smolvlm_exp.engine.layers.ops import uses_kernels
 
 try:
     from smolvlm_exp.engine.generation import kernels
-except ImportError:  # no Triton: nothing but a CPU here
+except ImportError:  # no Triton
     kernels = None  # type: ignore[assignment]
 
 
@@ -180,7 +181,7 @@ def step_attention(
     Returns:
         (G n, Q D).
     """
-    if kernels is not None and qkv.is_cuda and cos.shape[1] >= 32:  # a kernel's products need 16 columns a half
+    if uses_kernels(qkv) and cos.shape[1] >= 32:  # a kernel's products need 16 columns a half
         return kernels.step_attention(qkv, cos, sin, shared, own, lengths, at, scale, heads)
     query, *new = rotated_heads(qkv, cos, sin, heads)
     rows, (_, groups, kv_heads, prompt, size) = len(qkv), shared.shape

@@ -1,8 +1,9 @@
 """Attention over packed answers that share their prompts (packing.py), and within the vision tower's tiles.
 
 A packed batch is two sets of sequences: causal over each [P C]; and the queries of [p R] over the keys [P before p, p
-R], causal from the bottom right. Both see what they would see if every answer had its prompt to itself. 16-bit tensors
-on a GPU run PyTorch's flash-attention kernels, everything else SDPA, on padded copies of a packed batch.
+R], causal from the bottom right. Both see what they would see if every answer had its prompt to itself. PyTorch's
+kernels do it on a GPU: flash attention in 16 bits (arXiv 2307.08691), on Ampere and newer, else its memory-efficient
+attention (2112.05682); SDPA elsewhere, on padded copies of a packed batch.
 """
 
 from collections.abc import Mapping
@@ -17,8 +18,11 @@ from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, AttentionMaskInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from smolvlm_exp.utils.gpu import has
+
 PREFIX = "shared_prefix_"
 Qkv = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # queries, keys and values, or their gradients
+MASKS = (0, 2)  # memory-efficient attention's numbers: none; causal from the bottom right
 State = tuple[Any, ...]  # what a kernel needs for its backward pass besides its inputs and its result
 
 
@@ -148,11 +152,13 @@ def attend(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tens
         The result, in the queries' shape, and what `attend_backward` needs.
     """
     query = inputs[0]
-    if not uses_flash(query):
-        if query.is_cuda or torch.is_grad_enabled():
+    if not query.is_cuda:
+        if torch.is_grad_enabled():
             return sdpa(inputs, layout, scale), ()
         state = sdpa_graph(inputs, layout, scale)  # a CPU has room for it, and little time to compute it again
         return state[0].detach(), state
+    if not uses_flash(query):
+        return efficient(inputs, layout, scale)
     if layout is None and has_cudnn_attention(query.device.index):
         heads_first = (part.transpose(1, 2) for part in inputs)
         out, *state, _ = torch.ops.aten._scaled_dot_product_cudnn_attention(
@@ -168,12 +174,14 @@ def attend(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tens
 def attend_backward(
     dout: torch.Tensor, inputs: Qkv, out: torch.Tensor, state: State, layout: Layout | None, scale: float
 ) -> Qkv:
-    """Gradients for `inputs`; on a GPU SDPA is recomputed for them."""
+    """Gradients for `inputs`."""
     query = inputs[0]
-    if not uses_flash(query):
-        graph, *leaves = state or sdpa_graph(inputs, layout, scale)
+    if not query.is_cuda:
+        graph, *leaves = state
         dquery, dkey, dvalue = torch.autograd.grad(graph, leaves, dout)
         return dquery, dkey, dvalue
+    if not uses_flash(query):
+        return efficient_backward(dout, inputs, out, state, layout, scale)
     if layout is None and has_cudnn_attention(query.device.index):
         lse, cu_q, cu_k, max_q, max_k, seed, offset = state
         heads_first = (part.transpose(1, 2) for part in (dout, *inputs, out))
@@ -188,8 +196,44 @@ def attend_backward(
     )
 
 
+def efficient(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.Tensor, State]:
+    """`attend` by torch's memory-efficient attention."""
+    cu_queries, cu_keys, *longest = sequences(inputs[0], layout)
+    out, *state = torch.ops.aten._efficient_attention_forward(
+        *batched(inputs, layout), None, cu_queries, cu_keys, *longest, 0.0, MASKS[layout is not None], True, scale=scale
+    )
+    return out.view_as(inputs[0]), tuple(state)
+
+
+def efficient_backward(
+    dout: torch.Tensor, inputs: Qkv, out: torch.Tensor, state: State, layout: Layout | None, scale: float
+) -> Qkv:
+    """Of `efficient`; the gradient of a key that several heads share is their sum."""
+    query, key, _ = inputs
+    cu_queries, cu_keys, *_ = sequences(query, layout)
+    lse, seed, offset, *longest = state
+    dquery, *others, _ = torch.ops.aten._efficient_attention_backward(
+        dout.view(-1, *query.shape[-3:]), *batched(inputs, layout), None, out.view(-1, *query.shape[-3:]),
+        cu_queries, cu_keys, *longest, lse, 0.0, seed, offset, MASKS[layout is not None], False, scale=scale,
+    )  # fmt: skip
+    if layout is None:
+        dkey, dvalue = others
+    else:
+        dkey, dvalue = (d.unflatten(2, (key.shape[1], -1)).sum(3)[0] for d in others)
+    return dquery.view_as(query), dkey, dvalue
+
+
+def batched(inputs: Qkv, layout: Layout | None) -> Qkv:
+    """A packed batch as one row with a key for each query head, as memory-efficient attention wants it."""
+    if layout is None:
+        return inputs
+    query, key, value = inputs
+    shared = query.shape[1] // key.shape[1]
+    return query[None], key.repeat_interleave(shared, 1)[None], value.repeat_interleave(shared, 1)[None]
+
+
 def uses_flash(query: torch.Tensor) -> bool:
-    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and has("flash")
 
 
 @cache
@@ -211,7 +255,7 @@ def sdpa_graph(inputs: Qkv, layout: Layout | None, scale: float) -> tuple[torch.
 
 
 def sdpa(inputs: Qkv, layout: Layout | None, scale: float) -> torch.Tensor:
-    """`attend`'s result for any device and dtype; a packed batch on padded copies, one call per half."""
+    """`attend`'s result on a CPU; a packed batch on padded copies, one call per half."""
     if layout is None:
         q, k, v = (part.transpose(1, 2) for part in inputs)
         return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)

@@ -1,6 +1,6 @@
 """What happens between a layer's matrix products, forward and backward: norms, rotary positions, SwiGLU, GELU, gains.
 
-Each function has one meaning and two ways: Triton kernels on a GPU (kernels/), and the torch code here elsewhere,
+Each function has one meaning and two ways: Triton kernels on a GPU that has them (kernels/), and the torch code here,
 which is also what the kernels are tested against. All sums are float32; results have the inputs' dtype.
 
 A *product* (linear.py) is one matrix multiplication for several linear layers and their adapters; `u` is its (T, N)
@@ -13,17 +13,18 @@ import torch
 import torch.nn.functional as F
 
 from smolvlm_exp.engine.layers.attention import Layout, Qkv
+from smolvlm_exp.utils.gpu import has
 
 try:
     from smolvlm_exp.engine.layers import kernels
-except ImportError:  # no Triton: nothing but a CPU here
+except ImportError:  # no Triton
     kernels = None  # type: ignore[assignment]
 
 Gain = torch.Tensor | None
 
 
 def uses_kernels(x: torch.Tensor) -> bool:
-    return kernels is not None and x.is_cuda
+    return kernels is not None and x.is_cuda and has("triton")
 
 
 def with_tail(x: torch.Tensor, tail: int) -> torch.Tensor:

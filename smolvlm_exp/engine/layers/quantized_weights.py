@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from smolvlm_exp.engine.layers.ops import kernels
+from smolvlm_exp.engine.layers.ops import kernels, uses_kernels
 
 try:
     import bitsandbytes as bnb
@@ -50,7 +50,7 @@ def unpack_4bit(layer: Any, out: torch.Tensor) -> torch.Tensor:
     """Write the layer's weight into `out`, (out, in); bit for bit what bitsandbytes would write."""
     weight: Any = layer.weight
     state = weight.quant_state
-    if kernels is not None and out.is_cuda and kernels.unpacks(state):
+    if uses_kernels(out) and kernels.unpacks(state):
         return kernels.unpack_4bit(weight.data, state, out)
     absmax = state.absmax
     if state.nested:

@@ -76,6 +76,7 @@ class MemorySpec:
     adapter: bool = True
     features: bool = False  # images come as precomputed features
     gpu: bool = True
+    triton: bool = True  # kernels between the products, on a GPU
 
 
 @dataclass(frozen=True)
@@ -179,11 +180,12 @@ def attention_graph(stack: Stack, checkpointing: str, spread: float) -> float:
     return 2 * rotated + stack.queries + (2 * spread * stack.queries if stack.keys < stack.queries else 0)
 
 
-def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu: bool) -> float:
+def backward(stack: Stack, checkpointing: str, element: int, spread: float, kernels: bool) -> float:
     """Values per token that one layer's backward pass takes at its worst moment, on top of what was saved.
 
     Args:
         spread: keys that attention reads, over tokens.
+        kernels: between the products; else torch code.
     """
     qkv, _, into, _ = stack.widths
     hidden, inner, queries = stack.hidden, stack.intermediate, stack.queries
@@ -197,9 +199,9 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
         recomputed = saved_activations(stack, "none", element) if checkpointing == "full" else 0
     # The gradient of the result, the hidden states after attention; du of the way out, its input's gradient, then du of
     # the way in. A kernel writes the input itself over its gradient, and du of the way in over what was recomputed.
-    in_place = gpu and stack.fused and checkpointing != "none"
+    in_place = kernels and stack.fused and checkpointing != "none"
     mlp = recomputed + 2 * hidden + (hidden + stack.tails[3]) * adapted[3]
-    mlp += inner * (1 + (not gpu and bool(stack.tails[3])))
+    mlp += inner * (1 + (not kernels and bool(stack.tails[3])))
     mlp += (into + stack.tails[2]) * (not in_place)
     # The same two, the output product's input's gradient; q, k, v and their gradients with flash attention's float32
     # sums, then these gradients and du of q, k, v.
@@ -207,8 +209,9 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, gpu:
     grads = rotated + (2 * spread * queries if stack.keys < queries else 0)
     attention = max(recomputed - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
     attention += max(rotated + queries * 4 / element, qkv + stack.tails[0])
-    if not gpu:  # torch code instead of kernels, with copies between its operations: measured on the embedded model
-        mlp, attention = mlp + (9 if stack.gated else 6) * into, attention + 2 * rotated
+    if not kernels:  # copies between torch's operations, in float32: measured on the embedded model, and on an H200
+        mlp += (3 if stack.gated else 2) * (2 + 4 / element) * into
+        attention += 2 * rotated
     return max(mlp, attention)
 
 
@@ -218,7 +221,7 @@ def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpoin
     line, patches = load.tokens, load.tiles * spec.patches
     text_saved = saved_activations(text, checkpointing, element) * line * text.trained
     vision_saved = saved_activations(vision, vision_checkpointing, element) * patches * vision.trained
-    spread = load.sources / line
+    spread, kernels = load.sources / line, spec.gpu and spec.triton
     if not spec.gpu:
         text_saved += attention_graph(text, checkpointing, spread) * line * text.trained
         vision_saved += attention_graph(vision, vision_checkpointing, 1) * patches * vision.trained
@@ -231,12 +234,12 @@ def peak(spec: MemorySpec, load: BatchLoad, checkpointing: str, vision_checkpoin
     worst = [
         2 * spec.trained_weights * spec.trained_element,  # AdamW's own intermediate results
         total + 4 * line * text.hidden + logits + load.answers * text.hidden * (4 + element),  # log-probabilities
-        total + backward(text, checkpointing, element, spread, spec.gpu) * line * element * bool(text.trained),
+        total + backward(text, checkpointing, element, spread, kernels) * line * element * bool(text.trained),
     ]
     if vision.trained:
-        late = vision_saved + backward(vision, vision_checkpointing, element, 1.0, spec.gpu) * patches
+        late = vision_saved + backward(vision, vision_checkpointing, element, 1.0, kernels) * patches
         worst.append(late * element + images)
     elif not spec.features:  # forward alone: q, k, v, output, the MLP's way in and five hidden states; floats
-        layer = sum(vision.widths) + vision.intermediate + 3 * vision.hidden
+        layer = sum(vision.widths) + vision.intermediate * (1 if kernels else 1 + 12 / element) + 3 * vision.hidden
         worst.append(layer * patches * element + 5 * images)
     return int(max(worst))

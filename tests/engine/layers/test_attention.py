@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvlm_exp.engine.inputs.packing import pack_answers
+from smolvlm_exp.engine.layers import attention
 from smolvlm_exp.engine.layers.attention import PREFIX, Layout, shared_prefix_attention, use_shared_prefix
 from tests.engine.stock import IMAGE, random_row, tiny_model
 
@@ -72,15 +73,35 @@ def test_packed_attention_equals_one_explicit_mask(lengths, heads, answers):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
+GPU_PATHS = [("flash", torch.bfloat16, 1e-2), ("efficient", torch.float16, 2e-3), ("efficient", torch.float32, 1e-5)]
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
 @pytest.mark.parametrize("answers", [0, 1, 3])
-def test_flash_attention_equals_one_explicit_mask(heads, answers):
+@pytest.mark.parametrize(("kernel", "dtype", "tolerance"), GPU_PATHS)
+def test_a_gpus_attention_equals_one_explicit_mask(heads, answers, kernel, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(attention, "has", lambda part: kernel == part)
     groups = make_groups([(70, 9, 30), (2, 1, 1), (20, 40, 3)], answers)
-    (found, expected), *gradients = compare(*groups, heads, 64, 0.125, torch.bfloat16, "cuda")
-    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=2e-2)
-    for found, expected in gradients:
-        assert (found.double() - expected).norm() < 1e-2 * expected.norm()
+    for found, expected in compare(*groups, heads, 64, 0.125, dtype, "cuda"):
+        assert (found.double() - expected).norm() < tolerance * expected.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_memory_efficient_attention_within_tiles(dtype, monkeypatch):
+    monkeypatch.setattr(attention, "has", lambda part: False)
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 50, 4, 72, device="cuda", dtype=dtype) for _ in range(3)]  # 72: the 2.2B model's tower
+    exact = [part.double().requires_grad_() for part in inputs]
+    q, k, v = (part.transpose(1, 2) for part in exact)
+    expected = ((q @ k.transpose(2, 3) * 0.1).softmax(-1) @ v).transpose(1, 2)
+    found, state = attention.attend(tuple(inputs), None, 0.1)
+    dout = torch.randn_like(found)
+    gradients = attention.attend_backward(dout, tuple(inputs), found, state, None, 0.1)
+    pairs = zip((found, *gradients), (expected, *torch.autograd.grad(expected, exact, dout.double())), strict=True)
+    for mine, exactly in pairs:
+        assert (mine.double() - exactly).norm() < (1e-5 if dtype is torch.float32 else 2e-3) * exactly.norm()
 
 
 def test_a_model_without_a_layout_is_unchanged():
