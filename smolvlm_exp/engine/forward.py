@@ -86,14 +86,24 @@ def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pix
     if len(packed["image_at"]):
         features = packed["features"] if "features" in packed else image_features(core, pixels(packed["tiles"]))
         embeddings = embeddings.index_copy(1, packed["image_at"], features.flatten(0, 1)[None].to(embeddings.dtype))
-    output = core.text_model(
+    return text_states(core.text_model, embeddings, packed).index_select(0, packed["answer_at"])
+
+
+def text_states(text_model: Any, embeddings: torch.Tensor, packed: Mapping[str, Any]) -> torch.Tensor:
+    """(1, T, H) embeddings -> (T, H), the text model's last hidden states; without its own loop where it is fused."""
+    layout, stack = Layout.of(packed), getattr(text_model, "stack", None)
+    if stack is not None and not stack.hooked:
+        cos, sin = (part[0] for part in text_model.rotary_emb(embeddings, packed["positions"]))
+        states: torch.Tensor = text_model.norm(stack(embeddings[0], layout, cos, sin))
+        return states
+    output = text_model(
         inputs_embeds=embeddings,
         position_ids=packed["positions"],
         attention_mask=embeddings.new_empty(1, 1, 0, 0),  # with four dimensions, it is used as it is
         use_cache=False,
-        layout=Layout.of(packed),
+        layout=layout,
     )
-    return output.last_hidden_state[0].index_select(0, packed["answer_at"])
+    return output.last_hidden_state[0]
 
 
 def image_features(core: Any, pixel_values: torch.Tensor) -> torch.Tensor:

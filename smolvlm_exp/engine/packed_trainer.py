@@ -31,7 +31,9 @@ from smolvlm_exp.engine.inputs.micro_batches import (
     slice_pairs,
     split_micro_batches,
 )
+from smolvlm_exp.engine.layers.fuse import free_graphs, replaying, stack_of
 from smolvlm_exp.engine.memory.probe import out_of_memory
+from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.step_trainer import NO_WORKERS, StepTrainer, overridden
 from smolvlm_exp.utils.distributed import no_gather
 
@@ -80,10 +82,18 @@ class PackedTrainer(StepTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; then the workers end: torch 2.11 waits five seconds for each at exit."""
+        self.rows.few_lengths = self.can_replay
         try:
             return super().train(*args, **kwargs)
         finally:
             self.batches, self.batches_left = self.make_loader(), iter(())
+            free_graphs(core_of(self.model))
+
+    @property
+    def can_replay(self) -> bool:
+        """Whether the text model's passes become CUDA graphs: where nothing else needs memory beside them."""
+        stack = stack_of(core_of(self.model))
+        return stack is not None and stack.can_replay and self.rows.features is not None
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """One call's worth of work, in as many parts as transformers counts."""
@@ -114,6 +124,10 @@ class PackedTrainer(StepTrainer):
         return loss
 
     def run(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
+        with replaying(core_of(self.model), self.rows.few_lengths):
+            return self.run_micro_batches(model, step, num_items_in_batch)
+
+    def run_micro_batches(self, model: nn.Module, step: Step, num_items_in_batch: Any) -> torch.Tensor:
         total = torch.zeros((), device=self.args.device)
         if any(len(micro.rows) > self.micro_batch for micro in step.micros):  # prepared before micro_batch shrank
             step.micros, step.batches = self.split(step.units), []
@@ -159,6 +173,7 @@ class PackedTrainer(StepTrainer):
         return self.rows.sizes(rows)
 
     def log_probs_of(self, rows: Sequence[int], counted: int) -> torch.Tensor:
+        self.rows.few_lengths = self.can_replay
         _, outputs = self.score(self.model, self.rows.batch(rows))  # type: ignore[arg-type]
         log_probs: torch.Tensor = outputs.log_probs
         return log_probs
@@ -193,6 +208,10 @@ class PackedTrainer(StepTrainer):
         workers = NO_WORKERS if self.eval_rows.precomputed else {}
         with overridden(self, data_collator=self.eval_rows.batch_of), overridden(self.args, **workers):
             return super().get_eval_dataloader(eval_dataset)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        free_graphs(core_of(self.model))
+        return super().evaluate(*args, **kwargs)
 
     def prediction_step(
         self, model: nn.Module, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None

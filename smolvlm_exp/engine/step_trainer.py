@@ -22,8 +22,9 @@ from smolvlm_exp.engine.forward import add_packed_forward
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.inputs.tiles import pixels
+from smolvlm_exp.engine.layers.fuse import free_graphs
 from smolvlm_exp.engine.memory.probe import out_of_memory
-from smolvlm_exp.engine.model_parts import base_of
+from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.utils.distributed import all_reduce_mean, gather
 
 log = logging.getLogger(__name__)
@@ -163,7 +164,8 @@ class StepTrainer(Trainer):
         A step whose gradients exceed float16 is run again with half the loss scale, where PyTorch's own way is to leave
         it out, its rows with it (arXiv 1710.03740, section 3.2).
         """
-        model.train()
+        if not model.training:  # to go through some thousand modules takes as long as a small model's pass
+            model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
         while True:
@@ -206,6 +208,7 @@ class StepTrainer(Trainer):
         torch.set_rng_state(rng)
         if gpu is not None:
             torch.cuda.set_rng_state(gpu)
+            free_graphs(core_of(self.model))
             torch.cuda.empty_cache()
         self._metrics["train"].clear()
         self._metrics["train"].update(metrics)

@@ -57,7 +57,7 @@ def compare(rows: list, model: torch.nn.Module, checkpointing: bool = False, **o
     if checkpointing:
         shared.gradient_checkpointing_enable()
     theirs, ours = Loss(stock, **options), Loss(shared, **options)
-    batch, packed = stock_batch(rows), collate(rows, PAD, IMAGE)
+    batch, packed = stock_batch(rows), collate(rows, PAD, IMAGE, few_lengths=len(rows) % 2 == 1)
     if hasattr(stock, "peft_config"):
         reference, own = theirs.reference(batch), ours.reference(packed)
     else:

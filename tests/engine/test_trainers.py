@@ -21,9 +21,10 @@ from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches, step_rows
-from smolvlm_exp.engine.layers import attention, ops
+from smolvlm_exp.engine.layers import attention, graphs, ops
 from smolvlm_exp.engine.layers.dora import exact_dora
 from smolvlm_exp.engine.model_parts import core_of
+from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer, attach_and_fuse
 from smolvlm_exp.models.adapter import TARGETS
 from smolvlm_exp.models.model import load_processor
@@ -482,6 +483,37 @@ def test_without_triton_and_flash_attention_a_gpu_trains_alike(bench, monkeypatc
     settings = {"adapter": (target, ("use_dora", True)), "eval_strategy": "no"}
     (expected, _), (found, _) = bench.stock_history(**settings), history(old_gpu(bench, monkeypatch, **settings))
     assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("micro_batch", [4, 2, 1])
+def test_replayed_graphs_are_the_passes_that_were_captured(bench, monkeypatch, micro_batch):
+    """Several shapes, several micro-batches a step, a larger shape after smaller ones, an evaluation in between."""
+    settings = {"adapter": ("text", ("use_dora", True), ("lora_alpha", 4)), "max_steps": 8, "eval_steps": 5}
+
+    def training():
+        trainer = bench.shared(use_cpu=False, micro_batch=micro_batch, **settings)
+        keep_features(trainer.rows, trainer.model, trainer.pixels, DiskCache(bench.folder / "cache", 0, 2**30), 0)
+        return history(trainer)
+
+    passes = []
+    monkeypatch.setattr(graphs.Replay, "backward", staticmethod(spied(graphs.Replay.backward, passes)))
+    logged, weights = training()
+    assert len(passes) == 8 * 4 // micro_batch - 1  # the first compiles the kernels
+    monkeypatch.setattr(SharedPrefixDPOTrainer, "can_replay", False)
+    wanted, wanted_weights = training()
+    assert len(passes) == 8 * 4 // micro_batch - 1
+    assert losses(logged) == pytest.approx(losses(wanted), abs=1e-6)
+    for name, weight in wanted_weights.items():
+        torch.testing.assert_close(weights[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def spied(function, calls):
+    def wrapped(*args):
+        calls.append(args)
+        return function(*args)
+
+    return wrapped
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from smolvlm_exp.engine.layers import ops
+from smolvlm_exp.engine.layers.fuse import free_graphs
 from smolvlm_exp.engine.layers.linear import FrozenLinears, Product, adapter_obstacles
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_8bit
 from smolvlm_exp.engine.model_parts import base_of, core_of
@@ -46,6 +47,7 @@ class Decoder:
             merge: unpack every layer's weight and merge its adapters into it, for the model's size in its dtype; else
                 each step unpacks them anew. LLM.int8 layers, which quantise their input too, are never merged.
         """
+        free_graphs(core_of(model))
         text, head = core_of(model).text_model, base_of(model).get_output_embeddings()
         attention = text.layers[0].self_attn
         self.embed, self.final_norm, self.rotary_emb = text.embed_tokens, text.norm, text.rotary_emb

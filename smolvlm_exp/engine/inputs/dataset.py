@@ -53,9 +53,11 @@ class PackedDataset(torch.utils.data.Dataset):
         features: None, or (tiles of all, tokens, H); see features.py.
         reference: None, or two of (rows,) float32, chosen and rejected; see reference.py.
         pairs: whether rows have their rejected answers; see `chosen_only`.
+        few_lengths: of batches; see packing.py's `padded`.
     """
 
     pairs = True
+    few_lengths = False
 
     def __init__(self, rows: datasets.Dataset, processor: Any) -> None:
         """Opens no image.
@@ -147,7 +149,7 @@ class PackedDataset(torch.utils.data.Dataset):
         """
         replaced = images or {}
         rows = [self[i] | replaced.get(i, {}) for i in numbers]
-        fields = collate(rows, self.pad_token_id, self.image_token_id)
+        fields = collate(rows, self.pad_token_id, self.image_token_id, self.few_lengths)
         return {**fields, "rows": torch.tensor(numbers)}
 
     def batch_of(self, examples: Sequence[dict[str, int]]) -> dict[str, Any]:

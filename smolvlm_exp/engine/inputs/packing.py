@@ -21,8 +21,11 @@ from torch.nn.utils.rnn import pad_sequence
 Row = dict[str, Any]
 
 
-def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int) -> dict[str, Any]:
+def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int, few_lengths: bool = False) -> dict[str, Any]:
     """One batch: TRL's own fields for its loss code, and `packed`, what forward.py computes on.
+
+    Args:
+        few_lengths: see `padded`.
 
     Returns:
         `input_ids`, `attention_mask`, `completion_mask`: (2B, L) as TRL's collator lays them out, chosen rows first;
@@ -31,7 +34,8 @@ def collate(rows: Sequence[Row], pad_token_id: int, image_token_id: int) -> dict
         Without rejected answers, as TRL's collator for supervised fine-tuning has it: (B, L), and `labels`, -100
         outside the answers, in place of `completion_mask`.
     """
-    batch: dict[str, Any] = {**trl_layout(rows, pad_token_id), "packed": pack(rows, image_token_id)}
+    packed = pack(rows, image_token_id)
+    batch: dict[str, Any] = {**trl_layout(rows, pad_token_id), "packed": padded(packed) if few_lengths else packed}
     for name in ("ref_chosen_logps", "ref_rejected_logps"):
         if name in rows[0]:
             batch[name] = torch.stack([row[name] for row in rows])
@@ -135,6 +139,28 @@ def pack_answers(
         "max_second": max(second, default=0),
         "max_keys": max(keys, default=0),
         "copies": max(1, *(len(own) - 1 for own in answers)),
+    }
+
+
+def padded(packed: dict[str, Any]) -> dict[str, Any]:
+    """The same answers on a line of one of few lengths, at most a sixteenth longer, so that CUDA graphs are used again.
+
+    What the line has to spare is one more sequence of the second half, which nobody looks at.
+    """
+    tokens = packed["tokens"]
+    step = max(64, 2 ** (tokens.bit_length() - 5))
+    spare = step - tokens % step
+    nothing, end = packed["ids"].new_zeros(1, spare), torch.tensor([spare], dtype=torch.int32)
+    return {
+        **packed,
+        "ids": torch.cat((packed["ids"], nothing), dim=1),
+        "positions": torch.cat((packed["positions"], nothing), dim=1),
+        "tokens": tokens + spare,
+        "keys_at": torch.cat((packed["keys_at"], torch.arange(tokens, tokens + spare))),
+        "cu_second": torch.cat((packed["cu_second"], packed["cu_second"][-1:] + end)),
+        "cu_keys": torch.cat((packed["cu_keys"], packed["cu_keys"][-1:] + end)),
+        "max_second": max(packed["max_second"], spare),
+        "max_keys": max(packed["max_keys"], spare),
     }
 
 

@@ -46,21 +46,27 @@ class Layout:
         return cls(**{field.name: packed[field.name] for field in fields(cls)})
 
     @cached_property
+    def keys(self) -> int:
+        """S, of both halves."""
+        return self.middle + len(self.keys_at)
+
+    @cached_property
     def sources(self) -> torch.Tensor:
         """(S,) the token of each key: the first half's in order, then `keys_at`."""
         return torch.cat((torch.arange(self.middle, device=self.keys_at.device), self.keys_at))
 
     @cached_property
     def slots(self) -> torch.Tensor:
-        """(copies, T) int32, the places in `sources` of each token that is a key of the second half; -1 elsewhere.
+        """(1 + copies, T) int32, a token's places in `sources`, -1 where it has fewer: its own, then the second half's.
 
-        A prompt's tokens are keys once for each answer but the first.
+        A prompt's tokens are keys of the second half once for each answer but the first.
         """
         keys, order = self.keys_at.sort(stable=True)
         places = torch.arange(len(keys), device=keys.device)
         copy = places - torch.searchsorted(keys, keys)  # which of its token's occurrences a key is
-        slots = torch.full((self.copies, self.tokens), -1, dtype=torch.int32, device=keys.device)
-        slots[copy, keys] = (order + self.middle).int()
+        slots = torch.full((1 + self.copies, self.tokens), -1, dtype=torch.int32, device=keys.device)
+        slots[0, : self.middle] = torch.arange(self.middle, device=keys.device)
+        slots[1 + copy, keys] = (order + self.middle).int()
         return slots
 
     @cached_property

@@ -3,7 +3,9 @@
 `fuse` puts them into a model, and says why a part cannot run fused.
 """
 
+import copy
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,9 +19,12 @@ from smolvlm_exp.engine.layers import ops
 from smolvlm_exp.engine.layers.attention import Layout, Qkv
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fused_layer import IN, FusedLayer, LayerContext, joined
-from smolvlm_exp.engine.layers.linear import base_of, linear_obstacles
+from smolvlm_exp.engine.layers.graphs import StackGraphs, Tensors
+from smolvlm_exp.engine.layers.linear import Product, base_of, linear_obstacles
+from smolvlm_exp.engine.layers.quantized_weights import is_8bit
 from smolvlm_exp.engine.memory.footprint import ALIGNED, TEXT, VISION
 from smolvlm_exp.engine.model_parts import core_of
+from smolvlm_exp.utils.gpu import has
 
 
 def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]:
@@ -40,6 +45,8 @@ def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]
         "the text model": fuse_layers(core.text_model.layers, FusedTextLayer, checkpointing),
         "the vision tower": fuse_layers(core.vision_model.encoder.layers, FusedVisionLayer, vision_checkpointing),
     }
+    if reasons["the text model"] is None and not hasattr(core.text_model, "stack"):
+        core.text_model.stack = TextStack([layer.forward for layer in core.text_model.layers])
     return [f"{part} runs unfused, and slower: {reason}." for part, reason in reasons.items() if reason]
 
 
@@ -102,6 +109,86 @@ class FusedTextLayer(FusedLayer):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         into = context.products[IN]
         return ops.rotary_backward(grads, u, into.gain, context.cos, context.sin, context.layout, into.tail)
+
+
+class TextStack:
+    """The text model's fused layers, one after the other or as CUDA graphs."""
+
+    def __init__(self, layers: list[FusedTextLayer]) -> None:
+        self.layers, self.graphs, self.replays = layers, StackGraphs(layers), False
+        self.warm = False  # a pass has compiled its kernels
+
+    @property
+    def hooked(self) -> bool:
+        """Whether a wrapper (FSDP) wants to see each layer called."""
+        layer = self.layers[0].layer
+        return bool(layer._forward_pre_hooks or layer._forward_hooks)
+
+    @property
+    def can_replay(self) -> bool:
+        """On a GPU, with every adapter trained in float32 and nothing in a layer that waits for the device."""
+        return has("triton") and not any(is_8bit(module) for fused in self.layers for module in fused.layer.modules())
+
+    def __call__(self, hidden: torch.Tensor, layout: Layout, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """
+        Args:
+            hidden: (T, H) embeddings; cos and sin: (T, D).
+
+        Returns:
+            (T, H) the last layer's hidden states, before the final norm.
+        """
+        if self.replays and torch.is_grad_enabled():
+            if self.warm:
+                result = self.replay(hidden, layout, cos, sin)
+                if result is not None:
+                    return result
+            self.warm = True
+        for layer in self.layers:
+            hidden = layer.run(hidden, TextContext(layer.products(hidden.dtype), layout, cos, sin))
+        return hidden
+
+    def replay(self, hidden: torch.Tensor, layout: Layout, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
+        cu_queries, cu_keys, *longest = layout.sequences
+        keys = round_up(layout.keys, layout.tokens // 8)
+        # Bounds for the kernels: exact ones would be other graphs.
+        longest = [min(round_up(n, 256), most) for n, most in zip(longest, (layout.tokens, keys), strict=True)]
+        tensors = {"cos": cos, "sin": sin, "slots": layout.slots, "cu_queries": cu_queries, "cu_keys": cu_keys}
+
+        def context_of(products: list[Product], own: Tensors) -> TextContext:
+            fixed = copy.copy(layout)
+            vars(fixed).update(slots=own["slots"], keys=keys, sequences=(own["cu_queries"], own["cu_keys"], *longest))
+            return TextContext(products, fixed, own["cos"], own["sin"])
+
+        return self.graphs.run(hidden, tensors, (keys, *longest), context_of)
+
+
+def round_up(number: int, step: int) -> int:
+    return -(-number // step) * step
+
+
+def stack_of(core: Any) -> TextStack | None:
+    return getattr(core.text_model, "stack", None)
+
+
+@contextmanager
+def replaying(core: Any, wanted: bool) -> Iterator[None]:
+    """Passes of the text model with gradients are CUDA graphs within, where `wanted`."""
+    stack = stack_of(core)
+    if stack is None or not wanted:
+        yield
+        return
+    stack.replays = True
+    try:
+        yield
+    finally:
+        stack.replays = False
+
+
+def free_graphs(core: Any) -> None:
+    """Before something else needs the memory."""
+    stack = stack_of(core)
+    if stack is not None:
+        stack.graphs.free()
 
 
 @dataclass

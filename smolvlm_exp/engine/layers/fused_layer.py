@@ -18,7 +18,7 @@ from torch import nn
 
 from smolvlm_exp.engine.layers import ops
 from smolvlm_exp.engine.layers.attention import Layout, Qkv, attend, attend_backward
-from smolvlm_exp.engine.layers.linear import FrozenLinears, Product
+from smolvlm_exp.engine.layers.linear import FrozenLinears, Product, active_adapter
 
 IN, OUT, FIRST, SECOND = range(4)  # a layer's products
 
@@ -91,6 +91,10 @@ class FusedLayer:
         if [linears.layers for linears in self.linears] != groups:
             self.linears = [FrozenLinears(group) for group in groups]
         return [linears.product(dtype) for linears in self.linears]
+
+    def fresh_products(self, dtype: torch.dtype) -> list[Product]:
+        """The same, put together whether or not an adapter has changed since."""
+        return [linears.put_together([*map(active_adapter, linears.layers)], dtype) for linears in self.linears]
 
     def normed(self, which: int, x: torch.Tensor, tail: int = 0) -> torch.Tensor:
         """The layer's first (0) or second (1) norm."""

@@ -22,6 +22,11 @@ from smolvlm_exp.engine.memory.footprint import ALIGNED
 _workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
 
+def workspaces() -> list[torch.Tensor]:
+    """Those that there are now."""
+    return list(_workspaces.values())
+
+
 def workspace(rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
     """(rows, columns) of the one buffer into which weights are unpacked; valid until the next call."""
     key = (like.device, like.dtype)
@@ -58,19 +63,24 @@ class FrozenLinears:
         self.packed = all(is_4bit(base) for base in self.bases)
         self.key: Any = None  # of `latest`
         self.latest: Product
+        self.scalings: dict[Any, torch.Tensor] = {}
 
     def product(self, dtype: torch.dtype) -> "Product":
         """With the adapters that are active now."""
         adapters = [active_adapter(layer) for layer in self.layers]
-        biases = [base.bias for base in self.bases if base.bias is not None]
         parameters = [p for adapter in adapters if adapter for p in adapter.parameters]
-        key = (dtype, *ParameterVersion.now(*biases, *parameters))
+        key = (dtype, *ParameterVersion.now(*self.biases, *parameters))
         if self.key != key:
-            self.key, self.latest = key, self.put_together(adapters, biases, dtype)
+            self.key, self.latest = key, self.put_together(adapters, dtype)
         return self.latest
 
+    @property
+    def biases(self) -> list[torch.Tensor]:
+        return [base.bias for base in self.bases if base.bias is not None]
+
     @torch.no_grad()
-    def put_together(self, active: list[Adapter | None], biases: list[torch.Tensor], dtype: torch.dtype) -> "Product":
+    def put_together(self, active: list[Adapter | None], dtype: torch.dtype) -> "Product":
+        biases = self.biases
         adapters = [adapter or absent(base) for adapter, base in zip(active, self.bases, strict=True)]
         scaling = [s for adapter in adapters for s in [adapter.scaling] * len(adapter.a)]
         spare = -len(scaling) % ALIGNED
@@ -78,7 +88,7 @@ class FrozenLinears:
         b = torch.block_diag(*(adapter.scaling * adapter.b for adapter in adapters), a.new_zeros(0, spare))
         product = Product(self, adapters, a.to(dtype), b.to(dtype), torch.cat(biases) if biases else None)
         if any(s != 1 for s in scaling):
-            product.scaling = torch.tensor([*scaling, *[1.0] * spare]).to(a.device, non_blocking=True)
+            product.scaling = self.on_device((*scaling, *[1.0] * spare), a.device)
         if any(adapter and adapter.magnitude is not None for adapter in active):  # DoRA, and so are the others
             magnitudes: list[Any] = [adapter.magnitude for adapter in adapters]
             squares = [
@@ -90,6 +100,12 @@ class FrozenLinears:
                 product.norm = squared_norm(torch.cat(squares), weight_a, a.float(), b.float()).sqrt()
             product.gain = torch.cat(magnitudes) / product.norm
         return product
+
+    def on_device(self, scaling: tuple[float, ...], device: torch.device) -> torch.Tensor:
+        """Copied once: a CUDA graph has no host to copy from."""
+        if scaling not in self.scalings:
+            self.scalings[scaling] = torch.tensor(scaling).to(device, non_blocking=True)
+        return self.scalings[scaling]
 
     def times(self, a: torch.Tensor) -> torch.Tensor:
         """W A^T (N, R), float32."""

@@ -155,7 +155,7 @@ def rotary(
         (T, Q, D) queries; (S, K, D) keys and values, as `layout.sources` lists them.
     """
     if uses_kernels(u):
-        return kernels.rotary(u, gain, cos, sin, layout.slots, layout.middle, len(layout.sources), heads)
+        return kernels.rotary(u, gain, cos, sin, layout.slots, layout.keys, heads)
     query, key, value = split_heads(scaled(u, gain, None), heads)
     query, key = (rotate(part, cos, sin).to(u.dtype) for part in (query, key))
     return query, key[layout.sources], value.to(u.dtype)[layout.sources]
@@ -167,7 +167,7 @@ def rotary_backward(
     """Of `rotary`: du (T, (Q + 2K) D + tail), the gain's gradient."""
     dquery, dkey, dvalue = grads
     if uses_kernels(u):
-        return kernels.rotary_backward(grads, u, gain, cos, sin, layout.slots, layout.middle, tail)
+        return kernels.rotary_backward(grads, u, gain, cos, sin, layout.slots, tail)
     tokens = dquery.shape[0]
     dkey, dvalue = (
         torch.zeros(tokens, *d.shape[1:], dtype=torch.float32, device=d.device).index_add_(0, layout.sources, d.float())

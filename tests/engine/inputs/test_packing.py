@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from smolvlm_exp.engine.inputs.packing import collate, pack, pack_answers
+from smolvlm_exp.engine.inputs.packing import collate, pack, pack_answers, padded
 from smolvlm_exp.engine.layers.attention import Layout
 from tests.engine.stock import IMAGE, PAD
 
@@ -51,7 +51,25 @@ def test_a_group_of_answers_by_hand():
     assert packed["cu_keys"].tolist() == [0, 3, 8]
     assert packed["copies"] == 2
     slots = Layout.of(packed).slots  # of `sources`: the first half's four tokens, then keys_at
-    assert slots.tolist() == [[4, 5, -1, -1, 6, 9, 10, 11], [7, 8, -1, -1, -1, -1, -1, -1]]
+    own, *others = slots.tolist()
+    assert own == [0, 1, 2, 3, -1, -1, -1, -1]
+    assert others == [[4, 5, -1, -1, 6, 9, 10, 11], [7, 8, -1, -1, -1, -1, -1, -1]]
+
+
+def test_a_line_of_one_of_few_lengths_has_one_more_sequence():
+    plain, longer = pack(ROWS, IMAGE), padded(pack(ROWS, IMAGE))
+    assert longer["tokens"] == 64
+    assert longer["ids"].tolist() == [[*plain["ids"][0].tolist(), *[0] * 53]]
+    assert longer["cu_second"].tolist() == [0, 3, 4, 57]
+    assert longer["cu_keys"].tolist() == [0, 6, 8, 61]
+    assert longer["keys_at"].tolist() == [*plain["keys_at"].tolist(), *range(11, 64)]
+    assert longer["max_second"] == longer["max_keys"] == 53
+    for name in ("middle", "max_first", "copies"):
+        assert longer[name] == plain[name]
+    for name in ("answer_at", "labels", "target", "image_at", "cu_first"):
+        assert torch.equal(longer[name], plain[name])
+    lengths = [padded({**longer, "tokens": tokens})["tokens"] for tokens in (64, 1_500, 20_000, 20_479, 20_480)]
+    assert lengths == [128, 1_536, 20_480, 20_480, 21_504]
 
 
 def test_targets_point_at_each_answers_tokens_in_trls_layout():

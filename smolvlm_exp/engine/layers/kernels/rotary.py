@@ -11,21 +11,21 @@ ROWS = 16  # of a tile, where a head's columns are summed on the way: measured o
 
 def rotary(
     u: torch.Tensor, gain: Gain, cos: torch.Tensor, sin: torch.Tensor,
-    slots: torch.Tensor, middle: int, sources: int, heads: tuple[int, int],
+    slots: torch.Tensor, sources: int, heads: tuple[int, int],
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     tokens, (queries, keys), size = u.shape[0], heads, cos.shape[1]
     query = u.new_empty(tokens, queries, size)
     key, value = (u.new_empty(sources, keys, size) for _ in range(2))
     _rotary[(triton.cdiv(tokens, ROWS), queries + 2 * keys)](
         u, u.stride(0), query if gain is None else gain, cos, sin, slots, len(slots), query, key, value, tokens,
-        middle, QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
+        QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
     )  # fmt: skip
     return query, key, value
 
 
 @triton.jit
 def _rotary(
-    u, u_row, gain, cos, sin, slots, copies, query, key, value, tokens, middle,
+    u, u_row, gain, cos, sin, slots, copies, query, key, value, tokens,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     row = (tl.program_id(0) * BM + tl.arange(0, BM)).to(tl.int64)
@@ -54,21 +54,17 @@ def _rotary(
         base, own = key, head - QUERIES
         if head >= QUERIES + KEYS:
             base, own = value, head - QUERIES - KEYS
-        early = inside & (row < middle)[:, None]
-        to = base + (row[:, None] * KEYS + own) * 2 * HALF + at[None, :]
-        tl.store(to, first.to(kind), mask=early)
-        tl.store(to + HALF, second.to(kind), mask=early)
         for copy in range(copies):
             slot = tl.load(slots + copy * tokens + row, mask=row < tokens, other=-1).to(tl.int64)
-            late = inside & (slot >= 0)[:, None]
+            there = inside & (slot >= 0)[:, None]
             to = base + (slot[:, None] * KEYS + own) * 2 * HALF + at[None, :]
-            tl.store(to, first.to(kind), mask=late)
-            tl.store(to + HALF, second.to(kind), mask=late)
+            tl.store(to, first.to(kind), mask=there)
+            tl.store(to + HALF, second.to(kind), mask=there)
 
 
 def rotary_backward(
     grads: tuple[torch.Tensor, torch.Tensor, torch.Tensor], u: torch.Tensor, gain: Gain,
-    cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, middle: int, tail: int,
+    cos: torch.Tensor, sin: torch.Tensor, slots: torch.Tensor, tail: int,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     dquery, dkey, dvalue = (grad.contiguous() for grad in grads)
     tokens, queries, size = dquery.shape
@@ -78,7 +74,7 @@ def rotary_backward(
     partial = torch.empty(chunks, columns, dtype=torch.float32, device=u.device) if gain is not None else None
     _rotary_backward[(chunks, queries + 2 * keys)](
         dquery, dkey, dvalue, u, u.stride(0), du if gain is None else gain, cos, sin, slots, len(slots),
-        du, columns + tail, du if partial is None else partial, tokens, middle, rows,
+        du, columns + tail, du if partial is None else partial, tokens, rows,
         QUERIES=queries, KEYS=keys, HALF=size // 2, GAIN=gain is not None, BM=ROWS,
     )  # fmt: skip
     return du, None if partial is None else partial.sum(0)
@@ -86,7 +82,7 @@ def rotary_backward(
 
 @triton.jit
 def _rotary_backward(
-    dquery, dkey, dvalue, u, u_row, gain, cos, sin, slots, copies, du, du_row, partial, tokens, middle, size,
+    dquery, dkey, dvalue, u, u_row, gain, cos, sin, slots, copies, du, du_row, partial, tokens, size,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, HALF: tl.constexpr, GAIN: tl.constexpr, BM: tl.constexpr,
 ):  # fmt: skip
     chunk, head = tl.program_id(0), tl.program_id(1)
@@ -106,10 +102,7 @@ def _rotary_backward(
             base, own = dkey, head - QUERIES
             if head >= QUERIES + KEYS:
                 base, own = dvalue, head - QUERIES - KEYS
-            early = inside & (row < middle)[:, None]
-            there = base + (row[:, None] * KEYS + own) * 2 * HALF + at[None, :]
-            first = tl.load(there, mask=early, other=0.0).to(tl.float32)
-            second = tl.load(there + HALF, mask=early, other=0.0).to(tl.float32)
+            first, second = tl.zeros((BM, HALF), tl.float32), tl.zeros((BM, HALF), tl.float32)
             for copy in range(copies):
                 slot = tl.load(slots + copy * tokens + row, mask=row < tokens, other=-1).to(tl.int64)
                 late = inside & (slot >= 0)[:, None]
