@@ -15,8 +15,8 @@ WORDS = ("the", "small", "red", "star", "stands", "by", "a", "blue", "moon", "an
 class Clock(TrainerCallback):
     """Seconds a step after the first few, and memory's peak of all.
 
-    It waits for the device at both ends alone: in between the host runs ahead, as it does in a run. CUDA graphs allocate
-    when they are captured alone.
+    It waits for the device at both ends alone: in between the host runs ahead, as it does in a run. CUDA graphs take
+    their memory when they are captured.
     """
 
     def __init__(self, warm: int) -> None:
