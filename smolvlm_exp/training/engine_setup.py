@@ -85,7 +85,7 @@ def load_trainable_model(
     base = load_model(model, quantization, seed)
     check_model(trainer, adapter, base)
     if model.adapter:
-        return load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter.target), None
+        return load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter), None
     if peft_config:
         check_adapter_target(peft_config, base, adapter.target)
         check_rank(adapter, base)

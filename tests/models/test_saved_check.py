@@ -122,5 +122,8 @@ def test_whatever_an_adapter_says_it_is_no_traceback(adapter, file, fields, tmp_
 
 
 def test_what_is_whole_loads(adapter):
-    tuned = load_adapter(load_model(ModelConfig("embedded", dtype="float32")), adapter, SMALL.target)
+    """With the dropout that is typed, as everything else of a run's settings is."""
+    own = replace(SMALL, lora_dropout=0.25)
+    tuned = load_adapter(load_model(ModelConfig("embedded", dtype="float32")), adapter, own)
+    assert {drop.p for layer in tuned.modules() for drop in getattr(layer, "lora_dropout", {}).values()} == {0.25}
     assert tuned.targeted_module_names == ["model.text_model.layers.0.self_attn.q_proj"]
