@@ -216,7 +216,8 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
     trained_on = str(read_json(folder / BASE).get("id") or saved.base_model_name_or_path or "")
     if trained_on != base and all(name == "embedded" or is_hub_id(name) for name in (trained_on, base)):
         raise RequestError(f"model.adapter={name} was trained on {trained_on}, and model.id is {base}.")
-    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+    doubled = () if is_pissa(config) else ("r", "lora_alpha")  # PEFT saves PiSSA's as a LoRA of twice its rank
+    for key in (*doubled, "use_dora", "use_rslora"):
         trained, requested = getattr(saved, key), getattr(config, key)
         if trained != requested:
             raise RequestError(

@@ -42,6 +42,7 @@ BEST = ("trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trai
 COLUMNS = ("images", "prompt", "chosen", "rejected", "truth")
 # Keys that a run of an earlier release has not recorded.
 LATER = (*COMMITS, TRUTH, HELD_OUT, WORDS, GENERATION, ATTENTION, GPU, *BEST)
+ON_HUB = ("rlaif_v", "rlhf_v")  # of earlier releases, each a source of its own
 UNREAD = ("transformers_version", "_from_model_config")  # of a generation config
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
@@ -125,7 +126,11 @@ def learned_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def under_new_names(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """A saved identity in which `model.shape.longest_edge`, which counted for random weights, has its new name."""
+    """A saved identity in which `model.shape.longest_edge`, which counted for random weights, has its new name, and
+    sources of data from the Hub have theirs: what they read, the rows' digest says.
+    """
+    if saved.get("data.source") in ON_HUB:
+        saved = {**saved, "data.source": "hub", "data.test_fraction": here.get("data.test_fraction")}
     old = saved.pop("model.shape.longest_edge", None)
     if old and saved["model.weights"] == "random" and here["model.longest_edge"]:
         return {**saved, "model.longest_edge": old}
