@@ -93,7 +93,7 @@ class GroupTrainer(StepTrainer):
             return torch.stack(
                 self.score(model, [self.sampled[i] for i in part], [answers[i] for i in part], width)
             ).float()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             if not out_of_memory(error):
                 raise
             self.running = part

@@ -237,7 +237,7 @@ class PackedTrainer(StepTrainer):
             try:
                 results = [run(batch if part == numbers else rows.batch(part)) for part in parts]
                 return [concat_pairs(pieces, list(map(len, parts))) for pieces in zip(*results, strict=True)]
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error) or size == 1:
                     raise
             self.eval_micro_batch = size // 2

@@ -169,13 +169,13 @@ class StepTrainer(Trainer):
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # type: ignore[union-attr]
         while True:
-            before = self.snapshot()
+            before, self.running = self.snapshot(), ()
             try:
                 with self.maybe_activation_offload_context:
                     loss = self.run(model, step, num_items_in_batch)
                 if not self.exceeds_float16(model, loss):
                     return loss
-            except RuntimeError as error:
+            except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise
                 self.halve_micro_batch(error)
@@ -213,21 +213,23 @@ class StepTrainer(Trainer):
         self._metrics["train"].clear()
         self._metrics["train"].update(metrics)
 
-    def halve_micro_batch(self, error: RuntimeError) -> None:
+    def halve_micro_batch(self, error: Exception) -> None:
         """Smaller micro-batches from here on.
 
         Raises:
             RuntimeError: there are none, or other processes could not follow.
         """
-        failed = len(self.running)
+        failed = len(self.running) or self.micro_batch  # before the first pass of the step
         unit = self.args.per_device_train_batch_size if self.batch_loss else 1
-        smaller = failed // 2 // unit * unit
+        smaller = max(failed // 2 // unit, failed > unit) * unit
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise RuntimeError(
                 f"Out of memory at micro-batch {failed}, which sharded weights cannot lower during a run.\n"
                 "Lower trainer.memory_budget, so that smaller micro-batches are planned."
             ) from error
         if not smaller:
+            if not self.running:
+                raise error
             if failed > 1:
                 raise RuntimeError(
                     f"Out of memory with {failed} {self.counted}, which this loss needs together.\n"

@@ -73,7 +73,7 @@ def packed_logps(
                 labels = fields["input_ids"].masked_fill(fields["completion_mask"] == 0, -100)
             logps = model(packed=fields["packed"], labels=labels).log_probs.float().sum(1)
             return torch.stack([logps, (labels != -100).sum(1)]).view(2, -1, len(numbers)).cpu()
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             # Sharded weights are fetched by all processes together: one of them cannot go on by itself.
             if not out_of_memory(error) or len(numbers) == 1 or any(map(is_sharded, model.parameters())):
                 raise

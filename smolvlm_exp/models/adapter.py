@@ -216,7 +216,8 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
     trained_on = str(read_json(folder / BASE).get("id") or saved.base_model_name_or_path or "")
     if trained_on != base and all(name == "embedded" or is_hub_id(name) for name in (trained_on, base)):
         raise RequestError(f"model.adapter={name} was trained on {trained_on}, and model.id is {base}.")
-    for key in ("r", "lora_alpha", "use_dora", "use_rslora"):
+    doubled = () if is_pissa(config) else ("r", "lora_alpha")  # PEFT saves PiSSA's as a LoRA of twice its rank
+    for key in (*doubled, "use_dora", "use_rslora"):
         trained, requested = getattr(saved, key), getattr(config, key)
         if trained != requested:
             raise RequestError(
@@ -226,32 +227,34 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
     return folder
 
 
-def load_adapter(model: "PreTrainedModel", folder: Path, target: str) -> "PeftModel":
-    """The model with a saved adapter, trainable.
+def load_adapter(model: "PreTrainedModel", folder: Path, config: AdapterConfig) -> "PeftModel":
+    """The model with a saved adapter, trainable, with `config`'s dropout.
 
     Raises:
         RequestError: its file lacks tensors or has others, both of which PEFT ignores, or does not fit this model; or
             it was trained on another base.
     """
-    from peft import PeftModel, get_peft_model_state_dict, load_peft_weights
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict, load_peft_weights
 
     from smolvlm_exp.engine.layers.quantized_weights import keeping_scales
 
     check_base(folder, model)
-    expected = set(matched_modules(model, target))
+    expected = set(matched_modules(model, config.target))
     with as_request_error(folder), keeping_scales(model):
-        tuned = PeftModel.from_pretrained(model, str(folder), is_trainable=True)
+        saved: Any = PeftConfig.from_pretrained(str(folder))
+        saved.lora_dropout = config.lora_dropout
+        tuned = PeftModel.from_pretrained(model, str(folder), config=saved, is_trainable=True)
     state = get_peft_model_state_dict(tuned, save_embedding_layers=False)
-    saved = load_peft_weights(str(folder), device="cpu")
-    for words, names in (("lacks {}", state.keys() - saved.keys()), ("has {} other", saved.keys() - state.keys())):
+    found = load_peft_weights(str(folder), device="cpu")
+    for words, names in (("lacks {}", state.keys() - found.keys()), ("has {} other", found.keys() - state.keys())):
         if names:
             listed = f"{words.format(len(names))} tensors, e.g. {min(names)}"
             raise RequestError(f"model.adapter={folder}: its file {listed}.")
     adapted = set(tuned.targeted_module_names)
     if adapted != expected:
         raise RequestError(
-            f"model.adapter={folder} adapts {len(adapted)} layers, but adapter.target={target} matches {len(expected)} "
-            f"(they differ in e.g. {min(adapted ^ expected)}): set adapter.target as it was in training."
+            f"model.adapter={folder} adapts {len(adapted)} layers, but adapter.target={config.target} matches "
+            f"{len(expected)} (e.g. {min(adapted ^ expected)} differs): set adapter.target as it was in training."
         )
     log.info(f"adapter: {folder}, on {describe_target(sorted(adapted))}")
     return tuned

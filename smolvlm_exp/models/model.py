@@ -324,4 +324,4 @@ def load_finetuned_model(model: ModelConfig, quant: QuantConfig, adapter: Adapte
     """The model as a run trained it: the quantised base, with its adapter (`model.adapter`) if it has one."""
     folder = saved_adapter(adapter, model.adapter, model.id) if model.adapter else None
     base = load_model(model, quantization_config(quant, resolve_dtype(model.dtype)), seed)
-    return load_adapter(base, folder, adapter.target).eval() if folder else base
+    return load_adapter(base, folder, adapter).eval() if folder else base

@@ -36,9 +36,13 @@ PROCESSOR = {  # the keys of the digests of its parts, and what to call them
 CODE = "reward.code"  # of the digest of each file with a person's own rewards
 WORDS = "reward.words"  # of the digest of the data's vocabulary, by which rewards read captions
 GENERATION = "model.generation_config"  # of what upstream's `generate` reads beside its arguments
+ATTENTION = "model.attention"  # what model.attn_implementation=auto is on this machine
+GPU = "gpu"  # its name
 BEST = ("trainer.load_best_model_at_end", "trainer.metric_for_best_model", "trainer.early_stopping_patience")
 COLUMNS = ("images", "prompt", "chosen", "rejected", "truth")
-LATER = (*COMMITS, TRUTH, HELD_OUT, WORDS, GENERATION, *BEST)  # keys that a run of an earlier release has not recorded
+# Keys that a run of an earlier release has not recorded.
+LATER = (*COMMITS, TRUTH, HELD_OUT, WORDS, GENERATION, ATTENTION, GPU, *BEST)
+ON_HUB = ("rlaif_v", "rlhf_v")  # of earlier releases, each a source of its own
 UNREAD = ("transformers_version", "_from_model_config")  # of a generation config
 # Settings that do not change what is learned: paths, what is saved, tracking, workers.
 RESUME_FREE_KEYS = (
@@ -57,7 +61,7 @@ def check_same_run(
     checkpoint: Path | None,
     rows: "Preferences | None" = None,
     model: Any = None,
-    rewards: Mapping[str, str] | None = None,
+    rewards: Mapping[str, str | None] | None = None,
     processor: Any = None,
     sources: Mapping[str, Provenance] | None = None,
 ) -> dict[str, Any]:
@@ -82,6 +86,8 @@ def check_same_run(
     here.pop(ROWS, None)  # data=files has a setting of this name: which file holds the rows, whose digest says more
     here["processes"] = rank_world()[1]
     here["device"] = "cuda" if torch.cuda.is_available() else "cpu"
+    if here["device"] == "cuda":
+        here[GPU] = torch.cuda.get_device_name()
     if rows is not None:
         here[ROWS] = digest(rows.train)
         trainer = settings["trainer"]
@@ -95,6 +101,7 @@ def check_same_run(
         here[BASE] = weights_key(model, "default" if settings["model"]["adapter"] else None)
         generation = model.generation_config.to_diff_dict()
         here[GENERATION] = {key: value for key, value in generation.items() if key not in UNREAD}
+        here[ATTENTION] = model.config._attn_implementation
     here |= {f"{name}.commit": source.commit for name, source in (sources or {}).items() if source.commit}
     if processor is not None:
         here |= {f"model.{part}": digest for part, digest in processor_digests(processor).items()}
@@ -119,7 +126,11 @@ def learned_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def under_new_names(saved: dict[str, Any], here: dict[str, Any]) -> dict[str, Any]:
-    """A saved identity in which `model.shape.longest_edge`, which counted for random weights, has its new name."""
+    """A saved identity in which `model.shape.longest_edge`, which counted for random weights, has its new name, and
+    sources of data from the Hub have theirs: what they read, the rows' digest says.
+    """
+    if saved.get("data.source") in ON_HUB:
+        saved = {**saved, "data.source": "hub", "data.test_fraction": here.get("data.test_fraction")}
     old = saved.pop("model.shape.longest_edge", None)
     if old and saved["model.weights"] == "random" and here["model.longest_edge"]:
         return {**saved, "model.longest_edge": old}

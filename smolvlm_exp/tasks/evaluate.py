@@ -73,7 +73,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, Any]:
     speed = {"base": generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)}
     after, checks = None, []
     if adapter:
-        model = load_adapter(model, adapter, config.adapter.target).eval()
+        model = load_adapter(model, adapter, config.adapter).eval()
         log.info(f"evaluating {len(held_out):,} held-out rows: tuned")
         after = evaluate_held_out(model, reference=before.logps, beta=config.trainer.reward_scale)
         speed["tuned"] = generation_speed(model, processor, held_out.prompts(model, max(sizes)), sizes)

@@ -90,7 +90,7 @@ def train(
     return result.summary
 
 
-def reward_files(rewards: Rewards, preferences: Preferences) -> dict[str, str]:
+def reward_files(rewards: Rewards, preferences: Preferences) -> dict[str, str | None]:
     """The digests by which a resumed run's rewards are those that it began with."""
-    words = {WORDS: words_digest(preferences.words)} if preferences.words else {}
-    return words | {f"{CODE}.{name}": sha256 for name, sha256 in rewards.hashes.items()}
+    words = words_digest(preferences.words) if preferences.words else None
+    return {WORDS: words} | {f"{CODE}.{name}": sha256 for name, sha256 in rewards.hashes.items()}

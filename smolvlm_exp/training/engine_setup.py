@@ -54,6 +54,11 @@ def check_request(trainer: TrainerConfig, model: ModelConfig, quant: QuantConfig
         RequestError: the groups do not go together, or the engine or this machine does not support them.
     """
     lora_config(adapter, quantised=quantization_config(quant, resolve_dtype(model.dtype)) is not None)
+    if model.adapter and is_pissa(adapter):
+        raise RequestError(
+            f"adapter=pissa starts from the base's singular vectors, not from model.adapter={model.adapter}: use "
+            "adapter=lora, or leave model.adapter out."
+        )
     if model.adapter:
         saved_adapter(adapter, model.adapter, model.id)
     resolve_attention(model.attn_implementation)
@@ -85,7 +90,7 @@ def load_trainable_model(
     base = load_model(model, quantization, seed)
     check_model(trainer, adapter, base)
     if model.adapter:
-        return load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter.target), None
+        return load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter), None
     if peft_config:
         check_adapter_target(peft_config, base, adapter.target)
         check_rank(adapter, base)

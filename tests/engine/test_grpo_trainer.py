@@ -7,6 +7,7 @@ import torch
 from peft import LoraConfig
 from trl import GRPOConfig, GRPOTrainer
 
+from smolvlm_exp.engine import grpo_trainer
 from smolvlm_exp.engine.generation import answers as sampling
 from smolvlm_exp.engine.grpo_trainer import Examples, SharedPrefixGRPOTrainer
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
@@ -182,18 +183,27 @@ def test_running_out_of_memory_where_nothing_is_smaller(bench, micro_batch, loss
         trainer.train()
 
 
-@pytest.mark.parametrize("where", ["sampling", "old log-probabilities"])
-def test_running_out_of_memory_before_a_step_changes_nothing(bench, monkeypatch, capsys, where):
+@pytest.mark.parametrize(
+    ("where", "told"),
+    [
+        ("sampling", "while sampling answers: trying again, 4 at a time"),
+        ("sampling a group", "while sampling 4 answers to a prompt: trying again with half of them"),
+        ("old log-probabilities", "continuing with 6"),
+        ("joining batches", "continuing with 6"),
+    ],
+)
+def test_running_out_of_memory_before_a_step_changes_nothing(bench, monkeypatch, capsys, where, told):
     """Answers are drawn, or scored as they were drawn, in smaller parts; they are the same answers."""
     changes = {"kind": SharedPrefixGRPOTrainer, "num_iterations": 2, "mask_truncated_completions": False}
     plain, failing = (bench.engine(12, **changes) for _ in range(2))
     plain.train()
-    if where == "sampling":
-        monkeypatch.setattr(sampling, "sample", Failing(sampling.sample, [1]))
+    if where.startswith("sampling"):
+        monkeypatch.setattr(sampling, "sample", Failing(sampling.sample, [1, 2] if "group" in where else [1]))
+    elif where == "joining batches":
+        monkeypatch.setattr(grpo_trainer, "joined", Failing(grpo_trainer.joined, [1]))
     else:
         failing.score = Failing(failing.score, [1])
     failing.train()
-    told = "while sampling answers: trying again, 4 at a time" if where == "sampling" else "continuing with 6"
     assert told in capsys.readouterr().out
     compare_events(failing, plain)
     compare_weights(trained(failing), trained(plain))

@@ -101,6 +101,9 @@ def test_an_adapter_is_whole_also_where_it_is_merged(adapter, changes, said, tmp
         load_merged(model, QuantConfig(), SMALL, 0, "original")
 
 
+UNREAD = {"digests": [1]}, {"lora_dropout": 5}
+
+
 @pytest.mark.parametrize(
     ("file", "fields"),
     [
@@ -115,12 +118,13 @@ def test_whatever_an_adapter_says_it_is_no_traceback(adapter, file, fields, tmp_
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     (folder / file).write_text(json.dumps({**read_json(folder / file), **fields}))
     model = replace(compose().model, adapter=str(folder))
-    with (
-        nullcontext() if fields == {"digests": [1]} else pytest.raises(RequestError, match=r"model\.adapter=.* was|fit")
-    ):
+    with nullcontext() if fields in UNREAD else pytest.raises(RequestError, match=r"model\.adapter=.* was|fit"):
         load_finetuned_model(model, QuantConfig(), SMALL, 0)
 
 
 def test_what_is_whole_loads(adapter):
-    tuned = load_adapter(load_model(ModelConfig("embedded", dtype="float32")), adapter, SMALL.target)
+    """With the dropout that is typed, as everything else of a run's settings is."""
+    own = replace(SMALL, lora_dropout=0.25)
+    tuned = load_adapter(load_model(ModelConfig("embedded", dtype="float32")), adapter, own)
+    assert {drop.p for layer in tuned.modules() for drop in getattr(layer, "lora_dropout", {}).values()} == {0.25}
     assert tuned.targeted_module_names == ["model.text_model.layers.0.self_attn.q_proj"]

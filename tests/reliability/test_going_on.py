@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from smolvlm_exp import main
 from smolvlm_exp.models.model import ModelConfig, load_model, load_processor
@@ -20,7 +21,7 @@ from smolvlm_exp.runs import resume_check as same
 from smolvlm_exp.runs.checkpoint import checkpoint_folders, damage, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
 from smolvlm_exp.tasks import result
-from smolvlm_exp.tasks.train import train
+from smolvlm_exp.tasks.train import reward_files, train
 from smolvlm_exp.training import trainers as reliable
 from smolvlm_exp.training.callbacks import StopCallback
 from smolvlm_exp.utils.errors import RequestError, RunError
@@ -228,6 +229,44 @@ def test_versions_machine_and_rows_count_too(bench, saved, monkeypatch):
     with pytest.raises(RequestError, match=r'versions.torch was ".*" and is "9.9"'):
         check_same_run(asdict(config), saved)
     check_same_run(asdict(bench.config("resume=it", "resume_allow=[versions]")), saved)
+
+
+def test_another_kind_of_gpu_or_attention_is_refused(bench, monkeypatch, tmp_path):
+    """`auto` is flash-attention where that is installed."""
+    model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"), generation_config=GenerationConfig())
+    monkeypatch.setattr("smolvlm_exp.engine.fingerprint.weights_key", lambda *args: "the same")
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    settings = asdict(bench.config("resume=it"))
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "run.json").write_text(json.dumps(check_same_run(settings, None, model=model)))
+    check_same_run(settings, tmp_path / "checkpoint-1", model=model)
+    model.config._attn_implementation = "flash_attention_2"
+    with pytest.raises(RequestError, match=r'model\.attention was "sdpa" and is "flash_attention_2"'):
+        check_same_run(settings, tmp_path / "checkpoint-1", model=model)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA L4")
+    with pytest.raises(RequestError, match='gpu was "NVIDIA H200" and is "NVIDIA L4"'):
+        check_same_run(settings, tmp_path / "checkpoint-1")
+
+
+def test_a_launcher_does_not_change_the_precision(bench, monkeypatch, tmp_path):
+    """`accelerate launch --mixed_precision bf16`, or its configuration file, would for one half of a run."""
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.raises(RequestError, match=r"ACCELERATE_MIXED_PRECISION=bf16 .* model\.dtype's, here torch\.float32"):
+        bench.trainer(tmp_path)
+
+
+def test_words_that_rewards_read_by_may_not_appear(bench, tmp_path):
+    """Where no row named an object, and a held-out one does now."""
+    settings = asdict(bench.config("trainer=grpo", "resume=it"))
+    (tmp_path / "checkpoint-1").mkdir()
+    identity = check_same_run(settings, None, rewards=reward_files(SimpleNamespace(hashes={}), bench.preferences))
+    assert identity[same.WORDS]
+    for before in (None, identity[same.WORDS]):
+        (tmp_path / "checkpoint-1" / "run.json").write_text(json.dumps({**identity, same.WORDS: before}))
+        now = replace(bench.preferences, words=None if before else bench.preferences.words)
+        with pytest.raises(RequestError, match=r"reward\.words: the words that name objects have changed"):
+            check_same_run(settings, tmp_path / "checkpoint-1", rewards=reward_files(SimpleNamespace(hashes={}), now))
 
 
 def test_rows_without_answers_are_those_with_the_same_truth(bench):

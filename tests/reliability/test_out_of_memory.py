@@ -1,9 +1,12 @@
 """P7: out of memory is the same batch again in smaller parts: the same step, schedule, counters and random state."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from tests.reliability.conftest import learnt, logged
+from smolvlm_exp.engine.precompute import features
+from tests.reliability.conftest import Bench, learnt, logged
 
 STEPS = (
     "trainer.max_steps=3", "trainer.eval_strategy=no", "trainer.logging_steps=1", "trainer.save_strategy=no",
@@ -61,3 +64,43 @@ def test_at_any_micro_batch(bench, whole, tmp_path, capsys, call):
     for name, parameter in learnt(trainer).items():
         torch.testing.assert_close(parameter, learnt(wanted)[name], rtol=0, atol=1e-6)
     assert torch.get_rng_state().equal(generator)
+
+
+def test_batches_that_a_loss_needs_whole(bench, tmp_path, capsys):
+    """A last batch that is not full: three pairs in one pass are two passes then, of the two batches."""
+    three = replace(bench.preferences, train=bench.preferences.train.select(range(3)))
+    settings = (*STEPS, "trainer.max_steps=1", "trainer.loss_type=[sigmoid,sft]", "trainer.loss_weights=[1.0,1.0]")
+
+    def failing(trainer):
+        trainer.micro_batch, backward = 4, trainer.accelerator.backward
+
+        def once(loss, **kwargs):
+            trainer.accelerator.backward = backward
+            raise ERRORS[0]
+
+        trainer.accelerator.backward = once
+
+    trainers = []
+    for name, prepare in (("whole", None), ("failing", failing)):
+        trainers.append(Bench(bench.processor, three, bench.cache).run(tmp_path / name, *settings, prepare=prepare))
+    assert "Out of memory at micro-batch 3: retrying this step and continuing with 2" in capsys.readouterr().out
+    for wanted, found in zip(*(learnt(trainer).values() for trainer in trainers), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
+
+
+def test_image_features(bench, tmp_path, monkeypatch, capsys):
+    """They are computed once, before the first step, many tiles at a time; their tower may find less memory."""
+    compute, sizes = features.image_features, []
+
+    def failing(core, tiles):
+        sizes.append(len(tiles))
+        if len(tiles) > 3:
+            raise ERRORS[0]
+        return compute(core, tiles)
+
+    plain = bench.trainer(tmp_path)
+    monkeypatch.setattr(features, "image_features", failing)
+    trainer = Bench(bench.processor, bench.preferences, tmp_path / "cache").trainer(tmp_path)
+    assert max(sizes) > 6
+    assert "image tiles at once: retrying with" in capsys.readouterr().out
+    torch.testing.assert_close(trainer.eval_rows.features[:], plain.eval_rows.features[:], rtol=0, atol=1e-6)

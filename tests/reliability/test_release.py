@@ -14,7 +14,9 @@ import pytest
 
 from smolvlm_exp.runs.checkpoint import MANIFEST, newest_intact
 from smolvlm_exp.runs.resume_check import check_same_run
+from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import sha256
+from tests.conftest import compose
 from tests.reliability.conftest import LONG, Bench, logged
 
 HERE = Path(__file__).parent
@@ -37,11 +39,22 @@ def test_a_checkpoint_of_an_earlier_release_resumes(bench, tmp_path, release):
             assert event[name] == pytest.approx(wanted[event["step"]][name], rel=1e-2, abs=1e-3), (name, event["step"])
 
 
+def test_data_of_the_hub_had_sources_of_their_own(tmp_path):
+    settings = asdict(compose("data=rlaif_v", "model=smolvlm", "tracker=none", "resume=it"))
+    identity = {**check_same_run(settings, None), "data.source": "rlaif_v"}
+    del identity["data.test_fraction"]
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "run.json").write_text(json.dumps(identity))
+    check_same_run(settings, tmp_path / "checkpoint-1")
+    settings["data"]["id"] = "another/set"
+    with pytest.raises(RequestError, match=r"step 1\.\n  data\.id was .* and is \"another/set\"\nUndo"):
+        check_same_run(settings, tmp_path / "checkpoint-1")
+
+
 def make(folder: Path) -> None:
     """The fixture: the checkpoint of the fourth step, and what the whole run logged."""
     from smolvlm_exp.data.preferences import load_preferences
     from smolvlm_exp.models.model import EMBEDDED, load_processor
-    from tests.conftest import compose
 
     processor = load_processor(compose().model)
     with tempfile.TemporaryDirectory() as scratch:

@@ -2,7 +2,7 @@
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -71,16 +71,18 @@ def test_the_parts_of_a_combined_loss_are_logged_apart(quick, tmp_path, engine):
 
 @pytest.mark.parametrize("adapter", ["dora", "pissa"])
 def test_the_saved_adapter_gives_the_tuned_models_answers(quick, tmp_path, adapter):
-    """An ordinary PEFT adapter for the untouched base, PiSSA's too."""
+    """An ordinary PEFT adapter for the untouched base, PiSSA's too, also where a task is given `run`."""
     from peft import PeftModel
 
     from smolvlm_exp.data.preferences import load_preferences
     from smolvlm_exp.evaluation.preference import answer_logps, preference_metrics
-    from smolvlm_exp.models.model import load_model, load_processor
+    from smolvlm_exp.models.model import load_finetuned_model, load_model, load_processor
 
     config = quick(f"adapter={adapter}", "quant=none", "trainer.learning_rate=2e-3")
     summary = train(config, tmp_path)
     tuned = PeftModel.from_pretrained(load_model(config.model), tmp_path / "adapter")
+    again = load_finetuned_model(replace(config.model, adapter=str(tmp_path)), config.quant, config.adapter, 0)
+    assert all(map(torch.equal, again.parameters(), tuned.parameters()))
     processor = load_processor(config.model)
     rows = load_preferences(config.data, processor, tmp_path).test
     base = answer_logps(load_model(config.model), processor, rows, 8, None)

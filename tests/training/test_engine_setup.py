@@ -115,6 +115,7 @@ def test_effects_of_8_bit_layers_and_dropout_are_logged(quick, tmp_path, capsys)
         (["trainer.keep_features=true", "adapter=none", "quant=none"], r"adapter=none trains the vision tower too"),
         (["trainer.keep_features=true", "+adapter.extra.bias=all", "quant=none"], r"without adapter\.extra\.bias"),
         (["adapter.r=1000000"], r"adapter\.r=1000000: [\d,]+ weights and their gradients in float32 take \d+\.\d GiB"),
+        (["adapter=pissa", "quant=none", "model.adapter=a"], r"adapter=pissa starts from the base's singular vectors"),
         (["adapter=pissa", "quant=none", "adapter.r=500"], r"adapter\.r=500: PiSSA takes r singular vectors"),
         (["model.weights=random", "model.shape.hidden_size=1000000"], r"model\.shape: its weights take \d+\.\d GiB"),
         (["model.weights=random", "model.shape.hidden_size=63"], r"model\.shape: .*\(63\) is not a multiple"),

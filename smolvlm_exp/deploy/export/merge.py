@@ -29,7 +29,7 @@ def load_merged(model: ModelConfig, quant: QuantConfig, adapter: AdapterConfig, 
     base = base.float().eval()
     if not model.adapter:
         return base
-    tuned: Any = load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter.target)
+    tuned: Any = load_adapter(base, saved_adapter(adapter, model.adapter, model.id), adapter)
     with torch.no_grad():
         return tuned.merge_and_unload(safe_merge=True).eval()
 

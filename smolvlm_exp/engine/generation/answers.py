@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -42,13 +43,30 @@ def sample_answers(
             parts = sample(decoder, prompts, sampling, end, image, answers, plan.rows, logps, plan.prefill_tokens)
             done = dict(track(parts, ANSWERS, len(prompts)))
             return [done[i] for i in range(len(prompts))]
-        except RuntimeError as error:
-            if not out_of_memory(error) or (plan.rows == answers and not plan.merge):
+        except (RuntimeError, MemoryError) as error:
+            smallest = plan.rows == answers and not plan.merge
+            if not out_of_memory(error) or (smallest and answers == 1):
                 raise
+        if smallest:
+            log.warning(f"Out of memory while sampling {answers} answers to a prompt: trying again with half of them")
+            return halved(model, processor, prompts, sampling, answers, logps)
         fewer = max(1, min(plan.rows // answers, len(prompts)) // 2)
         plan = SamplingPlan(False, fewer * answers, max(len(p.ids) for p in prompts))
         torch.cuda.empty_cache()
         log.warning(f"Out of memory while sampling answers: trying again, {plan.rows} at a time")
+
+
+def halved(
+    model: Any, processor: Any, prompts: Sequence[Prompt], sampling: Sampling, answers: int, logps: bool
+) -> list[list[Answer]]:
+    """`sample_answers`, each prompt's in two parts, with the seeds that they have together."""
+    drawn = []
+    for i, prompt in enumerate(prompts):
+        first = sampling.seed + i * answers
+        parts = ((first, answers // 2), (first + answers // 2, answers - answers // 2))
+        halves = [sample_answers(model, processor, [prompt], replace(sampling, seed=s), n, logps) for s, n in parts]
+        drawn.append([answer for (own,) in halves for answer in own])
+    return drawn
 
 
 def plan_for(model: Any, prompts: Sequence[Prompt], sampling: Sampling, answers: int = 1) -> SamplingPlan:

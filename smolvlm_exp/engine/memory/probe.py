@@ -1,5 +1,6 @@
 """A plan run before training starts, on the longest rows: what a step really takes of a GPU."""
 
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -11,8 +12,11 @@ import torch
 from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget
 from smolvlm_exp.utils.progress import track
 
+log = logging.getLogger(__name__)
+
 TRIES = 5  # plans that are run at most
-OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+# How a device, one of its libraries (cuBLAS, cuDNN, cuSOLVER) and a CPU say it.
+OUT_OF_MEMORY = ("out of memory", "STATUS_ALLOC_FAILED", "DefaultCPUAllocator")
 
 
 def available_memory() -> int:
@@ -101,7 +105,7 @@ def measure(run: Callable[[Plan], None], plan: Plan) -> tuple[float, float]:
         resting = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         run(plan)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not out_of_memory(error):
             raise
         return float("inf"), float("inf")
@@ -126,9 +130,23 @@ def restored_state(parameters: Sequence[Any]) -> Iterator[None]:
             torch.cuda.reset_peak_memory_stats()
 
 
-def out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: Exception) -> bool:
     """torch.OutOfMemoryError, or another error that means the same."""
-    return isinstance(error, torch.OutOfMemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
+    known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+    return known or any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def in_halves(function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Tensor, what: str) -> torch.Tensor:
+    """`function` of a batch, whose rows do not depend on each other; in halves where memory runs out."""
+    try:
+        return function(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error) or len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()
+    half = len(batch) // 2
+    log.warning(f"Out of memory with {len(batch)} {what} at once: retrying with {half}")
+    return torch.cat([in_halves(function, part, what) for part in (batch[:half], batch[half:])])
 
 
 def measure_card(dtype: Any) -> Card:

@@ -13,6 +13,7 @@ from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import Pixels, image_features
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
+from smolvlm_exp.engine.memory.probe import in_halves
 from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.utils.distributed import rank_slice, rank_world
 from smolvlm_exp.utils.phases import phase
@@ -49,10 +50,13 @@ def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, stor
         "version": VERSION,
     }
 
+    def features_of(tiles: torch.Tensor) -> torch.Tensor:
+        return in_halves(lambda part: image_features(core, normalise(part)), tiles, "image tiles")
+
     def fill(cached: torch.Tensor) -> None:
         batches = rows.tile_batches(rank_slice(len(rows.image_hashes), *rank_world()), num_proc)
         with progress("image features", len(cached) // rank_world()[1]) as advance:
-            for start, features in computed(batches, lambda tiles: image_features(core, normalise(tiles)), device):
+            for start, features in computed(batches, features_of, device):
                 cached[start : start + len(features)] = features
                 advance(len(features))
 

@@ -105,7 +105,11 @@ def test_only_out_of_memory_counts_as_not_fitting(monkeypatch):
         return probe_module.measure(run, PLANS[0])
 
     assert measured() == (5, 7)
-    for error in (torch.OutOfMemoryError("no"), RuntimeError("CUBLAS_STATUS_ALLOC_FAILED when calling")):
+    words = ("CUBLAS_STATUS_ALLOC_FAILED when calling", "cuDNN error: CUDNN_STATUS_ALLOC_FAILED")
+    errors = (torch.OutOfMemoryError("no"), MemoryError(), *map(RuntimeError, words))
+    with pytest.raises(RuntimeError) as of_a_cpu:
+        torch.empty(2**60)
+    for error in (*errors, of_a_cpu.value):
         assert measured(error) == (float("inf"), float("inf"))
     with pytest.raises(RuntimeError, match="shapes"):
         measured(RuntimeError("shapes do not match"))
