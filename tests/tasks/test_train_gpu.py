@@ -92,7 +92,7 @@ def test_an_older_card_trains_in_float16_as_a_cpu_does_in_float32(tmp_path, monk
     monkeypatch.setenv(WITHOUT, OLD)
     settings = ("trainer.max_steps=300", "trainer.logging_steps=10")
     half, single = (run(tmp_path / dtype, f"model.dtype={dtype}", *settings) for dtype in ("auto", "float32"))
-    assert (half["device"]["dtype"], single["device"]["dtype"]) == ("float16", "float32")
+    assert (half["hardware"]["dtype"], single["hardware"]["dtype"]) == ("float16", "float32")
     assert half["train"]["not_finite"] == single["train"]["not_finite"] == []
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "float32"), abs=5e-2)
     assert half["after"]["chair_s"] == pytest.approx(single["after"]["chair_s"], abs=0.1)
