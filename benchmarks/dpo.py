@@ -155,7 +155,8 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
     )  # fmt: skip
     config = bench.config(adapter, *shared)
     begun = time.perf_counter()
-    trainer = bench.trainer(config, steps=2)
+    trainer = bench.trainer(config, steps=len(bench.rows) // 16)  # so that all rows are prepared
+    trainer.args.max_steps = 2
     print(f"built in {time.perf_counter() - begun:.1f} s", flush=True)
     facts = spec_of_model(trainer, gpu=bool(bench.rate))
     bench.flops = useful(facts, RowSizes(trainer.rows.sizes(range(len(trainer.rows))).tolist()).average(1))
@@ -167,7 +168,8 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
     bench.release(trainer)
     if "lora" in parts:
         config = bench.config("adapter=lora", adapter, *shared)
-        trainer = bench.trainer(config, steps)
+        trainer = bench.trainer(config, len(bench.rows) // 16)
+        trainer.args.max_steps = steps
         plan_memory(replace(config.trainer, memory_budget="auto"), trainer)
         bench.measure(trainer, engine="lora", target=bench.target, micro=trainer.micro_batch)
         bench.release(trainer)

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
-from smolvlm_exp.engine.layers.attention import Layout, use_shared_prefix
+from smolvlm_exp.engine.layers.attention import use_shared_prefix
 from smolvlm_exp.engine.layers.fuse import use_patch_product
+from smolvlm_exp.engine.layers.layout import Layout
 from smolvlm_exp.engine.model_parts import is_trainable
 from smolvlm_exp.utils.distributed import full_tensor
 

@@ -21,7 +21,7 @@ from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches, step_rows
-from smolvlm_exp.engine.layers import attention, graphs, ops
+from smolvlm_exp.engine.layers import gpu_attention, graphs, ops
 from smolvlm_exp.engine.layers.dora import exact_dora
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.precompute.features import keep_features
@@ -472,7 +472,7 @@ def test_a_step_whose_gradients_exceed_the_dtype_runs_again_with_half_the_scale(
 
 
 def old_gpu(bench, monkeypatch, **changes):
-    monkeypatch.setattr(attention, "has", lambda part: False)
+    monkeypatch.setattr(gpu_attention, "has", lambda part: False)
     monkeypatch.setattr(ops, "has", lambda part: False)
     return bench.shared(use_cpu=False, **changes)
 

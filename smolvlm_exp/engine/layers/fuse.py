@@ -16,10 +16,11 @@ from torch import nn
 from transformers.activations import ACT2FN
 
 from smolvlm_exp.engine.layers import ops
-from smolvlm_exp.engine.layers.attention import Layout, Qkv
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fused_layer import IN, FusedLayer, LayerContext, joined
+from smolvlm_exp.engine.layers.gpu_attention import Qkv
 from smolvlm_exp.engine.layers.graphs import StackGraphs, Tensors
+from smolvlm_exp.engine.layers.layout import Layout
 from smolvlm_exp.engine.layers.linear import Product, base_of, linear_obstacles
 from smolvlm_exp.engine.layers.quantized_weights import is_8bit
 from smolvlm_exp.engine.memory.footprint import ALIGNED, TEXT, VISION

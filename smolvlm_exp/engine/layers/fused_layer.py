@@ -17,7 +17,9 @@ import torch
 from torch import nn
 
 from smolvlm_exp.engine.layers import ops
-from smolvlm_exp.engine.layers.attention import Layout, Qkv, attend, attend_backward
+from smolvlm_exp.engine.layers.attention import attend, attend_backward
+from smolvlm_exp.engine.layers.gpu_attention import Qkv
+from smolvlm_exp.engine.layers.layout import Layout
 from smolvlm_exp.engine.layers.linear import FrozenLinears, Product, active_adapter
 
 IN, OUT, FIRST, SECOND = range(4)  # a layer's products

@@ -12,7 +12,8 @@ gradient `sum_t dy_t * u_t` comes back as float32 (N,), None without a gain.
 import torch
 import torch.nn.functional as F
 
-from smolvlm_exp.engine.layers.attention import Layout, Qkv
+from smolvlm_exp.engine.layers.gpu_attention import Qkv
+from smolvlm_exp.engine.layers.layout import Layout
 from smolvlm_exp.utils.gpu import has
 
 try:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from smolvlm_exp.engine.inputs.packing import collate, pack, pack_answers, padded
-from smolvlm_exp.engine.layers.attention import Layout
+from smolvlm_exp.engine.layers.layout import Layout
 from tests.engine.stock import IMAGE, PAD
 
 

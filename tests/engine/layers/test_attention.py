@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smolvlm_exp.engine.inputs.packing import pack_answers
-from smolvlm_exp.engine.layers import attention
-from smolvlm_exp.engine.layers.attention import PREFIX, Layout, shared_prefix_attention, use_shared_prefix
+from smolvlm_exp.engine.layers import attention, gpu_attention
+from smolvlm_exp.engine.layers.attention import PREFIX, shared_prefix_attention, use_shared_prefix
+from smolvlm_exp.engine.layers.layout import Layout
 from tests.engine.stock import IMAGE, random_row, tiny_model
 
 LENGTHS = st.tuples(st.integers(1, 6), st.integers(1, 5), st.integers(1, 5))
@@ -81,18 +82,19 @@ GPU_PATHS = [("flash", torch.bfloat16, 1e-2), ("efficient", torch.float16, 2e-3)
 @pytest.mark.parametrize("answers", [0, 1, 3])
 @pytest.mark.parametrize(("kernel", "dtype", "tolerance"), GPU_PATHS)
 def test_a_gpus_attention_equals_one_explicit_mask(heads, answers, kernel, dtype, tolerance, monkeypatch):
-    monkeypatch.setattr(attention, "has", lambda part: kernel == part)
+    monkeypatch.setattr(gpu_attention, "has", lambda part: kernel == part)
     groups = make_groups([(70, 9, 30), (2, 1, 1), (20, 40, 3)], answers)
     for found, expected in compare(*groups, heads, 64, 0.125, dtype, "cuda"):
         assert (found.double() - expected).norm() < tolerance * expected.norm()
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
-def test_memory_efficient_attention_within_tiles(dtype, monkeypatch):
-    monkeypatch.setattr(attention, "has", lambda part: False)
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("flash", [True, False])
+def test_a_gpus_attention_within_tiles(kind, flash, monkeypatch):
+    monkeypatch.setattr(gpu_attention, "has", lambda part: flash)
     torch.manual_seed(0)
-    inputs = [torch.randn(3, 50, 4, 72, device="cuda", dtype=dtype) for _ in range(3)]  # 72: the 2.2B model's tower
+    inputs = [torch.randn(3, 50, 4, 72, device="cuda", dtype=kind) for _ in range(3)]  # 72: the 2.2B model's tower
     exact = [part.double().requires_grad_() for part in inputs]
     q, k, v = (part.transpose(1, 2) for part in exact)
     expected = ((q @ k.transpose(2, 3) * 0.1).softmax(-1) @ v).transpose(1, 2)
@@ -101,7 +103,25 @@ def test_memory_efficient_attention_within_tiles(dtype, monkeypatch):
     gradients = attention.attend_backward(dout, tuple(inputs), found, state, None, 0.1)
     pairs = zip((found, *gradients), (expected, *torch.autograd.grad(expected, exact, dout.double())), strict=True)
     for mine, exactly in pairs:
-        assert (mine.double() - exactly).norm() < (1e-5 if dtype is torch.float32 else 2e-3) * exactly.norm()
+        assert (mine.double() - exactly).norm() < (1e-5 if kind is torch.float32 else 1e-2) * exactly.norm()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not gpu_attention.has_flash_4(), reason="flash-attn-4 is not installed")
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)])
+def test_flash_attention_4_is_used_and_equals_the_other(heads):
+    packed = packed_groups(*make_groups([(700, 90, 300), (2, 1, 1), (200, 400, 30)], 1))
+    layout = Layout.of({k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in packed.items()})
+    torch.manual_seed(0)
+    counts = (layout.tokens, heads[0]), (layout.keys, heads[1]), (layout.keys, heads[1])
+    inputs = tuple(torch.randn(*count, 64, device="cuda", dtype=torch.bfloat16) for count in counts)
+    assert gpu_attention.kernel_for(inputs[0], layout) == (gpu_attention.flash_4, gpu_attention.flash_4_backward)
+    found, expected = gpu_attention.flash_4(inputs, layout, 0.125), gpu_attention.flash(inputs, layout, 0.125)
+    dout = torch.randn_like(found[0])
+    mine = gpu_attention.flash_4_backward(dout, inputs, *found, layout, 0.125)
+    others = gpu_attention.flash_backward(dout, inputs, *expected, layout, 0.125)
+    for one, other in zip((found[0], *mine), (expected[0], *others), strict=True):
+        assert (one.float() - other.float()).norm() < 5e-3 * other.float().norm()
 
 
 def test_a_model_without_a_layout_is_unchanged():

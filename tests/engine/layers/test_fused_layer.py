@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine.inputs.packing import pack_answers
-from smolvlm_exp.engine.layers.attention import Layout, use_shared_prefix
+from smolvlm_exp.engine.layers.attention import use_shared_prefix
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fuse import FusedTextLayer, FusedVisionLayer, fuse_layers, patch_product
+from smolvlm_exp.engine.layers.layout import Layout
 from smolvlm_exp.engine.memory.footprint import LEVELS
 from tests.engine.stock import IMAGE, SIDE, random_row, tiny_model
 

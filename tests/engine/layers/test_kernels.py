@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from smolvlm_exp.engine.layers import ops
-from smolvlm_exp.engine.layers.attention import Layout
+from smolvlm_exp.engine.layers.layout import Layout
 
 pytest.importorskip("triton")
 from smolvlm_exp.engine.layers import kernels
