@@ -13,7 +13,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
-from smolvlm_exp.engine.memory.planner import CPU, Card, seconds
+from smolvlm_exp.engine.memory.roofline import CPU, CPU_REACHED, PRODUCTS, Card, frozen, seconds
 from smolvlm_exp.evaluation.held_out import SAMPLES
 from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS
 from smolvlm_exp.models.shape import shape_from
@@ -48,7 +48,7 @@ def log_cpu_time(config: Config, model: Any, preferences: Preferences, processor
     trains = len(preferences.train) > 0
     if predict(config, spec, CPU, preferences, sizes).total < LONG / 10:  # not worth a measurement
         return
-    card = replace(CPU, matmul=measure_matmul(model.dtype))
+    card = replace(CPU, matmul=CPU_REACHED * measure_matmul(model.dtype))
     now = predict(config, spec, card, preferences, sizes)
     if now.total < LONG:
         return
@@ -101,7 +101,7 @@ def predict(
     micro, batch = trainer.per_device_train_batch_size, trainer.per_device_eval_batch_size
     tested, level = RowSizes(sizes[1].tolist()), "full" if trainer.gradient_checkpointing else "none"
     token_flops = 2 * (spec.text.layers * sum(spec.text.matrices) + spec.vocabulary * spec.text.hidden)
-    token = token_flops / (card.reached * card.matmul)  # seconds of one more token of an answer
+    token = token_flops / (PRODUCTS * card.matmul)  # seconds of one more token of an answer
 
     changed, answered = min(ABLATED_ROWS, held_out), held_out if known else min(SAMPLES, held_out)
     passes, trains = held_out + 2 * changed + answered, len(preferences.train) > 0
@@ -117,7 +117,7 @@ def predict(
     if trainer.max_steps > 0:
         read = trainer.max_steps * trainer.pairs_per_step / trainer.group_size
     prepared = min(read, len(preferences.train))
-    training = read * seconds(spec, trained.average(micro), level, level, card) / micro
+    training = read * seconds(spec, trained.average(micro), (level, level), card) / micro
     training += prepared * forward(spec, trained, batch, card)
     if spec.features:
         training += prepared * images(spec, trained, batch, card)
@@ -128,8 +128,7 @@ def predict(
 
 def forward(spec: MemorySpec, rows: RowSizes, batch: int, card: Card) -> float:
     """Of a row in a pass over so many without gradients."""
-    frozen = replace(spec, text=replace(spec.text, trained=0), vision=replace(spec.vision, trained=0))
-    return seconds(frozen, rows.average(batch), "none", "none", card) / batch
+    return seconds(frozen(spec), rows.average(batch), ("none", "none"), card) / batch
 
 
 def images(spec: MemorySpec, rows: RowSizes, batch: int, card: Card) -> float:

@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
+from smolvlm_exp.engine.memory.cards import find_card
 from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
-from smolvlm_exp.engine.memory.planner import BATCH_LOSSES, MARGIN, Card, DoesNotFit, Plan
+from smolvlm_exp.engine.memory.planner import BATCH_LOSSES, MARGIN, DoesNotFit, Plan
 from smolvlm_exp.engine.memory.planner import plan as plan_step
+from smolvlm_exp.engine.memory.roofline import Card
 from smolvlm_exp.models.adapter import match_target
 from smolvlm_exp.models.shape import id_of, shape_of
 from smolvlm_exp.tasks.row_lengths import RowLengths, row_lengths
@@ -28,7 +30,7 @@ from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_s
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.units import GIB
 
-REFERENCE = Card("H100", 7.6e14)  # measured: 8192 x 8192 matrices
+REFERENCE = find_card("h100").expected()
 CARDS = (8, 12, 16, 24, 48, 80)  # GB, as they are sold
 CONTEXT = 0.6  # GiB of a card that the driver and CUDA take before anything else
 SMALLER = {"idefics3": ("smolvlm_500m", "smolvlm_256m"), "smolvlm": ("smolvlm2_500m", "smolvlm2_256m")}

@@ -10,8 +10,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.engine.forward import image_features
+from smolvlm_exp.engine.memory import roofline
 from smolvlm_exp.engine.memory.footprint import RowSizes
-from smolvlm_exp.engine.memory.planner import CPU
+from smolvlm_exp.engine.memory.roofline import CPU, PRODUCTS
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.models.shape import model_config
@@ -21,7 +22,10 @@ from smolvlm_exp.tasks.train import train
 from tests.conftest import compose
 
 REAL = ("model=smolvlm_256m", "model.weights=random", "quant=none", "data.train_rows=8", "data.test_rows=4")
-ONE = replace(CPU, matmul=1.0, reached=1.0)  # a second per operation
+ATTENTION = (PRODUCTS, PRODUCTS)
+ONE = replace(  # a second per operation
+    CPU, matmul=1 / PRODUCTS, bandwidth=float("inf"), text_attention=ATTENTION, vision_attention=ATTENTION
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -65,7 +69,9 @@ def test_a_short_run_says_and_measures_nothing(rows, model, processor, capsys, m
     assert not capsys.readouterr().out
 
 
-def test_the_towers_operations_are_counted(model):
+def test_the_towers_operations_are_counted(model, monkeypatch):
+    monkeypatch.setattr(roofline, "RAMP", 0)
+    monkeypatch.setattr(roofline, "KERNEL", 0.0)
     spec = replace(spec_of_config(compose("quant=none")), features=False)
     core, side = core_of(model), spec.pixels // 3
     with torch.no_grad(), FlopCounterMode(display=False) as counter:

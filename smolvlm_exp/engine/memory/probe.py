@@ -8,7 +8,9 @@ from typing import Any
 import psutil
 import torch
 
-from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget
+from smolvlm_exp.engine.memory.cards import PASSES_REACH, attention_shares
+from smolvlm_exp.engine.memory.planner import DoesNotFit, Plan, best, fits_budget
+from smolvlm_exp.engine.memory.roofline import Card
 from smolvlm_exp.utils.progress import track
 
 TRIES = 5  # plans that are run at most
@@ -132,15 +134,24 @@ def out_of_memory(error: RuntimeError) -> bool:
 
 
 def measure_card(dtype: Any) -> Card:
-    """The current GPU, its matrix products in `dtype` timed."""
+    """The current GPU, its matrix products in `dtype` and its memory timed."""
     generator = torch.Generator("cuda").manual_seed(0)  # leaves the run's random state alone
     left = torch.randn(4096, 4096, device="cuda", generator=generator).to(dtype)
+    matmul = 2 * 4096**3 / timed(lambda: left @ left)
+    buffer = torch.zeros(2**27, dtype=torch.uint8, device="cuda")  # more than a card's L2 cache
+    bandwidth = 2 * len(buffer) / timed(lambda: buffer.bitwise_not_())
+    text, vision = attention_shares(torch.cuda.get_device_capability())
+    return Card(torch.cuda.get_device_name(), matmul, PASSES_REACH * bandwidth, text, vision)
+
+
+def timed(function: Callable[[], Any], times: int = 10) -> float:
+    """Seconds that the GPU takes for it."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     for _ in range(3):
-        left @ left
+        function()
     events[0].record()
-    for _ in range(10):
-        left @ left
+    for _ in range(times):
+        function()
     events[1].record()
     torch.cuda.synchronize()
-    return Card(torch.cuda.get_device_name(), 10 * 2 * 4096**3 / (events[0].elapsed_time(events[1]) / 1e3))
+    return float(events[0].elapsed_time(events[1])) / 1e3 / times
