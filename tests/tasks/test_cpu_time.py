@@ -17,8 +17,8 @@ from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.models.shape import model_config
 from smolvlm_exp.tasks import cpu_time
-from smolvlm_exp.tasks.plan import spec_of_config
 from smolvlm_exp.tasks.train import train
+from smolvlm_exp.tasks.workload import image_seconds, spec_of_config
 from tests.conftest import compose
 
 REAL = ("model=smolvlm_256m", "model.weights=random", "quant=none", "data.train_rows=8", "data.test_rows=4")
@@ -72,12 +72,12 @@ def test_a_short_run_says_and_measures_nothing(rows, model, processor, capsys, m
 def test_the_towers_operations_are_counted(model, monkeypatch):
     monkeypatch.setattr(roofline, "RAMP", 0)
     monkeypatch.setattr(roofline, "KERNEL", 0.0)
-    spec = replace(spec_of_config(compose("quant=none")), features=False)
+    spec = spec_of_config(compose("quant=none"))
     core, side = core_of(model), spec.pixels // 3
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         image_features(core, torch.zeros(5, 3, round(side**0.5), round(side**0.5)))
     rows = RowSizes([(200, 20, 10, 5)])
-    assert cpu_time.images(spec, rows, 1, ONE) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert image_seconds(spec, rows, 1, ONE) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_what_one_tile_per_image_leaves():

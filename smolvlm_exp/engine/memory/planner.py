@@ -29,6 +29,10 @@ class Plan:
     measured: int | None = None  # bytes at the worst moment, where a probe has run it
 
     @property
+    def levels(self) -> tuple[str, str]:
+        return self.checkpointing, self.vision_checkpointing
+
+    @property
     def peak(self) -> int:
         return self.resident + self.activations
 
