@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from smolvlm_exp.config.schema import Config
+from smolvlm_exp.config.tasks import Train
 from smolvlm_exp.engine.memory.cards import CardSheet
 from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
 from smolvlm_exp.engine.memory.planner import BATCH_LOSSES, DoesNotFit, Plan
@@ -95,11 +96,11 @@ def parts_of(config: Config, lengths: RowLengths, sheet: CardSheet, card: Card, 
     """Seconds of the run; nothing where the number of rows is not known."""
     if not lengths.rows and config.trainer.max_steps <= 0:
         return {}
-    tokens = getattr(config.task, "max_new_tokens", 256)
-    tested = lengths.sizes if lengths.held_out else []
-    rows = lengths.rows or config.trainer.max_steps * config.trainer.pairs_per_step // config.trainer.group_size
-    work = workload(config.trainer, lengths.sizes, rows, tested, lengths.held_out or 0, lengths.truth, tokens)
-    return {**run_seconds(config.trainer, spec_on(config, sheet), work, card, pair), "start and end": AROUND}
+    trainer, held_out = config.trainer, lengths.held_out or 0
+    rows = lengths.rows or trainer.max_steps * trainer.pairs_per_step // trainer.group_size
+    sizes, tokens = lengths.sizes, Train.max_new_tokens
+    work = workload(trainer, sizes, rows, sizes if held_out else [], held_out, lengths.truth, tokens)
+    return {**run_seconds(trainer, spec_on(config, sheet), work, card, pair), "start and end": AROUND}
 
 
 def unsplittable_pairs(config: TrainerConfig) -> int:

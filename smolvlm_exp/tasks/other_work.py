@@ -1,7 +1,7 @@
 """What other tasks take on a card, with the rows of a plan: memory and time, for `task=plan`'s second table."""
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -37,9 +37,11 @@ EXPORT_BYTES = 10  # of RAM per weight: float32 twice, and what is being written
 def other_work(config: Config, sheet: CardSheet, lengths: RowLengths) -> Table:
     """A row for each task: what to type, GiB, how long."""
     shown = Table("command", "GiB used", "time")
-    for name, size, took in [*answering(config, sheet, lengths), grpo(config, sheet, lengths), export(config, sheet)]:
-        if name:
-            shown.add_row(name, size, took)
+    rows = [*answering(config, sheet, lengths), export(config, sheet)]
+    if not config.trainer.samples_answers:
+        rows.append(grpo(config, sheet, lengths))
+    for cells in rows:
+        shown.add_row(*cells)
     return shown
 
 
@@ -74,11 +76,13 @@ def evaluation_seconds(trainer: TrainerConfig, spec: MemorySpec, work: Workload,
     return [run_seconds(trainer, spec, work, card, 0.0)[EVALUATION] for card in sheet.bounds()]
 
 
+@dataclass(frozen=True)
 class Room:
-    """How many prompts' answers are sampled together, and what that takes."""
+    """How many prompts' answers are sampled together, and the bytes that takes."""
 
-    def __init__(self, merged: bool, prompts: int, size: float) -> None:
-        self.merged, self.prompts, self.size = merged, prompts, size
+    merged: bool  # weights are unpacked once
+    prompts: int
+    size: float
 
 
 def room_for(spec: MemorySpec, budget: float, context: float, answers: int, tokens: float) -> Room | None:
@@ -121,8 +125,6 @@ def serving(config: Config, sheet: CardSheet, spec: MemorySpec, budget: float, c
 
 def grpo(config: Config, sheet: CardSheet, lengths: RowLengths) -> tuple[str, str, str]:
     """Training on sampled answers to the same prompts, with that trainer's own settings."""
-    if config.trainer.samples_answers:
-        return "", "", ""
     name = "trainer=grpo"
     saved = cast(DictConfig, OmegaConf.load(CONF / "trainer" / "grpo.yaml"))
     saved.pop("defaults")

@@ -12,7 +12,7 @@ from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3I
 
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.tokens import image_span
-from smolvlm_exp.engine.memory.cards import shown_cards
+from smolvlm_exp.engine.memory.cards import find_card, shown_cards
 from smolvlm_exp.models.image_processor import with_resolution
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.models.resolution import Resolution
@@ -52,6 +52,24 @@ def test_the_command_imports_no_torch_and_writes_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.tasks.plan.found_card", lambda: None)
+
+
+def test_the_card_in_the_machine_is_planned_for(capsys, monkeypatch):
+    monkeypatch.setattr("smolvlm_exp.tasks.plan.found_card", lambda: ("GeForce RTX 3060", find_card("rtx3060")))
+    text = output_of(capsys)
+    assert row(text, "rtx3060")
+    assert "GeForce RTX 3060 is in this machine" in text
+    assert "rtx4090" not in text
+    monkeypatch.setattr("smolvlm_exp.tasks.plan.found_card", lambda: ("Some Laptop GPU", None))
+    text = output_of(capsys)
+    assert "Some Laptop GPU is not in the table of cards" in text
+    assert all(row(text, card.key) for card in shown_cards())
+
+
+@pytest.mark.usefixtures("no_gpu")
 def test_the_recipe_on_cards(capsys):
     text = output_of(capsys, "experiment=cookbook")
     assert "11,269,248 trained" in text

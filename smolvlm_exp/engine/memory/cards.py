@@ -113,7 +113,7 @@ def find_card(name: str) -> CardSheet:
     Raises:
         RequestError: there is no such card; it has the nearest names.
     """
-    typed = re.sub(r"[^a-z0-9]", "", name.lower().removeprefix("nvidia").replace("geforce", ""))
+    typed = re.sub(r"nvidia|geforce|gpu|[^a-z0-9]", "", name.lower())
     for key in cards():
         if typed in (plain := key.replace("_", ""), plain.removeprefix("rtx")):
             return cards()[key]

@@ -36,7 +36,8 @@ def test_an_unknown_card_has_near_names():
         ("NVIDIA GeForce RTX 4060 Ti, 8188", "rtx4060ti", 7.996),
         ("Tesla T4, 15360", "t4", 15.0),
         ("NVIDIA H100 80GB HBM3, 81559", "h100", 79.65),
-        ("NVIDIA GeForce RTX 4060 Laptop GPU, 8188", None, None),
+        ("NVIDIA GeForce RTX 4060 Laptop GPU, 8188", "rtx4060_laptop", 7.996),
+        ("NVIDIA RTX 9999 Max-Q, 8188", None, None),
     ],
 )
 def test_the_card_in_the_machine_is_found(said, key, memory, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ What is not here: two GPUs (a plan is for one), stock TRL, transformers' own lay
 """
 
 import math
+from functools import cache
 
 import pytest
 
@@ -122,10 +123,12 @@ EARLIER_BUDGETS = [
 ]  # fmt: skip
 
 
+@cache
 def spec_of(model, target, adapter="dora"):
     return facts(target, model, adapter=AdapterConfig(use_dora=adapter == "dora", target=target))
 
 
+@cache
 def rows_of(model, tiles):
     """benchmarks.setting's: answers of 40 to 200 tokens, rounded up to four words; a question of seven."""
     prompt = image_tokens(*GRIDS[tiles], shape_of(model)) + TEMPLATE + 7
