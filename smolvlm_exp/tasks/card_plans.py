@@ -14,7 +14,8 @@ from smolvlm_exp.engine.memory.planner import plan as plan_step
 from smolvlm_exp.engine.memory.roofline import TRAINER, Card, seconds
 from smolvlm_exp.models.shape import id_of, shape_of
 from smolvlm_exp.tasks.row_lengths import RowLengths, RowLengthsOf, model_resolution
-from smolvlm_exp.tasks.workload import AROUND, group_sizes, run_seconds, spec_of_config, workload
+from smolvlm_exp.tasks.storage import spec_as_cached
+from smolvlm_exp.tasks.workload import AROUND, group_sizes, run_seconds, workload
 from smolvlm_exp.training.arguments import TrainerConfig, budget_of
 
 SMALLER = {"idefics3": ("smolvlm_500m", "smolvlm_256m"), "smolvlm": ("smolvlm2_500m", "smolvlm2_256m")}
@@ -67,7 +68,7 @@ def budget_on(config: Config, sheet: CardSheet) -> int:
 
 def plan_within(config: Config, lengths: RowLengths, budget: int, sheet: CardSheet) -> Plan | DoesNotFit:
     trainer = config.trainer
-    spec, step = spec_on(config, sheet), max(1, trainer.pairs_per_step // trainer.group_size)
+    spec, step = spec_on(config, sheet, lengths), max(1, trainer.pairs_per_step // trainer.group_size)
     try:
         return plan_step(
             spec, trained_rows(config, lengths), budget, step, sheet.expected(), unsplittable_pairs(trainer)
@@ -76,8 +77,8 @@ def plan_within(config: Config, lengths: RowLengths, budget: int, sheet: CardShe
         return error
 
 
-def spec_on(config: Config, sheet: CardSheet) -> MemorySpec:
-    return sheet.adjusted(spec_of_config(config))
+def spec_on(config: Config, sheet: CardSheet, lengths: RowLengths) -> MemorySpec:
+    return sheet.adjusted(spec_as_cached(config, lengths))
 
 
 def trained_rows(config: Config, lengths: RowLengths) -> RowSizes:
@@ -89,7 +90,7 @@ def trained_rows(config: Config, lengths: RowLengths) -> RowSizes:
 def pair_seconds(config: Config, lengths: RowLengths, plan: Plan, sheet: CardSheet, card: Card) -> float:
     """Of a pair in training, on a faster or slower card than the plan was made for."""
     load, levels = trained_rows(config, lengths).average(plan.micro_batch), plan.levels
-    return TRAINER * seconds(spec_on(config, sheet), load, levels, card, plan.accumulation) / plan.micro_batch
+    return TRAINER * seconds(spec_on(config, sheet, lengths), load, levels, card, plan.accumulation) / plan.micro_batch
 
 
 def parts_of(config: Config, lengths: RowLengths, sheet: CardSheet, card: Card, pair: float) -> dict[str, float]:
@@ -100,7 +101,7 @@ def parts_of(config: Config, lengths: RowLengths, sheet: CardSheet, card: Card, 
     rows = lengths.rows or trainer.max_steps * trainer.pairs_per_step // trainer.group_size
     sizes, tokens = lengths.sizes, Train.max_new_tokens
     work = workload(trainer, sizes, rows, sizes if held_out else [], held_out, lengths.truth, tokens)
-    return {**run_seconds(trainer, spec_on(config, sheet), work, card, pair), "start and end": AROUND}
+    return {**run_seconds(trainer, spec_on(config, sheet, lengths), work, card, pair), "start and end": AROUND}
 
 
 def unsplittable_pairs(config: TrainerConfig) -> int:
@@ -111,7 +112,7 @@ def unsplittable_pairs(config: TrainerConfig) -> int:
 def help_for(config: Config, sheet: CardSheet, lengths_of: RowLengthsOf) -> str:
     """The first change of settings that makes it fit, alone or with those before it."""
     overrides, together, budget = [], config, budget_on(config, sheet)
-    for override, group, values in changes(config):
+    for override, group, values in changes(config, lengths_of(config)):
         overrides.append(override)
         alone, together = (replace(c, **{group: replace(getattr(c, group), **values)}) for c in (config, together))
         for changed, command in ((alone, override), (together, " ".join(overrides))):
@@ -120,9 +121,9 @@ def help_for(config: Config, sheet: CardSheet, lengths_of: RowLengthsOf) -> str:
     return "no setting here changes that"
 
 
-def changes(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def changes(config: Config, lengths: RowLengths) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Changes that take less memory, best first: the override to type, its group, the new values in that group."""
-    trainer, spec = config.trainer, spec_of_config(config)
+    trainer, spec = config.trainer, spec_as_cached(config, lengths)
     if not spec.adapter:
         yield "adapter=dora", "adapter", {"type": "lora", "use_dora": True, "target": "text"}
     elif spec.vision.trained:

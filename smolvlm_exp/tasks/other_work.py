@@ -37,7 +37,7 @@ EXPORT_BYTES = 10  # of RAM per weight: float32 twice, and what is being written
 def other_work(config: Config, sheet: CardSheet, lengths: RowLengths) -> Table:
     """A row for each task: what to type, GiB, how long."""
     shown = Table("command", "GiB used", "time")
-    rows = [*answering(config, sheet, lengths), export(config, sheet)]
+    rows = [*answering(config, sheet, lengths), export(spec_on(config, sheet, lengths))]
     if not config.trainer.samples_answers:
         rows.append(grpo(config, sheet, lengths))
     for cells in rows:
@@ -47,7 +47,7 @@ def other_work(config: Config, sheet: CardSheet, lengths: RowLengths) -> Table:
 
 def answering(config: Config, sheet: CardSheet, lengths: RowLengths) -> Iterator[tuple[str, str, str]]:
     """Evaluation, mining, serving: what samples answers."""
-    spec, budget = spec_on(config, sheet), int((1 - MARGIN) * budget_on(config, sheet))
+    spec, budget = spec_on(config, sheet, lengths), int((1 - MARGIN) * budget_on(config, sheet))
     rows, held_out = lengths.rows or 0, lengths.held_out or 0
     work = workload(config.trainer, lengths.sizes, 0, lengths.sizes, held_out, lengths.truth, Train.max_new_tokens)
     load, tokens = work.held_out_rows.average(1), work.answer_tokens
@@ -134,7 +134,7 @@ def grpo(config: Config, sheet: CardSheet, lengths: RowLengths) -> tuple[str, st
     plan = plan_within(changed, lengths, budget_on(config, sheet), sheet)
     if isinstance(plan, DoesNotFit):
         return name, f"{plan.least.peak / GIB:.1f} at least", "does not fit"
-    spec, rows = spec_on(changed, sheet), trained_rows(changed, lengths)
+    spec, rows = spec_on(changed, sheet, lengths), trained_rows(changed, lengths)
     low, high = (
         pair_seconds(changed, lengths, plan, sheet, card) + group_answer_seconds(spec, rows, trainer, card) + GROUP
         for card in sheet.bounds()
@@ -144,8 +144,7 @@ def grpo(config: Config, sheet: CardSheet, lengths: RowLengths) -> tuple[str, st
     return name, f"{plan.peak / GIB:.1f}", f"{each}; {duration_between(low * count, high * count)}, {count:,} rows"
 
 
-def export(config: Config, sheet: CardSheet) -> tuple[str, str, str]:
-    spec = spec_on(config, sheet)
+def export(spec: MemorySpec) -> tuple[str, str, str]:
     weights = spec.matrix_weights + spec.other_weights
     low, high = (weights * (graphs + numbers) for graphs, numbers in zip(EXPORT, QUANTISE, strict=True))
     size = EXPORT_BYTES * weights / GIB

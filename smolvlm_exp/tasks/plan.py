@@ -22,7 +22,7 @@ from smolvlm_exp.models.shape import id_of, shape_from
 from smolvlm_exp.tasks.card_plans import Line, help_for, line_for
 from smolvlm_exp.tasks.other_work import other_work
 from smolvlm_exp.tasks.row_lengths import RowLengths, RowLengthsOf
-from smolvlm_exp.tasks.storage import cache_line, download_line
+from smolvlm_exp.tasks.storage import cache_line, download_line, spec_as_cached
 from smolvlm_exp.tasks.workload import group_sizes, rows_read, spec_of_config
 from smolvlm_exp.training.arguments import TrainerConfig, budget_of
 from smolvlm_exp.utils.errors import RequestError
@@ -91,7 +91,7 @@ def counted(trainer: TrainerConfig) -> str:
 
 
 def print_head(config: Config, lengths: RowLengths) -> None:
-    trainer, adapter, quant, spec = config.trainer, config.adapter, config.quant, spec_of_config(config)
+    trainer, adapter, quant, spec = config.trainer, config.adapter, config.quant, spec_as_cached(config, lengths)
     width = f"{8 * spec.element} bits"
     if quant.load_in_4bit or quant.load_in_8bit:
         width = (quant.bnb_4bit_quant_type or "nf4") if quant.load_in_4bit else "int8"
@@ -109,7 +109,7 @@ def print_head(config: Config, lengths: RowLengths) -> None:
         f"per {what}: {mean(row[0] for row in rows):,.0f} tokens of prompt, {tiles * spec.image_tokens:,.0f} of them "
         f"image tokens; {answers:,.0f} tokens of answers, which are trained on"
     )
-    print(f"{download_line(config, lengths)}\n{cache_line(config, spec, lengths)}")
+    print(f"{download_line(config, lengths)}\n{cache_line(config, lengths)}")
 
 
 def table(config: Config, lines: Sequence[Line]) -> Table:

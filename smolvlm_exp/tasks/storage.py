@@ -1,5 +1,6 @@
 """What a run will download, and what its cache will take, for `task=plan`."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from smolvlm_exp.config.schema import Config
@@ -12,6 +13,7 @@ from smolvlm_exp.utils.units import bytes_of, format_bytes
 CHECKPOINT_ELEMENT = {"idefics3": 2, "smolvlm": 4}  # bytes of a stored weight: SmolVLM2's checkpoints are in float32
 ROW_BYTES = 150_000  # of a dataset's row on the Hub: a photo as JPEG
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+NOT_KEPT = "not kept"
 REFERENCE_BYTES = 24  # a row's key and its two log-probabilities
 
 
@@ -33,27 +35,45 @@ def download_line(config: Config, lengths: RowLengths) -> str:
     return f"to download, if not done yet: {', '.join(parts)}" if parts else "to download: nothing"
 
 
-def cache_line(config: Config, spec: MemorySpec, lengths: RowLengths) -> str:
-    """Of the rows' image features or tiles and their reference, and where they go (engine/disk_cache.py)."""
-    trainer = config.trainer
-    tiles = sum(row[3] for row in lengths.sizes) / len(lengths.sizes)
-    kind, tile = "tiles", spec.pixels
-    if spec.features:
-        kind, tile = "image features", spec.image_tokens * spec.text.hidden * spec.element
+def cache_line(config: Config, lengths: RowLengths) -> str:
+    """Of the rows' image features or tiles and their reference, and where they go."""
+    trainer, spec = config.trainer, spec_of_config(config)
+    kind = "image features" if spec.features else "tiles"
     if not lengths.rows:
-        return f"cache: {format_bytes(1000 * tiles * tile)} of {kind} per 1,000 rows"
-    rows = min(rows_read(trainer, lengths.rows), lengths.rows)
-    size = int(rows * tiles * tile)
-    ram, disk = bytes_of("trainer.cache_ram", trainer.cache_ram), bytes_of("trainer.cache_disk", trainer.cache_disk)
-    reused = trainer.num_train_epochs > 1 or trainer.keep_features is True or not ram or bool(config.model.adapter)
-    where = f"on disk, in {trainer.cache}"
-    if size <= ram:
-        where = f"in RAM (trainer.cache_ram={trainer.cache_ram})"
-    elif not reused:
-        where = f"not kept: over trainer.cache_ram={trainer.cache_ram} and read once, so each step makes its own"
-    elif size > disk:
-        where = f"not kept: over trainer.cache_disk={trainer.cache_disk}"
-    line = f"cache: {kind} of {rows:,.0f} rows {format_bytes(size)}, {where}"
+        return f"cache: {format_bytes(1000 * row_bytes(spec, lengths))} of {kind} per 1,000 rows"
+    rows, size, place = cached(config, lengths)
+    line = f"cache: {kind} of {rows:,.0f} rows {format_bytes(size)}, {place}"
     if trainer.algorithm == "dpo":
         line += f"; reference {rows * REFERENCE_BYTES / 1e3:,.0f} kB on disk"
     return line
+
+
+def spec_as_cached(config: Config, lengths: RowLengths) -> MemorySpec:
+    """Without image features where the cache has no room for them: the vision tower is then part of every pass."""
+    spec = spec_of_config(config)
+    if lengths.rows and spec.features and cached(config, lengths)[2].startswith(NOT_KEPT):
+        return replace(spec, features=False)
+    return spec
+
+
+def cached(config: Config, lengths: RowLengths) -> tuple[float, int, str]:
+    """Rows whose images training prepares, the bytes of that, and where engine/disk_cache.py will put them."""
+    trainer = config.trainer
+    rows = min(rows_read(trainer, lengths.rows or 0), lengths.rows or 0)
+    size = int(rows * row_bytes(spec_of_config(config), lengths))
+    ram, disk = bytes_of("trainer.cache_ram", trainer.cache_ram), bytes_of("trainer.cache_disk", trainer.cache_disk)
+    reused = trainer.num_train_epochs > 1 or trainer.keep_features is True or not ram or bool(config.model.adapter)
+    place = f"on disk, in {trainer.cache}"
+    if size <= ram:
+        place = f"in RAM (trainer.cache_ram={trainer.cache_ram})"
+    elif not reused:
+        place = f"{NOT_KEPT}: over trainer.cache_ram={trainer.cache_ram} and read once, so each step makes its own"
+    elif size > disk:
+        place = f"{NOT_KEPT}: over trainer.cache_disk={trainer.cache_disk}"
+    return rows, size, place
+
+
+def row_bytes(spec: MemorySpec, lengths: RowLengths) -> float:
+    """Of a row's image features, or tiles."""
+    tiles = sum(row[3] for row in lengths.sizes) / len(lengths.sizes)
+    return tiles * (spec.image_tokens * spec.text.hidden * spec.element if spec.features else spec.pixels)

@@ -117,10 +117,12 @@ def run_seconds(
         tuned: evaluation is of the base and of a tuned model, not of one alone.
     """
     batch, eval_rows = trainer.per_device_eval_batch_size, work.held_out_rows
+    # Of a frozen tower held-out rows' features fit, and a reference that comes with the batch shares the policy's.
+    once = replace(spec, features=spec.features or not spec.vision.trained)
     changed = min(ABLATED_ROWS, work.held_out)
-    answers = evaluation_answers(spec, work, work.answered, work.answer_tokens, card)
-    passes = (work.held_out + 2 * changed) * forward(spec, eval_rows, batch, card) if work.held_out else 0.0
-    images = (work.held_out + changed) * image_seconds(spec, eval_rows, batch, card) if work.held_out else 0.0
+    answers = evaluation_answers(once, work, work.answered, work.answer_tokens, card)
+    passes = (work.held_out + 2 * changed) * forward(once, eval_rows, batch, card) if work.held_out else 0.0
+    images = (work.held_out + changed) * image_seconds(once, eval_rows, batch, card) if work.held_out else 0.0
     parts = {EVALUATION: (1 + tuned) * (passes + answers) + images}
     if not work.read:
         return parts
@@ -133,9 +135,9 @@ def run_seconds(
         iterations: int = trainer.num_iterations  # type: ignore[attr-defined]
         parts["sampling"] = work.read / iterations * (group_answer_seconds(spec, rows, trainer, card) + GROUP)
     if trainer.algorithm == "dpo" or getattr(trainer, "beta", 0.0) > 0:
-        parts["reference"] = work.rows * forward(spec, rows, batch, card)
+        parts["reference"] = work.rows * forward(once, rows, batch, card)
     steps = math.ceil(work.read * trainer.group_size / trainer.pairs_per_step)
-    evaluated = work.held_out * forward(spec, eval_rows, batch, card) if work.held_out else 0.0
+    evaluated = work.held_out * forward(once, eval_rows, batch, card) if work.held_out else 0.0
     parts["evaluation in between"] = evaluations_between(trainer, steps) * evaluated
     if trainer.sample_steps and work.held_out:
         times = steps // interval(trainer.sample_steps, steps)
