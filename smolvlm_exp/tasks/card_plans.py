@@ -11,7 +11,7 @@ from smolvlm_exp.engine.memory.cards import CardSheet
 from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
 from smolvlm_exp.engine.memory.planner import BATCH_LOSSES, DoesNotFit, Plan
 from smolvlm_exp.engine.memory.planner import plan as plan_step
-from smolvlm_exp.engine.memory.roofline import TRAINER, Card, seconds
+from smolvlm_exp.engine.memory.roofline import TRAINER, Card, phases, seconds
 from smolvlm_exp.models.shape import id_of, shape_of
 from smolvlm_exp.tasks.row_lengths import RowLengths, RowLengthsOf, model_resolution
 from smolvlm_exp.tasks.storage import spec_as_cached
@@ -31,6 +31,16 @@ class Line:
     plan: Plan | DoesNotFit
     pair: tuple[float, float]  # seconds, at best and at worst
     parts: tuple[dict[str, float], ...]  # of the run, at best and at worst, in seconds
+
+    @property
+    def host_decides(self) -> bool:
+        """Starting the kernels takes longer than running them."""
+        if isinstance(self.plan, DoesNotFit):
+            return False
+        spec, card = spec_on(self.config, self.sheet, self.lengths), self.sheet.expected()
+        load = trained_rows(self.config, self.lengths).average(self.plan.micro_batch)
+        step = phases(spec, load, self.plan.levels, card, self.plan.accumulation)
+        return sum(phase.launches for phase in step) * card.launch > sum(phase.device for phase in step)
 
     @property
     def edge(self) -> int:

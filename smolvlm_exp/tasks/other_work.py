@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any, cast
+from typing import cast
 
 from omegaconf import DictConfig, OmegaConf
 from rich.table import Table
@@ -15,9 +15,9 @@ from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit
 from smolvlm_exp.tasks.card_plans import budget_on, pair_seconds, plan_within, spec_on, trained_rows
 from smolvlm_exp.tasks.row_lengths import RowLengths
 from smolvlm_exp.tasks.workload import (
+    DECODED_ROWS,
     EVALUATION,
     GROUP,
-    Workload,
     answer_seconds,
     decode_seconds,
     group_answer_seconds,
@@ -55,9 +55,9 @@ def answering(config: Config, sheet: CardSheet, lengths: RowLengths) -> Iterator
     if room is None:
         yield "task=evaluate, mine, serve", f"over {budget / GIB:.1f}", "the model alone does not fit"
         return
-    ends = evaluation_seconds(config.trainer, spec, work, sheet)
-    time = duration_between(*ends) if held_out else "for each held-out row, as it has none here"
-    yield "task=evaluate run=...", f"{room.size / GIB:.1f}", f"{time}, {held_out:,} rows, base and tuned"
+    low, high = (run_seconds(config.trainer, spec, work, card, 0.0)[EVALUATION] for card in sheet.bounds())
+    time = f"{duration_between(low, high)}, {held_out:,} rows, base and tuned" if held_out else "no held-out rows known"
+    yield "task=evaluate run=...", f"{room.size / GIB:.1f}", time
 
     answers = Mine.num_generations
     room = room_for(spec, budget, load.tokens, answers, tokens)
@@ -70,10 +70,6 @@ def answering(config: Config, sheet: CardSheet, lengths: RowLengths) -> Iterator
         what = f"{rows:,} rows" if rows else "1,000 rows"
         yield "task=mine", f"{room.size / GIB:.1f}", f"{duration_between(low, high)}, {what} x {answers} answers"
     yield serving(config, sheet, spec, budget, load.tokens)
-
-
-def evaluation_seconds(trainer: TrainerConfig, spec: MemorySpec, work: Workload, sheet: CardSheet) -> Any:
-    return [run_seconds(trainer, spec, work, card, 0.0)[EVALUATION] for card in sheet.bounds()]
 
 
 @dataclass(frozen=True)
@@ -95,7 +91,7 @@ def room_for(spec: MemorySpec, budget: float, context: float, answers: int, toke
         taken = weights + merged * unpacked + reading
         prompts = int((budget - taken) // group)
         if prompts >= 1:
-            prompts = min(prompts, max(1, 64 // answers))
+            prompts = min(prompts, max(1, DECODED_ROWS // answers))
             return Room(merged, prompts, taken + prompts * group)
     return None
 

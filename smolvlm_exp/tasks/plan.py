@@ -144,6 +144,8 @@ def print_notes(config: Config, lines: Sequence[Line], remark: str) -> None:
     if any(not line.sheet.has_kernels for line in lines):
         old = ", ".join(line.sheet.key for line in lines if not line.sheet.has_kernels)
         print(f"{old}: in float16, without Triton's kernels and flash attention")
+    if waiting := ", ".join(line.sheet.key for line in lines if line.host_decides):
+        print(f"{waiting}: the host decides, which starts the kernels, and not the card")
     print("activation checkpointing: none; mlp: each layer's MLP is recomputed; full: every layer is recomputed")
     first = next((line for line in lines if line.parts and line.parts[0]), None)
     if first is None:

@@ -23,7 +23,7 @@ CONTEXT = 0.6  # GiB of a card that the driver and CUDA take before anything els
 WORST, BEST = (0.55, 0.6), (0.95, 0.8)
 SPREAD = 0.05  # of the measured cards' shares, between hosts and runs
 HOSTS = 38e-6, 75e-6  # seconds to start a kernel, on the fastest and the slowest host measured
-PASSES_REACH = 0.8  # of the bandwidth of one long copy, by passes of ops.py
+PASSES_REACH = 0.76  # of the bandwidth of one long copy, by passes of ops.py
 
 
 @dataclass(frozen=True)
@@ -45,9 +45,12 @@ class CardSheet:
         return int((self.memory - CONTEXT) * GIB)
 
     @property
+    def compute_capability(self) -> tuple[int, int]:
+        return int(self.capability), round(10 * self.capability) % 10
+
+    @property
     def has_kernels(self) -> bool:
-        """bfloat16, Triton's kernels and flash attention: from Ampere on."""
-        return self.capability >= 8
+        return has_kernels(self.compute_capability)
 
     def expected(self) -> Card:
         return self.card(self.reached or mean_of(WORST, BEST), Card.launch)
@@ -60,7 +63,7 @@ class CardSheet:
         return self.card(best, HOSTS[0]), self.card(worst, HOSTS[1])
 
     def card(self, shares: tuple[float, float], launch: float) -> Card:
-        text, vision = attention_shares((int(self.capability), round(10 * self.capability) % 10))
+        text, vision = attention_shares(self.compute_capability)
         matmul, bandwidth = shares[0] * self.tflops * 1e12, shares[1] * self.bandwidth * 1e9
         return Card(self.name, matmul, bandwidth, text, vision, launch, self.has_kernels)
 
@@ -77,14 +80,19 @@ def mean_of(*shares: Any) -> tuple[float, float]:
     return first, second
 
 
+def has_kernels(capability: tuple[int, int]) -> bool:
+    """bfloat16, Triton's kernels and flash attention: from Ampere on."""
+    return capability >= (8, 0)
+
+
 def attention_shares(capability: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
     """Of a product's rate, by attention over text and in the vision tower, each forward and backward.
 
     Flash attention 2 reaches as much of an A100 as of an H100, and cuDNN more of the latter; SDPA without either less.
     """
-    if capability >= (9, 0) and capability < (10, 0):
+    if (9, 0) <= capability < (10, 0):
         return (0.2, 0.215), (0.38, 0.28)
-    share = (0.5, 0.42) if capability >= (8, 0) else (0.25, 0.2)
+    share = (0.5, 0.42) if has_kernels(capability) else (0.25, 0.2)
     return share, share
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import psutil
 import torch
 
-from smolvlm_exp.engine.memory.cards import PASSES_REACH, attention_shares
+from smolvlm_exp.engine.memory.cards import PASSES_REACH, attention_shares, has_kernels
 from smolvlm_exp.engine.memory.planner import DoesNotFit, Plan, best, fits_budget
 from smolvlm_exp.engine.memory.roofline import Card
 from smolvlm_exp.utils.progress import track
@@ -140,8 +140,10 @@ def measure_card(dtype: Any) -> Card:
     matmul = 2 * 4096**3 / timed(lambda: left @ left)
     buffer = torch.zeros(2**27, dtype=torch.uint8, device="cuda")  # more than a card's L2 cache
     bandwidth = 2 * len(buffer) / timed(lambda: buffer.bitwise_not_())
-    text, vision = attention_shares(torch.cuda.get_device_capability())
-    return Card(torch.cuda.get_device_name(), matmul, PASSES_REACH * bandwidth, text, vision)
+    capability = torch.cuda.get_device_capability()
+    text, vision = attention_shares(capability)
+    name, kernels = torch.cuda.get_device_name(), has_kernels(capability)
+    return Card(name, matmul, PASSES_REACH * bandwidth, text, vision, kernels=kernels)
 
 
 def timed(function: Callable[[], Any], times: int = 10) -> float:
