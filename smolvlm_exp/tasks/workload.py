@@ -124,7 +124,7 @@ def run_seconds(
     passes = (work.held_out + 2 * changed) * forward(once, eval_rows, batch, card) if work.held_out else 0.0
     images = (work.held_out + changed) * image_seconds(once, eval_rows, batch, card) if work.held_out else 0.0
     parts = {EVALUATION: (1 + tuned) * (passes + answers) + images}
-    if not work.read:
+    if not work.rows:
         return parts
     rows = RowSizes(work.trained, work.pairs)
     parts["training"] = work.read * pair

@@ -58,6 +58,7 @@ def test_evaluation_alone_is_announced_too(tmp_path, capsys, monkeypatch):
     assert "fewer rows (data.test)" in (said := capsys.readouterr().out)
     assert "training" not in said
     sizes, spec = [np.empty((0, 4)), cpu_time.row_sizes(rows.test, processor)], spec_of_config(config)
+    config.trainer.max_steps = 5  # of the run that is evaluated
     alone = cpu_time.predict(config, spec, CPU, rows, sizes).total
     config.model.adapter = "an/adapter"
     assert alone < cpu_time.predict(config, spec, CPU, rows, sizes).total <= 2 * alone
