@@ -9,6 +9,7 @@ from smolvlm_exp.utils.errors import RequestError
 KEYS = {
     "keep": "keep_checkpoints", "session.keep": "session.cache", "task.picture": "task.image_size",
     "model.shape.longest_edge": "model.longest_edge", "tracker.type": "tracker.wandb",
+    "task.matmul_tflops": "task.card",
 }  # fmt: skip
 VALUES: dict[str, dict[Any, Any]] = {
     "export.merge": {"dequantised": "dequantized"}, "data.source": {"rlaif_v": "hub", "rlhf_v": "hub"},

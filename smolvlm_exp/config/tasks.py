@@ -71,12 +71,12 @@ class Mine(Train):
 
 @dataclass
 class Plan(Task):
-    """What is assumed of data that is not on this disk, and of the GPU."""
+    """The card to plan for, and what is assumed of data that is not on this disk."""
 
+    card: str | None = None  # rtx4060, t4, h100 ...; null: this machine's, without a GPU a choice of them
     image_size: str = "512x384"  # width x height of most images; the largest are taken to be square
     answer_tokens: int = at_least(1, 100)  # of most answers; the longest are taken to be twice as long
     rows: int | None = at_least(1, None)  # of the data set, where they are not known
-    matmul_tflops: float | None = above(0, None)  # of your card, in bfloat16, for seconds; null: the reference card's
 
 
 @dataclass

@@ -13,11 +13,9 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
-from smolvlm_exp.engine.memory.planner import CPU, Card, seconds
-from smolvlm_exp.evaluation.held_out import SAMPLES
-from smolvlm_exp.evaluation.image_reliance import ABLATED_ROWS
+from smolvlm_exp.engine.memory.roofline import CPU, CPU_REACHED, TRAINER, Card, seconds
 from smolvlm_exp.models.shape import shape_from
-from smolvlm_exp.tasks.plan import group_sizes, spec_of_config
+from smolvlm_exp.tasks.workload import EVALUATION, run_seconds, spec_of_config, workload
 from smolvlm_exp.utils.formatting import duration
 
 log = logging.getLogger(__name__)
@@ -48,7 +46,7 @@ def log_cpu_time(config: Config, model: Any, preferences: Preferences, processor
     trains = len(preferences.train) > 0
     if predict(config, spec, CPU, preferences, sizes).total < LONG / 10:  # not worth a measurement
         return
-    card = replace(CPU, matmul=measure_matmul(model.dtype))
+    card = replace(CPU, matmul=CPU_REACHED * measure_matmul(model.dtype))
     now = predict(config, spec, card, preferences, sizes)
     if now.total < LONG:
         return
@@ -97,42 +95,15 @@ def predict(
     Args:
         sizes: of training and of held-out rows; see `row_sizes`.
     """
-    trainer, held_out, known = config.trainer, len(preferences.test), "truth" in preferences.test.column_names
-    micro, batch = trainer.per_device_train_batch_size, trainer.per_device_eval_batch_size
-    tested, level = RowSizes(sizes[1].tolist()), "full" if trainer.gradient_checkpointing else "none"
-    token_flops = 2 * (spec.text.layers * sum(spec.text.matrices) + spec.vocabulary * spec.text.hidden)
-    token = token_flops / (card.reached * card.matmul)  # seconds of one more token of an answer
-
-    changed, answered = min(ABLATED_ROWS, held_out), held_out if known else min(SAMPLES, held_out)
-    passes, trains = held_out + 2 * changed + answered, len(preferences.train) > 0
-    evaluation = passes * forward(spec, tested, batch, card) + answered * config.task.max_new_tokens * token
-    evaluation *= 2 if trains or config.model.adapter else 1
-    if spec.features:  # each image goes through the vision tower once
-        evaluation += (held_out + changed) * images(spec, tested, batch, card)
-    if not trains:
-        return CpuTime(0.0, evaluation)
-
-    trained = RowSizes([group_sizes(row, trainer) for row in sizes[0].tolist()], pairs=trainer.algorithm != "sft")
-    read: float = trainer.num_train_epochs * len(preferences.train)
-    if trainer.max_steps > 0:
-        read = trainer.max_steps * trainer.pairs_per_step / trainer.group_size
-    prepared = min(read, len(preferences.train))
-    training = read * seconds(spec, trained.average(micro), level, level, card) / micro
-    training += prepared * forward(spec, trained, batch, card)
-    if spec.features:
-        training += prepared * images(spec, trained, batch, card)
-    if trainer.samples_answers:
-        training += read * trained.average(1).answers * token
-    return CpuTime(training, evaluation)
-
-
-def forward(spec: MemorySpec, rows: RowSizes, batch: int, card: Card) -> float:
-    """Of a row in a pass over so many without gradients."""
-    frozen = replace(spec, text=replace(spec.text, trained=0), vision=replace(spec.vision, trained=0))
-    return seconds(frozen, rows.average(batch), "none", "none", card) / batch
-
-
-def images(spec: MemorySpec, rows: RowSizes, batch: int, card: Card) -> float:
-    """Of a row's images in the vision tower."""
-    with_tower, without = (forward(replace(spec, features=kept), rows, batch, card) for kept in (False, True))
-    return with_tower - without
+    trainer, rows, held_out = config.trainer, len(preferences.train), len(preferences.test)
+    train, test = ([list(map(int, row)) for row in part] for part in sizes)
+    known = "truth" in preferences.test.column_names
+    work = workload(trainer, train, rows, test, held_out, known, config.task.max_new_tokens)
+    micro, level = trainer.per_device_train_batch_size, "full" if trainer.gradient_checkpointing else "none"
+    pair = 0.0
+    if rows:
+        load = RowSizes(work.trained, work.pairs).average(micro)
+        pair = TRAINER * seconds(spec, load, (level, level), card, trainer.gradient_accumulation_steps) / micro
+    parts = run_seconds(trainer, spec, work, card, pair, tuned=rows > 0 or bool(config.model.adapter))
+    evaluation = parts.pop(EVALUATION, 0.0)
+    return CpuTime(sum(parts.values()), evaluation)

@@ -108,7 +108,7 @@ def fitting_commands() -> list[str]:
     import torch
 
     if not torch.cuda.is_available():
-        return ["", "task=plan model=smolvlm trainer.memory_budget=8GiB", "-m adapter.r=4,8 trainer.max_steps=40"]
+        return ["", "task=plan model=smolvlm", "-m adapter.r=4,8 trainer.max_steps=40"]
     free = torch.cuda.mem_get_info()[0] / GIB
     model = next((name for name, least in MODELS.items() if free >= least), "smolvlm_256m")
     commands = ["", f"task=plan model={model} trainer.memory_budget={max(int(free), 1)}GiB"]

@@ -1,83 +1,88 @@
-"""Will it fit, and how fast is it? A table of GPUs for the composed configuration, from shapes alone.
+"""Will it fit, and how long does it take? The composed configuration on a card, or on several, from shapes alone.
 
-    python -m smolvlm_exp task=plan model=smolvlm adapter.target=text trainer.memory_budget=8GiB
+    python -m smolvlm_exp task=plan model=smolvlm adapter.target=text task.card=rtx4060
 
 No GPU, no weights and no run folder. A run plans with the same formulas (engine/memory) and then measures on its own
 longest rows.
 """
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import mean
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from smolvlm_exp.config.schema import Config
-from smolvlm_exp.engine.memory.footprint import MemorySpec, RowSizes
-from smolvlm_exp.engine.memory.planner import BATCH_LOSSES, MARGIN, Card, DoesNotFit, Plan
-from smolvlm_exp.engine.memory.planner import plan as plan_step
-from smolvlm_exp.models.adapter import match_target
-from smolvlm_exp.models.shape import id_of, shape_of
-from smolvlm_exp.tasks.row_lengths import RowLengths, row_lengths
+from smolvlm_exp.engine.memory.cards import CONTEXT, CardSheet, find_card, found_card, shown_cards
+from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit, Plan
+from smolvlm_exp.models.model import ModelConfig, checkpoint_file
+from smolvlm_exp.models.shape import id_of, shape_from
+from smolvlm_exp.tasks.card_plans import Line, help_for, line_for
+from smolvlm_exp.tasks.other_work import other_work
+from smolvlm_exp.tasks.row_lengths import RowLengths, RowLengthsOf
+from smolvlm_exp.tasks.storage import cache_line, download_line, spec_as_cached
+from smolvlm_exp.tasks.workload import group_sizes, rows_read, spec_of_config
 from smolvlm_exp.training.arguments import TrainerConfig, budget_of
-from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_spec, weight_storage
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.formatting import between
+from smolvlm_exp.utils.hub import is_hub_id
+from smolvlm_exp.utils.paths import CONF
 from smolvlm_exp.utils.units import GIB
-
-REFERENCE = Card("H100", 7.6e14)  # measured: 8192 x 8192 matrices
-CARDS = (8, 12, 16, 24, 48, 80)  # GB, as they are sold
-CONTEXT = 0.6  # GiB of a card that the driver and CUDA take before anything else
-SMALLER = {"idefics3": ("smolvlm_500m", "smolvlm_256m"), "smolvlm": ("smolvlm2_500m", "smolvlm2_256m")}
 
 
 def plan(config: Config, folder: Path) -> None:
-    """Print the table, what it assumes, and what helps where something does not fit.
+    """Print a line for each card, what they assume, what helps where something does not fit, and what else takes.
 
     Raises:
-        RequestError: the engine is plain TRL, the model's shape is not known, or the data cannot be read.
+        RequestError: the engine is plain TRL, the model's shape is not known, there is no such card, or the data cannot
+            be read.
     """
     if config.trainer.engine == "stock":
         raise RequestError("task=plan plans what the engine does: trainer.engine=shared.")
-    if config.model.shape is None:
-        raise RequestError(
-            f"task=plan needs model.shape, and model.id={config.model.id} comes without: choose a model=."
-        )
-    lengths, card = row_lengths(config), REFERENCE
-    if config.task.matmul_tflops is not None:
-        card = replace(REFERENCE, name="your card", matmul=config.task.matmul_tflops * 1e12)
-    budgets = {f"{size} GB card": int((size - CONTEXT) * GIB) for size in CARDS}
-    limit = budget_of(config.trainer.memory_budget)
-    if isinstance(limit, int):
-        budgets = {f"memory_budget={config.trainer.memory_budget}": limit, **budgets}
-    plans = {name: plan_within(config, lengths, budget, card) for name, budget in budgets.items()}
-    print_plans(config, lengths, card, plans)
+    config = replace(config, model=with_own_shape(config.model))
+    sheets, remark = chosen_cards(config)
+    budget_of(config.trainer.memory_budget)
+    lengths_of = RowLengthsOf()
+    lines = [line_for(config, sheet, lengths_of) for sheet in sheets]
+    print_head(config, lengths_of(config))
+    Console(width=None if Console().is_terminal else 120).print(table(config, lines))
+    print_notes(config, lines, remark)
+    print_help(config, lines, lengths_of)
+    line = next((line for line in lines if isinstance(line.plan, Plan)), lines[0])
+    print(f"\nOther work on this data, {line.sheet.name}{'' if line.sheet.reached else ', extrapolated'}:")
+    Console(width=None if Console().is_terminal else 120).print(other_work(line.config, line.sheet, line.lengths))
 
 
-def plan_within(config: Config, lengths: RowLengths, budget: int, card: Card) -> Plan | DoesNotFit:
-    trainer = config.trainer
-    times = math.ceil((lengths.rows or 0) / len(lengths.sizes))  # a sample stands for the full set
-    sizes = [group_sizes(row, trainer) for row in lengths.sizes] * max(min(times, 64), 1)
-    rows, step = RowSizes(sizes, pairs=trainer.algorithm != "sft"), max(1, trainer.pairs_per_step // trainer.group_size)
-    try:
-        return plan_step(spec_of_config(config), rows, budget, step, card, unsplittable_pairs(trainer))
-    except DoesNotFit as error:
-        return error
+def with_own_shape(model: ModelConfig) -> ModelConfig:
+    """With the dimensions of the model that `model.id` names, where it is on this disk; else the option's."""
+    released = {id_of(file.stem) for file in (CONF / "model").glob("*.yaml")}
+    if model.weights == "pretrained" and model.id not in released:
+        if file := checkpoint_file(model, "config.json"):
+            from transformers import AutoConfig
+
+            return replace(model, shape=shape_from(AutoConfig.from_pretrained(file.parent)))
+        if not is_hub_id(model.id):
+            raise RequestError(
+                f"model.id={model.id}: no folder with a config.json in it, and no name of the Hub (OWNER/NAME)."
+            )
+    if model.shape is None:
+        raise RequestError(f"task=plan needs model.shape, and model.id={model.id} comes without: choose a model=.")
+    return model
 
 
-def group_sizes(row: Sequence[int], trainer: TrainerConfig) -> Sequence[int]:
-    """A row with the answers that GRPO samples for it, at their longest: the first as chosen, the others as rejected.
-
-    Args:
-        row: tokens of the prompt, of the chosen and of the rejected answer; tiles.
-    """
-    if not trainer.samples_answers:
-        return row
-    longest: int = trainer.max_completion_length  # type: ignore[attr-defined]
-    return row[0], longest, (trainer.group_size - 1) * longest, row[3]
+def chosen_cards(config: Config) -> tuple[list[CardSheet], str]:
+    """The card that is named, else the one in this machine, else a short list; and how that came about."""
+    if config.task.card:
+        return [find_card(config.task.card)], ""
+    found = found_card()
+    if found is None:
+        return shown_cards(), "no GPU here: a choice of cards; another one: task.card=rtx3070"
+    name, sheet = found
+    if sheet is None:
+        return shown_cards(), f"{name} is not in the table of cards: a choice of others; one like it: task.card=..."
+    return [sheet], f"{name} is in this machine; for another card: task.card=rtx3070"
 
 
 def counted(trainer: TrainerConfig) -> str:
@@ -85,124 +90,78 @@ def counted(trainer: TrainerConfig) -> str:
     return f"{trainer.group_size}-answer group" if trainer.samples_answers else "pair"
 
 
-def unsplittable_pairs(config: TrainerConfig) -> int:
-    """Pairs that must go together: those of one device's batch, where the loss is not a mean over pairs."""
-    return config.per_device_train_batch_size if BATCH_LOSSES & set(getattr(config, "loss_type", ())) else 1
-
-
-def spec_of_config(config: Config) -> MemorySpec:
-    shape, adapter, trainer = config.model.shape, config.adapter, config.trainer
-    assert shape is not None
-    adapted = None
-    if adapter.type != "none":
-        names = match_target(list(linear_sizes(shape)), adapter.target)
-        dropout = adapter.lora_dropout > 0 and not getattr(trainer, "disable_dropout", False)
-        adapted = AdapterSpec(names, adapter.r, adapter.use_dora, dropout)
-    element = 4 if config.model.dtype == "float32" else 2
-    features = trainer.keep_features is not False
-    return memory_spec(shape, weight_storage(config.quant), adapted, features, element, gpu=True)
-
-
-def print_plans(config: Config, lengths: RowLengths, card: Card, plans: Mapping[str, Plan | DoesNotFit]) -> None:
-    trainer, adapter, quant, spec = config.trainer, config.adapter, config.quant, spec_of_config(config)
+def print_head(config: Config, lengths: RowLengths) -> None:
+    trainer, adapter, quant, spec = config.trainer, config.adapter, config.quant, spec_as_cached(config, lengths)
     width = f"{8 * spec.element} bits"
     if quant.load_in_4bit or quant.load_in_8bit:
         width = (quant.bnb_4bit_quant_type or "nf4") if quant.load_in_4bit else "int8"
     trained = f"{'DoRA' if adapter.use_dora else 'LoRA'} r={adapter.r}, target={adapter.target}"
     images = "image features computed once" if spec.features else "images through the vision tower in every pass"
-    print(
-        f"{config.model.id}: {spec.matrix_weights + spec.other_weights:,} weights, {width}; "
-        f"{trained if spec.adapter else 'all'}: {spec.trained_weights:,} trained\n"
-        f"{trainer.pairs_per_step // trainer.group_size} {counted(trainer)}s per step, {images}"
-    )
-    pairs = (lengths.rows or 0) * trainer.num_train_epochs
-    if trainer.max_steps > 0:
-        pairs = trainer.max_steps * trainer.pairs_per_step // trainer.group_size
-    Console(width=None if Console().is_terminal else 120).print(
-        table(plans, spec.vision.trained > 0, pairs, card, counted(trainer))
-    )
-    on_top = "sampling" if trainer.samples_answers else "the reference's log-probabilities"
-    on_top += ", image features and evaluation"
-    hours = f"{pairs:,.0f} {counted(trainer)}s" if pairs else "give the number of rows, as task.rows=5000"
-    print(
-        "activation checkpointing: none; mlp: each layer's MLP is recomputed; full: every layer is recomputed\n"
-        f"{lengths.description}\n"
-        f"trained on: {learned(lengths, trainer)}\n"
-        f"hours: {hours}; {on_top} come on top\n"
-        f"seconds: {card.name} multiplies bfloat16 matrices at {card.matmul / 1e12:.0f} TFLOP/s; for another card give "
-        "its rate, as task.matmul_tflops=165\n"
-        f"a card loses {CONTEXT} GiB to CUDA; of what is left, or of a budget, {MARGIN:.0%} stay free"
-    )
-    for name, plan in plans.items():
-        if isinstance(plan, DoesNotFit):
-            print(f"{name}: does not fit; {help_for(config, plan.budget, card)}")
-
-
-def learned(lengths: RowLengths, trainer: TrainerConfig) -> str:
-    """Which tokens of a row are trained on, on average."""
     rows = [group_sizes(row, trainer) for row in lengths.sizes]
-    pairs = trainer.algorithm != "sft"
-    answers = mean(chosen + pairs * rejected for _, chosen, rejected, _ in rows)
-    prompt = mean(row[0] for row in rows)
-    return (
-        f"{answers:,.0f} tokens of answers per {counted(trainer)}; none of the prompt's {prompt:,.0f}, images included"
+    answers = mean(chosen + (trainer.algorithm != "sft") * rejected for _, chosen, rejected, _ in rows)
+    tiles = mean(row[3] for row in rows)
+    what = counted(trainer)
+    print(
+        f"{config.model.id}: {spec.matrix_weights + spec.other_weights:,} parameters, {width}; "
+        f"{trained if spec.adapter else 'all'}: {spec.trained_weights:,} trained\n"
+        f"{trainer.pairs_per_step // trainer.group_size} {what}s per step, {images}\n"
+        f"{lengths.description}\n"
+        f"per {what}: {mean(row[0] for row in rows):,.0f} tokens of prompt, {tiles * spec.image_tokens:,.0f} of them "
+        f"image tokens; {answers:,.0f} tokens of answers, which are trained on"
     )
+    print(f"{download_line(config, lengths)}\n{cache_line(config, lengths)}")
 
 
-def table(plans: Mapping[str, Plan | DoesNotFit], vision: bool, pairs: float, card: Card, counted: str) -> Table:
-    """
-    Args:
-        vision: gradients reach the vision tower.
-        pairs: in the run, or what else is `counted`; 0: unknown.
-    """
-    shown = Table("", "micro-batch x passes", "checkpointing", "peak GiB", f"s per {counted}, {card.name}", "hours")
+def table(config: Config, lines: Sequence[Line]) -> Table:
+    speed = f"s per {counted(config.trainer)}"
+    shown = Table("card", "longest_edge", "micro-batch x passes", "checkpointing", "peak GiB", speed, "hours")
     for column in shown.columns:
-        column.justify = "left" if column.header in ("", "checkpointing") else "right"
-    for name, plan in plans.items():
+        column.justify = "left" if column.header in ("card", "checkpointing") else "right"
+    for line in lines:
+        plan, name = line.plan, f"{line.sheet.key}, {line.sheet.memory:.3g} GB{'' if line.sheet.reached else ' *'}"
         if isinstance(plan, DoesNotFit):
-            shown.add_row(name, "does not fit", "", f"{plan.least.peak / GIB:.1f} at least", "", "")
+            shown.add_row(name, str(line.edge), "does not fit", "", f"{plan.least.peak / GIB:.1f} at least", "", "")
             continue
-        hours = f"{pairs * plan.seconds / 3600:.2f}" if pairs else "?"
-        level = f"text {plan.checkpointing}, vision {plan.vision_checkpointing}" if vision else plan.checkpointing
-        step = f"{plan.micro_batch} x {plan.accumulation}"
-        shown.add_row(name, step, level, f"{plan.peak / GIB:.1f}", f"{plan.seconds:.3f}", hours)
+        levels = plan.checkpointing
+        if spec_of_config(line.config).vision.trained:
+            levels = f"text {levels}, vision {plan.vision_checkpointing}"
+        edge = f"{line.edge}" if line.config is config else f"only {line.edge}"
+        hours = between(*(sum(parts.values()) / 3600 for parts in line.parts)) if line.parts[0] else "?"
+        cells = f"{plan.micro_batch} x {plan.accumulation}", levels, f"{plan.peak / GIB:.1f}"
+        shown.add_row(name, edge, *cells, between(*line.pair), hours)
     return shown
 
 
-def help_for(config: Config, budget: int, card: Card) -> str:
-    """The first change of settings that makes it fit, alone or with those before it."""
-    overrides, together = [], config
-    for override, group, values in changes(config):
-        overrides.append(override)
-        alone, together = (replace(c, **{group: replace(getattr(c, group), **values)}) for c in (config, together))
-        for changed, command in ((alone, override), (together, " ".join(overrides))):
-            if isinstance(plan_within(changed, row_lengths(changed), budget, card), Plan):
-                return f"with {command} it does"
-    return "no setting here changes that"
+def print_notes(config: Config, lines: Sequence[Line], remark: str) -> None:
+    trainer = config.trainer
+    if remark:
+        print(remark)
+    if not all(line.sheet.reached for line in lines):
+        print(
+            "* extrapolated: of this card there is a data sheet and no measurement. At best and at worst what cards "
+            "reach of their data sheets, and hosts of various speed; measured are H100 and H200"
+        )
+    if any(not line.sheet.has_kernels for line in lines):
+        old = ", ".join(line.sheet.key for line in lines if not line.sheet.has_kernels)
+        print(f"{old}: in float16, without Triton's kernels and flash attention")
+    if waiting := ", ".join(line.sheet.key for line in lines if line.host_decides):
+        print(f"{waiting}: the host decides, which starts the kernels, and not the card")
+    print("activation checkpointing: none; mlp: each layer's MLP is recomputed; full: every layer is recomputed")
+    first = next((line for line in lines if line.parts and line.parts[0]), None)
+    if first is None:
+        print("hours: give the number of rows, as task.rows=5000")
+    else:
+        parts = sorted(first.parts[0], key=lambda name: -first.parts[1][name])
+        shares = (f"{name} {between(*(part[name] / 60 for part in first.parts))}" for name in parts)
+        count = f"{rows_read(trainer, first.lengths.rows or 0):,.0f} {counted(trainer)}s"
+        print(f"hours: {count} and all around them; on {first.sheet.key}, in minutes: {', '.join(shares)}")
+    print(f"a card loses {CONTEXT} GiB to CUDA; of what is left, or of a budget, {MARGIN:.0%} stay free")
+    if isinstance(budget_of(trainer.memory_budget), int):
+        print(f"at most trainer.memory_budget={trainer.memory_budget} of each card")
 
 
-def changes(config: Config) -> Iterator[tuple[str, str, dict[str, Any]]]:
-    """Changes that take less memory, best first: the override to type, its group, the new values in that group."""
-    trainer, spec = config.trainer, spec_of_config(config)
-    if not spec.adapter:
-        yield "adapter=dora", "adapter", {"type": "lora", "use_dora": True, "target": "text"}
-    elif spec.vision.trained:
-        yield "adapter.target=text", "adapter", {"target": "text"}
-    elif not spec.features:
-        yield "trainer.keep_features=true", "trainer", {"keep_features": True}
-    if not spec.weights.startswith("4bit"):
-        yield "quant=nf4", "quant", {"load_in_8bit": False, "load_in_4bit": True}
-    if unsplittable_pairs(trainer) > 1:
-        sizes = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": trainer.pairs_per_step}
-        yield " ".join(f"trainer.{key}={value}" for key, value in sizes.items()), "trainer", sizes
-    shape = config.model.shape
-    assert shape is not None
-    for name in SMALLER[shape.architecture]:
-        smaller = shape_of(name)
-        if smaller.hidden_size < shape.hidden_size:
-            values: dict[str, Any] = {"id": id_of(name), "adapter": None, "shape": smaller}
-            override = f"model={name}"
-            if config.model.longest_edge is not None:  # as many tiles, which may have another size there
-                values["longest_edge"] = config.model.longest_edge // shape.image_size * smaller.image_size
-                override += f" model.longest_edge={values['longest_edge']}"
-            yield override, "model", values
+def print_help(config: Config, lines: Sequence[Line], lengths_of: RowLengthsOf) -> None:
+    """What to change where a card is too small."""
+    for line in lines:
+        if isinstance(line.plan, DoesNotFit) or line.config is not config:
+            print(f"{line.sheet.key}: does not fit as asked; {help_for(config, line.sheet, lengths_of)}")

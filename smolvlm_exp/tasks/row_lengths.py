@@ -35,7 +35,23 @@ HUB_ROWS = {
 class RowLengths:
     sizes: list[tuple[int, int, int, int]]  # tokens of prompt, chosen, rejected, and tiles: of all rows or a sample
     rows: int | None  # of the data set
+    held_out: int | None  # its rows for evaluation
+    truth: bool  # it knows what is true of them
     description: str  # of where these numbers come from
+
+
+class RowLengthsOf:
+    """`row_lengths`, read once for each model, resolution and kind of row."""
+
+    def __init__(self) -> None:
+        self.known: dict[str, RowLengths] = {}
+
+    def __call__(self, config: Config) -> RowLengths:
+        trainer = config.trainer
+        key = repr((config.model, config.data, config.task, trainer.samples_answers, trainer.needs_rejected))
+        if key not in self.known:
+            self.known[key] = row_lengths(config)
+        return self.known[key]
 
 
 def row_lengths(config: Config) -> RowLengths:
@@ -64,7 +80,9 @@ def row_lengths(config: Config) -> RowLengths:
         f"and answers of {short} tokens; the longest have {most_tiles} tiles and answers of {long} tokens "
         "(task.image_size, task.answer_tokens)"
     )
-    return RowLengths(sizes, task.rows or hub_rows(data), description)
+    rows = task.rows or hub_rows(data, data.train)
+    held_out = hub_rows(data, data.test) or (rows and round(getattr(data, "test_fraction", 0.0) * rows))
+    return RowLengths(sizes, rows, held_out, False, description)
 
 
 def sample_lengths(data: Any, model: ModelConfig, shape: Shape, trainer: TrainerConfig) -> RowLengths:
@@ -104,7 +122,9 @@ def sample_lengths(data: Any, model: ModelConfig, shape: Shape, trainer: Trainer
         f"rows: {len(sizes)} of data={data.source}, the longest {longest:,} tokens, "
         f"at most {max(size[3] for size in sizes)} tiles ({method})"
     )
-    return RowLengths(sizes, count or len(rows), description)
+    held_out: int | None = getattr(data, "test_rows", None)
+    tested = load_rows(replace(data, test_rows=1) if held_out else data, "test")
+    return RowLengths(sizes, count or len(rows), held_out or len(tested), "truth" in tested.column_names, description)
 
 
 def model_resolution(model: ModelConfig, shape: Shape) -> Resolution:
@@ -139,10 +159,11 @@ def token_counter(model: ModelConfig) -> tuple[Callable[[str], int], str]:
     return lambda text: len(tokenizer.encode(text, add_special_tokens=False).ids), "the model's own tokenizer"
 
 
-def hub_rows(data: Any) -> int | None:
-    """How many rows `data.train` names, where the size of the data set is known."""
-    from smolvlm_exp.data.loading import spans_of
+def hub_rows(data: Any, split: str) -> int | None:
+    """How many rows a split or slice names, where the size of the data set is known."""
+    from smolvlm_exp.data.loading import spans_of, split_names
 
-    if data.id not in HUB_ROWS:
+    known = HUB_ROWS.get(data.id, {})
+    if not split_names(split) <= known.keys():
         return None
-    return sum(stop - start for _, start, stop in spans_of(data.train, HUB_ROWS[data.id]))
+    return sum(stop - start for _, start, stop in spans_of(split, known))

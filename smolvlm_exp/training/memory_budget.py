@@ -15,6 +15,7 @@ from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
 from smolvlm_exp.engine.memory import planner, probe
 from smolvlm_exp.engine.memory.footprint import LEVELS, MemorySpec, RowSizes, moments, saved_activations
 from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit, Plan, format_bytes
+from smolvlm_exp.engine.memory.roofline import CPU, Card
 from smolvlm_exp.engine.model_parts import base_of
 from smolvlm_exp.models.shape import shape_from
 from smolvlm_exp.training.arguments import TrainerConfig, budget_of
@@ -60,7 +61,7 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
     free = min(gather(probe.available_memory())) if gpu else None  # all processes plan alike
     budget = min(size for size in (requested, free) if isinstance(size, int))
     spec = spec_of_model(trainer, gpu)
-    card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else planner.CPU
+    card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else CPU
     for counted in trainer.planned:
         try:
             plan = planned(config, trainer, spec, budget, card, counted, pairs)
@@ -78,7 +79,7 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
 
 
 def planned(
-    config: TrainerConfig, trainer: Any, spec: MemorySpec, budget: int, card: planner.Card, counted: int, pairs: bool
+    config: TrainerConfig, trainer: Any, spec: MemorySpec, budget: int, card: Card, counted: int, pairs: bool
 ) -> Plan:
     """The best plan whose micro-batches are rows of `counted` of the trainer's items each.
 
@@ -134,7 +135,7 @@ def spec_of_model(trainer: Any, gpu: bool) -> MemorySpec:
         replace(stack, fused=hasattr(layers[0].forward, "checkpointing"))
         for stack, layers in ((spec.text, core.text_model.layers), (spec.vision, core.vision_model.encoder.layers))
     )
-    return replace(spec, text=text, vision=vision)
+    return replace(spec, text=text, vision=vision, graphs=getattr(trainer, "can_replay", False))
 
 
 def run_longest(trainer: Any, spec: MemorySpec, counted: int, plan: Plan) -> None:

@@ -68,6 +68,13 @@ def duration(seconds: float) -> str:
     return f"{int(seconds // 3600)} h {int(seconds % 3600 // 60):02d} min"
 
 
+def between(low: float, high: float) -> str:
+    """A range to two significant digits: 0.026 to 0.041, 12 to 15."""
+    digits = max(0, 1 - math.floor(math.log10(low))) if low > 0 else 0
+    ends = f"{low:.{digits}f}", f"{high:.{digits}f}"
+    return " to ".join(dict.fromkeys(ends))
+
+
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
     """Full key -> its last part (`adapter.r` -> `r`), or the full key where two end alike."""
     last = [key.rsplit(".", 1)[-1] for key in keys]

@@ -10,18 +10,22 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.engine.forward import image_features
+from smolvlm_exp.engine.memory import roofline
 from smolvlm_exp.engine.memory.footprint import RowSizes
-from smolvlm_exp.engine.memory.planner import CPU
+from smolvlm_exp.engine.memory.roofline import CPU, PRODUCTS
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.models.model import load_processor
 from smolvlm_exp.models.shape import model_config
 from smolvlm_exp.tasks import cpu_time
-from smolvlm_exp.tasks.plan import spec_of_config
 from smolvlm_exp.tasks.train import train
+from smolvlm_exp.tasks.workload import image_seconds, spec_of_config
 from tests.conftest import compose
 
 REAL = ("model=smolvlm_256m", "model.weights=random", "quant=none", "data.train_rows=8", "data.test_rows=4")
-ONE = replace(CPU, matmul=1.0, reached=1.0)  # a second per operation
+ATTENTION = (PRODUCTS, PRODUCTS)
+ONE = replace(  # a second per operation
+    CPU, matmul=1 / PRODUCTS, bandwidth=float("inf"), text_attention=ATTENTION, vision_attention=ATTENTION
+)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
@@ -54,6 +58,7 @@ def test_evaluation_alone_is_announced_too(tmp_path, capsys, monkeypatch):
     assert "fewer rows (data.test)" in (said := capsys.readouterr().out)
     assert "training" not in said
     sizes, spec = [np.empty((0, 4)), cpu_time.row_sizes(rows.test, processor)], spec_of_config(config)
+    config.trainer.max_steps = 5  # of the run that is evaluated
     alone = cpu_time.predict(config, spec, CPU, rows, sizes).total
     config.model.adapter = "an/adapter"
     assert alone < cpu_time.predict(config, spec, CPU, rows, sizes).total <= 2 * alone
@@ -65,13 +70,15 @@ def test_a_short_run_says_and_measures_nothing(rows, model, processor, capsys, m
     assert not capsys.readouterr().out
 
 
-def test_the_towers_operations_are_counted(model):
-    spec = replace(spec_of_config(compose("quant=none")), features=False)
+def test_the_towers_operations_are_counted(model, monkeypatch):
+    monkeypatch.setattr(roofline, "RAMP", 0)
+    monkeypatch.setattr(roofline, "KERNEL", 0.0)
+    spec = spec_of_config(compose("quant=none"))
     core, side = core_of(model), spec.pixels // 3
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         image_features(core, torch.zeros(5, 3, round(side**0.5), round(side**0.5)))
     rows = RowSizes([(200, 20, 10, 5)])
-    assert cpu_time.images(spec, rows, 1, ONE) == pytest.approx(counter.get_total_flops(), rel=0.1)
+    assert image_seconds(spec, rows, 1, ONE) == pytest.approx(counter.get_total_flops(), rel=0.1)
 
 
 def test_what_one_tile_per_image_leaves():

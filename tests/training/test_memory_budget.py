@@ -5,6 +5,7 @@ import torch
 
 from smolvlm_exp.engine.memory import planner as memory
 from smolvlm_exp.engine.memory import probe
+from smolvlm_exp.engine.memory.roofline import CPU
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training import memory_budget
 from smolvlm_exp.training.memory_budget import memory_cap
@@ -60,8 +61,8 @@ def test_a_probed_run_trains_as_an_unplanned_one(quick, tmp_path, capsys, monkey
         (tmp_path / name).mkdir()
         if budget == "auto":
             monkeypatch.setattr(memory_budget, "on_gpu", lambda trainer: True)
-            monkeypatch.setattr(probe, "available_memory", lambda: 88 * 2**20)
-            monkeypatch.setattr(probe, "measure_card", lambda dtype: memory.CPU)
+            monkeypatch.setattr(probe, "available_memory", lambda: 84 * 2**20)
+            monkeypatch.setattr(probe, "measure_card", lambda dtype: CPU)
             monkeypatch.setattr(probe, "measure", measured)
             monkeypatch.setattr(memory, "proposals", proposed)
         train(quick(f"trainer.memory_budget={budget}", *SIGMOID, *STEP), tmp_path / name)

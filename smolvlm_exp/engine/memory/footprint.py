@@ -77,6 +77,7 @@ class MemorySpec:
     features: bool = False  # images come as precomputed features
     gpu: bool = True
     triton: bool = True  # kernels between the products, on a GPU
+    graphs: bool = False  # the text model's passes are replayed as CUDA graphs, where they can be
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from typing import Any
 import psutil
 import torch
 
-from smolvlm_exp.engine.memory.planner import Card, DoesNotFit, Plan, best, fits_budget
+from smolvlm_exp.engine.memory.cards import PASSES_REACH, attention_shares, has_kernels
+from smolvlm_exp.engine.memory.planner import DoesNotFit, Plan, best, fits_budget
+from smolvlm_exp.engine.memory.roofline import Card
 from smolvlm_exp.utils.progress import track
 
 log = logging.getLogger(__name__)
@@ -150,15 +152,26 @@ def in_halves(function: Callable[[torch.Tensor], torch.Tensor], batch: torch.Ten
 
 
 def measure_card(dtype: Any) -> Card:
-    """The current GPU, its matrix products in `dtype` timed."""
+    """The current GPU, its matrix products in `dtype` and its memory timed."""
     generator = torch.Generator("cuda").manual_seed(0)  # leaves the run's random state alone
     left = torch.randn(4096, 4096, device="cuda", generator=generator).to(dtype)
+    matmul = 2 * 4096**3 / timed(lambda: left @ left)
+    buffer = torch.zeros(2**27, dtype=torch.uint8, device="cuda")  # more than a card's L2 cache
+    bandwidth = 2 * len(buffer) / timed(lambda: buffer.bitwise_not_())
+    capability = torch.cuda.get_device_capability()
+    text, vision = attention_shares(capability)
+    name, kernels = torch.cuda.get_device_name(), has_kernels(capability)
+    return Card(name, matmul, PASSES_REACH * bandwidth, text, vision, kernels=kernels)
+
+
+def timed(function: Callable[[], Any], times: int = 10) -> float:
+    """Seconds that the GPU takes for it."""
     events = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
     for _ in range(3):
-        left @ left
+        function()
     events[0].record()
-    for _ in range(10):
-        left @ left
+    for _ in range(times):
+        function()
     events[1].record()
     torch.cuda.synchronize()
-    return Card(torch.cuda.get_device_name(), 10 * 2 * 4096**3 / (events[0].elapsed_time(events[1]) / 1e3))
+    return float(events[0].elapsed_time(events[1])) / 1e3 / times

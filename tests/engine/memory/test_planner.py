@@ -12,8 +12,9 @@ from trl.kernels import chunked_logprob
 from smolvlm_exp.engine import forward
 from smolvlm_exp.engine.inputs.packing import pack
 from smolvlm_exp.engine.memory import footprint
+from smolvlm_exp.engine.memory.cards import find_card
 from smolvlm_exp.engine.memory.footprint import RowSizes, moments, peak, resident
-from smolvlm_exp.engine.memory.planner import MARGIN, Card, DoesNotFit, best, plan, proposals, seconds
+from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit, best, plan, proposals
 from smolvlm_exp.models.adapter import AdapterConfig, match_target
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import shape_of
@@ -21,20 +22,20 @@ from smolvlm_exp.training.memory_spec import AdapterSpec, linear_sizes, memory_s
 from smolvlm_exp.utils.units import GIB
 
 NF4 = QuantConfig(load_in_4bit=True, bnb_4bit_use_double_quant=True)
-H100 = Card("H100", 7.6e14)
+H100 = find_card("h100").expected()
 # benchmarks/step.py on one H100, since the MLP's gradient is written over what was recomputed on one H200:
 # SmolVLM-Instruct's shape, nf4, DoRA r=8, 13 tiles per pair. GiB of max_memory_allocated in a step without an
-# optimiser, the same on both cards, and the H100's ms per pair where the host is not the limit.
+# optimiser, the same on both cards; their seconds are in test_roofline.py.
 MEASURED = [
-    ("text", "none", 1, 3.75, None), ("text", "none", 4, 10.27, 34.2),
-    ("text", "none", 8, 18.95, 29.2), ("text", "none", 16, 35.74, 28.0),
-    ("text", "mlp", 1, 2.64, None), ("text", "mlp", 4, 5.85, 38.6), ("text", "mlp", 8, 10.13, 33.1),
-    ("text", "mlp", 16, 18.40, 31.8), ("text", "full", 1, 1.83, None), ("text", "full", 4, 2.62, 46.0),
-    ("text", "full", 8, 3.67, 40.0), ("text", "full", 16, 5.70, 38.6),
-    ("recipe", "full", 1, 2.47, None), ("recipe", "full", 4, 5.06, 111.8), ("recipe", "full", 8, 8.51, 108.4),
-    ("recipe", "mlp", 1, 6.00, None), ("recipe", "mlp", 4, 19.24, 95.6),
-    ("recipe", "mlp", 8, 36.88, 92.1), ("recipe", "none", 1, 9.17, None),
-    ("recipe", "none", 4, 31.87, 86.5), ("recipe", "none", 8, 62.11, 84.1),
+    ("text", "none", 1, 3.75), ("text", "none", 4, 10.27),
+    ("text", "none", 8, 18.95), ("text", "none", 16, 35.74),
+    ("text", "mlp", 1, 2.64), ("text", "mlp", 4, 5.85), ("text", "mlp", 8, 10.13),
+    ("text", "mlp", 16, 18.40), ("text", "full", 1, 1.83), ("text", "full", 4, 2.62),
+    ("text", "full", 8, 3.67), ("text", "full", 16, 5.70),
+    ("recipe", "full", 1, 2.47), ("recipe", "full", 4, 5.06), ("recipe", "full", 8, 8.51),
+    ("recipe", "mlp", 1, 6.00), ("recipe", "mlp", 4, 19.24),
+    ("recipe", "mlp", 8, 36.88), ("recipe", "none", 1, 9.17),
+    ("recipe", "none", 4, 31.87), ("recipe", "none", 8, 62.11),
 ]  # fmt: skip
 # The same on an H200 with SMOLVLM_EXP_WITHOUT=flash,triton; GiB.
 TORCH_CODE = [
@@ -62,8 +63,8 @@ def benchmark_rows(pairs):
 LONG = RowSizes([(1225, 130, 130, 13)] * 64)
 
 
-@pytest.mark.parametrize(("target", "level", "pairs", "measured", "_ms"), MEASURED)
-def test_the_formula_predicts_the_measured_peak(target, level, pairs, measured, _ms):
+@pytest.mark.parametrize(("target", "level", "pairs", "measured"), MEASURED)
+def test_the_formula_predicts_the_measured_peak(target, level, pairs, measured):
     spec = facts(target)
     predicted = resident(spec) - moments(spec) + peak(spec, benchmark_rows(pairs).longest(pairs), level, level)
     assert predicted / GIB == pytest.approx(measured, rel=0.015)
@@ -77,12 +78,6 @@ def test_without_kernels_too(model, target, level, pairs, measured):
     rows = RowSizes([(prompt - tokens, *answers, 13)] * pairs)
     predicted = resident(spec) - moments(spec) + peak(spec, rows.longest(pairs), level, level)
     assert predicted / GIB == pytest.approx(measured, rel=0.07)
-
-
-@pytest.mark.parametrize(("target", "level", "pairs", "_gib", "ms"), [row for row in MEASURED if row[-1]])
-def test_the_formula_predicts_the_measured_speed(target, level, pairs, _gib, ms):
-    load = benchmark_rows(pairs).average(pairs)
-    assert 1e3 * seconds(facts(target), load, level, level, H100) / pairs == pytest.approx(ms, rel=0.12)
 
 
 def test_chunk_sizes_are_those_of_the_code_they_describe():
