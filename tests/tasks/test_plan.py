@@ -142,12 +142,12 @@ def test_downloads_and_the_cache_are_told(capsys):
 
 
 def test_where_the_host_decides_is_told(capsys):
-    """DoRA on the 256M's tower waits for the host; its text model's passes are CUDA graphs, and the 2.2B has more to do."""
+    """Two pairs with an adapter on the 256M's tower wait for the host; its text model's passes alone are CUDA graphs."""
     said = "h200: the host decides, which starts the kernels, and not the card"
     asked = ("data=rlaif_v", "task.card=h200", "trainer.cache_ram=40GiB")
-    small = output_of(capsys, "model=smolvlm_256m", "adapter.target=recipe", *asked)
-    assert said in small
-    assert said not in output_of(capsys, "model=smolvlm_256m", "adapter.target=text", *asked)
+    small = ("model=smolvlm_256m", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2")
+    assert said in output_of(capsys, *small, "adapter.target=recipe", *asked)
+    assert said not in output_of(capsys, *small, "adapter.target=text", *asked)
     assert said not in output_of(capsys, "model=smolvlm", "adapter.target=recipe", *asked)
 
 
