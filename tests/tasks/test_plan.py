@@ -142,7 +142,7 @@ def test_downloads_and_the_cache_are_told(capsys):
 
 
 def test_where_the_host_decides_is_told(capsys):
-    """Two pairs with an adapter on the 256M's tower wait for the host; its text model's passes alone are CUDA graphs."""
+    """Two pairs with an adapter on the 256M's tower wait for the host; without one, the passes are CUDA graphs."""
     said = "h200: the host decides, which starts the kernels, and not the card"
     asked = ("data=rlaif_v", "task.card=h200", "trainer.cache_ram=40GiB")
     small = ("model=smolvlm_256m", "trainer.per_device_train_batch_size=1", "trainer.gradient_accumulation_steps=2")
