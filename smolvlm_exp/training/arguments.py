@@ -225,7 +225,7 @@ def build_trl_config(
         built: Any = build(config)
     except Exception as error:
         raise upstream_refuses("trainer", config, build, error) from error
-    if built.mixed_precision != ("bf16" if built.bf16 else "no"):
+    if built.mixed_precision != ("bf16" if built.bf16 else "fp16" if built.fp16 else "no"):
         raise RequestError(
             f"ACCELERATE_MIXED_PRECISION={built.mixed_precision} (accelerate launch --mixed_precision): the precision "
             f"is model.dtype's, here {resolve_dtype(dtype)}. Use model.dtype=bfloat16, or --mixed_precision no."

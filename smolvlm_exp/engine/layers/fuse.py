@@ -190,6 +190,7 @@ def free_graphs(core: Any) -> None:
     stack = stack_of(core)
     if stack is not None:
         stack.graphs.free()
+        stack.graphs.too_large = False  # perhaps not for what comes next
 
 
 @dataclass
