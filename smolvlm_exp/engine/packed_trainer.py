@@ -83,6 +83,8 @@ class PackedTrainer(StepTrainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As transformers does; then the workers end: torch 2.11 waits five seconds for each at exit."""
         self.rows.few_lengths = self.can_replay
+        if stack := stack_of(core_of(self.model)):
+            stack.warm = False
         try:
             return super().train(*args, **kwargs)
         finally:

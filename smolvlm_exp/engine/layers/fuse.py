@@ -24,6 +24,7 @@ from smolvlm_exp.engine.layers.layout import Layout
 from smolvlm_exp.engine.layers.linear import Product, base_of, linear_obstacles
 from smolvlm_exp.engine.layers.quantized_weights import is_8bit
 from smolvlm_exp.engine.memory.footprint import ALIGNED, TEXT, VISION
+from smolvlm_exp.engine.memory.probe import free_memory
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.utils.gpu import has
 
@@ -117,7 +118,7 @@ class TextStack:
 
     def __init__(self, layers: list[FusedTextLayer]) -> None:
         self.layers, self.graphs, self.replays = layers, StackGraphs(layers), False
-        self.warm = False  # a pass has compiled its kernels
+        self.warm = False  # a pass has compiled its kernels, and taken what memory it takes
 
     @property
     def hooked(self) -> bool:
@@ -127,7 +128,7 @@ class TextStack:
 
     @property
     def can_replay(self) -> bool:
-        """On a GPU, with every adapter trained in float32 and nothing in a layer that waits for the device."""
+        """On a GPU that has Triton, where nothing in a layer waits for the device."""
         return has("triton") and not any(is_8bit(module) for fused in self.layers for module in fused.layer.modules())
 
     def __call__(self, hidden: torch.Tensor, layout: Layout, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -139,14 +140,20 @@ class TextStack:
             (T, H) the last layer's hidden states, before the final norm.
         """
         if self.replays and torch.is_grad_enabled():
-            if self.warm:
-                result = self.replay(hidden, layout, cos, sin)
-                if result is not None:
-                    return result
+            result = self.replay(hidden, layout, cos, sin) if self.warm and self.has_room(hidden.device) else None
+            if result is not None:
+                return result
             self.warm = True
         for layer in self.layers:
             hidden = layer.run(hidden, TextContext(layer.products(hidden.dtype), layout, cos, sin))
         return hidden
+
+    def has_room(self, device: torch.device) -> bool:
+        """For a pass's memory twice: a graph keeps its own, and what is computed beside it takes some too."""
+        if self.graphs.passes:
+            return True
+        needed = torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+        return 2 * needed <= free_memory(device)
 
     def replay(self, hidden: torch.Tensor, layout: Layout, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor | None:
         cu_queries, cu_keys, *longest = layout.sequences
@@ -190,7 +197,6 @@ def free_graphs(core: Any) -> None:
     stack = stack_of(core)
     if stack is not None:
         stack.graphs.free()
-        stack.graphs.too_large = False  # perhaps not for what comes next
 
 
 @dataclass

@@ -5,10 +5,9 @@ Graphs read and write where they did when they were captured, so what a pass is 
 the adapters alone (`Product`) has a graph of its own, replayed once per optimiser step.
 """
 
-import logging
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -16,9 +15,6 @@ import torch
 from smolvlm_exp.engine.layers.dora import ParameterVersion
 from smolvlm_exp.engine.layers.fused_layer import FusedLayer, LayerContext, SavedActivations
 from smolvlm_exp.engine.layers.linear import Product, active_adapter, workspaces
-from smolvlm_exp.engine.memory.probe import out_of_memory
-
-log = logging.getLogger(__name__)
 
 Tensors = dict[str, torch.Tensor]
 ContextOf = Callable[[list[Product], Tensors], LayerContext]
@@ -29,7 +25,6 @@ class StackGraphs:
 
     def __init__(self, layers: Sequence[FusedLayer]) -> None:
         self.layers = layers
-        self.too_large = False  # for the memory that there is
         self.forget()
 
     def free(self) -> None:
@@ -48,31 +43,20 @@ class StackGraphs:
         self.held: list[torch.Tensor] = []
 
     def run(self, hidden: torch.Tensor, tensors: Tensors, shape: tuple[Any, ...], context_of: ContextOf) -> Any:
-        """The last layer's result for `hidden`, (T, H), for autograd.
-
-        None: no memory for it, or the pass before has not gone back yet.
+        """The last layer's result for `hidden`, (T, H), for autograd; None: the one before has not gone back yet.
 
         Args:
             tensors: whatever else of the batch the layers read; `shape`: what they do not read from tensors.
         """
         key = (hidden.shape, hidden.dtype, hidden.requires_grad, *shape, *(t.shape for t in tensors.values()))
         key = (*key, *(layer.checkpointing for layer in self.layers))
-        if self.too_large or any(one.under_way for one in self.passes.values()):
+        if any(one.under_way for one in self.passes.values()):
             return None
         if key not in self.passes and any(len(hidden) > len(one.hidden) for one in self.passes.values()):
             self.free()  # so that the largest is captured first, and the others fit into its memory
         self.update(hidden.dtype)
         if key not in self.passes:
-            try:
-                self.passes[key] = Pass(self, hidden, tensors, context_of)
-            except RuntimeError as error:
-                if not out_of_memory(error):
-                    raise
-                self.too_large = True
-        if self.too_large:
-            self.free()
-            log.info("engine: no memory for CUDA graphs; each kernel is launched")
-            return None
+            self.passes[key] = Pass(self, hidden, tensors, context_of)
         anchor = next(p for products in self.products for product in products for p in product.parameters)
         return Replay.apply(self.passes[key], hidden, tensors, anchor)
 
@@ -96,17 +80,18 @@ class StackGraphs:
         """What is launched within becomes a graph; nothing is computed yet."""
         if self.pool is None:
             self.pool = torch.cuda.graph_pool_handle()
-            self.stream = torch.cuda.Stream()  # one for all: memory is used again on its own stream alone
-        graph, stream = torch.cuda.CUDAGraph(), self.stream
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.empty_cache()  # for the pool
         with torch.no_grad(), torch.cuda.stream(stream):
-            # Relaxed: where memory runs out, what is cached may be given back, and a kernel may still be loaded.
-            graph.capture_begin(pool=self.pool, capture_error_mode="relaxed")
+            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 yield graph
-            finally:
-                graph.capture_end()
+            except BaseException:
+                with suppress(RuntimeError):  # that it failed is known
+                    graph.capture_end()
+                raise
+            graph.capture_end()
         torch.cuda.current_stream().wait_stream(stream)
         self.held += workspaces()  # which a larger one may replace
 
@@ -131,13 +116,15 @@ class Pass:
                 steps.append((layer, context, saved))
         self.result, self.dresult = result, torch.empty_like(result)
         needs_input = hidden.requires_grad
+        adapted = (i for i, products in enumerate(graphs.products) if any(product.parameters for product in products))
+        lowest = 0 if needs_input else next(adapted)  # below it there is nothing to learn
         with graphs.captured() as self.backward:
             dhidden: torch.Tensor | None = self.dresult
             gradients: list[torch.Tensor] = []
-            while steps:
+            while len(steps) > lowest:
                 layer, context, saved = steps.pop()
                 assert dhidden is not None
-                dhidden, own = layer.backward(saved, context, dhidden, bool(steps) or needs_input)
+                dhidden, own = layer.backward(saved, context, dhidden, len(steps) > lowest or needs_input)
                 gradients = [*own, *gradients]
                 del saved, own
             self.dhidden = dhidden if needs_input else None
