@@ -17,7 +17,10 @@ PRODUCTS = 0.9  # of a large product's rate, by the products of deep layers
 RAMP = 100  # columns of depth that a product loses while it begins
 KERNEL = 3e-6  # seconds that the smallest kernel and the gap behind it take of the device
 TRAINER = 1.05  # a run's step over its passes: waiting for data, metrics
-WITHOUT_KERNELS = 7.0, 2.5  # the traffic and launches of torch code (ops.py) over those of the kernels it stands in for
+WITHOUT_KERNELS = (
+    10.0,
+    1.2,
+)  # the traffic and launches of torch code (ops.py) over those of the kernels it stands in for
 # Kernels that a layer starts in its forward and its backward pass, in what checkpointing repeats of it (mlp, full), and
 # once in an optimizer step to put its adapters together (LoRA, DoRA): of the text model, of the vision tower.
 TEXT_LAUNCHES, VISION_LAUNCHES = (33, 67, 7, 27, 27, 74), (20, 40, 3, 15, 40, 50)

@@ -114,6 +114,13 @@ EARLIER = [
 REPLAYED = [
     ("h200", "smolvlm_256m", "text", "dora", "none", 16, 16, 13, 0.0050),
 ]
+# benchmarks/step.py on an H200 with SMOLVLM_EXP_WITHOUT=flash,triton, and what memory-efficient attention reaches.
+TORCH_CODE_SECONDS = [
+    ("smolvlm", "text", "none", 4, 0.095), ("smolvlm", "text", "mlp", 4, 0.1018), ("smolvlm", "text", "full", 4, 0.12),
+    ("smolvlm", "recipe", "full", 4, 0.3159), ("smolvlm_256m", "text", "none", 4, 0.0464),
+    ("smolvlm_256m", "text", "none", 16, 0.0194),
+]  # fmt: skip
+EFFICIENT = 0.12, 0.078
 # The best plan within a budget in GiB, by `proposals`: RESULTS, "The smaller models"; LOG, 5f61721; anew.
 BUDGETS = [
     ("smolvlm_500m", "recipe", 8, 0.0498, 0.0502), ("smolvlm_500m", "recipe", 12, 0.0465),
@@ -178,6 +185,14 @@ def test_measured_seconds_are_predicted(case):
 @pytest.mark.parametrize("case", REPLAYED, ids=named)
 def test_those_with_cuda_graphs_too(case):
     assert_near(case[:8], case[8:], graphs=True)
+
+
+@pytest.mark.parametrize(("model", "target", "level", "pairs", "measured"), TORCH_CODE_SECONDS)
+def test_without_kernels_too(model, target, level, pairs, measured):
+    card = replace(find_card("h200").expected(), kernels=False, text_attention=EFFICIENT, vision_attention=EFFICIENT)
+    load = rows_of(model, 13).average(pairs)
+    predicted = roofline.seconds(replace(spec_of(model, target), triton=False), load, (level, level), card) / pairs
+    assert predicted == pytest.approx(measured, rel=EARLIER_NEAR)
 
 
 @pytest.mark.parametrize("case", EARLIER, ids=named)
