@@ -10,6 +10,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.models.quant import PARTS
 from smolvlm_exp.models.saved_check import BASE, check_adapter_fields, check_base
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
@@ -32,7 +33,6 @@ TARGETS: dict[str, str | list[str]] = {
 ADAPTER_ELSEWHERE = {"target_modules": "adapter.target"}  # arguments of PEFT's that other settings are
 FROM_DATA = ("eva", "corda", "lora_ga")  # initialisations
 START = "adapter_start"  # in the run folder: where a PiSSA adapter began
-PARTS = {"text_model": "text model", "vision_model": "vision tower", "connector": "connector"}
 
 
 @dataclass

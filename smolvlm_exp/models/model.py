@@ -13,7 +13,7 @@ from omegaconf import MISSING
 from smolvlm_exp.data.tokens import answer_end
 from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapter, saved_adapter
 from smolvlm_exp.models.processor_check import check_files, check_processor
-from smolvlm_exp.models.quant import QuantConfig, quantization_config
+from smolvlm_exp.models.quant import QuantConfig, describe_weights, quantization_config
 from smolvlm_exp.models.resolution import FILES, RESTORE, Resolution, read_options, saved_resolution
 from smolvlm_exp.models.saved_check import check_shards, check_tensors
 from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
@@ -74,7 +74,7 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for `check_tensors` to tell
     model, loaded = from_pretrained(AutoModelForImageTextToText.from_pretrained, config, **kwargs)
     check_tensors(config.id, model, loaded)
-    return freeze_layout(model.eval())
+    return prepared(model)
 
 
 def check_no_adapter(config: ModelConfig) -> None:
@@ -265,7 +265,15 @@ def with_random_weights(shape: Shape, kwargs: dict[str, Any], seed: int) -> "Pre
         return model.eval()
     with shared_folder(model.save_pretrained) as folder:
         del model
-        return freeze_layout(AutoModelForImageTextToText.from_pretrained(folder, **kwargs).eval())
+        return prepared(AutoModelForImageTextToText.from_pretrained(folder, **kwargs))
+
+
+def prepared(model: "PreTrainedModel") -> "PreTrainedModel":
+    """In evaluation mode; what is quantised is told."""
+    quantised = getattr(model.config, "quantization_config", None)
+    if quantised is not None:
+        log.info(f"model: in {4 if quantised.load_in_4bit else 8} bits: {describe_weights(model)}")
+    return freeze_layout(model.eval())
 
 
 def freeze_layout(model: "PreTrainedModel") -> "PreTrainedModel":

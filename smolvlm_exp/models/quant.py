@@ -1,7 +1,7 @@
 """Weights in 4 or 8 bits through bitsandbytes (QLoRA, arXiv 2305.14314)."""
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import one_of
@@ -9,6 +9,9 @@ from smolvlm_exp.utils.fields import one_of
 if TYPE_CHECKING:
     import torch
     from transformers import BitsAndBytesConfig
+
+
+PARTS = {"text_model": "text model", "vision_model": "vision tower", "connector": "connector"}
 
 
 @dataclass
@@ -19,6 +22,7 @@ class QuantConfig:
     bnb_4bit_use_double_quant: bool | None = None  # quantise the scales too: 0.4 bits less per weight
     bnb_4bit_compute_dtype: str | None = None  # null: the model's dtype
     llm_int8_threshold: float | None = None  # activations beyond it stay in 16 bits; null: 6.0
+    skip: list[str] = field(default_factory=list)  # parts that stay as they are: vision_model, connector, text_model
 
 
 def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
@@ -33,6 +37,7 @@ def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBy
         raise RequestError(f"quant.{next(iter(four))} has no effect without quant.load_in_4bit=true (quant=nf4).")
     if config.llm_int8_threshold is not None and not config.load_in_8bit:
         raise RequestError("quant.llm_int8_threshold has no effect without quant.load_in_8bit=true (quant=int8).")
+    check_skip(config)
     if not (config.load_in_4bit or config.load_in_8bit):
         return None
     compute = config.bnb_4bit_compute_dtype
@@ -41,15 +46,48 @@ def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBy
             f"quant.bnb_4bit_compute_dtype={compute} is not a torch dtype: use null, bfloat16 or float32."
         )
     require_bitsandbytes(config)
+    # Upstream leaves the head alone unless modules are named.
+    skipped: Any = (
+        {"llm_int8_skip_modules": ["lm_head", *(f"model.{part}" for part in config.skip)]} if config.skip else {}
+    )
     if config.load_in_8bit:
         threshold = 6.0 if config.llm_int8_threshold is None else config.llm_int8_threshold
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=threshold, **skipped)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=config.bnb_4bit_quant_type or "nf4",
         bnb_4bit_use_double_quant=bool(config.bnb_4bit_use_double_quant),
         bnb_4bit_compute_dtype=config.bnb_4bit_compute_dtype or dtype,
+        **skipped,
     )
+
+
+def check_skip(config: QuantConfig) -> None:
+    """
+    Raises:
+        RequestError: `skip` names what is no part, all of them, or has no effect.
+    """
+    unknown = next((name for name in config.skip if name not in PARTS), None)
+    if unknown:
+        raise RequestError(f"quant.skip={config.skip}: {unknown} is none of {', '.join(PARTS)}.")
+    if config.skip and not (config.load_in_4bit or config.load_in_8bit):
+        raise RequestError("quant.skip has no effect without quant=nf4, fp4 or int8.")
+    if set(config.skip) == set(PARTS):
+        raise RequestError("quant.skip names every part: that is quant=none.")
+
+
+def describe_weights(model: Any) -> str:
+    """How many weights of which part are in 4 or 8 bits: `text model 1.2M, vision tower 0.8M of 2.2M weights`."""
+    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+    counts: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            part = next((words for key, words in PARTS.items() if f".{key}." in f".{name}"), "the rest")
+            counts[part] = counts.get(part, 0) + module.in_features * module.out_features
+    whole = sum(p.numel() for p in model.parameters() if p.is_floating_point())
+    parts = ", ".join(f"{part} {count / 1e6:,.1f}M" for part, count in counts.items())
+    return f"{parts} of {(sum(counts.values()) + whole) / 1e6:,.1f}M weights"
 
 
 def require_bitsandbytes(config: QuantConfig) -> None:

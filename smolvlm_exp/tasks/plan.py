@@ -18,6 +18,7 @@ from smolvlm_exp.config.schema import Config
 from smolvlm_exp.engine.memory.cards import CONTEXT, CardSheet, find_card, found_card, shown_cards
 from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit, Plan
 from smolvlm_exp.models.model import ModelConfig, checkpoint_file
+from smolvlm_exp.models.quant import PARTS
 from smolvlm_exp.models.shape import id_of, shape_from
 from smolvlm_exp.tasks.card_plans import Line, help_for, line_for
 from smolvlm_exp.tasks.other_work import other_work
@@ -95,6 +96,8 @@ def print_head(config: Config, lengths: RowLengths) -> None:
     width = f"{8 * spec.element} bits"
     if quant.load_in_4bit or quant.load_in_8bit:
         width = (quant.bnb_4bit_quant_type or "nf4") if quant.load_in_4bit else "int8"
+        parts = ", ".join(words for part, words in PARTS.items() if part not in quant.skip)
+        width += f" for {spec.matrix_weights:,} of them ({parts})"
     trained = f"{'DoRA' if adapter.use_dora else 'LoRA'} r={adapter.r}, target={adapter.target}"
     images = "image features computed once" if spec.features else "images through the vision tower in every pass"
     rows = [group_sizes(row, trainer) for row in lengths.sizes]

@@ -37,7 +37,8 @@ def spec_of_config(config: Config) -> MemorySpec:
         adapted = AdapterSpec(names, adapter.r, adapter.use_dora, dropout)
     element = 4 if config.model.dtype == "float32" else 2
     features = trainer.keep_features is not False
-    spec = memory_spec(shape, weight_storage(config.quant), adapted, features, element, gpu=True)
+    quant = config.quant
+    spec = memory_spec(shape, weight_storage(quant), adapted, features, element, gpu=True, whole=quant.skip)
     return replace(spec, graphs=trainer.engine == "shared" and not trainer.samples_answers)
 
 

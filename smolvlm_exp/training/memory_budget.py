@@ -11,12 +11,13 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from smolvlm_exp.engine.layers.fuse import fuse
-from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit
+from smolvlm_exp.engine.layers.quantized_weights import is_4bit, is_8bit, is_quantised
 from smolvlm_exp.engine.memory import planner, probe
 from smolvlm_exp.engine.memory.footprint import LEVELS, MemorySpec, RowSizes, moments, saved_activations
 from smolvlm_exp.engine.memory.planner import MARGIN, DoesNotFit, Plan, format_bytes
 from smolvlm_exp.engine.memory.roofline import CPU, Card
 from smolvlm_exp.engine.model_parts import base_of
+from smolvlm_exp.models.quant import PARTS
 from smolvlm_exp.models.shape import shape_from
 from smolvlm_exp.training.arguments import TrainerConfig, budget_of
 from smolvlm_exp.training.memory_spec import AdapterSpec, memory_spec
@@ -129,7 +130,9 @@ def spec_of_model(trainer: Any, gpu: bool) -> MemorySpec:
     if packed is not None:
         weights = "4bit double" if packed.weight.quant_state.nested else "4bit"
     features = trainer.rows.features is not None
-    spec = memory_spec(shape_from(base.config), weights, adapted, features, base.dtype.itemsize, gpu, has("triton"))
+    whole = [part for part in PARTS if not any(map(is_quantised, getattr(base.base_model, part).modules()))]
+    size = base.dtype.itemsize
+    spec = memory_spec(shape_from(base.config), weights, adapted, features, size, gpu, has("triton"), whole)
     core = base.base_model
     text, vision = (
         replace(stack, fused=hasattr(layers[0].forward, "checkpointing"))

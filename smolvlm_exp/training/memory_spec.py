@@ -30,6 +30,7 @@ def memory_spec(
     element: int,
     gpu: bool,
     triton: bool = True,
+    whole: Sequence[str] = (),
 ) -> MemorySpec:
     """
     Args:
@@ -38,6 +39,7 @@ def memory_spec(
         features: images come as precomputed features, where vision tower and connector are frozen.
         element: bytes of a number in the model's dtype.
         triton: on a GPU, kernels run between the products.
+        whole: parts whose weights are not quantised, as quant.skip names them.
     """
     sizes = linear_sizes(shape)
     plain_text, plain_vision = stacks(shape)
@@ -46,13 +48,19 @@ def memory_spec(
     learns = adapted is None or any(not name.startswith(TEXT_LAYER) for name in adapted.names)
     if learns:  # gradients pass through the text model to the connector or the vision tower
         text = replace(text, trained=text.layers)
-    matrices = sum(math.prod(size) for size in sizes.values())
+    text, vision = (
+        replace(text, quantised="text_model" not in whole),
+        replace(vision, quantised="vision_model" not in whole),
+    )
+    left = tuple(f"model.{part}." for part in whole)
+    matrices = sum(math.prod(size) for name, size in sizes.items() if not name.startswith(left))
     # Outside the linear layers, and the head: embeddings, norms, biases, the tower's first layer.
     patches = (shape.image_size // shape.patch_size) ** 2
     tower = (3 * shape.patch_size**2 + 1 + patches + 2) * vision.hidden
     vision_norms_and_biases = vision.layers * (4 * vision.hidden + sum(vision.widths))
     text_norms = (2 * text.layers + 1) * text.hidden
     others = 2 * shape.vocab_size * text.hidden + text_norms + tower + vision_norms_and_biases
+    others += sum(math.prod(size) for name, size in sizes.items() if name.startswith(left))
     trained = matrices + others
     if adapted:
         trained = sum(adapted.r * sum(sizes[name]) + adapted.dora * sizes[name][0] for name in adapted.names)

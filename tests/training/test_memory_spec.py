@@ -7,10 +7,10 @@ from torch import nn
 from smolvlm_exp.engine.layers import linear
 from smolvlm_exp.engine.memory import footprint
 from smolvlm_exp.engine.memory.footprint import peak, resident
-from smolvlm_exp.models.adapter import AdapterConfig, lora_config, matched_modules
+from smolvlm_exp.models.adapter import AdapterConfig, lora_config, match_target, matched_modules
 from smolvlm_exp.models.quant import QuantConfig
 from smolvlm_exp.models.shape import model_config, shape_from, shape_of
-from smolvlm_exp.training.memory_spec import ALIGNED, linear_sizes
+from smolvlm_exp.training.memory_spec import ALIGNED, AdapterSpec, linear_sizes, memory_spec
 from tests.engine.memory.test_planner import LONG, facts
 
 
@@ -24,6 +24,20 @@ from tests.engine.memory.test_planner import LONG, facts
 def test_every_weight_is_counted(model, weights):
     spec = facts(model=model)
     assert spec.matrix_weights + spec.other_weights == weights
+
+
+def test_a_part_that_is_not_quantised_takes_what_it_has_in_the_models_dtype():
+    names = match_target(list(linear_sizes(shape_of("smolvlm"))), "text")
+    adapted = AdapterSpec(names, 8, dora=True, dropout=False)
+    all_in_4_bits, but_the_tower = (
+        memory_spec(shape_of("smolvlm"), "4bit double", adapted, True, 2, gpu=True, whole=whole)
+        for whole in ((), ("vision_model",))
+    )
+    tower = 27 * (4 * 1152**2 + 2 * 1152 * 4304)
+    assert all_in_4_bits.matrix_weights - but_the_tower.matrix_weights == tower
+    stored = footprint.STORED["4bit double"]
+    assert resident(but_the_tower) - resident(all_in_4_bits) == pytest.approx(tower * (2 - stored), abs=2)
+    assert (but_the_tower.text.quantised, but_the_tower.vision.quantised) == (True, False)
 
 
 def test_the_recipe_trains_the_published_number_of_weights():

@@ -22,6 +22,10 @@ def is_8bit(layer: Any) -> bool:
     return bnb is not None and isinstance(layer, bnb.nn.Linear8bitLt)
 
 
+def is_quantised(layer: Any) -> bool:
+    return is_4bit(layer) or is_8bit(layer)
+
+
 @contextmanager
 def keeping_scales(model: torch.nn.Module) -> Iterator[None]:
     """For PEFT adding an adapter: on a CPU its DoRA loses the scales of 8-bit weights."""

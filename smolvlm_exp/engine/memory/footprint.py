@@ -40,6 +40,7 @@ class Stack:
     tails: tuple[int, ...] = (0, 0, 0, 0)  # columns that adapters add to each product: the sum of their ranks
     gains: tuple[bool, ...] = (False,) * 4  # whether DoRA scales the product's result
     fused: bool = True
+    quantised: bool = True  # where the model is
 
     @property
     def widths(self) -> tuple[int, int, int, int]:
@@ -142,7 +143,7 @@ def moments(spec: MemorySpec) -> int:
 
 def workspace(spec: MemorySpec) -> int:
     """Bytes into which weights are unpacked: one product's, for all layers."""
-    stacks = (spec.text, spec.vision)
+    stacks = [stack for stack in (spec.text, spec.vision) if stack.quantised]
     if spec.weights == "8bit":  # float32 numbers twice and the result, of one matrix
         return (8 + spec.element) * max(s.hidden * s.intermediate for s in stacks)
     if not spec.weights.startswith("4bit"):

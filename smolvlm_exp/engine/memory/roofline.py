@@ -153,7 +153,7 @@ def part(
             2 * tokens * width * (depth + RAMP) / (PRODUCTS * card.matmul),
             tokens * (width + depth) * spec.element / card.bandwidth,
         )
-        + unpacking(spec, width * depth, card)
+        + stack.quantised * unpacking(spec, width * depth, card)
         for width, depth in zip(stack.widths, stack.depths, strict=True)
     ]
     factor, starts = (1.0, 1.0) if card.kernels else WITHOUT_KERNELS
