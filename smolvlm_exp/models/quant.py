@@ -1,10 +1,10 @@
 """Weights in 4 or 8 bits through bitsandbytes (QLoRA, arXiv 2305.14314)."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.fields import one_of
+from smolvlm_exp.utils.fields import none_of, one_of
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +22,7 @@ class QuantConfig:
     bnb_4bit_use_double_quant: bool | None = None  # quantise the scales too: 0.4 bits less per weight
     bnb_4bit_compute_dtype: str | None = None  # null: the model's dtype
     llm_int8_threshold: float | None = None  # activations beyond it stay in 16 bits; null: 6.0
-    skip: list[str] = field(default_factory=list)  # parts that stay as they are: vision_model, connector, text_model
+    skip: list[str] = none_of(*PARTS)  # parts that stay as they are
 
 
 def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBytesConfig | None":
@@ -65,11 +65,8 @@ def quantization_config(config: QuantConfig, dtype: "torch.dtype") -> "BitsAndBy
 def check_skip(config: QuantConfig) -> None:
     """
     Raises:
-        RequestError: `skip` names what is no part, all of them, or has no effect.
+        RequestError: `skip` names all parts, or has no effect.
     """
-    unknown = next((name for name in config.skip if name not in PARTS), None)
-    if unknown:
-        raise RequestError(f"quant.skip={config.skip}: {unknown} is none of {', '.join(PARTS)}.")
     if config.skip and not (config.load_in_4bit or config.load_in_8bit):
         raise RequestError("quant.skip has no effect without quant=nf4, fp4 or int8.")
     if set(config.skip) == set(PARTS):

@@ -17,6 +17,11 @@ def some_of(default: str, *others: str) -> Any:
     return field(default_factory=lambda: [default], metadata={"choices": (default, *others)})
 
 
+def none_of(*choices: str) -> Any:
+    """A list of values out of a closed list, empty by default."""
+    return field(default_factory=list, metadata={"choices": choices})
+
+
 def at_least(low: float, default: Any, most: float | None = None) -> Any:
     """A number from `low` upwards, to `most`."""
     return field(default=default, metadata={"low": low, "most": most})

@@ -31,13 +31,17 @@ def test_nf4_has_the_recipes_settings_and_none_has_no_configuration():
         (QuantConfig(bnb_4bit_use_double_quant=False), "bnb_4bit_use_double_quant has no effect"),
         (QuantConfig(load_in_4bit=True, llm_int8_threshold=5.0), "llm_int8_threshold has no effect"),
         (QuantConfig(skip=["vision_model"]), "quant.skip has no effect without quant=nf4"),
-        (QuantConfig(load_in_4bit=True, skip=["lm_head"]), "lm_head is none of text_model, vision_model, connector"),
         (QuantConfig(load_in_4bit=True, skip=["text_model", "connector", "vision_model"]), "that is quant=none"),
     ],
 )
 def test_an_option_without_effect_is_refused(config, message):
     with pytest.raises(RequestError, match=message):
         quantization_config(config, torch.float32)
+
+
+def test_an_unknown_part_is_refused_with_those_there_are():
+    with pytest.raises(RequestError, match="quant.skip=lm_head: Known: text_model, vision_model, connector"):
+        compose("quant.skip=[lm_head]")
 
 
 def test_a_broken_bitsandbytes_is_reported(monkeypatch):
