@@ -152,6 +152,9 @@ def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
         (f"tracker.tags=[{'a' * 65}]", {}, "has 65 letters, and W&B takes 1 to 64"),
         ("seed=0", {"WANDB_PROJECT": "a?b"}, "WANDB_PROJECT=a?b: at most"),
         ("seed=0", {"WANDB_MODE": "ofline"}, "WANDB_MODE=ofline: Did you mean offline?"),
+        ("seed=0", {"WANDB_BASE_URL": "wandb.our.net"}, "WANDB_BASE_URL=wandb.our.net: it is no address. Write it as"),
+        ("seed=0", {"WANDB_BASE_URL": "http://[::1"}, "WANDB_BASE_URL=http://[::1: it is no address"),
+        ("seed=0", {"WANDB_BASE_URL": "https://wandb.our.net:http"}, "it is no address. Write it as https://HOST."),
     ],
 )
 def test_what_wandb_would_refuse_is_refused_before(monkeypatch, override, environment, message):
@@ -160,6 +163,41 @@ def test_what_wandb_would_refuse_is_refused_before(monkeypatch, override, enviro
     with pytest.raises(RequestError) as refused:
         compose(override)
     assert message in str(refused.value)
+
+
+SERVICES = """
+import sys, time
+from pathlib import Path
+import psutil
+from smolvlm_exp.reporting.trackers import wandb
+from smolvlm_exp.reporting.trackers.config import TrackerConfig
+
+for number in range(2):
+    run = wandb.init_run(TrackerConfig(), Path(sys.argv[1]), {})
+    run.log({"loss": 1.0})
+    wandb.finish(run)
+    (file,) = Path(run.dir).parent.glob("*.wandb")
+    size = file.stat().st_size
+    time.sleep(0.5)
+    assert size == file.stat().st_size > 1000, (number, size)
+run = wandb.init_run(TrackerConfig(), Path(sys.argv[1]), {})
+for process in psutil.Process().children():
+    process.kill()
+time.sleep(0.5)
+wandb.finish(wandb.init_run(TrackerConfig(), Path(sys.argv[1]), {}))
+"""
+
+
+def test_wandbs_service(tmp_path):
+    """It is not another process's, which may be gone; it has written all when a run ends, and is one that lives."""
+    (tmp_path / ".netrc").write_bytes("machine elsewhere login ü password ü".encode("latin-1"))
+    (tmp_path / ".netrc").chmod(0o600)
+    env = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")}
+    env |= {"WANDB_SERVICE": f"3-1-unix-{tmp_path}/gone.sock", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SERVICES, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 4
 
 
 def test_wandbs_own_variables_are_heard(monkeypatch, tmp_path):
