@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from asyncio import CancelledError
 
 import pytest
 
@@ -77,7 +78,7 @@ def test_a_client_that_is_slow(monkeypatch, tmp_path, capsys):
     assert "W&B did not answer within 0.5 s; giving up" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("no way"), KeyError("x")])
+@pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("no way"), KeyError("x"), CancelledError()])
 def test_one_that_cannot_begin(monkeypatch, tmp_path, capsys, error):
     def failing(*args):
         raise error

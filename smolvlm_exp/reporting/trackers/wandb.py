@@ -151,7 +151,7 @@ def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "R
             if not server_reachable():
                 raise OSError("its server cannot be reached")
             return init(mode="online")
-        except (Exception, SystemExit) as error:  # it ends the program where it cannot log in
+        except BaseException as error:  # it ends the program where it cannot log in
             log.warning(f"W&B: offline ({first_line(error)})")
             wandb.teardown()  # else its service keeps the run that failed to start
     try:
