@@ -1,11 +1,14 @@
 """P9: W&B down, slow, logged out or failing half-way never stops or slows a run; a resumed one goes on there."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
 from asyncio import CancelledError
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 
@@ -122,6 +125,7 @@ for step in range(50):
     tracker.log({"loss": 1.0 / (step + 1)}, step)
 print("took", time.monotonic() - began)
 tracker.finish({"status": "stopped"})
+print("ended", time.time())
 """
 
 
@@ -142,6 +146,46 @@ def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
     assert "W&B: offline (" in done.stdout + done.stderr
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert time.monotonic() - began < 60
+    assert time.time() - float(done.stdout.split("ended ")[1].split()[0]) < 10  # no exit hook of W&B's waits too
+
+
+class Half(BaseHTTPRequestHandler):
+    """A server that takes a run, and then nothing more."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        if "file_stream" in self.path or b"CreateRunFiles" in asked:
+            time.sleep(300)
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"}}
+        run = {"id": "r", "name": "r", "displayName": "r", "config": "{}", "project": project}
+        answer = json.dumps({"data": {"model": None, "upsertBucket": {"bucket": run, "inserted": True}}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        """Nothing."""
+
+
+@pytest.mark.slow
+def test_after_a_failure_here_python_does_not_wait_for_the_server(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Half) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        env = {**os.environ, "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
+        script = SCRIPT.replace("20.0", "3.0").replace("tracker.finish", "tracker.put(lambda _: 1 / 0)\ntracker.finish")
+        done = subprocess.run(
+            [sys.executable, "-c", script, tmp_path], env=env, capture_output=True, text=True, timeout=60
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("wandb/run-*"))  # it was online
+    assert "W&B failed (division by zero)" in done.stderr
+    assert time.time() - float(done.stdout.split("ended ")[1].split()[0]) < 15
 
 
 @pytest.mark.parametrize(

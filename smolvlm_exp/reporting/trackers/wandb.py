@@ -16,6 +16,7 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.truth import truth_text
 from smolvlm_exp.reporting.html import SMALL_EDGE
 from smolvlm_exp.reporting.sampled_answers import completions_table
+from smolvlm_exp.reporting.trackers import background
 from smolvlm_exp.reporting.trackers.background import BackgroundRun
 from smolvlm_exp.reporting.trackers.base import Client, Outcome, TrackedRun
 from smolvlm_exp.reporting.trackers.config import MAX_TAG, TrackerConfig
@@ -130,6 +131,8 @@ def run_id(folder: Path) -> str:
 
 def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "Run":
     """Online where there is an account and W&B answers, else offline; both in the run's folder."""
+    # Its own telemetry, for which Python's end waits 20 s where the server hangs.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())  # of images, until they are uploaded
@@ -142,7 +145,11 @@ def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "R
         resume="allow" if "id" in options else None,
         reinit="finish_previous",
         settings=wandb.Settings(
-            silent=True, show_warnings=False, init_timeout=INIT_TIMEOUT, login_timeout=INIT_TIMEOUT
+            silent=True,
+            show_warnings=False,
+            init_timeout=INIT_TIMEOUT,
+            login_timeout=INIT_TIMEOUT,
+            finish_timeout=background.PATIENCE,  # also where Python's end finishes a run that failed here
         ),
         **options,
     )
