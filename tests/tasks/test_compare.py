@@ -183,6 +183,7 @@ def test_an_interval_in_another_form_is_none(tmp_path, ends):
     saved = json.loads(file.read_text())
     change = dict(zip(("low", "high"), ends, strict=False)) if isinstance(ends, list) else ends
     saved |= {"intervals": {"after": {"preference_accuracy": ends}, "before": ends}, "changes": {"recall": change}}
+    saved["seed"] = ends
     file.write_text(json.dumps(saved))
     assert run_row(tmp_path / "b", None)["result"].startswith("Preference accuracy: 60.0")
     assert compare(compose("task=compare", f"runs=[{tmp_path}/a,{tmp_path}/b]"), tmp_path)
