@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, in_order, summary_value
 from smolvlm_exp.evaluation.statistics import Ratio, changes, t_interval
+from smolvlm_exp.evaluation.verdict import rows_changed
 from smolvlm_exp.utils.files import fsync
 
 FILE = "rows.safetensors"
@@ -134,6 +135,10 @@ class Comparison:
         paths = [f"after.{name}" for name in in_order({name: None for metrics in evaluated for name in metrics})]
         shared = [path for path in paths if all(group.value(path) is not None for group in self.groups)]
         return list(dict.fromkeys([self.metric, *shared]))
+
+    @property
+    def rows_changed(self) -> str:
+        return rows_changed((run.summary for group in self.groups for run in group.runs), self.keys)
 
     def gap(self, group: Group) -> Gap:
         return self.gaps[self.groups.index(group)]

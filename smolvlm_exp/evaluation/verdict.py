@@ -13,6 +13,14 @@ def too_few(rows: int | None) -> str:
     return f"{rows} held-out rows: too few to tell" if rows is not None and rows < MIN_ROWS else ""
 
 
+def rows_changed(summaries: Iterable[dict[str, Any]], keys: Iterable[str]) -> str:
+    """Runs whose data are the same by their settings, and were not; `keys`: the settings that differ between them."""
+    if any(key.partition(".")[0] == "data" for key in keys):
+        return ""
+    digests = {str(digest) for summary in summaries if (digest := summary.get("data_digest"))}
+    return "the training rows changed between these runs, so settings do not explain them" if len(digests) > 1 else ""
+
+
 def verdict(summary: dict[str, Any], keys: Iterable[str]) -> str:
     """`too_few`, or `no gain over before` where none of these metrics changed for the better by more than chance.
 

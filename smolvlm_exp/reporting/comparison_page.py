@@ -1,5 +1,6 @@
 """How task=compare is shown: compare.html and the table in the terminal, groups of runs with the best first."""
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ from smolvlm_exp.reporting.side_by_side import side_by_side
 from smolvlm_exp.runs.event_log import metric_points, read_events
 from smolvlm_exp.utils.formatting import MINUS, humanize, percent, short_keys, short_value
 from smolvlm_exp.utils.paths import relative_to_cwd
+
+log = logging.getLogger(__name__)
 
 POINTS = " points"
 NAMES = {"chair_s": "CHAIR_s", "chair_i": "CHAIR_i", "cog": "Cog"}  # as the papers have them
@@ -67,6 +70,8 @@ def print_comparison(comparison: Comparison) -> None:
     counts = held_out_rows(comparison)
     table.caption = too_few(min(counts, default=None)) or f"{' to '.join(map(str, counts)) or '?'} held-out rows"
     wide_console().print(table)
+    if changed := comparison.rows_changed:
+        log.warning(f"data: {changed}")
 
 
 def comparison_page(comparison: Comparison, folder: Path) -> str:
@@ -128,8 +133,9 @@ def lead(comparison: Comparison) -> str:
     counts = held_out_rows(comparison)
     rows = f", on {' to '.join(map(str, counts))} held-out rows" if counts else ""
     sentences = [f"{count} runs, compared by {column_name(metric)}{rows}."]
+    sentences += [f"Warning: {changed}." for changed in [comparison.rows_changed] if changed]
     if few := too_few(min(counts, default=None)):
-        return f"{sentences[0]} {few}."
+        return " ".join([*sentences, f"{few}."])
     befores = {
         run.summary.get("before", {}).get(metric.partition(".")[2]) for group in comparison.groups for run in group.runs
     }

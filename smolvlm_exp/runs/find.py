@@ -25,7 +25,7 @@ NON_IDENTITY_KEYS = (
 PARTS = {
     **dict.fromkeys(("settings", "data", "before", "after", "intervals", "changes", "train", "versions"), dict),
     **dict.fromkeys(("checks", "advice"), list),
-    "held_out_rows": int,
+    **dict.fromkeys(("held_out_rows", "seed"), int),
 }
 GROUPS = ("task", "model", "data", "trainer")  # of config.yaml, which are read there
 PAIRED = ("dpo", "sft")  # algorithms that learn from given answers: the group `reward` is no part of such a run

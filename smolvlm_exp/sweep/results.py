@@ -11,7 +11,7 @@ from typing import Any
 from smolvlm_exp.evaluation.comparison import Group, Run, load_per_row, measure_gap
 from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, summary_value
 from smolvlm_exp.evaluation.statistics import t_interval
-from smolvlm_exp.evaluation.verdict import too_few, verdict
+from smolvlm_exp.evaluation.verdict import rows_changed, too_few, verdict
 from smolvlm_exp.runs.checkpoint import checkpoints
 from smolvlm_exp.runs.find import summary_of
 from smolvlm_exp.runs.folder import in_use
@@ -84,13 +84,14 @@ class SweepResults:
         if best is None:
             return ""
         part, _, key = self.metric.partition(".")
+        changed = rows_changed((job.summary for job in self.done), self.keys)
         if few := too_few(best.summary.get("held_out_rows")):
-            return few
+            return "; ".join(filter(None, (changed, few)))
         said = verdict(best.summary, [key] if part == "after" else [])
         rows = f" on {best.summary['held_out_rows']:,} held-out rows" if "held_out_rows" in best.summary else ""
         names = ", ".join(str(job.number) for job in self.tied[:8]) + (" ..." if len(self.tied) > 8 else "")
         tie = f"a tie: job {best.number} cannot be told from {names}{rows}; of equals the fastest counts as the best"
-        return "; ".join(filter(None, (said, tie if self.tied else "")))
+        return "; ".join(filter(None, (changed, said, tie if self.tied else "")))
 
     def run_of(self, job: JobResult) -> Run:
         folder = self.folder / str(job.number)

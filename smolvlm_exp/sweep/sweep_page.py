@@ -67,8 +67,8 @@ def lead(results: SweepResults, label: str, show: Callable[[float], str]) -> str
         return "No job has finished."
     worst = min(results.done, key=results.score)
     span = f"{show(results.measured(worst))} to {show(results.measured(best))}"
-    if few := too_few(best.summary.get("held_out_rows")):
-        return f"{few}."
+    if too_few(best.summary.get("held_out_rows")):
+        return f"{results.verdict}."
     said = f" {results.verdict[0].upper()}{results.verdict[1:]}." if results.verdict else ""
     return f"{label}: {span}; best with {settings_label(results, best)}.{said}"
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.data.preferences import Preferences
+from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.generation.answers import ANSWERS, packed_prompts, sample_answers
 from smolvlm_exp.engine.generation.decoder import decoder_obstacle
 from smolvlm_exp.engine.generation.sampling import Sampling
@@ -27,7 +28,9 @@ from smolvlm_exp.models.model import load_finetuned_model
 from smolvlm_exp.rewards.build import ASK_THE_MODEL, Rewards, checked_rewards
 from smolvlm_exp.rewards.pairs import ScoredAnswer, select_pairs
 from smolvlm_exp.runs.overrides import flatten
+from smolvlm_exp.runs.resume_check import TRUTH, digest
 from smolvlm_exp.tasks.mined import Mined, write_mined
+from smolvlm_exp.tasks.train import reward_files
 from smolvlm_exp.training.engine_setup import disk_cache, tiling_processes
 from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.files import write_text
@@ -62,12 +65,19 @@ def mine_pairs(
         )
     folder.mkdir(parents=True, exist_ok=True)
     path, rows = folder / "answers.jsonl", len(preferences.train)
-    header = {"settings": deciding_settings(config), "round": round_number}
+    known = {**reward_files(rewards, preferences), TRUTH: digest(preferences.train, ("truth",))}
+    header = {"settings": deciding_settings(config) | known, "round": round_number}
     answers = read_answers(path, header, preferences.prints["train"])
     log.info(f"mine: {rows} rows, {len(answers)} of them answered in {relative_to_cwd(path)}")
     if len(answers) < rows:
         seed = (config.seed * ROUND_SEEDS + round_number) * SEEDS
         sampler = Sampler(config, processor, preferences, rewards, seed)
+        header["weights"] = weights_key(sampler.model, "default" if config.model.adapter else None)
+        if answers and first_line_of(path).get("weights") != header["weights"]:
+            raise RequestError(
+                f"{path} has answers of other weights than those that model.id={config.model.id} and model.adapter="
+                f"{config.model.adapter} hold now: use another hydra.run.dir."
+            )
         with path.open("a", encoding="utf-8") as file, progress(ANSWERS, rows - len(answers)):
             if not answers:
                 file.write(json.dumps(header) + "\n")
@@ -99,6 +109,12 @@ def deciding_settings(config: Config) -> dict[str, Any]:
     return settings
 
 
+def first_line_of(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8") as file:
+        header: dict[str, Any] = json.loads(file.readline())
+    return header
+
+
 def answers_line(fingerprint: bytes, answers: Sequence[ScoredAnswer]) -> str:
     line = {"row": fingerprint.hex(), "answers": [asdict(answer) for answer in answers]}
     return json.dumps(line, ensure_ascii=False) + "\n"
@@ -119,13 +135,14 @@ def read_answers(path: Path, header: dict[str, Any], fingerprints: Sequence[byte
         return []
     try:
         saved, entries = json.loads(first), [json.loads(line) for line in lines]
-        check_header(path, saved, header)
+        settings = dict(saved["settings"])
         rows = [bytes.fromhex(entry["row"]) for entry in entries]
         answers = [[ScoredAnswer(**answer) for answer in entry["answers"]] for entry in entries]
-    except (KeyError, TypeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise RequestError(f"{path} is not a file of answers ({error}): remove it.") from None
     if rows != list(fingerprints[: len(rows)]):
         raise RequestError(f"{path} has answers to other rows than data={{...}} gives now: use another hydra.run.dir.")
+    check_header(path, settings, header["settings"])
     whole = len(rows) if len(rows) == len(fingerprints) else len(rows) // CHUNK * CHUNK
     kept = "".join(line + "\n" for line in [first, *lines[:whole]]) if whole else ""
     if kept != text:
@@ -133,11 +150,10 @@ def read_answers(path: Path, header: dict[str, Any], fingerprints: Sequence[byte
     return answers[:whole]
 
 
-def check_header(path: Path, saved: dict[str, Any], header: dict[str, Any]) -> None:
+def check_header(path: Path, before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raises:
     RequestError: the file's answers follow from other settings than this command's.
     """
-    before, now = saved["settings"], header["settings"]
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key):
             raise RequestError(

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from smolvlm_exp.engine.precompute import features
+from smolvlm_exp.engine.generation import answers
 from tests.reliability.conftest import Bench, learnt, logged
 
 STEPS = (
@@ -90,7 +90,7 @@ def test_batches_that_a_loss_needs_whole(bench, tmp_path, capsys):
 
 def test_image_features(bench, tmp_path, monkeypatch, capsys):
     """They are computed once, before the first step, many tiles at a time; their tower may find less memory."""
-    compute, sizes = features.image_features, []
+    compute, sizes = answers.image_features, []
 
     def failing(core, tiles):
         sizes.append(len(tiles))
@@ -99,7 +99,7 @@ def test_image_features(bench, tmp_path, monkeypatch, capsys):
         return compute(core, tiles)
 
     plain = bench.trainer(tmp_path)
-    monkeypatch.setattr(features, "image_features", failing)
+    monkeypatch.setattr(answers, "image_features", failing)
     trainer = Bench(bench.processor, bench.preferences, tmp_path / "cache").trainer(tmp_path)
     assert max(sizes) > 6
     assert "image tiles at once: retrying with" in capsys.readouterr().out

@@ -1,10 +1,14 @@
 """P9: W&B down, slow, logged out or failing half-way never stops or slows a run; a resumed one goes on there."""
 
+import json
 import os
 import socket
 import subprocess
 import sys
 import time
+from asyncio import CancelledError
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
 
 import pytest
 
@@ -77,7 +81,7 @@ def test_a_client_that_is_slow(monkeypatch, tmp_path, capsys):
     assert "W&B did not answer within 0.5 s; giving up" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("no way"), KeyError("x")])
+@pytest.mark.parametrize("error", [SystemExit(1), RuntimeError("no way"), KeyError("x"), CancelledError()])
 def test_one_that_cannot_begin(monkeypatch, tmp_path, capsys, error):
     def failing(*args):
         raise error
@@ -121,6 +125,7 @@ for step in range(50):
     tracker.log({"loss": 1.0 / (step + 1)}, step)
 print("took", time.monotonic() - began)
 tracker.finish({"status": "stopped"})
+print("ended", time.time())
 """
 
 
@@ -141,6 +146,46 @@ def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
     assert "W&B: offline (" in done.stdout + done.stderr
     assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
     assert time.monotonic() - began < 60
+    assert time.time() - float(done.stdout.split("ended ")[1].split()[0]) < 10  # no exit hook of W&B's waits too
+
+
+class Half(BaseHTTPRequestHandler):
+    """A server that takes a run, and then nothing more."""
+
+    protocol_version = "HTTP/1.1"
+
+    def do_POST(self):
+        asked = self.rfile.read(int(self.headers["Content-Length"]))
+        if "file_stream" in self.path or b"CreateRunFiles" in asked:
+            time.sleep(300)
+        project = {"id": "p", "name": "p", "entity": {"id": "e", "name": "me"}}
+        run = {"id": "r", "name": "r", "displayName": "r", "config": "{}", "project": project}
+        answer = json.dumps({"data": {"model": None, "upsertBucket": {"bucket": run, "inserted": True}}}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *args):
+        """Nothing."""
+
+
+@pytest.mark.slow
+def test_after_a_failure_here_python_does_not_wait_for_the_server(tmp_path):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Half) as server:
+        server.daemon_threads = True
+        Thread(target=server.serve_forever, daemon=True).start()
+        address = f"http://127.0.0.1:{server.server_port}"
+        env = {**os.environ, "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
+        script = SCRIPT.replace("20.0", "3.0").replace("tracker.finish", "tracker.put(lambda _: 1 / 0)\ntracker.finish")
+        done = subprocess.run(
+            [sys.executable, "-c", script, tmp_path], env=env, capture_output=True, text=True, timeout=60
+        )
+        server.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("wandb/run-*"))  # it was online
+    assert "W&B failed (division by zero)" in done.stderr
+    assert time.time() - float(done.stdout.split("ended ")[1].split()[0]) < 15
 
 
 @pytest.mark.parametrize(
@@ -152,6 +197,9 @@ def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
         (f"tracker.tags=[{'a' * 65}]", {}, "has 65 letters, and W&B takes 1 to 64"),
         ("seed=0", {"WANDB_PROJECT": "a?b"}, "WANDB_PROJECT=a?b: at most"),
         ("seed=0", {"WANDB_MODE": "ofline"}, "WANDB_MODE=ofline: Did you mean offline?"),
+        ("seed=0", {"WANDB_BASE_URL": "wandb.our.net"}, "WANDB_BASE_URL=wandb.our.net: it is no address. Write it as"),
+        ("seed=0", {"WANDB_BASE_URL": "http://[::1"}, "WANDB_BASE_URL=http://[::1: it is no address"),
+        ("seed=0", {"WANDB_BASE_URL": "https://wandb.our.net:http"}, "it is no address. Write it as https://HOST."),
     ],
 )
 def test_what_wandb_would_refuse_is_refused_before(monkeypatch, override, environment, message):
@@ -160,6 +208,41 @@ def test_what_wandb_would_refuse_is_refused_before(monkeypatch, override, enviro
     with pytest.raises(RequestError) as refused:
         compose(override)
     assert message in str(refused.value)
+
+
+SERVICES = """
+import sys, time
+from pathlib import Path
+import psutil
+from smolvlm_exp.reporting.trackers import wandb
+from smolvlm_exp.reporting.trackers.config import TrackerConfig
+
+for number in range(2):
+    run = wandb.init_run(TrackerConfig(), Path(sys.argv[1]), {})
+    run.log({"loss": 1.0})
+    wandb.finish(run)
+    (file,) = Path(run.dir).parent.glob("*.wandb")
+    size = file.stat().st_size
+    time.sleep(0.5)
+    assert size == file.stat().st_size > 1000, (number, size)
+run = wandb.init_run(TrackerConfig(), Path(sys.argv[1]), {})
+for process in psutil.Process().children():
+    process.kill()
+time.sleep(0.5)
+wandb.finish(wandb.init_run(TrackerConfig(), Path(sys.argv[1]), {}))
+"""
+
+
+def test_wandbs_service(tmp_path):
+    """It is not another process's, which may be gone; it has written all when a run ends, and is one that lives."""
+    (tmp_path / ".netrc").write_bytes("machine elsewhere login ü password ü".encode("latin-1"))
+    (tmp_path / ".netrc").chmod(0o600)
+    env = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_API_KEY")}
+    env |= {"WANDB_SERVICE": f"3-1-unix-{tmp_path}/gone.sock", "HOME": str(tmp_path)}
+    command = [sys.executable, "-c", SERVICES, str(tmp_path)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert len(list(tmp_path.glob("wandb/offline-run-*/*.wandb"))) == 4
 
 
 def test_wandbs_own_variables_are_heard(monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,6 +90,21 @@ def test_the_best_job_and_the_pareto_front(tmp_path):
     assert fastest is not None
     assert fastest.number == 0, "less is better"
     assert read_results(tmp_path, None).metric == METRIC
+
+
+def test_a_sweep_that_was_resumed_on_other_rows_says_so(tmp_path):
+    summary = {
+        "status": "done",
+        "after": {"preference_accuracy": 0.5},
+        "held_out_rows": 8,
+        "train": {"seconds": 1, "memory_peak_gib": 1},
+    }
+    jobs = {(f"{key}=1",): {**summary, "data_digest": key} for key in ("adapter.r", "trainer.beta")}
+    sweep = made(tmp_path, jobs)
+    said = "the training rows changed between these runs, so settings do not explain them; 8 held-out rows: too few"
+    assert said in sweep.verdict
+    assert said in write_page(sweep).read_text()
+    assert "changed" not in replace(sweep, keys=["data.train"]).verdict
 
 
 def test_a_sweep_of_equals_is_a_tie_that_time_and_then_memory_decide(tmp_path):

@@ -11,7 +11,7 @@ import yaml
 
 from smolvlm_exp.evaluation.comparison import PerRowResults, Run, compare_runs, load_per_row, save_per_row
 from smolvlm_exp.evaluation.statistics import mean
-from smolvlm_exp.reporting.comparison_page import column_name, delta, lead
+from smolvlm_exp.reporting.comparison_page import column_name, delta, lead, print_comparison
 from smolvlm_exp.tasks.compare import compare, find_runs
 from smolvlm_exp.tasks.runs import run_row
 from smolvlm_exp.utils.errors import RequestError
@@ -90,6 +90,14 @@ def test_seeds_that_agree_still_have_the_noise_of_the_rows():
     assert found.groups[0].seed_error(METRIC) == 0
     assert found.groups[0].error(METRIC) == pytest.approx(0.05)
     assert found.verdict(found.groups[1]) == "within the noise"  # 0.04 < sqrt(2) 0.05
+
+
+def test_runs_on_other_rows_than_their_settings_say(capsys):
+    same, other, unknown = of(0.8), of(0.7, rate=1e-5), of(0.6, rate=1e-6)
+    runs = [replace(run, summary={**run.summary, "data_digest": d}) for run, d in ((same, "a"), (other, "b"))]
+    assert not compare_runs([runs[0], unknown], METRIC).rows_changed
+    print_comparison(compare_runs(runs, METRIC))
+    assert "data: the training rows changed between these runs" in capsys.readouterr().out
 
 
 def test_a_repeated_run_is_no_second_seed():
@@ -175,6 +183,7 @@ def test_an_interval_in_another_form_is_none(tmp_path, ends):
     saved = json.loads(file.read_text())
     change = dict(zip(("low", "high"), ends, strict=False)) if isinstance(ends, list) else ends
     saved |= {"intervals": {"after": {"preference_accuracy": ends}, "before": ends}, "changes": {"recall": change}}
+    saved["seed"] = ends
     file.write_text(json.dumps(saved))
     assert run_row(tmp_path / "b", None)["result"].startswith("Preference accuracy: 60.0")
     assert compare(compose("task=compare", f"runs=[{tmp_path}/a,{tmp_path}/b]"), tmp_path)

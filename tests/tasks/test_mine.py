@@ -112,6 +112,23 @@ def test_answers_by_other_settings_are_refused(copy, overrides, message):
         mine(compose(*PLAIN, *overrides), copy)
 
 
+def test_answers_of_other_weights_or_scores_are_refused(copy, tmp_path, monkeypatch):
+    """Under the same names: an adapter that was trained further, a reward file that was edited."""
+    monkeypatch.setattr(mining, "CHUNK", 4)
+    answers = copy / "answers.jsonl"
+    first, *rest = answers.read_text().splitlines(keepends=True)
+    answers.write_text("".join([first.replace('"weights": "', '"weights": "0'), *rest[:4]]))
+    with pytest.raises(RequestError, match=r"has answers of other weights than those that model\.id=embedded"):
+        mine(compose(*PLAIN), copy)
+    reward = tmp_path / "mine.py"
+    reward.write_text("def mine(completions, **_):\n    return [float(len(str(c))) for c in completions]\n")
+    own = (*PLAIN, f"reward.user={reward}:mine")
+    mine(compose(*own), tmp_path)
+    reward.write_text(reward.read_text().replace("len(str(c))", "-len(str(c))"))
+    with pytest.raises(RequestError, match=r"has answers by reward\.code\.mine=.*: undo the change"):
+        mine(compose(*own), tmp_path)
+
+
 def test_another_file_in_the_place_of_the_answers(tmp_path):
     (tmp_path / "answers.jsonl").write_text('{"image": "cat.jpg", "answer": "A cat."}\n')
     with pytest.raises(RequestError, match=r"answers\.jsonl is not a file of answers"):

@@ -13,7 +13,7 @@ from smolvlm_exp.engine.generation.decoder import Decoder
 from smolvlm_exp.engine.generation.sampler import Answer, Prompt, SamplingPlan, plan_sampling, sample
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
-from smolvlm_exp.engine.memory.probe import free_memory, out_of_memory
+from smolvlm_exp.engine.memory.probe import free_memory, in_halves, out_of_memory
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.utils.progress import track
 
@@ -90,4 +90,6 @@ def row_features(model: Any, rows: PackedDataset, normalise: Pixels, row: int) -
 
 def tile_features(model: Any, tiles: torch.Tensor, normalise: Pixels) -> torch.Tensor:
     """(n, 3, S, S) uint8 -> (n, tokens per tile, H), on the model's device."""
-    return image_features(core_of(model), normalise(tiles.to(model.device)))
+    return in_halves(
+        lambda part: image_features(core_of(model), normalise(part.to(model.device))), tiles, "image tiles"
+    )

@@ -11,9 +11,9 @@ from torch import nn
 
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
-from smolvlm_exp.engine.forward import Pixels, image_features
+from smolvlm_exp.engine.forward import Pixels
+from smolvlm_exp.engine.generation.answers import tile_features
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
-from smolvlm_exp.engine.memory.probe import in_halves
 from smolvlm_exp.engine.model_parts import core_of, is_trainable
 from smolvlm_exp.utils.distributed import rank_slice, rank_world
 from smolvlm_exp.utils.phases import phase
@@ -38,7 +38,7 @@ def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, stor
     core.connector.eval()
     parameter = next(core.connector.parameters())
     device = parameter.device
-    example = image_features(core, normalise(rows.no_tiles.new_zeros(1, *rows.no_tiles.shape[1:]).to(device)))
+    example = tile_features(model, rows.no_tiles.new_zeros(1, *rows.no_tiles.shape[1:]), normalise)
     parts = {
         "tiles": rows.tile_key_parts(),
         "tower": weights_key(core.vision_model, "default"),  # with what an adapter changes there
@@ -50,13 +50,10 @@ def keep_features(rows: PackedDataset, model: nn.Module, normalise: Pixels, stor
         "version": VERSION,
     }
 
-    def features_of(tiles: torch.Tensor) -> torch.Tensor:
-        return in_halves(lambda part: image_features(core, normalise(part)), tiles, "image tiles")
-
     def fill(cached: torch.Tensor) -> None:
         batches = rows.tile_batches(rank_slice(len(rows.image_hashes), *rank_world()), num_proc)
         with progress("image features", len(cached) // rank_world()[1]) as advance:
-            for start, features in computed(batches, features_of, device):
+            for start, features in computed(batches, lambda tiles: tile_features(model, tiles, normalise), device):
                 cached[start : start + len(features)] = features
                 advance(len(features))
 

@@ -41,6 +41,6 @@ class BackgroundRun:
             client = start()
             while (job := self.jobs.get()) is not None:
                 job(client)
-        except (Exception, SystemExit) as error:  # W&B ends the program where it cannot log in
+        except BaseException as error:  # SystemExit where W&B cannot log in, asyncio's CancelledError
             why = first_line(error)
             log.warning(f"{self.title} failed ({why}); nothing more is sent. All results are in {self.folder}")

@@ -3,6 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from urllib.parse import urlsplit
 
 from smolvlm_exp.utils.errors import RequestError, suggestion
 
@@ -57,6 +58,18 @@ def check_tracker(config: TrackerConfig) -> None:
     wrong = next((tag for tag in config.tags if not 1 <= len(tag) <= MAX_TAG), None)
     if wrong is not None:
         raise RequestError(f"tracker.tags: {wrong[:MAX_TAG]!r} has {len(wrong)} letters, and W&B takes 1 to {MAX_TAG}.")
+    address = os.environ.get("WANDB_BASE_URL")
+    if address and not is_address(address):
+        raise RequestError(f"WANDB_BASE_URL={address}: it is no address. Write it as https://HOST.")
     mode = os.environ.get("WANDB_MODE") or "online"
     if mode not in MODES:
         raise RequestError(f"WANDB_MODE={mode}: {suggestion(mode, list(MODES))}")
+
+
+def is_address(text: str) -> bool:
+    """Whether it is a server's: http://HOST or https://HOST, with a port or not."""
+    try:
+        address = urlsplit(text)
+        return address.scheme in ("http", "https") and bool(address.hostname) and address.port != 0
+    except ValueError:
+        return False

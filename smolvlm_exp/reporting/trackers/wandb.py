@@ -16,6 +16,7 @@ from smolvlm_exp.data.messages import text_of
 from smolvlm_exp.data.truth import truth_text
 from smolvlm_exp.reporting.html import SMALL_EDGE
 from smolvlm_exp.reporting.sampled_answers import completions_table
+from smolvlm_exp.reporting.trackers import background
 from smolvlm_exp.reporting.trackers.background import BackgroundRun
 from smolvlm_exp.reporting.trackers.base import Client, Outcome, TrackedRun
 from smolvlm_exp.reporting.trackers.config import MAX_TAG, TrackerConfig
@@ -90,7 +91,7 @@ class WandbRun(Client):
             run.log({"completions": wandb.Table(columns=names, data=data)})
         if outcome.summary.get("status") == "done":
             self.log_lineage(outcome.summary)
-        run.finish(exit_code=outcome.exit_code)
+        finish(run, outcome.exit_code)
 
     def log_lineage(self, summary: dict[str, Any]) -> None:
         """The rows as an artifact that this run used; its adapter and its report as artifacts that it made."""
@@ -130,9 +131,12 @@ def run_id(folder: Path) -> str:
 
 def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "Run":
     """Online where there is an account and W&B answers, else offline; both in the run's folder."""
+    # Its own telemetry, for which Python's end waits 20 s where the server hangs.
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     import wandb
 
     os.environ["WANDB_DATA_DIR"] = str((folder / "wandb").absolute())  # of images, until they are uploaded
+    os.environ.pop("WANDB_SERVICE", None)  # of the process that started this one, with which it would end
     init = partial(
         wandb.init,
         project=config.project_name,
@@ -141,7 +145,11 @@ def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "R
         resume="allow" if "id" in options else None,
         reinit="finish_previous",
         settings=wandb.Settings(
-            silent=True, show_warnings=False, init_timeout=INIT_TIMEOUT, login_timeout=INIT_TIMEOUT
+            silent=True,
+            show_warnings=False,
+            init_timeout=INIT_TIMEOUT,
+            login_timeout=INIT_TIMEOUT,
+            finish_timeout=background.PATIENCE,  # also where Python's end finishes a run that failed here
         ),
         **options,
     )
@@ -150,10 +158,26 @@ def init_run(config: TrackerConfig, folder: Path, options: dict[str, Any]) -> "R
             if not server_reachable():
                 raise OSError("its server cannot be reached")
             return init(mode="online")
-        except (Exception, SystemExit) as error:  # it ends the program where it cannot log in
+        except BaseException as error:  # it ends the program where it cannot log in
             log.warning(f"W&B: offline ({first_line(error)})")
             wandb.teardown()  # else its service keeps the run that failed to start
-    return init(mode="offline")
+    try:
+        return init(mode="offline")
+    except OSError:
+        with contextlib.suppress(OSError):
+            wandb.teardown()  # a service that is gone, of an earlier run of this process
+        return init(mode="offline")
+
+
+def finish(run: "Run", exit_code: int = 0) -> None:
+    """End a run and W&B's service, which writes the last of the run's file only after `run.finish`.
+
+    W&B would end it when Python exits, which `multiprocessing` does not wait for.
+    """
+    import wandb
+
+    run.finish(exit_code=exit_code)
+    wandb.teardown()
 
 
 def has_account() -> bool:
@@ -164,7 +188,7 @@ def has_account() -> bool:
         return True
     try:
         return netrc.netrc().authenticators(server().hostname or "") is not None
-    except (OSError, netrc.NetrcParseError):
+    except (OSError, ValueError, netrc.NetrcParseError):  # ValueError: it is not UTF-8
         return False
 
 
@@ -216,7 +240,7 @@ def track_table(
         add_files(artifact, *(folder / f"{kind}.{ending}" for ending in ("csv", "html")))
         run.log_artifact(artifact)
         run.summary.update(numbers)
-        run.finish()
+        finish(run)
         log_upload_hint(run, folder / "wandb" / "offline-run-*", *others)
 
     options = {"name": f"{group} table", "group": group, "job_type": kind, "tags": config.tags}

@@ -6,11 +6,11 @@ from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor
 from smolvlm_exp.engine.forward import image_features
+from smolvlm_exp.engine.generation import answers
 from smolvlm_exp.engine.inputs import dataset as dataset_module
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels
 from smolvlm_exp.engine.model_parts import core_of
-from smolvlm_exp.engine.precompute import features as module
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.evaluation.held_out import HeldOut
 from tests.engine.inputs.test_dataset import PLENTY, RAM
@@ -32,7 +32,7 @@ def adapted(model):
 def passes(monkeypatch):
     """How many tiles went through the tower, call by call, with one for the call that finds the shape."""
     seen = []
-    monkeypatch.setattr(module, "image_features", lambda core, x: seen.append(len(x)) or image_features(core, x))
+    monkeypatch.setattr(answers, "image_features", lambda core, x: seen.append(len(x)) or image_features(core, x))
     return seen
 
 
