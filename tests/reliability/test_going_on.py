@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import TrainerCallback
 
 from smolvlm_exp import main
 from smolvlm_exp.models.model import ModelConfig, load_model, load_processor
@@ -91,6 +92,19 @@ def test_a_signal_in_the_last_step_loses_nothing(bench, tmp_path):
     again = bench.run(tmp_path, *short)
     assert again.state.global_step == 2  # and not one step more
     assert all(p.equal(learnt(trainer)[name]) for name, p in learnt(again).items())
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_signal_after_the_last_step_loses_nothing_either(quick, tmp_path):
+    """Between the last step and the evaluation after it, with trainer.save_strategy=no: it is saved then."""
+
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(quick(), tmp_path, watchers=[AtTheEnd()])["status"] == "stopped"
+    assert newest_intact(tmp_path).name == "checkpoint-3"
+    assert train(quick(f"resume={tmp_path}"), tmp_path)["status"] == "done"
 
 
 @pytest.mark.parametrize(("step", "code"), [(2, 75), (0, 130)])
