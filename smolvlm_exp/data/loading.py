@@ -65,12 +65,17 @@ def saved_files(folder: Path) -> Iterator[Path]:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Refuse a data set with a link that leads out of its folder: rows could name any file by it."""
+    """Refuse a data set with a link that leads out of its folder: rows could name any file by it.
+
+    And with a pipe or a device, which would be read without end.
+    """
     root = folder.resolve()
     for parent, folders, files in os.walk(root):
         for path in (os.path.join(parent, name) for name in (*folders, *files)):
             if os.path.islink(path) and not Path(path).resolve().is_relative_to(root):
                 raise RequestError(f"{path} is a link that leads out of {folder}: put the file itself there.")
+            if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+                raise RequestError(f"{path} is a pipe or a device, and no file: remove it.")
 
 
 def require_embedded(images: list[Any]) -> list[Any]:

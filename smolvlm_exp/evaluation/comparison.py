@@ -47,6 +47,8 @@ def save_per_row(folder: Path, fingerprints: Mapping[str, Sequence[bytes]], rati
 
 def load_per_row(folder: Path) -> PerRowResults | None:
     """None where the file is missing or damaged."""
+    if not (folder / FILE).is_file():  # a pipe would be read without end
+        return None
     try:
         arrays = load_file(folder / FILE)
         stored = {name.partition(" ")[2]: array for name, array in arrays.items() if name.startswith("metric ")}

@@ -10,9 +10,9 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where it is missing, incomplete or something else."""
+    """A JSON file's object; empty where it is missing, incomplete or something else, a pipe too."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}

@@ -130,9 +130,11 @@ def log_files(files: Mapping[str, list[Path]]) -> None:
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """The path; RequestError where it, or a link in it, leads out of the data's folder."""
+    """The path; RequestError where it is no file, or where it, or a link in it, leads out of the data's folder."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise RequestError(f"data.folder: {path} lies outside of it, or is a link that leads out: put the file there.")
+    if not path.is_file():
+        raise RequestError(f"data.folder: {path} is no file that can be read.")
     return path
 
 
