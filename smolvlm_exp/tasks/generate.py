@@ -87,7 +87,7 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Question]:
         try:
             entry = json.loads(line)
             done.add(Question(entry["image"], entry["question"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise RequestError(f"{path}, line {number}: this is not a file of answers; name another.") from None
         if "problem" not in entry and not all(name in entry for name in names):
             has = ", ".join(key for key in entry if key not in ("image", "question"))
