@@ -112,7 +112,8 @@ def convert(
         content = hash_of(lines)
         table = Dataset(InMemoryTable.from_pydict({LINE: lines}), fingerprint=content)
     else:
-        content, names, table = rows._fingerprint, image_paths(rows), rows
+        stored = files_digest((file["filename"] for file in rows.cache_files), Path())
+        content, names, table = f"{rows._fingerprint} {stored}", image_paths(rows), rows
     files = [str(folder), str(folder.absolute()), files_digest(names, folder)] if folder else None
     key = hash_of("converted", VERSION, name, files, content, str(columns))
     workers = worker_count(num_proc, len(rows), least=512)
@@ -137,7 +138,10 @@ class RowConverter:
 
 
 def files_digest(names: Iterable[Any], folder: Path) -> str:
-    """A digest of the size and time of every image that is a file, so that a changed one is noticed.
+    """A digest of the size and times of every name that is a file's, so that a changed one is noticed.
+
+    Of its content's time and of the change of anything about it, which nobody sets back: `datasets` goes by the first
+    alone, which archives and copies keep.
 
     Args:
         names: rows' images in any form; those that are no path are passed over.
@@ -149,7 +153,8 @@ def files_digest(names: Iterable[Any], folder: Path) -> str:
             status = os.stat(os.path.join(root, name)) if isinstance(name, str) else None
         except (OSError, ValueError):  # ValueError: a zero byte in it
             status = None
-        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
+        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns};" if status else "-;"
+        digest.update(stamp.encode())
     return digest.hexdigest()
 
 

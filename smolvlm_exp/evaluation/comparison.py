@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, in_order, summary_value
 from smolvlm_exp.evaluation.statistics import Ratio, changes, t_interval
-from smolvlm_exp.utils.files import fsync
+from smolvlm_exp.utils.files import atomic_file
 
 FILE = "rows.safetensors"
 
@@ -39,10 +39,8 @@ def save_per_row(folder: Path, fingerprints: Mapping[str, Sequence[bytes]], rati
     arrays = {split: short_fingerprints(rows) for split, rows in fingerprints.items()}
     for name, ratio in ratios.items():
         arrays[f"metric {name}"] = np.stack([ratio.top, ratio.bottom, np.full(len(ratio.top), ratio.empty)])
-    part = folder / f".{FILE}.part"  # `compare` may read the folder meanwhile
-    save_file(arrays, part)
-    fsync(part)
-    part.replace(folder / FILE)
+    with atomic_file(folder / FILE) as part:  # `compare` may read the folder meanwhile
+        save_file(arrays, part)
 
 
 def load_per_row(folder: Path) -> PerRowResults | None:

@@ -87,12 +87,12 @@ def damage(checkpoint: Path, alone: bool = True) -> str:
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(size), str(digest)) for name, (size, digest) in listed.items()}
+        found = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+        files = {str(path.relative_to(checkpoint)): path for path in found}
     except FileNotFoundError:
         return f"no {MANIFEST}, so it was never finished"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    found = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
-    files = {str(path.relative_to(checkpoint)): path for path in found}
     files.pop(MANIFEST)
     for name in sorted(expected.keys() | (files.keys() if alone else set())):
         if name not in files:

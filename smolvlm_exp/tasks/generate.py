@@ -16,6 +16,7 @@ from smolvlm_exp.engine.generation.sampler import ROWS
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.generate import ANSWERS, generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
+from smolvlm_exp.runs.checkpoint import disk_error_as_run_error
 from smolvlm_exp.runs.folder import lock_file
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_text
@@ -34,7 +35,7 @@ def generate(config: Config, folder: Path) -> Path:
     task = config.task
     images, questions = find_questions(config.task.images, config.task.question, config.task.questions)
     path = Path(task.answers) if task.answers else folder / "answers.jsonl"
-    with lock_file(path):
+    with lock_file(path), disk_error_as_run_error(path.parent):
         answer(config, path, images, questions)
     log.info(relative_to_cwd(path))
     return path

@@ -231,6 +231,19 @@ def test_a_file_that_is_cut_while_it_is_resumed_from_ends_no_process(bench, run)
         load_state(checkpoint / "optimizer.safetensors")
 
 
+def test_a_disk_that_cannot_list_a_checkpoint_costs_that_one(run, monkeypatch):
+    first, second = checkpoints(run)
+    listed = Path.rglob
+
+    def rglob(path, pattern):
+        if path == second:
+            raise OSError(5, "Input/output error")
+        return listed(path, pattern)
+
+    monkeypatch.setattr(Path, "rglob", rglob)
+    assert newest_intact(run) == first
+
+
 def test_no_whole_checkpoint_is_refused_before_anything_is_loaded(bench, run, monkeypatch):
     for path in checkpoints(run):
         flip(path / "optimizer.safetensors")

@@ -22,6 +22,7 @@ from smolvlm_exp.data.formats import KEY, normal_features, normal_row, require_k
 from smolvlm_exp.data.images import Entry, ImageError, locate
 from smolvlm_exp.data.loading import (
     convert,
+    files_digest,
     first_cause,
     hold_out,
     is_saved,
@@ -154,7 +155,8 @@ class Converter:
         where = ", ".join(path.name for path in files)
         if all(path.suffix.lower() == ".parquet" for path in files):
             try:
-                table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+                names = [str(path) for path in files]
+                table = load_dataset("parquet", files_digest(names, Path()), data_files=names, split="train")
             except (OSError, ValueError, DatasetsError) as error:
                 raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
             return self.from_table(table, where)
