@@ -191,6 +191,11 @@ def build_trl_config(
             "trainer.max_steps=0 trains nothing: task=evaluate shows what the model can do as it is. 1 is the least; "
             "-1: trainer.num_train_epochs decides."
         )
+    if config.optim.endswith("_layerwise") or config.optim in ("lomo", "adalomo"):
+        raise RequestError(
+            f"trainer.optim={config.optim} changes weights within the backward pass, before anybody knows whether the "
+            "gradient is finite, and no checkpoint holds its state: use adamw_torch, adamw_8bit or adafactor."
+        )
     on_gpu = torch.cuda.is_available()
     names = {field.name for field in fields(cls)}
     constants = {

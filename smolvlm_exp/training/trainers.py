@@ -33,7 +33,7 @@ from smolvlm_exp.runs.resume_check import IDENTITY
 from smolvlm_exp.training.callbacks import EvaluationStopped, ProgressBar
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
-from smolvlm_exp.utils.distributed import full_tensor
+from smolvlm_exp.utils.distributed import all_ranks, full_tensor
 from smolvlm_exp.utils.errors import RunError
 from smolvlm_exp.utils.files import write_json, write_text
 from smolvlm_exp.utils.phases import phase
@@ -152,6 +152,9 @@ class CheckpointMixin(Trainer):
     @phase("saving")
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.guard.poll(wait=True)
+        if not self.finite_weights():
+            log.warning(f"step {self.state.global_step}: weights are not finite, so no checkpoint is saved")
+            return
         folder = Path(super()._get_output_dir(trial))
         final = folder / f"checkpoint-{self.state.global_step}"
         staging = folder / SAVING / final.name
@@ -179,6 +182,11 @@ class CheckpointMixin(Trainer):
             self.saving = None
             if self.args.should_save:
                 shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+    def finite_weights(self) -> bool:
+        """Whether what is trained can be used; of sharded weights nobody asks."""
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)  # type: ignore[union-attr]
+        return self.sharded or all_ranks(all(bool(torch.isfinite(parameter).all()) for parameter in trained))
 
     def best_checkpoint(self, folder: Path) -> Path | None:
         """Of the best evaluation so far, which may not have been saved."""
