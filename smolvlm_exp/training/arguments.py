@@ -39,6 +39,8 @@ TRAINER_ELSEWHERE = {  # arguments of TRL's that other settings are
     **dict.fromkeys(("push_to_hub", "hub_model_id", "log_completions_hub_repo"), "export.push_to_hub"),
 }  # fmt: skip
 
+UNRESUMABLE = ("save_only_model", "ignore_data_skip", "enable_jit_checkpoint")  # arguments of upstream's
+
 
 @dataclass
 class TrainerConfig:
@@ -190,6 +192,11 @@ def build_trl_config(
         raise RequestError(
             "trainer.max_steps=0 trains nothing: task=evaluate shows what the model can do as it is. 1 is the least; "
             "-1: trainer.num_train_epochs decides."
+        )
+    if name := next((name for name in UNRESUMABLE if config.extra.get(name)), None):
+        raise RequestError(
+            f"trainer.extra.{name}: a run could not be resumed exactly. Leave it out: checkpoints here are complete "
+            "(with the place in the data), and SIGTERM saves one."
         )
     if config.optim.endswith("_layerwise") or config.optim in ("lomo", "adalomo"):
         raise RequestError(

@@ -9,10 +9,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
-
-from smolvlm_exp.utils.errors import RunError, first_line
 
 KEY = "tree"  # in the file's metadata
 
@@ -31,18 +29,7 @@ def save_state(path: Path, tree: Any) -> None:
 
 
 def load_state(path: Path) -> Any:
-    """What `save_state` wrote, on the CPU.
-
-    Raises:
-        RunError: it is something else.
-    """
-    try:
-        return read_state(path)
-    except (SafetensorError, OSError, LookupError, TypeError, ValueError) as error:
-        raise RunError(f"{path} has changed since it was verified ({first_line(error)}): resume again.") from error
-
-
-def read_state(path: Path) -> Any:
+    """What `save_state` wrote, on the CPU."""
     with safe_open(path, framework="pt") as file:
         # Copies: what stays mapped is lost, and the process with it, when somebody cuts the file.
         tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dictionary

@@ -13,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 from torch import nn
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from trl import DPOTrainer, SFTTrainer
@@ -238,7 +237,8 @@ class CheckpointMixin(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Raises:
-        RunError: there is a pickle, or the weights are not this model's (what `resume_allow` let through).
+        RunError: a file has changed meanwhile, there is a pickle, or the weights are not this model's (what
+            `resume_allow` let through).
         """
         pickle = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
         if pickle and not self.sharded:
@@ -248,9 +248,11 @@ class CheckpointMixin(Trainer):
         other = next((name for name in folders if name not in adapters), None)
         if other and not self.sharded:  # upstream would add it as an adapter, with whatever fields it has
             raise RunError(f"{resume_from_checkpoint} holds {other}/, which is no adapter of this model.")
+        if problem := damage(Path(resume_from_checkpoint)):  # rows and model took a while
+            raise RunError(f"{resume_from_checkpoint} has changed since it was verified: {problem}. Resume again.")
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except (RuntimeError, ValueError, KeyError, OSError, SafetensorError) as error:
+        except (RuntimeError, ValueError, KeyError) as error:
             raise RunError(
                 f"{resume_from_checkpoint} does not fit this model: {str(error).splitlines()[0]}\n"
                 "Resume with the adapter and model that the run had; resume_allow cannot change that."
