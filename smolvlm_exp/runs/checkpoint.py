@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
@@ -22,6 +23,7 @@ MANIFEST = "manifest.json"
 SAVING = ".saving"  # among the checkpoints: the staging folder
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILED = (errno.EIO, errno.EROFS, errno.ESTALE)  # a file system that meets errors may become read-only
+SPARE = 2**20  # bytes; a disk with less is full
 # How torch and safetensors, which do not raise OSError, say that a disk or a quota is full, or that a disk failed.
 FULL_WORDS = ("no space left", "os error 28", "file too large", "os error 27", "disk quota", "inline_container")
 FAILED_WORDS = ("input/output error", "os error 5)", "read-only file system", "os error 30")
@@ -138,7 +140,9 @@ def disk_error_as_run_error(folder: Path) -> Iterator[None]:
             raise
         full, first = is_disk_full(cause), first_line(cause)
         if full:
-            problem = f"no space left in {folder}: {first} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)"
+            places = (Path(tempfile.gettempdir()),) if shutil.disk_usage(folder).free > SPARE else ()
+            place = next((path for path in places if shutil.disk_usage(path).free < SPARE), folder)
+            problem = f"no space left in {place}: {first} ({shutil.disk_usage(place).free / 2**20:,.0f} MiB free)"
         else:
             problem = f"the disk failed in {folder}: {first}"
         raise RunError(f"{problem}.\n{'Free some space' if full else 'Check the disk'}{what_then(folder)}") from error

@@ -39,7 +39,7 @@ TRAINER_ELSEWHERE = {  # arguments of TRL's that other settings are
     **dict.fromkeys(("push_to_hub", "hub_model_id", "log_completions_hub_repo"), "export.push_to_hub"),
 }  # fmt: skip
 
-UNRESUMABLE = ("save_only_model", "ignore_data_skip", "enable_jit_checkpoint")  # arguments of upstream's
+UNRESUMABLE = ("save_only_model", "ignore_data_skip", "enable_jit_checkpoint")  # upstream's
 
 
 @dataclass
@@ -195,8 +195,8 @@ def build_trl_config(
         )
     if name := next((name for name in UNRESUMABLE if config.extra.get(name)), None):
         raise RequestError(
-            f"trainer.extra.{name}: a run could not be resumed exactly. Leave it out: checkpoints here are complete "
-            "(with the place in the data), and SIGTERM saves one."
+            f"trainer.extra.{name}: a run could not be resumed exactly, since checkpoints would lack a part of its "
+            "state, or it would not be read: leave it out."
         )
     if config.optim.endswith("_layerwise") or config.optim in ("lomo", "adalomo"):
         raise RequestError(
@@ -234,6 +234,10 @@ def build_trl_config(
         built: Any = build(config)
     except Exception as error:
         raise upstream_refuses("trainer", config, build, error) from error
+    if not built.accelerator_config.use_seedable_sampler:
+        raise RequestError(
+            "trainer.extra.accelerator_config: without use_seedable_sampler no run could be resumed exactly."
+        )
     built.load_best_model_at_end = config.load_best_model_at_end  # upstream's rule for save_steps: ours saves the best
     count = built.n_gpu
     if count > 1:  # upstream would wrap the model in nn.DataParallel, which TRL refuses

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -381,6 +382,17 @@ def test_a_sweep_of_another_task_ends_in_one_line_too(tmp_path, monkeypatch, cap
         sweeper.sweep([])
     assert ended.value.code == 1
     assert f"smolvlm_exp: {message} {tmp_path}" in capsys.readouterr().err
+
+
+def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    """It may be that of temporary files."""
+    elsewhere = tmp_path / "temporary"
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(elsewhere))
+    free = {tmp_path: 2**30, elsewhere: 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    full = pytest.raises(RunError, match=rf"no space left in {elsewhere}: .*\(0 MiB free\)")
+    with full, files.disk_error_as_run_error(tmp_path):
+        raise OSError(28, "No space left on device")
 
 
 def test_what_hides_a_disk_error_is_one(tmp_path):

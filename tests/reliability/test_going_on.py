@@ -349,6 +349,12 @@ def test_what_changes_no_number_may_change(bench, saved):
     check_same_run(asdict(config), saved, bench.preferences)
 
 
+def test_a_reference_that_moves_is_in_no_checkpoint(bench, saved):
+    moving = asdict(bench.config("trainer.engine=stock", "trainer.extra.sync_ref_model=true", "resume=it"))
+    with pytest.raises(RequestError, match=r"resume=it: trainer\.extra\.sync_ref_model moves the reference"):
+        check_same_run(moving, saved)
+
+
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):
     monkeypatch.setattr("smolvlm_exp.training.engine_setup.load_model", lambda *a: pytest.fail("the model was loaded"))
     run = saved.parent.parent

@@ -22,6 +22,7 @@ REFUSED = {
     ("trainer.optim=galore_adamw_layerwise",): "trainer.optim=galore_adamw_layerwise changes weights within",
     ("trainer.optim=grokadamw", "trainer=sft"): "trainer.optim=grokadamw: ",
     ("trainer.optim=adamw_torch_4bit", "trainer.engine=stock"): "trainer.optim=adamw_torch_4bit: ",
+    ("+trainer.extra.accelerator_config={use_seedable_sampler: false}",): "trainer.extra.accelerator_config: ",
     ("+trainer.extra.save_only_model=true",): "trainer.extra.save_only_model: a run could not be resumed",
     ("+trainer.extra.ignore_data_skip=true",): "trainer.extra.ignore_data_skip: a run could not be resumed",
     ("+trainer.extra.adam_beta1=5",): "trainer.extra.adam_beta1=5: Invalid beta parameter",
