@@ -182,6 +182,8 @@ def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
 
 def read_text(path: Path, key: str) -> str:
     """The text of the file that the setting `key` names."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RequestError(f"{key}: {path} is a pipe or a device, and no file.")
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -68,7 +68,8 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     }
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
-    check_architecture(config)
+    if Path(config.id).is_dir():
+        check_architecture(config)
     check_no_adapter(config)
     check_shards(Path(config.id))
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for `check_tensors` to tell
@@ -219,7 +220,7 @@ def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any
             raise RequestError(f"model.extra={config.extra}: {first_line(error)}") from error
         if isinstance(error, SafetensorError):
             raise RequestError(f"model.id={config.id}: its weights are damaged: {error}.\n{RESTORE}") from error
-        if isinstance(error, ArithmeticError | AttributeError | LookupError | TypeError | StrictDataclassError):
+        if isinstance(error, ArithmeticError | StrictDataclassError):
             problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
             raise RequestError(
                 f"model.id={config.id}: its config.json describes no model ({problem}).\n{RESTORE}"
