@@ -3,8 +3,7 @@
 import os
 from collections.abc import Container
 from pathlib import Path
-
-import yaml
+from typing import Any
 
 from smolvlm_exp.config.renamed import rename_override
 from smolvlm_exp.config.security import check_typed
@@ -19,7 +18,7 @@ from smolvlm_exp.runs.find import (
     saved_hydra,
     summary_of,
 )
-from smolvlm_exp.runs.folder import MULTIRUN
+from smolvlm_exp.runs.folder import read_multirun
 from smolvlm_exp.runs.overrides import as_override, as_settings, key_of
 from smolvlm_exp.runs.sweep_record import find_sweep
 from smolvlm_exp.utils.errors import RequestError
@@ -89,8 +88,12 @@ def sweep_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     if not multirun:
         raise RequestError("sweep=... resumes a sweep: add -m (resume=... resumes a single run).")
     folder = find_sweep(given["sweep"])
-    saved = yaml.safe_load((folder / MULTIRUN).read_text(encoding="utf-8"))["hydra"]["overrides"]
-    settings = settings_of([*saved["task"], *saved["hydra"]], "train", {*given, *OWN})
+
+    def typed(config: dict[str, Any]) -> list[str]:
+        saved = config["hydra"]["overrides"]
+        return settings_of([*saved["task"], *saved["hydra"]], "train", {*given, *OWN})
+
+    settings = read_multirun(folder, typed)
     return [*settings, as_override("hydra.sweep.dir", str(folder))]
 
 

@@ -50,5 +50,5 @@ def read_questions(file: Path) -> Iterator[Question]:
         try:
             entry = json.loads(line)
             yield Question(str(entry["image"]), str(entry["question"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise RequestError(f"{file}, line {number}: expected {EXAMPLE}.") from None

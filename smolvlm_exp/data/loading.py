@@ -65,12 +65,17 @@ def saved_files(folder: Path) -> Iterator[Path]:
 
 
 def refuse_links_out(folder: Path) -> None:
-    """Refuse a data set with a link that leads out of its folder: rows could name any file by it."""
+    """Refuse a data set with a link that leads out of its folder: rows could name any file by it.
+
+    And with a pipe or a device, which would be read without end.
+    """
     root = folder.resolve()
     for parent, folders, files in os.walk(root):
         for path in (os.path.join(parent, name) for name in (*folders, *files)):
             if os.path.islink(path) and not Path(path).resolve().is_relative_to(root):
                 raise RequestError(f"{path} is a link that leads out of {folder}: put the file itself there.")
+            if not os.path.isfile(path) and not os.path.isdir(path) and os.path.exists(path):
+                raise RequestError(f"{path} is a pipe or a device, and no file: remove it.")
 
 
 def require_embedded(images: list[Any]) -> list[Any]:
@@ -107,7 +112,8 @@ def convert(
         content = hash_of(lines)
         table = Dataset(InMemoryTable.from_pydict({LINE: lines}), fingerprint=content)
     else:
-        content, names, table = rows._fingerprint, image_paths(rows), rows
+        stored = files_digest((file["filename"] for file in rows.cache_files), Path())
+        content, names, table = f"{rows._fingerprint} {stored}", image_paths(rows), rows
     files = [str(folder), str(folder.absolute()), files_digest(names, folder)] if folder else None
     key = hash_of("converted", VERSION, name, files, content, str(columns))
     workers = worker_count(num_proc, len(rows), least=512)
@@ -132,7 +138,10 @@ class RowConverter:
 
 
 def files_digest(names: Iterable[Any], folder: Path) -> str:
-    """A digest of the size and time of every image that is a file, so that a changed one is noticed.
+    """A digest of the size and times of every name that is a file's, so that a changed one is noticed.
+
+    Of its content's time and of the change of anything about it, which nobody sets back: `datasets` goes by the first
+    alone, which archives and copies keep.
 
     Args:
         names: rows' images in any form; those that are no path are passed over.
@@ -144,7 +153,8 @@ def files_digest(names: Iterable[Any], folder: Path) -> str:
             status = os.stat(os.path.join(root, name)) if isinstance(name, str) else None
         except (OSError, ValueError):  # ValueError: a zero byte in it
             status = None
-        digest.update(f"{status.st_size} {status.st_mtime_ns};".encode() if status else b"-;")
+        stamp = f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns};" if status else "-;"
+        digest.update(stamp.encode())
     return digest.hexdigest()
 
 
@@ -172,6 +182,8 @@ def undecoded(rows: "Dataset", columns: list[str]) -> Iterator[dict[str, Any]]:
 
 def read_text(path: Path, key: str) -> str:
     """The text of the file that the setting `key` names."""
+    if path.exists() and not path.is_file() and not path.is_dir():
+        raise RequestError(f"{key}: {path} is a pipe or a device, and no file.")
     try:
         return path.expanduser().read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:

@@ -6,12 +6,12 @@ import multiprocessing
 import os
 import signal
 import sys
-import tempfile
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -20,6 +20,7 @@ from filelock import FileLock
 
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RunError
+from smolvlm_exp.utils.files import atomic_file
 from smolvlm_exp.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -83,34 +84,37 @@ def map_rows(
                 yield table
                 advance(len(table))
 
-    if not (cached and can_store(Path(config.HF_DATASETS_CACHE) / "smolvlm_exp")):
-        table = pa.concat_tables([features.arrow_schema.empty_table(), *tables()])
-        return Dataset(InMemoryTable(table), fingerprint=key)
-    path = Path(config.HF_DATASETS_CACHE) / "smolvlm_exp" / f"{key}.arrow"
-    with FileLock(path.with_suffix(".lock")):
-        if not path.exists():
-            part = path.with_suffix(".part")
-            with pa.OSFile(str(part), "wb") as file, pa.ipc.new_stream(file, features.arrow_schema) as stream:
-                for table in tables():
-                    stream.write_table(table)
-            part.rename(path)
-    made = Dataset.from_file(str(path))
-    made._fingerprint = key
-    return made
+    folder = Path(config.HF_DATASETS_CACHE) / "smolvlm_exp"
+    path = folder / f"{key}.arrow"
 
+    def stored() -> Dataset:
+        made = Dataset.from_file(str(path))
+        made._fingerprint = key
+        return made
 
-def can_store(folder: Path) -> bool:
-    """Whether files can be put into a folder, which is made; a warning says where they cannot."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
-            return True
+        if cached:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(path.with_suffix(".lock")):
+                with suppress(OSError, pa.ArrowInvalid):  # it is not there, or was cut
+                    return stored()
+                for left in folder.glob(f".{path.name}.*"):  # by a process that was killed
+                    left.unlink()
+                with (
+                    atomic_file(path) as part,
+                    pa.OSFile(str(part), "wb") as file,
+                    pa.ipc.new_stream(file, features.arrow_schema) as stream,
+                ):
+                    for table in tables():
+                        stream.write_table(table)
+                return stored()
     except OSError as error:
         log.warning(
-            f"data: the cache {folder} cannot be written ({error.strerror}): rows are checked again in every run, in "
-            "memory. HF_DATASETS_CACHE or HF_HOME names another place"
+            f"data: the cache {folder} cannot be written ({error.strerror or error}): rows are checked again in every "
+            "run, in memory. HF_DATASETS_CACHE or HF_HOME names another place"
         )
-        return False
+    table = pa.concat_tables([features.arrow_schema.empty_table(), *tables()])
+    return Dataset(InMemoryTable(table), fingerprint=key)
 
 
 def batches(rows: "Dataset", function: Function, workers: int | None) -> "Iterator[pa.Table]":

@@ -7,7 +7,6 @@ so that a slice takes only the files, or the row groups, that hold it. What was 
 
 import glob
 import logging
-import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -17,10 +16,10 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from smolvlm_exp.data.loading import first_cause, refuse_links_out, select_split, spans_of, split_names
+from smolvlm_exp.data.loading import files_digest, first_cause, refuse_links_out, select_split, spans_of, split_names
 from smolvlm_exp.data.parallel import hash_of
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.files import read_json, write_json
+from smolvlm_exp.utils.files import atomic_file, read_json, write_json
 from smolvlm_exp.utils.hub import hub_errors, is_hub_id, is_offline
 from smolvlm_exp.utils.units import format_bytes
 
@@ -89,7 +88,8 @@ class Repository:
 
         files = self.fetch(parts, where) if self.commit else [Path(self.id, part.file.path) for part in parts]
         try:
-            rows = load_dataset(self.format, data_files=list(map(str, files)), split="train")
+            name = None if self.commit else files_digest(map(str, files), Path())
+            rows = load_dataset(self.format, name, data_files=list(map(str, files)), split="train")
             if self.format == "imagefolder":  # a row of the Hub must not name one of the user's files
                 rows = rows.with_format("arrow").map(embed_table_storage, batched=True, batch_size=32).with_format(None)
             return rows
@@ -131,14 +131,12 @@ class Repository:
         from pyarrow import parquet
 
         target = self.local(part)
-        unfinished = target.with_suffix(f".{os.getpid()}.part")  # another process may fetch them too
         target.parent.mkdir(parents=True, exist_ok=True)
         with HfFileSystem().open(f"datasets/{self.id}@{self.commit}/{part.file.path}") as file:
             source = parquet.ParquetFile(file, pre_buffer=True)
-            with parquet.ParquetWriter(unfinished, source.schema_arrow) as writer:
+            with atomic_file(target) as unfinished, parquet.ParquetWriter(unfinished, source.schema_arrow) as writer:
                 for group in part.groups or ():
                     writer.write_table(source.read_row_group(group))
-        unfinished.rename(target)
 
 
 def cache_folder() -> Path:

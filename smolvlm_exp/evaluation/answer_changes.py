@@ -102,6 +102,8 @@ def save_answers(folder: Path, changes: Sequence[AnswerChange]) -> None:
 
 def load_answers(folder: Path) -> dict[str, dict[str, Any]]:
     """A run's lines by their id; empty where the file is missing or damaged."""
+    if not (folder / FILE).is_file():  # a pipe would be read without end
+        return {}
     try:
         lines = [json.loads(line) for _, line in json_lines((folder / FILE).read_text(encoding="utf-8"))]
         return {line["id"]: line for line in lines}

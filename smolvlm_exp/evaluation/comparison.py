@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from smolvlm_exp.evaluation.metrics import GOALS, deciding_metric, in_order, summary_value
 from smolvlm_exp.evaluation.statistics import Ratio, changes, t_interval
 from smolvlm_exp.evaluation.verdict import rows_changed
-from smolvlm_exp.utils.files import fsync
+from smolvlm_exp.utils.files import atomic_file
 
 FILE = "rows.safetensors"
 
@@ -40,14 +40,14 @@ def save_per_row(folder: Path, fingerprints: Mapping[str, Sequence[bytes]], rati
     arrays = {split: short_fingerprints(rows) for split, rows in fingerprints.items()}
     for name, ratio in ratios.items():
         arrays[f"metric {name}"] = np.stack([ratio.top, ratio.bottom, np.full(len(ratio.top), ratio.empty)])
-    part = folder / f".{FILE}.part"  # `compare` may read the folder meanwhile
-    save_file(arrays, part)
-    fsync(part)
-    part.replace(folder / FILE)
+    with atomic_file(folder / FILE) as part:  # `compare` may read the folder meanwhile
+        save_file(arrays, part)
 
 
 def load_per_row(folder: Path) -> PerRowResults | None:
     """None where the file is missing or damaged."""
+    if not (folder / FILE).is_file():  # a pipe would be read without end
+        return None
     try:
         arrays = load_file(folder / FILE)
         stored = {name.partition(" ")[2]: array for name, array in arrays.items() if name.startswith("metric ")}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from smolvlm_exp.models.quant import PARTS
-from smolvlm_exp.models.saved_check import BASE, check_adapter_fields, check_base
+from smolvlm_exp.models.saved_check import BASE, check_adapter_fields, check_base, check_folder
 from smolvlm_exp.runs.checkpoint import atomic_folder
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.fields import at_least, one_of, upstream_refuses
@@ -210,6 +210,7 @@ def saved_adapter(config: AdapterConfig, name: str, base: str) -> Path:
     from peft import PeftConfig
 
     folder = find_adapter(config, name)
+    check_folder("model.adapter", folder)
     check_adapter_fields(folder / "adapter_config.json", config.extra)
     with as_request_error(folder):
         saved: Any = PeftConfig.from_pretrained(str(folder))

@@ -15,7 +15,7 @@ from smolvlm_exp.models.adapter import AdapterConfig, adapter_folder, load_adapt
 from smolvlm_exp.models.processor_check import check_files, check_processor
 from smolvlm_exp.models.quant import QuantConfig, describe_weights, quantization_config
 from smolvlm_exp.models.resolution import FILES, RESTORE, Resolution, read_options, saved_resolution
-from smolvlm_exp.models.saved_check import check_shards, check_tensors
+from smolvlm_exp.models.saved_check import check_folder, check_shards, check_size, check_tensors
 from smolvlm_exp.models.shape import ARCHITECTURES, EMBEDDED, Shape, make_processor, model_config
 from smolvlm_exp.utils.cores import usable_cores
 from smolvlm_exp.utils.errors import RequestError, first_line
@@ -69,6 +69,8 @@ def load_model(config: ModelConfig, quantization_config: Any = None, seed: int =
     }
     if config.weights == "random":
         return with_random_weights(random_shape(config), kwargs, seed)
+    if Path(config.id).is_dir():
+        check_architecture(config)
     check_no_adapter(config)
     check_shards(Path(config.id))
     kwargs |= {"output_loading_info": True, "ignore_mismatched_sizes": True}  # for `check_tensors` to tell
@@ -130,8 +132,10 @@ def check_architecture(config: ModelConfig) -> None:
     Raises:
         RequestError: the model is none that the engine's layers compute: an Idefics3 around a Llama.
     """
+    from transformers import AutoConfig
     from transformers.utils import cached_file
 
+    check_folder("model.id", Path(config.id))
     file = from_pretrained(cached_file, config, filename="config.json", _raise_exceptions_for_missing_entries=False)
     if file is None and (config.id == "embedded" or Path(config.id).is_dir()):  # a folder with a processor alone
         return
@@ -149,6 +153,8 @@ def check_architecture(config: ModelConfig) -> None:
             f"model.id={config.id} is {kind} with the text model {text}, and only {' and '.join(ARCHITECTURES)} with "
             "llama are supported: SmolVLM, SmolVLM2, and what was made from them."
         )
+    if Path(config.id).is_dir():
+        check_size(Path(config.id), from_pretrained(AutoConfig.from_pretrained, config, trust_remote_code=False))
 
 
 def choose_resolution(config: ModelConfig, checkpoint: Resolution) -> Resolution:
@@ -199,6 +205,7 @@ def random_shape(config: ModelConfig) -> Shape:
 
 def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any) -> Any:
     """What `read` finds for `config`; the Hub's many errors become two lines that say what to do."""
+    from huggingface_hub.errors import StrictDataclassError
     from safetensors import SafetensorError
 
     source = str(EMBEDDED) if config.id == "embedded" else config.id
@@ -214,6 +221,11 @@ def from_pretrained(read: Callable[..., Any], config: ModelConfig, **kwargs: Any
             raise RequestError(f"model.extra={config.extra}: {first_line(error)}") from error
         if isinstance(error, SafetensorError):
             raise RequestError(f"model.id={config.id}: its weights are damaged: {error}.\n{RESTORE}") from error
+        if isinstance(error, ArithmeticError | StrictDataclassError):
+            problem = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            raise RequestError(
+                f"model.id={config.id}: its config.json describes no model ({problem}).\n{RESTORE}"
+            ) from error
         if not isinstance(error, ImportError | OSError | ValueError):
             raise
         advice = "\nGive a folder that holds the model, connect to the Hub, or use model.weights=random."

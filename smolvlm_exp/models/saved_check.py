@@ -4,6 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from smolvlm_exp.models.resolution import RESTORE
+from smolvlm_exp.runs.checkpoint import MANIFEST, damage
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import read_json
 
@@ -17,6 +19,37 @@ FIELDS = (  # of adapter_config.json
     "exclude_modules", "bias", "lora_bias", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern",
     "layers_to_transform", "layers_pattern", "trainable_token_indices", "runtime_config",
 )  # fmt: skip
+ENTRIES = 1000  # of a list there; PEFT takes minutes for a million
+
+
+def check_folder(setting: str, folder: Path) -> None:
+    """Refuse pipes and devices, which upstream would read without end, and a run's checkpoint that has changed.
+
+    A processor may have been put beside a checkpoint.
+    """
+    for path in folder.glob("*"):
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise RequestError(f"{setting}: {path} is a pipe or a device, and no file: remove it.")
+    ours = folder.name.startswith("checkpoint-") and (folder / MANIFEST).exists()  # upstream's have no manifest
+    if ours and (problem := damage(folder, alone=False)):
+        raise RequestError(f"{setting}: {folder} is damaged: {problem}. Use another checkpoint, or a copy of it.")
+
+
+def check_size(folder: Path, config: Any) -> None:
+    """Refuse a config.json of a model far larger than the weights beside it: upstream would build it for minutes.
+
+    Args:
+        config: as upstream reads it.
+    """
+    text, vision = config.text_config, config.vision_config
+    least = text.vocab_size * text.hidden_size
+    least += sum(part.num_hidden_layers * part.hidden_size * part.intermediate_size for part in (text, vision))
+    stored = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if stored and least > max(2 * stored, 10**8):  # 4 bits a weight
+        raise RequestError(
+            f"{folder}/config.json describes a model of {least:,} weights or more, and its weights have {stored:,} "
+            f"bytes.\n{RESTORE}"
+        )
 
 
 def check_adapter_fields(file: Path, typed: Iterable[str]) -> None:
@@ -33,6 +66,9 @@ def check_adapter_fields(file: Path, typed: Iterable[str]) -> None:
     if saved.get("peft_type") != "LORA":
         raise RequestError(f"model.adapter: {file} describes {saved.get('peft_type', 'no adapter')}, and not LORA.")
     known = {*FIELDS, *typed}
+    long = next((key for key, value in saved.items() if isinstance(value, list | dict) and len(value) > ENTRIES), None)
+    if long:
+        raise RequestError(f"model.adapter: {file}: {long} has {len(saved[long]):,} entries; {ENTRIES:,} at most.")
     unknown = [key for key, value in saved.items() if key not in known and value and value != defaults.get(key)]
     if unknown:
         raise RequestError(

@@ -8,12 +8,14 @@ import contextlib
 import errno
 import json
 import logging
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from smolvlm_exp.utils.errors import RequestError, RunError, first_line
-from smolvlm_exp.utils.files import fsync, sha256
+from smolvlm_exp.utils.files import fsync, read_json, sha256
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +23,7 @@ MANIFEST = "manifest.json"
 SAVING = ".saving"  # among the checkpoints: the staging folder
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 FAILED = (errno.EIO, errno.EROFS, errno.ESTALE)  # a file system that meets errors may become read-only
+SPARE = 2**20  # bytes; a disk with less is full
 # How torch and safetensors, which do not raise OSError, say that a disk or a quota is full, or that a disk failed.
 FULL_WORDS = ("no space left", "os error 28", "file too large", "os error 27", "disk quota", "inline_container")
 FAILED_WORDS = ("input/output error", "os error 5)", "read-only file system", "os error 30")
@@ -34,7 +37,8 @@ def checkpoints(run: Path) -> list[Path]:
 def checkpoint_folders(run: Path) -> list[Path]:
     """Folders named as checkpoints, by step."""
     folders = (run / "checkpoints").glob("checkpoint-*")
-    return sorted((path for path in folders if path.name[11:].isdecimal()), key=step_of)
+    named = (path for path in folders if path.name[11:].isdecimal() and path.name == f"checkpoint-{step_of(path)}")
+    return sorted(named, key=step_of)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -51,7 +55,7 @@ def newest_intact(run: Path) -> Path:
         log.warning(f"checkpoint: a save in {run} was interrupted; its files are ignored")
     problems: list[str] = []
     for checkpoint in reversed(checkpoint_folders(run)):
-        problem = damage(checkpoint)
+        problem = damage(checkpoint) or of_another_step(checkpoint)
         if not problem:
             for line in problems:
                 log.warning(f"checkpoint: {line}")
@@ -68,24 +72,36 @@ def newest_intact(run: Path) -> Path:
     )
 
 
-def damage(checkpoint: Path) -> str:
-    """What is wrong with a checkpoint; empty when every file is as it was written."""
+def of_another_step(checkpoint: Path) -> str:
+    """Of a checkpoint that was given another name; empty when it is of the step that it is named after."""
+    step = read_json(checkpoint / "trainer_state.json").get("global_step")
+    return "" if step == step_of(checkpoint) else f"its trainer_state.json is of step {step}"
+
+
+def damage(checkpoint: Path, alone: bool = True) -> str:
+    """What is wrong with a checkpoint; empty when every file is as it was written.
+
+    Args:
+        alone: no other file may be there.
+    """
+    if not is_regular(checkpoint / MANIFEST) and os.path.lexists(checkpoint / MANIFEST):
+        return f"its {MANIFEST} is not a regular file"
     try:
         listed = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))["files"]
         expected = {str(name): (int(size), str(digest)) for name, (size, digest) in listed.items()}
+        found = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
+        files = {str(path.relative_to(checkpoint)): path for path in found}
     except FileNotFoundError:
         return f"no {MANIFEST}, so it was never finished"
     except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__})"
-    found = (path for path in checkpoint.rglob("*") if path.is_symlink() or not path.is_dir())
-    files = {str(path.relative_to(checkpoint)): path for path in found}
     files.pop(MANIFEST)
-    for name in sorted(expected.keys() | files.keys()):
+    for name in sorted(expected.keys() | (files.keys() if alone else set())):
         if name not in files:
             return f"{name} is missing"
         if name not in expected:
             return f"{name} is not in its {MANIFEST}"
-        if files[name].is_symlink() or not files[name].is_file():
+        if not is_regular(files[name]):
             return f"{name} is not a regular file"
         size, digest = expected[name]
         try:
@@ -97,6 +113,11 @@ def damage(checkpoint: Path) -> str:
         except OSError as error:
             return f"{name} cannot be read: {error.strerror}"
     return ""
+
+
+def is_regular(path: Path) -> bool:
+    """Neither a link nor a pipe or a device, which could be read without end."""
+    return path.is_file() and not path.is_symlink()
 
 
 @contextlib.contextmanager
@@ -119,7 +140,9 @@ def disk_error_as_run_error(folder: Path) -> Iterator[None]:
             raise
         full, first = is_disk_full(cause), first_line(cause)
         if full:
-            problem = f"no space left in {folder}: {first} ({shutil.disk_usage(folder).free / 2**20:,.0f} MiB free)"
+            places = (Path(tempfile.gettempdir()),) if shutil.disk_usage(folder).free > SPARE else ()
+            place = next((path for path in places if shutil.disk_usage(path).free < SPARE), folder)
+            problem = f"no space left in {place}: {first} ({shutil.disk_usage(place).free / 2**20:,.0f} MiB free)"
         else:
             problem = f"the disk failed in {folder}: {first}"
         raise RunError(f"{problem}.\n{'Free some space' if full else 'Check the disk'}{what_then(folder)}") from error
@@ -206,16 +229,21 @@ def finalise(staging: Path, final: Path) -> None:
     fsync(final.parent)
 
 
-def prune_checkpoints(saved: Path, limit: int | None, best: str | None) -> None:
-    """Remove those before the checkpoint just saved, except the newest `limit - 1` and the best."""
+def prune_checkpoints(saved: Path, limit: int | None, best: str | None, damaged: Collection[int] = ()) -> None:
+    """Remove those before the checkpoint just saved, except the newest `limit - 1` and the best.
+
+    Args:
+        damaged: steps of checkpoints that are removed before all others, so that none takes an intact one's place.
+    """
     older = [path for path in checkpoints(saved.parents[1]) if step_of(path) < step_of(saved) and str(path) != best]
+    older.sort(key=lambda path: step_of(path) not in damaged)
     for path in older[: max(len(older) - (limit - 1), 0)] if limit else ():
         remove_checkpoint(path)
 
 
 def remove_checkpoint(checkpoint: Path) -> None:
     """Renamed first, so that a kill half-way leaves nothing that looks like a checkpoint."""
-    if not checkpoint.exists():
+    if not os.path.lexists(checkpoint):
         return
     away = checkpoint.parent / SAVING / f"old-{checkpoint.name}"
     away.parent.mkdir(exist_ok=True)

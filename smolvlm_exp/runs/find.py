@@ -116,9 +116,11 @@ def saved_hydra(folder: Path, name: str) -> Any:
             check_form(name, saved)
         return saved or {}
     except (OSError, yaml.YAMLError, UnicodeDecodeError, RecursionError, LookupError, TypeError) as error:
-        raise RequestError(
-            f"{path} is damaged ({first_line(error)}): start this run again in another folder."
-        ) from None
+        raise damaged(path, error) from None
+
+
+def damaged(path: Path, error: Exception, what: str = "run") -> RequestError:
+    return RequestError(f"{path} is damaged ({first_line(error)}): start this {what} again in another folder.")
 
 
 def check_form(name: str, saved: Any) -> None:

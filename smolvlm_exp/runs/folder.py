@@ -2,14 +2,14 @@
 
 import contextlib
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from filelock import FileLock, Timeout
 
-from smolvlm_exp.runs.find import saved_hydra
+from smolvlm_exp.runs.find import damaged, saved_hydra
 from smolvlm_exp.utils.errors import RequestError
 
 PATIENCE = 10.0  # seconds for the data workers of a run that was just killed to end
@@ -17,6 +17,7 @@ RESULTS = ("metrics.jsonl", "checkpoints", "adapter", "model", "answers.jsonl") 
 RUN_FILES = ("metrics.jsonl", "checkpoints", "summary.json", "adapter", "model")  # signs of a run
 MULTIRUN = "multirun.yaml"  # the configuration of a sweep
 COMPLETED = ("mine", "generate")  # tasks that complete what an earlier command of theirs has left
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -119,12 +120,25 @@ def check_unused_sweep(folder: Path, config: Any) -> None:
                     "use another folder."
                 )
         return
-    there = sweep_kind(yaml.safe_load(path.read_bytes()))
+    there = read_multirun(folder, sweep_kind)
     if there != here or config["task"]["name"] not in (*COMPLETED, "train"):
         raise RequestError(
             f"hydra.sweep.dir={folder} already holds a sweep ({' of '.join(there)}), which is never overwritten: use "
             "another folder."
         )
+
+
+def read_multirun(folder: Path, part: Callable[[Any], T]) -> T:
+    """A part of the configuration that the sweep in `folder` was started with.
+
+    Raises:
+        RequestError: the file is missing or damaged.
+    """
+    path = folder / MULTIRUN
+    try:
+        return part(yaml.safe_load(path.read_bytes()) if path.is_file() else None)
+    except (OSError, yaml.YAMLError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise damaged(path, error, "sweep") from error
 
 
 def sweep_kind(config: Any) -> tuple[str, str]:

@@ -107,6 +107,11 @@ def check_same_run(
         here |= {f"model.{part}": digest for part, digest in processor_digests(processor).items()}
     here |= rewards or {}
     if checkpoint is not None:
+        if settings["trainer"]["extra"].get("sync_ref_model"):
+            raise RequestError(
+                f"resume={settings['resume']}: trainer.extra.sync_ref_model moves the reference, and no checkpoint "
+                "holds where it was. Start again in another folder."
+            )
         saved = read_json(checkpoint / IDENTITY)
         if not saved:
             raise RequestError(

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from smolvlm_exp.runs.checkpoint import checkpoints
-from smolvlm_exp.runs.find import SWEEPS, newest, summary_of
+from smolvlm_exp.runs.find import SWEEPS, damaged, newest, summary_of
 from smolvlm_exp.runs.overrides import as_settings, key_of
 from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.files import read_json, write_json
@@ -58,8 +58,16 @@ def job_label(job: Job, keys: Sequence[str]) -> str:
 
 
 def read_jobs(folder: Path) -> list[Job]:
-    """The jobs of the sweep in `folder`; none where it has not started."""
-    return [Job(job["number"], tuple(job["overrides"])) for job in read_json(folder / "sweep.json").get("jobs", [])]
+    """The jobs of the sweep in `folder`; none where it has not started.
+
+    Raises:
+        RequestError: its sweep.json is damaged.
+    """
+    path = folder / "sweep.json"
+    try:
+        return [Job(int(job["number"]), tuple(map(str, job["overrides"]))) for job in read_json(path).get("jobs", [])]
+    except (LookupError, TypeError, ValueError) as error:
+        raise damaged(path, error, "sweep") from error
 
 
 def job_of(folder: Path) -> Job | None:
@@ -74,7 +82,8 @@ def write_jobs(folder: Path, jobs: Sequence[Job], keys: Sequence[str]) -> None:
 
 def read_keys(folder: Path) -> list[str]:
     """The keys in which a sweep's jobs differ."""
-    return read_json(folder / "sweep.json").get("keys", [])
+    keys = read_json(folder / "sweep.json").get("keys", [])
+    return list(map(str, keys)) if isinstance(keys, list) else []
 
 
 def job_state(folder: Path) -> str:

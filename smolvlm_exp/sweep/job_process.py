@@ -33,7 +33,7 @@ from smolvlm_exp.sweep.devices import assign_device
 from smolvlm_exp.sweep.results import RUNNING, SweepResults, prune_checkpoints, read_result, read_results
 from smolvlm_exp.utils.errors import Pruned, RequestError, RunError, isolated
 from smolvlm_exp.utils.files import write_json
-from smolvlm_exp.utils.formatting import duration
+from smolvlm_exp.utils.formatting import as_finite, duration
 from smolvlm_exp.utils.phases import clock
 from smolvlm_exp.utils.signals import STOPPED
 from smolvlm_exp.utils.startup import configure_logging, silence_upstream
@@ -67,7 +67,8 @@ def run_job(config: Config, folder: Path, home: Path, at_once: int) -> float | N
 def remaining_time(results: SweepResults) -> str:
     """How many jobs are left, and how long they will take, judging by the finished ones."""
     left = sum(job.status in ("missing", "cut", "stopped", RUNNING) for job in results.jobs)
-    seconds = [job.summary["seconds"] for job in results.jobs if job.status == "done"]
+    times = (as_finite(job.summary.get("seconds")) for job in results.jobs if job.status == "done")
+    seconds = [time for time in times if time is not None]
     if not left:
         return ""
     estimate = f", about {duration(median(seconds) * left)} one after the other" if seconds else ""

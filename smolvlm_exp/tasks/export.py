@@ -85,11 +85,11 @@ def export(config: Config, folder: Path) -> dict[str, Path]:
     return folders
 
 
-def weight_files(model: ModelConfig) -> dict[Path, tuple[int, int]]:
+def weight_files(model: ModelConfig) -> dict[Path, tuple[int, ...]]:
     """The local files that a model and its adapter are read from, more than once; a resumed run replaces them."""
     folders = [Path(name) for name in (model.id, model.adapter) if name and Path(name).is_dir()]
     states = {path: path.stat() for folder in folders for path in folder.glob("*") if path.is_file()}
-    return {path: (state.st_ino, state.st_mtime_ns) for path, state in states.items()}
+    return {path: (state.st_ino, state.st_mtime_ns, state.st_ctime_ns) for path, state in states.items()}
 
 
 class Exporter:

@@ -16,6 +16,7 @@ from smolvlm_exp.engine.generation.sampler import ROWS
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.evaluation.generate import ANSWERS, generate_answers
 from smolvlm_exp.models.model import load_finetuned_model, load_processor
+from smolvlm_exp.runs.checkpoint import disk_error_as_run_error
 from smolvlm_exp.runs.folder import lock_file
 from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.files import write_text
@@ -34,7 +35,7 @@ def generate(config: Config, folder: Path) -> Path:
     task = config.task
     images, questions = find_questions(config.task.images, config.task.question, config.task.questions)
     path = Path(task.answers) if task.answers else folder / "answers.jsonl"
-    with lock_file(path):
+    with lock_file(path), disk_error_as_run_error(path.parent):
         answer(config, path, images, questions)
     log.info(relative_to_cwd(path))
     return path
@@ -87,7 +88,7 @@ def answered(path: Path, names: tuple[str, ...]) -> set[Question]:
         try:
             entry = json.loads(line)
             done.add(Question(entry["image"], entry["question"]))
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise RequestError(f"{path}, line {number}: this is not a file of answers; name another.") from None
         if "problem" not in entry and not all(name in entry for name in names):
             has = ", ".join(key for key in entry if key not in ("image", "question"))

@@ -1,7 +1,6 @@
 """What mining leaves in its folder: pairs.jsonl, images/, summary.json, report.html."""
 
 import json
-import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,7 @@ from smolvlm_exp.rewards.pairs import ScoredAnswer, without_pairs
 from smolvlm_exp.runs.find import choices
 from smolvlm_exp.tasks.provenance import provenance
 from smolvlm_exp.utils.errors import isolated
-from smolvlm_exp.utils.files import write_json, write_text
+from smolvlm_exp.utils.files import atomic_file, write_json, write_text
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import seconds_by_phase
 from smolvlm_exp.utils.versions import versions
@@ -84,13 +83,11 @@ def write_pairs(config: Config, folder: Path, mined: Mined) -> None:
     given = dict(zip(numbers, (portable_row(row, images) for row in known), strict=True))
     adapter = config.model.adapter and str(relative_to_cwd(Path(config.model.adapter)))
     source = {"model": config.model.id, "adapter": adapter, "seed": config.seed}
-    part = folder / f".{PAIRS}.{os.getpid()}.part"
-    with part.open("w", encoding="utf-8") as file:
+    with atomic_file(folder / PAIRS) as part, part.open("w", encoding="utf-8") as file:
         for i, chosen, rejected in mined.sides():
             scores = {"chosen_score": chosen.score, "rejected_score": rejected.score}
             line = {**given[i], "chosen": chosen.text, "rejected": rejected.text, **scores, **source}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
-    part.replace(folder / PAIRS)
 
 
 def portable_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
@@ -101,9 +98,8 @@ def portable_row(row: dict[str, Any], images: Path) -> dict[str, Any]:
         suffix = "png" if data.startswith(b"\x89PNG") else "jpg"
         path = images / f"{digest.hex()[:32]}.{suffix}"
         if not path.exists():
-            part = path.with_name(f".{path.name}.{os.getpid()}.part")
-            part.write_bytes(data)
-            part.replace(path)
+            with atomic_file(path) as part:
+                part.write_bytes(data)
         names.append(f"{images.name}/{path.name}")
     return {"images": names, "prompt": row["prompt"], "truth": read_truth(row["truth"]) or None}
 

@@ -138,7 +138,7 @@ def read_answers(path: Path, header: dict[str, Any], fingerprints: Sequence[byte
         settings = dict(saved["settings"])
         rows = [bytes.fromhex(entry["row"]) for entry in entries]
         answers = [[ScoredAnswer(**answer) for answer in entry["answers"]] for entry in entries]
-    except (KeyError, TypeError, ValueError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise RequestError(f"{path} is not a file of answers ({error}): remove it.") from None
     if rows != list(fingerprints[: len(rows)]):
         raise RequestError(f"{path} has answers to other rows than data={{...}} gives now: use another hydra.run.dir.")

@@ -227,7 +227,8 @@ class Result:
         if isinstance(model, PeftModel):
             trainable, total = model.get_nb_trainable_parameters()
         seconds = self.training.metrics["train_runtime"]
-        args = trainer.args
+        args, state = trainer.args, trainer.state
+        best = state.best_global_step if state.best_model_checkpoint else None
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         return {
             "steps": trainer.state.global_step,
@@ -238,7 +239,7 @@ class Result:
             "first_loss": losses[0] if losses else None,
             "last_loss": losses[-1] if losses else None,
             "out_of_memory": getattr(trainer, "out_of_memory", 0),
-            **({"best_step": trainer.state.best_global_step} if args.load_best_model_at_end else {}),
+            **({"best_step": best} if args.load_best_model_at_end else {}),  # null: the last weights stayed
             "not_finite": trainer.guard.skipped,  # steps whose update was skipped
             "trainable_parameters": trainable,
             "total_parameters": total,

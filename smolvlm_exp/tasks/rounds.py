@@ -26,7 +26,7 @@ from smolvlm_exp.tasks.mining import mine_pairs
 from smolvlm_exp.tasks.train import train
 from smolvlm_exp.training.engine_setup import check_request
 from smolvlm_exp.utils.errors import RequestError
-from smolvlm_exp.utils.files import write_json
+from smolvlm_exp.utils.files import atomic_file, write_json
 from smolvlm_exp.utils.paths import relative_to_cwd
 from smolvlm_exp.utils.phases import clock
 
@@ -126,4 +126,5 @@ def copy(path: Path, target: Path) -> None:
         with atomic_folder(target) as staging:
             shutil.copytree(path, staging, dirs_exist_ok=True)
     elif path.is_file():
-        shutil.copy(path, target)
+        with atomic_file(target) as part:
+            shutil.copy(path, part)

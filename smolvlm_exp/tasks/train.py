@@ -84,8 +84,8 @@ def train(
         if not stop.agreed():  # checked once
             with stop.skippable():
                 result.evaluate_after(trainer)
-            if not result.after:
-                trainer.save_now()
+        if not result.after:
+            trainer.save_now()
         result.save(trainer)
     return result.summary
 

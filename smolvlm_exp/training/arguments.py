@@ -39,6 +39,8 @@ TRAINER_ELSEWHERE = {  # arguments of TRL's that other settings are
     **dict.fromkeys(("push_to_hub", "hub_model_id", "log_completions_hub_repo"), "export.push_to_hub"),
 }  # fmt: skip
 
+UNRESUMABLE = ("save_only_model", "ignore_data_skip", "enable_jit_checkpoint")  # upstream's
+
 
 @dataclass
 class TrainerConfig:
@@ -191,6 +193,16 @@ def build_trl_config(
             "trainer.max_steps=0 trains nothing: task=evaluate shows what the model can do as it is. 1 is the least; "
             "-1: trainer.num_train_epochs decides."
         )
+    if name := next((name for name in UNRESUMABLE if config.extra.get(name)), None):
+        raise RequestError(
+            f"trainer.extra.{name}: a run could not be resumed exactly, since checkpoints would lack a part of its "
+            "state, or it would not be read: leave it out."
+        )
+    if config.optim.endswith("_layerwise") or config.optim in ("lomo", "adalomo"):
+        raise RequestError(
+            f"trainer.optim={config.optim} changes weights within the backward pass, before anybody knows whether the "
+            "gradient is finite, and no checkpoint holds its state: use adamw_torch, adamw_8bit or adafactor."
+        )
     on_gpu = torch.cuda.is_available()
     if not on_gpu and resolve_dtype(dtype) is torch.float16:
         raise RequestError("model.dtype=float16 trains on a GPU alone: its loss is scaled there. Use auto.")
@@ -229,6 +241,10 @@ def build_trl_config(
         raise RequestError(
             f"ACCELERATE_MIXED_PRECISION={built.mixed_precision} (accelerate launch --mixed_precision): the precision "
             f"is model.dtype's, here {resolve_dtype(dtype)}. Use model.dtype=bfloat16, or --mixed_precision no."
+        )
+    if not built.accelerator_config.use_seedable_sampler:
+        raise RequestError(
+            "trainer.extra.accelerator_config: without use_seedable_sampler no run could be resumed exactly."
         )
     built.load_best_model_at_end = config.load_best_model_at_end  # upstream's rule for save_steps: ours saves the best
     count = built.n_gpu

@@ -31,7 +31,8 @@ def save_state(path: Path, tree: Any) -> None:
 def load_state(path: Path) -> Any:
     """What `save_state` wrote, on the CPU."""
     with safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dictionary
+        # Copies: what stays mapped is lost, and the process with it, when somebody cuts the file.
+        tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118 - not a dictionary
         return decode(json.loads(file.metadata()[KEY]), tensors)
 
 

@@ -19,12 +19,20 @@ from trl import DPOTrainer, SFTTrainer
 
 from smolvlm_exp.engine.inputs.micro_batches import step_rows
 from smolvlm_exp.engine.trainers import SharedPrefixDPOTrainer, SharedPrefixSFTTrainer
-from smolvlm_exp.runs.checkpoint import SAVING, damage, disk_error_as_run_error, finalise, prune_checkpoints
+from smolvlm_exp.runs.checkpoint import (
+    SAVING,
+    checkpoint_folders,
+    damage,
+    disk_error_as_run_error,
+    finalise,
+    prune_checkpoints,
+    step_of,
+)
 from smolvlm_exp.runs.resume_check import IDENTITY
 from smolvlm_exp.training.callbacks import EvaluationStopped, ProgressBar
 from smolvlm_exp.training.nan_guard import NanGuard
 from smolvlm_exp.training.state_files import load_state, save_state
-from smolvlm_exp.utils.distributed import full_tensor
+from smolvlm_exp.utils.distributed import all_ranks, full_tensor
 from smolvlm_exp.utils.errors import RunError
 from smolvlm_exp.utils.files import write_json, write_text
 from smolvlm_exp.utils.phases import phase
@@ -50,6 +58,7 @@ class CheckpointMixin(Trainer):
         self.identity, self.card = identity, card
         self.resumed_at = 0  # the step that training began at
         self.resumed_from: str | None = None  # the checkpoint
+        self.damaged: set[int] = set()  # steps of checkpoints that were not resumed from, though newer
         self.saving: Path | None = None
         self.step_loss: Any = 0.0
         self.guard = NanGuard(not_finite_limit, self.rows_of)
@@ -128,6 +137,12 @@ class CheckpointMixin(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
+    def _init_training_state(self, max_steps: int, *args: Any, **kwargs: Any) -> tuple[int, int]:
+        """When to log, evaluate and save is this command's; upstream goes on as the checkpoint says."""
+        trained: tuple[int, int] = super()._init_training_state(max_steps, *args, **kwargs)
+        self.state.compute_steps(self.args, max_steps)
+        return trained
+
     # Saving
 
     def save_now(self) -> None:
@@ -138,6 +153,9 @@ class CheckpointMixin(Trainer):
     @phase("saving")
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self.guard.poll(wait=True)
+        if not self.finite_weights():
+            log.warning(f"step {self.state.global_step}: weights are not finite, so no checkpoint is saved")
+            return
         folder = Path(super()._get_output_dir(trial))
         final = folder / f"checkpoint-{self.state.global_step}"
         staging = folder / SAVING / final.name
@@ -157,12 +175,19 @@ class CheckpointMixin(Trainer):
                         self.state.save_to_json(str(staging / "trainer_state.json"))
                     write_json(staging / IDENTITY, self.identity)
                     finalise(staging, final)
-                    prune_checkpoints(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+                    self.damaged.discard(self.state.global_step)
+                    best_saved = self.state.best_model_checkpoint
+                    prune_checkpoints(final, self.args.save_total_limit, best_saved, self.damaged)
                 self.accelerator.wait_for_everyone()
         finally:
             self.saving = None
             if self.args.should_save:
                 shutil.rmtree(folder / SAVING, ignore_errors=True)
+
+    def finite_weights(self) -> bool:
+        """Whether what is trained can be used; of sharded weights nobody asks."""
+        trained = (parameter for parameter in self.model.parameters() if parameter.requires_grad)  # type: ignore[union-attr]
+        return self.sharded or all_ranks(all(bool(torch.isfinite(parameter).all()) for parameter in trained))
 
     def best_checkpoint(self, folder: Path) -> Path | None:
         """Of the best evaluation so far, which may not have been saved."""
@@ -221,7 +246,8 @@ class CheckpointMixin(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         """Raises:
-        RunError: there is a pickle, or the weights are not this model's (what `resume_allow` let through).
+        RunError: a file has changed meanwhile, there is a pickle, or the weights are not this model's (what
+            `resume_allow` let through).
         """
         pickle = next((p.name for p in Path(resume_from_checkpoint).rglob("*") if p.suffix in PICKLES), None)
         if pickle and not self.sharded:
@@ -231,6 +257,8 @@ class CheckpointMixin(Trainer):
         other = next((name for name in folders if name not in adapters), None)
         if other and not self.sharded:  # upstream would add it as an adapter, with whatever fields it has
             raise RunError(f"{resume_from_checkpoint} holds {other}/, which is no adapter of this model.")
+        if problem := damage(Path(resume_from_checkpoint)):  # rows and model took a while
+            raise RunError(f"{resume_from_checkpoint} has changed since it was verified: {problem}. Resume again.")
         try:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
         except (RuntimeError, ValueError, KeyError) as error:
@@ -243,21 +271,21 @@ class CheckpointMixin(Trainer):
         """With the best checkpoint as its name is here: the run may have been moved since it was saved."""
         if self.resumed_from and self.state.global_step == self.resumed_at:  # no step was left
             self._load_rng_state(self.resumed_from)
-        keep = self.args.load_best_model_at_end
-        best = self.best_checkpoint(Path(super()._get_output_dir(None))) if keep else None
-        self.state.best_model_checkpoint = str(best) if best and best.is_dir() else None
-        if keep and not self.state.best_model_checkpoint:
-            metric = self.args.metric_for_best_model
-            log.warning(f"load_best_model_at_end: no evaluation gave a number as eval_{metric}; the last weights stay")
+        self.state.best_model_checkpoint = None
+        if self.args.load_best_model_at_end:
+            best = self.best_checkpoint(Path(super()._get_output_dir(None)))
+            problem = f"no evaluation gave a number as eval_{self.args.metric_for_best_model}"
+            if best:
+                harm = damage(best)
+                harm = harm and (f"is damaged: {harm}" if best.is_dir() else "is gone")
+                problem = harm and f"{best.name}, the best checkpoint, {harm}"
+            if problem:
+                log.warning(f"load_best_model_at_end: {problem}; the last weights stay")
+            else:
+                self.state.best_model_checkpoint = str(best)
         return super()._finalize_training(*args, **kwargs)
 
     def _load_best_model(self) -> None:
-        """Raises:
-        RunError: the best checkpoint is not as it was written.
-        """
-        best = str(self.state.best_model_checkpoint)
-        if problem := damage(Path(best)):
-            raise RunError(f"{best}, the best checkpoint, is damaged: {problem}.")
         super()._load_best_model()
         metric, value = self.args.metric_for_best_model, self.state.best_metric
         log.info(f"best checkpoint: step {self.state.best_global_step}, eval_{metric} {value:.4f}; it is the result")
@@ -267,6 +295,8 @@ class CheckpointMixin(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         self.resumed_at, self.resumed_from = self.state.global_step, checkpoint
+        others = map(step_of, checkpoint_folders(Path(checkpoint).parents[1]))
+        self.damaged = {step for step in others if step > self.resumed_at}
         self.optimizer.load_state_dict(load_state(Path(checkpoint) / "optimizer.safetensors"))  # type: ignore[union-attr]
         self.lr_scheduler.load_state_dict(load_state(Path(checkpoint) / "scheduler.safetensors"))  # type: ignore[union-attr]
 

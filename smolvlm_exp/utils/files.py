@@ -1,5 +1,6 @@
 """Files, written atomically; JSON and JSON Lines; hashes and syncs."""
 
+import contextlib
 import hashlib
 import json
 import math
@@ -10,9 +11,9 @@ from typing import Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON file's object; empty where it is missing, incomplete or something else."""
+    """A JSON file's object; empty where it is missing, incomplete or something else, a pipe too."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
@@ -25,14 +26,19 @@ def write_json(path: Path, content: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Atomically and on the disk: complete or not there, also where the power fails."""
+    with atomic_file(path) as part:
+        part.write_text(text, encoding="utf-8", errors="replace")
+
+
+@contextlib.contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A file to write that is on the disk before it is named `path`; nothing is left of one that fails."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with part.open("w", encoding="utf-8", errors="replace") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        yield part
+        fsync(part)
         part.replace(path)
-    except OSError:
+    except BaseException:
         part.unlink(missing_ok=True)
         raise
     fsync(path.parent)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ from smolvlm_exp.data import parallel
 from smolvlm_exp.data.preferences import load_preferences
 from smolvlm_exp.data.sources.files import Config
 from smolvlm_exp.utils.errors import RequestError, RunError
+from tests.conftest import compose
 
 COUNT = 90
 
@@ -108,7 +110,47 @@ def test_a_second_run_opens_no_image_unless_one_changed(load, folder, monkeypatc
     assert path.stat().st_size == size
     opened.clear()
     assert contents(load(num_proc=1)) == first
-    assert not opened
+    assert opened  # that its time was set back does not hide that it was changed
+
+
+@pytest.mark.parametrize("form", ["parquet", "imagefolder"])
+def test_files_that_keep_their_times_are_read_again(processor, tmp_path, form):
+    """As out of an archive of a later version: `datasets` goes by the time of their content alone."""
+    folder, seen = tmp_path / "rows", []
+    for version in ("a", "b"):
+        rows = [{"question": "What?", "chosen": version, "rejected": "no"}] * 2
+        for split in ("train", "test"):
+            (folder / split).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), {"a": "red", "b": "blue"}[version]).save(folder / split / "0.bmp")
+            image = {"bytes": (folder / split / "0.bmp").read_bytes(), "path": None}
+            if form == "parquet":
+                table = datasets.Dataset.from_list([{**row, "image": image} for row in rows])
+                table.to_parquet(folder / f"{split}.parquet")
+            else:
+                lines = (json.dumps({"file_name": "0.bmp", **row}) + "\n" for row in rows)
+                (folder / split / "metadata.jsonl").write_text("".join(lines))
+        for path in folder.rglob("*"):
+            os.utime(path, (1, 1))
+        source = ("data=files", f"data.folder={folder}") if form == "parquet" else ("data=hub", f"data.id={folder}")
+        read = load_preferences(compose(*source).data, processor, tmp_path)
+        seen.append((read.train["chosen"][0][0]["content"][0]["text"], read.train["image_sha256"][0]))
+    assert [text for text, _ in seen] == ["a", "b"]
+    assert seen[0][1] != seen[1][1]
+
+
+def test_a_cache_that_fills_or_was_cut_costs_only_time(load, cache, caplog):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limit[1]))
+    try:
+        told = contents(load())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert "cannot be written (" in caplog.text
+    assert not [path for path in cache.iterdir() if path.suffix != ".lock"]  # nothing half-written is left
+    assert contents(load()) == told
+    for path in cache.glob("*.arrow"):
+        os.truncate(path, path.stat().st_size // 2)
+    assert contents(load()) == told
 
 
 def test_another_process_has_the_same_keys(load, cache, folder, tmp_path):

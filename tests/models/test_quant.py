@@ -40,7 +40,7 @@ def test_an_option_without_effect_is_refused(config, message):
 
 
 def test_an_unknown_part_is_refused_with_those_there_are():
-    with pytest.raises(RequestError, match="quant.skip=lm_head: Known: text_model, vision_model, connector"):
+    with pytest.raises(RequestError, match=r"quant\.skip=lm_head: Known: text_model, vision_model, connector"):
         compose("quant.skip=[lm_head]")
 
 

@@ -48,12 +48,22 @@ def test_a_base_is_whole(change, tmp_path):
             load_model(config.model, quantization_config(config.quant, torch.float32))
 
 
+def described(key, value):
+    """config.json with another value."""
+    config = read_json(EMBEDDED / "config.json")
+    return json.dumps({**config, key: {**config[key], **value} if isinstance(value, dict) else value}).encode()
+
+
 @pytest.mark.parametrize(
     ("file", "content"),
     [
         ("model.safetensors", b""), ("model.safetensors", (EMBEDDED / "model.safetensors").read_bytes()[:-9]),
         ("model.safetensors.index.json", b'{"weight_map": 5}'), ("generation_config.json", b"[]"),
         ("config.json", b"[" * 100_000), ("config.json", b'{"model_type": "idefics3", "text_config": 5}'),
+        ("config.json", b'{"model_type": "idefics3", "text_config": null}'),
+        ("config.json", described("scale_factor", 0)),
+        ("config.json", described("text_config", {"num_hidden_layers": 10**6})),
+        ("config.json", described("vision_config", {"patch_size": 0})),
     ],
 )  # fmt: skip
 def test_a_damaged_file_of_a_base_is_one_error(file, content, tmp_path):
@@ -62,7 +72,7 @@ def test_a_damaged_file_of_a_base_is_one_error(file, content, tmp_path):
         (tmp_path / "model" / "model.safetensors").unlink()
     (tmp_path / "model" / file).write_bytes(content)
     config = compose(f"model.id={tmp_path}/model").model
-    with pytest.raises(RequestError, match=r"damaged|only idefics3 and smolvlm"):  # noqa: PT012 - a command does both
+    with pytest.raises(RequestError, match=r"damaged|only idefics3 and smolvlm|describes"):  # noqa: PT012 - a command does both
         load_processor(config)
         load_model(config)
 
@@ -111,6 +121,7 @@ UNREAD = {"digests": [1]}, {"lora_dropout": 5}
         ("adapter_config.json", {"alpha_pattern": {".*": "x"}}), ("adapter_config.json", {"lora_dropout": 5}),
         ("adapter_config.json", {"rank_pattern": {"(": 1}}), ("adapter_config.json", {"modules_to_save": ["lm_head"]}),
         ("adapter_config.json", {"trainable_token_indices": [10**9]}), ("adapter_model.safetensors", {}),
+        ("adapter_config.json", {"rank_pattern": {f"layer{i}": 8 for i in range(10**6)}}),
         ("base.json", {"digests": [1]}), ("base.json", {"digests": {"linear": 5}}),
     ],
 )  # fmt: skip
@@ -118,7 +129,8 @@ def test_whatever_an_adapter_says_it_is_no_traceback(adapter, file, fields, tmp_
     folder = shutil.copytree(adapter, tmp_path / "adapter")
     (folder / file).write_text(json.dumps({**read_json(folder / file), **fields}))
     model = replace(compose().model, adapter=str(folder))
-    with nullcontext() if fields in UNREAD else pytest.raises(RequestError, match=r"model\.adapter=.* was|fit"):
+    said = r"model\.adapter=.* was|fit|1,000 at most"
+    with nullcontext() if fields in UNREAD else pytest.raises(RequestError, match=said):
         load_finetuned_model(model, QuantConfig(), SMALL, 0)
 
 

@@ -194,9 +194,9 @@ def alone(tmp_path_factory):
     return folder / "run"
 
 
-def command_line(*overrides: str, config_dir: Path | None = None) -> Namespace:
+def command_line(*overrides: str, config_dir: Path | None = None, multirun: bool = False) -> Namespace:
     """What `main` reads, completed and checked."""
-    flags = ["--config-dir", str(config_dir)] if config_dir else []
+    flags = [*(["--config-dir", str(config_dir)] if config_dir else []), *(["-m"] if multirun else [])]
     args = get_args_parser().parse_args([*flags, "--", *overrides])
     complete_and_check(args)
     return args

@@ -65,6 +65,7 @@ def brief_train(config: Config, folder: Path, watchers: Sequence = ()) -> dict:
         append_event(folder / "metrics.jsonl", {"step": 1, "loss": 1 / config.seed})
         staging = folder / "checkpoints" / SAVING / "checkpoint-1"
         staging.mkdir(parents=True)
+        write_json(staging / "trainer_state.json", {"global_step": 1})
         finalise(staging, folder / "checkpoints" / staging.name)
     after, train = {"preference_accuracy": config.seed / 4}, {"seconds": 1.0, "pairs_per_second": 1.0}
     summary = {"status": "done", "seed": config.seed, "seconds": 1.0, "after": after, "train": train}

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -175,6 +176,75 @@ def test_every_file_and_every_damage(run, capsys):
     assert "optimizer.pt is not in its manifest.json" in capsys.readouterr().out
 
 
+def test_what_is_no_file_or_of_another_step_is_damage(run, capsys):
+    """A pipe in a manifest's place is not waited for; a checkpoint is of the step that it is named after."""
+    first, second = checkpoints(run)
+    for name in NAMES:
+        content = (second / name).read_bytes()
+        (second / name).unlink()
+        os.mkfifo(second / name)
+        assert newest_intact(run) == first
+        assert f"{name} is not a regular file" in capsys.readouterr().out
+        (second / name).unlink()
+        (second / name).write_bytes(content)
+    shutil.copytree(first, run / "checkpoints" / "checkpoint-99")
+    shutil.copytree(first, run / "checkpoints" / "checkpoint-0099")
+    empty = run / "checkpoints" / "checkpoint-100"
+    empty.mkdir()
+    (empty / "manifest.json").write_text('{"files": {}}')
+    assert newest_intact(run) == second
+    told = capsys.readouterr().out
+    assert "checkpoint-99 is damaged: its trainer_state.json is of step 1" in told
+    assert "checkpoint-100 is damaged: its trainer_state.json is of step None" in told
+
+
+def test_a_damaged_checkpoint_takes_no_intact_ones_place(bench, tmp_path):
+    """The run resumes from step 1, and saves again at step 4 alone, with one more to keep."""
+    four = (*TWO, "trainer.max_steps=4", "trainer.save_total_limit=8")
+    bench.run(tmp_path, *four, "trainer.max_steps=4")
+    saved = checkpoints(tmp_path)
+    shutil.rmtree(saved[3])
+    for checkpoint in saved[1:3]:
+        flip(checkpoint / "optimizer.safetensors")
+    bench.run(tmp_path, *four, "trainer.save_steps=4", "trainer.save_total_limit=2")
+    assert {path.name: damage(path) for path in checkpoints(tmp_path)} == {"checkpoint-1": "", "checkpoint-4": ""}
+
+
+def test_a_resumed_run_saves_when_it_is_told_to(bench, run):
+    bench.run(run, *TWO, "trainer.max_steps=6", "trainer.save_steps=3", "trainer.save_total_limit=8")
+    assert [path.name for path in checkpoints(run)] == [f"checkpoint-{step}" for step in (1, 2, 3, 6)]
+
+
+def test_a_file_that_is_cut_while_it_is_resumed_from_ends_no_process(bench, run):
+    """Nothing of it stays mapped: a read beyond the end of a mapped file is SIGBUS."""
+    checkpoint = newest_intact(run)
+    state = load_state(checkpoint / "optimizer.safetensors")
+    whole = repr(state)
+
+    def read_on():
+        for name in ("optimizer.safetensors", "adapter_model.safetensors"):
+            os.truncate(checkpoint / name, 0)
+        assert repr(state) == whole
+
+    _, status = os.waitpid(forked(read_on, run / "log"), 0)
+    assert status == 0, (run / "log").read_text()
+    with pytest.raises(RunError, match=r"has changed since it was verified: adapter_model\.safetensors has 0 bytes"):
+        bench.trainer(run, *TWO).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_disk_that_cannot_list_a_checkpoint_costs_that_one(run, monkeypatch):
+    first, second = checkpoints(run)
+    listed = Path.rglob
+
+    def rglob(path, pattern):
+        if path == second:
+            raise OSError(5, "Input/output error")
+        return listed(path, pattern)
+
+    monkeypatch.setattr(Path, "rglob", rglob)
+    assert newest_intact(run) == first
+
+
 def test_no_whole_checkpoint_is_refused_before_anything_is_loaded(bench, run, monkeypatch):
     for path in checkpoints(run):
         flip(path / "optimizer.safetensors")
@@ -201,6 +271,12 @@ def test_a_damaged_checkpoint_of_this_step_is_saved_again(bench, run):
     (last / "optimizer.safetensors").unlink()
     trainer.save_now()
     assert damage(last) == ""
+
+
+def test_a_link_of_a_checkpoints_name_is_replaced(bench, run):
+    (run / "checkpoints" / "checkpoint-3").symlink_to("nowhere")
+    bench.run(run, *TWO, "trainer.max_steps=3")
+    assert damage(run / "checkpoints" / "checkpoint-3") == ""
 
 
 @pytest.mark.parametrize("manifest", ["[" * 100_000, '{"files": {"run.json": [1e999, ""]}}', '{"files": 1}'])
@@ -306,6 +382,17 @@ def test_a_sweep_of_another_task_ends_in_one_line_too(tmp_path, monkeypatch, cap
         sweeper.sweep([])
     assert ended.value.code == 1
     assert f"smolvlm_exp: {message} {tmp_path}" in capsys.readouterr().err
+
+
+def test_the_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    """It may be that of temporary files."""
+    elsewhere = tmp_path / "temporary"
+    monkeypatch.setattr(files.tempfile, "gettempdir", lambda: str(elsewhere))
+    free = {tmp_path: 2**30, elsewhere: 0}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free[path]))
+    full = pytest.raises(RunError, match=rf"no space left in {elsewhere}: .*\(0 MiB free\)")
+    with full, files.disk_error_as_run_error(tmp_path):
+        raise OSError(28, "No space left on device")
 
 
 def test_what_hides_a_disk_error_is_one(tmp_path):

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, TrainerCallback
 
 from smolvlm_exp import main
 from smolvlm_exp.models.model import ModelConfig, load_model, load_processor
@@ -92,6 +92,19 @@ def test_a_signal_in_the_last_step_loses_nothing(bench, tmp_path):
     again = bench.run(tmp_path, *short)
     assert again.state.global_step == 2  # and not one step more
     assert all(p.equal(learnt(trainer)[name]) for name, p in learnt(again).items())
+
+
+@pytest.mark.usefixtures("unseen")
+def test_a_signal_after_the_last_step_loses_nothing_either(quick, tmp_path):
+    """Between the last step and the evaluation after it, with trainer.save_strategy=no: it is saved then."""
+
+    class AtTheEnd(TrainerCallback):
+        def on_train_end(self, *args, **kwargs):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    assert train(quick(), tmp_path, watchers=[AtTheEnd()])["status"] == "stopped"
+    assert newest_intact(tmp_path).name == "checkpoint-3"
+    assert train(quick(f"resume={tmp_path}"), tmp_path)["status"] == "done"
 
 
 @pytest.mark.parametrize(("step", "code"), [(2, 75), (0, 130)])
@@ -372,6 +385,12 @@ def test_what_changes_no_number_may_change(bench, saved):
     )  # fmt: skip
     config = compose(*[f"+{o}" if ".extra." in o else o for o in LONG], *free, "resume=it")
     check_same_run(asdict(config), saved, bench.preferences)
+
+
+def test_a_reference_that_moves_is_in_no_checkpoint(bench, saved):
+    moving = asdict(bench.config("trainer.engine=stock", "trainer.extra.sync_ref_model=true", "resume=it"))
+    with pytest.raises(RequestError, match=r"resume=it: trainer\.extra\.sync_ref_model moves the reference"):
+        check_same_run(moving, saved)
 
 
 def test_it_is_refused_before_anything_is_loaded(bench, saved, monkeypatch):

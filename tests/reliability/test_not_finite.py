@@ -136,6 +136,24 @@ def test_several_in_a_row_end_the_run_and_the_last_finite_checkpoint_stays(bench
     assert same((learnt(trainer), recorder.states[-1][1]), recorder.states[1])
 
 
+class Flipped(TrainerCallback):
+    """A bit of a weight flips in memory after the second step."""
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == 2:
+            with torch.no_grad():
+                next(p for p in model.parameters() if p.requires_grad).view(-1)[0] = BAD
+
+
+def test_weights_that_are_not_finite_take_no_good_ones_place(bench, tmp_path, capsys):
+    saving = ("trainer.save_strategy=steps", "trainer.save_steps=1", "trainer.save_total_limit=1")
+    with pytest.raises(RunError, match=r"3 steps in a row \(3 to 5\)"):
+        bench.run(tmp_path, *FIVE, *saving, callbacks=(Flipped(),))
+    assert "step 2: weights are not finite, so no checkpoint is saved" in capsys.readouterr().out
+    assert newest_intact(tmp_path).name == "checkpoint-1"
+    assert bench.run(tmp_path, *FIVE, *saving).state.global_step == 5
+
+
 def test_single_bad_steps_apart_do_not_end_it():
     guard = NanGuard(2, lambda step: [step])
     model, good, bad = torch.nn.Linear(1, 1), torch.tensor(True), torch.tensor(False)

@@ -13,7 +13,7 @@ from smolvlm_exp.data.folder_questions import Question, read_questions
 from smolvlm_exp.models.adapter import lora_config
 from smolvlm_exp.runs.event_log import append_event, read_events, truncate_after
 from smolvlm_exp.tasks.generate import answered, generate
-from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.errors import RequestError, RunError
 from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import compose, read_lines
 
@@ -81,6 +81,16 @@ def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
     assert len(read_events(path)) == 2
     truncate_after(path, 1)
     assert [event["answer"] for event in read_events(path)] == ["Three\u0085four."]
+
+
+def test_a_full_disk_is_that_of_the_answers(tmp_path, monkeypatch, pictures):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("smolvlm_exp.tasks.generate.answer", full)
+    config = compose(*PLAIN, f"task.images={pictures}", f"task.answers={pictures}/answers.jsonl")
+    with pytest.raises(RunError, match=f"no space left in {pictures}"):
+        generate(config, tmp_path)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

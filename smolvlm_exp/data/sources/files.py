@@ -22,6 +22,7 @@ from smolvlm_exp.data.formats import KEY, normal_features, normal_row, require_k
 from smolvlm_exp.data.images import Entry, ImageError, locate
 from smolvlm_exp.data.loading import (
     convert,
+    files_digest,
     first_cause,
     hold_out,
     is_saved,
@@ -130,9 +131,11 @@ def log_files(files: Mapping[str, list[Path]]) -> None:
 
 
 def inside(folder: Path, path: Path) -> Path:
-    """The path; RequestError where it, or a link in it, leads out of the data's folder."""
+    """The path; RequestError where it is no file, or where it, or a link in it, leads out of the data's folder."""
     if not path.resolve().is_relative_to(folder.resolve()):
         raise RequestError(f"data.folder: {path} lies outside of it, or is a link that leads out: put the file there.")
+    if not path.is_file():
+        raise RequestError(f"data.folder: {path} is no file that can be read.")
     return path
 
 
@@ -152,7 +155,8 @@ class Converter:
         where = ", ".join(path.name for path in files)
         if all(path.suffix.lower() == ".parquet" for path in files):
             try:
-                table = load_dataset("parquet", data_files=[str(path) for path in files], split="train")
+                names = [str(path) for path in files]
+                table = load_dataset("parquet", files_digest(names, Path()), data_files=names, split="train")
             except (OSError, ValueError, DatasetsError) as error:
                 raise RequestError(f"{where} cannot be read as Parquet: {first_cause(error)}") from error
             return self.from_table(table, where)

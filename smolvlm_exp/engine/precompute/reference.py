@@ -19,6 +19,7 @@ from smolvlm_exp.engine.disk_cache import DiskCache, MappedTensor, cache_key
 from smolvlm_exp.engine.inputs.dataset import PackedDataset, batch_loader
 from smolvlm_exp.engine.inputs.micro_batches import Batch
 from smolvlm_exp.utils.distributed import broadcast_from_rank0, gather, rank_world
+from smolvlm_exp.utils.errors import RequestError
 from smolvlm_exp.utils.progress import track
 
 log = logging.getLogger(__name__)
@@ -48,7 +49,7 @@ def reference_logps(
         chosen, rejected: (rows,) float32 on the CPU; nan for rows without their images (`keep_only`).
 
     Raises:
-        ValueError: one of them is not finite.
+        RequestError: one of them is not finite.
     """
     start, keys = time.perf_counter(), row_keys(rows)
     parts = {**key_parts, "tiling": rows.tiling(), "image_token_id": rows.image_token_id}
@@ -85,7 +86,10 @@ def compute(rows: PackedDataset, missing: list[int], score: Score, batch_size: i
     scores = {i: logps for part in gather(list(zip(chain(*batches), mine, strict=True))) for i, logps in part}
     for i in missing:
         if not np.isfinite(scores[i]).all():
-            raise ValueError(f"row {i}: the reference's log-probabilities are {scores[i]}, which no training can use.")
+            raise RequestError(
+                f"train row {i}: the reference's log-probabilities are {scores[i]}, which no training can use: weights "
+                "of the model are not finite, or overflow in model.dtype. Check its files, or use model.dtype=float32."
+            )
     return [tuple(scores[i]) for i in missing]
 
 

@@ -18,6 +18,7 @@ from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.precompute.reference import reference_logps, row_keys
 from smolvlm_exp.evaluation.preference import answer_logps
 from smolvlm_exp.models.model import load_model
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import compose
 from tests.engine.inputs.test_dataset import PLENTY, encoded, make, noise, packed
 
@@ -114,7 +115,7 @@ def test_a_nan_stops_the_run_and_is_not_stored(few, store):
         chosen, rejected = Count()(batch, _)
         return chosen.where(batch["rows"] != 7, float("nan")), rejected
 
-    with pytest.raises(ValueError, match="row 7: the reference's log-probabilities are"):
+    with pytest.raises(RequestError, match="row 7: the reference's log-probabilities are"):
         scored(few, broken, store)
     assert not list(store.folder.glob("reference-*"))
 
