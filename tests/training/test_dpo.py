@@ -178,9 +178,10 @@ def test_each_process_uses_one_gpu(capsys, tmp_path):
     class Arguments:
         n_gpu = property(lambda self: self._n_gpu)
         mixed_precision = "no"
+        accelerator_config = SimpleNamespace(use_seedable_sampler=True)
 
-        def __init__(self, gpus, bf16, **others):
-            self._n_gpu, self.bf16 = gpus, bf16
+        def __init__(self, gpus, bf16, fp16, **others):
+            self._n_gpu, self.bf16, self.fp16 = gpus, bf16, fp16
 
     for gpus, left in ((0, 0), (1, 1), (4, 1)):
         assert build_trl_config(Arguments, TrainerConfig(), tmp_path, "float32", None, 0, gpus=gpus).n_gpu == left
