@@ -45,8 +45,10 @@ class PackedTrainer(StepTrainer):
 
     Attributes:
         shares: per mode, how much each call of TRL's loss code counts in its logged means.
+        replays: whether CUDA graphs are planned; None: nothing is, and they are tried.
     """
 
+    replays: bool | None = None
     _total_train_tokens: Any
 
     def __init__(self, model: Any, **kwargs: Any) -> None:
@@ -93,9 +95,9 @@ class PackedTrainer(StepTrainer):
 
     @property
     def can_replay(self) -> bool:
-        """Whether the text model's passes become CUDA graphs: where nothing else needs memory beside them."""
-        stack = stack_of(core_of(self.model))
-        return stack is not None and stack.can_replay and self.rows.features is not None
+        """Whether the text model's passes can be, or are planned to be, CUDA graphs; images are ready then."""
+        stack, ready = stack_of(core_of(self.model)), self.rows.features is not None
+        return self.replays is not False and ready and stack is not None and stack.can_replay
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """One call's worth of work, in as many parts as transformers counts."""

@@ -37,7 +37,8 @@ class Line:
         """Starting the kernels takes longer than running them."""
         if isinstance(self.plan, DoesNotFit):
             return False
-        spec, card = spec_on(self.config, self.sheet, self.lengths), self.sheet.expected()
+        spec = replace(spec_on(self.config, self.sheet, self.lengths), graphs=self.plan.graphs)
+        card = self.sheet.expected()
         load = trained_rows(self.config, self.lengths).average(self.plan.micro_batch)
         step = phases(spec, load, self.plan.levels, card, self.plan.accumulation)
         return sum(phase.launches for phase in step) * card.launch > sum(phase.device for phase in step)
@@ -99,8 +100,9 @@ def trained_rows(config: Config, lengths: RowLengths) -> RowSizes:
 
 def pair_seconds(config: Config, lengths: RowLengths, plan: Plan, sheet: CardSheet, card: Card) -> float:
     """Of a pair in training, on a faster or slower card than the plan was made for."""
-    load, levels = trained_rows(config, lengths).average(plan.micro_batch), plan.levels
-    return TRAINER * seconds(spec_on(config, sheet, lengths), load, levels, card, plan.accumulation) / plan.micro_batch
+    load, spec = trained_rows(config, lengths).average(plan.micro_batch), spec_on(config, sheet, lengths)
+    step = seconds(replace(spec, graphs=plan.graphs), load, plan.levels, card, plan.accumulation)
+    return TRAINER * step / plan.micro_batch
 
 
 def parts_of(config: Config, lengths: RowLengths, sheet: CardSheet, card: Card, pair: float) -> dict[str, float]:

@@ -61,6 +61,7 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
         return
     free = min(gather(probe.available_memory())) if gpu else None  # all processes plan alike
     budget = min(size for size in (requested, free) if isinstance(size, int))
+    trainer.replays = None
     spec = spec_of_model(trainer, gpu)
     card = broadcast_from_rank0(lambda: probe.measure_card(trainer.model.dtype)) if gpu else CPU
     for counted in trainer.planned:
@@ -75,7 +76,7 @@ def plan_memory(config: TrainerConfig, trainer: Any, pairs: bool = True) -> None
                     "`task=plan` with the same settings compares them."
                 ) from error
     set_checkpointing(trainer, plan, spec)
-    trainer.micro_batch = plan.micro_batch * counted
+    trainer.micro_batch, trainer.replays = plan.micro_batch * counted, plan.graphs
     log.info(describe_plan(plan, budget, spec, card.name, counted))
 
 
@@ -165,7 +166,7 @@ def describe_plan(plan: Plan, budget: int, spec: MemorySpec, card: str, counted:
     speed = f"; about {plan.seconds:.3f} s per {row} on this {card}" if spec.gpu else ""
     return (
         f"memory plan: micro-batch {plan.micro_batch * counted} x {plan.accumulation} accumulation; "
-        f"activation checkpointing: {levels}\n"
+        f"activation checkpointing: {levels}{'; CUDA graphs' if plan.graphs else ''}\n"
         f"memory plan: predicted {format_bytes(plan.peak)}{measured} of {format_bytes(budget)}, "
         f"{MARGIN:.0%} left free{speed}"
     )

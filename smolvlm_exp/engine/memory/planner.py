@@ -5,13 +5,15 @@ as set. Of the plans that fit, the fastest is taken (roofline.py); probe.py corr
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from smolvlm_exp.engine.memory.footprint import LEVELS, MemorySpec, RowSizes, peak, resident
-from smolvlm_exp.engine.memory.roofline import TRAINER, Card, seconds
+from smolvlm_exp.engine.memory.roofline import TRAINER, Card, replayed, seconds
 from smolvlm_exp.utils.units import format_bytes
 
 BATCH_LOSSES = {"sft", "aot", "aot_unpaired"}  # not a mean over pairs: sft averages over tokens, aot sorts the batch
+SPARE = 1 / 32  # of a line that has one of few lengths, as CUDA graphs want it: on average
 MARGIN = 0.08  # of a budget, left free: the allocator's fragmentation, rows of unequal length
 
 
@@ -26,6 +28,7 @@ class Plan:
     resident: int  # predicted bytes that are allocated throughout
     activations: int  # predicted bytes on top of these at the worst moment
     seconds: float  # predicted, per pair
+    graphs: bool = False  # passes are replayed as CUDA graphs, and have room for their activations twice
     measured: int | None = None  # bytes at the worst moment, where a probe has run it
 
     @property
@@ -72,10 +75,11 @@ def proposals(
     for micro in range(unit, effective + 1, unit):
         if effective % micro == 0:
             longest, average = rows.longest(micro), rows.average(micro)
-            for choice in choices:
-                activations = peak(spec, longest, *choice)
-                time = TRAINER * seconds(spec, average, choice, card, effective // micro) / micro
-                plans.append(Plan(micro, effective // micro, *choice, resident(spec), activations, time))
+            for choice, graphs in product(choices, (False, True) if replayed(spec, card) else (False,)):
+                activations = peak(spec, longest, *choice) * (1 + graphs)
+                time = seconds(replace(spec, graphs=graphs), average, choice, card, effective // micro)
+                time *= TRAINER * (1 + SPARE * graphs) / micro
+                plans.append(Plan(micro, effective // micro, *choice, resident(spec), activations, time, graphs))
     return plans
 
 

@@ -66,7 +66,7 @@ def probe(
     Raises:
         DoesNotFit: none does.
     """
-    tried: dict[tuple[int, str, str], Plan] = {}
+    tried: dict[tuple[int, str, str, bool], Plan] = {}
     factor, offset = 1.0, 0  # what the formulas are off by
     with restored_state(parameters):
         for attempt in track(range(TRIES), "memory plan", TRIES):  # fewer, where the first fits as predicted
@@ -81,12 +81,14 @@ def probe(
             working = [plan for plan in tried.values() if fits_budget(plan.measured or 0, budget)]
             if attempt == TRIES - 1 and not working:
                 chosen = min(likely, key=lambda plan: plan.peak)
-            key = chosen.micro_batch, chosen.checkpointing, chosen.vision_checkpointing
+            key = chosen.micro_batch, *chosen.levels, chosen.graphs
             if key in tried:
                 break
             resting, most = (agree(size + later) for size in measure(run, chosen))
             if most == float("inf"):
                 resting, most = chosen.resident, 1.1 * max(budget, chosen.peak)
+            elif chosen.graphs:  # that what was run had none makes no difference but this
+                most += most - resting
             tried[key] = replace(chosen, measured=round(most))
             offset += round(resting) - chosen.resident
             factor *= (most - resting) / chosen.activations

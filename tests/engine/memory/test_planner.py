@@ -157,6 +157,18 @@ def test_the_fastest_plan_is_taken():
     assert (large.micro_batch, large.checkpointing) == (32, "none")
 
 
+@pytest.mark.parametrize(("model", "graphs"), [("smolvlm_256m", True), ("smolvlm", False)])
+def test_graphs_are_planned_where_the_host_is_waited_for_and_twice_a_pass_fits(model, graphs):
+    spec = replace(facts(model=model), graphs=True)
+    rows = RowSizes([(1225 - 248 * (model == "smolvlm_256m"), 130, 130, 13)] * 64)
+    found = plan(spec, rows, 139 * GIB, 16, H100)
+    assert found.graphs == graphs
+    assert found.seconds <= plan(replace(spec, graphs=False), rows, 139 * GIB, 16, H100).seconds
+    plans = {(each.micro_batch, *each.levels, each.graphs): each for each in proposals(spec, rows, 16, H100)}
+    without = plans[found.micro_batch, *found.levels, False]
+    assert plans[found.micro_batch, *found.levels, True].activations == 2 * without.activations
+
+
 def test_levels_can_be_restricted():
     found = best(proposals(facts(), LONG, 8, H100, levels=("full",)), 80 * GIB)
     assert (found.checkpointing, found.micro_batch) == ("full", 8)
