@@ -24,18 +24,18 @@ def kernel_for(query: torch.Tensor, layout: Layout | None, differentiable: bool 
     """The fastest that this GPU and dtype have; `differentiable`: by autograd too."""
     if query.dtype not in (torch.bfloat16, torch.float16) or not has("flash"):
         return efficient, efficient_backward
-    hopper = is_hopper(query.device.index)
-    if hopper and not differentiable and has_flash_4():
+    major, _ = capability(query.device.index)
+    if major == 9 and not differentiable and has_flash_4():  # on newer ones it was never tried
         return flash_4, flash_4_backward
-    if layout is None and hopper and torch.backends.cudnn.is_available():
+    if major >= 9 and layout is None and torch.backends.cudnn.is_available():
         return cudnn, cudnn_backward
     return flash, flash_backward
 
 
 @cache
-def is_hopper(device: int) -> bool:
-    """Or newer."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+def capability(device: int) -> tuple[int, int]:
+    """9.0 is Hopper's."""
+    return torch.cuda.get_device_capability(device)
 
 
 @cache
