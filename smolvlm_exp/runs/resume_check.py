@@ -152,7 +152,8 @@ def refuse_changes(saved: dict[str, Any], here: dict[str, Any], settings: Mappin
     if settings["model"]["id"] == "embedded":  # whose tokenizer earlier releases read as this one does
         skipped |= PROCESSOR.keys() - saved.keys()
     changes: dict[str, str] = {}
-    for key in [key for key in saved | here if saved.get(key) != here.get(key) and key not in skipped]:
+    said, says = ({key: value for key, value in side.items() if value not in ([], {})} for side in (saved, here))
+    for key in [key for key in saved | here if said.get(key) != says.get(key) and key not in skipped]:
         change = describe_change(key, saved, here)
         if any(key == allowed or key.startswith(f"{allowed}.") for allowed in settings["resume_allow"]):
             log.info(f"resume: {change}, accepted by resume_allow")

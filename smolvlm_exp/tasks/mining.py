@@ -135,7 +135,7 @@ def read_answers(path: Path, header: dict[str, Any], fingerprints: Sequence[byte
         return []
     try:
         saved, entries = json.loads(first), [json.loads(line) for line in lines]
-        settings = dict(saved["settings"])
+        settings = {**saved["settings"]}
         rows = [bytes.fromhex(entry["row"]) for entry in entries]
         answers = [[ScoredAnswer(**answer) for answer in entry["answers"]] for entry in entries]
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
