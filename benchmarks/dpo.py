@@ -12,7 +12,9 @@ caps    the engine under a cap on what torch may allocate, so that a large card 
         trainer.memory_budget; beside it the best of `hand` and of `stock` whose peaks are below the cap.
 lora    the engine's plan for the whole card once more, with LoRA in place of DoRA.
 
-The first step of each is left out of time and peak, and what is measured first runs twice: a process's first minute is
+`--kernels` puts the device's own seconds beside the wall's.
+
+The first step of each is left out of time, and what is measured first runs twice: a process's first minute is
 slow. The reference pass and kept features, which the engine computes
 once a data set, are timed apart (`reference again` is what a sweep's second run waits for).
 """
@@ -52,6 +54,7 @@ class Bench:
         from smolvlm_exp.models.quant import quantization_config
 
         self.target, self.common = asked.target, (f"model={asked.model}", *common)
+        self.kernels = getattr(asked, "kernels", False)
         config = self.config()
         self.base = load_model(config.model, quantization_config(config.quant, torch.bfloat16))
         self.use_rows(config, asked.rows)
@@ -112,6 +115,8 @@ class Bench:
             found["first loss"] = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
             if self.rate:
                 found["peak"] = torch.cuda.max_memory_allocated() / GIB
+            if self.rate and self.kernels:
+                found |= device_work(trainer, pairs)
         except RuntimeError as error:
             if "out of memory" not in str(error):
                 raise
@@ -127,6 +132,19 @@ class Bench:
             module._forward_hooks.clear()
         trainer.model = trainer.model_wrapped = trainer.optimizer = None
         empty_cache()
+
+
+def device_work(trainer: Any, pairs: int) -> dict[str, float]:
+    """Seconds of kernels a pair, and kernels a step, by torch's profiler; those of CUDA graphs are counted one by one."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
+        trainer.train()
+        torch.cuda.synchronize()
+    on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    steps = trainer.state.global_step
+    seconds = sum(event.device_time for event in on_device if not event.name.startswith("Mem")) / 1e6
+    return {"kernels": round(seconds / steps / pairs, 5), "kernels a step": round(len(on_device) / steps)}
 
 
 def stock(bench: Bench, settings: list[str]) -> None:
@@ -258,6 +276,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="a multiple of 16, so that every step is full")
     parser.add_argument("--steps", type=int, default=4, help="of caps and lora; more where a step is short")
     parser.add_argument("--json", default=None)
+    parser.add_argument("--kernels", action="store_true", help="seconds and number of kernels too, by a profiler")
     parser.add_argument("--stock", default=",".join(STOCK), help="micro-batches; 4+: with checkpointing")
     asked = parser.parse_args()
     silence_upstream()
