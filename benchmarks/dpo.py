@@ -135,7 +135,7 @@ class Bench:
 
 
 def device_work(trainer: Any, pairs: int) -> dict[str, float]:
-    """Seconds of kernels a pair, and kernels a step, by torch's profiler; those of CUDA graphs are counted one by one."""
+    """Seconds of kernels a pair, and kernels a step, by torch's profiler; a CUDA graph's count one by one."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
