@@ -66,7 +66,7 @@ def test_a_budget_holds_and_was_predicted(tmp_path, without, monkeypatch):
     predicted, measured = map(float, re.search(r"predicted ([\d.]+) GiB, measured ([\d.]+) GiB", out).groups())
     assert predicted == pytest.approx(measured, rel=0.15)
     assert json.loads((tmp_path / "summary.json").read_text())["train"]["memory_peak_gib"] <= 3
-    assert "Out of memory" not in out
+    assert "Out of memory at micro-batch" not in out  # image features are tried in halves
 
 
 @PATHS
