@@ -13,7 +13,7 @@ from trl.kernels import ChunkedLogProbFunction
 from trl.trainer.utils import FusedCausalLMOutput
 
 from smolvlm_exp.engine.layers.attention import use_shared_prefix
-from smolvlm_exp.engine.layers.fuse import use_patch_product
+from smolvlm_exp.engine.layers.fuse import stack_of, use_patch_product
 from smolvlm_exp.engine.layers.layout import Layout
 from smolvlm_exp.engine.model_parts import is_trainable
 from smolvlm_exp.utils.distributed import full_tensor
@@ -87,12 +87,12 @@ def answer_states(model: PreTrainedModel, packed: Mapping[str, Any], pixels: Pix
     if len(packed["image_at"]):
         features = packed["features"] if "features" in packed else image_features(core, pixels(packed["tiles"]))
         embeddings = embeddings.index_copy(1, packed["image_at"], features.flatten(0, 1)[None].to(embeddings.dtype))
-    return text_states(core.text_model, embeddings, packed).index_select(0, packed["answer_at"])
+    return text_states(core, embeddings, packed).index_select(0, packed["answer_at"])
 
 
-def text_states(text_model: Any, embeddings: torch.Tensor, packed: Mapping[str, Any]) -> torch.Tensor:
+def text_states(core: Any, embeddings: torch.Tensor, packed: Mapping[str, Any]) -> torch.Tensor:
     """(1, T, H) embeddings -> (T, H), the text model's last hidden states; without its own loop where it is fused."""
-    layout, stack = Layout.of(packed), getattr(text_model, "stack", None)
+    text_model, layout, stack = core.text_model, Layout.of(packed), stack_of(core)
     if stack is not None and not stack.hooked:
         cos, sin = (part[0] for part in text_model.rotary_emb(embeddings, packed["positions"]))
         states: torch.Tensor = text_model.norm(stack(embeddings[0], layout, cos, sin))

@@ -75,11 +75,11 @@ def check_skip(config: QuantConfig) -> None:
 
 def describe_weights(model: Any) -> str:
     """How many weights of which part are in 4 or 8 bits: `text model 1.2M, vision tower 0.8M of 2.2M weights`."""
-    from bitsandbytes.nn import Linear4bit, Linear8bitLt
+    from smolvlm_exp.engine.layers.quantized_weights import is_quantised
 
     counts: dict[str, int] = {}
     for name, module in model.named_modules():
-        if isinstance(module, Linear4bit | Linear8bitLt):
+        if is_quantised(module):
             part = next((words for key, words in PARTS.items() if f".{key}." in f".{name}"), "the rest")
             counts[part] = counts.get(part, 0) + module.in_features * module.out_features
     whole = sum(p.numel() for p in model.parameters() if p.is_floating_point())

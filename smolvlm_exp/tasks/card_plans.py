@@ -37,8 +37,7 @@ class Line:
         """Starting the kernels takes longer than running them."""
         if isinstance(self.plan, DoesNotFit):
             return False
-        spec = replace(spec_on(self.config, self.sheet, self.lengths), graphs=self.plan.graphs)
-        card = self.sheet.expected()
+        spec, card = spec_on(self.config, self.sheet, self.lengths, self.plan), self.sheet.expected()
         load = trained_rows(self.config, self.lengths).average(self.plan.micro_batch)
         step = phases(spec, load, self.plan.levels, card, self.plan.accumulation)
         return sum(phase.launches for phase in step) * card.launch > sum(phase.device for phase in step)
@@ -88,8 +87,10 @@ def plan_within(config: Config, lengths: RowLengths, budget: int, sheet: CardShe
         return error
 
 
-def spec_on(config: Config, sheet: CardSheet, lengths: RowLengths) -> MemorySpec:
-    return sheet.adjusted(spec_as_cached(config, lengths))
+def spec_on(config: Config, sheet: CardSheet, lengths: RowLengths, plan: Plan | None = None) -> MemorySpec:
+    """`plan`: with CUDA graphs as it has them; else where there may be some."""
+    spec = sheet.adjusted(spec_as_cached(config, lengths))
+    return replace(spec, graphs=plan.graphs) if plan else spec
 
 
 def trained_rows(config: Config, lengths: RowLengths) -> RowSizes:
@@ -100,8 +101,8 @@ def trained_rows(config: Config, lengths: RowLengths) -> RowSizes:
 
 def pair_seconds(config: Config, lengths: RowLengths, plan: Plan, sheet: CardSheet, card: Card) -> float:
     """Of a pair in training, on a faster or slower card than the plan was made for."""
-    load, spec = trained_rows(config, lengths).average(plan.micro_batch), spec_on(config, sheet, lengths)
-    step = seconds(replace(spec, graphs=plan.graphs), load, plan.levels, card, plan.accumulation)
+    load, spec = trained_rows(config, lengths).average(plan.micro_batch), spec_on(config, sheet, lengths, plan)
+    step = seconds(spec, load, plan.levels, card, plan.accumulation)
     return TRAINER * step / plan.micro_batch
 
 

@@ -13,6 +13,7 @@ import yaml
 from smolvlm_exp.engine.memory.footprint import MemorySpec
 from smolvlm_exp.engine.memory.roofline import Card
 from smolvlm_exp.utils.errors import RequestError
+from smolvlm_exp.utils.gpu import AMPERE
 from smolvlm_exp.utils.paths import PACKAGE
 from smolvlm_exp.utils.units import GIB
 
@@ -79,7 +80,7 @@ def mean_of(*shares: Any) -> tuple[float, float]:
 
 def has_kernels(capability: tuple[int, int]) -> bool:
     """bfloat16, Triton's kernels and flash attention: from Ampere on."""
-    return capability >= (8, 0)
+    return capability >= AMPERE
 
 
 def attention_shares(capability: tuple[int, int]) -> tuple[tuple[float, float], tuple[float, float]]:
