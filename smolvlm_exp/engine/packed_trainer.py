@@ -95,9 +95,9 @@ class PackedTrainer(StepTrainer):
 
     @property
     def can_replay(self) -> bool:
-        """Whether the text model's passes can be, or are planned to be, CUDA graphs; images are ready then."""
-        stack, ready = stack_of(core_of(self.model)), self.rows.features is not None
-        return self.replays is not False and ready and stack is not None and stack.can_replay
+        """Whether the text model's passes can be, or are planned to be, CUDA graphs."""
+        stack = stack_of(core_of(self.model))
+        return self.replays is not False and stack is not None and stack.can_replay
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
         """One call's worth of work, in as many parts as transformers counts."""

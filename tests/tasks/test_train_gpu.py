@@ -5,6 +5,7 @@ import random
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -91,7 +92,8 @@ def test_an_older_card_trains_in_float16_as_a_cpu_does_in_float32(tmp_path, monk
     """300 steps of the embedded model: its loss is scaled, every step is finite and counts."""
     monkeypatch.setenv(WITHOUT, OLD)
     settings = ("trainer.max_steps=300", "trainer.logging_steps=10")
-    half, single = (run(tmp_path / dtype, f"model.dtype={dtype}", *settings) for dtype in ("auto", "float32"))
+    with ThreadPoolExecutor() as both:
+        half, single = both.map(lambda d: run(tmp_path / d, f"model.dtype={d}", *settings), ("auto", "float32"))
     assert (half["hardware"]["dtype"], single["hardware"]["dtype"]) == ("float16", "float32")
     assert half["train"]["not_finite"] == single["train"]["not_finite"] == []
     assert losses(tmp_path / "auto") == pytest.approx(losses(tmp_path / "float32"), abs=5e-2)

@@ -40,6 +40,7 @@ class StackGraphs:
         self.step: int | None = None  # that the products are of
         self.captured_from: Any = None
         self.pool: Any = None
+        self.stream: torch.cuda.Stream | None = None  # one: cuBLAS takes memory of its own for each
         self.held: list[torch.Tensor] = []
 
     def run(self, hidden: torch.Tensor, tensors: Tensors, shape: tuple[Any, ...], context_of: ContextOf) -> Any:
@@ -79,8 +80,9 @@ class StackGraphs:
     def captured(self) -> Iterator[torch.cuda.CUDAGraph]:
         """What is launched within becomes a graph; nothing is computed yet."""
         if self.pool is None:
-            self.pool = torch.cuda.graph_pool_handle()
-        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+            self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph, stream = torch.cuda.CUDAGraph(), self.stream
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.empty_cache()  # for the pool
         with torch.no_grad(), torch.cuda.stream(stream):

@@ -212,7 +212,7 @@ def backward(stack: Stack, checkpointing: str, element: int, spread: float, kern
     attention = max(recomputed - into - hidden * stack.gains[1], 0) + 2 * hidden + queries + grads
     attention += max(rotated + queries * 4 / element, qkv + stack.tails[0])
     if not kernels:  # copies between torch's operations, in float32: measured on the embedded model, and on an H200
-        mlp += (3 if stack.gated else 2) * (2 + 4 / element) * into
+        mlp += (3 if stack.gated else 2) * (1 + 6 / element) * into
         attention += 2 * rotated
     return max(mlp, attention)
 

@@ -107,7 +107,7 @@ def phases(
 
 def replayed(spec: MemorySpec, card: Card) -> bool:
     """Whether the text model's passes become CUDA graphs (layers/graphs.py)."""
-    possible = spec.features and spec.text.fused and spec.text.trained > 0 and spec.weights != "8bit"
+    possible = spec.text.fused and spec.text.trained > 0 and spec.weights != "8bit"
     return spec.graphs and possible and spec.triton and card.kernels
 
 

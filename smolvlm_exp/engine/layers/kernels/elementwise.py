@@ -6,24 +6,25 @@ import triton.language as tl
 
 Gain = torch.Tensor | None
 WIDE = 1024  # columns a program of a plain elementwise kernel takes
-BM, BN = 32, 128  # rows and columns of a tile where columns are summed on the way: measured on an H100
-PROGRAMS = 2048  # about how many programs such a kernel is split into: several for each multiprocessor
+WIDEST = 4096  # where it takes whole rows if they are no wider
+BM, BN = 8, 128  # rows and columns of a tile where columns are summed on the way: measured on an H200
+PROGRAMS = 4096  # about how many programs such a kernel is split into: several for each multiprocessor
 
 
-def split_rows(rows: int, columns: int) -> tuple[int, int]:
-    """(chunks, rows per chunk) for a kernel over BM x BN tiles that sums columns within each chunk."""
-    chunks = min(max(PROGRAMS // triton.cdiv(columns, BN), 1), triton.cdiv(rows, BM))
-    size = triton.cdiv(triton.cdiv(rows, chunks), BM) * BM
+def split_rows(rows: int, columns: int, high: int, wide: int) -> tuple[int, int]:
+    """(chunks, rows per chunk) for a kernel over tiles, `high` x `wide`, that sums columns within each chunk."""
+    chunks = min(max(PROGRAMS // triton.cdiv(columns, wide), 1), triton.cdiv(rows, high))
+    size = triton.cdiv(triton.cdiv(rows, chunks), high) * high
     return triton.cdiv(rows, size), size
 
 
 def affine(h: torch.Tensor | None, u: torch.Tensor, gain: Gain, bias: torch.Tensor | None) -> torch.Tensor:
     """h + gain * u + bias, or without h."""
     rows, columns = u.shape
-    out = u.new_empty(rows, columns)
-    _scaled[(rows, triton.cdiv(columns, WIDE))](
+    out, block = u.new_empty(rows, columns), min(triton.next_power_of_2(columns), WIDEST)
+    _scaled[(rows, triton.cdiv(columns, block))](
         out if h is None else h, u, u.stride(0), out if gain is None else gain, out if bias is None else bias, out,
-        columns, ADD=h is not None, GAIN=gain is not None, BIAS=bias is not None, BLOCK=WIDE,
+        columns, ADD=h is not None, GAIN=gain is not None, BIAS=bias is not None, BLOCK=block, num_warps=8,
     )  # fmt: skip
     return out
 
@@ -53,12 +54,12 @@ def scale_backward(
     rows, width = parts[0].shape
     columns = width * len(parts)
     du = parts[0].new_empty(rows, columns + tail)
-    chunks, size = split_rows(rows, columns)
+    chunks, size = split_rows(rows, columns, BM, BN)
     partial = torch.empty(chunks, columns, dtype=torch.float32, device=du.device) if gain is not None else None
     _scale_backward[(chunks, triton.cdiv(width, BN), len(parts))](
         parts[0], parts[len(parts) // 2], parts[-1], du if u is None else u, 0 if u is None else u.stride(0),
         du if gain is None else gain, du, columns + tail, du if partial is None else partial,
-        rows, width, columns, size, GAIN=gain is not None, BM=BM, BN=BN,
+        rows, width, columns, size, GAIN=gain is not None, BM=BM, BN=BN, num_warps=2,
     )  # fmt: skip
     return du, None if partial is None else partial.sum(0)
 
@@ -77,18 +78,18 @@ def _scale_backward(
     own = tl.program_id(1) * BN + tl.arange(0, BN)  # columns of the part
     at = part * width + own  # columns of u
     g = tl.load(gain + at, mask=own < width, other=0.0) if GAIN else 1.0
-    total = tl.zeros((BN,), tl.float32)
+    total = tl.zeros((BM, BN), tl.float32)
     for start in range(0, size, BM):
         row = (chunk * size + start + tl.arange(0, BM)).to(tl.int64)
         inside = (row < rows)[:, None] & (own < width)[None, :]
         d = tl.load(dy + row[:, None] * width + own[None, :], mask=inside, other=0.0).to(tl.float32)
         if GAIN:
             value = tl.load(u + row[:, None] * u_row + at[None, :], mask=inside, other=0.0).to(tl.float32)
-            total += tl.sum(d * value, axis=0)
+            total += d * value
             d = d * g[None, :]
         tl.store(du + row[:, None] * du_row + at[None, :], d.to(du.dtype.element_ty), mask=inside)
     if GAIN:
-        tl.store(partial + chunk * columns + at, total, mask=own < width)
+        tl.store(partial + chunk * columns + at, tl.sum(total, axis=0), mask=own < width)
 
 
 def activation(u: torch.Tensor, gain: Gain, bias: torch.Tensor | None, tail: int, gated: bool) -> torch.Tensor:
@@ -140,7 +141,7 @@ def activation_backward(
         du = u.as_strided((rows, width + tail), u.stride())
     else:
         du = da.new_empty(rows, width + tail)
-    chunks, size = split_rows(rows, columns)
+    chunks, size = split_rows(rows, columns, BM, BN)
     partial = torch.empty(chunks, width, dtype=torch.float32, device=da.device) if gain is not None else None
     _activation_backward[(chunks, triton.cdiv(columns, BN))](
         da, u, u.stride(0), da if gain is None else gain, da if bias is None else bias, du, du.stride(0),
@@ -160,7 +161,7 @@ def _activation_backward(
     g = tl.load(gain + at, mask=at < columns, other=0.0) if GAIN else 1.0
     g_up = tl.load(gain + columns + at, mask=at < columns, other=0.0) if GAIN and GATED else 1.0
     shift = tl.load(bias + at, mask=at < columns, other=0.0).to(tl.float32) if BIAS else 0.0
-    total, total_up = tl.zeros((BN,), tl.float32), tl.zeros((BN,), tl.float32)
+    total, total_up = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     for start in range(0, size, BM):
         row = (chunk * size + start + tl.arange(0, BM)).to(tl.int64)
         inside = (row < rows)[:, None] & (at < columns)[None, :]
@@ -183,7 +184,7 @@ def _activation_backward(
             value = silu * up
             dx, dup = d * up * (sigmoid + silu * (1 - sigmoid)), d * silu
             if GAIN:
-                total_up += tl.sum(dup * raw_up, axis=0)
+                total_up += dup * raw_up
                 dup = dup * g_up[None, :]
             tl.store(du + to + columns, dup.to(du.dtype.element_ty), mask=inside)
         else:
@@ -193,10 +194,10 @@ def _activation_backward(
         if RESULT:
             tl.store(da + here, value.to(da.dtype.element_ty), mask=inside)
         if GAIN:
-            total += tl.sum(dx * raw, axis=0)
+            total += dx * raw
             dx = dx * g[None, :]
         tl.store(du + to, dx.to(du.dtype.element_ty), mask=inside)
     if GAIN:
-        tl.store(partial + chunk * (1 + GATED) * columns + at, total, mask=at < columns)
+        tl.store(partial + chunk * (1 + GATED) * columns + at, tl.sum(total, axis=0), mask=at < columns)
         if GATED:
-            tl.store(partial + (chunk * 2 + 1) * columns + at, total_up, mask=at < columns)
+            tl.store(partial + (chunk * 2 + 1) * columns + at, tl.sum(total_up, axis=0), mask=at < columns)
