@@ -91,7 +91,10 @@ def test_out_of_memory_is_recovered_from(tmp_path, without, monkeypatch):
 def test_an_older_card_trains_in_float16_as_a_cpu_does_in_float32(tmp_path, monkeypatch):
     """300 steps of the embedded model: its loss is scaled, every step is finite and counts."""
     monkeypatch.setenv(WITHOUT, OLD)
-    settings = ("trainer.max_steps=300", "trainer.logging_steps=10")
+    settings = (
+        "trainer.max_steps=300", "trainer.logging_steps=10", "trainer.eval_strategy=no", "trainer.save_strategy=no",
+        "trainer.sample_steps=0",
+    )  # fmt: skip
     with ThreadPoolExecutor() as both:
         half, single = both.map(lambda d: run(tmp_path / d, f"model.dtype={d}", *settings), ("auto", "float32"))
     assert (half["hardware"]["dtype"], single["hardware"]["dtype"]) == ("float16", "float32")
