@@ -21,7 +21,7 @@ from smolvlm_exp.engine.deferred_metrics import DeferredMetrics, flush_metrics
 from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.micro_batches import split_micro_batches, step_rows
-from smolvlm_exp.engine.layers import gpu_attention, graphs, ops
+from smolvlm_exp.engine.layers import fuse, gpu_attention, graphs, ops
 from smolvlm_exp.engine.layers.dora import exact_dora
 from smolvlm_exp.engine.model_parts import core_of
 from smolvlm_exp.engine.precompute.features import keep_features
@@ -431,7 +431,10 @@ def test_twenty_steps_of_every_loss(bench, options):
 
 
 @pytest.mark.gpu
-def test_a_step_does_not_wait_for_the_device(bench):
+@pytest.mark.parametrize("replays", [False, True])
+def test_a_step_does_not_wait_for_the_device(bench, monkeypatch, replays):
+    """Under autocast, too: these weights are float32."""
+    monkeypatch.setattr(SharedPrefixDPOTrainer, "can_replay", replays)
     trainer = bench.shared(use_cpu=False, bf16=True, max_steps=3, logging_steps=3, eval_strategy="no")
     step = trainer.training_step
 
@@ -472,8 +475,8 @@ def test_a_step_whose_gradients_exceed_the_dtype_runs_again_with_half_the_scale(
 
 
 def old_gpu(bench, monkeypatch, **changes):
-    monkeypatch.setattr(gpu_attention, "has", lambda part: False)
-    monkeypatch.setattr(ops, "has", lambda part: False)
+    for module in (fuse, gpu_attention, ops):
+        monkeypatch.setattr(module, "has", lambda part: False)
     return bench.shared(use_cpu=False, **changes)
 
 

@@ -85,7 +85,7 @@ class StackGraphs:
         assert stream is not None
         stream.wait_stream(torch.cuda.current_stream())
         torch.cuda.empty_cache()  # for the pool
-        with torch.no_grad(), torch.cuda.stream(stream):
+        with torch.no_grad(), torch.autocast("cuda", enabled=False), torch.cuda.stream(stream):
             graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
             try:
                 yield graph
