@@ -12,10 +12,12 @@ from smolvlm_exp.engine.disk_cache import DiskCache
 from smolvlm_exp.engine.fingerprint import weights_key
 from smolvlm_exp.engine.forward import add_packed_forward, scores_packed
 from smolvlm_exp.engine.generation.answers import packed_prompts, tile_features
+from smolvlm_exp.engine.generation.decoder import decoder_obstacle
 from smolvlm_exp.engine.generation.sampler import Prompt
 from smolvlm_exp.engine.generation.sampling import Sampling
 from smolvlm_exp.engine.inputs.dataset import PackedDataset
 from smolvlm_exp.engine.inputs.tiles import pixels, tile
+from smolvlm_exp.engine.layers.fuse import fuse_text
 from smolvlm_exp.engine.model_parts import base_of, core_of
 from smolvlm_exp.engine.precompute.features import keep_features
 from smolvlm_exp.evaluation.generate import generate_answers
@@ -167,6 +169,8 @@ class HeldOut:
             return False
         if not scores_packed(base):
             add_packed_forward(base, self.pixels, ("log_probs",))
+            if decoder_obstacle(model) is None:
+                fuse_text(core_of(model), trains=False)  # training looks for itself
         return True
 
     @torch.no_grad()

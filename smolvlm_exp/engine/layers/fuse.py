@@ -44,23 +44,37 @@ def fuse(model: Any, checkpointing: str, vision_checkpointing: str) -> list[str]
     use_exact_dora(model)
     core = core_of(model)
     reasons = {
-        "the text model": fuse_layers(core.text_model.layers, FusedTextLayer, checkpointing),
+        "the text model": fuse_text(core, checkpointing),
         "the vision tower": fuse_layers(core.vision_model.encoder.layers, FusedVisionLayer, vision_checkpointing),
     }
-    if reasons["the text model"] is None and not hasattr(core.text_model, "stack"):
-        core.text_model.stack = TextStack([layer.forward for layer in core.text_model.layers])
     return [f"{part} runs unfused, and slower: {reason}." for part, reason in reasons.items() if reason]
 
 
-def fuse_layers(layers: Iterable[Any], kind: type[FusedLayer], checkpointing: str) -> str | None:
-    """Why `layers` cannot run as `kind`, all left alone; None: they do from now on, with this checkpointing."""
-    reason = next((reason for layer in layers for reason in kind.obstacles(layer)), None)
-    if reason is None:
-        for layer in layers:
-            if isinstance(layer.forward, kind):
-                layer.forward.checkpointing = checkpointing
-            else:
+def fuse_text(core: Any, checkpointing: str = "none", trains: bool = True) -> str | None:
+    """`fuse_layers` of the text model, which then reads packed batches as one stack, and others as before."""
+    reason = fuse_layers(core.text_model.layers, FusedTextLayer, checkpointing, trains)
+    if reason is not None:
+        vars(core.text_model).pop("stack", None)
+    elif stack_of(core) is None:
+        core.text_model.stack = TextStack([layer.forward for layer in core.text_model.layers])
+    return reason
+
+
+def fuse_layers(layers: Iterable[Any], kind: type[FusedLayer], checkpointing: str, trains: bool = True) -> str | None:
+    """Why `layers` cannot run as `kind`, none of which does; None: all do from now on, with this checkpointing.
+
+    Args:
+        trains: else passes have no gradients, and fewer reasons count.
+    """
+    reason = next((reason for layer in layers for reason in kind.obstacles(layer, trains)), None)
+    for layer in layers:
+        if not isinstance(layer.forward, kind):
+            if reason is None:
                 layer.forward = kind(layer, checkpointing)
+        elif reason is None:
+            layer.forward.checkpointing = checkpointing
+        else:
+            layer.forward = layer.forward.ordinary
     return reason
 
 
@@ -93,11 +107,11 @@ class FusedTextLayer(FusedLayer):
         return self.run(hidden_states[0], context)[None]
 
     @staticmethod
-    def obstacles(layer: nn.Module) -> Iterator[str]:
+    def obstacles(layer: nn.Module, trains: bool = True) -> Iterator[str]:
         activation = getattr(getattr(layer, "mlp", None), "act_fn", None)
         if type(activation) is not type(ACT2FN["silu"]):
             yield f"its activation is {type(activation).__name__}, not SiLU"
-        yield from linear_obstacles(layer)
+        yield from linear_obstacles(layer, trains)
         for name, module in layer.named_modules():
             if name.endswith("_proj") and getattr(base_of(module), "bias", None) is not None:
                 yield f"{name} has a bias"
@@ -222,11 +236,11 @@ class FusedVisionLayer(FusedLayer):
         return self.run(hidden_states.flatten(0, 1), context).view_as(hidden_states)
 
     @staticmethod
-    def obstacles(layer: nn.Module) -> Iterator[str]:
+    def obstacles(layer: nn.Module, trains: bool = True) -> Iterator[str]:
         mlp: Any = layer.mlp
         if type(mlp.activation_fn).__name__ != "GELUTanh":
             yield f"its activation is {type(mlp.activation_fn).__name__}, not GELU's tanh form"
-        yield from linear_obstacles(layer)
+        yield from linear_obstacles(layer, trains)
 
     def queries_keys_values(self, u: torch.Tensor, context: VisionContext) -> Qkv:
         into = context.products[IN]

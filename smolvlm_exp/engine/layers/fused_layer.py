@@ -69,8 +69,8 @@ class FusedLayer:
         self.linears: list[FrozenLinears] = []
 
     @staticmethod
-    def obstacles(layer: nn.Module) -> Iterator[str]:
-        """What prevents fusing a layer, in words."""
+    def obstacles(layer: nn.Module, trains: bool = True) -> Iterator[str]:
+        """What prevents fusing a layer, in words; not `trains`: of passes without gradients."""
         raise NotImplementedError
 
     def queries_keys_values(self, u: torch.Tensor, context: Any) -> Qkv:

@@ -261,9 +261,11 @@ def adapter_obstacles(layer: nn.Module) -> Iterator[str]:
                 yield f"{name} has {len(module.active_adapters)} active adapters"
 
 
-def linear_obstacles(layer: nn.Module) -> Iterator[str]:
-    """What `Product` does not do in training, in words, for the linear layers in `layer`."""
+def linear_obstacles(layer: nn.Module, trains: bool = True) -> Iterator[str]:
+    """What `Product` does not do, in words, for the linear layers in `layer`; not `trains`: without gradients."""
     yield from adapter_obstacles(layer)
+    if not trains:
+        return
     for name, module in layer.named_modules():
         if isinstance(module, LoraLayer):
             if module.merged:

@@ -162,6 +162,8 @@ def test_the_reason_for_not_fusing_is_given(kind, more, reason):
     if more:
         adapted(model, ["q_proj"], dora=False, **more)
     layers = model.layers if kind is FusedTextLayer else model.encoder.layers
+    fuse_layers(layers, kind, "none", trains=False)
+    assert isinstance(layers[0].forward, kind) == (reason != "has a bias")  # the others matter in training alone
     assert reason in fuse_layers(layers, kind, "none")
     assert not isinstance(layers[0].forward, kind)
 
