@@ -1,7 +1,7 @@
 """`python -m smolvlm_exp ...` in forks of a process that has imported torch and its kin already: 0.5 s instead of 8.
 
-A command of a test is otherwise what people type: its own process, folder, environment and exit code. One line of JSON
-asks for one, two lines answer: its process id, and its exit code as `subprocess` has it.
+A command of a test is otherwise what people type: its own process, folder, environment and exit code; after `-c` it is
+Python code. One line of JSON asks for one, two lines answer: its process id, and its exit code as `subprocess` has it.
 """
 
 import atexit
@@ -48,5 +48,9 @@ os.environ.clear()
 os.environ.update(command["env"])
 atexit.unregister(MEDIA_TMP.cleanup)  # else the first fork to end deletes the folder that all share
 MEDIA_TMP._finalizer.detach()
-sys.argv = ["smolvlm_exp", *command["arguments"]]
-runpy.run_module("smolvlm_exp", run_name="__main__", alter_sys=True)
+if command["arguments"][0] == "-c":
+    _, code, *sys.argv[1:] = command["arguments"]
+    exec(code, {"__name__": "__main__"})
+else:
+    sys.argv = ["smolvlm_exp", *command["arguments"]]
+    runpy.run_module("smolvlm_exp", run_name="__main__", alter_sys=True)

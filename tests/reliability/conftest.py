@@ -4,6 +4,7 @@ A fork has torch and the rows already, so that a run of eight steps that is kill
 """
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -64,8 +65,9 @@ class Bench:
 
     def __init__(self, processor: Any, preferences: Any, cache: Path) -> None:
         self.processor, self.preferences, self.cache = processor, preferences, cache
+        self.config = functools.cache(self.compose)
 
-    def config(self, *overrides: str) -> Any:
+    def compose(self, *overrides: str) -> Any:
         unknown = {"trainer=grpo": SIGMOID, "trainer=sft": (*SIGMOID, "trainer.disable_dropout=false")}
         long = [o for o in LONG if not any(o in unknown.get(other, ()) for other in overrides)]
         plus = [f"+{o}" if ".extra." in o else o for o in (*long, *overrides)]

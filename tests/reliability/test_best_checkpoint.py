@@ -36,8 +36,8 @@ def saved(checkpoint):
 @pytest.mark.parametrize(
     ("engine", "trainer", "metric"),
     [
-        ("shared", "dpo", "rewards/margins"), ("shared", "sft", "loss"), ("stock", "dpo", "loss"),
-        ("stock", "sft", "loss"), ("shared", "grpo", "reward"),
+        ("shared", "dpo", "rewards/margins"), ("stock", "sft", "loss"), ("shared", "grpo", "reward"),
+        *(pytest.param(*each, "loss", marks=pytest.mark.slow) for each in (("shared", "sft"), ("stock", "dpo"))),
     ],
 )  # fmt: skip
 def test_the_result_is_the_checkpoint_of_the_best_evaluation(bench, tmp_path, engine, trainer, metric):
