@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -51,6 +53,16 @@ def pytest_collection_finish() -> None:
 
 def compose(*overrides: str, multirun: bool = False) -> Config:
     """The configuration a command with these overrides would run; of many, the first."""
+    return checked(*overrides, multirun=multirun) if overrides else deepcopy(defaults())
+
+
+@cache
+def defaults() -> Config:
+    """That of a command without any."""
+    return checked()
+
+
+def checked(*overrides: str, multirun: bool = False) -> Config:
     args = SimpleNamespace(
         overrides=list(overrides), multirun=multirun, config_path=None, config_name=None, config_dir=None
     )
@@ -181,11 +193,17 @@ def processor():
     return load_processor(compose().model)
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="session")
+def loaded_model():
     from smolvlm_exp.models.model import load_model
 
     return load_model(compose().model)
+
+
+@pytest.fixture
+def model(loaded_model):
+    """The embedded model, the test's own."""
+    return deepcopy(loaded_model)
 
 
 @pytest.fixture(scope="session")

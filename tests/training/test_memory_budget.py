@@ -15,7 +15,10 @@ from tests.conftest import SIGMOID, losses
 pytestmark = pytest.mark.usefixtures("unseen")
 
 
-STEP = ("trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "trainer.eval_strategy=no")
+STEP = (
+    "data.train_rows=32", "data.test_rows=8", "trainer.per_device_train_batch_size=4",
+    "trainer.gradient_accumulation_steps=2", "trainer.eval_strategy=no",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])
