@@ -124,7 +124,7 @@ def test_a_step_equals_stock_trls(bench, loss_type):
     ],
     ids=lambda changes: " ".join(changes),
 )
-@pytest.mark.parametrize("micro_batch", [4, 5, 12])
+@pytest.mark.parametrize("micro_batch", [5, 12])
 def test_settings_and_micro_batches_equal_stock_trls(bench, changes, micro_batch):
     same(bench, micro_batch, **changes)
 
