@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, get_type_hints
 import hydra
 import yaml
 from hydra import version
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
@@ -140,6 +142,13 @@ def check_names(folder: Path) -> None:
         )
 
 
+class Sources(ConfigRepository):
+    """Where Hydra finds options. For each compose it exchanges a copy's list of sources, and would copy all in them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sources":
+        return copy(self)
+
+
 @contextmanager
 def search_path(config_path: str | None = None, config_dir: str | None = None) -> Iterator[Path]:
     """Hydra set up as its command line does it; gives the folder that `--config-path` means, by default conf/."""
@@ -153,7 +162,8 @@ def search_path(config_path: str | None = None, config_dir: str | None = None) -
         path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     version.setbase("1.3")
-    Hydra.create_main_hydra2(task_name="smolvlm_exp", config_search_path=path)
+    loader = Hydra.create_main_hydra2(task_name="smolvlm_exp", config_search_path=path).config_loader
+    loader.repository = Sources(path)  # type: ignore[attr-defined]
     try:
         yield folder
     finally:
