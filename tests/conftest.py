@@ -78,13 +78,13 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """A configuration of the embedded default cut down to seconds; what runs keep for each other lies in one folder."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
+def quick(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Callable[..., Config]:
+    """A configuration of the default cut down to seconds, on `small`; runs keep what they share in one folder."""
+    own = (*QUICK, f"trainer.cache={tmp_path_factory.getbasetemp() / 'cache'}", f"model.id={small}")
 
     def composed(*overrides: str) -> Config:
         with search_path():  # once, where a command is composed three times to tell its mistakes
-            return parse(hydra.compose("config", overrides=[*QUICK, f"trainer.cache={cache}", *overrides]))
+            return parse(hydra.compose("config", overrides=[*own, *overrides]))
 
     return composed
 

@@ -1,5 +1,7 @@
 """trainer.memory_budget: other micro-batches, the same training."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -13,6 +15,12 @@ from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import SIGMOID, losses
 
 pytestmark = pytest.mark.usefixtures("unseen")
+
+
+@pytest.fixture
+def quick(quick):
+    """On the embedded model: the budgets are its own."""
+    return partial(quick, "model.id=embedded")
 
 
 STEP = (

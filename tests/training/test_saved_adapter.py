@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import QUICK, SIGMOID, compose
 
 METRICS = ("preference_accuracy", "recall", "yes_no_accuracy", "wrong_image_drop")
+
+
+@pytest.fixture
+def quick(quick):
+    """On the embedded model: the saved adapters are its own."""
+    return partial(quick, "model.id=embedded")
 
 
 @pytest.fixture(scope="module")
