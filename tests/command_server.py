@@ -1,12 +1,14 @@
 """`python -m smolvlm_exp ...` in forks of a process that has imported torch and its kin already: 0.5 s instead of 8.
 
-A command of a test is otherwise what people type: its own process, folder, environment and exit code. One line of JSON
-asks for one, two lines answer: its process id, and its exit code as `subprocess` has it.
+A command of a test is otherwise what people type: its own process, folder, environment and exit code; after `-c` it is
+Python code. One line of JSON asks for one, two lines answer: its process id, and its exit code as `subprocess` has it.
+With FORK_JOBS in its environment a sweep forks its jobs from itself, which need not import anything again either.
 """
 
 import atexit
 import gc
 import json
+import multiprocessing
 import os
 import runpy
 import sys
@@ -38,6 +40,7 @@ with fast_imports():
     silence_upstream()
     for module in (*(f"tasks.{task}" for task in TASKS), "engine.trainers", "training.dpo", "training.sft", "main"):
         import_module(f"smolvlm_exp.{module}")
+    import_module("wandb.apis.public")  # W&B imports it when a run begins: another second
 gc.freeze()
 command = wait_for_command(answers)
 clock.restart()
@@ -48,5 +51,12 @@ os.environ.clear()
 os.environ.update(command["env"])
 atexit.unregister(MEDIA_TMP.cleanup)  # else the first fork to end deletes the folder that all share
 MEDIA_TMP._finalizer.detach()
-sys.argv = ["smolvlm_exp", *command["arguments"]]
-runpy.run_module("smolvlm_exp", run_name="__main__", alter_sys=True)
+if os.environ.pop("FORK_JOBS", None):
+    multiprocessing.set_start_method("fork")
+    multiprocessing.set_start_method = lambda *args, **options: None
+if command["arguments"][0] == "-c":
+    _, code, *sys.argv[1:] = command["arguments"]
+    exec(code, {"__name__": "__main__"})
+else:
+    sys.argv = ["smolvlm_exp", *command["arguments"]]
+    runpy.run_module("smolvlm_exp", run_name="__main__", alter_sys=True)

@@ -8,6 +8,8 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -28,28 +30,39 @@ configure_logging()
 
 # Three steps without warm-up: LoRA's A has no gradient until B has left zero.
 QUICK = (
-    "tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.max_steps=3", "trainer.warmup_steps=0",
+    "tracker=none", "data.train_rows=16", "data.test_rows=4", "trainer.max_steps=3", "trainer.warmup_steps=0",
     "trainer.logging_steps=1", "trainer.per_device_train_batch_size=4", "trainer.per_device_eval_batch_size=8",
     "trainer.save_strategy=no", "trainer.sample_steps=0", "task.max_new_tokens=8",
 )  # fmt: skip
-MADE_ONCE = {"whole", "run", "tuned", "graphs"}  # fixtures of many seconds
+MADE_ONCE = {"whole": "command", "command": "command", "run": "run", "tuned": "tuned", "graphs": "graphs"}
 SIGMOID = ("trainer.loss_type=[sigmoid]", "trainer.loss_weights=null")
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the marks in this hook too
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests over one of `MADE_ONCE` stay in one of xdist's processes (--dist loadgroup), or each would make its own."""
+    """Tests over one of `MADE_ONCE`, fixtures of many seconds, stay in one of xdist's processes (--dist loadgroup)."""
     for item in items:
-        for name in MADE_ONCE & set(getattr(item, "fixturenames", ())):
-            item.add_marker(pytest.mark.xdist_group(name))
+        for name in MADE_ONCE.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.xdist_group(MADE_ONCE[name]))
 
 
 def pytest_collection_finish() -> None:
     gc.freeze()  # torch and its kin are imported now and stay: collections need not look at them
+    gc.set_threshold(20_000)  # composing alone makes that many objects that last
 
 
 def compose(*overrides: str, multirun: bool = False) -> Config:
     """The configuration a command with these overrides would run; of many, the first."""
+    return checked(*overrides, multirun=multirun) if overrides else deepcopy(defaults())
+
+
+@cache
+def defaults() -> Config:
+    """That of a command without any."""
+    return checked()
+
+
+def checked(*overrides: str, multirun: bool = False) -> Config:
     args = SimpleNamespace(
         overrides=list(overrides), multirun=multirun, config_path=None, config_name=None, config_dir=None
     )
@@ -65,13 +78,13 @@ def losses(folder: Path) -> list[float]:
 
 
 @pytest.fixture
-def quick(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
-    """A configuration of the embedded default cut down to seconds; what runs keep for each other lies in one folder."""
-    cache = tmp_path_factory.getbasetemp() / "cache"
+def quick(tmp_path_factory: pytest.TempPathFactory, small: Path) -> Callable[..., Config]:
+    """A configuration of the default cut down to seconds, on `small`; runs keep what they share in one folder."""
+    own = (*QUICK, f"trainer.cache={tmp_path_factory.getbasetemp() / 'cache'}", f"model.id={small}")
 
     def composed(*overrides: str) -> Config:
         with search_path():  # once, where a command is composed three times to tell its mistakes
-            return parse(hydra.compose("config", overrides=[*QUICK, f"trainer.cache={cache}", *overrides]))
+            return parse(hydra.compose("config", overrides=[*own, *overrides]))
 
     return composed
 
@@ -124,7 +137,10 @@ class CommandServer:
         self.stdout, self.stderr = folder / "stdout", folder / "stderr"
         command = [sys.executable, "-m", "tests.command_server"]
         root = Path(__file__).parent.parent
-        self.server = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root)
+        environment = {**os.environ, "PYTHONHASHSEED": "77"}  # other than this process's
+        self.server = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=root, env=environment
+        )
 
     def run(self, arguments: Sequence[str], cwd: Path, env: Mapping[str, str], timeout: float):
         assert self.server.stdin
@@ -177,11 +193,17 @@ def processor():
     return load_processor(compose().model)
 
 
-@pytest.fixture
-def model():
+@pytest.fixture(scope="session")
+def loaded_model():
     from smolvlm_exp.models.model import load_model
 
     return load_model(compose().model)
+
+
+@pytest.fixture
+def model(loaded_model):
+    """The embedded model, the test's own."""
+    return deepcopy(loaded_model)
 
 
 @pytest.fixture(scope="session")

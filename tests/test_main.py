@@ -46,12 +46,12 @@ def test_a_run_leaves_what_it_promises_and_replays(command, tmp_path):
     assert {"steps", "seconds", "pairs_per_second", "memory_peak_gib", "first_loss", "last_loss"} <= summary[
         "train"
     ].keys()
-    assert "┃ 8 held-out rows" in done.stdout
-    assert "8 held-out rows: too few to tell." in done.stdout
+    assert "┃ 4 held-out rows" in done.stdout
+    assert "4 held-out rows: too few to tell." in done.stdout
     told = (
         "first: train model=tiny", "tuned/tiny (for model=tiny): learning_rate 0.001", "expected time: ", "importing",
-        "device: CPU", "loading processor and rows", "loading the model", "evaluating 8 held-out rows before training",
-        "training: 3 steps", "step 3/3  loss", "evaluating 8 held-out rows after training", "checking what was trained",
+        "device: CPU", "loading processor and rows", "loading the model", "evaluating 4 held-out rows before training",
+        "training: 3 steps", "step 3/3  loss", "evaluating 4 held-out rows after training", "checking what was trained",
         "report: first/report.html\nnext:\n  python -m smolvlm_exp task=chat run=first ",
     )  # fmt: skip
     places = [done.stdout.find(line) for line in told]

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import fields, is_dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any, get_type_hints
 import hydra
 import yaml
 from hydra import version
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.hydra import Hydra
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -110,7 +113,8 @@ def check_shape(composed: DictConfig, given: set[str]) -> None:
     key = next((key for key in sorted(given) if key.startswith("model.shape.")), None)
     if key:
         raise RequestError(f"{key}: {fix}")
-    if (file := file_of("model.shape", composed)).startswith("conf/experiment/"):
+    chosen = composed.hydra.runtime.choices.get("experiment")
+    if chosen and (file := file_of("model.shape", composed)).startswith("conf/experiment/"):
         raise RequestError(f"{file}: model.shape: {fix}")
 
 
@@ -138,6 +142,13 @@ def check_names(folder: Path) -> None:
         )
 
 
+class Sources(ConfigRepository):
+    """Where Hydra finds options. For each compose it exchanges a copy's list of sources, and would copy all in them."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Sources":
+        return copy(self)
+
+
 @contextmanager
 def search_path(config_path: str | None = None, config_dir: str | None = None) -> Iterator[Path]:
     """Hydra set up as its command line does it; gives the folder that `--config-path` means, by default conf/."""
@@ -151,7 +162,8 @@ def search_path(config_path: str | None = None, config_dir: str | None = None) -
         path.prepend("command-line", f"file://{Path(config_dir).resolve()}", anchor=SearchPathQuery(provider="schema"))
     GlobalHydra.instance().clear()
     version.setbase("1.3")
-    Hydra.create_main_hydra2(task_name="smolvlm_exp", config_search_path=path)
+    loader = Hydra.create_main_hydra2(task_name="smolvlm_exp", config_search_path=path).config_loader
+    loader.repository = Sources(path)  # type: ignore[attr-defined]
     try:
         yield folder
     finally:
@@ -201,7 +213,9 @@ def check_option(override: Override) -> bool:
     group = override.key_or_group
     if not group or "." in group:  # looking it up would take milliseconds
         return False
-    known = GlobalHydra.instance().config_loader().get_group_options(group)
+    # As the loader's own `get_group_options`, which copies all of its sources first.
+    sources = (source for source in GlobalHydra.instance().config_loader().get_sources() if source.is_group(group))
+    known = sorted({option for source in sources for option in source.list(group, ObjectType.CONFIG)})
     value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
     if isinstance(value, list) and known and group != "tracker" and not override.is_sweep_override():
         raise RequestError(f"{override.input_line}: one option of {group}, of {', '.join(known)}.")

@@ -4,6 +4,7 @@ import math
 import typing
 from collections.abc import Iterator
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -82,6 +83,7 @@ def chosen_types(composed: DictConfig) -> dict[str, Any]:
     return types
 
 
+@cache
 def own_configs(group: str) -> list[str]:
     """The options of a group that have a schema: for a source or a trainer, the modules with a `Config`."""
     if group == "task":
@@ -114,12 +116,8 @@ def parse(composed: DictConfig) -> Config:
     known = list(key_types(types))
     for key in unknown_keys(OmegaConf.to_container(composed), known):
         raise RequestError(f"{key}: no such setting. {setting_meant(key, known)}".rstrip())
-    schema = OmegaConf.structured(Config)
-    for name, kind in types.items():
-        if is_dataclass(kind):
-            schema[name] = OmegaConf.structured(kind)
     try:
-        merged = OmegaConf.merge(schema, composed)
+        merged = OmegaConf.merge(schema_of(*types.items()), composed)
         missing = sorted(OmegaConf.missing_keys(merged))
         if missing:
             raise RequestError(f"{missing[0]} has no value yet: give it one, as {missing[0]}=...")
@@ -133,6 +131,16 @@ def parse(composed: DictConfig) -> Config:
         check_extra(group, getattr(config, group), elsewhere)
     check_tracker(config.tracker)
     return config
+
+
+@cache
+def schema_of(*types: tuple[str, Any]) -> DictConfig:
+    """A structured configuration of these groups' types; making one takes a quarter of `parse`'s time."""
+    schema = OmegaConf.structured(Config)
+    for name, kind in types:
+        if is_dataclass(kind):
+            schema[name] = OmegaConf.structured(kind)
+    return schema
 
 
 def dataclass_of(kind: Any) -> type | None:

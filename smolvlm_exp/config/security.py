@@ -39,10 +39,11 @@ def check_setting(key: str, value: Any) -> None:
     loads = ".env_set." in key and LOADED.search(last)
     if loads or last in CODE or (last == "attn_implementation" and "/" in str(value)):
         raise RequestError(f"{key} is not supported: it would run code that is no part of this program.")
+    if value in (None, "", False):
+        return
     text = str(value)
     secrets = (value for name, value in os.environ.items() if HELD.search(name) and len(value) >= 16)
-    holds = NAMES.search(last) or VALUES.search(text) or any(secret in text for secret in secrets)
-    if value not in (None, "", False) and holds:
+    if NAMES.search(last) or VALUES.search(text) or any(secret in text for secret in secrets):
         raise RequestError(
             f"{key} is a secret, and settings are written to logs, reports and W&B.\n"
             "Give it in the environment: HF_TOKEN, WANDB_API_KEY, SMOLVLM_EXP_API_KEY (of task=serve)."

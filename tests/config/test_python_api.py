@@ -21,7 +21,10 @@ from smolvlm_exp.training.callbacks import StopCallback
 from smolvlm_exp.utils.errors import RequestError, RunError
 
 ROOT = Path(__file__).parents[2]
-SMALL = '"tracker=none", "data.train_rows=32", "data.test_rows=8", "trainer.sample_steps=0", "task.max_new_tokens=16", '
+SMALL = (
+    '"tracker=none", "data.train_rows=16", "data.test_rows=4", "trainer.sample_steps=0", "task.max_new_tokens=4", '
+    '"trainer.per_device_train_batch_size=4", '
+)
 
 
 def test_the_example_in_the_docs_runs(tmp_path, monkeypatch):
@@ -53,8 +56,8 @@ def test_a_mistake_raises_and_leaves_nothing(tmp_path, monkeypatch):
 
 
 FEW = (
-    "data.train_rows=32", "data.test_rows=8", "trainer.sample_steps=0", "task.max_new_tokens=8", "adapter=lora",
-    "quant=none", "trainer.warmup_steps=0",
+    "data.train_rows=16", "data.test_rows=4", "trainer.sample_steps=0", "task.max_new_tokens=4", "adapter=lora",
+    "quant=none", "trainer.warmup_steps=0", "trainer.per_device_train_batch_size=4",
 )  # fmt: skip
 
 

@@ -153,7 +153,7 @@ def test_a_cache_that_fills_or_was_cut_costs_only_time(load, cache, caplog):
     assert contents(load()) == told
 
 
-def test_another_process_has_the_same_keys(load, cache, folder, tmp_path):
+def test_another_process_has_the_same_keys(load, cache, folder, command):
     """Upstream's own differ between the process that has made the rows and the next one, which made them again."""
     load(num_proc=1)
     made = {path.name: path.stat().st_mtime_ns for path in cache.glob("*.arrow")}
@@ -164,7 +164,8 @@ def test_another_process_has_the_same_keys(load, cache, folder, tmp_path):
         "datasets.config.HF_DATASETS_CACHE = Path(sys.argv[2]);"
         "load_preferences(Config(source='files', folder=sys.argv[1]), load_processor(compose().model), Path('.'))"
     )
-    subprocess.run([sys.executable, "-c", code, str(folder), str(cache.parent)], check=True)
+    done = command("-c", code, str(folder), str(cache.parent))
+    assert done.returncode == 0, done.stderr
     assert {path.name: path.stat().st_mtime_ns for path in cache.glob("*.arrow")} == made
 
 

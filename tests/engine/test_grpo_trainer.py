@@ -1,6 +1,7 @@
 """GRPO on the engine against stock TRL: the same answers and rewards give the same losses, gradients and metrics."""
 
 import random
+from functools import cache
 
 import pytest
 import torch
@@ -53,6 +54,8 @@ class Engine(Scripted, SharedPrefixGRPOTrainer): ...
 class Bench:
     def __init__(self, processor, data, folder):  # noqa: F811
         self.processor, self.data, self.folder = processor, data, folder
+        self.start = trained(self.engine())
+        self.trained_stock = cache(self.train_stock)
 
     def common(self, **changes):
         defaults = {
@@ -75,6 +78,12 @@ class Bench:
             **self.common(**changes),
         )  # fmt: skip
         trainer.eos_token_ids = [self.processor.tokenizer.convert_tokens_to_ids(END)]
+        return trainer
+
+    def train_stock(self, changes):
+        """A trained stock trainer; of all micro-batches of the engine's it is the same."""
+        trainer = self.stock(**dict(changes))
+        trainer.train()
         return trainer
 
     def engine(self, micro_batch=None, kind=Engine, **changes):
@@ -115,7 +124,7 @@ def test_a_step_equals_stock_trls(bench, loss_type):
     ],
     ids=lambda changes: " ".join(changes),
 )
-@pytest.mark.parametrize("micro_batch", [4, 5, 12])
+@pytest.mark.parametrize("micro_batch", [5, 12])
 def test_settings_and_micro_batches_equal_stock_trls(bench, changes, micro_batch):
     same(bench, micro_batch, **changes)
 
@@ -127,12 +136,10 @@ def test_a_step_on_a_gpu_equals_stock_trls(bench):
 
 
 def same(bench, micro_batch=None, tolerance=1e-5, **changes):
-    stock, engine = bench.stock(**changes), bench.engine(micro_batch, **changes)
-    stock.train()
+    stock, engine = bench.trained_stock(tuple(changes.items())), bench.engine(micro_batch, **changes)
     engine.train()
     wanted, found = trained(stock), trained(engine)
-    start = trained(bench.engine())
-    moved = sum((p.cpu() - start[name]).abs().max() for name, p in wanted.items())
+    moved = sum((p.cpu() - bench.start[name]).abs().max() for name, p in wanted.items())
     assert moved > 1e-3
     for name, weight in wanted.items():
         torch.testing.assert_close(found[name], weight, rtol=tolerance, atol=tolerance)

@@ -34,7 +34,7 @@ from tests.conftest import compose
 from tests.engine.stock import DPO, Loss, random_model
 from tests.engine.test_forward import EVERY_LOSS
 
-CONFIG = compose("data.train_rows=48", "data.test_rows=10")
+CONFIG = compose("data.train_rows=48", "data.test_rows=6")
 CLOCKS = ("runtime", "per_second", "total_flos")
 TOKEN_MEANS = ("entropy", "logits/", "token_accuracy")  # over the tokens of what TRL's loss code sees at once
 

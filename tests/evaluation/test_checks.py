@@ -235,7 +235,7 @@ def test_an_adapter_that_is_not_loaded(quick, tmp_path, monkeypatch, model):
 
     from smolvlm_exp.models.adapter import lora_config
 
-    config = quick("quant=none", "task=evaluate", f"model.adapter={tmp_path}")
+    config = quick("model.id=embedded", "quant=none", "task=evaluate", f"model.adapter={tmp_path}")
     tuned = get_peft_model(model, lora_config(config.adapter, quantised=False))
     for name, parameter in tuned.named_parameters():
         if "lora_B" in name:
@@ -293,7 +293,7 @@ def test_an_adapter_that_is_frozen(quick, tmp_path, monkeypatch, part, share):
     monkeypatch.setattr(dpo, "build_trainer", frozen)
     summary = train(quick("quant=none", "trainer.engine=stock"), tmp_path)
     for name in ("parameters_moved", "parameters_with_gradient"):
-        assert found(summary, name) == ("fail", pytest.approx(share, abs=0.01))
+        assert found(summary, name) == ("fail", pytest.approx(share, abs=0.03))
     assert found(summary, "magnitudes_moved")[1] == 0
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from functools import partial
 
 import numpy as np
 import pytest
@@ -168,6 +169,12 @@ def test_an_onnx_export_is_run_at_its_own_resolution(graphs, saved, tmp_path):
     assert len(encoded.tiles) == 3  # 1 x 2 and the global one; with upscaling 2 x 4
     assert encoded.ids.count(session.prompts.image_token) == 3 * 16
     assert session.conversation().say("What?", [noise((100, 40))]).finish()
+
+
+@pytest.fixture
+def quick(quick):
+    """On the embedded model: commands that name none are given its adapter."""
+    return partial(quick, "model.id=embedded")
 
 
 def test_a_run_keeps_its_resolution(quick, tmp_path, capsys):

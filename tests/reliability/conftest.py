@@ -4,6 +4,7 @@ A fork has torch and the rows already, so that a run of eight steps that is kill
 """
 
 import contextlib
+import functools
 import gc
 import json
 import os
@@ -62,14 +63,15 @@ EARNED = Rewards(
 class Bench:
     """Runs of `LONG` with changes, from the rows on: no model is looked at before or after training."""
 
-    def __init__(self, processor: Any, preferences: Any, cache: Path) -> None:
-        self.processor, self.preferences, self.cache = processor, preferences, cache
+    def __init__(self, processor: Any, preferences: Any, cache: Path, model: str = "embedded") -> None:
+        self.processor, self.preferences, self.cache, self.model = processor, preferences, cache, model
+        self.config = functools.cache(self.compose)
 
-    def config(self, *overrides: str) -> Any:
+    def compose(self, *overrides: str) -> Any:
         unknown = {"trainer=grpo": SIGMOID, "trainer=sft": (*SIGMOID, "trainer.disable_dropout=false")}
         long = [o for o in LONG if not any(o in unknown.get(other, ()) for other in overrides)]
         plus = [f"+{o}" if ".extra." in o else o for o in (*long, *overrides)]
-        return compose(*plus, f"trainer.cache={self.cache}", "trainer.cache_ram=0MiB")
+        return compose(f"model.id={self.model}", *plus, f"trainer.cache={self.cache}", "trainer.cache_ram=0MiB")
 
     def trainer(self, folder: Path, *overrides: str, callbacks: tuple = ()) -> Any:
         config = self.config(*overrides)
@@ -116,11 +118,11 @@ class Bench:
 
 
 @pytest.fixture(scope="session")
-def bench(processor, tmp_path_factory):
+def bench(processor, tmp_path_factory, small):
     from smolvlm_exp.data.preferences import load_preferences
 
     preferences = load_preferences(compose(*LONG[:5]).data, processor, tmp_path_factory.mktemp("rows"))
-    return Bench(processor, preferences, tmp_path_factory.mktemp("cache"))
+    return Bench(processor, preferences, tmp_path_factory.mktemp("cache"), str(small))
 
 
 def logged(folder: Path) -> list[dict[str, Any]]:

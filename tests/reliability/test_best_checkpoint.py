@@ -20,7 +20,7 @@ from tests.reliability.conftest import learnt, logged
 WORSE = (
     "trainer.max_steps=6", "trainer.eval_steps=1", "trainer.save_steps=100", "trainer.save_total_limit=1",
     "trainer.logging_steps=1", "trainer.warmup_steps=0", "trainer.learning_rate=0.3", "adapter.lora_dropout=0",
-    "trainer.lr_scheduler_type=constant",
+    "trainer.lr_scheduler_type=constant", "model.id=embedded",
 )  # fmt: skip
 KEEP_BEST = "trainer.load_best_model_at_end=true"
 
@@ -36,8 +36,8 @@ def saved(checkpoint):
 @pytest.mark.parametrize(
     ("engine", "trainer", "metric"),
     [
-        ("shared", "dpo", "rewards/margins"), ("shared", "sft", "loss"), ("stock", "dpo", "loss"),
-        ("stock", "sft", "loss"), ("shared", "grpo", "reward"),
+        ("shared", "dpo", "rewards/margins"), ("stock", "sft", "loss"), ("shared", "grpo", "reward"),
+        *(pytest.param(*each, "loss", marks=pytest.mark.slow) for each in (("shared", "sft"), ("stock", "dpo"))),
     ],
 )  # fmt: skip
 def test_the_result_is_the_checkpoint_of_the_best_evaluation(bench, tmp_path, engine, trainer, metric):

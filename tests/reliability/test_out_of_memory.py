@@ -82,7 +82,8 @@ def test_batches_that_a_loss_needs_whole(bench, tmp_path, capsys):
 
     trainers = []
     for name, prepare in (("whole", None), ("failing", failing)):
-        trainers.append(Bench(bench.processor, three, bench.cache).run(tmp_path / name, *settings, prepare=prepare))
+        few = Bench(bench.processor, three, bench.cache, bench.model)
+        trainers.append(few.run(tmp_path / name, *settings, prepare=prepare))
     assert "Out of memory at micro-batch 3: retrying this step and continuing with 2" in capsys.readouterr().out
     for wanted, found in zip(*(learnt(trainer).values() for trainer in trainers), strict=True):
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-6)
@@ -100,7 +101,7 @@ def test_image_features(bench, tmp_path, monkeypatch, capsys):
 
     plain = bench.trainer(tmp_path)
     monkeypatch.setattr(answers, "image_features", failing)
-    trainer = Bench(bench.processor, bench.preferences, tmp_path / "cache").trainer(tmp_path)
+    trainer = Bench(bench.processor, bench.preferences, tmp_path / "cache", bench.model).trainer(tmp_path)
     assert max(sizes) > 6
     assert "image tiles at once: retrying with" in capsys.readouterr().out
     torch.testing.assert_close(trainer.eval_rows.features[:], plain.eval_rows.features[:], rtol=0, atol=1e-6)

@@ -25,6 +25,7 @@ SETTINGS = ("trainer.save_steps=4", "adapter.lora_dropout=0", "trainer.eval_stra
 
 @pytest.mark.parametrize("release", ["release_0_1"])
 def test_a_checkpoint_of_an_earlier_release_resumes(bench, tmp_path, release):
+    bench = Bench(bench.processor, bench.preferences, bench.cache)
     run = Path(shutil.copytree(HERE / release, tmp_path / "run"))
     wanted = {event["step"]: event for event in logged(run)}
     checkpoint = newest_intact(run)

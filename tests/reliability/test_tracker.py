@@ -130,17 +130,16 @@ print("ended", time.time())
 
 
 @pytest.mark.parametrize("server", ["closed", pytest.param("hanging", marks=pytest.mark.slow)])
-def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, server):
+def test_the_real_client_with_a_server_that_does_not_serve(tmp_path, command, server):
     """Nothing is lost: what could not be sent lies in an offline run beside the run's own files."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         if server == "hanging":
             listening.listen(50)
         address = f"http://127.0.0.1:{listening.getsockname()[1]}"
-        env = {**os.environ, "WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
+        env = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "a" * 40, "WANDB_MODE": "online"}
         began = time.monotonic()
-        command = [sys.executable, "-c", SCRIPT, str(tmp_path)]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+        done = command("-c", SCRIPT, str(tmp_path), env=env, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(done.stdout.split("took ")[1].split()[0]) < 0.1
     assert "W&B: offline (" in done.stdout + done.stderr

@@ -104,7 +104,7 @@ def test_a_run_that_runs_out_of_memory_says_what_helps(quick, tmp_path, monkeypa
 
     monkeypatch.setattr("smolvlm_exp.tasks.result.evaluate", out)
     with pytest.raises(torch.OutOfMemoryError):
-        train(quick(), tmp_path)
+        train(quick("model.id=embedded"), tmp_path)
     assert "Out of memory.\nTry, in this order: model.longest_edge=64" in capsys.readouterr().err
     assert json.loads((tmp_path / "summary.json").read_text())["advice"]
 

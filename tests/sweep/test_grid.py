@@ -18,7 +18,7 @@ import pytest
 from tests.conftest import QUICK, read_lines
 
 SHORT = [s for s in QUICK if not s.startswith(("trainer.save", "trainer.max", "tracker"))]
-SHORT += ["trainer.max_steps=2", "data.train_rows=8", "data.test_rows=4", "task.max_new_tokens=8"]
+SHORT += ["trainer.max_steps=2", "data.train_rows=8", "data.test_rows=4", "task.max_new_tokens=4"]
 LONG = [*SHORT, "tracker=none", "trainer.max_steps=14", "trainer.save_steps=2", "keep_checkpoints=all"]
 WANDB = str(Path(sys.executable).parent / "wandb")
 
@@ -175,7 +175,8 @@ def test_a_job_that_fails_does_not_stop_the_others(command, command_server, tmp_
     """One job raises, one is killed; sweep.csv gives the reasons."""
     grid = ["adapter.r=2,3,1000000000000"]
     with ThreadPoolExecutor() as pool:
-        running = pool.submit(command, "-m", *LONG, "trainer.max_steps=4", *grid, "tracker=wandb", timeout=120)
+        words = ["-m", *LONG, "trainer.max_steps=4", *grid, "tracker=wandb"]
+        running = pool.submit(command, *words, env={"FORK_JOBS": "1"}, timeout=120)
         sweep = wait_for(lambda: next(tmp_path.glob("outputs/sweeps/*/*"), None))
         wait_for(lambda: at_step(sweep, 1, 2))
         children = psutil.Process(command_server.child).children(recursive=True)
@@ -195,7 +196,7 @@ def test_a_job_that_fails_does_not_stop_the_others(command, command_server, tmp_
     assert [end.get("exit_code", 0) for end in ends] == [0, 1]
 
     before = (sweep / "0" / "summary.json").stat().st_mtime
-    done = command("-m", "sweep=last")
+    done = command("-m", "sweep=last", env={"FORK_JOBS": "1"})
     assert done.returncode == 1
     assert {row["job"] for row in rows_of(sweep) if row["status"] == "done"} == {"0", "1"}
     assert (sweep / "0" / "summary.json").stat().st_mtime == before

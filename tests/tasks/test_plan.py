@@ -229,7 +229,7 @@ RESOLUTIONS = {
 
 @pytest.mark.parametrize("settings", RESOLUTIONS)
 def test_the_resolution_decides_an_image_s_tokens(capsys, settings):
-    assert RESOLUTIONS[settings] in output_of(capsys, "data=rlaif_v", *settings.split())
+    assert RESOLUTIONS[settings] in output_of(capsys, "data=rlaif_v", "task.card=h100", *settings.split())
 
 
 def test_local_rows_are_measured(capsys):
@@ -287,13 +287,13 @@ def test_tiles_are_counted_as_the_processor_counts_them(width, height, tile, til
 
 
 @pytest.mark.parametrize("model", ["tiny", "smolvlm_256m", "smolvlm"])
-@pytest.mark.parametrize("grid", [(4, 3), (3, 4), (4, 4), (1, 2), (0, 0)])
-def test_an_images_tokens_are_about_right(grid, model):
+def test_an_images_tokens_are_about_right(model):
     shape = shape_of(model)
     tokenizer = stand_in_tokenizer(shape)
     make_processor(shape, tokenizer)  # adds the control tokens
-    tokens = len(tokenizer(image_span(*grid, shape.image_seq_len), add_special_tokens=False)["input_ids"])
-    assert image_tokens(*grid, shape) == pytest.approx(tokens, abs=2, rel=0.05)
+    for grid in [(4, 3), (3, 4), (4, 4), (1, 2), (0, 0)]:
+        tokens = len(tokenizer(image_span(*grid, shape.image_seq_len), add_special_tokens=False)["input_ids"])
+        assert image_tokens(*grid, shape) == pytest.approx(tokens, abs=2, rel=0.05), grid
 
 
 @pytest.mark.parametrize(

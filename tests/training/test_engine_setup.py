@@ -57,7 +57,7 @@ def test_features_are_cached_where_the_vision_tower_is_frozen_and_tiles_elsewher
         train(quick(*step, setting, f"trainer.cache={tmp_path}/{number}"), tmp_path)
         out = capsys.readouterr().out
         assert [kind for kind in ("features", "tiles") if f"{kind} of 4 images" in out] == [cached]
-        assert "training reads 4 of 32 rows, and only these are prepared" in out
+        assert "training reads 4 of 16 rows, and only these are prepared" in out
 
 
 @pytest.mark.usefixtures("unseen")

@@ -1,5 +1,7 @@
 """trainer.memory_budget: other micro-batches, the same training."""
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -15,7 +17,16 @@ from tests.conftest import SIGMOID, losses
 pytestmark = pytest.mark.usefixtures("unseen")
 
 
-STEP = ("trainer.per_device_train_batch_size=4", "trainer.gradient_accumulation_steps=2", "trainer.eval_strategy=no")
+@pytest.fixture
+def quick(quick):
+    """On the embedded model: the budgets are its own."""
+    return partial(quick, "model.id=embedded")
+
+
+STEP = (
+    "data.train_rows=32", "data.test_rows=8", "trainer.per_device_train_batch_size=4",
+    "trainer.gradient_accumulation_steps=2", "trainer.eval_strategy=no",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("checkpointing", [pytest.param(False, marks=pytest.mark.slow), True])

@@ -3,6 +3,7 @@
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -20,6 +21,12 @@ from smolvlm_exp.utils.paths import PACKAGE
 from tests.conftest import QUICK, SIGMOID, compose
 
 METRICS = ("preference_accuracy", "recall", "yes_no_accuracy", "wrong_image_drop")
+
+
+@pytest.fixture
+def quick(quick):
+    """On the embedded model: the saved adapters are its own."""
+    return partial(quick, "model.id=embedded")
 
 
 @pytest.fixture(scope="module")
@@ -73,13 +80,13 @@ def test_adapter_and_checkpoints_carry_the_run_s_card(tuned):
         assert str(PACKAGE) not in card.content
         assert "# tiny tuned on shapes" in card.content
         assert "DoRA, r = 4 on a 4-bit base" in card.content
-        assert "`shapes`, split `train`, 32 rows" in card.content
+        assert "`shapes`, split `train`, 16 rows" in card.content
         assert "trainer.learning_rate: 0.005" in card.content
     result = ModelCard.load(folder / "adapter" / "README.md").content
     (row,) = (line for line in result.splitlines() if line.startswith("| preference_accuracy |"))
     for part in ("before", "after"):
         assert f"{summary[part]['preference_accuracy']:.3f} (" in row
-    assert "8 held-out rows, 95 % intervals" in result
+    assert "4 held-out rows, 95 % intervals" in result
     assert damage(folder / "checkpoints" / "checkpoint-3") == ""
 
 

@@ -19,17 +19,17 @@ try:
         list(progress.track(range(2), "inner", 2))
         list(progress.track(range(2), "evaluating", 2))
         print("step", i, flush=True)
-        time.sleep(0.25)
+        time.sleep({pause})
 except KeyboardInterrupt:
     print("stopped", flush=True)
 """
 
 
-def run_in_terminal(delay=0.3, before="", interrupt=False, **env):
-    """What a program that waits 1.5 s writes to stdout, a pipe, and to stderr, a terminal."""
+def run_in_terminal(delay=0.3, pause=0.25, before="", interrupt=False, **env):
+    """What a program that waits six times `pause` seconds writes to stdout, a pipe, and to stderr, a terminal."""
     ours, theirs = pty.openpty()
     command, env = (
-        [sys.executable, "-c", SLOW.format(delay=delay, before=before)],
+        [sys.executable, "-c", SLOW.format(delay=delay, pause=pause, before=before)],
         {**os.environ, "TERM": "xterm", **env},
     )
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=theirs, text=True, env=env)
@@ -76,11 +76,11 @@ def test_ctrl_c_leaves_the_cursor_right():
     ],
 )
 def test_no_bar_where(options, what):
-    assert run_in_terminal(**options)[1] == "", what
+    assert run_in_terminal(**{"delay": 0.2, "pause": 0.1, **options})[1] == "", what
 
 
 def test_nothing_where_stderr_is_no_terminal():
-    code = SLOW.format(delay=0.1, before="")
+    code = SLOW.format(delay=0.1, pause=0.1, before="")
     environment = {**os.environ, "FORCE_COLOR": "1"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
     assert (done.stderr, len(done.stdout.splitlines())) == ("", 6)
