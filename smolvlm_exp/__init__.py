@@ -30,8 +30,8 @@ sys.modules.setdefault("kernels", None)  # type: ignore[arg-type]
 if os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1") != "0" and "huggingface_hub.constants" in sys.modules:
     vars(sys.modules["huggingface_hub.constants"])["HF_HUB_DISABLE_TELEMETRY"] = True  # it was imported before
 
-# GNU OpenMP's threads spin while they wait for each other, by default for milliseconds. Where another program has one of
-# two cores, every operation waits like this for the thread that is not running: an evaluation took 210 s, not 15.
+# GNU OpenMP's threads spin while they wait for each other, by default for milliseconds. Where another program has one
+# of two cores, every operation waits like this for the thread that is not running: an evaluation took 210 s, not 15.
 if "OMP_WAIT_POLICY" not in os.environ:
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")
 

@@ -78,6 +78,7 @@ FUNCTIONS = [  # hook, its parameters, and the word to find our uses by where it
     (f"{HYDRA}.utils:create_config_search_path", "search_path_dir"),
     (f"{HYDRA}.utils:get_args_parser", ""),
     (f"{HYDRA}.hydra:Hydra.create_main_hydra2", "task_name config_search_path"),
+    (f"{HYDRA}.config_repository:ConfigRepository", "config_search_path"),
     (f"{HYDRA}.core_plugins.basic_sweeper:BasicSweeper._parse_config", "self"),
     (f"{HYDRA}.core_plugins.basic_launcher:BasicLauncher.launch", "self job_overrides initial_job_idx",
      "BasicLauncher"),
@@ -125,6 +126,7 @@ ATTRIBUTES = {
     "accelerate.utils:FullyShardedDataParallelPlugin": "mixed_precision_policy",
     "torch.optim:Adam": "found_inf",
     "optuna.trial:FrozenTrial": "_trial_id",
+    f"{HYDRA}.config_loader_impl:ConfigLoaderImpl": "repository get_sources",
 }
 SOURCE = {path: path.read_text(encoding="utf-8") for path in Path(smolvlm_exp.__file__).parent.rglob("*.py")}
 
