@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import subprocess
+from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -17,6 +18,7 @@ PACKAGES = (
 )  # fmt: skip
 
 
+@cache
 def versions() -> dict[str, str]:
     installed = {"python": platform.python_version()}
     for package in PACKAGES:

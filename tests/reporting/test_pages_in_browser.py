@@ -93,13 +93,14 @@ def browser():
 
 def test_a_comparison_of_many_long_runs_stays_small(tmp_path):
     keys = [key for curves in CURVES.values() for _, lines, _ in curves for key in lines.values()]
+    hard = [replace(sample(image=Image.effect_noise((880, 660), 80)), row=row) for row in range(12)]
+    save_images(tmp_path, hard)
     runs = []
     for i in range(12):
         folder = tmp_path / str(i)
         folder.mkdir()
         write_log(folder, *({"step": s, **{key: math.sin(s * i + len(key)) for key in keys}} for s in range(400)))
-        hard = [replace(sample(image=Image.effect_noise((880, 660), 80)), row=row) for row in range(12)]
-        save_images(folder, hard)
+        shutil.copy(tmp_path / "images.json", folder)
         lines = [AnswerChange(row, f"{row}", "Q", {}, "A", f"B {i}", None) for row in range(12)]
         save_answers(folder, lines)
         runs.append(Run(folder, {"adapter.r": str(i)}, {**SUMMARY, "after": METRICS}))

@@ -24,12 +24,12 @@ TRAINED = [
     "adapter=lora quant=none",
     "adapter=dora quant=int8",
     "adapter=pissa quant=none",  # its start is taken out of the base: the reference must be a copy
-    "adapter=dora adapter.target=recipe",
     "adapter=dora adapter.target=.*connector.*",
     *(
         pytest.param(setting, marks=pytest.mark.slow)
         for setting in (
             "adapter=lora quant=int8",
+            "adapter=dora adapter.target=recipe",
             "adapter=rslora quant=fp4",
             "adapter=dora adapter.target=all",
             "adapter=lora +adapter.extra.bias=lora_only quant=none",

@@ -22,8 +22,8 @@ def events(folder):
     [
         ["trainer=dpo"],
         pytest.param(["trainer=mpo"], marks=pytest.mark.slow),
-        ["trainer=sft"],
-        ["adapter=pissa", *SIGMOID],
+        pytest.param(["trainer=sft"], marks=pytest.mark.slow),
+        pytest.param(["adapter=pissa", *SIGMOID], marks=pytest.mark.slow),
         pytest.param(["adapter=none", *SIGMOID], marks=pytest.mark.slow),
     ],
     ids=" ".join,

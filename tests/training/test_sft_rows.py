@@ -32,7 +32,7 @@ def settings(folder, *overrides):
     return compose("data=files", f"data.folder={folder}", *own, *SHORT, f"trainer.cache={folder}/cache", *overrides)
 
 
-@pytest.mark.parametrize("engine", ["shared", "stock"])
+@pytest.mark.parametrize("engine", ["shared", pytest.param("stock", marks=pytest.mark.slow)])
 def test_from_conversations_to_the_result(folder, tmp_path, engine):
     run = tmp_path / "run"
     run.mkdir()
