@@ -1,5 +1,6 @@
 """What the tests share: composing a configuration, running the command people type, and the embedded model."""
 
+import contextlib
 import gc
 import json
 import os
@@ -19,12 +20,14 @@ import pytest
 
 from smolvlm_exp.config.compose import check_command, register_schemas, search_path
 from smolvlm_exp.config.schema import Config, parse
-from smolvlm_exp.utils.startup import configure_logging
+from smolvlm_exp.utils.startup import configure_logging, fast_imports
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # tiny models: one process a core is faster than two threads in one
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")
 
+imports = contextlib.ExitStack()
+imports.enter_context(fast_imports())  # until all tests are collected
 register_schemas()
 configure_logging()
 
@@ -47,7 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_collection_finish() -> None:
-    gc.freeze()  # torch and its kin are imported now and stay: collections need not look at them
+    imports.close()
     gc.set_threshold(20_000)  # composing alone makes that many objects that last
 
 
