@@ -110,9 +110,15 @@ def sdpa(inputs: Qkv, layout: Layout | None, scale: float) -> torch.Tensor:
     gqa: Any = {"scale": scale, "enable_gqa": query.shape[1] != key.shape[1]}
     middle = layout.middle
     (there, back), (there_second, back_second), keys = layout.padded
-    q, k, v = (part[:middle][there].transpose(1, 2) for part in (query, key, value))  # (B, heads, max_first, D)
+    q, k, v = (take(part[:middle], there).transpose(1, 2) for part in (query, key, value))  # (B, heads, max_first, D)
     first = F.scaled_dot_product_attention(q, k, v, is_causal=True, **gqa)
-    second_rows = query[middle:][there_second], key[middle:][keys], value[middle:][keys]
+    second_rows = take(query[middle:], there_second), take(key[middle:], keys), take(value[middle:], keys)
     q, k, v = (part.transpose(1, 2) for part in second_rows)
     second = F.scaled_dot_product_attention(q, k, v, attn_mask=layout.second_mask, **gqa)
-    return torch.cat([rows.transpose(1, 2).flatten(0, 1)[way] for rows, way in ((first, back), (second, back_second))])
+    halves = (first, back), (second, back_second)
+    return torch.cat([take(rows.transpose(1, 2).flatten(0, 1), way) for rows, way in halves])
+
+
+def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """x[rows], but for its gradient, which a CPU adds up several times faster than indexing's."""
+    return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)

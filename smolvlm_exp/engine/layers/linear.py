@@ -15,9 +15,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from smolvlm_exp.engine.layers.dora import ParameterVersion, exact_dora, squared_norm
+from smolvlm_exp.engine.layers.dora import ParameterVersion, exact_dora, squared_norm, versions
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
 from smolvlm_exp.engine.memory.footprint import ALIGNED
+
+KEPT = 2**20  # bytes of a product's weights that a CPU keeps unpacked: to unpack them takes as long as to use them
 
 _workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -64,6 +66,8 @@ class FrozenLinears:
         self.key: Any = None  # of `latest`
         self.latest: Product
         self.scalings: dict[Any, torch.Tensor] = {}
+        self.kept_key: Any = None  # of `kept`
+        self.kept: torch.Tensor
 
     def product(self, dtype: torch.dtype) -> "Product":
         """With the adapters that are active now."""
@@ -117,8 +121,18 @@ class FrozenLinears:
 
     def unpack_into(self, weight: torch.Tensor) -> None:
         """Write [W1; W2; ...] of 4-bit layers into the first N rows."""
+        if weight.device.type == "cpu" and self.width * self.columns * weight.element_size() <= KEPT:
+            weight[: self.width] = self.unpacked(weight.dtype)
+            return
         for base, rows in zip(self.bases, self.rows, strict=True):
             unpack_4bit(base, weight[rows])
+
+    def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
+        """[W1; W2; ...] (N, in), worked out anew when one of them has changed."""
+        key = (dtype, *versions(*(base.weight for base in self.bases)))
+        if self.kept_key != key:
+            self.kept_key, self.kept = key, torch.cat([frozen_weight(base, dtype) for base in self.bases])
+        return self.kept
 
 
 @dataclass

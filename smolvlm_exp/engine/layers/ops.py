@@ -94,7 +94,7 @@ def gain_backward(
         du[:, : dy.shape[1]] = dy
         return du, None
     assert u is not None
-    du[:, : dy.shape[1]] = dy.float() * gain
+    torch.mul(dy.float(), gain, out=du[:, : dy.shape[1]])
     return du, (dy.float() * u.float()).sum(0)
 
 
@@ -132,9 +132,11 @@ def activation_backward(
     if gated:
         gate, up = x.chunk(2, dim=-1)
         sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
+        silu, dx = gate * sigmoid, torch.empty_like(x)
         result = silu * up
-        dx = torch.cat((da.float() * up * (sigmoid + silu * (1 - sigmoid)), da.float() * silu), dim=-1)
+        dgate, dup = dx.chunk(2, dim=-1)
+        torch.mul(da.float(), silu, out=dup)
+        torch.mul(da.float(), up, out=dgate).mul_(sigmoid + silu * (1 - sigmoid))
     else:
         with torch.enable_grad():
             x = x.detach().requires_grad_()
@@ -189,6 +191,9 @@ def split_heads(u: torch.Tensor, heads: tuple[int, int]) -> Qkv:
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """x cos + rotate_half(x) sin; x: (T, heads, D) float32."""
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return x * cos.float()[:, None] + turned * sin.float()[:, None]
+    (first, second), (sin_first, sin_second) = x.chunk(2, dim=-1), sin.float()[:, None].chunk(2, dim=-1)
+    result = x * cos.float()[:, None]
+    left, right = result.chunk(2, dim=-1)
+    left -= second * sin_first
+    right += first * sin_second
+    return result

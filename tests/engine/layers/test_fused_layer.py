@@ -2,15 +2,19 @@
 
 import copy
 
+import bitsandbytes as bnb
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine.inputs.packing import pack_answers
+from smolvlm_exp.engine.layers import quantized_weights
 from smolvlm_exp.engine.layers.attention import use_shared_prefix
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fuse import FusedTextLayer, FusedVisionLayer, fuse_layers, patch_product
 from smolvlm_exp.engine.layers.layout import Layout
+from smolvlm_exp.engine.layers.linear import FrozenLinears
+from smolvlm_exp.engine.layers.quantized_weights import frozen_weight
 from smolvlm_exp.engine.memory.footprint import LEVELS
 from tests.engine.stock import IMAGE, SIDE, random_row, tiny_model
 
@@ -139,6 +143,28 @@ def test_a_copied_model_computes_with_its_own_weights(fused):
     for parameter in other.parameters():
         parameter.data.zero_()
     assert not run(other.get_base_model())[1].any()
+
+
+def four_bits(seed):
+    """A small frozen layer in nf4."""
+    layer = bnb.nn.Linear4bit(32, 16, bias=False, quant_type="nf4")
+    weight = torch.randn(16, 32, generator=torch.Generator().manual_seed(seed))
+    layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4").to("cpu")
+    return layer.requires_grad_(False)
+
+
+def test_a_cpu_unpacks_small_layers_once_and_anew_when_they_change(monkeypatch):
+    layers, x, unpacked = [four_bits(0), four_bits(1)], torch.randn(5, 32), []
+    frozen = FrozenLinears(layers)
+    unpack = quantized_weights.unpack_4bit
+    monkeypatch.setattr(quantized_weights, "unpack_4bit", lambda *args: unpacked.append(args) or unpack(*args))
+    for _ in range(3):
+        result, _ = frozen.product(torch.float32).forward(x)
+    assert len(unpacked) == 2
+    assert torch.equal(result, x @ torch.cat([frozen_weight(layer) for layer in layers]).T)
+    layers[1].weight = four_bits(2).weight
+    result, _ = frozen.product(torch.float32).forward(x)
+    assert torch.equal(result, x @ torch.cat([frozen_weight(layer) for layer in layers]).T)
 
 
 def test_without_a_layout_nothing_changes():
