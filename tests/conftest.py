@@ -49,6 +49,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(MADE_ONCE[name]))
 
 
+def pytest_make_parametrize_id(val: object) -> str | None:
+    """A long text's beginning; pytest numbers those that are alike."""
+    return f"{val[:40]!r}..." if isinstance(val, str | bytes) and len(val) > 80 else None
+
+
 def pytest_collection_finish() -> None:
     imports.close()
     gc.set_threshold(20_000)  # composing alone makes that many objects that last

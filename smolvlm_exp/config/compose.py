@@ -18,7 +18,6 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -213,9 +212,7 @@ def check_option(override: Override) -> bool:
     group = override.key_or_group
     if not group or "." in group:  # looking it up would take milliseconds
         return False
-    # As the loader's own `get_group_options`, which copies all of its sources first.
-    sources = (source for source in GlobalHydra.instance().config_loader().get_sources() if source.is_group(group))
-    known = sorted({option for source in sources for option in source.list(group, ObjectType.CONFIG)})
+    known = GlobalHydra.instance().config_loader().get_group_options(group)
     value = list(override.sweep_string_iterator()) if override.is_sweep_override() else override.value()
     if isinstance(value, list) and known and group != "tracker" and not override.is_sweep_override():
         raise RequestError(f"{override.input_line}: one option of {group}, of {', '.join(known)}.")

@@ -3,6 +3,7 @@
 import contextlib
 import platform
 import subprocess
+from collections.abc import Mapping
 from functools import cache
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +20,8 @@ PACKAGES = (
 
 
 @cache
-def versions() -> dict[str, str]:
+def versions() -> Mapping[str, str]:
+    """Of Python and of those PACKAGES that are installed."""
     installed = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(PackageNotFoundError):  # wandb is not needed with tracker=none

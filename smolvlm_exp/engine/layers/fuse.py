@@ -68,13 +68,13 @@ def fuse_layers(layers: Iterable[Any], kind: type[FusedLayer], checkpointing: st
     """
     reason = next((reason for layer in layers for reason in kind.obstacles(layer, trains)), None)
     for layer in layers:
-        if not isinstance(layer.forward, kind):
-            if reason is None:
-                layer.forward = kind(layer, checkpointing)
-        elif reason is None:
+        fused = isinstance(layer.forward, kind)
+        if fused and reason is None:
             layer.forward.checkpointing = checkpointing
-        else:
+        elif fused:
             layer.forward = layer.forward.ordinary
+        elif reason is None:
+            layer.forward = kind(layer, checkpointing)
     return reason
 
 
