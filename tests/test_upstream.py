@@ -126,7 +126,7 @@ ATTRIBUTES = {
     "accelerate.utils:FullyShardedDataParallelPlugin": "mixed_precision_policy",
     "torch.optim:Adam": "found_inf",
     "optuna.trial:FrozenTrial": "_trial_id",
-    f"{HYDRA}.config_loader_impl:ConfigLoaderImpl": "repository get_sources",
+    f"{HYDRA}.config_loader_impl:ConfigLoaderImpl": "repository get_group_options",
 }
 SOURCE = {path: path.read_text(encoding="utf-8") for path in Path(smolvlm_exp.__file__).parent.rglob("*.py")}
 
