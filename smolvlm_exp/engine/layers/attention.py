@@ -120,5 +120,5 @@ def sdpa(inputs: Qkv, layout: Layout | None, scale: float) -> torch.Tensor:
 
 
 def take(x: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """x[rows], but for its gradient, which a CPU adds up several times faster than indexing's."""
+    """x[rows], with a gradient that a CPU adds up faster than indexing's."""
     return x.index_select(0, rows.flatten()).unflatten(0, rows.shape)

@@ -24,7 +24,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, product_f32
 
 
-def versions(*tensors: torch.Tensor) -> tuple[Any, ...]:
+def tensor_versions(*tensors: torch.Tensor) -> tuple[Any, ...]:
     """Something that changes whenever one of `tensors` was written, or is another."""
     return tuple((id(tensor), tensor.data_ptr(), tensor._version) for tensor in tensors)
 
@@ -44,7 +44,7 @@ class ParameterVersion:
     @classmethod
     def now(cls, *tensors: torch.Tensor) -> tuple[Any, ...]:
         """Something that changes whenever one of `tensors` may have."""
-        return (cls.steps, *versions(*tensors))
+        return (cls.steps, *tensor_versions(*tensors))
 
 
 register_optimizer_step_post_hook(ParameterVersion.tick)

@@ -15,11 +15,11 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import nn
 
-from smolvlm_exp.engine.layers.dora import ParameterVersion, exact_dora, squared_norm, versions
+from smolvlm_exp.engine.layers.dora import ParameterVersion, exact_dora, squared_norm, tensor_versions
 from smolvlm_exp.engine.layers.quantized_weights import frozen_weight, is_4bit, is_8bit, product_f32, unpack_4bit
 from smolvlm_exp.engine.memory.footprint import ALIGNED
 
-KEPT = 2**20  # bytes of a product's weights that a CPU keeps unpacked: to unpack them takes as long as to use them
+KEPT = 2**20  # bytes of a product's weights that a CPU keeps unpacked: unpacking took a tenth of a small model's step
 
 _workspaces: dict[tuple[torch.device, torch.dtype], torch.Tensor] = {}
 
@@ -129,7 +129,7 @@ class FrozenLinears:
 
     def unpacked(self, dtype: torch.dtype) -> torch.Tensor:
         """[W1; W2; ...] (N, in), worked out anew when one of them has changed."""
-        key = (dtype, *versions(*(base.weight for base in self.bases)))
+        key = (dtype, *tensor_versions(*(base.weight for base in self.bases)))
         if self.kept_key != key:
             self.kept_key, self.kept = key, torch.cat([frozen_weight(base, dtype) for base in self.bases])
         return self.kept

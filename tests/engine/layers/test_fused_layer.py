@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 
 from smolvlm_exp.engine.inputs.packing import pack_answers
-from smolvlm_exp.engine.layers import quantized_weights
+from smolvlm_exp.engine.layers import linear, quantized_weights
 from smolvlm_exp.engine.layers.attention import use_shared_prefix
 from smolvlm_exp.engine.layers.dora import use_exact_dora
 from smolvlm_exp.engine.layers.fuse import FusedTextLayer, FusedVisionLayer, fuse_layers, patch_product
@@ -153,7 +153,8 @@ def four_bits(seed):
     return layer.requires_grad_(False)
 
 
-def test_a_cpu_unpacks_small_layers_once_and_anew_when_they_change(monkeypatch):
+@pytest.mark.parametrize("kept", [linear.KEPT, 0], ids=["small", "large"])
+def test_a_cpu_unpacks_small_layers_once_and_anew_when_they_change(monkeypatch, kept):
     layers, x, unpacked = [four_bits(0), four_bits(1)], torch.randn(5, 32), []
     frozen = FrozenLinears(layers)
     unpack = quantized_weights.unpack_4bit
@@ -163,6 +164,7 @@ def test_a_cpu_unpacks_small_layers_once_and_anew_when_they_change(monkeypatch):
     assert len(unpacked) == 2
     assert torch.equal(result, x @ torch.cat([frozen_weight(layer) for layer in layers]).T)
     layers[1].weight = four_bits(2).weight
+    monkeypatch.setattr(linear, "KEPT", kept)
     result, _ = frozen.product(torch.float32).forward(x)
     assert torch.equal(result, x @ torch.cat([frozen_weight(layer) for layer in layers]).T)
 
