@@ -75,21 +75,28 @@ def open_storage(folder: Path, storage: str | None) -> Any:
     from optuna.storages import JournalStorage, RDBStorage
     from optuna.storages.journal import JournalFileBackend
 
-    return RDBStorage(storage) if storage else JournalStorage(JournalFileBackend(str(folder / JOURNAL)))
+    if storage:
+        return RDBStorage(storage)
+    lock: Any = journal_lock(folder)  # it is acquired and released as Optuna's own are
+    return JournalStorage(JournalFileBackend(str(folder / JOURNAL), lock_obj=lock))
 
 
-def drop_incomplete_line(journal: Path) -> None:
-    """What a power failure left of the last write: Optuna would append to it, and could read neither."""
-    from optuna.storages.journal import JournalFileSymlinkLock
+def journal_lock(folder: Path) -> FileLock:
+    """One command at a time writes to the journal. The lock ends with its process.
 
-    lock = JournalFileSymlinkLock(str(journal))  # Optuna's own: other commands may be writing
-    lock.acquire()
-    try:
+    Optuna's own is a symbolic link, which a killed process leaves behind. Others then wait for 30 seconds; where the
+    folder's path is relative the link points nowhere, and they wait forever.
+    """
+    return FileLock(folder / f".{JOURNAL}.lock")
+
+
+def drop_incomplete_line(folder: Path) -> None:
+    """What a power failure left of the journal's last write: Optuna would append to it, and could read neither."""
+    journal = folder / JOURNAL
+    with journal_lock(folder):
         content = journal.read_bytes() if journal.is_file() else b""
         if not content.endswith(b"\n") and content:
             os.truncate(journal, content.rfind(b"\n") + 1)
-    finally:
-        lock.release()
 
 
 def creation_lock(folder: Path, storage: str | None) -> FileLock:
@@ -109,7 +116,7 @@ def open_study(folder: Path, options: SearchConf, goal: int, command: Sequence[s
 
     with creation_lock(folder, options.storage):
         if not options.storage:
-            drop_incomplete_line(folder / JOURNAL)
+            drop_incomplete_line(folder)
         try:
             storage = open_storage(folder, options.storage)
         except Exception as error:  # a database's own kinds

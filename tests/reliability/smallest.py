@@ -6,8 +6,6 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from optuna.storages.journal import JournalFileSymlinkLock
-
 from smolvlm_exp import main
 from smolvlm_exp.config.schema import Config
 from smolvlm_exp.runs.checkpoint import SAVING, checkpoints, damage, finalise, newest_intact
@@ -43,7 +41,6 @@ def typed(words: Sequence[str], log: Path, begin: Callable[[], None] = lambda: N
         multiprocessing.set_start_method = lambda *args, **kwargs: None
         if "-m" in words:
             training.train = brief_train
-            JournalFileSymlinkLock.__init__.__defaults__ = (3,)  # s, for a process that was killed
         sys.argv = ["smolvlm_exp", *words]
         main.main()
 

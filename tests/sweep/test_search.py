@@ -195,7 +195,11 @@ def test_twelve_trials_killed_after_five_and_finished_by_two_commands(tmp_path):
 
     pipes: dict = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     two = [subprocess.Popen([*command, f"sweep={sweep}"], cwd=tmp_path, **pipes) for _ in range(2)]
-    printed = [process.communicate(timeout=400)[0] for process in two]
+    try:
+        printed = [process.communicate(timeout=400)[0] for process in two]
+    finally:
+        for process in two:
+            process.kill()
     assert [process.returncode for process in two] == [0, 0], printed
     jobs = [json.loads((sweep / str(n) / "summary.json").read_text()) for n in range(12)]
     assert not (sweep / "12").exists()
@@ -209,6 +213,25 @@ def test_twelve_trials_killed_after_five_and_finished_by_two_commands(tmp_path):
     page = (sweep / "sweep.html").read_text()
     assert "Importance of each setting" in page
     assert "best so far" in page
+
+
+def test_a_command_killed_while_it_wrote_to_the_journal_holds_up_no_other(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = Path("sweep")  # relative, as by default
+    folder.mkdir()
+    open_study(folder, SearchConf(**OPTIONS), 1, SPACE)
+    code = f"""
+import os, pathlib, signal, sys
+from smolvlm_exp.sweep.optuna_study import open_storage
+os.fsync = lambda file: os.kill(os.getpid(), signal.SIGKILL)  # Optuna's last call of a write, under its lock
+open_storage(pathlib.Path({str(folder)!r}), None).create_new_study([], "killed")
+"""
+    killed = subprocess.run([sys.executable, "-c", code])
+    assert killed.returncode == -signal.SIGKILL
+    began = time.monotonic()
+    study = open_study(folder, SearchConf(**OPTIONS), 1, SPACE)
+    study.tell(study.ask(), 1.0)
+    assert time.monotonic() - began < 10, "Optuna's own lock takes 30 seconds or, by a relative path, forever"
 
 
 @pytest.mark.parametrize("database", [False, True])
