@@ -12,9 +12,9 @@ caps    the engine under a cap on what torch may allocate, so that a large card 
         trainer.memory_budget; beside it the best of `hand` and of `stock` whose peaks are below the cap.
 lora    the engine's plan for the whole card once more, with LoRA in place of DoRA.
 
-`--kernels` puts the device's own seconds beside the wall's.
+`--kernels` puts the device's own seconds beside the wall's, and says which kernels take them.
 
-The first step of each is left out of time, of the engine's by plan also the second, in which CUDA graphs are captured;
+The first step of each is left out of time, of the engine's by plan the first half, in which CUDA graphs are captured;
 what is measured first runs twice: a process's first minute is slow. The reference pass and kept features, which the
 engine computes once a data set, are timed apart (`reference again` is what a sweep's second run waits for).
 """
@@ -22,6 +22,7 @@ engine computes once a data set, are timed apart (`reference again` is what a sw
 import argparse
 import json
 import time
+from collections import defaultdict
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -36,7 +37,6 @@ from smolvlm_exp.utils.startup import silence_upstream
 CAPS = ("8GiB", "12GiB", "16GiB", "24GiB", "auto")
 STOCK = ("1+", "2+", "4+", "8+", "1", "4")  # micro-batches; +: with checkpointing
 HAND = (1, 4, 8, 16)
-CAPTURED = 2  # steps after which the graphs of most shapes exist
 COMMON = (
     "model.weights=random", "quant=nf4", "adapter=dora", "adapter.init_lora_weights=gaussian", "trainer=dpo",
     "trainer.eval_strategy=no", "trainer.save_strategy=no", "trainer.memory_budget=none",
@@ -135,17 +135,21 @@ class Bench:
         empty_cache()
 
 
-def device_work(trainer: Any, pairs: int) -> dict[str, float]:
-    """Seconds of kernels a pair, and kernels a step, by torch's profiler; a CUDA graph's count one by one."""
+def device_work(trainer: Any, pairs: int) -> dict[str, Any]:
+    """Seconds of kernels a pair, kernels a step, and the longest's milliseconds a step; of CUDA graphs' kernels too."""
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         trainer.train()
         torch.cuda.synchronize()
     on_device = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    steps = trainer.state.global_step
-    seconds = sum(event.device_time for event in on_device if not event.name.startswith("Mem")) / 1e6
-    return {"kernels": round(seconds / steps / pairs, 5), "kernels a step": round(len(on_device) / steps)}
+    steps, times = trainer.state.global_step, defaultdict[str, float](float)
+    for event in on_device:
+        if not event.name.startswith("Mem"):
+            times[event.name[:60]] += event.device_time / 1e3 / steps
+    longest = {name: round(times[name], 1) for name in sorted(times, key=lambda name: -times[name])[:20]}
+    kernels = round(sum(times.values()) / 1e3 / pairs, 5)
+    return {"kernels": kernels, "kernels a step": round(len(on_device) / steps), "longest": longest}
 
 
 def stock(bench: Bench, settings: list[str]) -> None:
@@ -188,7 +192,7 @@ def engine(bench: Bench, parts: list[str], steps: int) -> None:
     if "lora" in parts:
         config = bench.config("adapter=lora", adapter, *shared)
         trainer = bench.trainer(config, len(bench.rows) // 16)
-        trainer.args.max_steps, trainer.clock.warm = steps, CAPTURED
+        trainer.args.max_steps, trainer.clock.warm = steps, steps // 2
         plan_memory(replace(config.trainer, memory_budget="auto"), trainer)
         bench.measure(trainer, engine="lora", target=bench.target, micro=trainer.micro_batch)
         bench.release(trainer)
@@ -216,7 +220,7 @@ def hand(bench: Bench, trainer: Any, facts: MemorySpec) -> None:
 def caps(bench: Bench, trainer: Any, config: Any, steps: int) -> None:
     from smolvlm_exp.training.memory_budget import memory_cap, plan_memory
 
-    trainer.args.max_steps, trainer.clock.warm = steps, CAPTURED
+    trainer.args.max_steps, trainer.clock.warm = steps, steps // 2
     for cap in CAPS:
         with memory_cap(cap):
             plan_memory(replace(config.trainer, memory_budget=cap), trainer)
@@ -253,7 +257,7 @@ def table(bench: Bench) -> None:
     recipe = next((each["seconds"] for each in measured if each["engine"] == "stock"), None)
     print("\n| setting | seconds a pair | x recipe | share of matmul rate | peak GiB |\n|---|---|---|---|---|")
     for each in measured:
-        words = " ".join(f"{k}={v}" for k, v in each.items() if k not in ("seconds", "peak", "first loss"))
+        words = " ".join(f"{k}={v}" for k, v in each.items() if k not in ("seconds", "peak", "first loss", "longest"))
         ratio = f"{recipe / each['seconds']:.1f}" if recipe else ""
         share = f"{bench.flops / each['seconds'] / bench.rate:.1%}" if bench.rate else ""
         print(f"| {words} | {each['seconds']:.4f} | {ratio} | {share} | {each.get('peak', 0):.2f} |")
@@ -275,7 +279,7 @@ def main() -> None:
     parser.add_argument("--target", default="recipe", choices=("recipe", "text"))
     parser.add_argument("--only", default="stock,hand,caps,lora")
     parser.add_argument("--rows", type=int, default=64, help="a multiple of 16, so that every step is full")
-    parser.add_argument("--steps", type=int, default=6, help="of caps and lora; more where a step is short")
+    parser.add_argument("--steps", type=int, default=6, help="of caps and lora; more where they are short")
     parser.add_argument("--json", default=None)
     parser.add_argument("--kernels", action="store_true", help="seconds and number of kernels too, by a profiler")
     parser.add_argument("--stock", default=",".join(STOCK), help="micro-batches; 4+: with checkpointing")

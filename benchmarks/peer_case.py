@@ -161,7 +161,7 @@ def engine(case: Case, weights: Path, folder: Path, steps: int) -> dict[str, Any
 
     It trains twice, as in benchmarks/dpo.py, and the second time counts: a process's first minute is slow.
     """
-    from benchmarks.dpo import CAPTURED, COMMON, Bench
+    from benchmarks.dpo import COMMON, Bench
     from benchmarks.resolution import prepare_again
 
     limit_memory(case.cap)
@@ -174,7 +174,8 @@ def engine(case: Case, weights: Path, folder: Path, steps: int) -> dict[str, Any
         f"trainer.gradient_accumulation_steps={PAIRS}", f"trainer.memory_budget={case.cap or 'auto'}",
     )  # fmt: skip
     config.adapter.target = MODULES[case.target]
-    trainer = bench.trainer(config, max(steps, ENGINE_STEPS), warm=CAPTURED)
+    steps = max(steps, ENGINE_STEPS)
+    trainer = bench.trainer(config, steps, warm=steps // 2)  # by then most CUDA graphs are captured
     trained = count_trained(trainer.model)
     once = 0.0 if trainer.live else prepare_again(bench, trainer, config, folder / "again") / count
     trainer.train()
