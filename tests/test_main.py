@@ -20,6 +20,7 @@ from hydra._internal.hydra import Hydra
 from smolvlm_exp import main
 from smolvlm_exp.runs.find import find_run
 from smolvlm_exp.tasks.train import train
+from smolvlm_exp.utils.errors import RequestError
 from tests.conftest import QUICK, compose, read_lines
 
 ROOT = Path(__file__).parent.parent
@@ -108,13 +109,30 @@ def test_ctrl_c_saves_and_resume_goes_on_exactly(command, command_server, tmp_pa
 
 def test_the_last_run_is_found_by_day_and_time_and_by_a_name(tmp_path, monkeypatch):
     monkeypatch.setattr("smolvlm_exp.runs.find.OUTPUTS", tmp_path)
-    for age, name in enumerate(["mine", "2026-11-27/08-00-00", "older"]):
-        checkpoint = tmp_path / name / "checkpoints" / "checkpoint-2"
-        checkpoint.mkdir(parents=True)
-        os.utime(checkpoint, (1e9 - age, 1e9 - age))
-    assert find_run("last") == tmp_path / "mine"
-    shutil.rmtree(tmp_path / "mine")
-    assert find_run("last") == tmp_path / "2026-11-27" / "08-00-00"
+    checkpoint, answers = "checkpoints/checkpoint-2", "answers.jsonl"
+    newest_first = {
+        f"evaluated/{answers}": "train",  # what a run answered in the end is nothing to go on from
+        f"mined/{answers}": "mine",
+        f"rounds/round-2/pairs/{answers}": "mine",
+        f"more/rounds/round-1/{checkpoint}": "mine",  # the whole mining, not the training within it
+        f"named/{checkpoint}": "train",
+        f"2026-11-27/08-00-00/{checkpoint}": "train",
+    }
+    folders = []
+    for age, (name, task) in enumerate(newest_first.items()):
+        path = tmp_path / name
+        path.mkdir(parents=True)
+        os.utime(path, (1e9 - age, 1e9 - age))
+        folder = tmp_path / re.sub(r"/(round-.*|checkpoints/.*|answers.*)", "", name)
+        folders.append(folder)
+        for run in {folder, *folder.glob("round-*")}:
+            (run / ".hydra").mkdir()
+            (run / ".hydra" / "config.yaml").write_text(f"task:\n  name: {task if run == folder else 'train'}\n")
+    for folder in folders[1:]:
+        assert find_run("last") == folder
+        shutil.rmtree(folder)
+    with pytest.raises(RequestError, match="has saved anything to resume from yet"):
+        find_run("last")
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from smolvlm_exp.runs.find import (
     overrides_of,
     saved_hydra,
     summary_of,
+    task_of,
 )
 from smolvlm_exp.runs.folder import read_multirun
 from smolvlm_exp.runs.overrides import as_override, as_settings, key_of
@@ -52,7 +53,7 @@ def resume_overrides(given: dict[str, str], multirun: bool) -> list[str]:
     folder = find_run(given["resume"])
     own = [as_override("hydra.run.dir", str(folder)), "hydra.output_subdir=null"]
     if not checkpoint_folders(folder):
-        if saved_hydra(folder, "config").get("task", {}).get("name") == "mine":
+        if task_of(folder) == "mine":
             return [*settings_of(saved_overrides(folder), "mine", given), *own]
         raise RequestError(f"resume={folder}: this run has saved no checkpoint, so there is nothing to resume from.")
     if summary_of(folder).get("status") == "done" and not any(key.startswith("trainer.") for key in given):

@@ -14,6 +14,7 @@ from smolvlm_exp.utils.formatting import as_finite
 from smolvlm_exp.utils.paths import OUTPUTS
 
 PLACES = ("*/*", "*")  # of runs in it: by day and time, or by a name that was given
+CHECKPOINTS = "checkpoints/checkpoint-*"
 SWEEPS = "sweeps/*/*"
 JOBS = f"{SWEEPS}/*"
 # Settings that do not change what a run does: runs that differ in these alone are repetitions.
@@ -33,10 +34,15 @@ PAIRED = ("dpo", "sft")  # algorithms that learn from given answers: the group `
 
 def find_run(name: str) -> Path:
     """The run folder that `name` (a path, or `last`) means, to resume."""
-    if name == "last":
-        missing = f"resume=last: no run under {OUTPUTS}/ has saved a checkpoint yet."
-        return newest(missing, PLACES, "checkpoints/checkpoint-*").parents[1]
-    return run_folder("resume", name)
+    if name != "last":
+        return run_folder("resume", name)
+    for path in newest_first(
+        PLACES, CHECKPOINTS, "answers.jsonl", f"round-*/{CHECKPOINTS}", "round-*/pairs/answers.jsonl"
+    ):
+        runs = [folder for folder in path.parents if OUTPUTS in folder.parents and (folder / ".hydra").is_dir()]
+        if runs and (path.parent.name == "checkpoints" or task_of(runs[-1]) == "mine"):
+            return runs[-1]  # of a mining's round the whole mining
+    raise RequestError(f"resume=last: no run under {OUTPUTS}/ has saved anything to resume from yet.")
 
 
 def find_ended_run(name: str) -> Path:
@@ -54,11 +60,16 @@ def find_finished_run(name: str) -> Path:
         return newest(f"run=last: no run under {OUTPUTS}/ has finished yet.", PLACES, "adapter", "model").parent
     folder = run_folder("run", name)
     if not ((folder / "adapter").is_dir() or (folder / "model").is_dir()):
-        task = saved_hydra(folder, "config").get("task", {}).get("name", "train")
+        task = task_of(folder)
         if task not in ("train", "mine") or summary_of(folder).get("status") == "done":  # mined pairs alone
             raise RequestError(f"run={name} is of task={task}, which trains nothing: name the run that trained.")
         raise RequestError(f"run={name}: it has not finished (no adapter/ in it); resume it with resume={name}.")
     return folder
+
+
+def task_of(folder: Path) -> str:
+    name: str = saved_hydra(folder, "config").get("task", {}).get("name", "train")
+    return name
 
 
 def run_folder(key: str, name: str) -> Path:
