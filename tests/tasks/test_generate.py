@@ -69,6 +69,15 @@ def test_base_and_tuned_and_a_second_run(tmp_path, monkeypatch, capsys, pictures
     with pytest.raises(RequestError, match=r"a\.jsonl, line 1 has base, tuned, and this command writes answer"):
         generate(compose(*arguments), tmp_path)
 
+    torch.nn.init.zeros_(next(parameter for name, parameter in tuned.named_parameters() if "lora_B" in name))
+    tuned.save_pretrained(tmp_path / "other" / "adapter")
+    with pytest.raises(RequestError, match=r"a\.jsonl has answers of other weights .*name another file"):
+        generate(compose(*arguments, "model.adapter=other"), tmp_path)
+    lines = [{key: value for key, value in line.items() if key != "weights"} for line in first]
+    write_questions(tmp_path / "a.jsonl", lines)  # as the first release left it
+    generate(compose(*arguments, "model.adapter=other"), tmp_path)
+    assert read_lines(tmp_path / "a.jsonl") == lines
+
 
 def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
     """json.dumps leaves U+2028 as it is, and str.splitlines splits lines at it."""
@@ -77,7 +86,7 @@ def test_line_separators_inside_strings_do_not_end_a_line(tmp_path):
     append_event(path, {"image": "b.jpg", "question": "?", "answer": "\u2029", "step": 2})
     both = [Question("a.jpg", "One\u2028two?"), Question("b.jpg", "?")]
     assert list(read_questions(path)) == both
-    assert answered(path, ("answer",)) == set(both)
+    assert answered(path, ("answer",)) == (set(both), set())
     assert len(read_events(path)) == 2
     truncate_after(path, 1)
     assert [event["answer"] for event in read_events(path)] == ["Three\u0085four."]
