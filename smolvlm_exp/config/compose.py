@@ -90,13 +90,6 @@ def read(composed: DictConfig, job: list[str], replay: bool) -> Config:
     given = {key_of(override) for override in job}
     if config.model.weights == "pretrained":
         check_shape(composed, given)
-    rewarding = next((key for key in sorted(given) if key.partition(".")[0] == "reward"), None)
-    trains = config.task.name == "train" and config.resume is None  # a run that began so goes on
-    if rewarding and trains and not config.trainer.samples_answers:
-        raise RequestError(
-            f"{rewarding}: trainer={config.trainer.algorithm} learns from given answers and calls no reward. "
-            "Add trainer=grpo, or have the rewards make the pairs with task=mine."
-        )
     for key, setting, value in settings(config):
         problem = misplaced(key, config.task.name)
         default = value in (default_of(setting), option_default(key))

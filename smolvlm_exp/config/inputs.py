@@ -31,6 +31,11 @@ def check_inputs(config: Config) -> None:
     task, model = config.task, config.model
     if task.name in TRACKED:
         check_installed(config.tracker)
+    if config.reward.user and task.name == "train" and not config.trainer.samples_answers:
+        raise RequestError(
+            "reward.user: this trainer learns from pairs and calls no reward. Add trainer=grpo, or have the reward "
+            "make the pairs with task=mine."
+        )
     if task.name in READ_DATA:
         check_paths(config.data)
         check = getattr(import_module(f"smolvlm_exp.data.sources.{config.data.source}"), "check", None)

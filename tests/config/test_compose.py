@@ -255,7 +255,7 @@ OPTIONS = [(group, path.stem) for group in GROUPS for path in sorted((CONF / gro
 @pytest.mark.parametrize(("group", "option"), OPTIONS)
 def test_every_option_composes(group, option, monkeypatch):
     monkeypatch.setattr("smolvlm_exp.reporting.trackers.config.find_spec", lambda name: True)
-    needed = ["trainer=grpo"] if group == "reward" else [f"data.{key}=x" for key in NEEDED.get(option, ())]
+    needed = [f"data.{key}=x" for key in NEEDED.get(option, ())]
     assert getattr(compose(f"{group}={option}", *needed), group) is not None
     text = (CONF / group / f"{option}.yaml").read_text()
     assert "python -m" in text or text[0] == "#"
@@ -357,15 +357,15 @@ def test_the_shape_of_an_earlier_release_s_run_counts_where_its_weights_were_ran
 def test_rewards_replace_and_add_to_the_default_s():
     truth = yaml.safe_load((CONF / "reward" / "truth.yaml").read_text())["weights"]
     assert compose().reward.weights == compose("task=chat").reward.weights == truth
-    assert compose("task=mine", "reward=yes_no").reward.weights == {"yes_no": 1.0}
-    assert compose("task=mine", "+reward.weights.length=0.1").reward.weights == {**truth, "length": 0.1}
-    assert "repetition" not in compose("task=mine", "~reward.weights.repetition").reward.weights
+    assert compose("reward=yes_no").reward.weights == {"yes_no": 1.0}
+    assert compose("+reward.weights.length=0.1").reward.weights == {**truth, "length": 0.1}
+    assert "repetition" not in compose("~reward.weights.repetition").reward.weights
     for option in (CONF / "reward").glob("*.yaml"):
-        assert compose("task=mine", f"reward={option.stem}").reward.weights.keys() <= BUILDERS.keys()
+        assert compose(f"reward={option.stem}").reward.weights.keys() <= BUILDERS.keys()
 
 
 def test_several_rewards_of_one_s_own_are_a_sweep():
-    args = get_args_parser().parse_args(["-m", "task=mine", "reward.user='my dir/a.py:f','b.py:g'"])
+    args = get_args_parser().parse_args(["-m", "reward.user='my dir/a.py:f','b.py:g'"])
     assert [config.reward.user for config in check_command(args)] == ["my dir/a.py:f", "b.py:g"]
 
 
@@ -377,7 +377,7 @@ def test_several_rewards_of_one_s_own_are_a_sweep():
     ],
 )
 def test_what_a_saved_run_names_is_typed_again(tmp_path, saved, setting):
-    folder = old_run(tmp_path / "old", "trainer=grpo", setting)
+    folder = old_run(tmp_path / "old", setting)
     path = folder / ".hydra" / "overrides.yaml"
     path.write_text(
         yaml.safe_dump([saved if override == setting else override for override in yaml.safe_load(path.read_text())])

@@ -26,9 +26,7 @@ WRONG = [
     (["task=generate", "task.images=empty"], "task.images=empty: no image is there"),
     (["task=generate", "task.images=hollow"], "task.images=hollow: all 1 images are empty files."),
     (["task=generate", "task.questions=gone.jsonl"], "task.questions=gone.jsonl: there is no such file."),
-    (["reward.user=mine.py:f"], "reward.user: trainer=dpo learns from given answers and calls no reward. Add trainer="),
-    (["reward=objects", "trainer=sft"], "reward: trainer=sft learns from given answers and calls no reward. Add train"),
-    (["reward.weights.number=2"], "reward.weights.number: trainer=dpo learns from given answers and calls no reward."),
+    (["reward.user=mine.py:f"], "reward.user: this trainer learns from pairs and calls no reward. Add trainer=grpo"),
     (["model.adapter=rows"], "model.adapter=rows: there is no adapter_config.json in it or in its adapter/."),
     (["model.id=./gone"], "model.id=./gone: there is no such folder, and it is no name of the Hub (OWNER/NAME)."),
 ]
